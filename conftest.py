@@ -1,0 +1,28 @@
+"""Collection rules for the whole repository."""
+
+import importlib.util
+import os
+
+import pytest
+from hypothesis import settings
+
+# ops/ is collected as fusedonemoe/ops: under its own name its guard raises.
+collect_ignore = ["ops"]
+if importlib.util.find_spec("triton") is None:
+    # Doctest collection imports every module, and these import triton at the top.
+    collect_ignore.append("fusedonemoe/ops/triton")
+
+# No deadline: the first example pays for compilation. In CI the same examples every time.
+settings.register_profile("repository", deadline=None, derandomize="CI" in os.environ, print_blob=True)
+settings.load_profile("repository")
+
+
+def pytest_collection_modifyitems(items):
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_items:
+        return
+    import torch  # here, so that collecting CPU tests does not wait for it
+
+    if not torch.cuda.is_available():
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,0 +1,24 @@
+"""FusedOneMoE: the mixture-of-experts block for torch.compile-d models."""
+
+from fusedonemoe import functional, ops
+from fusedonemoe.config import MoEConfig
+from fusedonemoe.explanation import Explanation, explain
+from fusedonemoe.layers import Experts, FusedOneMoE, MoE, MoEOutput
+from fusedonemoe.routers import RouterOutput, TopKRouter
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "Experts",
+    "Explanation",
+    "FusedOneMoE",
+    "MoE",
+    "MoEConfig",
+    "MoEOutput",
+    "RouterOutput",
+    "TopKRouter",
+    "__version__",
+    "explain",
+    "functional",
+    "ops",
+]

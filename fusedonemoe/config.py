@@ -1,0 +1,133 @@
+"""The configuration of a mixture-of-experts block."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from fusedonemoe.ops.activation import ACTIVATIONS, GATE_UP_LAYOUTS
+from fusedonemoe.ops.choice import IMPLEMENTATIONS
+from fusedonemoe.ops.route import GROUP_SCORES, SCORINGS
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """What an :class:`~fusedonemoe.MoE` block is; validated once, here.
+
+    Attributes:
+        hidden_size: ``D``.
+        intermediate_size: ``F`` of each expert.
+        num_experts: ``E``.
+        top_k: ``K``, experts per token; None routes every token to every expert.
+        activation: ``silu``, ``gelu``, ``gelu_tanh``, ``relu``, ``relu2``, ``sigmoid``, ``identity`` or ``swiglu_oai``.
+        gated: gate and up projections (SwiGLU and kin) or an up projection only.
+        gate_up_layout: rows of ``gate_up_proj``: ``gate_up``, ``up_gate`` or ``interleaved``.
+        bias: expert biases.
+        swiglu_alpha: slope of ``swiglu_oai``.
+        swiglu_limit: clamp of ``swiglu_oai``.
+        scoring: ``softmax`` or ``sigmoid``.
+        score_first: score before the selection (Qwen3, DeepSeek-V3) or after it (GPT-OSS).
+        norm_topk_prob: whether a token's weights sum to 1 before scaling.
+        routed_scaling_factor: factor on the routing weights.
+        router_bias: bias of the router's linear map (GPT-OSS).
+        selection_bias: a buffer ``gate.e_score_correction_bias`` that takes part in the selection only (DeepSeek-V3).
+        n_group: contiguous expert groups.
+        topk_group: groups that stay open for selection.
+        group_score: ``top2_sum`` or ``max``.
+        shared_intermediate_size: ``F`` of a shared dense branch that every token takes; None for no such branch.
+        shared_gate: scale the shared branch by ``sigmoid(x . w_s)`` (Qwen2-MoE).
+        save_percent: share of pre-activation rows kept for the backward, an integer from 0 to 100.
+        impl: ``auto``, ``dense`` or ``grouped``.
+
+    Raises:
+        TypeError: a size that is not an integer.
+        ValueError: any other value that does not fit, naming the field, what was expected and what came.
+
+    Example:
+        >>> from fusedonemoe import MoEConfig
+        >>> MoEConfig(hidden_size=64, intermediate_size=128, num_experts=8, top_k=9)
+        Traceback (most recent call last):
+            ...
+        ValueError: top_k must be from 1 to 8, the experts that can be picked, or None, got 9
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int
+    top_k: int | None
+    activation: str = "silu"
+    gated: bool = True
+    gate_up_layout: str = "gate_up"
+    bias: bool = False
+    swiglu_alpha: float = 1.702
+    swiglu_limit: float = 7.0
+    scoring: str = "softmax"
+    score_first: bool = True
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    router_bias: bool = False
+    selection_bias: bool = False
+    n_group: int = 1
+    topk_group: int = 1
+    group_score: str = "top2_sum"
+    shared_intermediate_size: int | None = None
+    shared_gate: bool = False
+    save_percent: int = 100
+    impl: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "intermediate_size", "num_experts", "n_group", "topk_group"):
+            self._check_count(name, 1)
+        if self.shared_intermediate_size is not None:
+            self._check_count("shared_intermediate_size", 1)
+        elif self.shared_gate:
+            raise ValueError("shared_gate needs a shared branch: set shared_intermediate_size")
+        self._check_one_of("activation", ACTIVATIONS)
+        self._check_one_of("gate_up_layout", GATE_UP_LAYOUTS)
+        self._check_one_of("scoring", SCORINGS)
+        self._check_one_of("group_score", GROUP_SCORES)
+        self._check_one_of("impl", ("auto", *IMPLEMENTATIONS))
+        self._check_count("save_percent", 0)
+        if self.save_percent > 100:
+            raise ValueError(f"save_percent must be an integer from 0 to 100, got {self.save_percent}")
+        if self.activation == "swiglu_oai" and not self.gated:
+            raise ValueError("activation 'swiglu_oai' is gated by definition, got gated=False")
+        if self.num_experts % self.n_group:
+            raise ValueError(f"n_group must divide num_experts ({self.num_experts}), got {self.n_group}")
+        if self.topk_group > self.n_group:
+            raise ValueError(f"topk_group must be from 1 to n_group ({self.n_group}), got {self.topk_group}")
+        if self.top_k is None:
+            if self.n_group > 1 or self.selection_bias:
+                raise ValueError("top_k=None selects every expert: n_group must be 1 and selection_bias False")
+        else:
+            self._check_count("top_k", 1)
+            selectable = self.num_experts // self.n_group * self.topk_group
+            if self.top_k > selectable:
+                raise ValueError(
+                    f"top_k must be from 1 to {selectable}, the experts that can be picked, or None, got {self.top_k}"
+                )
+
+    def _check_count(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+    def _check_one_of(self, name: str, allowed: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+
+    @property
+    def up_rows(self) -> int:
+        """``G``: rows of each expert's up-projection, 2F when gated."""
+        return self.intermediate_size * (2 if self.gated else 1)
+
+    @property
+    def experts_per_token(self) -> int:
+        """``K``, with ``top_k=None`` counted as every expert."""
+        return self.num_experts if self.top_k is None else self.top_k
+
+    def replace(self, **changes: Any) -> "MoEConfig":
+        """A copy with some fields changed, validated again."""
+        return dataclasses.replace(self, **changes)

@@ -1,0 +1,124 @@
+"""Which implementation a layer uses, and why."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fusedonemoe.config import MoEConfig
+from fusedonemoe.layers import Experts, FusedOneMoE, MoE
+from fusedonemoe.ops import IMPLEMENTATIONS, Work, choose, count_work
+from fusedonemoe.ops.choice import refusal
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One implementation as :func:`explain` sees it.
+
+    Attributes:
+        impl: its name.
+        work: matrix-product operations and expert-weight bytes of one forward.
+        refusal: why it cannot run here; None when it can.
+    """
+
+    impl: str
+    work: Work
+    refusal: str | None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What :func:`explain` returns; ``str()`` is a small table.
+
+    Attributes:
+        operator: the operator that the layer calls, ``experts_mlp`` or ``experts_merged``.
+        impl: the implementation that runs.
+        reason: why, in one sentence.
+        tokens: the number of tokens that the work is counted for.
+        device: device type.
+        dtype: of the computation.
+        candidates: every implementation, with its counted work.
+    """
+
+    operator: str
+    impl: str
+    reason: str
+    tokens: int
+    device: str
+    dtype: torch.dtype
+    candidates: tuple[Candidate, ...]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.operator} on {self.device}, {str(self.dtype).removeprefix('torch.')}, {self.tokens} tokens: "
+            f"impl = {self.impl!r} ({self.reason})"
+        ]
+        for c in self.candidates:
+            note = f"  cannot run: {c.refusal}" if c.refusal else ""
+            lines.append(
+                f"  {'*' if c.impl == self.impl else ' '} {c.impl:8s} {c.work.flops / 1e9:10.3f} GFLOP "
+                f"{c.work.weight_bytes / 1e6:10.2f} MB of expert weights{note}"
+            )
+        return "\n".join(lines)
+
+
+def explain(
+    layer: MoE | Experts | FusedOneMoE | MoEConfig,
+    x: Tensor | None = None,
+    *,
+    tokens: int = 512,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Explanation:
+    """Tell which implementation a layer uses, why, and what each would cost.
+
+    Args:
+        layer: a module, or the configuration of one.
+        x: an input ``[..., D]``; its token count, dtype and device are used.
+        tokens: ``T`` to count work for, when there is no ``x``. The choice itself never depends on it.
+        dtype: when there is neither ``x`` nor a module to take it from (default float32).
+        device: likewise (default cpu).
+
+    Returns:
+        The :class:`Explanation`.
+
+    Raises:
+        TypeError: ``layer`` is none of the above.
+        ValueError: the layer names an ``impl`` that cannot run there.
+
+    Example:
+        >>> from fusedonemoe import MoEConfig, explain
+        >>> print(explain(MoEConfig(hidden_size=64, intermediate_size=32, num_experts=16, top_k=2), tokens=100))
+        experts_mlp on cpu, float32, 100 tokens: impl = 'grouped' (dense would do E/K = 16/2 times the arithmetic)
+            dense         0.020 GFLOP       0.39 MB of expert weights
+          * grouped       0.002 GFLOP       0.39 MB of expert weights
+    """
+    widths: tuple[int, ...]
+    if isinstance(layer, FusedOneMoE):
+        operator, impl = "experts_merged", layer.impl
+        E, D, F = layer.proj.shape
+        K = layer.gate.top_k or E
+        widths, weight_numel = (D, F), layer.proj.numel()
+    elif isinstance(layer, (MoE, Experts, MoEConfig)):
+        config = layer if isinstance(layer, MoEConfig) else layer.config
+        operator, impl = "experts_mlp", config.impl
+        E, K = config.num_experts, config.experts_per_token
+        D, F, G = config.hidden_size, config.intermediate_size, config.up_rows
+        widths, weight_numel = (D, G, F), E * D * (G + F)
+    else:
+        raise TypeError(f"layer must be a MoE, Experts, FusedOneMoE or MoEConfig, got {type(layer).__name__}")
+    like = x if x is not None else next(layer.parameters()) if isinstance(layer, torch.nn.Module) else None
+    dtype = dtype or (torch.float32 if like is None else like.dtype)
+    device_type = torch.device(device or ("cpu" if like is None else like.device)).type
+    if x is not None:
+        tokens = x.numel() // D
+    chosen = choose(impl, top_k=K, num_experts=E, device_type=device_type, dtype=dtype, widths=widths)
+    candidates = tuple(
+        Candidate(
+            name,
+            count_work(name, tokens=tokens, top_k=K, num_experts=E, weight_numel=weight_numel, itemsize=dtype.itemsize),
+            refusal(name, device_type=device_type, dtype=dtype, widths=widths),
+        )
+        for name in IMPLEMENTATIONS
+    )
+    return Explanation(operator, chosen.impl, chosen.reason, tokens, device_type, dtype, candidates)

@@ -1,0 +1,370 @@
+"""Public functions: validate once, choose the implementation, call the operator.
+
+Suffixes of tensor names: T tokens, D hidden size, F intermediate size, E experts, K experts per token,
+G rows of the up-projection (2F when gated, F when plain).
+"""
+
+import torch
+from torch import Tensor
+
+from fusedonemoe.ops import choose, library
+from fusedonemoe.ops.activation import ACTIVATIONS, GATE_UP_LAYOUTS, PLAIN
+from fusedonemoe.ops.plan import Plan, make_plan, tokens_per_expert
+from fusedonemoe.ops.route import GROUP_SCORES, SCORINGS
+
+__all__ = ["Plan", "experts_merged", "experts_mlp", "plan", "route", "stack_gate_up", "tokens_per_expert"]
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_ops = torch.ops.fusedonemoe
+
+
+def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    if tensor.dim() != len(expected) or any(a != b for a, b in zip(tensor.shape, expected, strict=True)):
+        raise ValueError(f"{name} must have shape {tuple(expected)}, got {tuple(tensor.shape)}")
+
+
+def _check_dim(name: str, tensor: Tensor, meaning: str) -> None:
+    expected = meaning.count(",") + 1
+    if tensor.dim() != expected:
+        raise ValueError(f"{name} must have {expected} dimensions [{meaning}], got shape {tuple(tensor.shape)}")
+
+
+def _check_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def _check_float(name: str, tensor: Tensor) -> None:
+    _check_tensor(name, tensor)
+    if tensor.dtype not in _FLOATS:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}")
+
+
+def _check_like_x(name: str, tensor: Tensor, x: Tensor) -> None:
+    """Expert weights share x's device, and its dtype too unless autocast is about to cast both."""
+    _check_float(name, tensor)
+    if tensor.device != x.device:
+        raise ValueError(f"{name} must be on the device of x ({x.device}), got {tensor.device}")
+    if tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"{name} must have the dtype of x ({x.dtype}), got {tensor.dtype}")
+
+
+def _check_routing(x: Tensor, experts: Tensor, weights: Tensor) -> None:
+    _check_float("x", x)
+    _check_tensor("experts", experts)
+    _check_float("weights", weights)
+    if x.dim() < 1:
+        raise ValueError(f"x must have at least 1 dimension [..., D], got shape {tuple(x.shape)}")
+    if experts.is_floating_point() or experts.is_complex() or experts.dtype == torch.bool:
+        raise TypeError(f"experts must have an integer dtype, got {experts.dtype}")
+    if experts.dim() < 1 or experts.shape[-1] < 1:
+        raise ValueError(f"experts must have shape [..., K] with K >= 1, got {tuple(experts.shape)}")
+    _check_shape("experts", experts, (*x.shape[:-1], experts.shape[-1]))
+    _check_shape("weights", weights, tuple(experts.shape))
+    for name, tensor in (("experts", experts), ("weights", weights)):
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be on the device of x ({x.device}), got {tensor.device}")
+
+
+def _check_save_percent(save_percent: int) -> None:
+    if isinstance(save_percent, bool) or not isinstance(save_percent, int) or not 0 <= save_percent <= 100:
+        raise ValueError(f"save_percent must be an integer from 0 to 100, got {save_percent!r}")
+
+
+def _records_gradients(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype the operator will see: autocast's, where it is enabled."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def route(
+    logits: Tensor,
+    top_k: int | None,
+    *,
+    scoring: str = "softmax",
+    score_first: bool = True,
+    norm_topk_prob: bool = True,
+    routed_scaling_factor: float = 1.0,
+    selection_bias: Tensor | None = None,
+    n_group: int = 1,
+    topk_group: int = 1,
+    group_score: str = "top2_sum",
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Turn router logits into the weights and ids of each token's experts.
+
+    ``score_first``: ``s = scoring(l)``, pick ``TopK(s + b)``, ``w = s[picked]``. Otherwise: pick ``TopK(l + b)``,
+    ``w = scoring(l[picked])``. Then ``w / sum(w)`` if ``norm_topk_prob``, times ``routed_scaling_factor``. Equal keys go to
+    the lower id. The gradient is exact, the selection being a constant.
+
+    Args:
+        logits: ``[..., E]`` float64, float32, bfloat16 or float16.
+        top_k: ``K``, experts per token, best first; None keeps every expert, in id order, without selection.
+        scoring: ``"softmax"`` or ``"sigmoid"``.
+        score_first: score before selecting (Qwen3, Mixtral, DeepSeek-V3) or after (GPT-OSS).
+        norm_topk_prob: whether a token's weights sum to 1 before scaling.
+        routed_scaling_factor: factor on the weights.
+        selection_bias: ``[E]``, added for the selection only (DeepSeek-V3's ``e_score_correction_bias``); no gradient.
+        n_group: experts stand in this many contiguous groups of equal size.
+        topk_group: only experts of the best ``topk_group`` groups can be picked.
+        group_score: a group's value: ``"top2_sum"`` of its keys (DeepSeek-V3) or ``"max"`` (DeepSeek-V2).
+        impl: ``"auto"``, or ``"dense"`` for a composite with derivatives of every order, for ``torch.func``.
+
+    Returns:
+        ``weights`` ``[..., K]`` float32 (float64 for float64 logits) and ``experts`` ``[..., K]`` int64.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a shape, name or count that does not fit, naming the argument.
+
+    Source:
+        Shazeer et al. 2017 (arXiv 1701.06538) section 2.1; DeepSeek-V3 (arXiv 2412.19437) section 2.1.2.
+
+    Example:
+        >>> import torch
+        >>> from fusedonemoe import functional as F
+        >>> weights, experts = F.route(torch.tensor([[0.0, 2.0, 2.0, 1.0]]), top_k=2)
+        >>> experts
+        tensor([[1, 2]])
+        >>> weights
+        tensor([[0.5000, 0.5000]])
+    """
+    _check_float("logits", logits)
+    if logits.dim() < 1 or logits.shape[-1] < 1:
+        raise ValueError(f"logits must have shape [..., E] with E >= 1, got {tuple(logits.shape)}")
+    E = logits.shape[-1]
+    _check_one_of("scoring", scoring, SCORINGS)
+    _check_one_of("group_score", group_score, GROUP_SCORES)
+    _check_one_of("impl", impl, ("auto", "dense"))
+    if n_group < 1 or E % n_group:
+        raise ValueError(f"n_group must divide the number of experts ({E}), got {n_group}")
+    if not 1 <= topk_group <= n_group:
+        raise ValueError(f"topk_group must be from 1 to n_group ({n_group}), got {topk_group}")
+    if top_k is None and (n_group > 1 or selection_bias is not None):
+        raise ValueError("top_k=None selects every expert: n_group must be 1 and selection_bias None")
+    selectable = E // n_group * topk_group
+    if top_k is not None and not 1 <= top_k <= selectable:
+        raise ValueError(f"top_k must be from 1 to {selectable}, the experts that can be picked, got {top_k}")
+    if selection_bias is not None:
+        _check_float("selection_bias", selection_bias)
+        _check_shape("selection_bias", selection_bias, (E,))
+    op = _ops.route_dense if impl == "dense" else _ops.route
+    weights, experts = op(
+        logits.reshape(-1, E),
+        selection_bias,
+        top_k or 0,
+        scoring,
+        score_first,
+        norm_topk_prob,
+        float(routed_scaling_factor),
+        n_group,
+        topk_group,
+        group_score,
+        library.BUILD,
+    )
+    shape = (*logits.shape[:-1], experts.shape[-1])
+    return weights.reshape(shape), experts.reshape(shape)
+
+
+def plan(experts: Tensor, num_experts: int) -> Plan:
+    """Sort the rows of a routing by expert, without a host synchronisation.
+
+    Args:
+        experts: ``[..., K]`` ids of any integer dtype; ids outside ``[0, num_experts)`` sort to the end.
+        num_experts: ``E``.
+
+    Returns:
+        :class:`Plan` ``(order, offsets)``: ``order`` ``[N]`` int32 lists the flattened rows ``t * K + j`` by expert, in
+        token order inside an expert; expert ``e`` owns ``order[offsets[e]:offsets[e + 1]]``.
+
+    Raises:
+        TypeError: ``experts`` has no integer dtype.
+        ValueError: ``num_experts`` is below 1.
+
+    Example:
+        >>> import torch
+        >>> from fusedonemoe import functional as F
+        >>> F.plan(torch.tensor([[1, 0], [1, 7]]), num_experts=2)
+        Plan(order=tensor([1, 0, 2, 3], dtype=torch.int32), offsets=tensor([0, 1, 3], dtype=torch.int32))
+    """
+    _check_tensor("experts", experts)
+    if experts.is_floating_point() or experts.is_complex() or experts.dtype == torch.bool:
+        raise TypeError(f"experts must have an integer dtype, got {experts.dtype}")
+    if num_experts < 1:
+        raise ValueError(f"num_experts must be at least 1, got {num_experts}")
+    return make_plan(experts, num_experts)
+
+
+def stack_gate_up(gate_proj: Tensor, up_proj: Tensor) -> Tensor:
+    """Join separate gate and up weights into the ``[E, 2F, D]`` that :func:`experts_mlp` reads. Copies: do it once.
+
+    Args:
+        gate_proj: ``[E, F, D]``.
+        up_proj: ``[E, F, D]``.
+
+    Returns:
+        ``[E, 2F, D]``, gate rows first.
+
+    Raises:
+        ValueError: the shapes differ or are not three-dimensional.
+    """
+    _check_dim("gate_proj", gate_proj, "E, F, D")
+    _check_shape("up_proj", up_proj, tuple(gate_proj.shape))
+    return torch.cat((gate_proj, up_proj), dim=1)
+
+
+def experts_mlp(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    *,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str = "silu",
+    gated: bool = True,
+    gate_up_layout: str = "gate_up",
+    transposed: bool = False,
+    swiglu_alpha: float = 1.702,
+    swiglu_limit: float = 7.0,
+    save_percent: int = 100,
+    impl: str = "auto",
+) -> Tensor:
+    """Run each token through its experts' MLPs and sum the results by routing weight.
+
+    Gated: ``y_t = sum_j w_tj ((act(x_t Wg_e + bg_e) * (x_t Wu_e + bu_e)) Wd_e + bd_e)``, ``e = experts_tj``. Plain:
+    ``y_t = sum_j w_tj (act(x_t Wu_e + bu_e) Wd_e + bd_e)``. An id outside ``[0, E)`` contributes zero, and gets none.
+
+    Args:
+        x: ``[..., D]`` float64, float32, bfloat16 or float16.
+        experts: ``[..., K]`` ids of any integer dtype.
+        weights: ``[..., K]`` routing weights of any float dtype (float32 beside a bfloat16 x is usual).
+        gate_up_proj: ``[E, 2F, D]`` gate and up rows, or the up rows ``[E, F, D]`` when plain; dtype of x.
+        down_proj: ``[E, D, F]``, dtype of x.
+        gate_up_bias: ``[E, 2F]`` (laid out as the rows of ``gate_up_proj``), or ``[E, F]`` when plain.
+        down_bias: ``[E, D]``; multiplied by the routing weight like the rest of the expert's output.
+        activation: ``silu``, ``gelu`` (erf), ``gelu_tanh``, ``relu``, ``relu2`` (relu squared), ``sigmoid``, ``identity``,
+            or ``swiglu_oai``, GPT-OSS's clamped SwiGLU ``(u + 1) g sigmoid(alpha g)``.
+        gated: whether ``gate_up_proj`` holds gate and up.
+        gate_up_layout: rows of ``gate_up_proj``: ``gate_up`` (Hugging Face), ``up_gate`` (MoMoE), ``interleaved`` (GPT-OSS).
+        transposed: weights come as ``[E, D, 2F]`` and ``[E, F, D]`` (GPT-OSS); read as views, never copied.
+        swiglu_alpha: slope of ``swiglu_oai``.
+        swiglu_limit: clamp of ``swiglu_oai``.
+        save_percent: 0 to 100, the share of pre-activation rows kept for the backward; the rest is computed again there.
+            Less memory for more time, the same gradients. ``dense`` is left to autograd and keeps everything.
+        impl: ``"auto"``, ``"dense"`` (masked batched matmul, derivatives of every order) or ``"grouped"`` (sorted rows).
+
+    Returns:
+        ``[..., D]`` in the dtype of x. Products accumulate in float32 for half precision; each written tensor is rounded
+        once; each row is written once, in a fixed order of summation.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a shape or name that does not fit, or an ``impl`` that cannot run here.
+
+    Source:
+        Shazeer et al. 2017 (arXiv 1701.06538); backward after SonicMoE (arXiv 2512.14080) section 3.
+
+    Example:
+        >>> import torch
+        >>> from fusedonemoe import functional as F
+        >>> x, router = torch.randn(5, 16), torch.randn(16, 4)
+        >>> gate_up_proj, down_proj = torch.randn(4, 2 * 32, 16), torch.randn(4, 16, 32)
+        >>> weights, experts = F.route(x @ router, top_k=2)
+        >>> F.experts_mlp(x, experts, weights, gate_up_proj, down_proj).shape
+        torch.Size([5, 16])
+    """
+    _check_routing(x, experts, weights)
+    _check_one_of("activation", activation, ACTIVATIONS)
+    _check_one_of("gate_up_layout", gate_up_layout, GATE_UP_LAYOUTS)
+    _check_save_percent(save_percent)
+    if activation == "swiglu_oai" and not gated:
+        raise ValueError("activation 'swiglu_oai' is gated by definition, got gated=False")
+    _check_like_x("gate_up_proj", gate_up_proj, x)
+    _check_like_x("down_proj", down_proj, x)
+    _check_dim("gate_up_proj", gate_up_proj, "E, D, G" if transposed else "E, G, D")
+    up_EGD = gate_up_proj.transpose(1, 2) if transposed else gate_up_proj
+    E, G, D = up_EGD.shape
+    if E < 1:
+        raise ValueError("gate_up_proj must hold at least one expert, got E = 0")
+    if gated and G % 2:
+        raise ValueError(f"gate_up_proj must have as many gate rows as up rows, got {G} in all")
+    if x.shape[-1] != D:
+        raise ValueError(f"x must have shape [..., {D}] to fit gate_up_proj, got {tuple(x.shape)}")
+    F = G // 2 if gated else G
+    _check_shape("down_proj", down_proj, (E, F, D) if transposed else (E, D, F))
+    down_EDF = down_proj.transpose(1, 2) if transposed else down_proj
+    if gate_up_bias is not None:
+        _check_like_x("gate_up_bias", gate_up_bias, x)
+        _check_shape("gate_up_bias", gate_up_bias, (E, G))
+    if down_bias is not None:
+        _check_like_x("down_bias", down_bias, x)
+        _check_shape("down_bias", down_bias, (E, D))
+    K = experts.shape[-1]
+    chosen = choose(impl, top_k=K, num_experts=E, device_type=x.device.type, dtype=_compute_dtype(x), widths=(D, G, F)).impl
+    flat = (x.reshape(-1, D), experts.reshape(-1, K), weights.reshape(-1, K))
+    parameters = (up_EGD, down_EDF, gate_up_bias, down_bias)
+    act = (activation, gate_up_layout if gated else PLAIN, float(swiglu_alpha), float(swiglu_limit))
+    if chosen == "dense":
+        y = _ops.experts_mlp_dense(*flat, *parameters, *act, library.BUILD)
+    else:
+        kept = save_percent if _records_gradients(x, weights, *parameters) else 0
+        y = _ops.experts_mlp(*flat, *parameters, *act, kept, library.BUILD)[0]
+    return y.reshape(x.shape)
+
+
+def experts_merged(x: Tensor, experts: Tensor, weights: Tensor, proj: Tensor, *, impl: str = "auto") -> Tensor:
+    """Project each token by the weighted mix of its experts: ``h_t = sum_j w_tj (x_t W_e)``, ``e = experts_tj``.
+
+    The up-projection of the original FusedOneMoE: the mix happens before the activation, which is the caller's.
+
+    Args:
+        x: ``[..., D]`` float64, float32, bfloat16 or float16.
+        experts: ``[..., K]`` ids of any integer dtype; ids outside ``[0, E)`` contribute zero.
+        weights: ``[..., K]`` routing weights of any float dtype.
+        proj: ``[E, D, F]``, dtype of x.
+        impl: ``"auto"``, ``"dense"`` or ``"grouped"``.
+
+    Returns:
+        ``[..., F]`` in the dtype of x.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a shape or name that does not fit, or an ``impl`` that cannot run here.
+
+    Example:
+        >>> import torch
+        >>> from fusedonemoe import functional as F
+        >>> x, proj = torch.randn(5, 16), torch.randn(4, 16, 32)
+        >>> weights, experts = F.route(torch.randn(5, 4), top_k=2, scoring="sigmoid", norm_topk_prob=False)
+        >>> F.experts_merged(x, experts, weights, proj).shape
+        torch.Size([5, 32])
+    """
+    _check_routing(x, experts, weights)
+    _check_like_x("proj", proj, x)
+    _check_dim("proj", proj, "E, D, F")
+    E, D, F = proj.shape
+    if E < 1:
+        raise ValueError("proj must hold at least one expert, got E = 0")
+    if x.shape[-1] != D:
+        raise ValueError(f"x must have shape [..., {D}] to fit proj, got {tuple(x.shape)}")
+    K = experts.shape[-1]
+    chosen = choose(impl, top_k=K, num_experts=E, device_type=x.device.type, dtype=_compute_dtype(x), widths=(D, F)).impl
+    flat = (x.reshape(-1, D), experts.reshape(-1, K), weights.reshape(-1, K), proj)
+    if chosen == "dense":
+        h = _ops.experts_merged_dense(*flat, library.BUILD)
+    else:
+        h = _ops.experts_merged(*flat, library.BUILD)[0]
+    return h.reshape(*x.shape[:-1], F)

@@ -1,0 +1,328 @@
+"""The modules: parameters, their initialisation, and a forward that is one call into :mod:`fusedonemoe.functional`."""
+
+import math
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor, nn
+
+from fusedonemoe import functional as F
+from fusedonemoe.config import MoEConfig
+from fusedonemoe.routers import TopKRouter
+
+
+def _uniform_by_fan_in(parameter: Tensor, fan_in: int) -> None:
+    """What ``nn.Linear`` would give each expert."""
+    bound = 1 / math.sqrt(fan_in)
+    nn.init.uniform_(parameter, -bound, bound)
+
+
+class MoEOutput(NamedTuple):
+    """What :class:`MoE` returns with ``return_routing=True``.
+
+    Attributes:
+        output: ``[..., D]``.
+        logits: ``[..., E]`` router logits, float32.
+        weights: ``[..., K]`` routing weights, float32.
+        experts: ``[..., K]`` int64 ids.
+        tokens_per_expert: ``[E]`` int64, how many rows each expert took.
+    """
+
+    output: Tensor
+    logits: Tensor
+    weights: Tensor
+    experts: Tensor
+    tokens_per_expert: Tensor
+
+
+class Experts(nn.Module):
+    """The experts of a block: stacked weights, expert axis first, under Hugging Face's names.
+
+    Parameters ``gate_up_proj`` ``[E, 2F, D]`` (``up_proj`` ``[E, F, D]`` when plain), ``down_proj`` ``[E, D, F]`` and, with
+    biases, ``gate_up_proj_bias`` ``[E, 2F]`` (``up_proj_bias``) and ``down_proj_bias`` ``[E, D]``.
+
+    Args:
+        config: the block's configuration.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        x ``[..., D]``, experts ``[..., K]``, weights ``[..., K]`` to ``[..., D]``: Hugging Face's order of arguments.
+    """
+
+    down_proj_bias: Tensor | None
+
+    def __init__(self, config: MoEConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.num_experts = config.num_experts
+        self._up_name = "gate_up_proj" if config.gated else "up_proj"
+        E, D, F_, G = config.num_experts, config.hidden_size, config.intermediate_size, config.up_rows
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
+
+        self.register_parameter(self._up_name, parameter(E, G, D))
+        self.down_proj = parameter(E, D, F_)
+        self.register_parameter(f"{self._up_name}_bias", parameter(E, G) if config.bias else None)
+        self.register_parameter("down_proj_bias", parameter(E, D) if config.bias else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise every expert as ``nn.Linear`` does: uniform within ``1 / sqrt(fan_in)``."""
+        for name, parameter in self.named_parameters():
+            up = name.startswith(self._up_name)
+            _uniform_by_fan_in(parameter, self.config.hidden_size if up else self.config.intermediate_size)
+
+    def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """Run each row of ``x`` through its experts and sum by weight."""
+        config = self.config
+        return F.experts_mlp(
+            x,
+            experts,
+            weights,
+            getattr(self, self._up_name),
+            self.down_proj,
+            gate_up_bias=getattr(self, f"{self._up_name}_bias"),
+            down_bias=self.down_proj_bias,
+            activation=config.activation,
+            gated=config.gated,
+            gate_up_layout=config.gate_up_layout,
+            swiglu_alpha=config.swiglu_alpha,
+            swiglu_limit=config.swiglu_limit,
+            save_percent=config.save_percent,
+            impl=config.impl,
+        )
+
+    def extra_repr(self) -> str:
+        """The sizes, for ``print(module)``."""
+        config = self.config
+        return (
+            f"num_experts={config.num_experts}, hidden_size={config.hidden_size}, "
+            f"intermediate_size={config.intermediate_size}, activation={config.activation!r}, gated={config.gated}"
+        )
+
+
+class SharedExpert(nn.Module):
+    """The dense branch that every token takes: ``(silu(x Wg) * (x Wu)) Wd``.
+
+    Args:
+        hidden_size: ``D``.
+        intermediate_size: ``F`` of this branch.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False, device=device, dtype=dtype)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False, device=device, dtype=dtype)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., D]`` to ``[..., D]``."""
+        out: Tensor = self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class MoE(nn.Module):
+    """A mixture-of-experts block: router, experts, and optionally a shared dense branch.
+
+    ``y = experts(x, route(x)) [+ shared(x) [* sigmoid(x . w_s)]]``. Parameters are plain and carry Hugging Face's names:
+    ``gate.weight`` ``[E, D]``, ``experts.gate_up_proj`` ``[E, 2F, D]``, ``experts.down_proj`` ``[E, D, F]``,
+    ``shared_expert.{gate,up,down}_proj.weight``, ``shared_expert_gate.weight``.
+
+    Args:
+        config: a :class:`MoEConfig`; or give its fields as keywords.
+        device: of the parameters.
+        dtype: of the parameters.
+        **fields: fields of :class:`MoEConfig`, when ``config`` is None.
+
+    Shape:
+        ``[..., D]`` to ``[..., D]`` in the dtype of x.
+
+    Example:
+        >>> import torch
+        >>> from fusedonemoe import MoE
+        >>> moe = MoE(hidden_size=64, intermediate_size=128, num_experts=8, top_k=2)
+        >>> moe(torch.randn(2, 10, 64)).shape
+        torch.Size([2, 10, 64])
+        >>> moe(torch.randn(2, 10, 64), return_routing=True).tokens_per_expert.sum()
+        tensor(40)
+    """
+
+    def __init__(
+        self,
+        config: MoEConfig | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **fields: Any,
+    ) -> None:
+        super().__init__()
+        if config is None:
+            config = MoEConfig(**fields)
+        elif not isinstance(config, MoEConfig):
+            raise TypeError(f"config must be a MoEConfig, got {type(config).__name__}; give sizes by keyword")
+        elif fields:
+            raise TypeError(f"give either config or its fields, got both: {sorted(fields)}")
+        self.config = config
+        self.gate = TopKRouter(
+            config.hidden_size,
+            config.num_experts,
+            config.top_k,
+            scoring=config.scoring,
+            score_first=config.score_first,
+            norm_topk_prob=config.norm_topk_prob,
+            routed_scaling_factor=config.routed_scaling_factor,
+            bias=config.router_bias,
+            selection_bias=config.selection_bias,
+            n_group=config.n_group,
+            topk_group=config.topk_group,
+            group_score=config.group_score,
+            impl="dense" if config.impl == "dense" else "auto",
+            device=device,
+            dtype=dtype,
+        )
+        self.experts = Experts(config, device=device, dtype=dtype)
+        self.shared_expert: SharedExpert | None = None
+        self.shared_expert_gate: nn.Linear | None = None
+        if config.shared_intermediate_size is not None:
+            self.shared_expert = SharedExpert(config.hidden_size, config.shared_intermediate_size, device=device, dtype=dtype)
+            if config.shared_gate:
+                self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False, device=device, dtype=dtype)
+
+    @overload
+    def forward(self, x: Tensor, *, return_routing: Literal[False] = False) -> Tensor: ...
+    @overload
+    def forward(self, x: Tensor, *, return_routing: Literal[True]) -> MoEOutput: ...
+
+    def forward(self, x: Tensor, *, return_routing: bool = False) -> Tensor | MoEOutput:
+        """Run the block.
+
+        Args:
+            x: ``[..., D]``.
+            return_routing: return a :class:`MoEOutput` instead of the output alone.
+        """
+        if x.shape[-1:] != (self.config.hidden_size,):
+            raise ValueError(f"x must have shape [..., {self.config.hidden_size}], got {tuple(x.shape)}")
+        logits, weights, experts = self.gate(x)
+        y: Tensor = self.experts(x, experts, weights)
+        if self.shared_expert is not None:
+            shared = self.shared_expert(x)
+            if self.shared_expert_gate is not None:
+                shared = shared * torch.sigmoid(self.shared_expert_gate(x))
+            y = y + shared
+        if not return_routing:
+            return y
+        counts = F.tokens_per_expert(experts, self.config.num_experts)
+        return MoEOutput(y, logits, weights, experts, counts)
+
+
+class FusedOneMoE(nn.Module):
+    """The block of the original FusedOneMoE: experts mix before the activation and share one down-projection.
+
+    ``y = act(sum_e w_te (x_t W_e) + b_up) Wdown + b_down`` with ``act = relu(.)^2`` and ``w = sigmoid(x W_router)`` on the
+    selected experts. Differences from the original's code, which are repairs: unselected experts have weight 0 (there,
+    ``sigmoid(0) = 1/2``), biases start small instead of failing to initialise, and weights are drawn by their fan-in.
+
+    Parameters: ``gate.weight`` ``[E, D]``, ``proj`` ``[E, D, F]``, ``down`` ``[F, D]``, and with biases ``up_bias`` ``[F]``,
+    ``down_bias`` ``[D]``.
+
+    Args:
+        hidden_size: ``D``.
+        intermediate_size: ``F``.
+        groups: ``E``, number of experts.
+        is_sparse: route each token to its ``topk`` experts; otherwise to all.
+        topk: ``K`` when sparse.
+        bias: ``b_up`` and ``b_down``.
+        impl: ``auto``, ``dense`` or ``grouped``.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        ``[..., D]`` to ``[..., D]``.
+
+    Example:
+        >>> import torch
+        >>> from fusedonemoe import FusedOneMoE
+        >>> layer = FusedOneMoE(hidden_size=128, intermediate_size=512, groups=32, is_sparse=True, topk=8)
+        >>> layer(torch.randn(2, 10, 128)).shape
+        torch.Size([2, 10, 128])
+    """
+
+    def __init__(
+        self,
+        hidden_size: int = 512,
+        intermediate_size: int = 3072,
+        groups: int = 12,
+        is_sparse: bool = False,
+        topk: int = 1,
+        bias: bool = False,
+        *,
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        # MoEConfig knows how to say what is wrong with a size.
+        MoEConfig(
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            num_experts=groups,
+            top_k=topk if is_sparse else None,
+            impl=impl,
+        )
+        self.impl = impl
+        self.gate = TopKRouter(
+            hidden_size,
+            groups,
+            topk if is_sparse else None,
+            scoring="sigmoid",
+            norm_topk_prob=False,
+            impl="dense" if impl == "dense" else "auto",
+            device=device,
+            dtype=dtype,
+        )
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
+
+        self.proj = parameter(groups, hidden_size, intermediate_size)
+        self.down = parameter(intermediate_size, hidden_size)
+        self.up_bias = parameter(intermediate_size) if bias else None
+        self.down_bias = parameter(hidden_size) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as ``nn.Linear`` does: uniform within ``1 / sqrt(fan_in)``."""
+        self.gate.reset_parameters()
+        F_, D = self.down.shape
+        _uniform_by_fan_in(self.proj, D)
+        _uniform_by_fan_in(self.down, F_)
+        if self.up_bias is not None and self.down_bias is not None:
+            _uniform_by_fan_in(self.up_bias, D)
+            _uniform_by_fan_in(self.down_bias, F_)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the block on ``x`` ``[..., D]``."""
+        if x.shape[-1:] != self.down.shape[1:]:
+            raise ValueError(f"x must have shape [..., {self.down.shape[1]}], got {tuple(x.shape)}")
+        _, weights, experts = self.gate(x)
+        h = F.experts_merged(x, experts, weights, self.proj, impl=self.impl)
+        if self.up_bias is not None:
+            h = h + self.up_bias
+        y = torch.matmul(nn.functional.relu(h).square(), self.down)
+        return y if self.down_bias is None else y + self.down_bias
+
+    def extra_repr(self) -> str:
+        """The sizes, for ``print(module)``."""
+        E, D, F_ = self.proj.shape
+        return f"hidden_size={D}, intermediate_size={F_}, groups={E}, topk={self.gate.top_k}"

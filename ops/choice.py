@@ -1,0 +1,107 @@
+"""Which implementation runs an expert layer, by counted work; the choice depends on E, K, dtype and device, never on T."""
+
+from dataclasses import dataclass
+
+import torch
+
+from fusedonemoe.ops import grouped
+
+IMPLEMENTATIONS = ("dense", "grouped")
+# Sorting, gathering and summing rows costs the grouped formulation about as much as dense loses by computing
+# every expert for twice the rows it needs (measured on CPU at E/K = 1, 2 and 4; float32 and bfloat16).
+DENSE_UP_TO = 2
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one forward of an expert layer costs.
+
+    Attributes:
+        flops: floating point operations of the matrix products.
+        weight_bytes: bytes of expert weights read, at most.
+    """
+
+    flops: int
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The outcome of :func:`choose`.
+
+    Attributes:
+        impl: the implementation that runs.
+        reason: why, in one sentence.
+    """
+
+    impl: str
+    reason: str
+
+
+def count_work(impl: str, *, tokens: int, top_k: int, num_experts: int, weight_numel: int, itemsize: int) -> Work:
+    """Count the work of one forward.
+
+    Args:
+        impl: one of :data:`IMPLEMENTATIONS`.
+        tokens: ``T``.
+        top_k: ``K``.
+        num_experts: ``E``.
+        weight_numel: elements of all expert weights together.
+        itemsize: bytes of one weight.
+
+    Returns:
+        The :class:`Work`: two operations per weight and routed row (dense routes every token to every expert), and the
+        weights of the experts that can be hit.
+    """
+    per_expert = weight_numel // num_experts
+    rows = tokens * (num_experts if impl == "dense" else top_k)
+    touched = num_experts if impl == "dense" else min(num_experts, rows)
+    return Work(flops=2 * rows * per_expert, weight_bytes=touched * per_expert * itemsize)
+
+
+def refusal(impl: str, *, device_type: str, dtype: torch.dtype, widths: tuple[int, ...]) -> str | None:
+    """Why ``impl`` cannot run on such tensors; None when it can.
+
+    Args:
+        impl: one of :data:`IMPLEMENTATIONS`.
+        device_type: ``"cpu"`` or ``"cuda"``, ...
+        dtype: of x and the expert weights.
+        widths: the row lengths of the grouped GEMMs.
+    """
+    if impl == "dense" or device_type == "cpu":
+        return None
+    if device_type == "cuda":
+        return grouped.cuda_refusal(dtype, *widths)
+    return f"there is no grouped GEMM for device {device_type!r}"
+
+
+def choose(impl: str, *, top_k: int, num_experts: int, device_type: str, dtype: torch.dtype, widths: tuple[int, ...]) -> Choice:
+    """Resolve ``impl="auto"``, or check that a named implementation can run.
+
+    Args:
+        impl: ``"auto"`` or one of :data:`IMPLEMENTATIONS`.
+        top_k: ``K``.
+        num_experts: ``E``.
+        device_type: of the tensors.
+        dtype: of x and the expert weights.
+        widths: the row lengths of the grouped GEMMs: D, F and what the up-projection yields.
+
+    Returns:
+        The :class:`Choice`.
+
+    Raises:
+        ValueError: an unknown name, or a named implementation that cannot run here; it never falls back silently.
+    """
+    if impl not in (*IMPLEMENTATIONS, "auto"):
+        raise ValueError(f"impl must be one of {('auto', *IMPLEMENTATIONS)}, got {impl!r}")
+    if impl != "auto":
+        why_not = refusal(impl, device_type=device_type, dtype=dtype, widths=widths)
+        if why_not:
+            raise ValueError(f"impl={impl!r} cannot run here: {why_not}")
+        return Choice(impl, "asked for by impl=")
+    if num_experts <= DENSE_UP_TO * top_k:
+        return Choice("dense", f"E/K = {num_experts}/{top_k} <= {DENSE_UP_TO}: computing every expert costs less than sorting")
+    why_not = refusal("grouped", device_type=device_type, dtype=dtype, widths=widths)
+    if why_not:
+        return Choice("dense", f"grouped cannot run here: {why_not}")
+    return Choice("grouped", f"dense would do E/K = {num_experts}/{top_k} times the arithmetic")

@@ -1,0 +1,95 @@
+"""Grouped GEMMs on CPU from torch's own: a batched matmul over padded experts, or one GEMM per expert.
+
+These run inside opaque operators, where reading ``offsets`` costs nothing (they live in host memory) and shapes may
+follow the data. Few rows per expert: the cost is one library call per expert, so experts are batched, each padded to the
+longest of its batch, a batch small enough to stay in cache. Many rows: the GEMM is worth its call, and oneDNN's is taken
+in float32, which MKL serves badly on AMD machines.
+"""
+
+import torch
+from torch import Tensor
+
+EXPERTS_PER_BATCH = 16
+# A batch whose padding would multiply its rows by more than this is done one expert at a time.
+MOST_PADDING = 4
+
+
+def _has_onednn_linear() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+_ONEDNN = _has_onednn_linear()
+
+
+def _mm_into(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """``out = left @ right``, any strides. torch.mm takes MKL in float32, about half of oneDNN's rate on AMD machines."""
+    if _ONEDNN and left.dtype == torch.float32 and left.shape[0] > 0 and left.shape[1] > 0:
+        out.copy_(torch.ops.mkldnn._linear_pointwise(left, right.t(), None, "none", [], ""))
+    else:
+        torch.mm(left, right, out=out)
+
+
+def _rows_for_own_gemm(dtype: torch.dtype) -> int:
+    """The mean number of rows per expert from which one GEMM each was measured faster than padded batches."""
+    return 16 if _ONEDNN and dtype == torch.float32 else 192
+
+
+def _padded_index(offsets: Tensor, first: int, last: int, length: int, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Rows of experts ``first`` to ``last``, each as ``length`` indices, and the mask of the real ones. ``[experts, length]``."""
+    index = offsets[first:last, None] + torch.arange(length, dtype=offsets.dtype)
+    is_real = index < offsets[first + 1 : last + 1, None]
+    return index.clamp_(max=num_rows - 1), is_real
+
+
+def grouped_mm(rows_NA: Tensor, weights_EAB: Tensor, offsets: Tensor) -> Tensor:
+    """``out[i] = rows[i] @ weights[e]`` for ``offsets[e] <= i < offsets[e + 1]``, zeros past ``offsets[E]``.
+
+    Args:
+        rows_NA: ``[N, A]`` rows in expert order.
+        weights_EAB: ``[E, A, B]``, any strides.
+        offsets: ``[E + 1]`` int32.
+
+    Returns:
+        ``[N, B]`` in the dtype of the rows.
+    """
+    N, E = rows_NA.shape[0], weights_EAB.shape[0]
+    bounds = offsets.tolist()
+    out_NB = rows_NA.new_empty(N, weights_EAB.shape[2])
+    out_NB[bounds[-1] :] = 0
+    per_batch = 1 if bounds[-1] >= _rows_for_own_gemm(rows_NA.dtype) * E else EXPERTS_PER_BATCH
+    for first in range(0, E, per_batch):
+        last = min(first + per_batch, E)
+        start, stop = bounds[first], bounds[last]
+        if start == stop:
+            continue
+        longest = max(bounds[e + 1] - bounds[e] for e in range(first, last))
+        if longest * (last - first) > MOST_PADDING * (stop - start) or per_batch == 1:
+            for e in range(first, last):
+                if bounds[e] < bounds[e + 1]:
+                    rows = slice(bounds[e], bounds[e + 1])
+                    _mm_into(out_NB[rows], rows_NA[rows], weights_EAB[e])
+        else:
+            index, is_real = _padded_index(offsets, first, last, longest, N)
+            padded = rows_NA.index_select(0, index.view(-1)).view(last - first, longest, -1)
+            y = torch.bmm(padded, weights_EAB[first:last]).flatten(0, 1)
+            torch.index_select(y, 0, is_real.view(-1).nonzero().squeeze(1), out=out_NB[start:stop])
+    return out_NB
+
+
+def grouped_outer(left_NA: Tensor, right_NB: Tensor, offsets: Tensor) -> Tensor:
+    """``out[e] = left[rows of e]^T @ right[rows of e]``; zeros for an expert without rows.
+
+    Args:
+        left_NA: ``[N, A]`` rows in expert order.
+        right_NB: ``[N, B]`` rows in expert order.
+        offsets: ``[E + 1]`` int32.
+
+    Returns:
+        ``[E, A, B]`` in the dtype of the rows.
+    """
+    bounds = offsets.tolist()
+    out_EAB = left_NA.new_empty(len(bounds) - 1, left_NA.shape[1], right_NB.shape[1])
+    for e, out_AB in enumerate(out_EAB.unbind()):
+        rows = slice(bounds[e], bounds[e + 1])
+        _mm_into(out_AB, left_NA[rows].t(), right_NB[rows])
+    return out_EAB

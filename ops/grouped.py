@@ -1,0 +1,261 @@
+"""The sorted formulation: rows in expert order, one grouped GEMM per projection. K/E of dense's arithmetic.
+
+Forward and hand-written backward of both expert layers, as static-shape tensor code around :func:`grouped_mm` and
+:func:`grouped_outer`. ``N = T * K`` rows; row suffix ``N`` means sorted (plan) order. Rows whose id lies outside
+``[0, E)`` stand at the end; the grouped products write zeros there, so they add nothing anywhere.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedonemoe.ops.activation import Activation, activate, activate_backward
+from fusedonemoe.ops.plan import Plan, in_range, inverse_order, make_plan
+
+CUDA_ALIGNMENT_BYTES = 16
+
+
+def cuda_refusal(dtype: torch.dtype, *widths: int) -> str | None:
+    """Why torch's grouped GEMM cannot run on CUDA for rows of these widths; None when it can."""
+    if dtype == torch.float64:
+        return "torch's CUDA grouped GEMM has no float64"
+    if any(width * dtype.itemsize % CUDA_ALIGNMENT_BYTES for width in widths):
+        return f"torch's CUDA grouped GEMM needs rows of a multiple of {CUDA_ALIGNMENT_BYTES} bytes"
+    return None
+
+
+def grouped_mm(rows_NA: Tensor, weights_EAB: Tensor, offsets: Tensor) -> Tensor:
+    """``out[i] = rows[i] @ weights[e]`` for the sorted rows ``i`` of expert ``e``; zeros past ``offsets[E]``. ``[N, B]``."""
+    if rows_NA.is_cuda:
+        out_NB = torch._grouped_mm(rows_NA, weights_EAB, offs=offsets[1:])
+        is_routed = torch.arange(rows_NA.shape[0], device=rows_NA.device) < offsets[-1]
+        return torch.where(is_routed[:, None], out_NB, 0)
+    return torch.ops.fusedonemoe.grouped_mm(rows_NA, weights_EAB, offsets)
+
+
+def grouped_outer(left_NA: Tensor, right_NB: Tensor, offsets: Tensor) -> Tensor:
+    """``out[e] = sum_i left[i]^T right[i]`` over the sorted rows of expert ``e``; zeros for an empty one. ``[E, A, B]``."""
+    if left_NA.is_cuda:
+        return torch._grouped_mm(left_NA.t(), right_NB, offs=offsets[1:])
+    return torch.ops.fusedonemoe.grouped_outer(left_NA, right_NB, offsets)
+
+
+class _Rows(NamedTuple):
+    """What every operator needs to know of its sorted rows.
+
+    Attributes:
+        token: ``[N]`` the token of each row.
+        position: ``[N]`` where each flattened row ``t * K + j`` stands in sorted order.
+        weights_TK: routing weights with those of out-of-range ids at 0 (an arbitrary value may stand there).
+        weight: ``[N, 1]`` the routing weight of each row.
+    """
+
+    token: Tensor
+    position: Tensor
+    weights_TK: Tensor
+    weight: Tensor
+
+
+def _rows(experts_TK: Tensor, weights_TK: Tensor, order: Tensor, num_experts: int) -> _Rows:
+    weights_TK = torch.where(in_range(experts_TK, num_experts), weights_TK, 0)
+    weight = weights_TK.reshape(-1).index_select(0, order)
+    return _Rows(order // experts_TK.shape[1], inverse_order(order), weights_TK, weight[:, None])
+
+
+def _expert_of_row(experts_TK: Tensor, order: Tensor, num_experts: int) -> Tensor:
+    """``[N]`` the expert of each sorted row, any expert where the id is out of range."""
+    return experts_TK.reshape(-1).index_select(0, order).clamp(0, num_experts - 1).to(torch.int32)
+
+
+def _sum_over_choices(rows_NB: Tensor, rows: _Rows, *, weighted: bool, dtype: torch.dtype) -> Tensor:
+    """Per token, the (weighted) sum of its K rows in the order of its choices: no atomics. ``[T, B]``.
+
+    A half-precision sum runs in float32 (torch's own accumulation, or that of the float32 weights) and rounds once.
+    """
+    T, K = rows.weights_TK.shape
+    rows_TKB = rows_NB.index_select(0, rows.position).unflatten(0, (T, K))
+    if weighted:
+        rows_TKB = rows_TKB * rows.weights_TK[:, :, None]
+    return rows_TKB.sum(1).to(dtype)
+
+
+def _column_sums(rows_NB: Tensor, offsets: Tensor) -> Tensor:
+    """``[E, B]`` sum of each expert's rows, as a grouped product with ones: one fixed order of summation."""
+    # Sixteen columns of ones, not one: torch's CUDA grouped GEMM wants rows of 16 bytes.
+    ones = rows_NB.new_ones(rows_NB.shape[0], CUDA_ALIGNMENT_BYTES)
+    return grouped_outer(ones, rows_NB, offsets)[:, 0].contiguous()
+
+
+def _pre_activation(
+    x_ND: Tensor, up_EGD: Tensor, up_bias_EG: Tensor | None, experts_TK: Tensor, plan: Plan, start: int
+) -> Tensor:
+    """``z = x Wup_e (+ bup_e)`` for the sorted rows from ``start`` on."""
+    offsets = (plan.offsets - start).clamp(min=0) if start else plan.offsets
+    z_NG = grouped_mm(x_ND, up_EGD.transpose(1, 2), offsets)
+    if up_bias_EG is not None:
+        expert = _expert_of_row(experts_TK, plan.order[start:], up_EGD.shape[0])
+        z_NG += up_bias_EG.index_select(0, expert)
+    return z_NG
+
+
+def saved_rows(num_rows: int, save_percent: int) -> int:
+    """How many sorted rows of ``z`` the forward keeps for the backward: ``floor(N * p / 100)``."""
+    return num_rows * save_percent // 100
+
+
+def experts_mlp(
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    up_EGD: Tensor,
+    down_EDF: Tensor,
+    up_bias_EG: Tensor | None,
+    down_bias_ED: Tensor | None,
+    act: Activation,
+    save_percent: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``y_t = sum_j w_tj (act(x_t Wup_e + bup_e) Wdown_e + bdown_e)``.
+
+    Returns:
+        ``y_TD``; ``z``, the first ``floor(N * save_percent / 100)`` rows of the sorted pre-activations; and the plan's
+        ``order`` and ``offsets``.
+    """
+    E = up_EGD.shape[0]
+    plan = make_plan(experts_TK, E)
+    rows = _rows(experts_TK, weights_TK, plan.order, E)
+    x_ND = x_TD.index_select(0, rows.token)
+    z_NG = _pre_activation(x_ND, up_EGD, up_bias_EG, experts_TK, plan, 0)
+    del x_ND
+    h_NF = activate(z_NG, act, reuse=True)
+    saved = z_NG
+    if save_percent < 100:
+        saved = z_NG[: saved_rows(z_NG.shape[0], save_percent)].clone()
+    del z_NG
+    y_ND = grouped_mm(h_NF, down_EDF.transpose(1, 2), plan.offsets)
+    del h_NF
+    if down_bias_ED is not None:
+        y_ND += down_bias_ED.index_select(0, _expert_of_row(experts_TK, plan.order, E))
+    return _sum_over_choices(y_ND, rows, weighted=True, dtype=x_TD.dtype), saved, plan.order, plan.offsets
+
+
+class MLPNeeds(NamedTuple):
+    """Which gradients of :func:`experts_mlp` are wanted; what is not wanted costs nothing."""
+
+    x: bool
+    weights: bool
+    up: bool
+    down: bool
+    up_bias: bool
+    down_bias: bool
+
+
+def experts_mlp_backward(
+    dy_TD: Tensor,
+    z: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    up_EGD: Tensor,
+    down_EDF: Tensor,
+    up_bias_EG: Tensor | None,
+    down_bias_ED: Tensor | None,
+    act: Activation,
+    needs: MLPNeeds,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of :func:`experts_mlp` (SonicMoE's algebra, arXiv 2512.14080: each expert's y is never needed).
+
+    With ``dA' = dy Wdown_e^T`` and ``A = act(z)``: ``dw = <dA', A> + <dy, bdown_e>``, ``dz = act'(z) (w dA')``,
+    ``dWdown_e = sum dy^T (w A)``, ``dWup_e = sum dz^T x``, ``dx_t = sum_j dz Wup_e``; bias gradients are column sums.
+
+    Returns:
+        Gradients of x, weights, up, down, up bias and down bias; a zero-size tensor where not needed.
+    """
+    E, T, K = up_EGD.shape[0], *experts_TK.shape
+    plan = Plan(order, offsets)
+    rows = _rows(experts_TK, weights_TK, order, E)
+    x_ND = x_TD.index_select(0, rows.token)
+    if z.shape[0] != order.shape[0]:
+        rest = _pre_activation(x_ND[z.shape[0] :], up_EGD, up_bias_EG, experts_TK, plan, z.shape[0])
+        z = torch.cat((z, rest))
+    dy_ND = dy_TD.index_select(0, rows.token)
+    h_NF = activate(z, act, reuse=True)
+
+    # Operators may not return one tensor twice, so each unneeded gradient is an empty tensor of its own.
+    dx, dweights, dup, ddown, dup_bias, ddown_bias = (x_TD.new_empty(0) for _ in range(6))
+    if needs.down:
+        ddown = grouped_outer(dy_ND, (h_NF * rows.weight).to(h_NF.dtype), offsets)
+    if needs.down_bias:
+        ddown_bias = _column_sums((dy_ND * rows.weight).to(dy_ND.dtype), offsets)
+    if needs.x or needs.weights or needs.up or needs.up_bias:
+        dh_NF = grouped_mm(dy_ND, down_EDF, offsets)
+    if needs.weights:
+        dweight = (dh_NF * h_NF).sum(1, dtype=weights_TK.dtype)
+        if down_bias_ED is not None:
+            bias_ND = down_bias_ED.index_select(0, _expert_of_row(experts_TK, order, E))
+            dweight = dweight + (dy_ND * bias_ND).sum(1, dtype=weights_TK.dtype)
+        dweights = dweight.index_select(0, rows.position).view(T, K)
+        dweights = torch.where(in_range(experts_TK, E), dweights, 0)
+    del h_NF, dy_ND
+    if needs.x or needs.up or needs.up_bias:
+        dz_NG = activate_backward((dh_NF * rows.weight).to(dh_NF.dtype), z, act)
+    if needs.up:
+        dup = grouped_outer(dz_NG, x_ND, offsets)
+    if needs.up_bias:
+        dup_bias = _column_sums(dz_NG, offsets)
+    del x_ND
+    if needs.x:
+        dx = _sum_over_choices(grouped_mm(dz_NG, up_EGD, offsets), rows, weighted=False, dtype=x_TD.dtype)
+    return dx, dweights, dup, ddown, dup_bias, ddown_bias
+
+
+def experts_merged(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, proj_EDF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``h_t = sum_j w_tj (x_t W_e)``, with the plan's ``order`` and ``offsets``."""
+    plan = make_plan(experts_TK, proj_EDF.shape[0])
+    rows = _rows(experts_TK, weights_TK, plan.order, proj_EDF.shape[0])
+    h_NF = grouped_mm(x_TD.index_select(0, rows.token), proj_EDF, plan.offsets)
+    return _sum_over_choices(h_NF, rows, weighted=True, dtype=x_TD.dtype), plan.order, plan.offsets
+
+
+class MergedNeeds(NamedTuple):
+    """Which gradients of :func:`experts_merged` are wanted."""
+
+    x: bool
+    weights: bool
+    proj: bool
+
+
+def experts_merged_backward(
+    dh_TF: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    proj_EDF: Tensor,
+    needs: MergedNeeds,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`experts_merged`: with ``q = dh W_e^T``, ``dw = <q, x>``, ``dx = sum_j w q``, ``dW_e = sum (w x)^T dh``.
+
+    Returns:
+        Gradients of x, weights and proj; a zero-size tensor where not needed.
+    """
+    E = proj_EDF.shape[0]
+    rows = _rows(experts_TK, weights_TK, order, E)
+    dh_NF = dh_TF.index_select(0, rows.token)
+    dx, dweights, dproj = (x_TD.new_empty(0) for _ in range(3))
+    if needs.weights or needs.proj:
+        x_ND = x_TD.index_select(0, rows.token)
+    if needs.proj:
+        dproj = grouped_outer((x_ND * rows.weight).to(x_ND.dtype), dh_NF, offsets)
+    if needs.x or needs.weights:
+        q_ND = grouped_mm(dh_NF, proj_EDF.transpose(1, 2), offsets)
+    if needs.weights:
+        dweight = (q_ND * x_ND).sum(1, dtype=weights_TK.dtype)
+        dweights = dweight.index_select(0, rows.position).view(experts_TK.shape)
+        dweights = torch.where(in_range(experts_TK, E), dweights, 0)
+    if needs.x:
+        dx = _sum_over_choices(q_ND, rows, weighted=True, dtype=x_TD.dtype)
+    return dx, dweights, dproj

@@ -1,0 +1,302 @@
+"""The only place that speaks to torch.library: schemas, fakes, autograd, autocast, one name for every device.
+
+Each public operator is a ``triton_op``: eager calls run its body as one operator with a hand-written backward, torch.compile
+inlines the body and fuses it, torch.export keeps the operator. The body takes the branch of the tensors' device. The
+``*_dense`` operators are composites instead: autograd, ``torch.func`` and export look straight through them, so they have
+derivatives of every order.
+
+Every operator takes ``build``, a fingerprint of this package's source. torch.compile's on-disk cache knows an operator by
+its name and arguments, not by its Python, and would go on running the old body after an upgrade; the fingerprint in the
+graph makes the new one a different graph.
+"""
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import triton_op
+
+from fusedonemoe.ops import dense, grouped
+from fusedonemoe.ops import route as routing
+from fusedonemoe.ops.activation import Activation
+from fusedonemoe.ops.cpu import grouped_gemm
+from fusedonemoe.ops.grouped import MergedNeeds, MLPNeeds
+from fusedonemoe.ops.route import RouteRule
+
+NAMESPACE = "fusedonemoe"
+
+
+def _fingerprint() -> int:
+    """A 62-bit digest of the operators' source files."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return int.from_bytes(digest.digest(), "big") >> 2
+
+
+BUILD = _fingerprint()
+
+_lib = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+@contextmanager
+def _without_triton_warning() -> Iterator[None]:
+    """Registering a ``triton_op`` logs a warning where Triton is not installed; the CPU bodies need none."""
+    logger = logging.getLogger("torch._library.triton")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _operator(name: str, body: Callable[..., Any]) -> Any:
+    """Register an operator with an opaque eager body that compilation inlines; the schema is read off its annotations."""
+    with _without_triton_warning():
+        return triton_op(f"{NAMESPACE}::{name}", body, mutates_args=())
+
+
+def _composite(name: str, body: Callable[..., Any]) -> None:
+    """Register an operator that autograd, torch.func and compilation look through."""
+    _lib.define(name + torch.library.infer_schema(body, mutates_args=()))
+    _lib.impl(name, body, "CompositeImplicitAutograd")
+
+
+def _define_autocast(name: str, casts: Sequence[int]) -> None:
+    """Under autocast, cast the floating arguments at ``casts`` and run the body with autocast off.
+
+    The others keep their dtype: routing arithmetic and routing weights are float32 whatever the model's dtype is.
+    """
+    op = getattr(torch.ops.fusedonemoe, name).default
+
+    def rule_for(device: str) -> Callable[..., Any]:
+        def rule(*args: Any) -> Any:
+            dtype = torch.get_autocast_dtype(device)
+            cast = [
+                a.to(dtype) if i in casts and isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64 else a
+                for i, a in enumerate(args)
+            ]
+            with torch.autocast(device, enabled=False):
+                return op(*cast)
+
+        return rule
+
+    _lib.impl(name, rule_for("cpu"), "AutocastCPU")
+    _lib.impl(name, rule_for("cuda"), "AutocastCUDA")
+
+
+# Grouped GEMMs on CPU: opaque, because how many rows an expert has decides how they are best computed.
+
+_lib.define("grouped_mm(Tensor rows, Tensor weights, Tensor offsets) -> Tensor")
+_lib.impl("grouped_mm", grouped_gemm.grouped_mm, "CPU")
+_lib.define("grouped_outer(Tensor left, Tensor right, Tensor offsets) -> Tensor")
+_lib.impl("grouped_outer", grouped_gemm.grouped_outer, "CPU")
+
+
+@torch.library.register_fake(f"{NAMESPACE}::grouped_mm", lib=_lib)
+def _(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], weights.shape[2])
+
+
+@torch.library.register_fake(f"{NAMESPACE}::grouped_outer", lib=_lib)
+def _(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+    return left.new_empty(offsets.shape[0] - 1, left.shape[1], right.shape[1])
+
+
+# Routing
+
+
+def _route(
+    logits: Tensor,
+    selection_bias: Tensor | None,
+    top_k: int,
+    scoring: str,
+    score_first: bool,
+    norm_topk_prob: bool,
+    scale: float,
+    n_group: int,
+    topk_group: int,
+    group_score: str,
+    build: int,
+) -> tuple[Tensor, Tensor]:
+    rule = RouteRule(top_k, scoring, score_first, norm_topk_prob, scale, n_group, topk_group, group_score)
+    return routing.route(logits, selection_bias, rule)
+
+
+def _route_backward(
+    dweights: Tensor,
+    logits: Tensor,
+    experts: Tensor,
+    top_k: int,
+    scoring: str,
+    score_first: bool,
+    norm_topk_prob: bool,
+    scale: float,
+    n_group: int,
+    topk_group: int,
+    group_score: str,
+    build: int,
+) -> Tensor:
+    rule = RouteRule(top_k, scoring, score_first, norm_topk_prob, scale, n_group, topk_group, group_score)
+    return routing.route_backward(dweights, logits, experts, rule)
+
+
+def _route_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(inputs[0], output[1])
+    ctx.rule = inputs[2:]
+
+
+def _route_grad(ctx: Any, dweights: Tensor, _: Any) -> tuple[Any, ...]:
+    logits, experts = ctx.saved_tensors
+    dlogits = torch.ops.fusedonemoe.route_backward(dweights, logits, experts, *ctx.rule)
+    return dlogits, *(None for _ in range(1 + len(ctx.rule)))
+
+
+# The gated and the plain MLP
+
+
+def _experts_mlp(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    layout: str,
+    alpha: float,
+    limit: float,
+    save_percent: int,
+    build: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    act = Activation(activation, layout, alpha, limit)
+    return grouped.experts_mlp(x, experts, weights, up_proj, down_proj, up_bias, down_bias, act, save_percent)
+
+
+def _experts_mlp_backward(
+    dy: Tensor,
+    z: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    layout: str,
+    alpha: float,
+    limit: float,
+    needs: Sequence[bool],
+    build: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    act = Activation(activation, layout, alpha, limit)
+    return grouped.experts_mlp_backward(
+        dy, z, order, offsets, x, experts, weights, up_proj, down_proj, up_bias, down_bias, act, MLPNeeds(*needs)
+    )
+
+
+def _experts_mlp_dense(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    layout: str,
+    alpha: float,
+    limit: float,
+    build: int,
+) -> Tensor:
+    act = Activation(activation, layout, alpha, limit)
+    return dense.experts_mlp_dense(x, experts, weights, up_proj, down_proj, up_bias, down_bias, act)
+
+
+def _experts_mlp_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, z, order, offsets = output
+    ctx.mark_non_differentiable(z, order, offsets)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(z, order, offsets, *inputs[:7])
+    ctx.activation = inputs[7:11]
+
+
+def _experts_mlp_grad(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    count = len(ctx.needs_input_grad)
+    if dy is None:
+        return (None,) * count
+    needs = MLPNeeds(ctx.needs_input_grad[0], *ctx.needs_input_grad[2:7])
+    grads = torch.ops.fusedonemoe.experts_mlp_backward(dy, *ctx.saved_tensors, *ctx.activation, needs, BUILD)
+    dx, *rest = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
+    return dx, None, *rest, *(None for _ in range(count - 7))
+
+
+# The merged up-projection
+
+
+def _experts_merged(x: Tensor, experts: Tensor, weights: Tensor, proj: Tensor, build: int) -> tuple[Tensor, Tensor, Tensor]:
+    return grouped.experts_merged(x, experts, weights, proj)
+
+
+def _experts_merged_backward(
+    dh: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    proj: Tensor,
+    needs: Sequence[bool],
+    build: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return grouped.experts_merged_backward(dh, order, offsets, x, experts, weights, proj, MergedNeeds(*needs))
+
+
+def _experts_merged_dense(x: Tensor, experts: Tensor, weights: Tensor, proj: Tensor, build: int) -> Tensor:
+    return dense.experts_merged_dense(x, experts, weights, proj)
+
+
+def _experts_merged_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, order, offsets = output
+    ctx.mark_non_differentiable(order, offsets)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(order, offsets, *inputs[:4])
+
+
+def _experts_merged_grad(ctx: Any, dh: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if dh is None:
+        return (None,) * 5
+    needs = MergedNeeds(ctx.needs_input_grad[0], *ctx.needs_input_grad[2:4])
+    grads = torch.ops.fusedonemoe.experts_merged_backward(dh, *ctx.saved_tensors, needs, BUILD)
+    dx, *rest = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
+    return dx, None, *rest, None
+
+
+_operator("route_backward", _route_backward)
+_operator("route", _route).register_autograd(_route_grad, setup_context=_route_save)
+_composite("route_dense", _route)
+
+_operator("experts_mlp_backward", _experts_mlp_backward)
+_operator("experts_mlp", _experts_mlp).register_autograd(_experts_mlp_grad, setup_context=_experts_mlp_save)
+_composite("experts_mlp_dense", _experts_mlp_dense)
+
+_operator("experts_merged_backward", _experts_merged_backward)
+_operator("experts_merged", _experts_merged).register_autograd(_experts_merged_grad, setup_context=_experts_merged_save)
+_composite("experts_merged_dense", _experts_merged_dense)
+
+for _name in ("route", "route_backward", "route_dense", "experts_mlp_backward", "experts_merged_backward"):
+    _define_autocast(_name, casts=())
+for _name in ("experts_mlp", "experts_mlp_dense"):
+    _define_autocast(_name, casts=(0, 3, 4, 5, 6))
+for _name in ("experts_merged", "experts_merged_dense"):
+    _define_autocast(_name, casts=(0, 3))

@@ -1,0 +1,143 @@
+"""Routing: logits to weights and expert ids, forward and the exact backward, as plain tensor arithmetic.
+
+Arithmetic is float32 for every logits dtype but float64, which stays float64. Selection is by a total order (score, then
+the lower id), so equal scores always give the same experts.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SCORINGS = ("softmax", "sigmoid")
+GROUP_SCORES = ("top2_sum", "max")
+NORM_EPS = 1e-20
+
+
+class RouteRule(NamedTuple):
+    """How logits become weights.
+
+    Attributes:
+        top_k: experts per token; 0 selects nothing and keeps every expert, in id order.
+        scoring: ``softmax`` or ``sigmoid``.
+        score_first: score all logits and select among the scores (Qwen3, DeepSeek), or select among the logits and score
+            the picked ones only (GPT-OSS).
+        norm_topk_prob: divide the picked scores by their sum.
+        scale: factor on the weights (``routed_scaling_factor``).
+        n_group: number of contiguous expert groups; 1 for none.
+        topk_group: groups that stay open for selection.
+        group_score: a group's value is the sum of its best two keys (``top2_sum``, DeepSeek-V3) or its best (``max``).
+    """
+
+    top_k: int
+    scoring: str
+    score_first: bool
+    norm_topk_prob: bool
+    scale: float
+    n_group: int
+    topk_group: int
+    group_score: str
+
+
+def _routing_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _score(logits: Tensor, scoring: str) -> Tensor:
+    return logits.softmax(-1) if scoring == "softmax" else logits.sigmoid()
+
+
+def _select(keys: Tensor, k: int) -> Tensor:
+    """Ids of the ``k`` largest keys of each row, descending, ties to the lower id. ``[T, k]`` int64."""
+    if keys.dtype == torch.float64:
+        return torch.sort(keys, dim=-1, descending=True, stable=True).indices[..., :k]
+    # torch.topk leaves the order of equal keys open. An integer that carries the key's order in its upper half and the
+    # reversed id in its lower half has no equals. Flipping the magnitude bits of negative floats makes the integer order
+    # of the bits the order of the numbers; both zeros get the bits of +0.
+    bits = torch.where(keys == 0, 0.0, keys).view(torch.int32)
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)
+    last = keys.shape[-1] - 1
+    packed = (ordered << 32) | torch.arange(last, -1, -1, device=keys.device)
+    return last - (torch.topk(packed, k, dim=-1).values & 0xFFFFFFFF)
+
+
+def _close_groups(keys: Tensor, rule: RouteRule) -> Tensor:
+    """Keys with everything outside the best ``topk_group`` groups at minus infinity."""
+    grouped = keys.unflatten(-1, (rule.n_group, -1))
+    best = min(2 if rule.group_score == "top2_sum" else 1, grouped.shape[-1])
+    value = grouped.topk(best, dim=-1).values.sum(-1)
+    kept = _select(value, rule.topk_group)
+    is_open = (kept[:, :, None] == torch.arange(rule.n_group, device=keys.device)).any(1)
+    return torch.where(is_open[:, :, None], grouped, float("-inf")).flatten(-2)
+
+
+def select_experts(logits: Tensor, selection_bias: Tensor | None, rule: RouteRule) -> Tensor:
+    """Choose the experts of every token.
+
+    The scores are monotone in the logits, so without a bias and without groups the logits themselves are the keys.
+
+    Returns:
+        ``[T, K]`` int64, best first; all experts in id order when ``rule.top_k`` is 0.
+    """
+    E = logits.shape[-1]
+    if rule.top_k == 0:
+        return torch.arange(E, device=logits.device).expand(logits.shape[0], E).contiguous()
+    keys = logits.detach().to(_routing_dtype(logits))
+    if rule.score_first and (selection_bias is not None or rule.n_group > 1):
+        keys = _score(keys, rule.scoring)
+    if selection_bias is not None:
+        keys = keys + selection_bias.detach().to(keys.dtype)
+    if rule.n_group > 1:
+        keys = _close_groups(keys, rule)
+    return _select(keys, rule.top_k)
+
+
+def _softmax_over_all(rule: RouteRule) -> bool:
+    """Whether unpicked logits take part in the weights: a softmax over all experts that no normalisation cancels."""
+    return rule.scoring == "softmax" and rule.score_first and not rule.norm_topk_prob
+
+
+def route(logits: Tensor, selection_bias: Tensor | None, rule: RouteRule) -> tuple[Tensor, Tensor]:
+    """Weights and ids of the selected experts.
+
+    A softmax over all experts, divided by the sum of the picked, is the softmax over the picked logits, so only the
+    unnormalised softmax has to look at the other logits, and there only at their logsumexp.
+
+    Returns:
+        ``[T, K]`` weights (float32, or float64 for float64 logits) and ``[T, K]`` int64 ids.
+    """
+    experts = select_experts(logits, selection_bias, rule)
+    logits = logits.to(_routing_dtype(logits))
+    picked = logits.gather(-1, experts)
+    if _softmax_over_all(rule):
+        weights = torch.exp(picked - logits.logsumexp(-1, keepdim=True))
+    else:
+        weights = _score(picked, rule.scoring)
+        if rule.scoring == "sigmoid" and rule.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + NORM_EPS)
+    return weights * rule.scale if rule.scale != 1.0 else weights, experts
+
+
+def route_backward(dweights: Tensor, logits: Tensor, experts: Tensor, rule: RouteRule) -> Tensor:
+    """Exact gradient of :func:`route` with respect to the logits; the selection is a constant.
+
+    Returns:
+        ``[T, E]`` in the dtype of ``logits``.
+    """
+    dtype = _routing_dtype(logits)
+    wide = logits.to(dtype)
+    picked = wide.gather(-1, experts)
+    dscore = dweights.to(dtype) * rule.scale
+    if _softmax_over_all(rule):
+        score = torch.exp(picked - wide.logsumexp(-1, keepdim=True))
+        from_sum = (dscore * score).sum(-1, keepdim=True)
+        return (-wide.softmax(-1) * from_sum).scatter_add(-1, experts, dscore * score).to(logits.dtype)
+    score = _score(picked, rule.scoring)
+    if rule.scoring == "softmax":
+        dpicked = score * (dscore - (dscore * score).sum(-1, keepdim=True))
+    else:
+        if rule.norm_topk_prob:
+            total = score.sum(-1, keepdim=True) + NORM_EPS
+            dscore = (dscore - (dscore * score).sum(-1, keepdim=True) / total) / total
+        dpicked = dscore * score * (1 - score)
+    return torch.zeros_like(wide).scatter(-1, experts, dpicked).to(logits.dtype)

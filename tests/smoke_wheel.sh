@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Builds the sdist and from it the wheel, installs each into a clean environment, and runs a layer far from the checkout.
+# Usage: tests/smoke_wheel.sh [PYTHON], with a Python that has build and twine.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=$(command -v "${1:-python3}")
+case $python in /*) ;; *) python=$PWD/$python ;; esac
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+fail() {
+  echo "wheel smoke: $*" >&2
+  exit 1
+}
+
+cd "$work"
+# Without isolation: the pinned setuptools of the calling environment, and no second download.
+"$python" -m build --no-isolation --outdir dist "$root" >build.log 2>&1 || { cat build.log; fail "build failed"; }
+"$python" -m twine check --strict dist/*
+
+mkdir unpacked
+tar -xzf dist/*.tar.gz -C unpacked --strip-components=1
+for path in ops/__init__.py fusedonemoe/py.typed tests/test_layout.py docs/conf.py LICENSE constraints.txt; do
+  [ -e "unpacked/$path" ] || fail "the sdist lacks $path"
+done
+[ ! -e unpacked/fusedonemoe/ops ] || fail "the sdist carries the link's target a second time"
+
+"$python" -m zipfile -l dist/*.whl >wheel.list
+for path in fusedonemoe/ops/__init__.py fusedonemoe/py.typed; do
+  grep -q "^$path " wheel.list || fail "the wheel lacks $path"
+done
+! grep -Eq '^(ops|tests|docs|asv_bench)/' wheel.list || fail "the wheel carries more than the package"
+
+cat >smoke.py <<'PY'
+import sysconfig
+from pathlib import Path
+
+import torch
+
+import fusedonemoe
+import fusedonemoe.ops
+
+site_packages = Path(sysconfig.get_path("purelib"))
+for module in (fusedonemoe, fusedonemoe.ops):
+    assert Path(module.__file__).is_relative_to(site_packages), module.__file__
+
+layer = fusedonemoe.MoE(hidden_size=16, intermediate_size=32, num_experts=4, top_k=2)
+x = torch.randn(3, 5, 16, requires_grad=True)
+y = layer(x)
+assert y.shape == x.shape and y.isfinite().all() and y.abs().sum() > 0
+y.square().sum().backward()
+for name, tensor in [("x", x), *layer.named_parameters()]:
+    assert tensor.grad is not None and tensor.grad.isfinite().all(), name
+assert x.grad.abs().sum() > 0
+PY
+
+"$python" -m venv clean
+pip=(clean/bin/python -m pip -qq)
+# The wheel alone, with no extra: what it needs beyond torch and numpy must not creep in.
+"${pip[@]}" install -c "$root/constraints.txt" dist/*.whl
+clean/bin/python -I smoke.py
+clean/bin/fusedonemoe --help >/dev/null
+echo "wheel smoke: the wheel runs"
+
+"${pip[@]}" install -c "$root/constraints.txt" setuptools wheel
+"${pip[@]}" install --no-deps --no-build-isolation --force-reinstall ./unpacked
+clean/bin/python -I smoke.py
+echo "wheel smoke: the sdist runs"
