@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fusedonemoe.ops import grouped
+from fusedonemoe.ops import cuda
 
 IMPLEMENTATIONS = ("dense", "grouped")
 # Sorting, gathering and summing rows costs the grouped formulation about as much as dense loses by computing
@@ -71,7 +71,7 @@ def refusal(impl: str, *, device_type: str, dtype: torch.dtype, widths: tuple[in
     if impl == "dense" or device_type == "cpu":
         return None
     if device_type == "cuda":
-        return grouped.cuda_refusal(dtype, *widths)
+        return cuda.refusal(dtype, widths)
     return f"there is no grouped GEMM for device {device_type!r}"
 
 

@@ -13,31 +13,14 @@ from torch import Tensor
 from fusedonemoe.ops.activation import Activation, activate, activate_backward
 from fusedonemoe.ops.plan import Plan, in_range, inverse_order, make_plan
 
-CUDA_ALIGNMENT_BYTES = 16
-
-
-def cuda_refusal(dtype: torch.dtype, *widths: int) -> str | None:
-    """Why torch's grouped GEMM cannot run on CUDA for rows of these widths; None when it can."""
-    if dtype == torch.float64:
-        return "torch's CUDA grouped GEMM has no float64"
-    if any(width * dtype.itemsize % CUDA_ALIGNMENT_BYTES for width in widths):
-        return f"torch's CUDA grouped GEMM needs rows of a multiple of {CUDA_ALIGNMENT_BYTES} bytes"
-    return None
-
 
 def grouped_mm(rows_NA: Tensor, weights_EAB: Tensor, offsets: Tensor) -> Tensor:
     """``out[i] = rows[i] @ weights[e]`` for the sorted rows ``i`` of expert ``e``; zeros past ``offsets[E]``. ``[N, B]``."""
-    if rows_NA.is_cuda:
-        out_NB = torch._grouped_mm(rows_NA, weights_EAB, offs=offsets[1:])
-        is_routed = torch.arange(rows_NA.shape[0], device=rows_NA.device) < offsets[-1]
-        return torch.where(is_routed[:, None], out_NB, 0)
     return torch.ops.fusedonemoe.grouped_mm(rows_NA, weights_EAB, offsets)
 
 
 def grouped_outer(left_NA: Tensor, right_NB: Tensor, offsets: Tensor) -> Tensor:
     """``out[e] = sum_i left[i]^T right[i]`` over the sorted rows of expert ``e``; zeros for an empty one. ``[E, A, B]``."""
-    if left_NA.is_cuda:
-        return torch._grouped_mm(left_NA.t(), right_NB, offs=offsets[1:])
     return torch.ops.fusedonemoe.grouped_outer(left_NA, right_NB, offsets)
 
 
@@ -82,8 +65,8 @@ def _sum_over_choices(rows_NB: Tensor, rows: _Rows, *, weighted: bool, dtype: to
 
 def _column_sums(rows_NB: Tensor, offsets: Tensor) -> Tensor:
     """``[E, B]`` sum of each expert's rows, as a grouped product with ones: one fixed order of summation."""
-    # Sixteen columns of ones, not one: torch's CUDA grouped GEMM wants rows of 16 bytes.
-    ones = rows_NB.new_ones(rows_NB.shape[0], CUDA_ALIGNMENT_BYTES)
+    # Several columns of ones, not one: torch's CUDA grouped GEMM wants rows of whole 16 bytes.
+    ones = rows_NB.new_ones(rows_NB.shape[0], 8)
     return grouped_outer(ones, rows_NB, offsets)[:, 0].contiguous()
 
 

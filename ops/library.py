@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.library import triton_op
 
-from fusedonemoe.ops import dense, grouped
+from fusedonemoe.ops import cuda, dense, grouped
 from fusedonemoe.ops import route as routing
 from fusedonemoe.ops.activation import Activation
 from fusedonemoe.ops.cpu import grouped_gemm
@@ -91,12 +91,15 @@ def _define_autocast(name: str, casts: Sequence[int]) -> None:
     _lib.impl(name, rule_for("cuda"), "AutocastCUDA")
 
 
-# Grouped GEMMs on CPU: opaque, because how many rows an expert has decides how they are best computed.
+# Grouped GEMMs: opaque, because on CPU how many rows an expert has decides how they are best computed, and because torch's
+# own refuses to be traced in float32 before 2.15.
 
 _lib.define("grouped_mm(Tensor rows, Tensor weights, Tensor offsets) -> Tensor")
 _lib.impl("grouped_mm", grouped_gemm.grouped_mm, "CPU")
+_lib.impl("grouped_mm", cuda.grouped_mm, "CUDA")
 _lib.define("grouped_outer(Tensor left, Tensor right, Tensor offsets) -> Tensor")
 _lib.impl("grouped_outer", grouped_gemm.grouped_outer, "CPU")
+_lib.impl("grouped_outer", cuda.grouped_outer, "CUDA")
 
 
 @torch.library.register_fake(f"{NAMESPACE}::grouped_mm", lib=_lib)
@@ -282,15 +285,19 @@ def _experts_merged_grad(ctx: Any, dh: Tensor | None, *_: Any) -> tuple[Any, ...
     return dx, None, *rest, None
 
 
-_operator("route_backward", _route_backward)
+def _no_second_derivative(ctx: Any, *_: Any) -> Any:
+    raise RuntimeError("fusedonemoe's operators have first derivatives only; impl='dense' has derivatives of every order")
+
+
+_operator("route_backward", _route_backward).register_autograd(_no_second_derivative)
 _operator("route", _route).register_autograd(_route_grad, setup_context=_route_save)
 _composite("route_dense", _route)
 
-_operator("experts_mlp_backward", _experts_mlp_backward)
+_operator("experts_mlp_backward", _experts_mlp_backward).register_autograd(_no_second_derivative)
 _operator("experts_mlp", _experts_mlp).register_autograd(_experts_mlp_grad, setup_context=_experts_mlp_save)
 _composite("experts_mlp_dense", _experts_mlp_dense)
 
-_operator("experts_merged_backward", _experts_merged_backward)
+_operator("experts_merged_backward", _experts_merged_backward).register_autograd(_no_second_derivative)
 _operator("experts_merged", _experts_merged).register_autograd(_experts_merged_grad, setup_context=_experts_merged_save)
 _composite("experts_merged_dense", _experts_merged_dense)
 

@@ -20,7 +20,7 @@ PACKAGE_ROOTS = {"fusedonemoe": ROOT / "fusedonemoe", "fusedonemoe.ops": ROOT / 
 # A module imports from its own floor and from those below.
 FLOORS = [
     ["ops.reference", "ops.plan", "ops.activation", "ops.route"],
-    ["ops.dense", "ops.grouped", "ops.cpu", "ops.triton"],
+    ["ops.dense", "ops.grouped", "ops.cpu", "ops.cuda", "ops.triton"],
     ["ops.library", "ops.choice", "ops"],
     ["functional", "config"],
     ["balance", "routers", "layers"],
