@@ -112,7 +112,7 @@ def explain(
     device_type = torch.device(device or ("cpu" if like is None else like.device)).type
     if x is not None:
         tokens = x.numel() // D
-    chosen = choose(impl, top_k=K, num_experts=E, device_type=device_type, dtype=dtype, widths=widths)
+    chosen = choose(operator, impl, top_k=K, num_experts=E, device_type=device_type, dtype=dtype, widths=widths)
     candidates = tuple(
         Candidate(
             name,

@@ -313,7 +313,9 @@ def experts_mlp(
         _check_like_x("down_bias", down_bias, x)
         _check_shape("down_bias", down_bias, (E, D))
     K = experts.shape[-1]
-    chosen = choose(impl, top_k=K, num_experts=E, device_type=x.device.type, dtype=_compute_dtype(x), widths=(D, G, F)).impl
+    chosen = choose(
+        "experts_mlp", impl, top_k=K, num_experts=E, device_type=x.device.type, dtype=_compute_dtype(x), widths=(D, G, F)
+    ).impl
     flat = (x.reshape(-1, D), experts.reshape(-1, K), weights.reshape(-1, K))
     parameters = (up_EGD, down_EDF, gate_up_bias, down_bias)
     act = (activation, gate_up_layout if gated else PLAIN, float(swiglu_alpha), float(swiglu_limit))
@@ -361,7 +363,9 @@ def experts_merged(x: Tensor, experts: Tensor, weights: Tensor, proj: Tensor, *,
     if x.shape[-1] != D:
         raise ValueError(f"x must have shape [..., {D}] to fit proj, got {tuple(x.shape)}")
     K = experts.shape[-1]
-    chosen = choose(impl, top_k=K, num_experts=E, device_type=x.device.type, dtype=_compute_dtype(x), widths=(D, F)).impl
+    chosen = choose(
+        "experts_merged", impl, top_k=K, num_experts=E, device_type=x.device.type, dtype=_compute_dtype(x), widths=(D, F)
+    ).impl
     flat = (x.reshape(-1, D), experts.reshape(-1, K), weights.reshape(-1, K), proj)
     if chosen == "dense":
         h = _ops.experts_merged_dense(*flat, library.BUILD)
