@@ -13,7 +13,7 @@ from fusedonemoe.ops.choice import refusal
 
 @dataclass(frozen=True)
 class Candidate:
-    """One implementation as :func:`explain` sees it.
+    """One implementation as :func:`~fusedonemoe.explain` sees it.
 
     Attributes:
         impl: its name.
@@ -28,7 +28,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What :func:`explain` returns; ``str()`` is a small table.
+    """What :func:`~fusedonemoe.explain` returns; ``str()`` is a small table.
 
     Attributes:
         operator: the operator that the layer calls, ``experts_mlp`` or ``experts_merged``.

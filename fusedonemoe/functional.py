@@ -218,6 +218,12 @@ def stack_gate_up(gate_proj: Tensor, up_proj: Tensor) -> Tensor:
 
     Raises:
         ValueError: the shapes differ or are not three-dimensional.
+
+    Example:
+        >>> import torch
+        >>> from fusedonemoe import functional as F
+        >>> F.stack_gate_up(torch.randn(4, 32, 16), torch.randn(4, 32, 16)).shape
+        torch.Size([4, 64, 16])
     """
     _check_dim("gate_proj", gate_proj, "E, F, D")
     _check_shape("up_proj", up_proj, tuple(gate_proj.shape))
