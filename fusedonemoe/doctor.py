@@ -1,0 +1,415 @@
+"""Check this machine: versions, devices, and every implementation of every operator against the float64 oracle.
+
+Exits with 1 when something is wrong. What is optional and missing (a GPU, triton, transformers, a compiler) is not wrong.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fusedonemoe import MoE, __version__, functional
+from fusedonemoe.ops import IMPLEMENTATIONS, reference
+from fusedonemoe.ops.choice import refusal
+from fusedonemoe.ops.reference import FloatArray
+from fusedonemoe.testing import MergedInputs, MLPInputs, exact_float64, make_logits, make_merged_inputs, make_mlp_inputs
+
+Errors = Mapping[str, float]
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DIRECTIONS = ("forward", "backward")
+# Rows of 16 bytes in every dtype, so that no width keeps an implementation from running.
+T, D, F, E, K = 12, 32, 16, 8, 2
+
+# What torch's kernels and Inductor's code ask of a CPU, x86 and then ARM, by the names in /proc/cpuinfo; asimd is NEON.
+CPU_FEATURES = "avx2 fma avx512f avx512_bf16 avx512_fp16 amx_tile amx_bf16 amx_fp16 asimd asimdhp bf16 i8mm sve sve2"
+
+BUDGET_TEXT = """\
+error = |result - exact| / |exact|, 2-norms over one tensor; exact is NumPy in
+float64 on the same inputs; backward shows the worst gradient.
+budget = r eps(dtype) + n eps(accumulator). On the longest path to a result, r
+values are rounded to the dtype, each by up to eps/2, and twice that leaves the
+products in between room to magnify it; n counts the terms of its sums and its
+other steps in the accumulator, which is float32 for half precision.
+Zeros have error 1, so they always fail."""
+
+
+class Budget(NamedTuple):
+    """``r`` roundings and ``n`` steps, as :data:`BUDGET_TEXT` tells."""
+
+    roundings: int
+    steps: int
+
+    def of(self, dtype: torch.dtype) -> float:
+        """The greatest relative error that is ok in ``dtype``."""
+        accumulator = torch.promote_types(dtype, torch.float32)
+        return self.roundings * torch.finfo(dtype).eps + self.steps * torch.finfo(accumulator).eps
+
+
+BUDGETS: dict[str, tuple[Budget, ...]] = {  # of the forward and of the backward
+    # All in the accumulator: a sum over E or K, and max, exp, divide, scale. The gradient is rounded once.
+    "route": (Budget(0, E + 8), Budget(1, 2 * (E + 8))),
+    # Product, bias, activation, gate, product, bias, weight, sum over choices. Backward, the first four of these once
+    # more, then product, weight, the activation's derivative (3), product, sum over choices or over an expert's rows.
+    "experts_mlp": (Budget(8, D + F + K), Budget(11, 2 * D + T * K + K)),
+    # Weighted token, product, sum over choices, either way.
+    "experts_merged": (Budget(3, D + K), Budget(3, F + T * K + K)),
+}
+# Two runs beside each other, each with the router's product (D terms), its route and its experts_mlp.
+BUDGETS["MoE"] = tuple(
+    Budget(2 * (1 + route.roundings + mlp.roundings), 2 * (D + route.steps + mlp.steps))
+    for route, mlp in zip(BUDGETS["route"], BUDGETS["experts_mlp"], strict=True)
+)
+
+
+class Finding(NamedTuple):
+    """One fact about the environment; its status is ``ok``, ``absent`` (optional and missing) or ``FAIL``."""
+
+    name: str
+    status: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement: ``impl`` as the operator's ``impl=`` names it, and relative errors in the 2-norm.
+
+    ``tensor`` is the result, or the gradient with the greatest error; ``error`` is None when there is no finite figure, and
+    ``note`` may then tell why; ``ok`` is None when this cannot run here and need not.
+    """
+
+    operator: str
+    impl: str
+    dtype: str
+    device: str
+    direction: str
+    budget: float
+    ok: bool | None
+    tensor: str = ""
+    error: float | None = None
+    note: str = ""
+
+    def __str__(self) -> str:
+        figure = "not finite" if self.error is None else f"{self.error:.1e}"
+        what = self.note or f"error of {self.tensor} {figure}, budget {self.budget:.1e}"
+        return f"{self.operator} {self.impl} {self.dtype} {self.device} {self.direction}: {what}"
+
+
+def torch_window() -> dict[str, str]:
+    """The versions of torch that the installed metadata asks for, ``{">=": ..., "<": ...}``; empty when not installed."""
+    try:
+        requirements = importlib.metadata.requires("fusedonemoe") or []
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    specifier = next((line for line in requirements if re.match(r"torch\s*[<>(]", line)), "")
+    return dict(sorted(re.findall(r"(>=|<)\s*([\d.]+)", specifier), reverse=True))
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """``(2, 16, 0)`` of ``2.16.0.dev1+cpu``: a nightly counts as the release that it leads to."""
+    return tuple(int(part) for part in re.findall(r"\d+(?:\.\d+)*", version)[0].split("."))
+
+
+def _torch_finding() -> Finding:
+    version, window = str(torch.__version__), torch_window()
+    if not window:
+        return Finding("torch", "ok", f"{version} (not compared: no installed metadata says what is supported)")
+    is_inside = all((_release(version) >= _release(bound)) == (sign == ">=") for sign, bound in window.items())
+    supported = ",".join(f"{sign}{bound}" for sign, bound in window.items())
+    return Finding("torch", "ok" if is_inside else "FAIL", f"{version} ({'' if is_inside else 'not '}in {supported})")
+
+
+def _package_finding(name: str) -> Finding:
+    if importlib.util.find_spec(name) is None:
+        return Finding(name, "absent", "")
+    try:
+        return Finding(name, "ok", importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:  # some distributions carry the module under another name
+        return Finding(name, "ok", "of unknown version")
+
+
+def _cpu_findings() -> list[Finding]:
+    fields: dict[str, str] = {}
+    with contextlib.suppress(OSError):  # Linux alone has it
+        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        fields = dict(re.findall(r"^(model name|flags|Features)\s*: *(.+)", cpuinfo, re.MULTILINE))
+    is_arm = platform.machine().lower() in ("arm64", "aarch64")  # every one has NEON
+    flags = (fields.get("flags") or fields.get("Features") or "asimd" * is_arm).split()
+    features = " ".join(feature for feature in CPU_FEATURES.split() if feature in flags) or "flags unknown"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return [
+        Finding("CPU", "ok", fields.get("model name") or platform.processor() or platform.machine()),
+        Finding("instructions", "ok", f"torch uses {torch.backends.cpu.get_cpu_capability()}; {features}"),
+        Finding("threads", "ok", f"{torch.get_num_threads()} in torch, {cores} CPUs for this process"),
+    ]
+
+
+def find_cpp_compiler() -> str | None:
+    """The C++ compiler that Inductor would call: ``$CXX``, or the platform's usual one; None when it does not run."""
+    from torch._inductor import cpp_builder
+
+    try:
+        return cpp_builder.get_cpp_compiler()
+    except (RuntimeError, OSError):
+        return None
+
+
+def _compiler_finding() -> Finding:
+    compiler = find_cpp_compiler()
+    if compiler is None:
+        return Finding("C++ compiler", "absent", "torch.compile on CPU will not work: install g++ or clang++, or set CXX")
+    run = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
+    return Finding("C++ compiler", "ok", run.stdout.partition("\n")[0] or compiler)
+
+
+def _gpu_findings() -> list[Finding]:
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        return [Finding("GPU", "absent", "" if built else "this torch is built for CPU only")]
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [
+        Finding(f"GPU {i}", "ok", f"{gpu.name}, capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB")
+        for i, gpu in enumerate(gpus)
+    ]
+
+
+def _cache_finding() -> Finding:
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir()
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return Finding("compile cache", "ok", f"{folder}, writable")
+    except OSError as error:
+        return Finding("compile cache", "FAIL", f"{folder}: {error.strerror}; set TORCHINDUCTOR_CACHE_DIR")
+
+
+def check_environment() -> list[Finding]:
+    """Versions, processors, compiler and cache."""
+    return [
+        Finding("python", "ok", f"{platform.python_version()}, {platform.system()} {platform.machine()}"),
+        Finding("fusedonemoe", "ok", __version__),
+        _torch_finding(),
+        *(_package_finding(name) for name in ("numpy", "triton", "transformers")),
+        *_cpu_findings(),
+        _compiler_finding(),
+        *_gpu_findings(),
+        _cache_finding(),
+    ]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """An operator on fixed inputs, beside the oracle's answer.
+
+    ``widths`` are the row lengths of its grouped products, none for routing; ``seed`` is the gradient of its output; ``exact``
+    holds the oracle's ``output`` and, under the name of each leaf, its gradient.
+    """
+
+    operator: str
+    widths: tuple[int, ...]
+    forward: Callable[[str], Tensor]
+    leaves: Mapping[str, Tensor]
+    seed: Tensor
+    exact: Mapping[str, FloatArray]
+
+
+def _normal(width: int, dtype: torch.dtype, device: str, *, seed: int = 7) -> Tensor:
+    """``[T, width]`` of unit variance."""
+    return make_merged_inputs(T, width, 1, 1, 1, dtype=dtype, device=device, seed=seed).x
+
+
+def _route_probe(dtype: torch.dtype, device: str) -> Probe:
+    logits = make_logits(T, E, dtype=dtype, device=device, requires_grad=True)
+    exact_weights, exact_experts = reference.route(exact_float64(logits), K)
+
+    def forward(impl: str) -> Tensor:
+        weights, experts = functional.route(logits, K, impl=impl)
+        if not np.array_equal(exact_float64(experts), exact_experts):
+            raise ValueError("other experts than the oracle's")
+        return weights
+
+    seed = _normal(K, torch.promote_types(dtype, torch.float32), device)
+    exact = {"output": exact_weights, "logits": reference.route_backward(exact_float64(seed), exact_float64(logits), K)}
+    return Probe("route", (), forward, {"logits": logits}, seed, exact)
+
+
+def _experts_probe(operator: str, inputs: MLPInputs | MergedInputs, widths: tuple[int, ...]) -> Probe:
+    tensors: dict[str, Tensor] = dict(vars(inputs))
+    # Every even expert is empty already; now one id lies below the experts and one beyond them.
+    tensors["experts"][0, 0], tensors["experts"][-1, -1] = -1, E
+    arrays = {name: exact_float64(tensor) for name, tensor in tensors.items()}
+    output = getattr(reference, operator)(**arrays)
+    seed = _normal(output.shape[1], inputs.x.dtype, inputs.x.device.type)
+    gradients = vars(getattr(reference, f"{operator}_backward")(exact_float64(seed), **arrays))
+
+    public = getattr(functional, operator)
+    # The oracle's up_proj and up_bias are gate_up_proj and gate_up_bias in the public function.
+    arguments = {re.sub("^up_", "gate_up_", name): tensor for name, tensor in tensors.items()}
+    leaves = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
+    return Probe(operator, widths, lambda impl: public(**arguments, impl=impl), leaves, seed, {"output": output, **gradients})
+
+
+def relative_error(actual: Tensor, exact: FloatArray) -> float:
+    """``|actual - exact| / |exact|`` in the 2-norm; infinite for another shape, and where there is nothing to compare with."""
+    size = float(np.linalg.norm(exact))
+    if tuple(actual.shape) != exact.shape or size == 0:
+        return math.inf
+    return float(np.linalg.norm(exact_float64(actual) - exact)) / size
+
+
+def _rows(head: tuple[str, str, str, str], missing: str | None, measure: Callable[[], list[Errors]]) -> list[Row]:
+    """The forward's row and the backward's, from the errors of the tensors of each; ``missing`` tells why not to measure."""
+    operator, _, dtype, _ = head
+    ways = [(name, budget.of(DTYPES[dtype])) for name, budget in zip(DIRECTIONS, BUDGETS[operator], strict=True)]
+    if missing:
+        return [Row(*head, *way, None, note=missing) for way in ways]
+    try:
+        errors = measure()
+    except Exception as error:  # whatever an operator raises is this report's finding, not its end
+        note = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        return [Row(*head, *way, False, note=note) for way in ways]
+    rows = []
+    for way, of_tensors in zip(ways, errors, strict=True):
+        # NaN compares false with everything, so max alone could miss it.
+        tensor, worst = max(of_tensors.items(), key=lambda item: math.inf if math.isnan(item[1]) else item[1])
+        rows.append(Row(*head, *way, worst <= way[1], tensor, worst if math.isfinite(worst) else None))
+    return rows
+
+
+def _probe_rows(probe: Probe, impl: str, dtype: str, device: str) -> list[Row]:
+    def measure() -> list[Errors]:
+        output = probe.forward(impl)
+        gradients = torch.autograd.grad(output, list(probe.leaves.values()), probe.seed)
+        backward = {name: relative_error(g, probe.exact[name]) for name, g in zip(probe.leaves, gradients, strict=True)}
+        return [{"output": relative_error(output, probe.exact["output"])}, backward]
+
+    missing = refusal(impl, device_type=device, dtype=DTYPES[dtype], widths=probe.widths) if probe.widths else None
+    return _rows((probe.operator, impl, dtype, device), missing, measure)
+
+
+def self_test() -> list[Row]:
+    """Every operator, implementation, dtype and device against the oracle, forward and backward."""
+    rows = []
+    for device, name in itertools.product(["cpu", *(["cuda"] if torch.cuda.is_available() else [])], DTYPES):
+        options: dict[str, Any] = {"dtype": DTYPES[name], "device": device, "routing": "some_empty", "requires_grad": True}
+        mlp, merged = make_mlp_inputs(T, D, F, E, K, bias=True, **options), make_merged_inputs(T, D, F, E, K, **options)
+        route = _route_probe(DTYPES[name], device)
+        probes = (_experts_probe("experts_mlp", mlp, (D, 2 * F, F)), _experts_probe("experts_merged", merged, (D, F)))
+        # Routing has one operator beside its composite, and calls it auto.
+        pairs = [(route, "dense"), (route, "auto"), *itertools.product(probes, IMPLEMENTATIONS)]
+        rows += [row for probe, impl in pairs for row in _probe_rows(probe, impl, name, device)]
+    return rows
+
+
+def compile_smoke(device: str) -> list[Row]:
+    """A small MoE in float32, compiled with ``fullgraph=True``, against itself uncompiled."""
+
+    def measure() -> list[Errors]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            moe = MoE(hidden_size=D, intermediate_size=F, num_experts=E, top_k=K).to(device)
+        x, seed = _normal(D, torch.float32, device).requires_grad_(), _normal(D, torch.float32, device, seed=8)
+        leaves = {"x": x, **dict(moe.named_parameters())}
+
+        def run(block: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+            y = block(x)
+            return y, *torch.autograd.grad(y, list(leaves.values()), seed)
+
+        eager = [exact_float64(tensor) for tensor in run(moe)]
+        output, *backward = map(relative_error, run(torch.compile(moe, fullgraph=True)), eager)
+        return [{"output": output}, dict(zip(leaves, backward, strict=True))]
+
+    tool, found = ("C++ compiler", find_cpp_compiler()) if device == "cpu" else ("triton", importlib.util.find_spec("triton"))
+    return _rows(("MoE", "compiled", "float32", device), "" if found else f"no {tool}", measure)
+
+
+def print_table(title: str, rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> None:
+    """Print aligned columns: in colour by rich where it is installed, else as plain text."""
+    lines = [list(row) for row in rows]
+    try:
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+    except ImportError:
+        lines = [list(header), *lines] if header else lines
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        texts = [" ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+        print(title, *texts, "", sep="\n")
+        return
+    # Single spaces between columns: the self-test's then fit into 80.
+    table = Table(*header, title=title, title_justify="left", show_header=bool(header), box=None, padding=(0, 1, 0, 0))
+    style = {"ok": "green", "absent": "yellow", "FAIL": "bold red"}
+    for line in lines:
+        table.add_row(*(Text(cell, style.get(cell.partition(" ")[0], "")) for cell in line))
+    Console().print(table, "")
+
+
+def _print_self_test(rows: list[Row]) -> None:
+    """One line for each operator, implementation and direction, one column for each dtype."""
+    for device in dict.fromkeys(row.device for row in rows):
+        lines: dict[tuple[str, str, str], list[str]] = {}
+        for row in (row for row in rows if row.device == device):
+            figure = "" if row.error is None else f"{row.error:.0e}"
+            cell = f"{figure}/{row.budget:.0e}" if row.ok else "absent" if row.ok is None else f"FAIL {figure}"
+            lines.setdefault((row.operator, row.impl, row.direction), []).append(cell)
+        cells = ((*key, *line) for key, line in lines.items())
+        print_table(f"Self-test on {device}, error/budget", cells, ("operator", "impl", "", *DTYPES))
+    print(BUDGET_TEXT)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``doctor``."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object, and nothing else, to stdout")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, the slowest of the checks")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check everything and print a report; 1 when something failed, else 0."""
+    # With --json, stdout is for the object alone, whatever else has something to say.
+    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
+        environment = check_environment()
+        if not args.json:
+            print_table("Environment", [(status, name, detail) for name, status, detail in environment])
+        rows = self_test()
+        if not args.json:
+            _print_self_test(rows)
+            print(f"\ntorch.compile of a small MoE{': left out' if args.no_compile else ', beside itself eager:'}", flush=True)
+        devices = () if args.no_compile else dict.fromkeys(row.device for row in rows)
+        compiled = [row for device in devices for row in compile_smoke(device)]
+    failures = [f"{name}: {detail}" for name, status, detail in environment if status == "FAIL"]
+    failures += [str(row) for row in (*rows, *compiled) if row.ok is False]
+    if args.json:
+        report = {
+            "ok": not failures,
+            "failures": failures,
+            "environment": {name: {"status": status, "detail": detail} for name, status, detail in environment},
+            "budget": BUDGET_TEXT,
+            "self_test": [dataclasses.asdict(row) for row in rows],
+            "compile": [dataclasses.asdict(row) for row in compiled],
+        }
+        print(json.dumps(report, indent=2, allow_nan=False))
+    else:
+        status = {True: "ok", None: "absent", False: "FAIL"}
+        lines = [f"{status[row.ok]} {row}" for row in compiled]
+        print(*lines, "", *(["All fine."] if not failures else [f"{len(failures)} failed:", *failures]), sep="\n")
+    return int(bool(failures))

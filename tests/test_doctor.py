@@ -1,0 +1,334 @@
+"""The doctor: what it reports, and that it notices what is broken."""
+
+import argparse
+import importlib.metadata
+import itertools
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from fusedonemoe import __version__, doctor, functional
+from fusedonemoe.ops import IMPLEMENTATIONS, dense, grouped
+from fusedonemoe.ops import route as routing
+
+IMPLEMENTATIONS_OF = {
+    "route": ("dense", "auto"),
+    "experts_mlp": IMPLEMENTATIONS,
+    "experts_merged": IMPLEMENTATIONS,
+}
+
+
+def examine(capsys, **options):
+    """Exit code and report of ``doctor --json``."""
+    code = doctor.run(argparse.Namespace(**{"json": True, "no_compile": True, **options}))
+    return code, json.loads(capsys.readouterr().out)
+
+
+def print_report(capsys, **options):
+    """Exit code and text of ``doctor``."""
+    code = doctor.run(argparse.Namespace(**{"json": False, "no_compile": True, **options}))
+    return code, capsys.readouterr().out
+
+
+@pytest.fixture
+def no_self_test(monkeypatch):
+    monkeypatch.setattr(doctor, "self_test", list)
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    def search():
+        raise RuntimeError("No working C++ compiler found")
+
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", search)
+
+
+def test_options():
+    parser = argparse.ArgumentParser()
+    doctor.add_arguments(parser)
+    assert vars(parser.parse_args([])) == {"json": False, "no_compile": False}
+    assert vars(parser.parse_args(["--json", "--no-compile"])) == {"json": True, "no_compile": True}
+
+
+def test_a_sound_installation(capsys):
+    code, report = examine(capsys)
+    assert code == 0 and report["ok"] is True and report["failures"] == [] and report["compile"] == []
+    rows = report["self_test"]
+    on_cpu = [(r["operator"], r["impl"], r["dtype"], r["direction"]) for r in rows if r["device"] == "cpu"]
+    assert sorted(on_cpu) == sorted(
+        (operator, impl, dtype, direction)
+        for operator, impls in IMPLEMENTATIONS_OF.items()
+        for impl, dtype, direction in itertools.product(impls, doctor.DTYPES, ("forward", "backward"))
+    )
+    for row in rows:
+        if row["device"] == "cpu":
+            # Exactly 0 would mean that the operator was compared with itself.
+            assert row["ok"] is True and 0 < row["error"] <= row["budget"], row
+    assert report["environment"]["fusedonemoe"]["detail"] == __version__
+    assert report["environment"]["torch"]["detail"].startswith(torch.__version__)
+    assert {"python", "numpy", "triton", "transformers", "CPU", "threads", "C++ compiler"} < set(report["environment"])
+    assert {finding["status"] for finding in report["environment"].values()} <= {"ok", "absent"}
+
+
+def test_json_keeps_stdout_to_itself(capsys, monkeypatch, no_self_test):
+    honest = doctor.check_environment
+
+    def chatty():
+        print("a library says hello")
+        return honest()
+
+    monkeypatch.setattr(doctor, "check_environment", chatty)
+    assert doctor.run(argparse.Namespace(json=True, no_compile=True)) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["ok"] is True and "a library says hello" in err
+
+
+def test_inputs_have_empty_experts_and_foreign_ids(monkeypatch):
+    seen = []
+
+    def spy(x, experts, weights, proj, **options):
+        seen.append(experts)
+        return honest(x, experts, weights, proj, **options)
+
+    honest = functional.experts_merged
+    monkeypatch.setattr(functional, "experts_merged", spy)
+    doctor.self_test()
+    assert len(seen) >= len(doctor.DTYPES) * len(IMPLEMENTATIONS)
+    for experts in seen:
+        ids = set(experts.flatten().tolist())
+        assert {-1, doctor.E} < ids and set(range(doctor.E)) - ids, ids
+
+
+def times(factor, honest):
+    """The body of an operator with its first result multiplied; autograd still sees through it."""
+
+    def body(*args, **options):
+        result = honest(*args, **options)
+        return (result[0] * factor, *result[1:]) if isinstance(result, tuple) else result * factor
+
+    return body
+
+
+PLACES = [
+    # Module, the body in it, the operator and implementation that it serves, the direction that must fail.
+    (dense, "experts_mlp_dense", "experts_mlp dense", "forward"),
+    (dense, "experts_merged_dense", "experts_merged dense", "forward"),
+    (grouped, "experts_mlp", "experts_mlp grouped", "forward"),
+    (grouped, "experts_mlp_backward", "experts_mlp grouped", "backward"),
+    (grouped, "experts_merged", "experts_merged grouped", "forward"),
+    (grouped, "experts_merged_backward", "experts_merged grouped", "backward"),
+    (routing, "route", "route auto", "forward"),
+    (routing, "route_backward", "route auto", "backward"),
+]
+
+
+@pytest.mark.parametrize(("module", "body", "label", "direction"), PLACES, ids=[body for _, body, *_ in PLACES])
+def test_zeros_are_noticed_in_every_dtype(module, body, label, direction, capsys, monkeypatch):
+    monkeypatch.setattr(module, body, times(0, getattr(module, body)))
+    code, report = examine(capsys)
+    assert code == 1 and report["ok"] is False
+    for dtype in doctor.DTYPES:
+        assert any(failure.startswith(f"{label} {dtype} cpu {direction}: error of ") for failure in report["failures"])
+    # The other operators are not blamed.
+    assert {failure.split()[0] for failure in report["failures"]} == {label.split()[0]}
+
+
+@pytest.mark.parametrize(("module", "body", "label", "direction"), PLACES, ids=[body for _, body, *_ in PLACES])
+def test_one_percent_is_noticed_in_float32(module, body, label, direction, capsys, monkeypatch):
+    monkeypatch.setattr(module, body, times(1.01, getattr(module, body)))
+    code, report = examine(capsys)
+    assert code == 1
+    assert any(failure.startswith(f"{label} float32 cpu {direction}: ") for failure in report["failures"])
+
+
+def test_wrong_experts_are_noticed(capsys, monkeypatch):
+    honest = routing.route
+
+    def off_by_one(logits, selection_bias, rule):
+        weights, experts = honest(logits, selection_bias, rule)
+        return weights, (experts + 1) % logits.shape[-1]
+
+    monkeypatch.setattr(routing, "route", off_by_one)
+    code, report = examine(capsys)
+    assert code == 1
+    assert "route auto float32 cpu forward: ValueError: other experts than the oracle's" in report["failures"]
+
+
+def test_nan_is_noticed_and_the_report_stays_json(capsys, monkeypatch):
+    monkeypatch.setattr(grouped, "experts_merged", times(math.nan, grouped.experts_merged))
+    code, report = examine(capsys)
+    assert code == 1
+    assert any("float32 cpu forward: error of output not finite" in failure for failure in report["failures"])
+    failed = [row for row in report["self_test"] if row["ok"] is False]
+    assert all(row["operator"] == "experts_merged" and row["impl"] == "grouped" for row in failed)
+    assert all(row["error"] is None for row in failed if row["direction"] == "forward")
+
+
+def test_an_operator_that_raises_is_a_finding(capsys, monkeypatch):
+    def body(*args):
+        raise NotImplementedError("no such kernel\nand a long story")
+
+    monkeypatch.setattr(dense, "experts_mlp_dense", body)
+    code, report = examine(capsys)
+    assert code == 1
+    assert "experts_mlp dense float16 cpu backward: NotImplementedError: no such kernel" in report["failures"]
+    assert len(report["failures"]) == 2 * len(doctor.DTYPES)
+
+
+def test_every_budget_refuses_zeros_and_allows_a_rounding():
+    for (operator, ways), dtype in itertools.product(doctor.BUDGETS.items(), doctor.DTYPES.values()):
+        for way in ways:
+            assert way.of(dtype) < 0.25, (operator, dtype)
+            assert way.of(dtype) > torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+
+
+def test_relative_error():
+    exact = np.array([3.0, 4.0])
+    assert doctor.relative_error(torch.zeros(2), exact) == 1
+    assert doctor.relative_error(torch.tensor([3.0, 4.5]), exact) == 0.1
+    assert doctor.relative_error(torch.tensor([[3.0, 4.0]]), exact) == math.inf
+    assert doctor.relative_error(torch.zeros(2), np.zeros(2)) == math.inf
+
+
+def test_a_refused_implementation_is_absent_and_no_failure(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "refusal", lambda impl, **_: "no such unit" if impl == "grouped" else None)
+    code, report = examine(capsys)
+    assert code == 0
+    (row, *_) = [row for row in report["self_test"] if row["impl"] == "grouped"]
+    assert row["ok"] is None and row["error"] is None and row["note"] == "no such unit"
+    code, text = print_report(capsys)
+    assert code == 0 and "absent" in text.partition("Self-test")[2]
+
+
+def test_the_window_is_that_of_the_installed_requirement():
+    (requirement,) = [line for line in importlib.metadata.requires("fusedonemoe") or [] if line.startswith("torch")]
+    window = doctor.torch_window()
+    assert list(window) == [">=", "<"]
+    assert sorted(f"{sign}{bound}" for sign, bound in window.items()) == sorted(requirement.removeprefix("torch").split(","))
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"),
+    [
+        ("2.10.1", False),
+        ("2.9.1+cu128", False),
+        ("2.11", True),
+        ("2.11.0", True),
+        ("2.15.9+cpu", True),
+        ("2.16.0", False),
+        ("2.16.0.dev20260801+cpu", False),
+        ("3.0.0", False),
+    ],
+)
+def test_torch_outside_the_window_fails(version, fits, capsys, monkeypatch, no_self_test):
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(doctor, "torch_window", lambda: {">=": "2.11", "<": "2.16"})
+    code, report = examine(capsys)
+    assert code == (0 if fits else 1)
+    verdict = f"{version} ({'' if fits else 'not '}in >=2.11,<2.16)"
+    assert report["environment"]["torch"] == {"status": "ok" if fits else "FAIL", "detail": verdict}
+    assert report["failures"] == ([] if fits else [f"torch: {verdict}"])
+
+
+def test_without_installed_metadata_the_version_is_reported_only(capsys, monkeypatch, no_self_test):
+    def not_installed(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", not_installed)
+    code, report = examine(capsys)
+    assert code == 0 and "not compared" in report["environment"]["torch"]["detail"]
+
+
+def test_optional_packages_may_be_absent(capsys, monkeypatch, no_self_test):
+    for name in ("triton", "transformers"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name == "numpy" else None)
+    code, report = examine(capsys)
+    assert code == 0
+    assert [report["environment"][name]["status"] for name in ("numpy", "triton", "transformers")] == ["ok", "absent", "absent"]
+
+
+def test_a_cache_that_cannot_be_written_fails(tmp_path, capsys, monkeypatch, no_self_test):
+    folder = tmp_path / "file"
+    folder.write_text("in the way")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    code, report = examine(capsys)
+    assert code == 1 and report["failures"][0].startswith(f"compile cache: {folder}: ")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "new"))
+    assert examine(capsys)[0] == 0
+
+
+def test_without_a_compiler_torch_compile_is_absent(capsys, no_compiler):
+    code, report = examine(capsys, no_compile=False)
+    assert code == 0
+    assert report["environment"]["C++ compiler"]["status"] == "absent"
+    assert "torch.compile on CPU will not work" in report["environment"]["C++ compiler"]["detail"]
+    on_cpu = [row for row in report["compile"] if row["device"] == "cpu"]
+    assert [(row["direction"], row["ok"], row["note"]) for row in on_cpu] == [
+        ("forward", None, "no C++ compiler"),
+        ("backward", None, "no C++ compiler"),
+    ]
+
+
+def test_a_compilation_that_fails_fails(capsys, monkeypatch):
+    def broken(*args, **options):
+        raise RuntimeError("backend='inductor' raised")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(doctor, "find_cpp_compiler", lambda: "g++")
+    code, report = examine(capsys, no_compile=False)
+    assert code == 1
+    assert "MoE compiled float32 cpu forward: RuntimeError: backend='inductor' raised" in report["failures"]
+
+
+def test_a_compilation_to_something_else_fails(capsys, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda moe, **_: lambda x: moe(x) * 1.01)
+    monkeypatch.setattr(doctor, "find_cpp_compiler", lambda: "g++")
+    code, report = examine(capsys, no_compile=False)
+    assert code == 1 and len(report["failures"]) >= 2
+    assert report["failures"][0].startswith("MoE compiled float32 cpu forward: error of output 1.0e-02, budget ")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(doctor.find_cpp_compiler() is None, reason="needs a C++ compiler")
+def test_compilation():
+    forward, backward = doctor.compile_smoke("cpu")
+    assert forward.ok and backward.ok, (forward, backward)
+    assert forward.error is not None and forward.error < 1e-6
+
+
+@pytest.mark.gpu
+def test_on_cuda(capsys):
+    code, report = examine(capsys)
+    rows = [row for row in report["self_test"] if row["device"] == "cuda"]
+    assert code == 0, report["failures"]
+    assert {row["dtype"] for row in rows if row["ok"]} == set(doctor.DTYPES)
+    assert all(row["impl"] == "grouped" for row in rows if row["ok"] is None)
+
+
+def test_text_with_and_without_rich(capsys, monkeypatch):
+    pytest.importorskip("rich")
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    monkeypatch.setenv("COLUMNS", "200")  # rich wraps a long cache path
+    with_rich = print_report(capsys)
+    for name in ("rich", "rich.console", "rich.table", "rich.text"):
+        monkeypatch.setitem(sys.modules, name, None)
+    without = print_report(capsys)
+    assert with_rich[0] == without[0] == 0
+    assert without[1].split() == with_rich[1].split(), "the words are the same; only their dress differs"
+    assert without[1].rstrip().endswith("All fine.") and "left out" in without[1]
+    table = without[1].partition("Self-test on cpu")[2].splitlines()
+    assert table[1].split() == ["operator", "impl", *doctor.DTYPES]
+    assert max(map(len, without[1].partition("Self-test")[2].splitlines())) <= 80
+    assert "\x1b" not in without[1]
+
+
+def test_text_names_what_failed(capsys, monkeypatch):
+    monkeypatch.setattr(grouped, "experts_merged", times(0, grouped.experts_merged))
+    code, text = print_report(capsys)
+    assert code == 1 and "FAIL 1e+00" in text
+    assert "failed:\nexperts_merged grouped float64 cpu forward: error of output 1.0e+00, budget " in text
