@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fusedonemoe.ops import choose, library
 from fusedonemoe.ops.activation import ACTIVATIONS, GATE_UP_LAYOUTS, PLAIN
-from fusedonemoe.ops.plan import Plan, make_plan, tokens_per_expert
+from fusedonemoe.ops.plan import Plan, make_plan
+from fusedonemoe.ops.plan import tokens_per_expert as _count_tokens
 from fusedonemoe.ops.route import GROUP_SCORES, SCORINGS
 
 __all__ = ["Plan", "experts_merged", "experts_mlp", "plan", "route", "stack_gate_up", "tokens_per_expert"]
@@ -39,6 +40,28 @@ def _check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
+def _check_integer(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+
+
+def _check_ids(experts: Tensor) -> None:
+    _check_tensor("experts", experts)
+    if experts.is_floating_point() or experts.is_complex() or experts.dtype == torch.bool:
+        raise TypeError(f"experts must have an integer dtype, got {experts.dtype}")
+
+
+def _check_num_experts(num_experts: int) -> None:
+    _check_integer("num_experts", num_experts)
+    if num_experts < 1:
+        raise ValueError(f"num_experts must be at least 1, got {num_experts}")
+
+
+def _check_same_device(name: str, tensor: Tensor, owner: str, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on the device of {owner} ({device}), got {tensor.device}")
+
+
 def _check_float(name: str, tensor: Tensor) -> None:
     _check_tensor(name, tensor)
     if tensor.dtype not in _FLOATS:
@@ -48,27 +71,23 @@ def _check_float(name: str, tensor: Tensor) -> None:
 def _check_like_x(name: str, tensor: Tensor, x: Tensor) -> None:
     """Expert weights share x's device, and its dtype too unless autocast is about to cast both."""
     _check_float(name, tensor)
-    if tensor.device != x.device:
-        raise ValueError(f"{name} must be on the device of x ({x.device}), got {tensor.device}")
-    if tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+    _check_same_device(name, tensor, "x", x.device)
+    if tensor.dtype != x.dtype and library.autocast_dtype(x.device.type) is None:
         raise TypeError(f"{name} must have the dtype of x ({x.dtype}), got {tensor.dtype}")
 
 
 def _check_routing(x: Tensor, experts: Tensor, weights: Tensor) -> None:
     _check_float("x", x)
-    _check_tensor("experts", experts)
+    _check_ids(experts)
     _check_float("weights", weights)
     if x.dim() < 1:
         raise ValueError(f"x must have at least 1 dimension [..., D], got shape {tuple(x.shape)}")
-    if experts.is_floating_point() or experts.is_complex() or experts.dtype == torch.bool:
-        raise TypeError(f"experts must have an integer dtype, got {experts.dtype}")
     if experts.dim() < 1 or experts.shape[-1] < 1:
         raise ValueError(f"experts must have shape [..., K] with K >= 1, got {tuple(experts.shape)}")
     _check_shape("experts", experts, (*x.shape[:-1], experts.shape[-1]))
     _check_shape("weights", weights, tuple(experts.shape))
-    for name, tensor in (("experts", experts), ("weights", weights)):
-        if tensor.device != x.device:
-            raise ValueError(f"{name} must be on the device of x ({x.device}), got {tensor.device}")
+    _check_same_device("experts", experts, "x", x.device)
+    _check_same_device("weights", weights, "x", x.device)
 
 
 def _check_save_percent(save_percent: int) -> None:
@@ -82,10 +101,18 @@ def _records_gradients(*tensors: Tensor | None) -> bool:
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype the operator will see: autocast's, where it is enabled."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+    return x.dtype if x.dtype == torch.float64 else library.autocast_dtype(x.device.type) or x.dtype
+
+
+def _refuse_transforms() -> None:
+    """The operators have no rule for forward mode, where torch would take a zero for the tangent, nor for torch.func."""
+    if torch.compiler.is_compiling():
+        return
+    if torch.autograd.forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "forward-mode derivatives and torch.func need impl='dense'; the other implementations have first derivatives "
+            "in reverse mode only"
+        )
 
 
 def route(
@@ -147,6 +174,10 @@ def route(
     _check_one_of("scoring", scoring, SCORINGS)
     _check_one_of("group_score", group_score, GROUP_SCORES)
     _check_one_of("impl", impl, ("auto", "dense"))
+    _check_integer("n_group", n_group)
+    _check_integer("topk_group", topk_group)
+    if top_k is not None:
+        _check_integer("top_k", top_k)
     if n_group < 1 or E % n_group:
         raise ValueError(f"n_group must divide the number of experts ({E}), got {n_group}")
     if not 1 <= topk_group <= n_group:
@@ -159,6 +190,9 @@ def route(
     if selection_bias is not None:
         _check_float("selection_bias", selection_bias)
         _check_shape("selection_bias", selection_bias, (E,))
+        _check_same_device("selection_bias", selection_bias, "logits", logits.device)
+    if impl != "dense":
+        _refuse_transforms()
     op = _ops.route_dense if impl == "dense" else _ops.route
     weights, experts = op(
         logits.reshape(-1, E),
@@ -189,7 +223,7 @@ def plan(experts: Tensor, num_experts: int) -> Plan:
         token order inside an expert; expert ``e`` owns ``order[offsets[e]:offsets[e + 1]]``.
 
     Raises:
-        TypeError: ``experts`` has no integer dtype.
+        TypeError: ``experts`` has no integer dtype, or ``num_experts`` is no integer.
         ValueError: ``num_experts`` is below 1.
 
     Example:
@@ -198,12 +232,34 @@ def plan(experts: Tensor, num_experts: int) -> Plan:
         >>> F.plan(torch.tensor([[1, 0], [1, 7]]), num_experts=2)
         Plan(order=tensor([1, 0, 2, 3], dtype=torch.int32), offsets=tensor([0, 1, 3], dtype=torch.int32))
     """
-    _check_tensor("experts", experts)
-    if experts.is_floating_point() or experts.is_complex() or experts.dtype == torch.bool:
-        raise TypeError(f"experts must have an integer dtype, got {experts.dtype}")
-    if num_experts < 1:
-        raise ValueError(f"num_experts must be at least 1, got {num_experts}")
+    _check_ids(experts)
+    _check_num_experts(num_experts)
     return make_plan(experts, num_experts)
+
+
+def tokens_per_expert(experts: Tensor, num_experts: int) -> Tensor:
+    """Count the routed rows of every expert: ``c_e = #{(t, j): experts_tj = e}``, without a host synchronisation.
+
+    Args:
+        experts: ids of any shape and integer dtype; ids outside ``[0, num_experts)`` are not counted.
+        num_experts: ``E``.
+
+    Returns:
+        ``[E]`` int64.
+
+    Raises:
+        TypeError: ``experts`` has no integer dtype, or ``num_experts`` is no integer.
+        ValueError: ``num_experts`` is below 1.
+
+    Example:
+        >>> import torch
+        >>> from fusedonemoe import functional as F
+        >>> F.tokens_per_expert(torch.tensor([[1, 0], [1, 7]]), num_experts=3)
+        tensor([1, 2, 0])
+    """
+    _check_ids(experts)
+    _check_num_experts(num_experts)
+    return _count_tokens(experts, num_experts)
 
 
 def stack_gate_up(gate_proj: Tensor, up_proj: Tensor) -> Tensor:
@@ -217,6 +273,7 @@ def stack_gate_up(gate_proj: Tensor, up_proj: Tensor) -> Tensor:
         ``[E, 2F, D]``, gate rows first.
 
     Raises:
+        TypeError: an argument that is no floating-point tensor.
         ValueError: the shapes differ or are not three-dimensional.
 
     Example:
@@ -225,6 +282,8 @@ def stack_gate_up(gate_proj: Tensor, up_proj: Tensor) -> Tensor:
         >>> F.stack_gate_up(torch.randn(4, 32, 16), torch.randn(4, 32, 16)).shape
         torch.Size([4, 64, 16])
     """
+    _check_float("gate_proj", gate_proj)
+    _check_float("up_proj", up_proj)
     _check_dim("gate_proj", gate_proj, "E, F, D")
     _check_shape("up_proj", up_proj, tuple(gate_proj.shape))
     return torch.cat((gate_proj, up_proj), dim=1)
@@ -328,6 +387,7 @@ def experts_mlp(
     if chosen == "dense":
         y = _ops.experts_mlp_dense(*flat, *parameters, *act, library.BUILD)
     else:
+        _refuse_transforms()
         kept = save_percent if _records_gradients(x, weights, *parameters) else 0
         y = _ops.experts_mlp(*flat, *parameters, *act, kept, library.BUILD)[0]
     return y.reshape(x.shape)
@@ -376,5 +436,6 @@ def experts_merged(x: Tensor, experts: Tensor, weights: Tensor, proj: Tensor, *,
     if chosen == "dense":
         h = _ops.experts_merged_dense(*flat, library.BUILD)
     else:
+        _refuse_transforms()
         h = _ops.experts_merged(*flat, library.BUILD)[0]
     return h.reshape(*x.shape[:-1], F)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedonemoe import functional as F
+from fusedonemoe.ops.library import autocast_dtype
 
 
 class RouterOutput(NamedTuple):
@@ -109,7 +110,7 @@ class TopKRouter(nn.Module):
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         bias = None if self.bias is None else self.bias.to(dtype)
         device = x.device.type
-        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        with nullcontext() if autocast_dtype(device) is None else torch.autocast(device, enabled=False):
             logits = nn.functional.linear(x.to(dtype), self.weight.to(dtype), bias)
         weights, experts = F.route(
             logits,

@@ -14,10 +14,12 @@ def _routing_masks(experts_TK: Tensor, weights_TK: Tensor, num_experts: int) -> 
     """Spread a routing over all experts.
 
     Returns:
-        ``weights_TE``, the summed weight of each expert for each token (0 where unrouted), and ``routed_TE``, the mask.
+        ``weights_TE``, the summed weight of each expert for each token (0 where unrouted; at least float32), and
+        ``routed_TE``, the mask.
         An id outside ``[0, E)`` equals no expert and so drops out, whatever its weight.
     """
-    hit_TKE = experts_TK[:, :, None] == torch.arange(num_experts, device=experts_TK.device)
+    weights_TK = weights_TK.to(torch.promote_types(weights_TK.dtype, torch.float32))
+    hit_TKE = experts_TK.to(torch.int64)[:, :, None] == torch.arange(num_experts, device=experts_TK.device)
     return torch.where(hit_TKE, weights_TK[:, :, None], 0).sum(1), hit_TKE.any(1)
 
 
@@ -34,7 +36,8 @@ def experts_mlp_dense(
     """``y_t = sum_e w_te (act(x_t Wup_e + bup_e) Wdown_e + bdown_e)`` over all experts at once.
 
     Pre-activations of unrouted pairs are set to 0 before the activation: an expert that overflows on a token that was
-    never sent to it must not turn ``0 * inf`` into NaN, in the output or in a gradient.
+    never sent to it must not turn ``0 * inf`` into NaN, in the output or in a gradient. (An expert whose weights are
+    themselves infinite or NaN does poison the sum; masking those would copy every weight on every call.)
     """
     weights_TE, routed_TE = _routing_masks(experts_TK, weights_TK, up_EGD.shape[0])
     z_ETG = torch.matmul(x_TD, up_EGD.transpose(1, 2))

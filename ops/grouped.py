@@ -48,7 +48,8 @@ def _rows(experts_TK: Tensor, weights_TK: Tensor, order: Tensor, num_experts: in
 
 def _expert_of_row(experts_TK: Tensor, order: Tensor, num_experts: int) -> Tensor:
     """``[N]`` the expert of each sorted row, any expert where the id is out of range."""
-    return experts_TK.reshape(-1).index_select(0, order).clamp(0, num_experts - 1).to(torch.int32)
+    ids = experts_TK.reshape(-1).to(torch.int64).index_select(0, order)
+    return ids.clamp(0, num_experts - 1).to(torch.int32)
 
 
 def _sum_over_choices(rows_NB: Tensor, rows: _Rows, *, weighted: bool, dtype: torch.dtype) -> Tensor:

@@ -41,6 +41,14 @@ def _fingerprint() -> int:
 
 BUILD = _fingerprint()
 
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast computes in on a device; None where it is off, or not to be had."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
 _lib = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
@@ -66,6 +74,7 @@ def _composite(name: str, body: Callable[..., Any]) -> None:
     """Register an operator that autograd, torch.func and compilation look through."""
     _lib.define(name + torch.library.infer_schema(body, mutates_args=()))
     _lib.impl(name, body, "CompositeImplicitAutograd")
+    _lib.impl(name, body, "FuncTorchBatched")  # without it vmap would run a loop over the batch, and say so
 
 
 def _define_autocast(name: str, casts: Sequence[int]) -> None:
@@ -288,6 +297,9 @@ def _experts_merged_grad(ctx: Any, dh: Tensor | None, *_: Any) -> tuple[Any, ...
 def _no_second_derivative(ctx: Any, *_: Any) -> Any:
     raise RuntimeError("fusedonemoe's operators have first derivatives only; impl='dense' has derivatives of every order")
 
+
+for _name in ("grouped_mm", "grouped_outer"):
+    torch.library.register_autograd(f"{NAMESPACE}::{_name}", _no_second_derivative, lib=_lib)
 
 _operator("route_backward", _route_backward).register_autograd(_no_second_derivative)
 _operator("route", _route).register_autograd(_route_grad, setup_context=_route_save)

@@ -25,7 +25,8 @@ class Plan(NamedTuple):
 
 def in_range(experts: Tensor, num_experts: int) -> Tensor:
     """Mask of the ids that name an expert, shaped like ``experts``."""
-    return (experts >= 0) & (experts < num_experts)
+    ids = experts.to(torch.int64)  # num_experts may not fit a narrow id dtype, and torch compares no unsigned ones
+    return (ids >= 0) & (ids < num_experts)
 
 
 def _expert_or_end(experts: Tensor, num_experts: int) -> Tensor:

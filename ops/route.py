@@ -68,7 +68,9 @@ def _close_groups(keys: Tensor, rule: RouteRule) -> Tensor:
     value = grouped.topk(best, dim=-1).values.sum(-1)
     kept = _select(value, rule.topk_group)
     is_open = (kept[:, :, None] == torch.arange(rule.n_group, device=keys.device)).any(1)
-    return torch.where(is_open[:, :, None], grouped, float("-inf")).flatten(-2)
+    # An open group's own minus infinity must still beat a closed group.
+    open_keys = grouped.clamp(min=torch.finfo(grouped.dtype).min)
+    return torch.where(is_open[:, :, None], open_keys, float("-inf")).flatten(-2)
 
 
 def select_experts(logits: Tensor, selection_bias: Tensor | None, rule: RouteRule) -> Tensor:
