@@ -112,12 +112,19 @@ def explain(
     device_type = torch.device(device or ("cpu" if like is None else like.device)).type
     if x is not None:
         tokens = x.numel() // D
-    chosen = choose(operator, impl, top_k=K, num_experts=E, device_type=device_type, dtype=dtype, widths=widths)
+    parameters = layer.parameters() if isinstance(layer, torch.nn.Module) else ()
+    tensors = {
+        "device_type": device_type,
+        "dtype": dtype,
+        "contiguous": all(p.is_contiguous() for p in parameters),
+        "widths": widths,
+    }
+    chosen = choose(operator, impl, top_k=K, num_experts=E, **tensors)
     candidates = tuple(
         Candidate(
             name,
             count_work(name, tokens=tokens, top_k=K, num_experts=E, weight_numel=weight_numel, itemsize=dtype.itemsize),
-            refusal(name, device_type=device_type, dtype=dtype, widths=widths),
+            refusal(name, **tensors),
         )
         for name in IMPLEMENTATIONS
     )

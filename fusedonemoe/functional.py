@@ -104,6 +104,20 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype if x.dtype == torch.float64 else library.autocast_dtype(x.device.type) or x.dtype
 
 
+def _choose(operator: str, impl: str, x: Tensor, experts: Tensor, widths: tuple[int, ...], *expert_weights: Tensor) -> str:
+    return choose(
+        operator,
+        impl,
+        top_k=experts.shape[-1],
+        num_experts=expert_weights[0].shape[0],
+        device_type=x.device.type,
+        dtype=_compute_dtype(x),
+        contiguous=all(w.is_contiguous() for w in expert_weights),
+        widths=widths,
+        portable=torch.compiler.is_exporting(),
+    ).impl
+
+
 def _refuse_transforms() -> None:
     """The operators have no rule for forward mode, where torch would take a zero for the tangent, nor for torch.func."""
     if torch.compiler.is_compiling():
@@ -329,7 +343,8 @@ def experts_mlp(
         swiglu_limit: clamp of ``swiglu_oai``.
         save_percent: 0 to 100, the share of pre-activation rows kept for the backward; the rest is computed again there.
             Less memory for more time, the same gradients. ``dense`` is left to autograd and keeps everything.
-        impl: ``"auto"``, ``"dense"`` (masked batched matmul, derivatives of every order) or ``"grouped"`` (sorted rows).
+        impl: ``"auto"``, ``"dense"`` (masked batched matmul, derivatives of every order), ``"grouped"`` (sorted rows) or
+            ``"cpu"`` (kernels that are compiled on first use; float32 and bfloat16, contiguous weights).
 
     Returns:
         ``[..., D]`` in the dtype of x. Products accumulate in float32 for half precision; each written tensor is rounded
@@ -378,9 +393,7 @@ def experts_mlp(
         _check_like_x("down_bias", down_bias, x)
         _check_shape("down_bias", down_bias, (E, D))
     K = experts.shape[-1]
-    chosen = choose(
-        "experts_mlp", impl, top_k=K, num_experts=E, device_type=x.device.type, dtype=_compute_dtype(x), widths=(D, G, F)
-    ).impl
+    chosen = _choose("experts_mlp", impl, x, experts, (D, G, F), up_EGD, down_EDF)
     flat = (x.reshape(-1, D), experts.reshape(-1, K), weights.reshape(-1, K))
     parameters = (up_EGD, down_EDF, gate_up_bias, down_bias)
     act = (activation, gate_up_layout if gated else PLAIN, float(swiglu_alpha), float(swiglu_limit))
@@ -389,7 +402,7 @@ def experts_mlp(
     else:
         _refuse_transforms()
         kept = save_percent if _records_gradients(x, weights, *parameters) else 0
-        y = _ops.experts_mlp(*flat, *parameters, *act, kept, library.BUILD)[0]
+        y = _ops.experts_mlp(*flat, *parameters, *act, kept, chosen, library.BUILD)[0]
     return y.reshape(x.shape)
 
 
@@ -403,7 +416,7 @@ def experts_merged(x: Tensor, experts: Tensor, weights: Tensor, proj: Tensor, *,
         experts: ``[..., K]`` ids of any integer dtype; ids outside ``[0, E)`` contribute zero.
         weights: ``[..., K]`` routing weights of any float dtype.
         proj: ``[E, D, F]``, dtype of x.
-        impl: ``"auto"``, ``"dense"`` or ``"grouped"``.
+        impl: ``"auto"``, ``"dense"``, ``"grouped"`` or ``"cpu"``.
 
     Returns:
         ``[..., F]`` in the dtype of x.
@@ -429,13 +442,11 @@ def experts_merged(x: Tensor, experts: Tensor, weights: Tensor, proj: Tensor, *,
     if x.shape[-1] != D:
         raise ValueError(f"x must have shape [..., {D}] to fit proj, got {tuple(x.shape)}")
     K = experts.shape[-1]
-    chosen = choose(
-        "experts_merged", impl, top_k=K, num_experts=E, device_type=x.device.type, dtype=_compute_dtype(x), widths=(D, F)
-    ).impl
+    chosen = _choose("experts_merged", impl, x, experts, (D, F), proj)
     flat = (x.reshape(-1, D), experts.reshape(-1, K), weights.reshape(-1, K), proj)
     if chosen == "dense":
         h = _ops.experts_merged_dense(*flat, library.BUILD)
     else:
         _refuse_transforms()
-        h = _ops.experts_merged(*flat, library.BUILD)[0]
+        h = _ops.experts_merged(*flat, chosen, library.BUILD)[0]
     return h.reshape(*x.shape[:-1], F)

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 
 from fusedonemoe.ops import cuda
+from fusedonemoe.ops.cpu import native
 
-IMPLEMENTATIONS = ("dense", "grouped")
+IMPLEMENTATIONS = ("dense", "grouped", "cpu")
 # The largest E/K at which dense was measured faster on CPU (float32 and bfloat16, forward and backward, at 1, 1.5, 2 and 4).
 # Its merged projection is one plain matmul. Its MLP writes and masks [E, T, 2F] and lost at every ratio, 1 included.
 DENSE_UP_TO = {"experts_mlp": 0, "experts_merged": 1}
@@ -59,16 +60,23 @@ def count_work(impl: str, *, tokens: int, top_k: int, num_experts: int, weight_n
     return Work(flops=2 * rows * per_expert, weight_bytes=touched * per_expert * itemsize)
 
 
-def refusal(impl: str, *, device_type: str, dtype: torch.dtype, widths: tuple[int, ...]) -> str | None:
+def refusal(impl: str, *, device_type: str, dtype: torch.dtype, contiguous: bool, widths: tuple[int, ...]) -> str | None:
     """Why ``impl`` cannot run on such tensors; None when it can.
 
     Args:
         impl: one of :data:`IMPLEMENTATIONS`.
         device_type: ``"cpu"`` or ``"cuda"``, ...
         dtype: of x and the expert weights.
+        contiguous: whether the expert weights are.
         widths: the row lengths of the grouped GEMMs.
     """
-    if impl == "dense" or device_type == "cpu":
+    if impl == "dense":
+        return None
+    if impl == "cpu":
+        if device_type != "cpu":
+            return f"the CPU kernels do not run on device {device_type!r}"
+        return native.refusal(dtype, contiguous)
+    if device_type == "cpu":
         return None
     if device_type == "cuda":
         return cuda.refusal(dtype, widths)
@@ -76,7 +84,16 @@ def refusal(impl: str, *, device_type: str, dtype: torch.dtype, widths: tuple[in
 
 
 def choose(
-    operator: str, impl: str, *, top_k: int, num_experts: int, device_type: str, dtype: torch.dtype, widths: tuple[int, ...]
+    operator: str,
+    impl: str,
+    *,
+    top_k: int,
+    num_experts: int,
+    device_type: str,
+    dtype: torch.dtype,
+    contiguous: bool,
+    widths: tuple[int, ...],
+    portable: bool = False,
 ) -> Choice:
     """Resolve ``impl="auto"``, or check that a named implementation can run.
 
@@ -87,7 +104,9 @@ def choose(
         num_experts: ``E``.
         device_type: of the tensors.
         dtype: of x and the expert weights.
+        contiguous: whether the expert weights are.
         widths: the row lengths of the grouped GEMMs: D, F and what the up-projection yields.
+        portable: leave out what is compiled for this machine, as an exported graph has to.
 
     Returns:
         The :class:`Choice`.
@@ -97,16 +116,20 @@ def choose(
     """
     if impl not in (*IMPLEMENTATIONS, "auto"):
         raise ValueError(f"impl must be one of {('auto', *IMPLEMENTATIONS)}, got {impl!r}")
+
+    def why_not(name: str) -> str | None:
+        return refusal(name, device_type=device_type, dtype=dtype, contiguous=contiguous, widths=widths)
+
     if impl != "auto":
-        why_not = refusal(impl, device_type=device_type, dtype=dtype, widths=widths)
-        if why_not:
-            raise ValueError(f"impl={impl!r} cannot run here: {why_not}")
+        if reason := why_not(impl):
+            raise ValueError(f"impl={impl!r} cannot run here: {reason}")
         return Choice(impl, "asked for by impl=")
+    if device_type == "cpu" and not portable and why_not("cpu") is None:
+        return Choice("cpu", "kernels compiled for this machine")
     if num_experts <= DENSE_UP_TO[operator] * top_k:
         return Choice("dense", f"every token takes all of the {num_experts} experts: there is nothing to sort")
-    why_not = refusal("grouped", device_type=device_type, dtype=dtype, widths=widths)
-    if why_not:
-        return Choice("dense", f"grouped cannot run here: {why_not}")
+    if reason := why_not("grouped"):
+        return Choice("dense", f"grouped cannot run here: {reason}")
     if num_experts <= top_k:
         return Choice("grouped", "as much arithmetic as dense, in fewer passes over memory")
     return Choice("grouped", f"dense would do E/K = {num_experts}/{top_k} times the arithmetic")

@@ -24,8 +24,8 @@ from torch.library import triton_op
 from fusedonemoe.ops import cuda, dense, grouped
 from fusedonemoe.ops import route as routing
 from fusedonemoe.ops.activation import Activation
-from fusedonemoe.ops.cpu import grouped_gemm
-from fusedonemoe.ops.grouped import MergedNeeds, MLPNeeds
+from fusedonemoe.ops.cpu import grouped_gemm, native
+from fusedonemoe.ops.grouped import MergedNeeds, MLPNeeds, saved_rows
 from fusedonemoe.ops.route import RouteRule
 
 NAMESPACE = "fusedonemoe"
@@ -121,6 +121,61 @@ def _(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
     return left.new_empty(offsets.shape[0] - 1, left.shape[1], right.shape[1])
 
 
+# The compiled CPU kernels: opaque too, one operator a pass.
+
+_MLP = "Tensor x, Tensor experts, Tensor weights, Tensor up_proj, Tensor down_proj, Tensor? up_bias, Tensor? down_bias"
+_ACT = "str activation, str layout, float alpha, float limit"
+_MERGED = "Tensor x, Tensor experts, Tensor weights, Tensor proj"
+
+
+def _define_cpu(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    _lib.define(schema)
+    name = schema.partition("(")[0]
+    _lib.impl(name, kernel, "CPU")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_lib)
+
+
+def _wanted(needs: Sequence[bool], *likes: Tensor | None) -> tuple[Tensor, ...]:
+    """What a backward returns: a contiguous tensor like each argument, or an empty one where no gradient is needed."""
+    owner = next(like for like in likes if like is not None)
+    return tuple(
+        like.new_empty(like.shape) if needed and like is not None else owner.new_empty(0)
+        for needed, like in zip(needs, likes, strict=True)
+    )
+
+
+def _mlp_cpu_fake(*args: Any) -> tuple[Tensor, ...]:
+    x, experts, _, up_proj, *_, save_percent = args
+    N = experts.numel()
+    z = x.new_empty(saved_rows(N, save_percent), up_proj.shape[1])
+    order, offsets = (experts.new_empty(n, dtype=torch.int32) for n in (N, up_proj.shape[0] + 1))
+    return x.new_empty(x.shape), z, order, offsets
+
+
+def _merged_cpu_fake(x: Tensor, experts: Tensor, weights: Tensor, proj: Tensor) -> tuple[Tensor, ...]:
+    order, offsets = (experts.new_empty(n, dtype=torch.int32) for n in (experts.numel(), proj.shape[0] + 1))
+    return x.new_empty(x.shape[0], proj.shape[2]), order, offsets
+
+
+_define_cpu(
+    f"experts_mlp_cpu({_MLP}, {_ACT}, int save_percent) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda *args: native.experts_mlp(*args[:7], Activation(*args[7:11]), args[11]),
+    _mlp_cpu_fake,
+)
+_define_cpu(
+    f"experts_mlp_cpu_backward(Tensor dy, Tensor z, Tensor order, Tensor offsets, {_MLP}, {_ACT}, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda *args: native.experts_mlp_backward(*args[:11], Activation(*args[11:15]), MLPNeeds(*args[15])),
+    lambda *args: _wanted(args[15], args[4], *args[6:11]),
+)
+_define_cpu(f"experts_merged_cpu({_MERGED}) -> (Tensor, Tensor, Tensor)", native.experts_merged, _merged_cpu_fake)
+_define_cpu(
+    f"experts_merged_cpu_backward(Tensor dh, Tensor order, Tensor offsets, {_MERGED}, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    lambda *args: native.experts_merged_backward(*args[:7], MergedNeeds(*args[7])),
+    lambda *args: _wanted(args[7], args[3], *args[5:7]),
+)
+
+
 # Routing
 
 
@@ -186,9 +241,14 @@ def _experts_mlp(
     alpha: float,
     limit: float,
     save_percent: int,
+    impl: str,
     build: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     act = Activation(activation, layout, alpha, limit)
+    if impl == "cpu":
+        return torch.ops.fusedonemoe.experts_mlp_cpu(
+            x, experts, weights, up_proj, down_proj, up_bias, down_bias, *act, save_percent
+        )
     return grouped.experts_mlp(x, experts, weights, up_proj, down_proj, up_bias, down_bias, act, save_percent)
 
 
@@ -209,9 +269,14 @@ def _experts_mlp_backward(
     alpha: float,
     limit: float,
     needs: Sequence[bool],
+    impl: str,
     build: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     act = Activation(activation, layout, alpha, limit)
+    if impl == "cpu":
+        return torch.ops.fusedonemoe.experts_mlp_cpu_backward(
+            dy, z, order, offsets, x, experts, weights, up_proj, down_proj, up_bias, down_bias, *act, needs
+        )
     return grouped.experts_mlp_backward(
         dy, z, order, offsets, x, experts, weights, up_proj, down_proj, up_bias, down_bias, act, MLPNeeds(*needs)
     )
@@ -241,6 +306,7 @@ def _experts_mlp_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(z, order, offsets, *inputs[:7])
     ctx.activation = inputs[7:11]
+    ctx.impl = inputs[12]
 
 
 def _experts_mlp_grad(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -248,7 +314,7 @@ def _experts_mlp_grad(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if dy is None:
         return (None,) * count
     needs = MLPNeeds(ctx.needs_input_grad[0], *ctx.needs_input_grad[2:7])
-    grads = torch.ops.fusedonemoe.experts_mlp_backward(dy, *ctx.saved_tensors, *ctx.activation, needs, BUILD)
+    grads = torch.ops.fusedonemoe.experts_mlp_backward(dy, *ctx.saved_tensors, *ctx.activation, needs, ctx.impl, BUILD)
     dx, *rest = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
     return dx, None, *rest, *(None for _ in range(count - 7))
 
@@ -256,7 +322,11 @@ def _experts_mlp_grad(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
 # The merged up-projection
 
 
-def _experts_merged(x: Tensor, experts: Tensor, weights: Tensor, proj: Tensor, build: int) -> tuple[Tensor, Tensor, Tensor]:
+def _experts_merged(
+    x: Tensor, experts: Tensor, weights: Tensor, proj: Tensor, impl: str, build: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    if impl == "cpu":
+        return torch.ops.fusedonemoe.experts_merged_cpu(x, experts, weights, proj)
     return grouped.experts_merged(x, experts, weights, proj)
 
 
@@ -269,8 +339,11 @@ def _experts_merged_backward(
     weights: Tensor,
     proj: Tensor,
     needs: Sequence[bool],
+    impl: str,
     build: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if impl == "cpu":
+        return torch.ops.fusedonemoe.experts_merged_cpu_backward(dh, order, offsets, x, experts, weights, proj, needs)
     return grouped.experts_merged_backward(dh, order, offsets, x, experts, weights, proj, MergedNeeds(*needs))
 
 
@@ -283,15 +356,16 @@ def _experts_merged_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
     ctx.mark_non_differentiable(order, offsets)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(order, offsets, *inputs[:4])
+    ctx.impl = inputs[4]
 
 
 def _experts_merged_grad(ctx: Any, dh: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if dh is None:
-        return (None,) * 5
+        return (None,) * 6
     needs = MergedNeeds(ctx.needs_input_grad[0], *ctx.needs_input_grad[2:4])
-    grads = torch.ops.fusedonemoe.experts_merged_backward(dh, *ctx.saved_tensors, needs, BUILD)
+    grads = torch.ops.fusedonemoe.experts_merged_backward(dh, *ctx.saved_tensors, needs, ctx.impl, BUILD)
     dx, *rest = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
-    return dx, None, *rest, None
+    return dx, None, *rest, None, None
 
 
 def _no_second_derivative(ctx: Any, *_: Any) -> Any:

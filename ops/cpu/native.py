@@ -1,0 +1,242 @@
+"""The CPU kernels as functions of tensors: argument blocks, output buffers, and when they apply."""
+
+import ctypes
+import math
+import struct
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedonemoe.ops.activation import ACTIVATIONS, PLAIN, Activation
+from fusedonemoe.ops.cpu import build
+from fusedonemoe.ops.grouped import MergedNeeds, MLPNeeds, saved_rows
+
+_SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+# Weight-row products below which a second thread costs more than it saves. No result depends on the number of threads.
+PRODUCTS_PER_THREAD = 1 << 18
+# Outputs from this size on come from the kernels' own pool: torch gives each fresh pages, and the system zeroes them.
+POOLED_BYTES = 1 << 20
+
+
+@torch.compiler.assume_constant_result  # a graph is compiled for the machine it is traced on
+def refusal(dtype: torch.dtype, contiguous: bool) -> str | None:
+    """Why the kernels cannot run for such weights; None when they can."""
+    if dtype not in _SUFFIX:
+        return f"the CPU kernels have float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if not contiguous:
+        return "the CPU kernels read contiguous expert weights"
+    try:
+        build.load()
+    except build.Unavailable as error:
+        return str(error)
+    return None
+
+
+@cache
+def _kernel(name: str, dtype: torch.dtype) -> Any:
+    return getattr(build.load(), f"fusedonemoe_{name}_{_SUFFIX[dtype]}")
+
+
+@cache
+def _pool() -> Any:
+    allocate = build.load().fusedonemoe_pooled_bytes
+    allocate.restype, allocate.argtypes = ctypes.c_void_p, [ctypes.c_int64]
+    capsule = ctypes.pythonapi.PyCapsule_New
+    capsule.restype, capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    return allocate, capsule
+
+
+def _new(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor; a large one from the pool, to which its memory returns when it dies."""
+    size = math.prod(shape) * dtype.itemsize
+    if size < POOLED_BYTES:
+        return torch.empty(shape, dtype=dtype)
+    allocate, capsule = _pool()
+    managed = allocate(size)
+    if managed is None:
+        raise MemoryError(f"no memory for a tensor of {size} bytes")
+    return torch.utils.dlpack.from_dlpack(capsule(managed, b"dltensor", None)).view(dtype).view(shape)
+
+
+def _call(name: str, dtype: torch.dtype, *words: int | Tensor | None) -> None:
+    values = [0 if w is None else w.data_ptr() if isinstance(w, Tensor) else w for w in words]
+    if _kernel(name, dtype)((ctypes.c_int64 * len(values))(*values)):
+        raise MemoryError(f"no memory for the scratch buffers of {name}")
+
+
+def _threads(rows: int, weights_EAB: Tensor) -> int:
+    products = rows * weights_EAB.shape[1] * weights_EAB.shape[2]
+    return max(1, min(torch.get_num_threads(), products // PRODUCTS_PER_THREAD))
+
+
+def _word(value: float) -> int:
+    """A float64's bits as a word of the argument block."""
+    return int(struct.unpack("q", struct.pack("d", value))[0])
+
+
+def _gate_up(act: Activation, inner: int) -> tuple[int, int, int, int]:
+    """First gate row, first up row, distance of rows, and whether there is a gate."""
+    if act.layout == PLAIN:
+        return 0, 0, 1, 0
+    return {"gate_up": (0, inner, 1, 1), "up_gate": (inner, 0, 1, 1), "interleaved": (0, 1, 2, 1)}[act.layout]
+
+
+def _ids(experts_TK: Tensor) -> Tensor:
+    return experts_TK.to(torch.int64).contiguous()
+
+
+def _float_weights(weights_TK: Tensor) -> Tensor:
+    return weights_TK.to(torch.float32).contiguous()
+
+
+def _bias(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.contiguous()
+
+
+def _mlp_sizes(x_TD: Tensor, experts_TK: Tensor, up_EGD: Tensor, down_EDF: Tensor, act: Activation) -> tuple[int, ...]:
+    E, G, D = up_EGD.shape
+    F = down_EDF.shape[2]
+    return (*experts_TK.shape, E, D, F, G, *_gate_up(act, F))
+
+
+def experts_mlp(
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    up_EGD: Tensor,
+    down_EDF: Tensor,
+    up_bias_EG: Tensor | None,
+    down_bias_ED: Tensor | None,
+    act: Activation,
+    save_percent: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`fusedonemoe.ops.grouped.experts_mlp`, in one kernel."""
+    N, (E, G, _) = experts_TK.numel(), up_EGD.shape
+    y_TD = _new(tuple(x_TD.shape), x_TD.dtype)
+    kept = saved_rows(N, save_percent)
+    z = _new((kept, G), x_TD.dtype)
+    order = torch.empty(N, dtype=torch.int32)
+    offsets = torch.zeros(E + 1, dtype=torch.int32)
+    if N == 0:
+        return y_TD, z, order, offsets
+    _run_forward(x_TD, experts_TK, weights_TK, up_EGD, down_EDF, up_bias_EG, down_bias_ED, act, y_TD, z, order, offsets, 0, kept)
+    return y_TD, z, order, offsets
+
+
+def _run_forward(
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    up_EGD: Tensor,
+    down_EDF: Tensor,
+    up_bias_EG: Tensor | None,
+    down_bias_ED: Tensor | None,
+    act: Activation,
+    y_TD: Tensor | None,
+    z: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    first_row: int,
+    last_row: int,
+) -> None:
+    x_TD, ids, weights_TK = x_TD.contiguous(), _ids(experts_TK), _float_weights(weights_TK)
+    up_bias_EG, down_bias_ED = _bias(up_bias_EG), _bias(down_bias_ED)
+    _call(
+        "mlp_forward",
+        x_TD.dtype,
+        *(x_TD, up_EGD, down_EDF, up_bias_EG, down_bias_ED, ids, weights_TK, y_TD, z, order, offsets),
+        *_mlp_sizes(x_TD, experts_TK, up_EGD, down_EDF, act),
+        *(first_row, last_row, _threads(experts_TK.numel(), up_EGD)),
+        *(ACTIVATIONS.index(act.name), _word(act.alpha), _word(act.limit)),
+    )
+
+
+def experts_mlp_backward(
+    dy_TD: Tensor,
+    z: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    up_EGD: Tensor,
+    down_EDF: Tensor,
+    up_bias_EG: Tensor | None,
+    down_bias_ED: Tensor | None,
+    act: Activation,
+    needs: MLPNeeds,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`fusedonemoe.ops.grouped.experts_mlp_backward`, in one kernel (two where rows of z were not kept)."""
+    dtype, N = x_TD.dtype, order.shape[0]
+    if z.shape[0] != N:
+        full = _new((N, up_EGD.shape[1]), dtype)
+        full[: z.shape[0]] = z
+        _run_forward(
+            *(x_TD, experts_TK, weights_TK, up_EGD, down_EDF, up_bias_EG, down_bias_ED, act, None),
+            *(full, order, offsets, z.shape[0], N),
+        )
+        z = full
+    dy_TD, x_TD, ids, float_weights = dy_TD.contiguous(), x_TD.contiguous(), _ids(experts_TK), _float_weights(weights_TK)
+    up_bias_EG, down_bias_ED = _bias(up_bias_EG), _bias(down_bias_ED)
+
+    def wanted(needed: bool, like: Tensor | None, dtype: torch.dtype = dtype) -> Tensor | None:
+        return None if not needed or like is None else _new(tuple(like.shape), dtype)
+
+    gradients = (
+        wanted(needs.x, x_TD),
+        wanted(needs.weights, weights_TK, torch.float32),
+        wanted(needs.up, up_EGD),
+        wanted(needs.down, down_EDF),
+        wanted(needs.up_bias, up_bias_EG),
+        wanted(needs.down_bias, down_bias_ED),
+    )
+    _call(
+        "mlp_backward",
+        dtype,
+        *(dy_TD, z, x_TD, up_EGD, down_EDF, up_bias_EG, down_bias_ED, ids, float_weights, order, offsets),
+        *gradients,
+        *_mlp_sizes(x_TD, experts_TK, up_EGD, down_EDF, act),
+        *(_threads(N, up_EGD), ACTIVATIONS.index(act.name), _word(act.alpha), _word(act.limit)),
+    )
+    dx, dweights, *rest = (x_TD.new_empty(0) if g is None else g for g in gradients)
+    return dx, dweights.to(weights_TK.dtype), *rest  # type: ignore[return-value]
+
+
+def experts_merged(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, proj_EDF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`fusedonemoe.ops.grouped.experts_merged`, in one kernel."""
+    E, D, F = proj_EDF.shape
+    x_TD, ids, weights_TK = x_TD.contiguous(), _ids(experts_TK), _float_weights(weights_TK)
+    h_TF = _new((x_TD.shape[0], F), x_TD.dtype)
+    order = torch.empty(experts_TK.numel(), dtype=torch.int32)
+    offsets = torch.empty(E + 1, dtype=torch.int32)
+    sizes = (*experts_TK.shape, E, D, F, _threads(experts_TK.numel(), proj_EDF))
+    _call("merged_forward", x_TD.dtype, x_TD, proj_EDF, ids, weights_TK, h_TF, order, offsets, *sizes)
+    return h_TF, order, offsets
+
+
+def experts_merged_backward(
+    dh_TF: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    proj_EDF: Tensor,
+    needs: MergedNeeds,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`fusedonemoe.ops.grouped.experts_merged_backward`, in one kernel."""
+    dh_TF, x_TD, ids, float_weights = dh_TF.contiguous(), x_TD.contiguous(), _ids(experts_TK), _float_weights(weights_TK)
+    dx = _new(tuple(x_TD.shape), x_TD.dtype) if needs.x else None
+    dweights = torch.empty(weights_TK.shape, dtype=torch.float32) if needs.weights else None
+    dproj = _new(tuple(proj_EDF.shape), x_TD.dtype) if needs.proj else None
+    sizes = (*experts_TK.shape, *proj_EDF.shape, _threads(order.shape[0], proj_EDF))
+    _call(
+        "merged_backward",
+        x_TD.dtype,
+        *(dh_TF, x_TD, proj_EDF, ids, float_weights, order, offsets, dx, dweights, dproj),
+        *sizes,
+    )
+    dx, dweights, dproj = (x_TD.new_empty(0) if g is None else g for g in (dx, dweights, dproj))
+    return dx, dweights.to(weights_TK.dtype), dproj

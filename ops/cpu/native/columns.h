@@ -1,0 +1,109 @@
+// Rows times a panel of COLUMNS columns: the product of the backward passes and of the merged projection.
+#pragma once
+#include "layer.h"
+
+constexpr int ROWS_AT_ONCE = 6, VECTORS = ACCUMULATORS / ROWS_AT_ONCE, COLUMNS = VECTORS * LANES;
+static constexpr int blocks_of(int columns) { return (columns + COLUMNS - 1) / COLUMNS; }
+
+// Columns [0, cols) of k rows as a panel [units of k][COLUMNS]; columns past `cols` are zero.
+template <class M, class Row> static inline void pack_columns(Row row, int k, int cols, typename M::U* panel) {
+    using T = typename M::T;
+    for (size_t u = 0; u < units<M>(k); u++, panel += COLUMNS) {
+        const T* even = row((int)u * M::PER);
+        if constexpr (M::PER == 2) {
+            const T* odd = (int)u * 2 + 1 < k ? row((int)u * 2 + 1) : nullptr;
+            for (int c = 0; c < COLUMNS; c++) panel[c] = c < cols ? even[c].bits | (odd ? (uint32_t)odd[c].bits << 16 : 0) : 0;
+        } else
+            for (int c = 0; c < COLUMNS; c++) panel[c] = c < cols ? widen(even[c]) : 0;
+    }
+}
+
+// Rows [0, cols) of length k, `stride` apart, as the columns of a panel [units of k][COLUMNS].
+template <class M> static inline void pack_rows(const typename M::T* rows, ptrdiff_t stride, int k, int cols, typename M::U* panel) {
+    for (size_t u = 0; u < units<M>(k); u++, panel += COLUMNS)
+        for (int c = 0; c < COLUMNS; c++)
+            panel[c] = c < cols ? M::unit(rows + c * stride + u * M::PER, std::min(M::PER, k - (int)u * M::PER)) : 0;
+}
+
+typedef vf Block[ROWS_AT_ONCE][VECTORS];
+
+template <class M, int ROWS>
+static INLINE void multiply_rows(const typename M::T* const* rows, int n, const typename M::U* panel, int k, Block& acc) {
+    const typename M::T* p[ROWS];
+    for (int r = 0; r < ROWS; r++) p[r] = rows[std::min(r, n - 1)];
+    vf part[ROWS][VECTORS];
+    auto row = [&](int r) { return p[r]; };
+    tokens_tile<M, ROWS, VECTORS>(row, row, panel, k, part);
+    memcpy((void*)acc, part, sizeof(part));
+}
+
+// acc[r] = rows[r] . panel for n rows, 1 <= n <= ROWS_AT_ONCE.
+template <class M> static inline void multiply(const typename M::T* const* rows, int n, const typename M::U* panel, int k, Block& acc) {
+    if (n <= 2) multiply_rows<M, 2>(rows, n, panel, k, acc);
+    else if (n <= 4) multiply_rows<M, 4>(rows, n, panel, k, acc);
+    else multiply_rows<M, ROWS_AT_ONCE>(rows, n, panel, k, acc);
+}
+
+template <class T> static INLINE void store_row(const vf (&acc)[VECTORS], T* out, int cols) {
+    for (int c = 0; c < VECTORS; c++)
+        if (cols >= (c + 1) * LANES) store_narrow(acc[c], out + c * LANES);
+        else store_some(acc[c], out + c * LANES, std::clamp(cols - c * LANES, 0, LANES));
+}
+
+// rows_out[first + i][column0 ...] = row(i) . panel for an expert's m rows.
+template <class M, class Row>
+static inline void multiply_expert(Row row, int m, const typename M::U* panel, int k, float* out, size_t stride, int cols) {
+    for (int r0 = 0; r0 < m; r0 += ROWS_AT_ONCE) {
+        const int n = std::min(ROWS_AT_ONCE, m - r0);
+        const typename M::T* rows[ROWS_AT_ONCE];
+        for (int r = 0; r < n; r++) rows[r] = row(r0 + r);
+        Block acc;
+        multiply<M>(rows, n, panel, k, acc);
+        for (int r = 0; r < n; r++) store_row(acc[r], out + (size_t)(r0 + r) * stride, cols);
+    }
+}
+
+// An expert's m rows turned: [width][units of m], so that a column of theirs is a row of a product.
+template <class M, class Row> static inline void turn(Row row, int m, int width, typename M::U* out) {
+    using T = typename M::T;
+    const size_t um = units<M>(m);
+    for (size_t u = 0; u < um; u++) {
+        const T* even = row((int)u * M::PER);
+        if constexpr (M::PER == 2) {
+            const T* odd = (int)u * 2 + 1 < m ? row((int)u * 2 + 1) : nullptr;
+            for (int d = 0; d < width; d++) out[(size_t)d * um + u] = even[d].bits | (odd ? (uint32_t)odd[d].bits << 16 : 0);
+        } else
+            for (int d = 0; d < width; d++) out[(size_t)d * um + u] = widen(even[d]);
+    }
+}
+
+// Rows begin .. end of one expert's weight gradient [.., width] = turned [.., um] times panels [blocks][um][COLUMNS].
+template <class M>
+static inline void weight_gradient(int begin, int end, int width, size_t um, const typename M::U* turned, const typename M::U* panels,
+                                   typename M::T* out) {
+    using T = typename M::T;
+    if (um == 0) {
+        memset((void*)(out + (size_t)begin * width), 0, (size_t)(end - begin) * width * sizeof(T));
+        return;
+    }
+    for (int block = 0; block < blocks_of(width); block++) {
+        const int c0 = block * COLUMNS, cols = std::min(COLUMNS, width - c0);
+        const typename M::U* panel = panels + um * block * COLUMNS;
+        for (int r0 = begin; r0 < end; r0 += ROWS_AT_ONCE) {
+            const int n = std::min(ROWS_AT_ONCE, end - r0);
+            const typename M::U* rows[ROWS_AT_ONCE];
+            for (int r = 0; r < ROWS_AT_ONCE; r++) rows[r] = turned + (size_t)(r0 + std::min(r, n - 1)) * um;
+            vf acc[ROWS_AT_ONCE][VECTORS];
+            for (auto& row : acc)
+                for (vf& v : row) v = vf{};
+            for (size_t u = 0; u < um; u++) {
+                vf b[VECTORS];
+                for (int c = 0; c < VECTORS; c++) b[c] = load<vf>(panel + u * COLUMNS + c * LANES);
+                for (int r = 0; r < ROWS_AT_ONCE; r++)
+                    for (int c = 0; c < VECTORS; c++) acc[r][c] = M::step(acc[r][c], rows[r][u], b[c]);
+            }
+            for (int r = 0; r < n; r++) store_row(acc[r], out + (size_t)(r0 + r) * width + c0, cols);
+        }
+    }
+}
+constexpr int ROWS_PER_TASK = 8 * ROWS_AT_ONCE;  // rows of a weight gradient in one task

@@ -1,0 +1,35 @@
+// A buffer of the pool as a DLPack tensor, which is how Python gets one that comes back here when the tensor dies.
+#pragma once
+#include "layer.h"
+
+// The stable C layout of DLPack's DLManagedTensor (dmlc/dlpack, version 0).
+struct ManagedTensor {
+    void* data;
+    int32_t device_type, device_id;
+    int32_t ndim;
+    uint8_t type_code, type_bits;
+    uint16_t type_lanes;
+    int64_t *shape, *strides;
+    uint64_t byte_offset;
+    void* context;
+    void (*deleter)(ManagedTensor*);
+};
+
+struct PooledTensor {
+    ManagedTensor managed;
+    int64_t bytes;
+    size_t capacity;
+};
+
+static inline ManagedTensor* pooled_bytes(int64_t bytes) {
+    auto block = Memory::pool().take((size_t)bytes);
+    auto* t = new PooledTensor{};
+    t->bytes = bytes;
+    t->capacity = block.size;
+    t->managed = {block.data, 1 /* CPU */, 0, 1, 1 /* unsigned */, 8, 1, &t->bytes, nullptr, 0, t, [](ManagedTensor* m) {
+                      auto* self = (PooledTensor*)m->context;
+                      Memory::pool().give((char*)m->data, self->capacity);
+                      delete self;
+                  }};
+    return &t->managed;
+}

@@ -1,0 +1,197 @@
+// What every kernel needs to know of a layer: its arguments, its plan, its scratch memory.
+#pragma once
+#include <atomic>
+#include <mutex>
+#include <new>
+#include <vector>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+#include "tile.h"
+
+// Large buffers are kept between calls: a fresh one costs a page fault for every 4 KiB, more than the products in it. At
+// most as much lies idle as was in use at once.
+class Memory {
+  public:
+    struct Block {
+        char* data;
+        size_t size;
+    };
+
+  private:
+    static constexpr size_t HUGE_PAGE = size_t(2) << 20;
+    std::mutex mutex;
+    std::vector<Block> idle;
+    size_t in_use = 0, most_in_use = 0, idle_bytes = 0;
+
+    static void release(Block b) {
+#if defined(__linux__)
+        munmap(b.data, b.size);
+#else
+        ::operator delete(b.data, std::align_val_t(64));
+#endif
+    }
+
+  public:
+    // Never destroyed: tensors may outlive this library's static objects.
+    static Memory& pool() {
+        static Memory* memory = new Memory;
+        return *memory;
+    }
+    Block take(size_t size) {
+        size = (size + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+        {
+            std::lock_guard<std::mutex> guard(mutex);
+            size_t best = idle.size();
+            for (size_t i = 0; i < idle.size(); i++)
+                if (idle[i].size >= size && idle[i].size <= 2 * size && (best == idle.size() || idle[i].size < idle[best].size)) best = i;
+            const bool found = best < idle.size();
+            Block b{nullptr, size};
+            if (found) {
+                b = idle[best];
+                idle.erase(idle.begin() + best);
+                idle_bytes -= b.size;
+            }
+            in_use += b.size;
+            most_in_use = std::max(most_in_use, in_use);
+            if (found) return b;
+        }
+        Block b{nullptr, size};
+#if defined(__linux__)
+        void* p = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (p == MAP_FAILED) {
+            std::lock_guard<std::mutex> guard(mutex);
+            in_use -= size;
+            throw std::bad_alloc();
+        }
+        madvise(p, size, MADV_HUGEPAGE);
+        b.data = (char*)p;
+#else
+        b.data = (char*)::operator new(size, std::align_val_t(64));
+#endif
+        return b;
+    }
+    void give(char* data, size_t size) {
+        std::vector<Block> surplus;
+        {
+            std::lock_guard<std::mutex> guard(mutex);
+            idle.push_back({data, size});
+            in_use -= size;
+            idle_bytes += size;
+            while (in_use + idle_bytes > most_in_use) {  // the oldest goes first
+                surplus.push_back(idle.front());
+                idle_bytes -= idle.front().size;
+                idle.erase(idle.begin());
+            }
+        }
+        for (Block b : surplus) release(b);
+    }
+    void trim() {
+        std::vector<Block> all;
+        {
+            std::lock_guard<std::mutex> guard(mutex);
+            all.swap(idle);
+            idle_bytes = 0;
+            most_in_use = in_use;
+        }
+        for (Block b : all) release(b);
+    }
+};
+
+class Scratch {
+    char* data;
+    size_t size, used = 0;
+
+  public:
+    explicit Scratch(size_t bytes) {
+        auto block = Memory::pool().take(bytes);
+        data = block.data;
+        size = block.size;
+    }
+    ~Scratch() { Memory::pool().give(data, size); }
+    Scratch(const Scratch&) = delete;
+    static constexpr size_t padded(size_t bytes) { return (bytes + 255) / 256 * 256; }
+    template <class V> V* take(size_t count) {
+        V* p = (V*)(data + used);
+        used += padded(count * sizeof(V));
+        return p;
+    }
+};
+
+// A few rows of one expert that are computed together; `lanes` is how many its panel has room for.
+struct Tile {
+    int expert, start, rows, lanes;
+    size_t panel;  // lanes before this tile's, in all panels
+};
+
+// How the rows of the up-projection hold gate and up: row f of the gate is gate + f * step.
+struct GateUp {
+    ptrdiff_t gate, up, step;
+};
+
+struct Plan {
+    int num_experts, top_k;
+    const int32_t *order, *offsets;
+
+    int first(int e) const { return offsets[e]; }
+    int count(int e) const { return offsets[e + 1] - offsets[e]; }
+    int routed() const { return offsets[num_experts]; }
+    int token(int row) const { return order[row] / top_k; }
+};
+
+// Stable counting sort of the rows by expert; ids outside [0, E) go to the end.
+static inline void make_plan(const int64_t* ids, int num_rows, int num_experts, int32_t* order, int32_t* offsets) {
+    std::vector<int32_t> next(num_experts + 1, 0);
+    auto bin = [&](int64_t id) { return id >= 0 && id < num_experts ? (int)id : num_experts; };
+    for (int n = 0; n < num_rows; n++) next[bin(ids[n])]++;
+    int32_t sum = 0;
+    for (int e = 0; e <= num_experts; e++) {
+        int32_t count = next[e];
+        next[e] = offsets[e] = sum;
+        sum += count;
+    }
+    for (int n = 0; n < num_rows; n++) order[next[bin(ids[n])]++] = n;
+}
+
+// Where each flattened row t * K + j stands in sorted order; -1 for a row without an expert.
+static inline void invert(const Plan& plan, int num_rows, int32_t* position) {
+    for (int i = 0; i < num_rows; i++) position[plan.order[i]] = i < plan.routed() ? i : -1;
+}
+
+// Tasks are taken in order from a counter: whoever is free takes the next, and no result depends on who did.
+class Tasks {
+    std::atomic<int64_t> next{0};
+
+  public:
+    template <class Body> void run(int64_t count, Body body) {
+        for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(task);
+    }
+};
+
+// y_t = sum_j w_tj * rows[position(t, j)] (+ w_tj * bias of its expert), in the order of j, rounded once.
+template <class T>
+static inline void combine(const float* rows, const int32_t* position, const int64_t* ids, const float* weights, const T* bias, int t,
+                           int top_k, int width, T* y) {
+    constexpr int BLOCK = 256;
+    float acc[BLOCK];
+    for (int begin = 0; begin < width; begin += BLOCK) {
+        const int n = std::min(BLOCK, width - begin);
+        for (int d = 0; d < n; d++) acc[d] = 0.f;
+        for (int j = 0; j < top_k; j++) {
+            const int64_t at = (int64_t)t * top_k + j;
+            if (position[at] < 0) continue;
+            const float* row = rows + (size_t)position[at] * width + begin;
+            const float w = weights ? weights[at] : 1.f;
+            if (bias) {
+                const T* b = bias + (size_t)ids[at] * width + begin;
+                for (int d = 0; d < n; d++) acc[d] += w * (row[d] + widen(b[d]));
+            } else {
+                for (int d = 0; d < n; d++) acc[d] += w * row[d];
+            }
+        }
+        for (int d = 0; d < n; d++) narrow(acc[d], y + (size_t)t * width + begin + d);
+    }
+}

@@ -1,0 +1,34 @@
+// Entry points. An argument block is an array of 8-byte words that Python fills in the order of the struct.
+#include "dlpack.h"
+#include "merged.h"
+#include "mlp_backward.h"
+#include "mlp_forward.h"
+
+template <class Pass, class Args> static int run(const void* args) {
+    try {
+        Pass(*(const Args*)args).run();
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
+extern "C" {
+int fusedonemoe_mlp_forward_f32(const void* args) { return run<ForwardPass<MacF32>, MLPForward>(args); }
+int fusedonemoe_mlp_forward_bf16(const void* args) { return run<ForwardPass<MacBF16>, MLPForward>(args); }
+int fusedonemoe_mlp_backward_f32(const void* args) { return run<BackwardPass<MacF32>, MLPBackward>(args); }
+int fusedonemoe_mlp_backward_bf16(const void* args) { return run<BackwardPass<MacBF16>, MLPBackward>(args); }
+int fusedonemoe_merged_forward_f32(const void* args) { return run<MergedForwardPass<MacF32>, MergedForward>(args); }
+int fusedonemoe_merged_forward_bf16(const void* args) { return run<MergedForwardPass<MacBF16>, MergedForward>(args); }
+int fusedonemoe_merged_backward_f32(const void* args) { return run<MergedBackwardPass<MacF32>, MergedBackward>(args); }
+int fusedonemoe_merged_backward_bf16(const void* args) { return run<MergedBackwardPass<MacBF16>, MergedBackward>(args); }
+void* fusedonemoe_pooled_bytes(int64_t bytes) {
+    try {
+        return pooled_bytes(bytes);
+    } catch (const std::bad_alloc&) {
+        return nullptr;
+    }
+}
+void fusedonemoe_trim() { Memory::pool().trim(); }
+int fusedonemoe_lanes() { return LANES; }
+}

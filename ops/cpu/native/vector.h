@@ -1,0 +1,182 @@
+// Vectors of float32, element types, activations. Everything is written in GCC's vector extension, so that one source
+// serves AVX-512, AVX2, SSE and NEON; only the bfloat16 dot product is an intrinsic.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, ACCUMULATORS = 24;  // of 32 registers
+#elif defined(__AVX__)
+constexpr int LANES = 8, ACCUMULATORS = 12;  // of 16 registers
+#elif defined(__aarch64__)
+constexpr int LANES = 4, ACCUMULATORS = 24;
+#else
+constexpr int LANES = 4, ACCUMULATORS = 12;
+#endif
+#define INLINE inline __attribute__((always_inline))
+
+typedef float vf __attribute__((vector_size(LANES * 4)));
+typedef int32_t vi __attribute__((vector_size(LANES * 4)));
+typedef uint32_t vu __attribute__((vector_size(LANES * 4)));
+typedef uint16_t vh __attribute__((vector_size(LANES * 2)));
+
+static INLINE vf splat(float s) { return s - vf{}; }
+static INLINE vf choose(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }
+template <class V> static INLINE V load(const void* p) {
+    V v;
+    memcpy(&v, p, sizeof(V));
+    return v;
+}
+template <class V> static INLINE void store(void* p, V v) { memcpy(p, &v, sizeof(V)); }
+
+struct bf16 {
+    uint16_t bits;
+};
+
+// The float32 whose upper 16 bits are the nearest bfloat16, ties to even. A NaN stays one.
+static INLINE vu round_to_bf16(vf v) {
+    vu u = (vu)v, nearest = u + 0x7FFF + ((u >> 16) & 1);
+    vi is_nan = v != v;
+    return (nearest & (vu)~is_nan) | ((u | 0x400000) & (vu)is_nan);
+}
+static INLINE vf rounded(vf v, const float*) { return v; }
+static INLINE vf rounded(vf v, const bf16*) { return (vf)(round_to_bf16(v) & 0xFFFF0000u); }
+
+static INLINE float widen(float v) { return v; }
+static INLINE float widen(bf16 v) {
+    uint32_t u = (uint32_t)v.bits << 16;
+    float f;
+    memcpy(&f, &u, 4);
+    return f;
+}
+static INLINE void narrow(float v, float* p) { *p = v; }
+static INLINE void narrow(float v, bf16* p) {
+    uint32_t u;
+    memcpy(&u, &v, 4);
+    u = v == v ? u + 0x7FFF + ((u >> 16) & 1) : u | 0x400000;
+    p->bits = (uint16_t)(u >> 16);
+}
+static INLINE vf load_wide(const float* p) { return load<vf>(p); }
+static INLINE vf load_wide(const bf16* p) { return (vf)(__builtin_convertvector(load<vh>(p), vu) << 16); }
+static INLINE void store_narrow(vf v, float* p) { store(p, v); }
+static INLINE void store_narrow(vf v, bf16* p) { store(p, __builtin_convertvector(round_to_bf16(v) >> 16, vh)); }
+// The first `count` lanes only.
+template <class T> static INLINE vf load_some(const T* p, int count) {
+    vf v = {};
+    for (int i = 0; i < count; i++) v[i] = widen(p[i]);
+    return v;
+}
+template <class T> static INLINE void store_some(vf v, T* p, int count) {
+    for (int i = 0; i < count; i++) narrow(v[i], p + i);
+}
+
+// exp to about 2 ulp: 2^n times a polynomial in the rest (Cephes' expf); 0 below the smallest normal number.
+static INLINE vf vexp(vf x) {
+    vf clamped = choose(x > splat(88.37f), splat(88.37f), x);
+    vf n = (clamped * splat(1.44269504088896341f) + splat(12582912.f)) - splat(12582912.f);
+    n = choose(x < splat(-87.33f), splat(0.f), n);
+    vf r = clamped - n * splat(0.693359375f) - n * splat(-2.12194440e-4f);
+    vf p = splat(1.9875691500e-4f);
+    p = p * r + splat(1.3981999507e-3f);
+    p = p * r + splat(8.3334519073e-3f);
+    p = p * r + splat(4.1665795894e-2f);
+    p = p * r + splat(1.6666665459e-1f);
+    p = p * r + splat(5.0000001201e-1f);
+    p = p * r * r + r + splat(1.f);
+    vf scale = (vf)((__builtin_convertvector(n, vi) + 127) << 23);
+    return choose(x < splat(-87.33f), splat(0.f), p * scale);
+}
+static INLINE vf vsigmoid(vf x) { return splat(1.f) / (splat(1.f) + vexp(-x)); }
+static INLINE vf verf(vf x) {
+    vf r = {};
+    for (int i = 0; i < LANES; i++) r[i] = erff(x[i]);
+    return r;
+}
+static INLINE vf vmin(vf a, float b) { return choose(a > splat(b), splat(b), a); }
+static INLINE vf vmax(vf a, float b) { return choose(a < splat(b), splat(b), a); }
+
+enum Activation { SILU, GELU, GELU_TANH, RELU, RELU2, SIGMOID, IDENTITY, SWIGLU_OAI };
+
+struct Act {
+    int name;
+    float alpha, limit;
+};
+
+// act(v) and its derivative, for the activations of one argument.
+struct ValueSlope {
+    vf value, slope;
+};
+template <int NAME> static INLINE ValueSlope act_one(vf v) {
+    const vf zero = splat(0.f), one = splat(1.f);
+    switch (NAME) {
+        case SILU: {
+            vf s = vsigmoid(v);
+            return {v * s, s * (one + v * (one - s))};
+        }
+        case GELU: {
+            vf phi = splat(0.5f) * (one + verf(v * splat(0.70710678118654752f)));
+            return {v * phi, phi + v * splat(0.39894228040143268f) * vexp(splat(-0.5f) * v * v)};
+        }
+        case GELU_TANH: {
+            vf s = vsigmoid(splat(1.5957691216057308f) * (v + splat(0.044715f) * v * v * v));
+            return {v * s, s + v * s * (one - s) * splat(1.5957691216057308f) * (one + splat(0.134145f) * v * v)};
+        }
+        case RELU: return {choose(v > zero, v, zero), choose(v > zero, one, zero)};
+        case RELU2: {
+            vf r = choose(v > zero, v, zero);
+            return {r * r, r + r};
+        }
+        case SIGMOID: {
+            vf s = vsigmoid(v);
+            return {s, s * (one - s)};
+        }
+        default: return {v, one};
+    }
+}
+
+// h = act(gate) * up, or act(gate) for a plain expert.
+template <int NAME> static INLINE vf act_forward(const Act& a, vf gate, vf up, bool gated) {
+    if (NAME == SWIGLU_OAI) {
+        vf g = vmin(gate, a.limit);
+        return (vmax(vmin(up, a.limit), -a.limit) + splat(1.f)) * (g * vsigmoid(splat(a.alpha) * g));
+    }
+    vf value = act_one<NAME>(gate).value;
+    return gated ? value * up : value;
+}
+
+struct Backward {
+    vf h, dgate, dup;
+};
+template <int NAME> static INLINE Backward act_backward(const Act& a, vf gate, vf up, vf dh, bool gated) {
+    const vf one = splat(1.f), zero = splat(0.f);
+    if (NAME == SWIGLU_OAI) {
+        vf g = vmin(gate, a.limit), u = vmax(vmin(up, a.limit), -a.limit) + one;
+        vf s = vsigmoid(splat(a.alpha) * g), act = g * s;
+        vf dgate = dh * u * s * (one + splat(a.alpha) * g * (one - s));
+        vi inside = (up <= splat(a.limit)) & (up >= splat(-a.limit));
+        return {u * act, choose(gate <= splat(a.limit), dgate, zero), choose(inside, dh * act, zero)};
+    }
+    ValueSlope at_gate = act_one<NAME>(gate);
+    if (!gated) return {at_gate.value, dh * at_gate.slope, zero};
+    return {at_gate.value * up, dh * up * at_gate.slope, dh * at_gate.value};
+}
+
+// Calls body.template operator()<NAME>() with the activation as a constant, so that the choice stands outside of loops.
+template <class Body> static INLINE void with_activation(int name, Body body) {
+    switch (name) {
+        case SILU: return body.template operator()<SILU>();
+        case GELU: return body.template operator()<GELU>();
+        case GELU_TANH: return body.template operator()<GELU_TANH>();
+        case RELU: return body.template operator()<RELU>();
+        case RELU2: return body.template operator()<RELU2>();
+        case SIGMOID: return body.template operator()<SIGMOID>();
+        case SWIGLU_OAI: return body.template operator()<SWIGLU_OAI>();
+        default: return body.template operator()<IDENTITY>();
+    }
+}
