@@ -113,18 +113,15 @@ def explain(
     if x is not None:
         tokens = x.numel() // D
     parameters = layer.parameters() if isinstance(layer, torch.nn.Module) else ()
-    tensors = {
-        "device_type": device_type,
-        "dtype": dtype,
-        "contiguous": all(p.is_contiguous() for p in parameters),
-        "widths": widths,
-    }
-    chosen = choose(operator, impl, top_k=K, num_experts=E, **tensors)
+    contiguous = all(p.is_contiguous() for p in parameters)
+    chosen = choose(
+        operator, impl, top_k=K, num_experts=E, device_type=device_type, dtype=dtype, widths=widths, contiguous=contiguous
+    )
     candidates = tuple(
         Candidate(
             name,
             count_work(name, tokens=tokens, top_k=K, num_experts=E, weight_numel=weight_numel, itemsize=dtype.itemsize),
-            refusal(name, **tensors),
+            refusal(name, device_type=device_type, dtype=dtype, widths=widths, contiguous=contiguous),
         )
         for name in IMPLEMENTATIONS
     )

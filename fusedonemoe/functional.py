@@ -402,7 +402,7 @@ def experts_mlp(
     else:
         _refuse_transforms()
         kept = save_percent if _records_gradients(x, weights, *parameters) else 0
-        y = _ops.experts_mlp(*flat, *parameters, *act, kept, chosen, library.BUILD)[0]
+        y = _ops.experts_mlp(*flat, *parameters, *act, kept, library.BUILD, chosen)[0]
     return y.reshape(x.shape)
 
 
@@ -448,5 +448,5 @@ def experts_merged(x: Tensor, experts: Tensor, weights: Tensor, proj: Tensor, *,
         h = _ops.experts_merged_dense(*flat, library.BUILD)
     else:
         _refuse_transforms()
-        h = _ops.experts_merged(*flat, chosen, library.BUILD)[0]
+        h = _ops.experts_merged(*flat, library.BUILD, chosen)[0]
     return h.reshape(*x.shape[:-1], F)

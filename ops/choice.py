@@ -60,15 +60,15 @@ def count_work(impl: str, *, tokens: int, top_k: int, num_experts: int, weight_n
     return Work(flops=2 * rows * per_expert, weight_bytes=touched * per_expert * itemsize)
 
 
-def refusal(impl: str, *, device_type: str, dtype: torch.dtype, contiguous: bool, widths: tuple[int, ...]) -> str | None:
+def refusal(impl: str, *, device_type: str, dtype: torch.dtype, widths: tuple[int, ...], contiguous: bool = True) -> str | None:
     """Why ``impl`` cannot run on such tensors; None when it can.
 
     Args:
         impl: one of :data:`IMPLEMENTATIONS`.
         device_type: ``"cpu"`` or ``"cuda"``, ...
         dtype: of x and the expert weights.
-        contiguous: whether the expert weights are.
         widths: the row lengths of the grouped GEMMs.
+        contiguous: whether the expert weights are.
     """
     if impl == "dense":
         return None
@@ -91,8 +91,8 @@ def choose(
     num_experts: int,
     device_type: str,
     dtype: torch.dtype,
-    contiguous: bool,
     widths: tuple[int, ...],
+    contiguous: bool = True,
     portable: bool = False,
 ) -> Choice:
     """Resolve ``impl="auto"``, or check that a named implementation can run.
@@ -104,8 +104,8 @@ def choose(
         num_experts: ``E``.
         device_type: of the tensors.
         dtype: of x and the expert weights.
-        contiguous: whether the expert weights are.
         widths: the row lengths of the grouped GEMMs: D, F and what the up-projection yields.
+        contiguous: whether the expert weights are.
         portable: leave out what is compiled for this machine, as an exported graph has to.
 
     Returns:
@@ -118,7 +118,7 @@ def choose(
         raise ValueError(f"impl must be one of {('auto', *IMPLEMENTATIONS)}, got {impl!r}")
 
     def why_not(name: str) -> str | None:
-        return refusal(name, device_type=device_type, dtype=dtype, contiguous=contiguous, widths=widths)
+        return refusal(name, device_type=device_type, dtype=dtype, widths=widths, contiguous=contiguous)
 
     if impl != "auto":
         if reason := why_not(impl):

@@ -144,6 +144,11 @@ def _wanted(needs: Sequence[bool], *likes: Tensor | None) -> tuple[Tensor, ...]:
     )
 
 
+def _with_act(kernel: Callable[..., Any], tensors: int) -> Callable[..., Any]:
+    """``kernel`` for a flat argument list, whose activation stands in four arguments behind the tensors."""
+    return lambda *args: kernel(*args[:tensors], Activation(*args[tensors : tensors + 4]), *args[tensors + 4 :])
+
+
 def _mlp_cpu_fake(*args: Any) -> tuple[Tensor, ...]:
     x, experts, _, up_proj, *_, save_percent = args
     N = experts.numel()
@@ -159,19 +164,19 @@ def _merged_cpu_fake(x: Tensor, experts: Tensor, weights: Tensor, proj: Tensor) 
 
 _define_cpu(
     f"experts_mlp_cpu({_MLP}, {_ACT}, int save_percent) -> (Tensor, Tensor, Tensor, Tensor)",
-    lambda *args: native.experts_mlp(*args[:7], Activation(*args[7:11]), args[11]),
+    _with_act(native.experts_mlp, 7),
     _mlp_cpu_fake,
 )
 _define_cpu(
     f"experts_mlp_cpu_backward(Tensor dy, Tensor z, Tensor order, Tensor offsets, {_MLP}, {_ACT}, bool[] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    lambda *args: native.experts_mlp_backward(*args[:11], Activation(*args[11:15]), MLPNeeds(*args[15])),
+    _with_act(native.experts_mlp_backward, 11),
     lambda *args: _wanted(args[15], args[4], *args[6:11]),
 )
 _define_cpu(f"experts_merged_cpu({_MERGED}) -> (Tensor, Tensor, Tensor)", native.experts_merged, _merged_cpu_fake)
 _define_cpu(
     f"experts_merged_cpu_backward(Tensor dh, Tensor order, Tensor offsets, {_MERGED}, bool[] needs) -> (Tensor, Tensor, Tensor)",
-    lambda *args: native.experts_merged_backward(*args[:7], MergedNeeds(*args[7])),
+    native.experts_merged_backward,
     lambda *args: _wanted(args[7], args[3], *args[5:7]),
 )
 
@@ -241,8 +246,8 @@ def _experts_mlp(
     alpha: float,
     limit: float,
     save_percent: int,
-    impl: str,
     build: int,
+    impl: str = "grouped",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     act = Activation(activation, layout, alpha, limit)
     if impl == "cpu":
@@ -269,8 +274,8 @@ def _experts_mlp_backward(
     alpha: float,
     limit: float,
     needs: Sequence[bool],
-    impl: str,
     build: int,
+    impl: str = "grouped",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     act = Activation(activation, layout, alpha, limit)
     if impl == "cpu":
@@ -306,7 +311,7 @@ def _experts_mlp_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(z, order, offsets, *inputs[:7])
     ctx.activation = inputs[7:11]
-    ctx.impl = inputs[12]
+    ctx.impl = inputs[13]
 
 
 def _experts_mlp_grad(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -314,7 +319,7 @@ def _experts_mlp_grad(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if dy is None:
         return (None,) * count
     needs = MLPNeeds(ctx.needs_input_grad[0], *ctx.needs_input_grad[2:7])
-    grads = torch.ops.fusedonemoe.experts_mlp_backward(dy, *ctx.saved_tensors, *ctx.activation, needs, ctx.impl, BUILD)
+    grads = torch.ops.fusedonemoe.experts_mlp_backward(dy, *ctx.saved_tensors, *ctx.activation, needs, BUILD, ctx.impl)
     dx, *rest = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
     return dx, None, *rest, *(None for _ in range(count - 7))
 
@@ -323,7 +328,7 @@ def _experts_mlp_grad(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
 
 
 def _experts_merged(
-    x: Tensor, experts: Tensor, weights: Tensor, proj: Tensor, impl: str, build: int
+    x: Tensor, experts: Tensor, weights: Tensor, proj: Tensor, build: int, impl: str = "grouped"
 ) -> tuple[Tensor, Tensor, Tensor]:
     if impl == "cpu":
         return torch.ops.fusedonemoe.experts_merged_cpu(x, experts, weights, proj)
@@ -339,8 +344,8 @@ def _experts_merged_backward(
     weights: Tensor,
     proj: Tensor,
     needs: Sequence[bool],
-    impl: str,
     build: int,
+    impl: str = "grouped",
 ) -> tuple[Tensor, Tensor, Tensor]:
     if impl == "cpu":
         return torch.ops.fusedonemoe.experts_merged_cpu_backward(dh, order, offsets, x, experts, weights, proj, needs)
@@ -356,14 +361,14 @@ def _experts_merged_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
     ctx.mark_non_differentiable(order, offsets)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(order, offsets, *inputs[:4])
-    ctx.impl = inputs[4]
+    ctx.impl = inputs[5]
 
 
 def _experts_merged_grad(ctx: Any, dh: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if dh is None:
         return (None,) * 6
     needs = MergedNeeds(ctx.needs_input_grad[0], *ctx.needs_input_grad[2:4])
-    grads = torch.ops.fusedonemoe.experts_merged_backward(dh, *ctx.saved_tensors, needs, ctx.impl, BUILD)
+    grads = torch.ops.fusedonemoe.experts_merged_backward(dh, *ctx.saved_tensors, needs, BUILD, ctx.impl)
     dx, *rest = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
     return dx, None, *rest, None, None
 

@@ -2,7 +2,7 @@
 
 The source needs no headers but the compiler's own. The library's file name is a digest of all that decides what the
 compiler makes of it (source, compiler, flags, the CPU's features), so nothing is ever stale; it is written under another
-name and moved into place, so two processes may race for it.
+name and moved into place, so two processes may race for it, and it ends in a checksum, so a damaged one is made again.
 """
 
 import ctypes
@@ -22,6 +22,7 @@ SOURCES = Path(__file__).parent / "native"
 FLAGS = ["-std=c++20", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-fopenmp", "-shared", "-fPIC"]
 SECONDS_TO_COMPILE = 300
+CHECKSUM_BYTES = 12
 
 
 class Unavailable(Exception):
@@ -64,6 +65,19 @@ def _digest(compiler: str, flags: list[str]) -> str:
     return digest.hexdigest()
 
 
+def _checksum(library: bytes) -> bytes:
+    return hashlib.blake2b(library, digest_size=CHECKSUM_BYTES).digest()
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether the file is there and as it was written; of a truncated one the loader dies by a signal."""
+    try:
+        content = library.read_bytes()
+    except FileNotFoundError:
+        return False
+    return content[-CHECKSUM_BYTES:] == _checksum(content[:-CHECKSUM_BYTES])
+
+
 def _compile(compiler: str, flags: list[str], target: Path) -> None:
     print(f"fusedonemoe: compiling the CPU kernels for this machine, once, into {target.parent} ...", file=sys.stderr, flush=True)
     handle, name = tempfile.mkstemp(suffix=".so", dir=target.parent)
@@ -73,11 +87,14 @@ def _compile(compiler: str, flags: list[str], target: Path) -> None:
             [compiler, *flags, str(SOURCES / "moe.cpp"), "-o", name],
             capture_output=True,
             text=True,
+            errors="replace",
             timeout=SECONDS_TO_COMPILE,
             check=False,
         )
         if done.returncode:
             raise Unavailable(f"{compiler} failed: {(done.stderr.strip().splitlines() or ['no message'])[0]}")
+        library = Path(name).read_bytes()
+        Path(name).write_bytes(library + _checksum(library))  # the loader reads no further than the headers say
         os.replace(name, target)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"{compiler} could not be run: {error}") from error
@@ -96,12 +113,12 @@ def _load() -> ctypes.CDLL | str:
         directory = cache_directory()
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         target = directory / f"kernels-{_digest(compiler, flags)}.so"
-        if not target.exists():
+        if not _is_whole(target):
             _compile(compiler, flags, target)
         return ctypes.CDLL(str(target))
     except Unavailable as error:
         return str(error)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
         return f"the kernels could not be cached or loaded: {error}"
 
 

@@ -3,6 +3,7 @@
 import ctypes
 import math
 import struct
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -57,7 +58,8 @@ def _new(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     managed = allocate(size)
     if managed is None:
         raise MemoryError(f"no memory for a tensor of {size} bytes")
-    return torch.utils.dlpack.from_dlpack(capsule(managed, b"dltensor", None)).view(dtype).view(shape)
+    # detach: autograd forbids writing into an operator's output that is a view.
+    return torch.utils.dlpack.from_dlpack(capsule(managed, b"dltensor", None)).view(dtype).view(shape).detach()
 
 
 def _call(name: str, dtype: torch.dtype, *words: int | Tensor | None) -> None:
@@ -166,10 +168,10 @@ def experts_mlp_backward(
     up_bias_EG: Tensor | None,
     down_bias_ED: Tensor | None,
     act: Activation,
-    needs: MLPNeeds,
+    needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As :func:`fusedonemoe.ops.grouped.experts_mlp_backward`, in one kernel (two where rows of z were not kept)."""
-    dtype, N = x_TD.dtype, order.shape[0]
+    dtype, N, wants = x_TD.dtype, order.shape[0], MLPNeeds(*needs)
     if z.shape[0] != N:
         full = _new((N, up_EGD.shape[1]), dtype)
         full[: z.shape[0]] = z
@@ -185,12 +187,12 @@ def experts_mlp_backward(
         return None if not needed or like is None else _new(tuple(like.shape), dtype)
 
     gradients = (
-        wanted(needs.x, x_TD),
-        wanted(needs.weights, weights_TK, torch.float32),
-        wanted(needs.up, up_EGD),
-        wanted(needs.down, down_EDF),
-        wanted(needs.up_bias, up_bias_EG),
-        wanted(needs.down_bias, down_bias_ED),
+        wanted(wants.x, x_TD),
+        wanted(wants.weights, weights_TK, torch.float32),
+        wanted(wants.up, up_EGD),
+        wanted(wants.down, down_EDF),
+        wanted(wants.up_bias, up_bias_EG),
+        wanted(wants.down_bias, down_bias_ED),
     )
     _call(
         "mlp_backward",
@@ -201,7 +203,9 @@ def experts_mlp_backward(
         *(_threads(N, up_EGD), ACTIVATIONS.index(act.name), _word(act.alpha), _word(act.limit)),
     )
     dx, dweights, *rest = (x_TD.new_empty(0) if g is None else g for g in gradients)
-    return dx, dweights.to(weights_TK.dtype), *rest  # type: ignore[return-value]
+    if wants.weights:
+        dweights = dweights.to(weights_TK.dtype)
+    return dx, dweights, *rest  # type: ignore[return-value]
 
 
 def experts_merged(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, proj_EDF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -224,13 +228,14 @@ def experts_merged_backward(
     experts_TK: Tensor,
     weights_TK: Tensor,
     proj_EDF: Tensor,
-    needs: MergedNeeds,
+    needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`fusedonemoe.ops.grouped.experts_merged_backward`, in one kernel."""
     dh_TF, x_TD, ids, float_weights = dh_TF.contiguous(), x_TD.contiguous(), _ids(experts_TK), _float_weights(weights_TK)
-    dx = _new(tuple(x_TD.shape), x_TD.dtype) if needs.x else None
-    dweights = torch.empty(weights_TK.shape, dtype=torch.float32) if needs.weights else None
-    dproj = _new(tuple(proj_EDF.shape), x_TD.dtype) if needs.proj else None
+    wants = MergedNeeds(*needs)
+    dx = _new(tuple(x_TD.shape), x_TD.dtype) if wants.x else None
+    dweights = torch.empty(weights_TK.shape, dtype=torch.float32) if wants.weights else None
+    dproj = _new(tuple(proj_EDF.shape), x_TD.dtype) if wants.proj else None
     sizes = (*experts_TK.shape, *proj_EDF.shape, _threads(order.shape[0], proj_EDF))
     _call(
         "merged_backward",
@@ -239,4 +244,6 @@ def experts_merged_backward(
         *sizes,
     )
     dx, dweights, dproj = (x_TD.new_empty(0) if g is None else g for g in (dx, dweights, dproj))
-    return dx, dweights.to(weights_TK.dtype), dproj
+    if wants.weights:
+        dweights = dweights.to(weights_TK.dtype)
+    return dx, dweights, dproj

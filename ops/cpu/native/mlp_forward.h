@@ -121,8 +121,8 @@ template <class M> class ForwardPass {
 
     // Rows of weights in one task: about 256 KiB, so that they stay in L2 for the expert's further tiles.
     static int rows_per_task(int rows, size_t row_bytes) {
-        const int block = std::max<int>(1, (256 << 10) / row_bytes / ONE) * ONE;
-        return std::min(block, (rows + ONE - 1) / ONE * ONE);
+        const int block = std::max<int>(1, (256 << 10) / std::max<size_t>(row_bytes, 1) / ONE) * ONE;
+        return std::min(block, (std::max(rows, 1) + ONE - 1) / ONE * ONE);
     }
 
     // Runs body(tile, begin, rows, ahead) over the weights' rows in steps of a tile; `ahead` is where the next rows to come
