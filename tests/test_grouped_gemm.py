@@ -96,9 +96,9 @@ def test_the_counts_above_reach_the_paths_they_are_named_for(counts, monkeypatch
     seen = set()
 
     def note(path, real):
-        def noted(*arguments):
+        def noted(*arguments, **options):
             seen.add(path)
-            return real(*arguments)
+            return real(*arguments, **options)
 
         return noted
 
