@@ -55,13 +55,22 @@ def _expert_of_row(experts_TK: Tensor, order: Tensor, num_experts: int) -> Tenso
 def _sum_over_choices(rows_NB: Tensor, rows: _Rows, *, weighted: bool, dtype: torch.dtype) -> Tensor:
     """Per token, the (weighted) sum of its K rows in the order of its choices: no atomics. ``[T, B]``.
 
-    A half-precision sum runs in float32 (torch's own accumulation, or that of the float32 weights) and rounds once.
+    A half-precision sum runs in float32 and rounds once. One choice after the other, because [T, K, B] in float32 would be
+    the largest tensor of the whole block.
     """
-    T, K = rows.weights_TK.shape
-    rows_TKB = rows_NB.index_select(0, rows.position).unflatten(0, (T, K))
-    if weighted:
-        rows_TKB = rows_TKB * rows.weights_TK[:, :, None]
-    return rows_TKB.sum(1).to(dtype)
+    position_TK = rows.position.view(rows.weights_TK.shape)
+    wide = torch.promote_types(dtype, torch.float32)
+    sum_TB = None
+    for position, weight in zip(position_TK.unbind(1), rows.weights_TK.to(wide).split(1, dim=1), strict=True):
+        choice_TB = rows_NB.index_select(0, position).to(wide)
+        if sum_TB is None:
+            sum_TB = choice_TB * weight if weighted else choice_TB
+        elif weighted:
+            sum_TB.addcmul_(choice_TB, weight)
+        else:
+            sum_TB += choice_TB
+    assert sum_TB is not None
+    return sum_TB.to(dtype)
 
 
 def _column_sums(rows_NB: Tensor, offsets: Tensor) -> Tensor:

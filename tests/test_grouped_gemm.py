@@ -14,13 +14,13 @@ from fusedonemoe.testing import assert_within_budget, exact_float64
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FEW_ULP = {"rtol": 1e-12, "atol": 1e-12}
-# Rows per expert, and what they lead to: padded batches of 16 experts, or a GEMM each. "tail" rows belong to no expert.
+# Rows per expert, and what they lead to: padded batches of up to 32 experts, or a GEMM each. "tail" rows belong to no expert.
 COUNTS = {
     "few_each": [3, 2, 0, 4, 1],
-    "more_experts_than_a_batch": [2, 0, 3, 1] * 9 + [5],
+    "more_experts_than_a_batch": [2, 0, 3, 1] * 9 + [3],
     "one_expert_has_most": [0, 40, 0, 1, 0, 0, 0, 1],
-    "one_batch_is_lopsided": [2] * 16 + [30] + [0] * 15,
-    "an_empty_batch": [1] * 16 + [0] * 16 + [2, 1],
+    "one_batch_is_lopsided": [2] * 32 + [60] + [0] * 31,
+    "an_empty_batch": [1] * 32 + [0] * 32 + [2, 1],
     "many_each": [380, 0, 200, 195],
     "one_expert": [7],
     "all_empty": [0, 0, 0],

@@ -8,11 +8,12 @@ longest of its batch, a batch small enough to stay in cache. With many rows the 
 import torch
 from torch import Tensor
 
-EXPERTS_PER_BATCH = 16
+# Experts in a batch, by the rows it should hold (a larger one leaves the cache, and its padding is memory): measured.
+ROWS_PER_BATCH, FEWEST_EXPERTS, MOST_EXPERTS = 512, 8, 32
 # The mean number of rows per expert from which one GEMM each was measured as fast as padded batches.
 ROWS_FOR_OWN_GEMM = 192
 # A batch whose padding would multiply its rows by more than this is done one expert at a time.
-MOST_PADDING = 4
+MOST_PADDING = 2
 
 
 def _padded_index(offsets: Tensor, first: int, last: int, length: int, num_rows: int) -> tuple[Tensor, Tensor]:
@@ -37,7 +38,9 @@ def grouped_mm(rows_NA: Tensor, weights_EAB: Tensor, offsets: Tensor) -> Tensor:
     bounds = offsets.tolist()
     out_NB = rows_NA.new_empty(N, weights_EAB.shape[2])
     out_NB[bounds[-1] :] = 0
-    per_batch = 1 if bounds[-1] >= ROWS_FOR_OWN_GEMM * E else EXPERTS_PER_BATCH
+    per_batch = 1
+    if bounds[-1] < ROWS_FOR_OWN_GEMM * E:
+        per_batch = min(MOST_EXPERTS, max(FEWEST_EXPERTS, ROWS_PER_BATCH * E // max(bounds[-1], 1)))
     for first in range(0, E, per_batch):
         last = min(first + per_batch, E)
         start, stop = bounds[first], bounds[last]
