@@ -81,14 +81,12 @@ def _column_sums(rows_NB: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _pre_activation(
-    x_ND: Tensor, up_EGD: Tensor, up_bias_EG: Tensor | None, experts_TK: Tensor, plan: Plan, start: int
+    x_ND: Tensor, up_EGD: Tensor, up_bias_EG: Tensor | None, experts_TK: Tensor, order: Tensor, offsets: Tensor
 ) -> Tensor:
-    """``z = x Wup_e (+ bup_e)`` for the sorted rows from ``start`` on."""
-    offsets = (plan.offsets - start).clamp(min=0) if start else plan.offsets
+    """``z = x Wup_e (+ bup_e)`` for sorted rows."""
     z_NG = grouped_mm(x_ND, up_EGD.transpose(1, 2), offsets)
     if up_bias_EG is not None:
-        expert = _expert_of_row(experts_TK, plan.order[start:], up_EGD.shape[0])
-        z_NG += up_bias_EG.index_select(0, expert)
+        z_NG += up_bias_EG.index_select(0, _expert_of_row(experts_TK, order, up_EGD.shape[0]))
     return z_NG
 
 
@@ -118,7 +116,7 @@ def experts_mlp(
     plan = make_plan(experts_TK, E)
     rows = _rows(experts_TK, weights_TK, plan.order, E)
     x_ND = x_TD.index_select(0, rows.token)
-    z_NG = _pre_activation(x_ND, up_EGD, up_bias_EG, experts_TK, plan, 0)
+    z_NG = _pre_activation(x_ND, up_EGD, up_bias_EG, experts_TK, plan.order, plan.offsets)
     del x_ND
     h_NF = activate(z_NG, act, reuse=True)
     saved = z_NG
@@ -156,6 +154,7 @@ def experts_mlp_backward(
     up_bias_EG: Tensor | None,
     down_bias_ED: Tensor | None,
     act: Activation,
+    save_percent: int,
     needs: MLPNeeds,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of :func:`experts_mlp` (SonicMoE's algebra, arXiv 2512.14080: each expert's y is never needed).
@@ -170,8 +169,10 @@ def experts_mlp_backward(
     plan = Plan(order, offsets)
     rows = _rows(experts_TK, weights_TK, order, E)
     x_ND = x_TD.index_select(0, rows.token)
-    if z.shape[0] != order.shape[0]:
-        rest = _pre_activation(x_ND[z.shape[0] :], up_EGD, up_bias_EG, experts_TK, plan, z.shape[0])
+    if save_percent < 100:
+        kept = z.shape[0]
+        rest_offsets = (offsets - kept).clamp(min=0)
+        rest = _pre_activation(x_ND[kept:], up_EGD, up_bias_EG, experts_TK, order[kept:], rest_offsets)
         z = torch.cat((z, rest))
     dy_ND = dy_TD.index_select(0, rows.token)
     h_NF = activate(z, act, reuse=True)
