@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fusedonemoe.ops.activation import Activation, activate, activate_backward
-from fusedonemoe.ops.plan import Plan, in_range, inverse_order, make_plan
+from fusedonemoe.ops.plan import in_range, inverse_order, make_plan
 
 
 def grouped_mm(rows_NA: Tensor, weights_EAB: Tensor, offsets: Tensor) -> Tensor:
@@ -166,7 +166,6 @@ def experts_mlp_backward(
         Gradients of x, weights, up, down, up bias and down bias; a zero-size tensor where not needed.
     """
     E, T, K = up_EGD.shape[0], *experts_TK.shape
-    plan = Plan(order, offsets)
     rows = _rows(experts_TK, weights_TK, order, E)
     x_ND = x_TD.index_select(0, rows.token)
     if save_percent < 100:
