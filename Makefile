@@ -53,7 +53,7 @@ bench: $(VENV)/.installed-full  ## the side-by-side comparison, quick form
 asv-smoke: $(VENV)/.installed-full  ## every asv benchmark once
 	@# asv asks about the machine once; nobody is there to answer in CI, and an answer already given stays.
 	@test -e "$$HOME/.asv-machine.json" || $(py) -m asv machine --yes --config asv_bench/asv.conf.json >/dev/null
-	$(py) -m asv run --config asv_bench/asv.conf.json --quick --python=same --show-stderr
+	$(one_thread) $(py) -m asv run --config asv_bench/asv.conf.json --quick --python=same --show-stderr
 
 wheel-smoke: $(VENV)/.installed-full  ## wheel and sdist, installed and run elsewhere
 	tests/smoke_wheel.sh $(py)

@@ -88,10 +88,12 @@ def explain(
 
     Example:
         >>> from fusedonemoe import MoEConfig, explain
-        >>> print(explain(MoEConfig(hidden_size=64, intermediate_size=32, num_experts=16, top_k=2), tokens=100))
-        experts_mlp on cpu, float32, 100 tokens: impl = 'grouped' (dense would do E/K = 16/2 times the arithmetic)
+        >>> config = MoEConfig(hidden_size=64, intermediate_size=32, num_experts=16, top_k=2)
+        >>> print(explain(config, tokens=100, device="cuda"))
+        experts_mlp on cuda, float32, 100 tokens: impl = 'grouped' (dense would do E/K = 16/2 times the arithmetic)
             dense         0.020 GFLOP       0.39 MB of expert weights
           * grouped       0.002 GFLOP       0.39 MB of expert weights
+            cpu           0.002 GFLOP       0.39 MB of expert weights  cannot run: the CPU kernels do not run on device 'cuda'
     """
     widths: tuple[int, ...]
     if isinstance(layer, FusedOneMoE):

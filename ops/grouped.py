@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fusedonemoe.ops.activation import Activation, activate, activate_backward
-from fusedonemoe.ops.plan import Plan, in_range, inverse_order, make_plan
+from fusedonemoe.ops.plan import in_range, inverse_order, make_plan
 
 
 def grouped_mm(rows_NA: Tensor, weights_EAB: Tensor, offsets: Tensor) -> Tensor:
@@ -55,13 +55,22 @@ def _expert_of_row(experts_TK: Tensor, order: Tensor, num_experts: int) -> Tenso
 def _sum_over_choices(rows_NB: Tensor, rows: _Rows, *, weighted: bool, dtype: torch.dtype) -> Tensor:
     """Per token, the (weighted) sum of its K rows in the order of its choices: no atomics. ``[T, B]``.
 
-    A half-precision sum runs in float32 (torch's own accumulation, or that of the float32 weights) and rounds once.
+    A half-precision sum runs in float32 and rounds once. One choice after the other, because [T, K, B] in float32 would be
+    the largest tensor of the whole block.
     """
-    T, K = rows.weights_TK.shape
-    rows_TKB = rows_NB.index_select(0, rows.position).unflatten(0, (T, K))
-    if weighted:
-        rows_TKB = rows_TKB * rows.weights_TK[:, :, None]
-    return rows_TKB.sum(1).to(dtype)
+    position_TK = rows.position.view(rows.weights_TK.shape)
+    wide = torch.promote_types(dtype, torch.float32)
+    sum_TB = None
+    for position, weight in zip(position_TK.unbind(1), rows.weights_TK.to(wide).split(1, dim=1), strict=True):
+        choice_TB = rows_NB.index_select(0, position).to(wide)
+        if sum_TB is None:
+            sum_TB = choice_TB * weight if weighted else choice_TB
+        elif weighted:
+            sum_TB.addcmul_(choice_TB, weight)
+        else:
+            sum_TB += choice_TB
+    assert sum_TB is not None
+    return sum_TB.to(dtype)
 
 
 def _column_sums(rows_NB: Tensor, offsets: Tensor) -> Tensor:
@@ -72,14 +81,12 @@ def _column_sums(rows_NB: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _pre_activation(
-    x_ND: Tensor, up_EGD: Tensor, up_bias_EG: Tensor | None, experts_TK: Tensor, plan: Plan, start: int
+    x_ND: Tensor, up_EGD: Tensor, up_bias_EG: Tensor | None, experts_TK: Tensor, order: Tensor, offsets: Tensor
 ) -> Tensor:
-    """``z = x Wup_e (+ bup_e)`` for the sorted rows from ``start`` on."""
-    offsets = (plan.offsets - start).clamp(min=0) if start else plan.offsets
+    """``z = x Wup_e (+ bup_e)`` for sorted rows."""
     z_NG = grouped_mm(x_ND, up_EGD.transpose(1, 2), offsets)
     if up_bias_EG is not None:
-        expert = _expert_of_row(experts_TK, plan.order[start:], up_EGD.shape[0])
-        z_NG += up_bias_EG.index_select(0, expert)
+        z_NG += up_bias_EG.index_select(0, _expert_of_row(experts_TK, order, up_EGD.shape[0]))
     return z_NG
 
 
@@ -109,7 +116,7 @@ def experts_mlp(
     plan = make_plan(experts_TK, E)
     rows = _rows(experts_TK, weights_TK, plan.order, E)
     x_ND = x_TD.index_select(0, rows.token)
-    z_NG = _pre_activation(x_ND, up_EGD, up_bias_EG, experts_TK, plan, 0)
+    z_NG = _pre_activation(x_ND, up_EGD, up_bias_EG, experts_TK, plan.order, plan.offsets)
     del x_ND
     h_NF = activate(z_NG, act, reuse=True)
     saved = z_NG
@@ -147,6 +154,7 @@ def experts_mlp_backward(
     up_bias_EG: Tensor | None,
     down_bias_ED: Tensor | None,
     act: Activation,
+    save_percent: int,
     needs: MLPNeeds,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of :func:`experts_mlp` (SonicMoE's algebra, arXiv 2512.14080: each expert's y is never needed).
@@ -158,11 +166,12 @@ def experts_mlp_backward(
         Gradients of x, weights, up, down, up bias and down bias; a zero-size tensor where not needed.
     """
     E, T, K = up_EGD.shape[0], *experts_TK.shape
-    plan = Plan(order, offsets)
     rows = _rows(experts_TK, weights_TK, order, E)
     x_ND = x_TD.index_select(0, rows.token)
-    if z.shape[0] != order.shape[0]:
-        rest = _pre_activation(x_ND[z.shape[0] :], up_EGD, up_bias_EG, experts_TK, plan, z.shape[0])
+    if save_percent < 100:
+        kept = z.shape[0]
+        rest_offsets = (offsets - kept).clamp(min=0)
+        rest = _pre_activation(x_ND[kept:], up_EGD, up_bias_EG, experts_TK, order[kept:], rest_offsets)
         z = torch.cat((z, rest))
     dy_ND = dy_TD.index_select(0, rows.token)
     h_NF = activate(z, act, reuse=True)

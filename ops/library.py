@@ -273,6 +273,7 @@ def _experts_mlp_backward(
     layout: str,
     alpha: float,
     limit: float,
+    save_percent: int,
     needs: Sequence[bool],
     build: int,
     impl: str = "grouped",
@@ -283,7 +284,7 @@ def _experts_mlp_backward(
             dy, z, order, offsets, x, experts, weights, up_proj, down_proj, up_bias, down_bias, *act, needs
         )
     return grouped.experts_mlp_backward(
-        dy, z, order, offsets, x, experts, weights, up_proj, down_proj, up_bias, down_bias, act, MLPNeeds(*needs)
+        dy, z, order, offsets, x, experts, weights, up_proj, down_proj, up_bias, down_bias, act, save_percent, MLPNeeds(*needs)
     )
 
 
@@ -310,7 +311,7 @@ def _experts_mlp_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
     ctx.mark_non_differentiable(z, order, offsets)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(z, order, offsets, *inputs[:7])
-    ctx.activation = inputs[7:11]
+    ctx.activation_and_percent = inputs[7:12]
     ctx.impl = inputs[13]
 
 
@@ -319,7 +320,8 @@ def _experts_mlp_grad(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if dy is None:
         return (None,) * count
     needs = MLPNeeds(ctx.needs_input_grad[0], *ctx.needs_input_grad[2:7])
-    grads = torch.ops.fusedonemoe.experts_mlp_backward(dy, *ctx.saved_tensors, *ctx.activation, needs, BUILD, ctx.impl)
+    activation_and_percent, saved = ctx.activation_and_percent, ctx.saved_tensors
+    grads = torch.ops.fusedonemoe.experts_mlp_backward(dy, *saved, *activation_and_percent, needs, BUILD, ctx.impl)
     dx, *rest = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
     return dx, None, *rest, *(None for _ in range(count - 7))
 

@@ -55,9 +55,10 @@ def _select(keys: Tensor, k: int) -> Tensor:
     # reversed id in its lower half has no equals. Flipping the magnitude bits of negative floats makes the integer order
     # of the bits the order of the numbers; both zeros get the bits of +0.
     bits = torch.where(keys == 0, 0.0, keys).view(torch.int32)
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)
+    packed = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)
+    del bits
     last = keys.shape[-1] - 1
-    packed = (ordered << 32) | torch.arange(last, -1, -1, device=keys.device)
+    packed.bitwise_left_shift_(32).bitwise_or_(torch.arange(last, -1, -1, device=keys.device))
     return last - (torch.topk(packed, k, dim=-1).values & 0xFFFFFFFF)
 
 

@@ -150,8 +150,8 @@ def test_the_backward_operator_returns_nothing_for_what_is_not_needed(needs):
     dy = random_like(inputs.x)
     _, z, order, offsets = torch.ops.fusedonemoe.experts_mlp(*arguments, *ACT, 100, library.BUILD)
     backward = torch.ops.fusedonemoe.experts_mlp_backward
-    everything = backward(dy, z, order, offsets, *arguments, *ACT, [True] * 6, library.BUILD)
-    some = backward(dy, z, order, offsets, *arguments, *ACT, needs, library.BUILD)
+    everything = backward(dy, z, order, offsets, *arguments, *ACT, 100, [True] * 6, library.BUILD)
+    some = backward(dy, z, order, offsets, *arguments, *ACT, 100, needs, library.BUILD)
     for needed, grad, full in zip(needs, some, everything, strict=True):
         assert torch.equal(grad, full) if needed else grad.numel() == 0
 
@@ -240,4 +240,4 @@ def test_opcheck_backward(needs, save_percent):
     arguments = (inputs.x, inputs.experts, *leaves_of(inputs)[1:])
     _, *saved = torch.ops.fusedonemoe.experts_mlp(*arguments, *ACT, save_percent, library.BUILD)
     op = torch.ops.fusedonemoe.experts_mlp_backward.default
-    torch.library.opcheck(op, (random_like(inputs.x), *saved, *arguments, *ACT, needs, library.BUILD))
+    torch.library.opcheck(op, (random_like(inputs.x), *saved, *arguments, *ACT, save_percent, needs, library.BUILD))

@@ -1,37 +1,19 @@
 """Grouped GEMMs on CPU from torch's own: a batched matmul over padded experts, or one GEMM per expert.
 
 These run inside opaque operators, where reading ``offsets`` costs nothing (they live in host memory) and shapes may
-follow the data. Few rows per expert: the cost is one library call per expert, so experts are batched, each padded to the
-longest of its batch, a batch small enough to stay in cache. Many rows: the GEMM is worth its call, and oneDNN's is taken
-in float32, which MKL serves badly on AMD machines.
+follow the data. With few rows per expert the cost is one library call per expert, so experts are batched, each padded to the
+longest of its batch, a batch small enough to stay in cache. With many rows the GEMM is worth its call.
 """
 
 import torch
 from torch import Tensor
 
-EXPERTS_PER_BATCH = 16
+# Experts in a batch, by the rows it should hold (a larger one leaves the cache, and its padding is memory): measured.
+ROWS_PER_BATCH, FEWEST_EXPERTS, MOST_EXPERTS = 512, 8, 32
+# The mean number of rows per expert from which one GEMM each was measured as fast as padded batches.
+ROWS_FOR_OWN_GEMM = 192
 # A batch whose padding would multiply its rows by more than this is done one expert at a time.
-MOST_PADDING = 4
-
-
-def _has_onednn_linear() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-_ONEDNN = _has_onednn_linear()
-
-
-def _mm_into(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """``out = left @ right``, any strides. torch.mm takes MKL in float32, about half of oneDNN's rate on AMD machines."""
-    if _ONEDNN and left.dtype == torch.float32 and left.shape[0] > 0 and left.shape[1] > 0:
-        out.copy_(torch.ops.mkldnn._linear_pointwise(left, right.t(), None, "none", [], ""))
-    else:
-        torch.mm(left, right, out=out)
-
-
-def _rows_for_own_gemm(dtype: torch.dtype) -> int:
-    """The mean number of rows per expert from which one GEMM each was measured faster than padded batches."""
-    return 16 if _ONEDNN and dtype == torch.float32 else 192
+MOST_PADDING = 2
 
 
 def _padded_index(offsets: Tensor, first: int, last: int, length: int, num_rows: int) -> tuple[Tensor, Tensor]:
@@ -56,7 +38,9 @@ def grouped_mm(rows_NA: Tensor, weights_EAB: Tensor, offsets: Tensor) -> Tensor:
     bounds = offsets.tolist()
     out_NB = rows_NA.new_empty(N, weights_EAB.shape[2])
     out_NB[bounds[-1] :] = 0
-    per_batch = 1 if bounds[-1] >= _rows_for_own_gemm(rows_NA.dtype) * E else EXPERTS_PER_BATCH
+    per_batch = 1
+    if bounds[-1] < ROWS_FOR_OWN_GEMM * E:
+        per_batch = min(MOST_EXPERTS, max(FEWEST_EXPERTS, ROWS_PER_BATCH * E // max(bounds[-1], 1)))
     for first in range(0, E, per_batch):
         last = min(first + per_batch, E)
         start, stop = bounds[first], bounds[last]
@@ -67,7 +51,7 @@ def grouped_mm(rows_NA: Tensor, weights_EAB: Tensor, offsets: Tensor) -> Tensor:
             for e in range(first, last):
                 if bounds[e] < bounds[e + 1]:
                     rows = slice(bounds[e], bounds[e + 1])
-                    _mm_into(out_NB[rows], rows_NA[rows], weights_EAB[e])
+                    torch.mm(rows_NA[rows], weights_EAB[e], out=out_NB[rows])
         else:
             index, is_real = _padded_index(offsets, first, last, longest, N)
             padded = rows_NA.index_select(0, index.view(-1)).view(last - first, longest, -1)
@@ -91,5 +75,5 @@ def grouped_outer(left_NA: Tensor, right_NB: Tensor, offsets: Tensor) -> Tensor:
     out_EAB = left_NA.new_empty(len(bounds) - 1, left_NA.shape[1], right_NB.shape[1])
     for e, out_AB in enumerate(out_EAB.unbind()):
         rows = slice(bounds[e], bounds[e + 1])
-        _mm_into(out_AB, left_NA[rows].t(), right_NB[rows])
+        torch.mm(left_NA[rows].t(), right_NB[rows], out=out_AB)
     return out_EAB

@@ -1,0 +1,65 @@
+"""What this machine can do at best, sampled between the timed calls: matrix-product rate and read bandwidth.
+
+Both are the best of what torch itself reaches, so a floor computed from them is one that torch code can be held to.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+GEMM_SIZES = (512, 1024)
+# Far beyond any cache, so that a sum over it streams from memory.
+STREAM_BYTES = 1 << 29
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _products(dtype: torch.dtype) -> list[Callable[[Tensor, Tensor], Tensor]]:
+    """The ways torch has to multiply matrices. torch.mm takes MKL in float32: on AMD machines half of oneDNN's rate."""
+    ways: list[Callable[[Tensor, Tensor], Tensor]] = [torch.mm]
+    if dtype == torch.float32 and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        ways.append(lambda a, b: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))
+    return ways
+
+
+@dataclass
+class Ceilings:
+    """The best samples of a run so far.
+
+    Shared between cells: what other guests of a host do, and on which of its memory nodes an array happens to lie, moves a
+    sample by a factor of two, and the machine's ceiling is the best of them all.
+
+    Attributes:
+        flops_per_s: matrix-product rate by dtype.
+        bytes_per_s: read bandwidth.
+    """
+
+    flops_per_s: dict[torch.dtype, float] = field(default_factory=dict)
+    bytes_per_s: float = 0.0
+
+    def sampler(self, dtype: torch.dtype) -> Callable[[], None]:
+        """A function that measures once more and keeps the best.
+
+        Args:
+            dtype: of the matrix products.
+        """
+        stream = torch.ones(STREAM_BYTES // 4)
+
+        def sample() -> None:
+            for _ in range(2):
+                self.bytes_per_s = max(self.bytes_per_s, STREAM_BYTES / _seconds(stream.sum))
+            for n in GEMM_SIZES:
+                a, b = (torch.ones(n, n, dtype=dtype) for _ in range(2))
+                for product in _products(dtype):
+                    seconds = min(_seconds(partial(product, a, b)) for _ in range(2))
+                    self.flops_per_s[dtype] = max(self.flops_per_s.get(dtype, 0.0), 2 * n**3 / seconds)
+
+        return sample

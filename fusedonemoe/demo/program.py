@@ -1,0 +1,131 @@
+"""The course of the demo, from the text to the picture."""
+
+import argparse
+import dataclasses
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from fusedonemoe.demo import picture, terminal
+from fusedonemoe.demo.model import ByteTransformer, count_parameters
+from fusedonemoe.demo.settings import FULL, QUICK, Settings
+from fusedonemoe.demo.text import load_corpus, training_batches
+from fusedonemoe.demo.throughput import PEERS, Measurement, compare
+from fusedonemoe.demo.train import Trainer, train_side_by_side, verdict
+from fusedonemoe.layers import MoE
+
+MOE, DENSE = "MoE", "dense"
+PROMPT = b'def read_lines(path, encoding="utf-8"):\n    """'
+TEMPERATURE = 0.8
+PICTURE = "fusedonemoe-demo.png"
+
+
+class Stopwatch:
+    """Adds up the seconds of each part of the run."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        """Time a block as ``part``."""
+        start = time.perf_counter()
+        yield
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{part} {seconds:.0f} s" for part, seconds in self.seconds.items())
+        return f"{sum(self.seconds.values()):.0f} s in all: {parts}"
+
+
+def _device(name: str) -> torch.device:
+    """The device, or a RuntimeError that says why not."""
+    device = torch.device(name)
+    torch.empty(0, device=device)
+    return device
+
+
+def _machine(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
+    return f"{name}, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def _build_trainer(name: str, settings: Settings, *, seed: int, device: torch.device, compiled: bool) -> Trainer:
+    torch.manual_seed(seed)
+    model = ByteTransformer(settings, use_experts=name == MOE).to(device)
+    return Trainer(name, model, settings, compiled=compiled)
+
+
+def _compare_throughput(
+    console: Console, settings: Settings, *, seed: int, device: torch.device, compiled: bool
+) -> list[Measurement]:
+    """Show one table for the demo's own layer and one for a layer of more experts."""
+    peers = tuple(peer for peer in PEERS if compiled or not peer.compiled)
+    tokens, D, F = settings.tokens_per_step, settings.hidden_size, settings.intermediate_size
+    everything = []
+    for experts in (settings.num_experts, settings.throughput_experts):
+        torch.manual_seed(seed)
+        moe = MoE(hidden_size=D, intermediate_size=F, num_experts=experts, top_k=settings.top_k, device=device)
+        shape = f"{tokens:,} tokens, D={D}, F={F}, E={experts}, K={settings.top_k}"
+        with terminal.working(console, f"Timing one MoE layer: {shape} ..."):
+            measurements = compare(moe, tokens, peers=peers, rounds=settings.throughput_rounds, seed=seed)
+        terminal.show_throughput(console, shape, measurements)
+        everything += measurements
+    return everything
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the demo; see :func:`fusedonemoe.demo.run`."""
+    try:
+        device = _device(args.device)
+        corpus = load_corpus()
+    except (AssertionError, RuntimeError, FileNotFoundError) as reason:
+        print(f"The demo cannot run here: {reason}", file=sys.stderr)
+        return 2
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    settings = QUICK if args.quick else FULL
+    if args.steps:
+        settings = dataclasses.replace(settings, steps=args.steps, validations=min(settings.validations, args.steps))
+    compiled = not args.no_compile
+    console = Console()
+    watch = Stopwatch()
+
+    moe, dense = trainers = [
+        _build_trainer(name, settings, seed=args.seed, device=device, compiled=compiled) for name in (MOE, DENSE)
+    ]
+    parameters = {trainer.name: count_parameters(trainer.model) for trainer in trainers}
+    terminal.show_header(console, settings, corpus, parameters, machine=_machine(device))
+
+    shape = {"batch": settings.batch, "window": settings.window}
+    with watch.measure("compiling both models" if compiled else "warm-up"):
+        (batch,) = training_batches(corpus.train, **shape, steps=1, seed=args.seed, device=device)
+        for trainer in trainers:
+            with terminal.working(console, f"Compiling the {trainer.name} model ..." if compiled else "Warming up ..."):
+                trainer.warm_up(batch)
+    with watch.measure("training"), terminal.training_display(console, trainers, settings) as on_step:
+        train_side_by_side(trainers, corpus, settings, seed=args.seed, device=device, on_step=on_step)
+    console.print(verdict(moe.history.val[-1][1], dense.history.val[-1][1]), style="bold")
+
+    with watch.measure("sample"), terminal.working(console, "Writing ..."):
+        continuation = moe.model.generate(PROMPT, settings.sample_bytes, temperature=TEMPERATURE, seed=args.seed)
+    terminal.show_sample(console, PROMPT, continuation, name=f"{MOE} model")
+
+    with watch.measure("timing one layer"):
+        measurements = _compare_throughput(console, settings, seed=args.seed, device=device, compiled=compiled)
+
+    path = Path(args.output) / PICTURE
+    with watch.measure("picture"):
+        picture.draw(path, trainers, settings)
+    console.print(f"Picture: {path}", soft_wrap=True)
+    console.print(f"Time: {watch}")
+    if any(measurement.tokens_per_second is None for measurement in measurements):
+        print("A layer of the comparison disagrees with float64; see the table.", file=sys.stderr)
+        return 1
+    return 0
