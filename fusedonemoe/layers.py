@@ -202,7 +202,7 @@ class MoE(nn.Module):
     def reset_parameters(self) -> None:
         """Initialise every part again, as after ``to_empty`` of a block that was built on the meta device."""
         for part in self.modules():
-            if part is not self and hasattr(part, "reset_parameters"):
+            if isinstance(part, TopKRouter | Experts | nn.Linear):
                 part.reset_parameters()
 
     @overload
