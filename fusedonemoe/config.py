@@ -1,6 +1,7 @@
 """The configuration of a mixture-of-experts block."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +40,7 @@ class MoEConfig:
         impl: ``auto``, ``dense`` or ``grouped``.
 
     Raises:
-        TypeError: a size that is not an integer.
+        TypeError: a size that is not an integer, a flag that is not a bool, a factor that is not a number.
         ValueError: any other value that does not fit, naming the field, what was expected and what came.
 
     Example:
@@ -81,6 +82,10 @@ class MoEConfig:
             self._check_count("shared_intermediate_size", 1)
         elif self.shared_gate:
             raise ValueError("shared_gate needs a shared branch: set shared_intermediate_size")
+        for name in ("gated", "bias", "score_first", "norm_topk_prob", "router_bias", "selection_bias", "shared_gate"):
+            self._check_flag(name)
+        for name in ("swiglu_alpha", "swiglu_limit", "routed_scaling_factor"):
+            self._check_factor(name)
         self._check_one_of("activation", ACTIVATIONS)
         self._check_one_of("gate_up_layout", GATE_UP_LAYOUTS)
         self._check_one_of("scoring", SCORINGS)
@@ -112,6 +117,18 @@ class MoEConfig:
             raise TypeError(f"{name} must be an integer, got {value!r}")
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
+
+    def _check_flag(self, name: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be a bool, got {value!r}")
+
+    def _check_factor(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be positive and finite, got {value}")
 
     def _check_one_of(self, name: str, allowed: tuple[str, ...]) -> None:
         value = getattr(self, name)

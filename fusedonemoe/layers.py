@@ -199,6 +199,12 @@ class MoE(nn.Module):
             if config.shared_gate:
                 self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False, device=device, dtype=dtype)
 
+    def reset_parameters(self) -> None:
+        """Initialise every part again, as after ``to_empty`` of a block that was built on the meta device."""
+        for part in self.modules():
+            if isinstance(part, TopKRouter | Experts | nn.Linear):
+                part.reset_parameters()
+
     @overload
     def forward(self, x: Tensor, *, return_routing: Literal[False] = False) -> Tensor: ...
     @overload

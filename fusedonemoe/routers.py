@@ -94,16 +94,19 @@ class TopKRouter(nn.Module):
         self.impl = impl
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype)) if bias else None
-        correction = torch.zeros(num_experts, device=device) if selection_bias else None
+        # float32 whatever the module's or the default dtype is: it accumulates small steps.
+        correction = torch.empty(num_experts, device=device, dtype=torch.float32) if selection_bias else None
         self.register_buffer("e_score_correction_bias", correction)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise as ``nn.Linear`` does: uniform within ``1 / sqrt(D)``."""
+        """Initialise as ``nn.Linear`` does: uniform within ``1 / sqrt(D)``; the selection bias to zero."""
         bound = 1 / math.sqrt(self.weight.shape[1])
         nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
+        if self.e_score_correction_bias is not None:
+            nn.init.zeros_(self.e_score_correction_bias)
 
     def forward(self, x: Tensor) -> RouterOutput:
         """Route ``x`` ``[..., D]``."""
