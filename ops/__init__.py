@@ -12,6 +12,6 @@ if __name__ != "fusedonemoe.ops":
 
 from fusedonemoe.ops import library
 from fusedonemoe.ops.choice import IMPLEMENTATIONS, Choice, Work, choose, count_work
-from fusedonemoe.ops.plan import Plan, tokens_per_expert
+from fusedonemoe.ops.plan import Plan
 
-__all__ = ["IMPLEMENTATIONS", "Choice", "Plan", "Work", "choose", "count_work", "library", "tokens_per_expert"]
+__all__ = ["IMPLEMENTATIONS", "Choice", "Plan", "Work", "choose", "count_work", "library"]

@@ -11,6 +11,7 @@ from fusedonemoe import Experts, FusedOneMoE, MoE, MoEConfig, explain
 from fusedonemoe import functional as F
 from fusedonemoe.ops import IMPLEMENTATIONS, choose, count_work
 from fusedonemoe.ops.choice import refusal
+from fusedonemoe.ops.cpu import native
 from fusedonemoe.testing import make_merged_inputs, make_mlp_inputs
 
 SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 8, "top_k": 2}
@@ -21,6 +22,12 @@ OPERATORS = ("experts_mlp", "experts_merged")
 
 def choose_on(device_type="cpu", *, operator="experts_mlp", impl="auto", E=8, K=2, dtype=torch.float32, widths=(16, 32, 8)):
     return choose(operator, impl, top_k=K, num_experts=E, device_type=device_type, dtype=dtype, widths=widths)
+
+
+@pytest.fixture
+def no_kernels(monkeypatch):
+    """A machine where the CPU kernels cannot be compiled: the choice is among the formulations."""
+    monkeypatch.setattr(native, "refusal", lambda dtype, contiguous: "no kernels here")
 
 
 @pytest.mark.parametrize(
@@ -37,6 +44,7 @@ def choose_on(device_type="cpu", *, operator="experts_mlp", impl="auto", E=8, K=
         ("experts_merged", 128, 8, "grouped", "E/K = 128/8 times the arithmetic"),
     ],
 )
+@pytest.mark.usefixtures("no_kernels")
 def test_auto_is_dense_only_where_the_merged_projection_has_nothing_to_sort(operator, E, K, expected, reason):
     choice = choose_on(operator=operator, E=E, K=K)
     assert choice.impl == expected and reason in choice.reason
@@ -58,6 +66,7 @@ def test_auto_is_dense_only_where_the_merged_projection_has_nothing_to_sort(oper
         ("mps", torch.float32, (16,), "there is no grouped GEMM for device 'mps'"),
     ],
 )
+@pytest.mark.usefixtures("no_kernels")
 def test_where_grouped_can_run(device_type, dtype, widths, reason):
     assert refusal("dense", device_type=device_type, dtype=dtype, widths=widths) is None
     why_not = refusal("grouped", device_type=device_type, dtype=dtype, widths=widths)
@@ -80,7 +89,7 @@ def test_a_named_implementation_is_taken_at_its_word(impl):
 
 
 def test_an_unknown_implementation_is_refused_everywhere():
-    message = r"^impl must be one of \('auto', 'dense', 'grouped'\), got 'fast'$"
+    message = r"^impl must be one of \('auto', 'dense', 'grouped', 'cpu'\), got 'fast'$"
     mlp, merged = make_mlp_inputs(2, 4, 3, 4, 1), make_merged_inputs(2, 4, 3, 4, 1)
     for call in (
         lambda: choose_on(impl="fast"),
@@ -107,10 +116,11 @@ def test_the_operator_that_runs_is_the_one_chosen(operator, E, K, impl):
     tensors = [tensor for tensor in vars(make(6, 4, 3, E, K)).values() if tensor is not None]
     called = operators_called(lambda: getattr(F, operator)(*tensors, impl=impl))
     chosen = choose_on(operator=operator, impl=impl, E=E, K=K).impl
-    assert "grouped_mm" in called if chosen == "grouped" else f"{operator}_dense" in called
-    assert ("grouped_mm" in called) != (f"{operator}_dense" in called)
+    traces = {"grouped": "grouped_mm", "dense": f"{operator}_dense", "cpu": f"{operator}_cpu"}
+    assert {name for name, trace in traces.items() if trace in called} == {chosen}
 
 
+@pytest.mark.usefixtures("no_kernels")
 def test_the_choice_does_not_look_at_the_number_of_tokens():
     for tokens in (0, 1, 100_000):
         assert explain(MoEConfig(**SIZES), tokens=tokens).impl == "grouped"
@@ -127,6 +137,7 @@ def test_counted_work_equals_a_direct_count(gated, T, E, K):
         return sum(D * up_rows + F_ * D for _ in expert_of_row)
 
     rows = {"dense": [e for _ in range(T) for e in range(E)], "grouped": [(t * K + j) % E for t in range(T) for j in range(K)]}
+    rows["cpu"] = rows["grouped"]
     for impl in IMPLEMENTATIONS:
         work = count_work(impl, tokens=T, top_k=K, num_experts=E, weight_numel=E * D * (up_rows + F_), itemsize=itemsize)
         assert work.flops == 2 * multiply_adds(rows[impl])
@@ -153,6 +164,7 @@ def test_counted_flops_equal_what_torch_counts():
 @pytest.mark.parametrize(
     "make", [MoE, lambda config: Experts(config), lambda config: config], ids=["MoE", "Experts", "MoEConfig"]
 )
+@pytest.mark.usefixtures("no_kernels")
 def test_explain_an_mlp(make, gated):
     config = MoEConfig(**SIZES, gated=gated)
     told = explain(make(config), tokens=100)
@@ -167,7 +179,8 @@ def test_explain_an_mlp(make, gated):
     assert [c.impl for c in told.candidates] == list(IMPLEMENTATIONS)
     for candidate in told.candidates:
         expected = count_work(candidate.impl, tokens=100, top_k=2, num_experts=8, weight_numel=numel, itemsize=4)
-        assert candidate.work == expected and candidate.refusal is None
+        assert candidate.work == expected
+        assert candidate.refusal == ("no kernels here" if candidate.impl == "cpu" else None)
 
 
 def test_explain_counts_the_weights_that_the_module_holds():
@@ -179,15 +192,17 @@ def test_explain_counts_the_weights_that_the_module_holds():
     assert explain(merged).candidates[0].work.weight_bytes == merged.proj.numel() * 4
 
 
+@pytest.mark.usefixtures("no_kernels")
 def test_explain_the_merged_layer():
     told = explain(FusedOneMoE(16, 8, groups=6, is_sparse=True, topk=2), tokens=10)
     assert (told.operator, told.impl) == ("experts_merged", "grouped")
-    assert [c.work.flops for c in told.candidates] == [2 * 10 * 6 * 16 * 8, 2 * 10 * 2 * 16 * 8]
+    assert [c.work.flops for c in told.candidates] == [2 * 10 * 6 * 16 * 8, *[2 * 10 * 2 * 16 * 8] * 2]
     told = explain(FusedOneMoE(16, 8, groups=6), tokens=10)  # every expert for every token
     assert told.impl == "dense"
     assert told.candidates[0].work == told.candidates[1].work
 
 
+@pytest.mark.usefixtures("no_kernels")
 def test_explain_takes_tokens_dtype_and_device_from_the_input():
     told = explain(MoE(**SIZES), torch.zeros(2, 5, 16, dtype=torch.bfloat16))
     assert (told.tokens, told.dtype, told.device) == (10, torch.bfloat16, "cpu")
@@ -217,12 +232,14 @@ def test_explain_names_what_was_asked_for(impl):
         assert told.impl == impl and told.reason == "asked for by impl="
 
 
+@pytest.mark.usefixtures("no_kernels")
 def test_explanation_as_text():
     config = MoEConfig(hidden_size=1000, intermediate_size=500, num_experts=100, top_k=10)
     assert str(explain(config, tokens=200)).splitlines() == [
         "experts_mlp on cpu, float32, 200 tokens: impl = 'grouped' (dense would do E/K = 100/10 times the arithmetic)",
         "    dense        60.000 GFLOP     600.00 MB of expert weights",
         "  * grouped       6.000 GFLOP     600.00 MB of expert weights",
+        "    cpu           6.000 GFLOP     600.00 MB of expert weights  cannot run: no kernels here",
     ]
     config = dataclasses.replace(config, impl="dense")
     lines = str(explain(config, tokens=2, device="meta", dtype=torch.bfloat16)).splitlines()
@@ -230,6 +247,7 @@ def test_explanation_as_text():
         "experts_mlp on meta, bfloat16, 2 tokens: impl = 'dense' (asked for by impl=)",
         "  * dense         0.600 GFLOP     300.00 MB of expert weights",
         "    grouped       0.060 GFLOP      60.00 MB of expert weights  cannot run: there is no grouped GEMM for device 'meta'",
+        "    cpu           0.060 GFLOP      60.00 MB of expert weights  cannot run: the CPU kernels do not run on device 'meta'",
     ]
 
 

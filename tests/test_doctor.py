@@ -65,7 +65,9 @@ def test_a_sound_installation(capsys):
         for impl, dtype, direction in itertools.product(impls, doctor.DTYPES, ("forward", "backward"))
     )
     for row in rows:
-        if row["device"] == "cpu":
+        if row["impl"] == "cpu" and row["dtype"] not in ("float32", "bfloat16"):
+            assert row["ok"] is None and "the CPU kernels have float32 and bfloat16" in row["note"]
+        elif row["device"] == "cpu":
             # Exactly 0 would mean that the operator was compared with itself.
             assert row["ok"] is True and 0 < row["error"] <= row["budget"], row
     assert report["environment"]["fusedonemoe"]["detail"] == __version__
@@ -97,7 +99,7 @@ def test_inputs_have_empty_experts_and_foreign_ids(monkeypatch):
     honest = functional.experts_merged
     monkeypatch.setattr(functional, "experts_merged", spy)
     doctor.self_test()
-    assert len(seen) >= len(doctor.DTYPES) * len(IMPLEMENTATIONS)
+    assert len(seen) >= len(doctor.DTYPES) * 2
     for experts in seen:
         ids = set(experts.flatten().tolist())
         assert {-1, doctor.E} < ids and set(range(doctor.E)) - ids, ids
@@ -195,7 +197,7 @@ def test_relative_error():
 
 
 def test_a_refused_implementation_is_absent_and_no_failure(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "refusal", lambda impl, **_: "no such unit" if impl == "grouped" else None)
+    monkeypatch.setattr(doctor, "refusal", lambda impl, **_: "no such unit" if impl != "dense" else None)
     code, report = examine(capsys)
     assert code == 0
     (row, *_) = [row for row in report["self_test"] if row["impl"] == "grouped"]
