@@ -12,7 +12,7 @@ import torch
 from fusedonemoe import bench
 from fusedonemoe.bench import memory, peers, workloads
 from fusedonemoe.bench.memory import peak_extra_bytes
-from fusedonemoe.bench.peers import OURS, PEERS, YARDSTICK, Peer
+from fusedonemoe.bench.peers import GROUPED, OURS, PEERS, YARDSTICK, Peer
 from fusedonemoe.bench.workloads import SUITES, Cell
 
 pytest.importorskip("rich")
@@ -149,7 +149,7 @@ def test_tiny_cells_from_end_to_end(tiny_suite, tmp_path, capsys, operator):
         assert 0 <= row["error"] < 1e-5 and row["peak_bytes"] > 0
         base = next(r["seconds"] for r in cell["rows"] if r["peer"] == cell["yardstick"])
         assert row["times_faster"] == pytest.approx(base / row["seconds"])
-        assert row["promised_bytes"] == (3 * 12 * (8 + 16) * 4 if row["peer"] == OURS else None)
+        assert row["promised_bytes"] == (3 * 12 * (8 + 16) * 4 if row["peer"] == GROUPED else None)
 
 
 def test_every_dtype_and_operator_of_the_quick_suite():

@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedonemoe.ops.cpu.native import pool_peak, pooled_size
+
 
 def peak_extra_bytes(call: Callable[[], Tensor | Iterable[Tensor | None]]) -> int:
     """The most bytes a call holds at one moment beside its inputs and its results.
 
     Every allocation and release of torch's CPU allocator is replayed in order, those inside opaque operators included
     (a dispatch mode would miss them, and resident memory would see pages that malloc keeps). The memory of the returned
-    tensors is left out from the moment of its allocation. Scratch that a BLAS allocates for itself is not seen.
+    tensors is left out from the moment of its allocation. The pool of the CPU kernels is counted beside torch's allocator,
+    each with its own peak, so the sum is an upper bound. Scratch that a BLAS allocates for itself is not seen.
 
     Args:
         call: returns a tensor, or several.
@@ -26,11 +29,14 @@ def peak_extra_bytes(call: Callable[[], Tensor | Iterable[Tensor | None]]) -> in
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     # A cycle of an earlier call that is collected during this one would be counted as its release.
     gc.collect()
+    pool_peak()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = call()
     results = [result] if isinstance(result, Tensor) else [t for t in result if t is not None]
     kept = {t.untyped_storage().data_ptr() for t in results}
-    return _replay(_allocations(profile.profiler.kineto_results.experimental_event_tree()), kept)
+    in_pool = pool_peak()
+    held = _replay(_allocations(profile.profiler.kineto_results.experimental_event_tree()), kept)
+    return held + max(0, in_pool - sum(pooled_size(t) for t in results))
 
 
 def _allocations(events: Iterable[Any]) -> list[tuple[int, int]]:

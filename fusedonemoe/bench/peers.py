@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,6 +15,7 @@ from fusedonemoe.bench.workloads import BlockInputs, Cell, Inputs, MergedInputs
 
 Call = Callable[[int], Tensor]
 OURS = "fusedonemoe"
+GROUPED = "fusedonemoe grouped"
 
 # ||y - y64|| / ||y64|| that a right answer may have. Right answers are off by about 3e-7 and 5e-3 (transformers rounds
 # the routing weights to bfloat16 as well); zeros are off by 1, and one wrong token of 512 by 4e-2.
@@ -64,10 +66,11 @@ def _frozen(weight: Tensor) -> nn.Parameter:
     return nn.Parameter(weight, requires_grad=False)
 
 
-def _our_block(cell: Cell, inputs: Inputs) -> Call:
+def _our_block(cell: Cell, inputs: Inputs, impl: str = "auto") -> Call:
     given = _block_inputs(inputs)
+    sizes: dict[str, Any] = {"hidden_size": cell.D, "intermediate_size": cell.F, "num_experts": cell.E, "top_k": cell.K}
     with torch.device("meta"):
-        moe = MoE(hidden_size=cell.D, intermediate_size=cell.F, num_experts=cell.E, top_k=cell.K, dtype=cell.dtype)
+        moe = MoE(**sizes, dtype=cell.dtype, impl=impl)
     moe.gate.weight = _frozen(given.router)
     moe.experts.gate_up_proj = _frozen(given.gate_up_proj)
     moe.experts.down_proj = _frozen(given.down_proj)
@@ -120,9 +123,9 @@ def _loop_block(cell: Cell, inputs: Inputs) -> Call:
     return call
 
 
-def _our_merged(cell: Cell, inputs: Inputs) -> Call:
+def _our_merged(cell: Cell, inputs: Inputs, impl: str = "auto") -> Call:
     given = _merged_inputs(inputs)
-    return lambda i: F.experts_merged(given.xs[i], given.experts[i], given.weights[i], given.proj, impl="grouped")
+    return lambda i: F.experts_merged(given.xs[i], given.experts[i], given.weights[i], given.proj, impl=impl)
 
 
 def _einsum_merged(cell: Cell, inputs: Inputs) -> Call:
@@ -140,10 +143,15 @@ def _einsum_merged(cell: Cell, inputs: Inputs) -> Call:
 PEERS: dict[str, tuple[Peer, ...]] = {
     "block": (
         Peer(OURS, _our_block),
+        Peer(GROUPED, partial(_our_block, impl="grouped")),
         Peer("transformers grouped_mm", _transformers_block),
         Peer("per-expert loop", _loop_block),
     ),
-    "merged": (Peer(OURS, _our_merged), Peer("original einsum", _einsum_merged)),
+    "merged": (
+        Peer(OURS, _our_merged),
+        Peer(GROUPED, partial(_our_merged, impl="grouped")),
+        Peer("original einsum", _einsum_merged),
+    ),
 }
 # Whose time each row's "times faster" is relative to.
 YARDSTICK = {"block": "transformers grouped_mm", "merged": "original einsum"}

@@ -10,7 +10,7 @@ import torch
 
 from fusedonemoe.bench.ceilings import Ceilings
 from fusedonemoe.bench.memory import peak_extra_bytes
-from fusedonemoe.bench.peers import OURS, PEERS, YARDSTICK, Call, Peer, UnavailableError, agrees, relative_error
+from fusedonemoe.bench.peers import GROUPED, PEERS, YARDSTICK, Call, Peer, UnavailableError, agrees, relative_error
 from fusedonemoe.bench.workloads import ROTATION, Cell, Floor, Inputs, exact_output, floor_of, least_work, make_inputs
 
 ROUNDS = 5
@@ -74,8 +74,8 @@ class CellResult:
         return base / row.seconds if base and row.seconds else None
 
     def promised_bytes(self, row: Row) -> int | None:
-        """The bound on the peak that a row has promised: ours only."""
-        return self.cell.promised_bytes if row.peer == OURS else None
+        """The bound on the peak that a row has promised: that of the grouped formulation."""
+        return self.cell.promised_bytes if row.peer == GROUPED else None
 
 
 class RealTime:

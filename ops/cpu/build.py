@@ -22,6 +22,7 @@ SOURCES = Path(__file__).parent / "native"
 FLAGS = ["-std=c++20", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-fopenmp", "-shared", "-fPIC"]
 SECONDS_TO_COMPILE = 300
+HUGE_PAGE = 2 << 20  # the pool's unit, as in native/layer.h
 CHECKSUM_BYTES = 12
 
 

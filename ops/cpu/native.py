@@ -62,6 +62,22 @@ def _new(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.utils.dlpack.from_dlpack(capsule(managed, b"dltensor", None)).view(dtype).view(shape).detach()
 
 
+def pooled_size(tensor: Tensor) -> int:
+    """The bytes of the pool that an output like ``tensor`` occupies; 0 for one that is too small for it."""
+    size = tensor.numel() * tensor.element_size()
+    return -(-size // build.HUGE_PAGE) * build.HUGE_PAGE if size >= POOLED_BYTES else 0
+
+
+def pool_peak() -> int:
+    """The most bytes of the pool in use at once since the last call, beyond those in use then; 0 without kernels."""
+    try:
+        peak = build.load().fusedonemoe_pool_peak
+    except build.Unavailable:
+        return 0
+    peak.restype = ctypes.c_int64
+    return int(peak())
+
+
 def _call(name: str, dtype: torch.dtype, *words: int | Tensor | None) -> None:
     values = [0 if w is None else w.data_ptr() if isinstance(w, Tensor) else w for w in words]
     if _kernel(name, dtype)((ctypes.c_int64 * len(values))(*values)):

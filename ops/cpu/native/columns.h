@@ -5,16 +5,41 @@
 constexpr int ROWS_AT_ONCE = 6, VECTORS = ACCUMULATORS / ROWS_AT_ONCE, COLUMNS = VECTORS * LANES;
 static constexpr int blocks_of(int columns) { return (columns + COLUMNS - 1) / COLUMNS; }
 
-// Columns [0, cols) of k rows as a panel [units of k][COLUMNS]; columns past `cols` are zero.
+// One unit of k: COLUMNS columns of one row, or of a pair of rows side by side.
+static INLINE void pack_unit(const float* row, const float*, float* panel) { memcpy(panel, row, COLUMNS * sizeof(float)); }
+static INLINE void pack_unit(const bf16* even, const bf16* odd, uint32_t* panel) {
+    for (int c = 0; c < VECTORS; c++) {
+        vu pair = __builtin_convertvector(load<vh>(even + c * LANES), vu);
+        if (odd) pair |= __builtin_convertvector(load<vh>(odd + c * LANES), vu) << 16;
+        store(panel + c * LANES, pair);
+    }
+}
+static INLINE void pack_unit(const bf16* row, const bf16*, float* panel) {
+    for (int c = 0; c < VECTORS; c++) store(panel + c * LANES, load_wide(row + c * LANES));
+}
+
+// Columns [0, cols) of k rows as a panel [units of k][COLUMNS]; columns past `cols` are zero. Rows lie far apart, where the
+// hardware does not foresee the next, so they are asked for some rows ahead, and behind the last those of the panel that is
+// probably this thread's next.
 template <class M, class Row> static inline void pack_columns(Row row, int k, int cols, typename M::U* panel) {
     using T = typename M::T;
-    for (size_t u = 0; u < units<M>(k); u++, panel += COLUMNS) {
-        const T* even = row((int)u * M::PER);
-        if constexpr (M::PER == 2) {
-            const T* odd = (int)u * 2 + 1 < k ? row((int)u * 2 + 1) : nullptr;
-            for (int c = 0; c < COLUMNS; c++) panel[c] = c < cols ? even[c].bits | (odd ? (uint32_t)odd[c].bits << 16 : 0) : 0;
-        } else
-            for (int c = 0; c < COLUMNS; c++) panel[c] = c < cols ? widen(even[c]) : 0;
+    constexpr int AHEAD = 32, LINE = 64 / sizeof(T);
+    auto prefetch = [&](int r) {
+        if (r >= 2 * k) return;
+        const T* p = r < k ? row(r) : row(r - k) + 2 * COLUMNS;
+        for (int c = 0; c < COLUMNS; c += LINE) __builtin_prefetch(p + c, 0, 3);
+    };
+    for (int i = 0; i < k; i += M::PER, panel += COLUMNS) {
+        for (int r = 0; r < M::PER; r++) prefetch(i + AHEAD + r);
+        T some[2][COLUMNS] = {};
+        const T *even = row(i), *odd = M::PER == 2 && i + 1 < k ? row(i + 1) : nullptr;
+        if (cols < COLUMNS) {
+            memcpy((void*)some[0], even, cols * sizeof(T));
+            if (odd) memcpy((void*)some[1], odd, cols * sizeof(T));
+            even = some[0];
+            odd = odd ? some[1] : nullptr;
+        }
+        pack_unit(even, odd, panel);
     }
 }
 

@@ -25,7 +25,7 @@ class Memory {
     static constexpr size_t HUGE_PAGE = size_t(2) << 20;
     std::mutex mutex;
     std::vector<Block> idle;
-    size_t in_use = 0, most_in_use = 0, idle_bytes = 0;
+    size_t in_use = 0, most_in_use = 0, idle_bytes = 0, peak = 0;
 
     static void release(Block b) {
 #if defined(__linux__)
@@ -57,6 +57,7 @@ class Memory {
             }
             in_use += b.size;
             most_in_use = std::max(most_in_use, in_use);
+            peak = std::max(peak, in_use);
             if (found) return b;
         }
         Block b{nullptr, size};
@@ -88,6 +89,14 @@ class Memory {
             }
         }
         for (Block b : surplus) release(b);
+    }
+    // The most bytes in use at once since the last call, beyond those in use at that call.
+    size_t peak_since_last() {
+        static size_t start = 0;
+        std::lock_guard<std::mutex> guard(mutex);
+        const size_t rise = peak > start ? peak - start : 0;
+        start = peak = in_use;
+        return rise;
     }
     void trim() {
         std::vector<Block> all;

@@ -29,6 +29,7 @@ void* fusedonemoe_pooled_bytes(int64_t bytes) {
         return nullptr;
     }
 }
+int64_t fusedonemoe_pool_peak() { return (int64_t)Memory::pool().peak_since_last(); }
 void fusedonemoe_trim() { Memory::pool().trim(); }
 int fusedonemoe_lanes() { return LANES; }
 }
