@@ -296,15 +296,17 @@ def test_the_pages_around_a_tensor_are_guarded():
     assert touching.returncode < 0
 
 
-# Other machines, sanitizers: tests/test_cpu_kernels.py once more, with kernels compiled otherwise
+# Other machines, sanitizers: the tests of the kernels once more, with kernels compiled otherwise
 
 
 def run_the_kernels_tests(**environment):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", "tests/test_cpu_kernels.py"]
+    files = ["tests/test_cpu_kernels.py", "tests/test_cpu_precision.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", *files]
     done = subprocess.run(
         command, env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True, check=False, timeout=1200
     )
-    report = (done.stdout + done.stderr)[-4000:]
+    said = done.stdout + done.stderr
+    report = "\n".join([*(line for line in said.splitlines() if "SUMMARY: " in line or "runtime error: " in line), said[-4000:]])
     assert done.returncode == 0 and " passed" in done.stdout and "skipped" not in done.stdout, report
 
 

@@ -1,6 +1,6 @@
 """The compiled CPU kernels (impl="cpu"): values and gradients against the oracle, edges, and the promises about bits.
 
-tests/test_cpu_build.py runs this file again for other instruction sets and under sanitizers.
+tests/test_cpu_build.py runs this file and tests/test_cpu_precision.py again, for other instruction sets and under sanitizers.
 """
 
 import itertools
