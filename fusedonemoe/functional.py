@@ -80,8 +80,8 @@ def _check_routing(x: Tensor, experts: Tensor, weights: Tensor) -> None:
     _check_float("x", x)
     _check_ids(experts)
     _check_float("weights", weights)
-    if x.dim() < 1:
-        raise ValueError(f"x must have at least 1 dimension [..., D], got shape {tuple(x.shape)}")
+    if x.dim() < 1 or x.shape[-1] < 1:
+        raise ValueError(f"x must have shape [..., D] with D >= 1, got {tuple(x.shape)}")
     if experts.dim() < 1 or experts.shape[-1] < 1:
         raise ValueError(f"experts must have shape [..., K] with K >= 1, got {tuple(experts.shape)}")
     _check_shape("experts", experts, (*x.shape[:-1], experts.shape[-1]))

@@ -27,7 +27,7 @@ done
 [ ! -e unpacked/fusedonemoe/ops ] || fail "the sdist carries the link's target a second time"
 
 "$python" -m zipfile -l dist/*.whl >wheel.list
-for path in fusedonemoe/ops/__init__.py fusedonemoe/py.typed; do
+for path in fusedonemoe/ops/__init__.py fusedonemoe/ops/cpu/native/moe.cpp fusedonemoe/py.typed; do
   grep -q "^$path " wheel.list || fail "the wheel lacks $path"
 done
 ! grep -Eq '^(ops|tests|docs|asv_bench)/' wheel.list || fail "the wheel carries more than the package"
