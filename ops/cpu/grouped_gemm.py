@@ -12,8 +12,9 @@ from torch import Tensor
 ROWS_PER_BATCH, FEWEST_EXPERTS, MOST_EXPERTS = 512, 8, 32
 # The mean number of rows per expert from which one GEMM each was measured as fast as padded batches.
 ROWS_FOR_OWN_GEMM = 192
-# A batch whose padding would multiply its rows by more than this is done one expert at a time.
-MOST_PADDING = 2
+# A batch is padded to at most this many times its rows, and by at most this share of all rows, which bounds the memory; a
+# batch that would need more is done one expert at a time.
+MOST_PADDING, MOST_PADDING_OF_ALL, FREE_PADDING_ROWS = 4, 1 / 4, 512
 
 
 def _padded_index(offsets: Tensor, first: int, last: int, length: int, num_rows: int) -> tuple[Tensor, Tensor]:
@@ -41,13 +42,16 @@ def grouped_mm(rows_NA: Tensor, weights_EAB: Tensor, offsets: Tensor) -> Tensor:
     per_batch = 1
     if bounds[-1] < ROWS_FOR_OWN_GEMM * E:
         per_batch = min(MOST_EXPERTS, max(FEWEST_EXPERTS, ROWS_PER_BATCH * E // max(bounds[-1], 1)))
+    most_extra = max(FREE_PADDING_ROWS, int(MOST_PADDING_OF_ALL * N))
     for first in range(0, E, per_batch):
         last = min(first + per_batch, E)
         start, stop = bounds[first], bounds[last]
         if start == stop:
             continue
         longest = max(bounds[e + 1] - bounds[e] for e in range(first, last))
-        if longest * (last - first) > MOST_PADDING * (stop - start) or per_batch == 1:
+        padded_rows, real_rows = longest * (last - first), stop - start
+        too_long = padded_rows > MOST_PADDING * real_rows or padded_rows - real_rows > most_extra
+        if too_long or per_batch == 1:
             for e in range(first, last):
                 if bounds[e] < bounds[e + 1]:
                     rows = slice(bounds[e], bounds[e + 1])
