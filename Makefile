@@ -28,7 +28,7 @@ $(VENV)/.installed-%: constraints.txt pyproject.toml
 help:
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
-demo: $(VENV)/.installed-demo  ## a tour in the terminal, with pictures
+demo: $(VENV)/.installed-demo  ## train a small compiled MoE language model here, in about three minutes
 	$(py) -m fusedonemoe demo
 
 test: check pytest doctest docs asv-smoke wheel-smoke  ## everything CI runs

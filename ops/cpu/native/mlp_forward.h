@@ -175,17 +175,17 @@ template <class M> class ForwardPass {
             });
             if (a.y) {
 #pragma omp barrier
-            down.run((int64_t)E * ((D + down_block - 1) / down_block), [&](int64_t task) {
-                sweep(task, D, down_block, ONE, TWO, [&](const Tile& t, int d0, int n, ptrdiff_t ahead) {
-                    const U* panel = h + t.panel * hu;
-                    if (t.lanes == LANES) down_tile<ONE, 1>(t, panel, rows, d0, n, ahead);
-                    else down_tile<TWO, 2>(t, panel, rows, d0, n, ahead);
+                down.run((int64_t)E * ((D + down_block - 1) / down_block), [&](int64_t task) {
+                    sweep(task, D, down_block, ONE, TWO, [&](const Tile& t, int d0, int n, ptrdiff_t ahead) {
+                        const U* panel = h + t.panel * hu;
+                        if (t.lanes == LANES) down_tile<ONE, 1>(t, panel, rows, d0, n, ahead);
+                        else down_tile<TWO, 2>(t, panel, rows, d0, n, ahead);
+                    });
                 });
-            });
 #pragma omp barrier
-            combining.run(a.tokens, [&](int64_t t) {
-                combine<T>(rows, position, a.experts, a.weights, (const T*)a.down_bias, (int)t, a.top_k, D, (T*)a.y);
-            });
+                combining.run(a.tokens, [&](int64_t t) {
+                    combine<T>(rows, position, a.experts, a.weights, (const T*)a.down_bias, (int)t, a.top_k, D, (T*)a.y);
+                });
             }
         }
     }
