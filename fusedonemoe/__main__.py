@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from fusedonemoe import __version__
 
 COMMANDS = {
-    "demo": "train a small compiled MoE language model here, in about three minutes",
+    "demo": "train a small compiled MoE here",
     "doctor": "check this machine, and every operator on it",
     "bench": "time this library beside its peers, here",
 }
