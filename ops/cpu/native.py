@@ -197,7 +197,7 @@ def experts_mlp_backward(
         )
         z = full
     dy_TD, x_TD, ids, float_weights = dy_TD.contiguous(), x_TD.contiguous(), _ids(experts_TK), _float_weights(weights_TK)
-    up_bias_EG, down_bias_ED = _bias(up_bias_EG), _bias(down_bias_ED)
+    down_bias_ED = _bias(down_bias_ED)
 
     def wanted(needed: bool, like: Tensor | None, dtype: torch.dtype = dtype) -> Tensor | None:
         return None if not needed or like is None else _new(tuple(like.shape), dtype)
@@ -213,7 +213,7 @@ def experts_mlp_backward(
     _call(
         "mlp_backward",
         dtype,
-        *(dy_TD, z, x_TD, up_EGD, down_EDF, up_bias_EG, down_bias_ED, ids, float_weights, order, offsets),
+        *(dy_TD, z, x_TD, up_EGD, down_EDF, down_bias_ED, ids, float_weights, order, offsets),
         *gradients,
         *_mlp_sizes(x_TD, experts_TK, up_EGD, down_EDF, act),
         *(_threads(N, up_EGD), ACTIVATIONS.index(act.name), _word(act.alpha), _word(act.limit)),

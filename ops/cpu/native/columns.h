@@ -88,6 +88,13 @@ static inline void multiply_expert(Row row, int m, const typename M::U* panel, i
     }
 }
 
+// Units of rows before each expert's, [E + 1]: where an expert's part of a turned or packed operand begins.
+template <class M> static inline std::vector<size_t> units_before(const Plan& plan) {
+    std::vector<size_t> before(plan.num_experts + 1, 0);
+    for (int e = 0; e < plan.num_experts; e++) before[e + 1] = before[e] + units<M>(plan.count(e));
+    return before;
+}
+
 // An expert's m rows turned: [width][units of m], so that a column of theirs is a row of a product.
 template <class M, class Row> static inline void turn(Row row, int m, int width, typename M::U* out) {
     using T = typename M::T;

@@ -25,7 +25,7 @@ class Memory {
     static constexpr size_t HUGE_PAGE = size_t(2) << 20;
     std::mutex mutex;
     std::vector<Block> idle;
-    size_t in_use = 0, most_in_use = 0, idle_bytes = 0, peak = 0;
+    size_t in_use = 0, most_in_use = 0, idle_bytes = 0, peak = 0, peak_from = 0;
 
     static void release(Block b) {
 #if defined(__linux__)
@@ -92,10 +92,9 @@ class Memory {
     }
     // The most bytes in use at once since the last call, beyond those in use at that call.
     size_t peak_since_last() {
-        static size_t start = 0;
         std::lock_guard<std::mutex> guard(mutex);
-        const size_t rise = peak > start ? peak - start : 0;
-        start = peak = in_use;
+        const size_t rise = peak > peak_from ? peak - peak_from : 0;
+        peak_from = peak = in_use;
         return rise;
     }
     void trim() {
@@ -177,6 +176,10 @@ class Tasks {
   public:
     template <class Body> void run(int64_t count, Body body) {
         for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(task);
+    }
+    // A task for every expert and block of something.
+    template <class Body> void run(int experts, int blocks, Body body) {
+        run((int64_t)experts * blocks, [&](int64_t task) { body((int)(task / blocks), (int)(task % blocks)); });
     }
 };
 

@@ -13,11 +13,6 @@ struct MergedForward {
     int64_t tokens, top_k, num_experts, hidden, inner, threads;
 };
 
-// Calls body(expert, block of columns, a panel of this thread) for every pair, on all threads.
-template <class Body> static inline void for_blocks(Tasks& tasks, int experts, int blocks, Body body) {
-    tasks.run((int64_t)experts * blocks, [&](int64_t i) { body((int)(i / blocks), (int)(i % blocks)); });
-}
-
 template <class M> class MergedForwardPass {
     using T = typename M::T;
     using U = typename M::U;
@@ -41,7 +36,7 @@ template <class M> class MergedForwardPass {
 #pragma omp parallel num_threads(a.threads)
         {
             U* panel = (U*)(panels + threads++ * panel_bytes);
-            for_blocks(products, E, blocks, [&](int e, int block) {
+            products.run(E, blocks, [&](int e, int block) {
                 const int first = plan.first(e), m = plan.count(e), f0 = block * COLUMNS, cols = std::min(COLUMNS, F - f0);
                 if (m == 0) return;
                 const T* w = (const T*)a.proj + (size_t)e * D * F + f0;
@@ -77,8 +72,7 @@ template <class M> class MergedBackwardPass {
     void run() {
         const int D = a.hidden, F = a.inner, E = a.num_experts, N = a.tokens * a.top_k, d_blocks = blocks_of(D), f_blocks = blocks_of(F);
         const Plan plan{E, (int)a.top_k, a.order, a.offsets};
-        std::vector<size_t> unit_of(E + 1, 0);
-        for (int e = 0; e < E; e++) unit_of[e + 1] = unit_of[e] + units<M>(plan.count(e));
+        const std::vector<size_t> unit_of = units_before<M>(plan);
         const size_t all = unit_of[E], panel_bytes = Scratch::padded(units<M>(F) * COLUMNS * sizeof(U));
         auto bytes = [](size_t count, size_t size) { return Scratch::padded(count * size); };
         Scratch scratch(bytes((size_t)N * D, 4) + bytes((size_t)N * D, sizeof(T)) + bytes(all * D, sizeof(U)) +
@@ -99,7 +93,7 @@ template <class M> class MergedBackwardPass {
         {
             U* panel = (U*)(panels + threads++ * panel_bytes);
             if (a.dx || a.dweights)
-                for_blocks(products, E, d_blocks, [&](int e, int block) {
+                products.run(E, d_blocks, [&](int e, int block) {
                     const int first = plan.first(e), m = plan.count(e), d0 = block * COLUMNS, cols = std::min(COLUMNS, D - d0);
                     if (m == 0) return;
                     pack_rows<M>((const T*)a.proj + ((size_t)e * D + d0) * F, F, F, cols, panel);
@@ -120,8 +114,8 @@ template <class M> class MergedBackwardPass {
                 });
 #pragma omp barrier
             if (a.dproj)
-                gradients.run((int64_t)E * tasks_per_expert, [&](int64_t i) {
-                    const int e = (int)(i / tasks_per_expert), begin = (int)(i % tasks_per_expert) * ROWS_PER_TASK;
+                gradients.run(E, tasks_per_expert, [&](int e, int task) {
+                    const int begin = task * ROWS_PER_TASK;
                     weight_gradient<M>(begin, std::min(begin + ROWS_PER_TASK, D), F, unit_of[e + 1] - unit_of[e], turned + unit_of[e] * D,
                                        dh_panels + unit_of[e] * f_blocks * COLUMNS, (T*)a.dproj + (size_t)e * D * F);
                 });

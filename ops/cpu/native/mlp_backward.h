@@ -8,7 +8,7 @@
 #include "columns.h"
 
 struct MLPBackward {
-    const void *dy, *z, *x, *up, *down, *up_bias, *down_bias;
+    const void *dy, *z, *x, *up, *down, *down_bias;
     const int64_t* experts;
     const float* weights;
     const int32_t *order, *offsets;
@@ -28,7 +28,7 @@ template <class M> class BackwardPass {
     const Act act;
     const Plan plan;
     const int f_blocks, d_blocks;
-    std::vector<size_t> unit_of;  // [E + 1] units of token pairs (or tokens) before each expert's
+    const std::vector<size_t> unit_of;
     T* dz;                        // [N, G]
     float *dx_rows, *partial;     // [N, D]; [N, f_blocks] parts of <q, h>
     U *h_panels, *x_panels;       // per expert [blocks of columns][units of its rows][COLUMNS]
@@ -149,10 +149,8 @@ template <class M> class BackwardPass {
     explicit BackwardPass(const MLPBackward& a)
         : a(a), D(a.hidden), F(a.inner), G(a.up_rows), E(a.num_experts), N(a.tokens * a.top_k),
           at{(ptrdiff_t)a.gate, (ptrdiff_t)a.up_from, (ptrdiff_t)a.step}, act{(int)a.activation, (float)a.alpha, (float)a.limit},
-          plan{E, (int)a.top_k, a.order, a.offsets}, f_blocks(blocks_of(F)), d_blocks(blocks_of(D)) {
-        unit_of.resize(E + 1, 0);
-        for (int e = 0; e < E; e++) unit_of[e + 1] = unit_of[e] + units<M>(plan.count(e));
-    }
+          plan{E, (int)a.top_k, a.order, a.offsets}, f_blocks(blocks_of(F)), d_blocks(blocks_of(D)),
+          unit_of(units_before<M>(plan)) {}
 
     void run() {
         const size_t all = unit_of[E], panel_size = units<M>(std::max(D, G)) * COLUMNS;
@@ -180,9 +178,9 @@ template <class M> class BackwardPass {
         {
             U* panel = first_panel + thread_count++ * panel_stride;
             if (need_dz || a.ddown || a.dweights)
-                activation.run((int64_t)E * f_blocks, [&](int64_t i) { through_activation((int)(i / f_blocks), (int)(i % f_blocks), panel); });
+                activation.run(E, f_blocks, [&](int e, int block) { through_activation(e, block, panel); });
 #pragma omp barrier
-            if (a.dx) dx_tasks.run((int64_t)E * d_blocks, [&](int64_t i) { rows_of_dx((int)(i / d_blocks), (int)(i % d_blocks), panel); });
+            if (a.dx) dx_tasks.run(E, d_blocks, [&](int e, int block) { rows_of_dx(e, block, panel); });
             turning.run(E, [&](int64_t i) {
                 const int e = (int)i, first = plan.first(e), m = plan.count(e);
                 if (a.ddown) turn<M>([&](int r) { return dy_row(first + r); }, m, D, dy_turned + unit_of[e] * D);
@@ -199,14 +197,14 @@ template <class M> class BackwardPass {
             });
 #pragma omp barrier
             if (a.ddown)
-                ddown_tasks.run((int64_t)E * d_tasks, [&](int64_t i) {
-                    const int e = (int)(i / d_tasks), begin = (int)(i % d_tasks) * ROWS_PER_TASK;
+                ddown_tasks.run(E, d_tasks, [&](int e, int task) {
+                    const int begin = task * ROWS_PER_TASK;
                     weight_gradient<M>(begin, std::min(begin + ROWS_PER_TASK, D), F, units_of(e), dy_turned + unit_of[e] * D, h_panel(e, 0),
                                     (T*)a.ddown + (size_t)e * D * F);
                 });
             if (a.dup)
-                dup_tasks.run((int64_t)E * g_tasks, [&](int64_t i) {
-                    const int e = (int)(i / g_tasks), begin = (int)(i % g_tasks) * ROWS_PER_TASK;
+                dup_tasks.run(E, g_tasks, [&](int e, int task) {
+                    const int begin = task * ROWS_PER_TASK;
                     weight_gradient<M>(begin, std::min(begin + ROWS_PER_TASK, G), D, units_of(e), dz_turned + unit_of[e] * G, x_panel(e, 0),
                                     (T*)a.dup + (size_t)e * G * D);
                 });

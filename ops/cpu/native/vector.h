@@ -67,11 +67,6 @@ static INLINE vf load_wide(const bf16* p) { return (vf)(__builtin_convertvector(
 static INLINE void store_narrow(vf v, float* p) { store(p, v); }
 static INLINE void store_narrow(vf v, bf16* p) { store(p, __builtin_convertvector(round_to_bf16(v) >> 16, vh)); }
 // The first `count` lanes only.
-template <class T> static INLINE vf load_some(const T* p, int count) {
-    vf v = {};
-    for (int i = 0; i < count; i++) v[i] = widen(p[i]);
-    return v;
-}
 template <class T> static INLINE void store_some(vf v, T* p, int count) {
     for (int i = 0; i < count; i++) narrow(v[i], p + i);
 }
