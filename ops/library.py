@@ -24,7 +24,7 @@ from torch.library import triton_op
 from fusedonemoe.ops import cuda, dense, grouped
 from fusedonemoe.ops import route as routing
 from fusedonemoe.ops.activation import Activation
-from fusedonemoe.ops.cpu import grouped_gemm, native
+from fusedonemoe.ops.cpu import grouped_gemm, native, selection
 from fusedonemoe.ops.grouped import MergedNeeds, MLPNeeds, saved_rows
 from fusedonemoe.ops.route import RouteRule
 
@@ -121,6 +121,18 @@ def _(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
     return left.new_empty(offsets.shape[0] - 1, left.shape[1], right.shape[1])
 
 
+# The selection: opaque on CPU for its kernel.
+
+_lib.define("select_experts(Tensor keys, SymInt k) -> Tensor")
+_lib.impl("select_experts", selection.select, "CPU")
+_lib.impl("select_experts", routing.select, "CUDA")
+
+
+@torch.library.register_fake(f"{NAMESPACE}::select_experts", lib=_lib)
+def _(keys: Tensor, k: int) -> Tensor:
+    return keys.new_empty((keys.shape[0], k), dtype=torch.int64)
+
+
 # The compiled CPU kernels: opaque too, one operator a pass.
 
 _MLP = "Tensor x, Tensor experts, Tensor weights, Tensor up_proj, Tensor down_proj, Tensor? up_bias, Tensor? down_bias"
@@ -185,6 +197,23 @@ _define_cpu(
 
 
 def _route(
+    logits: Tensor,
+    selection_bias: Tensor | None,
+    top_k: int,
+    scoring: str,
+    score_first: bool,
+    norm_topk_prob: bool,
+    scale: float,
+    n_group: int,
+    topk_group: int,
+    group_score: str,
+    build: int,
+) -> tuple[Tensor, Tensor]:
+    rule = RouteRule(top_k, scoring, score_first, norm_topk_prob, scale, n_group, topk_group, group_score)
+    return routing.route(logits, selection_bias, rule, opaque=True)
+
+
+def _route_dense(
     logits: Tensor,
     selection_bias: Tensor | None,
     top_k: int,
@@ -384,7 +413,7 @@ for _name in ("grouped_mm", "grouped_outer"):
 
 _operator("route_backward", _route_backward).register_autograd(_no_second_derivative)
 _operator("route", _route).register_autograd(_route_grad, setup_context=_route_save)
-_composite("route_dense", _route)
+_composite("route_dense", _route_dense)
 
 _operator("experts_mlp_backward", _experts_mlp_backward).register_autograd(_no_second_derivative)
 _operator("experts_mlp", _experts_mlp).register_autograd(_experts_mlp_grad, setup_context=_experts_mlp_save)

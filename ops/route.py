@@ -47,10 +47,10 @@ def _score(logits: Tensor, scoring: str) -> Tensor:
     return logits.softmax(-1) if scoring == "softmax" else logits.sigmoid()
 
 
-def _select(keys: Tensor, k: int) -> Tensor:
+def select(keys: Tensor, k: int) -> Tensor:
     """Ids of the ``k`` largest keys of each row, descending, ties to the lower id. ``[T, k]`` int64."""
     if keys.dtype == torch.float64:
-        return torch.sort(keys, dim=-1, descending=True, stable=True).indices[..., :k]
+        return torch.sort(keys, dim=-1, descending=True, stable=True).indices[..., :k].contiguous()
     # torch.topk leaves the order of equal keys open. An integer that carries the key's order in its upper half and the
     # reversed id in its lower half has no equals. Flipping the magnitude bits of negative floats makes the integer order
     # of the bits the order of the numbers; both zeros get the bits of +0.
@@ -62,22 +62,35 @@ def _select(keys: Tensor, k: int) -> Tensor:
     return last - (torch.topk(packed, k, dim=-1).values & 0xFFFFFFFF)
 
 
-def _close_groups(keys: Tensor, rule: RouteRule) -> Tensor:
+def _select(keys: Tensor, k: int, opaque: bool) -> Tensor:
+    """:func:`select`, or the operator that has a kernel for it; an exported graph keeps to torch's own operators."""
+    if opaque and keys.dtype == torch.float32 and keys.device.type == "cpu" and not torch.compiler.is_exporting():
+        return torch.ops.fusedonemoe.select_experts.default(keys, k)
+    return select(keys, k)
+
+
+def _close_groups(keys: Tensor, rule: RouteRule, opaque: bool) -> Tensor:
     """Keys with everything outside the best ``topk_group`` groups at minus infinity."""
     grouped = keys.unflatten(-1, (rule.n_group, -1))
     best = min(2 if rule.group_score == "top2_sum" else 1, grouped.shape[-1])
     value = grouped.topk(best, dim=-1).values.sum(-1)
-    kept = _select(value, rule.topk_group)
+    kept = _select(value, rule.topk_group, opaque)
     is_open = (kept[:, :, None] == torch.arange(rule.n_group, device=keys.device)).any(1)
     # An open group's own minus infinity must still beat a closed group.
     open_keys = grouped.clamp(min=torch.finfo(grouped.dtype).min)
-    return torch.where(is_open[:, :, None], open_keys, float("-inf")).flatten(-2)
+    return open_keys.masked_fill_(~is_open[:, :, None], float("-inf")).flatten(-2)
 
 
-def select_experts(logits: Tensor, selection_bias: Tensor | None, rule: RouteRule) -> Tensor:
+def select_experts(logits: Tensor, selection_bias: Tensor | None, rule: RouteRule, opaque: bool) -> Tensor:
     """Choose the experts of every token.
 
     The scores are monotone in the logits, so without a bias and without groups the logits themselves are the keys.
+
+    Args:
+        logits: ``[T, E]`` in the routing dtype.
+        selection_bias: ``[E]``.
+        rule: how to choose.
+        opaque: whether the selection may be an operator of its own, which no transform looks into.
 
     Returns:
         ``[T, K]`` int64, best first; all experts in id order when ``rule.top_k`` is 0.
@@ -85,14 +98,14 @@ def select_experts(logits: Tensor, selection_bias: Tensor | None, rule: RouteRul
     E = logits.shape[-1]
     if rule.top_k == 0:
         return torch.arange(E, device=logits.device).expand(logits.shape[0], E).contiguous()
-    keys = logits.detach().to(_routing_dtype(logits))
+    keys = logits.detach()
     if rule.score_first and (selection_bias is not None or rule.n_group > 1):
         keys = _score(keys, rule.scoring)
     if selection_bias is not None:
         keys = keys + selection_bias.detach().to(keys.dtype)
     if rule.n_group > 1:
-        keys = _close_groups(keys, rule)
-    return _select(keys, rule.top_k)
+        keys = _close_groups(keys, rule, opaque)
+    return _select(keys, rule.top_k, opaque)
 
 
 def _softmax_over_all(rule: RouteRule) -> bool:
@@ -100,7 +113,7 @@ def _softmax_over_all(rule: RouteRule) -> bool:
     return rule.scoring == "softmax" and rule.score_first and not rule.norm_topk_prob
 
 
-def route(logits: Tensor, selection_bias: Tensor | None, rule: RouteRule) -> tuple[Tensor, Tensor]:
+def route(logits: Tensor, selection_bias: Tensor | None, rule: RouteRule, opaque: bool = False) -> tuple[Tensor, Tensor]:
     """Weights and ids of the selected experts.
 
     A softmax over all experts, divided by the sum of the picked, is the softmax over the picked logits, so only the
@@ -109,8 +122,8 @@ def route(logits: Tensor, selection_bias: Tensor | None, rule: RouteRule) -> tup
     Returns:
         ``[T, K]`` weights (float32, or float64 for float64 logits) and ``[T, K]`` int64 ids.
     """
-    experts = select_experts(logits, selection_bias, rule)
     logits = logits.to(_routing_dtype(logits))
+    experts = select_experts(logits, selection_bias, rule, opaque)
     picked = logits.gather(-1, experts)
     if _softmax_over_all(rule):
         weights = torch.exp(picked - logits.logsumexp(-1, keepdim=True))

@@ -233,7 +233,7 @@ def test_a_process_without_kernels_says_so_and_works():
 
 GUARDED = """
     import ctypes, itertools, math, mmap, sys, torch
-    from fusedonemoe.ops.cpu import native
+    from fusedonemoe.ops.cpu import native, selection
     from fusedonemoe.testing import make_merged_inputs, make_mlp_inputs
 
     libc, PAGE, kept = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE, []
@@ -277,6 +277,15 @@ GUARDED = """
             for save_percent in (100, 30):
                 check("experts_mlp", 6, vars(inputs).values(), act, save_percent)
         check("experts_merged", 3, vars(make_merged_inputs(T, D, F, 3, 2, dtype=dtype)).values())
+    plain_empty = torch.empty
+    for T, (E, K) in itertools.product((1, 3), [(1, 1), (5, 2), (8, 8), (16, 1), (33, 8), (64, 3), (1030, 70)]):
+        keys = torch.randn(T, E)
+        before, keys = selection.select(keys, K), guard(keys)
+        torch.empty = empty
+        after = selection.select(keys, K)
+        torch.empty = plain_empty
+        assert torch.equal(before, after)
+        kept.clear()
     print("checked")
 """
 
@@ -300,7 +309,7 @@ def test_the_pages_around_a_tensor_are_guarded():
 
 
 def run_the_kernels_tests(**environment):
-    files = ["tests/test_cpu_kernels.py", "tests/test_cpu_precision.py"]
+    files = ["tests/test_cpu_kernels.py", "tests/test_cpu_precision.py", "tests/test_select.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", *files]
     done = subprocess.run(
         command, env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True, check=False, timeout=1200

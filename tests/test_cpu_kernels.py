@@ -1,6 +1,7 @@
 """The compiled CPU kernels (impl="cpu"): values and gradients against the oracle, edges, and the promises about bits.
 
-tests/test_cpu_build.py runs this file and tests/test_cpu_precision.py again, for other instruction sets and under sanitizers.
+tests/test_cpu_build.py runs this file, tests/test_cpu_precision.py and tests/test_select.py again, for other instruction sets
+and under sanitizers.
 """
 
 import itertools

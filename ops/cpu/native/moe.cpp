@@ -3,6 +3,7 @@
 #include "merged.h"
 #include "mlp_backward.h"
 #include "mlp_forward.h"
+#include "select.h"
 
 template <class Pass, class Args> static int run(const void* args) {
     try {
@@ -22,6 +23,7 @@ int fusedonemoe_merged_forward_f32(const void* args) { return run<MergedForwardP
 int fusedonemoe_merged_forward_bf16(const void* args) { return run<MergedForwardPass<MacBF16>, MergedForward>(args); }
 int fusedonemoe_merged_backward_f32(const void* args) { return run<MergedBackwardPass<MacF32>, MergedBackward>(args); }
 int fusedonemoe_merged_backward_bf16(const void* args) { return run<MergedBackwardPass<MacBF16>, MergedBackward>(args); }
+int fusedonemoe_select_f32(const void* args) { return run<SelectPass, Select>(args); }
 void* fusedonemoe_pooled_bytes(int64_t bytes) {
     try {
         return pooled_bytes(bytes);

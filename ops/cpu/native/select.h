@@ -1,0 +1,156 @@
+// The router's selection: ids of the K largest keys of each row, best first, the lower id first among equals.
+//
+// Keys are compared as integers that stand in their order. A first look at a row takes the maxima of at least 2K groups of
+// its keys; K keys are no smaller than the K-th largest of those, so that one bounds the selected from below, and a second
+// look keeps little more than K candidates, which are ranked by counting. Where K is too large for that, all keys are
+// candidates, and whenever their buffer is full the best K of it stay.
+#pragma once
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#include <functional>
+#include <limits>
+#include "layer.h"
+
+struct Select {
+    const float* keys;
+    int64_t* ids;
+    int64_t rows, experts, top_k, threads;
+};
+
+typedef int64_t vl __attribute__((vector_size(LANES * 4)));
+
+// Float bits in their numbers' order: magnitudes turned around below zero, -0 as +0. NaNs are the ends of it, by their sign.
+static INLINE vi in_order(vi bits) {
+    vi order = bits ^ ((bits >> 31) & 0x7FFFFFFF);
+    return order - (order == -1);
+}
+static INLINE vi vmax(vi a, vi b) {
+    vi larger = a > b;
+    return (a & larger) | (b & ~larger);
+}
+
+// The first `count` lanes; the others get the bits of the smallest key.
+static INLINE vi load_some(const float* p, int count) {
+#if defined(__AVX512F__)
+    return (vi)_mm512_mask_loadu_epi32(_mm512_set1_epi32(-1), (__mmask16)((1u << count) - 1), p);
+#else
+    vi v = -1 - vi{};
+    for (int lane = 0; lane < count; lane++) memcpy((char*)&v + lane * 4, p + lane, 4);
+    return v;
+#endif
+}
+
+// Bit i stands for a[i] >= b[i].
+static INLINE uint32_t lanes_at_least(vi a, vi b) {
+#if defined(__AVX512F__)
+    return _mm512_cmpge_epi32_mask((__m512i)a, (__m512i)b);
+#elif defined(__AVX__)
+    return (uint32_t)_mm256_movemask_ps((__m256)(a >= b));
+#elif defined(__x86_64__)
+    return (uint32_t)_mm_movemask_ps((__m128)(a >= b));
+#else
+    vi is = a >= b;
+    uint32_t bits = 0;
+    for (int i = 0; i < LANES; i++) bits |= (uint32_t)(is[i] & 1) << i;
+    return bits;
+#endif
+}
+
+class SelectPass {
+    static constexpr int LEAST = std::numeric_limits<int32_t>::min(), MOST = std::numeric_limits<int32_t>::max();
+    static constexpr int GROUP_VECTORS = 8, MOST_RANKED = 8 * LANES, ROWS_PER_TASK = 8, FEWEST_SLOTS = 256;
+    const Select& a;
+    const int E, K;
+
+    // The K-th largest of the maxima of V * LANES groups, V * LANES >= K.
+    template <int V> int bound(const float* row) const {
+        vi best[V];
+        for (vi& v : best) v = LEAST - vi{};
+        int i = 0;
+        for (; i + V * LANES <= E; i += V * LANES)
+            for (int g = 0; g < V; g++) best[g] = vmax(best[g], in_order(load<vi>(row + i + g * LANES)));
+        for (int g = 0; i < E; i += LANES, g++) best[g] = vmax(best[g], in_order(load_some(row + i, std::min(LANES, E - i))));
+        vi above[V] = {};
+        for (int g = 0; g < V; g++)
+            for (int lane = 0; lane < LANES; lane++) {
+                const vi other = best[g][lane] - vi{};
+                for (int h = 0; h < V; h++) above[h] -= other > best[h];
+            }
+        int kth = MOST;
+        for (int g = 0; g < V; g++)
+            for (int lane = 0; lane < LANES; lane++)
+                if (above[g][lane] < K) kth = std::min(kth, (int)best[g][lane]);
+        return kth;
+    }
+    int bound(const float* row) const {
+        if (2 * K <= LANES) return bound<1>(row);
+        if (2 * K <= 2 * LANES) return bound<2>(row);
+        if (2 * K <= 4 * LANES) return bound<4>(row);
+        return 2 * K <= GROUP_VECTORS * LANES ? bound<GROUP_VECTORS>(row) : LEAST;
+    }
+
+    // A key and its id as one number, none like another: the key above, the reversed id below.
+    static int64_t packed(int key, int id) { return (int64_t)key << 32 | (uint32_t)~id; }
+    static int64_t id_of(int64_t packed) { return (uint32_t)~packed; }
+
+    void select(const float* row, int64_t* buffer, int64_t* ids) const {
+        int least = bound(row), n = 0;
+        for (int i = 0; i < E; i += LANES) {
+            const int count = std::min(LANES, E - i);
+            const vi keys = in_order(count == LANES ? load<vi>(row + i) : load_some(row + i, count));
+            uint32_t hits = lanes_at_least(keys, least - vi{}) & ((1u << count) - 1);
+            if (!hits) continue;
+            int32_t key[LANES];
+            store(key, keys);
+            for (; hits; hits &= hits - 1) {
+                const int lane = __builtin_ctz(hits);
+                buffer[n++] = packed(key[lane], i + lane);
+            }
+            if (n <= slots()) continue;
+            std::nth_element(buffer, buffer + K - 1, buffer + n, std::greater<>());
+            n = K;
+            const int kth = (int)(buffer[K - 1] >> 32);
+            if (kth == MOST) break;
+            least = kth + 1;  // an equal key that is yet to come has the higher id
+        }
+        if (n <= MOST_RANKED) return rank(buffer, n, ids);
+        if (n > K) std::nth_element(buffer, buffer + K, buffer + n, std::greater<>());
+        std::sort(buffer, buffer + K, std::greater<>());
+        for (int j = 0; j < K; j++) ids[j] = id_of(buffer[j]);
+    }
+
+    // Sorts by counting how many are larger, which has no branches to mispredict.
+    void rank(const int64_t* candidates, int n, int64_t* ids) const {
+        int64_t sorted[MOST_RANKED];
+        for (int i = 0; i < n; i += LANES / 2) {
+            const vl own = load<vl>(candidates + i);
+            vl above = {};
+            for (int j = 0; j < n; j++) above -= (candidates[j] - vl{}) > own;
+            for (int lane = 0; lane < std::min(LANES / 2, n - i); lane++) sorted[above[lane]] = id_of(candidates[i + lane]);
+        }
+        memcpy(ids, sorted, K * sizeof(int64_t));
+    }
+
+    // Candidates at which a buffer is full; it has room for those of one vector more.
+    int slots() const { return std::min(E, std::max(4 * K, FEWEST_SLOTS)); }
+
+  public:
+    explicit SelectPass(const Select& a) : a(a), E(a.experts), K(a.top_k) {}
+
+    void run() {
+        const size_t room = slots() + LANES;
+        std::vector<int64_t> buffers(a.threads * room);
+        Tasks tasks;
+        auto work = [&](int thread) {
+            tasks.run((a.rows + ROWS_PER_TASK - 1) / ROWS_PER_TASK, [&](int64_t task) {
+                for (int64_t t = task * ROWS_PER_TASK; t < std::min(a.rows, (task + 1) * ROWS_PER_TASK); t++)
+                    select(a.keys + t * E, buffers.data() + thread * room, a.ids + t * K);
+            });
+        };
+        if (a.threads == 1) return work(0);  // a parallel region takes as long as a row
+        std::atomic<int> threads{0};
+#pragma omp parallel num_threads(a.threads)
+        work(threads++);
+    }
+};
