@@ -122,7 +122,8 @@ def route(logits: Tensor, selection_bias: Tensor | None, rule: RouteRule, opaque
     Returns:
         ``[T, K]`` weights (float32, or float64 for float64 logits) and ``[T, K]`` int64 ids.
     """
-    logits = logits.to(_routing_dtype(logits))
+    if logits.dtype != (dtype := _routing_dtype(logits)):  # a conversion to the same costs a microsecond
+        logits = logits.to(dtype)
     experts = select_experts(logits, selection_bias, rule, opaque)
     picked = logits.gather(-1, experts)
     if _softmax_over_all(rule):
