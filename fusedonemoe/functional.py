@@ -20,7 +20,7 @@ _ops = torch.ops.fusedonemoe
 
 
 def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
-    if tensor.dim() != len(expected) or any(a != b for a, b in zip(tensor.shape, expected, strict=True)):
+    if tensor.shape != expected:
         raise ValueError(f"{name} must have shape {tuple(expected)}, got {tuple(tensor.shape)}")
 
 
@@ -80,14 +80,15 @@ def _check_routing(x: Tensor, experts: Tensor, weights: Tensor) -> None:
     _check_float("x", x)
     _check_ids(experts)
     _check_float("weights", weights)
-    if x.dim() < 1 or x.shape[-1] < 1:
-        raise ValueError(f"x must have shape [..., D] with D >= 1, got {tuple(x.shape)}")
-    if experts.dim() < 1 or experts.shape[-1] < 1:
-        raise ValueError(f"experts must have shape [..., K] with K >= 1, got {tuple(experts.shape)}")
-    _check_shape("experts", experts, (*x.shape[:-1], experts.shape[-1]))
-    _check_shape("weights", weights, tuple(experts.shape))
-    _check_same_device("experts", experts, "x", x.device)
-    _check_same_device("weights", weights, "x", x.device)
+    x_shape, experts_shape, device = x.shape, experts.shape, x.device
+    if not x_shape or x_shape[-1] < 1:
+        raise ValueError(f"x must have shape [..., D] with D >= 1, got {tuple(x_shape)}")
+    if not experts_shape or experts_shape[-1] < 1:
+        raise ValueError(f"experts must have shape [..., K] with K >= 1, got {tuple(experts_shape)}")
+    _check_shape("experts", experts, x_shape[:-1] + experts_shape[-1:])
+    _check_shape("weights", weights, experts_shape)
+    _check_same_device("experts", experts, "x", device)
+    _check_same_device("weights", weights, "x", device)
 
 
 def _check_save_percent(save_percent: int) -> None:
@@ -99,23 +100,34 @@ def _records_gradients(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def _compute_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
     """The dtype the operator will see: autocast's, where it is enabled."""
-    return x.dtype if x.dtype == torch.float64 else library.autocast_dtype(x.device.type) or x.dtype
+    return dtype if dtype is torch.float64 else library.autocast_dtype(device_type) or dtype
 
 
 def _choose(operator: str, impl: str, x: Tensor, experts: Tensor, widths: tuple[int, ...], *expert_weights: Tensor) -> str:
+    device_type = x.device.type
     return choose(
         operator,
         impl,
         top_k=experts.shape[-1],
         num_experts=expert_weights[0].shape[0],
-        device_type=x.device.type,
-        dtype=_compute_dtype(x),
-        contiguous=all(w.is_contiguous() for w in expert_weights),
+        device_type=device_type,
+        dtype=_compute_dtype(x.dtype, device_type),
+        contiguous=all(map(Tensor.is_contiguous, expert_weights)),
         widths=widths,
         portable=torch.compiler.is_exporting(),
     ).impl
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """The leading dimensions as one."""
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+
+
+def _unrows(rows: Tensor, like: Tensor) -> Tensor:
+    """The leading dimensions of ``like`` again."""
+    return rows if like.dim() == 2 else rows.reshape(*like.shape[:-1], rows.shape[-1])
 
 
 def _refuse_transforms() -> None:
@@ -207,9 +219,9 @@ def route(
         _check_same_device("selection_bias", selection_bias, "logits", logits.device)
     if impl != "dense":
         _refuse_transforms()
-    op = _ops.route_dense if impl == "dense" else _ops.route
+    op = _ops.route_dense if impl == "dense" else library.route
     weights, experts = op(
-        logits.reshape(-1, E),
+        _rows(logits),
         selection_bias,
         top_k or 0,
         scoring,
@@ -221,8 +233,7 @@ def route(
         group_score,
         library.BUILD,
     )
-    shape = (*logits.shape[:-1], experts.shape[-1])
-    return weights.reshape(shape), experts.reshape(shape)
+    return _unrows(weights, logits), _unrows(experts, logits)
 
 
 def plan(experts: Tensor, num_experts: int) -> Plan:
@@ -392,9 +403,8 @@ def experts_mlp(
     if down_bias is not None:
         _check_like_x("down_bias", down_bias, x)
         _check_shape("down_bias", down_bias, (E, D))
-    K = experts.shape[-1]
     chosen = _choose("experts_mlp", impl, x, experts, (D, G, F), up_EGD, down_EDF)
-    flat = (x.reshape(-1, D), experts.reshape(-1, K), weights.reshape(-1, K))
+    flat = (_rows(x), _rows(experts), _rows(weights))
     parameters = (up_EGD, down_EDF, gate_up_bias, down_bias)
     act = (activation, gate_up_layout if gated else PLAIN, float(swiglu_alpha), float(swiglu_limit))
     if chosen == "dense":
@@ -402,8 +412,8 @@ def experts_mlp(
     else:
         _refuse_transforms()
         kept = save_percent if _records_gradients(x, weights, *parameters) else 0
-        y = _ops.experts_mlp(*flat, *parameters, *act, kept, library.BUILD, chosen)[0]
-    return y.reshape(x.shape)
+        y = library.experts_mlp(*flat, *parameters, *act, kept, library.BUILD, chosen)[0]
+    return _unrows(y, x)
 
 
 def experts_merged(x: Tensor, experts: Tensor, weights: Tensor, proj: Tensor, *, impl: str = "auto") -> Tensor:
@@ -441,12 +451,11 @@ def experts_merged(x: Tensor, experts: Tensor, weights: Tensor, proj: Tensor, *,
         raise ValueError("proj must hold at least one expert, got E = 0")
     if x.shape[-1] != D:
         raise ValueError(f"x must have shape [..., {D}] to fit proj, got {tuple(x.shape)}")
-    K = experts.shape[-1]
     chosen = _choose("experts_merged", impl, x, experts, (D, F), proj)
-    flat = (x.reshape(-1, D), experts.reshape(-1, K), weights.reshape(-1, K), proj)
+    flat = (_rows(x), _rows(experts), _rows(weights), proj)
     if chosen == "dense":
         h = _ops.experts_merged_dense(*flat, library.BUILD)
     else:
         _refuse_transforms()
-        h = _ops.experts_merged(*flat, library.BUILD, chosen)[0]
-    return h.reshape(*x.shape[:-1], F)
+        h = library.experts_merged(*flat, library.BUILD, chosen)[0]
+    return _unrows(h, x)

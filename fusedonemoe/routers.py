@@ -1,7 +1,6 @@
 """Router modules: from hidden states to routing weights and expert ids."""
 
 import math
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -9,6 +8,11 @@ from torch import Tensor, nn
 
 from fusedonemoe import functional as F
 from fusedonemoe.ops.library import autocast_dtype
+
+
+def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, which costs ten times the question when there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 class RouterOutput(NamedTuple):
@@ -108,13 +112,19 @@ class TopKRouter(nn.Module):
         if self.e_score_correction_bias is not None:
             nn.init.zeros_(self.e_score_correction_bias)
 
+    def _logits(self, x: Tensor) -> Tensor:
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        bias = None if self.bias is None else _in_dtype(self.bias, dtype)
+        return nn.functional.linear(_in_dtype(x, dtype), _in_dtype(self.weight, dtype), bias)
+
     def forward(self, x: Tensor) -> RouterOutput:
         """Route ``x`` ``[..., D]``."""
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        bias = None if self.bias is None else self.bias.to(dtype)
         device = x.device.type
-        with nullcontext() if autocast_dtype(device) is None else torch.autocast(device, enabled=False):
-            logits = nn.functional.linear(x.to(dtype), self.weight.to(dtype), bias)
+        if autocast_dtype(device) is None:
+            logits = self._logits(x)
+        else:
+            with torch.autocast(device, enabled=False):
+                logits = self._logits(x)
         weights, experts = F.route(
             logits,
             self.top_k,

@@ -83,6 +83,10 @@ def refusal(impl: str, *, device_type: str, dtype: torch.dtype, widths: tuple[in
     return f"there is no grouped GEMM for device {device_type!r}"
 
 
+_NAMES = ("auto", *IMPLEMENTATIONS)
+_KERNELS = Choice("cpu", "kernels compiled for this machine")
+
+
 def choose(
     operator: str,
     impl: str,
@@ -114,8 +118,10 @@ def choose(
     Raises:
         ValueError: an unknown name, or a named implementation that cannot run here; it never falls back silently.
     """
-    if impl not in (*IMPLEMENTATIONS, "auto"):
-        raise ValueError(f"impl must be one of {('auto', *IMPLEMENTATIONS)}, got {impl!r}")
+    if impl not in _NAMES:
+        raise ValueError(f"impl must be one of {_NAMES}, got {impl!r}")
+    if impl == "auto" and device_type == "cpu" and not portable and native.refusal(dtype, contiguous) is None:
+        return _KERNELS
 
     def why_not(name: str) -> str | None:
         return refusal(name, device_type=device_type, dtype=dtype, widths=widths, contiguous=contiguous)
@@ -124,8 +130,6 @@ def choose(
         if reason := why_not(impl):
             raise ValueError(f"impl={impl!r} cannot run here: {reason}")
         return Choice(impl, "asked for by impl=")
-    if device_type == "cpu" and not portable and why_not("cpu") is None:
-        return Choice("cpu", "kernels compiled for this machine")
     if num_experts <= DENSE_UP_TO[operator] * top_k:
         return Choice("dense", f"every token takes all of the {num_experts} experts: there is nothing to sort")
     if reason := why_not("grouped"):

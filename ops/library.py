@@ -27,6 +27,7 @@ from fusedonemoe.ops.activation import Activation
 from fusedonemoe.ops.cpu import grouped_gemm, native, selection
 from fusedonemoe.ops.grouped import MergedNeeds, MLPNeeds, saved_rows
 from fusedonemoe.ops.route import RouteRule
+from fusedonemoe.ops.shortcut import recorder, shortcut
 
 NAMESPACE = "fusedonemoe"
 
@@ -174,15 +175,18 @@ def _merged_cpu_fake(x: Tensor, experts: Tensor, weights: Tensor, proj: Tensor) 
     return x.new_empty(x.shape[0], proj.shape[2]), order, offsets
 
 
+_mlp_kernel, _mlp_output_kernel = _with_act(native.experts_mlp, 7), _with_act(native.experts_mlp_output, 7)
+_mlp_backward_kernel = _with_act(native.experts_mlp_backward, 11)
+
 _define_cpu(
     f"experts_mlp_cpu({_MLP}, {_ACT}, int save_percent) -> (Tensor, Tensor, Tensor, Tensor)",
-    _with_act(native.experts_mlp, 7),
+    _mlp_kernel,
     _mlp_cpu_fake,
 )
 _define_cpu(
     f"experts_mlp_cpu_backward(Tensor dy, Tensor z, Tensor order, Tensor offsets, {_MLP}, {_ACT}, bool[] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _with_act(native.experts_mlp_backward, 11),
+    _mlp_backward_kernel,
     lambda *args: _wanted(args[15], args[4], *args[6:11]),
 )
 _define_cpu(f"experts_merged_cpu({_MERGED}) -> (Tensor, Tensor, Tensor)", native.experts_merged, _merged_cpu_fake)
@@ -255,7 +259,7 @@ def _route_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
 
 def _route_grad(ctx: Any, dweights: Tensor, _: Any) -> tuple[Any, ...]:
     logits, experts = ctx.saved_tensors
-    dlogits = torch.ops.fusedonemoe.route_backward(dweights, logits, experts, *ctx.rule)
+    dlogits = route_backward(dweights, logits, experts, *ctx.rule)
     return dlogits, *(None for _ in range(1 + len(ctx.rule)))
 
 
@@ -350,7 +354,7 @@ def _experts_mlp_grad(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
         return (None,) * count
     needs = MLPNeeds(ctx.needs_input_grad[0], *ctx.needs_input_grad[2:7])
     activation_and_percent, saved = ctx.activation_and_percent, ctx.saved_tensors
-    grads = torch.ops.fusedonemoe.experts_mlp_backward(dy, *saved, *activation_and_percent, needs, BUILD, ctx.impl)
+    grads = experts_mlp_backward(dy, *saved, *activation_and_percent, needs, BUILD, ctx.impl)
     dx, *rest = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
     return dx, None, *rest, *(None for _ in range(count - 7))
 
@@ -399,7 +403,7 @@ def _experts_merged_grad(ctx: Any, dh: Tensor | None, *_: Any) -> tuple[Any, ...
     if dh is None:
         return (None,) * 6
     needs = MergedNeeds(ctx.needs_input_grad[0], *ctx.needs_input_grad[2:4])
-    grads = torch.ops.fusedonemoe.experts_merged_backward(dh, *ctx.saved_tensors, needs, BUILD, ctx.impl)
+    grads = experts_merged_backward(dh, *ctx.saved_tensors, needs, BUILD, ctx.impl)
     dx, *rest = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
     return dx, None, *rest, None, None
 
@@ -422,6 +426,33 @@ _composite("experts_mlp_dense", _experts_mlp_dense)
 _operator("experts_merged_backward", _experts_merged_backward).register_autograd(_no_second_derivative)
 _operator("experts_merged", _experts_merged).register_autograd(_experts_merged_grad, setup_context=_experts_merged_save)
 _composite("experts_merged_dense", _experts_merged_dense)
+
+# What functional and the formulas above call: the operators, or the kernels themselves where nothing would notice.
+
+
+def _without_build_and_impl(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args: kernel(*args[:-2])
+
+
+def _mlp_output(*args: Any) -> tuple[Tensor]:
+    return (_mlp_output_kernel(*args[:11]),)
+
+
+def _mlp_gradients(*args: Any) -> Any:
+    return _mlp_backward_kernel(*args[:15], args[16])  # without save_percent as well
+
+
+_mlp, _merged = _without_build_and_impl(_mlp_kernel), _without_build_and_impl(native.experts_merged)
+_merged_gradients = _without_build_and_impl(native.experts_merged_backward)
+_mlp_recorder = recorder("experts_mlp", _mlp, _experts_mlp_grad, _experts_mlp_save)
+_merged_recorder = recorder("experts_merged", _merged, _experts_merged_grad, _experts_merged_save)
+
+route = shortcut("route", _route, 2, recorder("route", _route, _route_grad, _route_save))
+route_backward = shortcut("route_backward", _route_backward, 3)
+experts_mlp = shortcut("experts_mlp", _mlp_output, 7, _mlp_recorder, impl="cpu")
+experts_mlp_backward = shortcut("experts_mlp_backward", _mlp_gradients, 11, impl="cpu")
+experts_merged = shortcut("experts_merged", _merged, 4, _merged_recorder, impl="cpu")
+experts_merged_backward = shortcut("experts_merged_backward", _merged_gradients, 7, impl="cpu")
 
 for _name in ("route", "route_backward", "route_dense", "experts_mlp_backward", "experts_merged_backward"):
     _define_autocast(_name, casts=())

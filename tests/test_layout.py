@@ -21,7 +21,7 @@ PACKAGE_ROOTS = {"fusedonemoe": ROOT / "fusedonemoe", "fusedonemoe.ops": ROOT / 
 FLOORS = [
     ["ops.reference", "ops.plan", "ops.activation", "ops.route"],
     ["ops.dense", "ops.grouped", "ops.cpu", "ops.cuda", "ops.triton"],
-    ["ops.library", "ops.choice", "ops"],
+    ["ops.library", "ops.shortcut", "ops.choice", "ops"],
     ["functional", "config"],
     ["balance", "routers", "layers"],
     ["compat", "integrations", "explanation", "bench", "demo", "doctor", "testing", "__main__", ""],

@@ -15,6 +15,7 @@ SHAPES = {
     "qwen3-30b": (256, 2048, 768, 16, 8),
     "mixtral": (64, 1024, 3584, 8, 2),
     "olmoe": (128, 2048, 1024, 16, 8),
+    "call": (1, 16, 16, 4, 2),  # next to no arithmetic: what a call costs
 }
 FORWARD = (
     "small-E32 float32",
@@ -24,12 +25,13 @@ FORWARD = (
     "qwen3-30b bfloat16",
     "mixtral bfloat16",
     "olmoe bfloat16",
+    "call float32",
 )
-FORWARD_BACKWARD = ("small-E128 bfloat16", "small-E1024 float32", "qwen3-30b bfloat16")
+FORWARD_BACKWARD = ("small-E128 bfloat16", "small-E1024 float32", "qwen3-30b bfloat16", "call float32")
 PEAK = ("small-E32 float32", "small-E1024 bfloat16")
 TRAINING_PEAK = ("small-E128 bfloat16",)
 ERROR = ("small-E32 float32", "small-E128 bfloat16")
-MERGED_FORWARD = ("small-E1024 float32", "small-E1024 bfloat16")
+MERGED_FORWARD = ("small-E1024 float32", "small-E1024 bfloat16", "call float32")
 MERGED_PEAK = ("small-E1024 bfloat16",)
 MERGED_ERROR = ("small-E128 bfloat16",)
 

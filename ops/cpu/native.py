@@ -53,7 +53,7 @@ def _new(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """An uninitialised tensor; a large one from the pool, to which its memory returns when it dies."""
     size = math.prod(shape) * dtype.itemsize
     if size < POOLED_BYTES:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(*shape, dtype=dtype)  # torch is faster at numbers than at a tuple of them
     allocate, capsule = _pool()
     managed = allocate(size)
     if managed is None:
@@ -78,9 +78,13 @@ def pool_peak() -> int:
     return int(peak())
 
 
-def _call(name: str, dtype: torch.dtype, *words: int | Tensor | None) -> None:
-    values = [0 if w is None else w.data_ptr() if isinstance(w, Tensor) else w for w in words]
-    if _kernel(name, dtype)((ctypes.c_int64 * len(values))(*values)):
+def _addresses(*tensors: Tensor | None) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def _call(name: str, dtype: torch.dtype, words: Sequence[int], floats: Sequence[float] = ()) -> None:
+    """Run a kernel on its argument block: addresses and int64s, then float64s, in the order of the struct."""
+    if _kernel(name, dtype)(struct.pack(f"{len(words)}q{len(floats)}d", *words, *floats)):
         raise MemoryError(f"no memory for the scratch buffers of {name}")
 
 
@@ -89,31 +93,37 @@ def _threads(rows: int, weights_EAB: Tensor) -> int:
     return max(1, min(torch.get_num_threads(), products // PRODUCTS_PER_THREAD))
 
 
-def _word(value: float) -> int:
-    """A float64's bits as a word of the argument block."""
-    return int(struct.unpack("q", struct.pack("d", value))[0])
-
-
 def _gate_up(act: Activation, inner: int) -> tuple[int, int, int, int]:
     """First gate row, first up row, distance of rows, and whether there is a gate."""
-    if act.layout == PLAIN:
-        return 0, 0, 1, 0
-    return {"gate_up": (0, inner, 1, 1), "up_gate": (inner, 0, 1, 1), "interleaved": (0, 1, 2, 1)}[act.layout]
+    match act.layout:
+        case "gate_up":
+            return 0, inner, 1, 1
+        case "up_gate":
+            return inner, 0, 1, 1
+        case "interleaved":
+            return 0, 1, 2, 1
+    assert act.layout == PLAIN
+    return 0, 0, 1, 0
+
+
+def _read_as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor`` as a kernel reads it; a conversion that does nothing costs ten times what it costs to ask."""
+    return (tensor if tensor.dtype == dtype else tensor.to(dtype)).contiguous()
 
 
 def _ids(experts_TK: Tensor) -> Tensor:
-    return experts_TK.to(torch.int64).contiguous()
+    return _read_as(experts_TK, torch.int64)
 
 
 def _float_weights(weights_TK: Tensor) -> Tensor:
-    return weights_TK.to(torch.float32).contiguous()
+    return _read_as(weights_TK, torch.float32)
 
 
 def _bias(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.contiguous()
 
 
-def _mlp_sizes(x_TD: Tensor, experts_TK: Tensor, up_EGD: Tensor, down_EDF: Tensor, act: Activation) -> tuple[int, ...]:
+def _mlp_sizes(experts_TK: Tensor, up_EGD: Tensor, down_EDF: Tensor, act: Activation) -> tuple[int, ...]:
     E, G, D = up_EGD.shape
     F = down_EDF.shape[2]
     return (*experts_TK.shape, E, D, F, G, *_gate_up(act, F))
@@ -132,15 +142,41 @@ def experts_mlp(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As :func:`fusedonemoe.ops.grouped.experts_mlp`, in one kernel."""
     N, (E, G, _) = experts_TK.numel(), up_EGD.shape
-    y_TD = _new(tuple(x_TD.shape), x_TD.dtype)
+    y_TD = _new(x_TD.shape, x_TD.dtype)
     kept = saved_rows(N, save_percent)
     z = _new((kept, G), x_TD.dtype)
     order = torch.empty(N, dtype=torch.int32)
-    offsets = torch.zeros(E + 1, dtype=torch.int32)
+    offsets = torch.empty(E + 1, dtype=torch.int32)
     if N == 0:
-        return y_TD, z, order, offsets
-    _run_forward(x_TD, experts_TK, weights_TK, up_EGD, down_EDF, up_bias_EG, down_bias_ED, act, y_TD, z, order, offsets, 0, kept)
+        return y_TD, z, order, offsets.zero_()
+    _run_forward(
+        *(x_TD, experts_TK, weights_TK, up_EGD, down_EDF, up_bias_EG, down_bias_ED, act, y_TD, z),
+        *(order.data_ptr(), offsets.data_ptr(), 0, kept),
+    )
     return y_TD, z, order, offsets
+
+
+def experts_mlp_output(
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    up_EGD: Tensor,
+    down_EDF: Tensor,
+    up_bias_EG: Tensor | None,
+    down_bias_ED: Tensor | None,
+    act: Activation,
+) -> Tensor:
+    """The first output of :func:`experts_mlp`, for who needs no backward."""
+    N, E = experts_TK.numel(), up_EGD.shape[0]
+    y_TD = _new(x_TD.shape, x_TD.dtype)
+    if N:
+        order_and_offsets = torch.empty(N + E + 1, dtype=torch.int32)
+        address = order_and_offsets.data_ptr()
+        _run_forward(
+            *(x_TD, experts_TK, weights_TK, up_EGD, down_EDF, up_bias_EG, down_bias_ED, act, y_TD, None),
+            *(address, address + 4 * N, 0, 0),
+        )
+    return y_TD
 
 
 def _run_forward(
@@ -153,9 +189,9 @@ def _run_forward(
     down_bias_ED: Tensor | None,
     act: Activation,
     y_TD: Tensor | None,
-    z: Tensor,
-    order: Tensor,
-    offsets: Tensor,
+    z: Tensor | None,
+    order: int,
+    offsets: int,
     first_row: int,
     last_row: int,
 ) -> None:
@@ -164,10 +200,13 @@ def _run_forward(
     _call(
         "mlp_forward",
         x_TD.dtype,
-        *(x_TD, up_EGD, down_EDF, up_bias_EG, down_bias_ED, ids, weights_TK, y_TD, z, order, offsets),
-        *_mlp_sizes(x_TD, experts_TK, up_EGD, down_EDF, act),
-        *(first_row, last_row, _threads(experts_TK.numel(), up_EGD)),
-        *(ACTIVATIONS.index(act.name), _word(act.alpha), _word(act.limit)),
+        (
+            *_addresses(x_TD, up_EGD, down_EDF, up_bias_EG, down_bias_ED, ids, weights_TK, y_TD, z),
+            *(order, offsets),
+            *_mlp_sizes(experts_TK, up_EGD, down_EDF, act),
+            *(first_row, last_row, _threads(experts_TK.numel(), up_EGD), ACTIVATIONS.index(act.name)),
+        ),
+        (act.alpha, act.limit),
     )
 
 
@@ -193,14 +232,14 @@ def experts_mlp_backward(
         full[: z.shape[0]] = z
         _run_forward(
             *(x_TD, experts_TK, weights_TK, up_EGD, down_EDF, up_bias_EG, down_bias_ED, act, None),
-            *(full, order, offsets, z.shape[0], N),
+            *(full, order.data_ptr(), offsets.data_ptr(), z.shape[0], N),
         )
         z = full
     dy_TD, x_TD, ids, float_weights = dy_TD.contiguous(), x_TD.contiguous(), _ids(experts_TK), _float_weights(weights_TK)
     down_bias_ED = _bias(down_bias_ED)
 
     def wanted(needed: bool, like: Tensor | None, dtype: torch.dtype = dtype) -> Tensor | None:
-        return None if not needed or like is None else _new(tuple(like.shape), dtype)
+        return None if not needed or like is None else _new(like.shape, dtype)
 
     gradients = (
         wanted(wants.x, x_TD),
@@ -213,10 +252,12 @@ def experts_mlp_backward(
     _call(
         "mlp_backward",
         dtype,
-        *(dy_TD, z, x_TD, up_EGD, down_EDF, down_bias_ED, ids, float_weights, order, offsets),
-        *gradients,
-        *_mlp_sizes(x_TD, experts_TK, up_EGD, down_EDF, act),
-        *(_threads(N, up_EGD), ACTIVATIONS.index(act.name), _word(act.alpha), _word(act.limit)),
+        (
+            *_addresses(dy_TD, z, x_TD, up_EGD, down_EDF, down_bias_ED, ids, float_weights, order, offsets, *gradients),
+            *_mlp_sizes(experts_TK, up_EGD, down_EDF, act),
+            *(_threads(N, up_EGD), ACTIVATIONS.index(act.name)),
+        ),
+        (act.alpha, act.limit),
     )
     dx, dweights, *rest = (x_TD.new_empty(0) if g is None else g for g in gradients)
     if wants.weights:
@@ -232,7 +273,7 @@ def experts_merged(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, proj_ED
     order = torch.empty(experts_TK.numel(), dtype=torch.int32)
     offsets = torch.empty(E + 1, dtype=torch.int32)
     sizes = (*experts_TK.shape, E, D, F, _threads(experts_TK.numel(), proj_EDF))
-    _call("merged_forward", x_TD.dtype, x_TD, proj_EDF, ids, weights_TK, h_TF, order, offsets, *sizes)
+    _call("merged_forward", x_TD.dtype, (*_addresses(x_TD, proj_EDF, ids, weights_TK, h_TF, order, offsets), *sizes))
     return h_TF, order, offsets
 
 
@@ -249,15 +290,14 @@ def experts_merged_backward(
     """As :func:`fusedonemoe.ops.grouped.experts_merged_backward`, in one kernel."""
     dh_TF, x_TD, ids, float_weights = dh_TF.contiguous(), x_TD.contiguous(), _ids(experts_TK), _float_weights(weights_TK)
     wants = MergedNeeds(*needs)
-    dx = _new(tuple(x_TD.shape), x_TD.dtype) if wants.x else None
+    dx = _new(x_TD.shape, x_TD.dtype) if wants.x else None
     dweights = torch.empty(weights_TK.shape, dtype=torch.float32) if wants.weights else None
-    dproj = _new(tuple(proj_EDF.shape), x_TD.dtype) if wants.proj else None
+    dproj = _new(proj_EDF.shape, x_TD.dtype) if wants.proj else None
     sizes = (*experts_TK.shape, *proj_EDF.shape, _threads(order.shape[0], proj_EDF))
     _call(
         "merged_backward",
         x_TD.dtype,
-        *(dh_TF, x_TD, proj_EDF, ids, float_weights, order, offsets, dx, dweights, dproj),
-        *sizes,
+        (*_addresses(dh_TF, x_TD, proj_EDF, ids, float_weights, order, offsets, dx, dweights, dproj), *sizes),
     )
     dx, dweights, dproj = (x_TD.new_empty(0) if g is None else g for g in (dx, dweights, dproj))
     if wants.weights:
