@@ -224,24 +224,18 @@ def print_cell(result: CellResult) -> None:
 def summary_of(results: list[CellResult]) -> Table:
     """All cells as one table: ours and the fastest other."""
     table = Table(title="ours and the best peer of each cell", title_justify="left")
-    headings = ("cell", "floor ms", "ours ms", "x floor", "x best peer", "prepacked x floor", "x best peer", "best peer", "ms")
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading in ("cell", "best peer") else "right", no_wrap=heading == "cell")
+    prepacked = any(row.peer == PREPACKED for result in results for row in result.rows)
+    table.add_column("cell", no_wrap=True)
+    for heading in ("ms", "x floor", "x best peer", *(["prepacked x floor", "x best peer"] if prepacked else [])):
+        table.add_column(heading, justify="right")
+    table.add_column("best peer", no_wrap=True)
     for result in results:
-        rows = {row.peer: row for row in result.rows}
-        ours, prepacked, best = rows.get(OURS, Row(OURS)), rows.get(PREPACKED, Row(PREPACKED)), result.best_peer
-        table.add_row(
-            result.cell.name,
-            _milliseconds(result.floor),
-            _milliseconds(ours),
-            _number(result.times_floor(ours)),
-            _number(result.times_best(ours)),
-            _number(result.times_floor(prepacked)),
-            _number(result.times_best(prepacked)),
-            best.peer if best else "",
-            _milliseconds(best),
-            style="red" if any(row.failed for row in result.rows) else None,
-        )
+        rows, best = {row.peer: row for row in result.rows}, result.best_peer
+        ours = [rows.get(name, Row(name)) for name in (OURS, *([PREPACKED] if prepacked else []))]
+        figures = [_number(figure(row)) for row in ours for figure in (result.times_floor, result.times_best)]
+        failed = any(row.failed for row in result.rows)
+        name = best.peer if best else ""
+        table.add_row(result.cell.name, _milliseconds(ours[0]), *figures, name, style="red" if failed else None)
     return table
 
 
