@@ -6,6 +6,7 @@ outer products, ``G = sum_n a_n b_n^T``, is ``sum_n a_n (b_n^T R)``, and a gradi
 (Freivalds, 1977).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -58,23 +59,33 @@ def exact_answer(cell: Cell, inputs: Inputs) -> Exact:
     return exact_output(cell, inputs)
 
 
+def _experts_in_float64(*stacks: Tensor) -> Callable[[int], list[Tensor]]:
+    """A function from an expert to its weights, which holds them in the same memory every time: fresh pages cost more."""
+    buffers = [torch.empty(stack.shape[1:], dtype=torch.float64) for stack in stacks]
+    return lambda e: [buffer.copy_(stack[e]) for buffer, stack in zip(buffers, stacks, strict=True)]
+
+
 def exact_output(cell: Cell, inputs: Inputs) -> Tensor:
     """The output for the first input, ``[T, F]`` when merged, else ``[T, D]``."""
     x_TD, experts_TK = inputs.xs[0].double(), inputs.experts[0]
     if isinstance(inputs, MergedInputs):
         weights_TK = inputs.weights[0].double()
+        weights_of = _experts_in_float64(inputs.proj)
         y = x_TD.new_zeros(cell.T, cell.F)
     else:
         weights_TK = (x_TD @ inputs.router.double().t()).gather(1, experts_TK).softmax(1)
+        weights_of = _experts_in_float64(inputs.gate_up_proj, inputs.down_proj)
         y = x_TD.new_zeros(cell.T, cell.D)
     for e in experts_TK.unique().tolist():
         token, choice = (experts_TK == e).nonzero(as_tuple=True)
         rows = x_TD[token]
         if isinstance(inputs, MergedInputs):
-            out = rows @ inputs.proj[e].double()
+            (proj,) = weights_of(e)
+            out = rows @ proj
         else:
-            gate, up = (rows @ inputs.gate_up_proj[e].double().t()).chunk(2, dim=1)
-            out = (gate * torch.sigmoid(gate) * up) @ inputs.down_proj[e].double().t()
+            gate_up, down = weights_of(e)
+            gate, up = (rows @ gate_up.t()).chunk(2, dim=1)
+            out = (gate * torch.sigmoid(gate) * up) @ down.t()
         y.index_add_(0, token, out * weights_TK[token, choice, None])
     return y
 
@@ -86,11 +97,12 @@ def exact_step(cell: Cell, inputs: BlockInputs) -> ExactStep:
     weights_TK = (x_TD @ router_ED.t()).gather(1, experts_TK).softmax(1)
     generator = torch.Generator().manual_seed(9)
     random_DC, random_FC = (torch.randn(n, COLUMNS, generator=generator).double() for n in (cell.D, cell.F))
+    weights_of = _experts_in_float64(inputs.gate_up_proj, inputs.down_proj)
     y, dx, dweights_TK = torch.zeros_like(x_TD), torch.zeros_like(x_TD), torch.zeros_like(weights_TK)
     gate_up_EGC, down_EDC = (x_TD.new_zeros(cell.E, n, COLUMNS) for n in (2 * cell.F, cell.D))
     for e in experts_TK.unique().tolist():
         token, choice = (experts_TK == e).nonzero(as_tuple=True)
-        gate_up, down = inputs.gate_up_proj[e].double(), inputs.down_proj[e].double()
+        gate_up, down = weights_of(e)
         rows, weights, dy = x_TD[token], weights_TK[token, choice, None], dy_TD[token]
         gate, up = (rows @ gate_up.t()).chunk(2, dim=1)
         sigmoid = torch.sigmoid(gate)

@@ -24,7 +24,7 @@ ROUNDS = 5
 # Of timed calls per peer, over all rounds; a call that takes longer than its share of it is still timed once a round.
 SECONDS_PER_PEER = 0.4
 MOST_CALLS_PER_ROUND = 20
-# A call this long needs no untimed one before it, and its memory is not metered: that would be a call more.
+# A call this long needs no untimed one before it, and a peer's memory is not metered: that would be a call more.
 LONG_SECONDS = 0.5
 # The worker threads of the peer before spin for a while after their last task.
 PAUSE_SECONDS = 0.06
@@ -104,7 +104,7 @@ def _checked(peer: Peer, cell: Cell, inputs: Inputs, exact: Exact) -> tuple[Row,
         if unwritten:
             note = f"leaves the gradients of up to {unwritten} unused experts unwritten"
             row = replace(row, note=note, comparable=False)
-        if peer.metered and seconds < LONG_SECONDS:
+        if peer.metered and (peer.is_ours or seconds < LONG_SECONDS):
             row = replace(row, peak_bytes=peak_extra_bytes(partial(_tensors_of, call)))
         return row, call
     except UnavailableError as reason:
