@@ -6,9 +6,16 @@ A peer whose output is off gets no time, and the command fails.
 import argparse
 import re
 import sys
+from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fusedonemoe.bench.workloads import SUITES, Cell
+from fusedonemoe.bench.workloads import ISOLATED_SUITES, SUITES, Cell
+
+if TYPE_CHECKING:
+    from fusedonemoe.bench.results import CellResult
 
 __all__ = ["add_arguments", "run"]
 
@@ -39,9 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--suite", choices=sorted(SUITES), default="quick", help="which set of cells (default: %(default)s)")
     which.add_argument("--quick", action="store_const", dest="suite", const="quick", help="short for --suite quick")
     parser.add_argument("--cells", type=_regex, metavar="REGEX", help="only the cells whose name matches, as in 'block-.*E32-'")
+    parser.add_argument("--peers", type=_regex, metavar="REGEX", help="beside ours, only the peers whose name matches")
     parser.add_argument("--threads", type=_count, metavar="N", help="threads of torch's pool (default: torch's choice)")
     parser.add_argument("--no-rt", action="store_true", help="do not ask for real-time priority while timing")
     parser.add_argument("--json", metavar="FILE", help="also write the results and what they were measured with")
+    parser.add_argument("--picture", metavar="FILE.png", type=Path, help="also draw them, in multiples of the floor")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,6 +65,9 @@ def run(args: argparse.Namespace) -> int:
     if find_spec("rich") is None:
         print("the benchmark prints with rich, which is missing: pip install fusedonemoe[bench]", file=sys.stderr)
         return EXIT_USAGE
+    if args.picture and find_spec("matplotlib") is None:
+        print("--picture is drawn with matplotlib, which is missing: pip install fusedonemoe[plot]", file=sys.stderr)
+        return EXIT_USAGE
     cells = [cell for cell in SUITES[args.suite] if args.cells is None or args.cells.search(cell.name)]
     if not cells:
         names = "\n  ".join(cell.name for cell in SUITES[args.suite])
@@ -68,8 +80,15 @@ def _run_cells(cells: list[Cell], args: argparse.Namespace) -> int:
     # Here, not at the top: this module is imported whenever the command line is, to read the options.
     import torch
 
-    from fusedonemoe.bench import report, runner
-    from fusedonemoe.bench.ceilings import Ceilings
+    from fusedonemoe.bench import report
+    from fusedonemoe.bench.libraries import line_up
+    from fusedonemoe.bench.peers import PEERS
+
+    isolated = args.suite in ISOLATED_SUITES
+    names = {peer.name for cell in cells for peer in (line_up(cell) if isolated else PEERS[cell.operator])}
+    if args.peers and not any(map(args.peers.search, names)):
+        print(f"--peers {args.peers.pattern!r} matches none of\n  " + "\n  ".join(sorted(names)), file=sys.stderr)
+        return EXIT_USAGE
 
     threads = torch.get_num_threads()
     if args.threads:
@@ -77,15 +96,44 @@ def _run_cells(cells: list[Cell], args: argparse.Namespace) -> int:
     try:
         settings = report.describe_run(suite=args.suite)
         report.print_heading(settings)
-        results = []
-        ceilings = Ceilings()
-        with report.progress(len(cells)) as advance:
+        measure = _in_processes(args) if isolated else _in_this_process(args)
+        results: list[CellResult] = []
+        with (
+            report.progress(len(cells), in_pipes=isolated) as advance,
+            report.kept_while_running(args.json, settings, results, wanted=isolated) as keep,
+        ):
             for cell in cells:
                 advance(cell.name)
-                results.append(runner.run_cell(cell, ceilings, real_time=not args.no_rt))
+                results.append(measure(cell))
+                keep()
                 report.print_cell(results[-1])
     finally:
         torch.set_num_threads(threads)
+    if isolated:
+        report.print_summary(results)
     if args.json:
         report.write_json(args.json, settings, results)
+    if args.picture:
+        from fusedonemoe.bench.picture import draw
+
+        draw(args.picture, report.to_json(settings, results))
     return EXIT_DISAGREE if any(row.failed for result in results for row in result.rows) else 0
+
+
+def _in_this_process(args: argparse.Namespace) -> "Callable[[Cell], CellResult]":
+    from fusedonemoe.bench import runner
+    from fusedonemoe.bench.ceilings import Ceilings
+    from fusedonemoe.bench.peers import PEERS, chosen
+
+    measure = partial(runner.run_cell, ceilings=Ceilings(), real_time=not args.no_rt)
+    return lambda cell: measure(cell, peers=chosen(PEERS[cell.operator], args.peers))
+
+
+def _in_processes(args: argparse.Namespace) -> "Callable[[Cell], CellResult]":
+    import torch
+
+    from fusedonemoe.bench.ceilings import Ceilings
+    from fusedonemoe.bench.isolated import Job, run_job
+
+    job = partial(Job, ceilings=Ceilings(), threads=torch.get_num_threads(), peers=args.peers, real_time=not args.no_rt)
+    return lambda cell: run_job(job(cell))

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-GEMM_SIZES = (512, 1024)
+GEMM_SIZES = (512, 1024, 2048)
 # Far beyond any cache, so that a sum over it streams from memory.
 STREAM_BYTES = 1 << 29
 
@@ -22,11 +22,13 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _products(dtype: torch.dtype) -> list[Callable[[Tensor, Tensor], Tensor]]:
+def _products(a: Tensor, b: Tensor) -> list[Callable[[], object]]:
     """The ways torch has to multiply matrices. torch.mm takes MKL in float32: on AMD machines half of oneDNN's rate."""
-    ways: list[Callable[[Tensor, Tensor], Tensor]] = [torch.mm]
-    if dtype == torch.float32 and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        ways.append(lambda a, b: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))
+    ways: list[Callable[[], object]] = [partial(torch.mm, a, b)]
+    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        # The weight as it is, and reordered once into oneDNN's blocks, as for inference.
+        weights = (b, torch.ops.mkldnn._reorder_linear_weight(b, a.shape[0]))
+        ways += [partial(torch.ops.mkldnn._linear_pointwise, a, weight, None, "none", [], "") for weight in weights]
     return ways
 
 
@@ -45,6 +47,12 @@ class Ceilings:
     flops_per_s: dict[torch.dtype, float] = field(default_factory=dict)
     bytes_per_s: float = 0.0
 
+    def take(self, other: "Ceilings") -> None:
+        """Keep the better of these samples and another's."""
+        self.bytes_per_s = max(self.bytes_per_s, other.bytes_per_s)
+        for dtype, rate in other.flops_per_s.items():
+            self.flops_per_s[dtype] = max(self.flops_per_s.get(dtype, 0.0), rate)
+
     def sampler(self, dtype: torch.dtype) -> Callable[[], None]:
         """A function that measures once more and keeps the best.
 
@@ -58,8 +66,7 @@ class Ceilings:
                 self.bytes_per_s = max(self.bytes_per_s, STREAM_BYTES / _seconds(stream.sum))
             for n in GEMM_SIZES:
                 a, b = (torch.ones(n, n, dtype=dtype) for _ in range(2))
-                for product in _products(dtype):
-                    seconds = min(_seconds(partial(product, a, b)) for _ in range(2))
-                    self.flops_per_s[dtype] = max(self.flops_per_s.get(dtype, 0.0), 2 * n**3 / seconds)
+                for product in _products(a, b):
+                    self.flops_per_s[dtype] = max(self.flops_per_s.get(dtype, 0.0), 2 * n**3 / _seconds(product))
 
         return sample

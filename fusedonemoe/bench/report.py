@@ -3,6 +3,9 @@
 import json
 import os
 import platform
+import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -16,8 +19,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from fusedonemoe.bench.peers import YARDSTICK
-from fusedonemoe.bench.runner import CellResult, Row
+from fusedonemoe.bench import libraries
+from fusedonemoe.bench.peers import OURS, PREPACKED, YARDSTICK
+from fusedonemoe.bench.results import CellResult, Row
+from fusedonemoe.bench.workloads import ALLOCATORS, ISOLATED_SUITES, Floor
 
 PACKAGES = ("fusedonemoe", "torch", "transformers", "numpy")
 SCHEMA = 1
@@ -46,16 +51,26 @@ def cpu_model() -> str:
 
 
 def describe_run(*, suite: str) -> dict[str, Any]:
-    """What every figure depends on: versions, machine, threads, date."""
-    return {
+    """What every figure depends on: versions, machine, threads, date; where cells choose the allocator, what that means."""
+    isolated = suite in ISOLATED_SUITES
+    packages = (*PACKAGES, *libraries.PACKAGES) if isolated else PACKAGES
+    settings = {
         "suite": suite,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
         "cpu": cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
+    return settings | ({"allocators": ALLOCATORS, "huge_pages": huge_pages()} if isolated else {})
+
+
+def huge_pages() -> str | None:
+    """When the kernel gives memory out in huge pages: ``"always"``, ``"madvise"`` or ``"never"``; None where it does not tell."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    words = setting.read_text(encoding="utf-8").split() if setting.exists() else []
+    return next((word.strip("[]") for word in words if word.startswith("[")), None)
 
 
 def print_heading(settings: dict[str, Any]) -> None:
@@ -69,8 +84,12 @@ def print_heading(settings: dict[str, Any]) -> None:
 
 
 @contextmanager
-def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr while cells run, nothing when stderr is not a terminal.
+def progress(total: int, *, in_pipes: bool = False) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr while cells run.
+
+    Args:
+        total: how many cells.
+        in_pipes: whether stderr gets a line for each cell when it is no terminal, instead of nothing.
 
     Yields:
         A function that takes the name of the cell that begins.
@@ -81,67 +100,119 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        TextColumn("{task.fields[left]}"),
         console=console,
         auto_refresh=False,
         transient=True,
         disable=not console.is_terminal,
     )
+    start = time.monotonic()
     with bar:
-        task = bar.add_task("", total=total)
+        task = bar.add_task("", total=total, left="")
         begun = 0
 
         def advance(name: str) -> None:
             nonlocal begun
-            bar.update(task, description=name, completed=begun, refresh=True)
+            left = time_left(time.monotonic() - start, begun, total)
+            bar.update(task, description=name, completed=begun, left=left, refresh=True)
+            if in_pipes and not console.is_terminal:
+                print(f"[{begun}/{total}] {name} {left}".rstrip(), file=sys.stderr, flush=True)
             begun += 1
 
         yield advance
 
 
+def time_left(elapsed: float, done: int, total: int) -> str:
+    """An estimate in words, from the cells so far; nothing before the first."""
+    if not done:
+        return ""
+    minutes = elapsed / done * (total - done) / 60
+    return f"about {minutes:.0f} min left" if minutes >= 1.5 else f"about {60 * minutes:.0f} s left"
+
+
+@contextmanager
+def kept_while_running(
+    path: str | None, settings: dict[str, Any], results: list[CellResult], *, wanted: bool
+) -> Iterator[Callable[[], None]]:
+    """Keep the finished cells in a file until all are there; say where it is when the run ends before that.
+
+    Args:
+        path: of the final results; the file stands beside it, or in the folder for temporary files.
+        settings: from :func:`describe_run`.
+        results: grows meanwhile.
+        wanted: False makes this do nothing.
+
+    Yields:
+        A function that writes the results so far.
+    """
+    kept = Path(f"{path}.partial" if path else Path(tempfile.gettempdir(), f"fusedonemoe-bench-{os.getpid()}.json"))
+
+    def keep() -> None:
+        if wanted:
+            write_json(os.fspath(kept), settings, results)
+
+    try:
+        yield keep
+    except BaseException:
+        if kept.exists():
+            print(f"the {len(results)} finished cells are in {kept}", file=sys.stderr)
+        raise
+    kept.unlink(missing_ok=True)
+
+
+def _number(value: float | None, form: str = ".2f") -> str:
+    return "" if value is None else format(value, form)
+
+
+def _milliseconds(timed: Row | Floor | None) -> str:
+    return f"{timed.seconds * 1e3:.2f}" if timed and timed.seconds else ""
+
+
 def _megabytes(size: int | None) -> str:
-    return "" if size is None else f"{size / 1e6:.1f}"
+    return _number(None if size is None else size / 1e6, ".1f")
 
 
-def _cells_of(result: CellResult, row: Row) -> tuple[str, ...]:
-    error = "" if row.error is None else f"{row.error:.1e}"
-    if row.seconds is None or row.spread is None:
-        return row.peer, row.note, "", "", "", error, "", ""
-    faster = result.times_faster(row)
-    promised = result.promised_bytes(row)
-    return (
-        row.peer,
-        f"{row.seconds * 1e3:.2f}",
-        f"{row.spread[0] * 1e3:.2f}-{row.spread[1] * 1e3:.2f}",
-        f"{row.seconds / result.floor.seconds:.2f}",
-        "" if faster is None else f"{faster:.2f}",
-        error,
-        _megabytes(row.peak_bytes),
-        _megabytes(promised),
-    )
+def _columns(result: CellResult) -> dict[str, Callable[[Row], str]]:
+    """What stands in each column; in ``ms`` the note where there is no time."""
+
+    def quartiles(row: Row) -> str:
+        return "-".join(f"{second * 1e3:.2f}" for second in row.spread or ())
+
+    columns: dict[str, Callable[[Row], str]] = {
+        "peer": lambda row: row.peer if row.comparable else f"{row.peer} *",
+        "ms": lambda row: _milliseconds(row) or row.note,
+        "quartiles": quartiles,
+        "x floor": lambda row: _number(result.times_floor(row)),
+        "x best peer": lambda row: _number(result.times_best(row)),
+        f"x faster than {YARDSTICK[result.cell.operator]}": lambda row: _number(result.times_faster(row)),
+        "error": lambda row: _number(row.error, ".1e"),
+        "peak MB": lambda row: _megabytes(row.peak_bytes),
+        "promised MB": lambda row: _megabytes(result.promised_bytes(row)) if row.seconds else "",
+    }
+    # Cells with a label are for the comparison with the best; what we promise of memory is not theirs to show.
+    del columns["promised MB" if result.cell.label else "x best peer"]
+    return columns
 
 
 def table_of(result: CellResult) -> Table:
     """One cell as a table: a row for each peer."""
-    floor, name = result.floor, result.cell.name
-    table = Table(
-        title=f"{name}   floor {floor.seconds * 1e3:.2f} ms (by {floor.bound_by}: {result.flops_per_s / 1e9:.0f} GFLOP/s, "
-        f"{result.bytes_per_s / 1e9:.0f} GB/s)" + ("" if result.real_time else "   without real-time priority"),
-        title_justify="left",
-    )
-    table.add_column("peer", no_wrap=True)
-    headings = (
-        "ms",
-        "quartiles",
-        "x floor",
-        f"x faster than {YARDSTICK[result.cell.operator]}",
-        "error",
-        "peak MB",
-        "promised MB",
-    )
-    for heading in headings:
-        table.add_column(heading, justify="right")
+    floor, title = result.floor, result.cell.name
+    if floor:
+        title += (
+            f"   floor {floor.seconds * 1e3:.2f} ms (by {floor.bound_by}: {result.flops_per_s / 1e9:.0f} GFLOP/s, "
+            f"{result.bytes_per_s / 1e9:.0f} GB/s)" + ("" if result.real_time else "   without real-time priority")
+        )
+    # A peer that is absent for a good reason has a line below the table, and no row of empty cells in it.
+    notes = [f"* {row.note}" for row in result.rows if not row.comparable]
+    notes += [f"{row.peer}: {row.note}" for row in result.rows if row.is_absent]
+    table = Table(title=title, title_justify="left", caption="\n".join(notes) or None, caption_justify="left")
+    columns = _columns(result)
+    for heading in columns:
+        table.add_column(heading, justify="left" if heading == "peer" else "right", no_wrap=heading == "peer")
     for row in result.rows:
-        table.add_row(*_cells_of(result, row), style="red" if row.failed else None)
+        if row.is_absent:
+            continue
+        table.add_row(*(show(row) for show in columns.values()), style="red" if row.failed else None)
     return table
 
 
@@ -150,21 +221,49 @@ def print_cell(result: CellResult) -> None:
     _console().print(table_of(result), highlight=False)
 
 
+def summary_of(results: list[CellResult]) -> Table:
+    """All cells as one table: ours and the fastest other."""
+    table = Table(title="ours and the best peer of each cell", title_justify="left")
+    prepacked = any(row.peer == PREPACKED for result in results for row in result.rows)
+    table.add_column("cell", no_wrap=True)
+    for heading in ("ms", "x floor", "x best peer", *(["prepacked x floor", "x best peer"] if prepacked else [])):
+        table.add_column(heading, justify="right")
+    table.add_column("best peer", no_wrap=True)
+    for result in results:
+        rows, best = {row.peer: row for row in result.rows}, result.best_peer
+        ours = [rows.get(name, Row(name)) for name in (OURS, *([PREPACKED] if prepacked else []))]
+        figures = [_number(figure(row)) for row in ours for figure in (result.times_floor, result.times_best)]
+        failed = any(row.failed for row in result.rows)
+        name = best.peer if best else ""
+        table.add_row(result.cell.name, _milliseconds(ours[0]), *figures, name, style="red" if failed else None)
+    return table
+
+
+def print_summary(results: list[CellResult]) -> None:
+    """Print the last table on stdout."""
+    _console().print(summary_of(results), highlight=False)
+
+
 def to_json(settings: dict[str, Any], results: list[CellResult]) -> dict[str, Any]:
     """Settings and results as plain values; times in seconds, memory in bytes."""
     cells = []
     for result in results:
         cell = asdict(result.cell) | {"dtype": str(result.cell.dtype).removeprefix("torch.")}
         rows = [
-            asdict(row) | {"times_faster": result.times_faster(row), "promised_bytes": result.promised_bytes(row)}
+            asdict(row)
+            | {
+                "times_faster": result.times_faster(row),
+                "times_best": result.times_best(row),
+                "promised_bytes": result.promised_bytes(row),
+            }
             for row in result.rows
         ]
         cells.append(
             {
                 "name": result.cell.name,
                 **cell,
-                "floor_seconds": result.floor.seconds,
-                "floor_bound_by": result.floor.bound_by,
+                "floor_seconds": result.floor and result.floor.seconds,
+                "floor_bound_by": result.floor and result.floor.bound_by,
                 "flops_per_s": result.flops_per_s,
                 "bytes_per_s": result.bytes_per_s,
                 "experts_hit": result.experts_hit,

@@ -1,125 +1,36 @@
 """Runs a cell: check every peer against float64, meter its memory, then time all peers interleaved."""
 
+import gc
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from statistics import median
 
 import torch
+from torch import Tensor
 
 from fusedonemoe.bench.ceilings import Ceilings
+from fusedonemoe.bench.exact import Exact, disagreements, errors_of, exact_answer
 from fusedonemoe.bench.memory import peak_extra_bytes
-from fusedonemoe.bench.peers import GROUPED, PEERS, YARDSTICK, Call, Peer, UnavailableError, agrees, relative_error
-from fusedonemoe.bench.workloads import ROTATION, Cell, Floor, Inputs, exact_output, floor_of, least_work, make_inputs
+from fusedonemoe.bench.peers import OURS, PEERS, Peer, UnavailableError, is_ours
+from fusedonemoe.bench.priority import RealTime
+from fusedonemoe.bench.results import CellResult, Row
+from fusedonemoe.bench.steps import Call, Step
+from fusedonemoe.bench.workloads import BlockInputs, Cell, Inputs, floor_of, least_work, make_inputs
 
 ROUNDS = 5
 # Of timed calls per peer, over all rounds; a call that takes longer than its share of it is still timed once a round.
 SECONDS_PER_PEER = 0.4
 MOST_CALLS_PER_ROUND = 20
+# A call this long needs no untimed one before it, and a peer's memory is not metered: that would be a call more.
+LONG_SECONDS = 0.5
 # The worker threads of the peer before spin for a while after their last task.
-PAUSE_SECONDS = 0.03
-
-
-@dataclass(frozen=True)
-class Row:
-    """What came of one peer in one cell.
-
-    Attributes:
-        peer: its name.
-        note: why there is no time; empty when there is one.
-        failed: whether the note is a failure (outputs disagree, an exception) and not a peer that is absent.
-        seconds: median of the timed calls; None without a time.
-        spread: lower and upper quartile of the timed calls.
-        calls: how many were timed.
-        error: ``||y - y64|| / ||y64||``; None when there was no output.
-        peak_bytes: most bytes held at once beside input and output.
-    """
-
-    peer: str
-    note: str = ""
-    failed: bool = False
-    seconds: float | None = None
-    spread: tuple[float, float] | None = None
-    calls: int = 0
-    error: float | None = None
-    peak_bytes: int | None = None
-
-
-@dataclass(frozen=True)
-class CellResult:
-    """A measured cell.
-
-    Attributes:
-        cell: what was measured.
-        rows: one for each peer, ours first.
-        floor: the least time this machine needs.
-        flops_per_s: the matrix-product rate that the floor was computed with.
-        bytes_per_s: the read bandwidth that the floor was computed with.
-        experts_hit: distinct experts that the tokens chose, the mean over the inputs.
-        real_time: whether the timed calls ran at real-time priority.
-    """
-
-    cell: Cell
-    rows: tuple[Row, ...]
-    floor: Floor
-    flops_per_s: float
-    bytes_per_s: float
-    experts_hit: float
-    real_time: bool
-
-    def times_faster(self, row: Row) -> float | None:
-        """How many times faster a row is than the cell's yardstick; None where either has no time."""
-        base = next((r.seconds for r in self.rows if r.peer == YARDSTICK[self.cell.operator]), None)
-        return base / row.seconds if base and row.seconds else None
-
-    def promised_bytes(self, row: Row) -> int | None:
-        """The bound on the peak that a row has promised: that of the grouped formulation."""
-        return self.cell.promised_bytes if row.peer == GROUPED else None
-
-
-class RealTime:
-    """Runs the threads of this process round-robin at real-time priority, where that is permitted, and puts them back.
-
-    Without it, whatever else the machine does lands in the timings: on a busy machine medians come out doubled.
-
-    Args:
-        wanted: False makes this do nothing.
-    """
-
-    def __init__(self, wanted: bool = True) -> None:
-        self.wanted = wanted and hasattr(os, "sched_setscheduler") and os.path.isdir("/proc/self/task")
-        self.granted = False
-        self._before: dict[int, tuple[int, int]] = {}
-
-    def __enter__(self) -> "RealTime":
-        if self.wanted:
-            self._before = {t: (os.sched_getscheduler(t), os.sched_getparam(t).sched_priority) for t in _threads()}
-            # Every thread is moved before the answers are looked at.
-            answers = [_schedule(thread, os.SCHED_RR, 1) for thread in self._before]
-            self.granted = all(answers)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        # A thread that was started meanwhile inherited the priority; it goes where the main thread goes.
-        usual = self._before.get(os.getpid(), (0, 0))
-        for thread in _threads() if self._before else ():
-            _schedule(thread, *self._before.get(thread, usual))
-
-
-def _threads() -> list[int]:
-    return [int(name) for name in os.listdir("/proc/self/task")]
-
-
-def _schedule(thread: int, policy: int, priority: int) -> bool:
-    """Whether the thread runs so now; one that has ended in the meantime counts as served."""
-    try:
-        os.sched_setscheduler(thread, policy, os.sched_param(priority))
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return True
+PAUSE_SECONDS = 0.06
+# Peers that keep copies of the weights are built in groups that fit into this share of the machine's memory. The rest is for
+# the results of a call (gradients are as large as the weights), its scratch, and other programs.
+SHARE_OF_MEMORY = 0.55
 
 
 def order_of_round(names: Sequence[str], round_index: int) -> list[str]:
@@ -129,16 +40,23 @@ def order_of_round(names: Sequence[str], round_index: int) -> list[str]:
 
 
 def time_interleaved(
-    calls: Mapping[str, Call], *, rounds: int, seconds: float, real_time: bool, between: Callable[[], None]
+    calls: Mapping[str, Call],
+    *,
+    rounds: int,
+    seconds: float,
+    real_time: bool,
+    between: Callable[[], None],
+    inputs: int = 1,
 ) -> tuple[dict[str, list[float]], bool]:
     """Time several calls in turns.
 
     Args:
         calls: by name; each takes the index of an input.
-        rounds: each peer's turns. A turn is one untimed call and then timed ones.
+        rounds: each peer's turns. A turn is one untimed call and then timed ones; of very long calls, one timed call.
         seconds: about how long the timed calls of one peer may take in all.
         real_time: ask for real-time priority.
         between: runs before every round, at the same priority.
+        inputs: how many inputs the calls rotate through.
 
     Returns:
         Seconds of every timed call by name, and whether the priority was granted throughout.
@@ -153,30 +71,89 @@ def time_interleaved(
             call = calls[name]
             time.sleep(PAUSE_SECONDS)
             with RealTime(real_time):
-                warm = _timed(call, turn)
+                warm = _timed(call, turn % inputs)
+                if warm > LONG_SECONDS:
+                    times[name].append(warm)
+                    continue
                 count = max(1, min(MOST_CALLS_PER_ROUND, int(seconds / rounds / max(warm, 1e-9))))
-                times[name] += [_timed(call, turn + n) for n in range(1, count + 1)]
+                times[name] += [_timed(call, (turn + n) % inputs) for n in range(1, count + 1)]
     return times, granted
 
 
 def _timed(call: Call, index: int) -> float:
     start = time.perf_counter()
-    call(index % ROTATION)
+    # The result is dropped at once: what a peer allocates afresh for every call, it also gives back.
+    call(index)
     return time.perf_counter() - start
 
 
-def _checked(peer: Peer, cell: Cell, inputs: Inputs, exact: torch.Tensor) -> tuple[Row, Call | None]:
+def _checked(peer: Peer, cell: Cell, inputs: Inputs, exact: Exact) -> tuple[Row, Call | None]:
     """A peer's row without its time, and the call to time if its output is right."""
     try:
         call = peer.build(cell, inputs)
-        error = relative_error(call(0), exact)
-        if not agrees(error, cell.dtype):
-            return Row(peer.name, note="outputs disagree", failed=True, error=error), None
-        return Row(peer.name, error=error, peak_bytes=peak_extra_bytes(lambda: call(0))), call
+        start = time.perf_counter()
+        answer = call(0)
+        seconds = time.perf_counter() - start
+        errors = errors_of(answer, exact)
+        error = max(errors.values(), key=lambda e: float("inf") if e != e else e)
+        if wrong := disagreements(errors, cell.dtype):
+            return Row(peer.name, note=f"{', '.join(wrong)} disagree", failed=True, error=error), None
+        unwritten = _experts_missed(inputs) if isinstance(answer, Step) and not answer.is_stacked else 0
+        del answer
+        row = Row(peer.name, error=error)
+        if unwritten:
+            note = f"leaves the gradients of up to {unwritten} unused experts unwritten"
+            row = replace(row, note=note, comparable=False)
+        if peer.metered and (peer.is_ours or seconds < LONG_SECONDS):
+            row = replace(row, peak_bytes=peak_extra_bytes(partial(_tensors_of, call)))
+        return row, call
     except UnavailableError as reason:
         return Row(peer.name, note=f"skipped: {reason}"), None
     except Exception as error:  # A peer is other people's code: its failure is a result, and the others still run.
         return Row(peer.name, note=f"failed: {type(error).__name__}: {error}", failed=True), None
+
+
+def _tensors_of(call: Call) -> list[Tensor]:
+    answer = call(0)
+    return answer.tensors() if isinstance(answer, Step) else [answer]
+
+
+def _experts_missed(inputs: Inputs) -> int:
+    """The most experts that no token of an input chose."""
+    assert isinstance(inputs, BlockInputs)
+    return max(inputs.router.shape[0] - experts.unique().numel() for experts in inputs.experts)
+
+
+def groups_of(peers: Sequence[Peer], *, weight_bytes: int, memory_bytes: float) -> list[list[Peer]]:
+    """Split peers so that the copies of the weights that a group keeps fit into memory, beside the weights and our own copies.
+
+    Args:
+        peers: everyone; ours are in every group, and first.
+        weight_bytes: one copy.
+        memory_bytes: what there is.
+
+    Returns:
+        The groups; within each, the others in the order of their copies. A peer that does not fit even alone is alone.
+    """
+    ours = [peer for peer in peers if peer.is_ours]
+    room = memory_bytes - weight_bytes * (1 + sum(peer.copies for peer in ours))
+    groups, used = [list(ours)], 0
+    for peer in sorted((peer for peer in peers if not peer.is_ours), key=lambda peer: peer.copies):
+        size = peer.copies * weight_bytes
+        if used and size and used + size > room:
+            groups.append(list(ours))
+            used = 0
+        groups[-1].append(peer)
+        used += size
+    return groups
+
+
+def physical_memory() -> int:
+    """Bytes of this machine's memory; of none to speak of where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 8 << 30
 
 
 def run_cell(
@@ -187,6 +164,8 @@ def run_cell(
     rounds: int = ROUNDS,
     seconds: float = SECONDS_PER_PEER,
     real_time: bool = True,
+    memory_bytes: float | None = None,
+    announce: Callable[[str], None] = lambda text: None,
 ) -> CellResult:
     """Measure one cell.
 
@@ -197,41 +176,57 @@ def run_cell(
         rounds: turns of each peer.
         seconds: of timed calls for each peer.
         real_time: ask for real-time priority while timing.
+        memory_bytes: for the weights and the copies that peers keep of them; by default a share of the machine's.
+        announce: told what is about to happen.
 
     Returns:
         The result; a peer whose output is off has a note in place of a time.
     """
     peers = PEERS[cell.operator] if peers is None else peers
+    if memory_bytes is None:
+        memory_bytes = SHARE_OF_MEMORY * physical_memory()
+    rows: dict[str, Row] = {}
+    samples: dict[str, list[float]] = {}
+    granted = True
     # Not inference_mode: peers build parameters in here, and inference tensors refuse flags that some of them set.
     with torch.no_grad():
+        announce("making inputs")
         inputs = make_inputs(cell)
-        exact = exact_output(cell, inputs)
-        rows, calls = {}, {}
-        for peer in peers:
-            row, call = _checked(peer, cell, inputs, exact)
-            rows[peer.name] = row
-            if call is not None:
-                calls[peer.name] = call
-        times, granted = time_interleaved(
-            calls, rounds=rounds, seconds=seconds, real_time=real_time, between=ceilings.sampler(cell.dtype)
-        )
-    for name, samples in times.items():
-        rows[name] = _with_times(rows[name], samples)
+        exact = exact_answer(cell, inputs)
+        between = ceilings.sampler(cell.dtype)
+        calls: dict[str, Call] = {}
+        for group in groups_of(peers, weight_bytes=cell.weight_bytes, memory_bytes=memory_bytes):
+            # Ours stay; what the peers of the last group kept is gone before the next are built.
+            calls = {name: call for name, call in calls.items() if is_ours(name)}
+            gc.collect()
+            for peer in group:
+                if peer.name not in rows:
+                    announce(f"building {peer.name}")
+                    rows[peer.name], call = _checked(peer, cell, inputs, exact)
+                    if call is not None:
+                        calls[peer.name] = call
+                    del call
+            announce(f"timing {', '.join(calls)}")
+            times, quiet = time_interleaved(
+                calls, rounds=rounds, seconds=seconds, real_time=real_time, between=between, inputs=cell.rotation
+            )
+            granted &= quiet
+            for name, seconds_of_call in times.items():
+                samples.setdefault(name, []).extend(seconds_of_call)
+                if not is_ours(name):
+                    rows[name] = _with_times(rows[name], seconds_of_call, times.get(OURS))
+    for name in samples:
+        if is_ours(name):
+            rows[name] = _with_times(rows[name], samples[name], samples.get(OURS))
     hit = sum(experts.unique().numel() for experts in inputs.experts) / len(inputs.experts)
     work = least_work(cell, experts_hit=round(hit))
     rate, bandwidth = ceilings.flops_per_s[cell.dtype], ceilings.bytes_per_s
     floor = floor_of(work, flops_per_s=rate, bytes_per_s=bandwidth)
-    return CellResult(cell, tuple(rows.values()), floor, rate, bandwidth, hit, granted)
+    return CellResult(cell, tuple(rows[peer.name] for peer in peers), floor, rate, bandwidth, hit, granted)
 
 
-def _with_times(row: Row, samples: list[float]) -> Row:
+def _with_times(row: Row, samples: list[float], ours: list[float] | None) -> Row:
     ordered = sorted(samples)
     quartiles = (ordered[len(ordered) // 4], ordered[(3 * len(ordered)) // 4])
-    return Row(
-        row.peer,
-        seconds=median(ordered),
-        spread=quartiles,
-        calls=len(ordered),
-        error=row.error,
-        peak_bytes=row.peak_bytes,
-    )
+    paired = median(ours) if ours else None
+    return replace(row, seconds=median(ordered), spread=quartiles, calls=len(ordered), paired_seconds=paired)

@@ -1,4 +1,4 @@
-"""What is measured: cells, their inputs, their exact outputs, and the least work that they ask of a machine.
+"""What is measured: cells, their inputs, and the least work that they ask of a machine.
 
 Shape legend: T tokens, D hidden size, F intermediate size, E experts, K experts per token.
 """
@@ -11,8 +11,10 @@ from torch import Tensor
 
 from fusedonemoe.testing import make_merged_inputs, make_mlp_inputs
 
-# As many inputs as the timing rotates through, so that no call finds exactly its own last token rows in the cache.
-ROTATION = 3
+DTYPES = (torch.float32, torch.bfloat16)
+# How a cell's process lets torch allocate, as settings of its environment. The CPU allocator keeps nothing between calls, so
+# a gradient as large as the weights costs a page fault for every 4 KiB of it; with huge pages, for every 2 MiB.
+ALLOCATORS: dict[str, dict[str, str]] = {"default": {}, "huge pages": {"THP_MEM_ALLOC_ENABLE": "1"}}
 # Tokens are kept whose K-th and (K+1)-th logit lie further apart than this many units of bfloat16 rounding at the size of
 # the largest logit. Peers differ in the dtype of their logits (transformers: that of the model; we: float32), so on an
 # unselected token they may rightly pick different experts, and whole blocks could not be compared.
@@ -32,6 +34,9 @@ class Cell:
         E: experts.
         K: experts per token.
         dtype: of the input and the weights.
+        mode: ``"forward"``, without gradients; or ``"training"``, the forward and the gradients of the input and all weights.
+        label: what stands for the sizes in the name.
+        allocator: of ``ALLOCATORS``; anything but ``"default"`` needs a process of the cell's own.
     """
 
     operator: str
@@ -41,11 +46,32 @@ class Cell:
     E: int
     K: int
     dtype: torch.dtype
+    mode: str = "forward"
+    label: str = ""
+    allocator: str = "default"
 
     @property
     def name(self) -> str:
         """What ``--cells`` matches."""
-        return f"{self.operator}-T{self.T}-D{self.D}-F{self.F}-E{self.E}-K{self.K}-{str(self.dtype).removeprefix('torch.')}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        if not self.label:
+            return f"{self.operator}-T{self.T}-D{self.D}-F{self.F}-E{self.E}-K{self.K}-{dtype}"
+        allocator = "" if self.allocator == "default" else "-" + self.allocator.replace(" ", "-")
+        return f"{self.label}-{dtype}-{self.mode}{allocator}"
+
+    @property
+    def rotation(self) -> int:
+        """How many inputs the timing rotates through.
+
+        Three, so that no call finds exactly its own last rows in the cache; few tokens need more, so that no call finds the
+        experts of its own last turn there.
+        """
+        return 16 if self.T == 1 else 6 if self.T <= 64 else 3
+
+    @property
+    def weight_bytes(self) -> int:
+        """The weights of router and gated experts."""
+        return self.E * (3 * self.D * self.F + self.D) * self.dtype.itemsize
 
     @property
     def promised_bytes(self) -> int:
@@ -53,17 +79,41 @@ class Cell:
         return 3 * self.T * self.K * (self.F + self.D) * self.dtype.itemsize
 
 
+# T, D, F, E, K of: the original's own benchmark, the blocks of three published models, and sizes that fit no tile.
+_SHAPES = {
+    "seed32": (512, 128, 512, 32, 8),
+    "seed128": (512, 128, 512, 128, 8),
+    "seed1024": (512, 128, 512, 1024, 8),
+    "qwen3-1": (1, 2048, 768, 128, 8),
+    "qwen3-16": (16, 2048, 768, 128, 8),
+    "qwen3-512": (512, 2048, 768, 128, 8),
+    "mixtral-1": (1, 1024, 3584, 8, 2),
+    "mixtral-64": (64, 1024, 3584, 8, 2),
+    "mixtral-1024": (1024, 1024, 3584, 8, 2),
+    "olmoe-1": (1, 2048, 1024, 64, 8),
+    "olmoe-256": (256, 2048, 1024, 64, 8),
+    "odd-33": (33, 520, 200, 12, 3),
+    "odd-77": (77, 1000, 333, 60, 6),
+}
+_USES = (("forward", "default"), *(("training", allocator) for allocator in ALLOCATORS))
+
 SUITES: dict[str, tuple[Cell, ...]] = {
     "quick": tuple(
         Cell(operator, T=512, D=128, F=512, E=E, K=8, dtype=dtype)
-        for operator, E, dtype in product(("block", "merged"), (32, 128, 1024), (torch.float32, torch.bfloat16))
-    )
+        for operator, E, dtype in product(("block", "merged"), (32, 128, 1024), DTYPES)
+    ),
+    "cpu": tuple(
+        Cell("block", T, D, F, E, K, dtype, mode=mode, label=label, allocator=allocator)
+        for (label, (T, D, F, E, K)), dtype, (mode, allocator) in product(_SHAPES.items(), DTYPES, _USES)
+    ),
 }
+# Suites whose cells run in a process each.
+ISOLATED_SUITES = ("cpu",)
 
 
 @dataclass(frozen=True)
 class BlockInputs:
-    """Inputs of a whole block, ``ROTATION`` of them over one set of weights.
+    """Inputs of a whole block, ``Cell.rotation`` of them over one set of weights.
 
     Attributes:
         xs: ``[T, D]`` each.
@@ -71,6 +121,7 @@ class BlockInputs:
         gate_up_proj: ``[E, 2F, D]``.
         down_proj: ``[E, D, F]``.
         experts: ``[T, K]`` ids each, the selection that every dtype agrees on.
+        dys: ``[T, D]`` each, the gradients of the outputs; none in a forward cell.
     """
 
     xs: tuple[Tensor, ...]
@@ -78,11 +129,12 @@ class BlockInputs:
     gate_up_proj: Tensor
     down_proj: Tensor
     experts: tuple[Tensor, ...]
+    dys: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
 class MergedInputs:
-    """Inputs of the merged up-projection, ``ROTATION`` of them over one set of weights.
+    """Inputs of the merged up-projection, ``Cell.rotation`` of them over one set of weights.
 
     Attributes:
         xs: ``[T, D]`` each.
@@ -108,20 +160,23 @@ def make_inputs(cell: Cell) -> Inputs:
         first = make_merged_inputs(*sizes, dtype=cell.dtype, routing="distinct")
         draws = [first] + [
             make_merged_inputs(cell.T, cell.D, 1, cell.E, cell.K, dtype=cell.dtype, routing="distinct", seed=seed)
-            for seed in range(1, ROTATION)
+            for seed in range(1, cell.rotation)
         ]
         return MergedInputs(
             tuple(d.x for d in draws), tuple(d.experts for d in draws), tuple(d.weights for d in draws), first.proj
         )
     mlp = make_mlp_inputs(*sizes, dtype=cell.dtype)
     xs, experts, router = _unambiguous_tokens(cell)
-    return BlockInputs(xs, router, mlp.up_proj, mlp.down_proj, experts)
+    generator = torch.Generator().manual_seed(8)
+    count = cell.rotation if cell.mode == "training" else 0
+    dys = tuple(torch.randn(cell.T, cell.D, generator=generator).to(cell.dtype) for _ in range(count))
+    return BlockInputs(xs, router, mlp.up_proj, mlp.down_proj, experts, dys)
 
 
 def _unambiguous_tokens(cell: Cell) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
     """Tokens whose top K is the same in float64, float32 and bfloat16 arithmetic; their experts; and the router."""
     generator = torch.Generator().manual_seed(7)
-    wanted = ROTATION * cell.T
+    wanted = cell.rotation * cell.T
     router_ED = (torch.randn(cell.E, cell.D, generator=generator) * cell.D**-0.5).to(cell.dtype)
     x_CD = torch.randn(CANDIDATES_PER_TOKEN * wanted, cell.D, generator=generator).to(cell.dtype)
     best = (x_CD.double() @ router_ED.double().t()).topk(min(cell.K + 1, cell.E), dim=1)
@@ -138,34 +193,14 @@ def _unambiguous_tokens(cell: Cell) -> tuple[tuple[Tensor, ...], tuple[Tensor, .
     return tuple(x.contiguous() for x in xs), tuple(e.contiguous() for e in experts), router_ED
 
 
-def exact_output(cell: Cell, inputs: Inputs) -> Tensor:
-    """The output for the first input in float64, from the weights as rounded to the cell's dtype. One expert at a time."""
-    x_TD, experts_TK = inputs.xs[0].double(), inputs.experts[0]
-    if isinstance(inputs, MergedInputs):
-        weights_TK = inputs.weights[0].double()
-        y = x_TD.new_zeros(cell.T, cell.F)
-    else:
-        weights_TK = (x_TD @ inputs.router.double().t()).gather(1, experts_TK).softmax(1)
-        y = x_TD.new_zeros(cell.T, cell.D)
-    for e in experts_TK.unique().tolist():
-        token, choice = (experts_TK == e).nonzero(as_tuple=True)
-        rows = x_TD[token]
-        if isinstance(inputs, MergedInputs):
-            out = rows @ inputs.proj[e].double()
-        else:
-            gate, up = (rows @ inputs.gate_up_proj[e].double().t()).chunk(2, dim=1)
-            out = (gate * torch.sigmoid(gate) * up) @ inputs.down_proj[e].double().t()
-        y.index_add_(0, token, out * weights_TK[token, choice, None])
-    return y
-
-
 @dataclass(frozen=True)
 class LeastWork:
-    """What a cell's forward cannot do without.
+    """What a cell cannot do without.
 
     Attributes:
-        flops: operations of the matrix products over the routed rows.
-        touched_bytes: the weights of the experts hit, read once, and the input and output.
+        flops: operations of the matrix products over the routed rows; a gradient has two products for each of the forward.
+        touched_bytes: forward, the weights of the experts hit, read once, and the input and output; training, those weights
+            read twice, the gradient of every weight of every expert written once, and the input and both its gradients.
     """
 
     flops: int
@@ -173,7 +208,7 @@ class LeastWork:
 
 
 def least_work(cell: Cell, *, experts_hit: int) -> LeastWork:
-    """Count the work of one forward.
+    """Count the work of one call.
 
     Args:
         cell: the shape.
@@ -184,8 +219,11 @@ def least_work(cell: Cell, *, experts_hit: int) -> LeastWork:
         # The routing is an input here: an int64 id and a float32 weight for each row.
         moved = experts_hit * D * F + T * D + T * F
         return LeastWork(flops=2 * N * D * F, touched_bytes=moved * cell.dtype.itemsize + N * (8 + 4))
-    moved = experts_hit * 3 * D * F + E * D + 2 * T * D
-    return LeastWork(flops=6 * N * D * F + 2 * T * D * E, touched_bytes=moved * cell.dtype.itemsize)
+    flops = 6 * N * D * F + 2 * T * D * E
+    read = experts_hit * 3 * D * F + E * D
+    if cell.mode == "training":
+        return LeastWork(3 * flops, (2 * read + E * 3 * D * F + E * D + 3 * T * D) * cell.dtype.itemsize)
+    return LeastWork(flops, (read + 2 * T * D) * cell.dtype.itemsize)
 
 
 @dataclass(frozen=True)

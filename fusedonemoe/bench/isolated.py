@@ -1,0 +1,146 @@
+"""Runs a cell in a process of its own.
+
+Some peers keep the weights that they have seen for the life of the process, how torch allocates is settled when it is
+imported, and a peer that ends the process then ends one cell and not the run.
+
+The command of the process: ``python -m fusedonemoe.bench.isolated JOB RESULT``, two files that are pickled by this module.
+"""
+
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from fusedonemoe.bench import runner
+from fusedonemoe.bench.ceilings import Ceilings
+from fusedonemoe.bench.libraries import line_up
+from fusedonemoe.bench.peers import chosen
+from fusedonemoe.bench.results import CellResult, Row
+from fusedonemoe.bench.workloads import ALLOCATORS, Cell
+
+COMMAND = (sys.executable, "-m", "fusedonemoe.bench.isolated")
+# The whole of a failed cell stands in one row.
+PROCESS = "(process)"
+# Before a line of the child's stderr that says what it is about to do.
+MARK = "bench: "
+MOST_SECONDS = 900
+# Less than where a handful of cells is measured: these are many, and some calls take seconds.
+ROUNDS = 4
+SECONDS_PER_PEER = 0.25
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the process is to do.
+
+    Attributes:
+        cell: what to measure.
+        ceilings: the best samples so far.
+        threads: of every pool.
+        peers: pattern of the peers' names; None for all.
+        real_time: ask for real-time priority while timing.
+        rounds: turns of each peer.
+        seconds: of timed calls for each peer.
+    """
+
+    cell: Cell
+    ceilings: Ceilings
+    threads: int
+    peers: re.Pattern[str] | None = None
+    real_time: bool = True
+    rounds: int = ROUNDS
+    seconds: float = SECONDS_PER_PEER
+
+
+def run_job(job: Job) -> CellResult:
+    """Measure a cell in a process of its own.
+
+    Args:
+        job: its ceilings take what the process found.
+
+    Returns:
+        The result; one failed row where the process did not end well.
+    """
+    with tempfile.TemporaryDirectory(prefix="fusedonemoe-bench-") as folder:
+        given, made = Path(folder, "job"), Path(folder, "result")
+        given.write_bytes(pickle.dumps(job))
+        command = [*COMMAND, os.fspath(given), os.fspath(made)]
+        try:
+            process = subprocess.run(
+                command, env=environment(job), capture_output=True, text=True, errors="replace", timeout=MOST_SECONDS, check=False
+            )
+        except subprocess.TimeoutExpired as stopped:
+            stderr = stopped.stderr or b""
+            text = stderr.decode(errors="replace") if isinstance(stderr, bytes) else stderr
+            return _failed(job.cell, f"took more than {MOST_SECONDS} s", text)
+        if process.returncode or not made.exists():
+            return _failed(job.cell, _ending(process.returncode), process.stderr)
+        result, ceilings = pickle.loads(made.read_bytes())
+    job.ceilings.take(ceilings)
+    assert isinstance(result, CellResult)
+    return result
+
+
+def environment(job: Job) -> dict[str, str]:
+    """The environment of the cell's process: the allocator's settings are the cell's, and not what is set outside."""
+    settings = {name for allocator in ALLOCATORS.values() for name in allocator}
+    outside = {name: value for name, value in os.environ.items() if name not in settings}
+    # Libraries with an OpenMP runtime of their own do not hear of torch.set_num_threads.
+    return outside | {"OMP_NUM_THREADS": str(job.threads)} | ALLOCATORS[job.cell.allocator]
+
+
+def _ending(status: int) -> str:
+    if status >= 0:
+        return f"the process ended with status {status}"
+    try:
+        return f"the process ended by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"the process ended by signal {-status}"
+
+
+def _failed(cell: Cell, ending: str, stderr: str) -> CellResult:
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    begun = [line.removeprefix(MARK) for line in lines if line.startswith(MARK)]
+    where = f" while {begun[-1]}" if begun else ""
+    said = f": {lines[-1]}" if lines and not lines[-1].startswith(MARK) else ""
+    row = Row(PROCESS, note=f"failed: {ending}{where}{said}", failed=True)
+    return CellResult(cell, (row,), None, 0.0, 0.0, 0.0, False)
+
+
+def _announce(text: str) -> None:
+    print(f"{MARK}{text}", file=sys.stderr, flush=True)
+
+
+def main(given: str, made: str) -> None:
+    """Do a job; the process's whole life.
+
+    Args:
+        given: file of the job.
+        made: file that the result is written to.
+    """
+    import torch
+
+    # By its import name: here this module is __main__, and the job was pickled by the other.
+    job = pickle.loads(Path(given).read_bytes())
+    torch.set_num_threads(job.threads)
+    result = runner.run_cell(
+        job.cell,
+        job.ceilings,
+        peers=chosen(line_up(job.cell), job.peers),
+        rounds=job.rounds,
+        seconds=job.seconds,
+        real_time=job.real_time,
+        announce=_announce,
+    )
+    Path(made).write_bytes(pickle.dumps((result, job.ceilings)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+    # Other people's libraries have been seen to hang or crash while they are torn down; the result is written.
+    os._exit(0)
