@@ -57,8 +57,8 @@ static INLINE void multiply_rows(const typename M::T* const* rows, int n, const 
     const typename M::T* p[ROWS];
     for (int r = 0; r < ROWS; r++) p[r] = rows[std::min(r, n - 1)];
     vf part[ROWS][VECTORS];
-    auto row = [&](int r) { return p[r]; };
-    tokens_tile<M, ROWS, VECTORS>(row, row, panel, k, part);
+    NothingAhead nothing;
+    lanes_tile<M, ROWS, VECTORS>([&](int r) { return p[r]; }, panel, k, nothing, part);
     memcpy((void*)acc, part, sizeof(part));
 }
 

@@ -129,12 +129,6 @@ class Scratch {
     }
 };
 
-// A few rows of one expert that are computed together; `lanes` is how many its panel has room for.
-struct Tile {
-    int expert, start, rows, lanes;
-    size_t panel;  // lanes before this tile's, in all panels
-};
-
 // How the rows of the up-projection hold gate and up: row f of the gate is gate + f * step.
 struct GateUp {
     ptrdiff_t gate, up, step;
@@ -176,6 +170,15 @@ class Tasks {
   public:
     template <class Body> void run(int64_t count, Body body) {
         for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(task);
+    }
+    // The same, telling the body which task this thread will do after this one; `count` or more when there is none.
+    template <class Body> void run_with_next(int64_t count, Body body) {
+        int64_t task = next.fetch_add(1, std::memory_order_relaxed);
+        while (task < count) {
+            const int64_t following = next.fetch_add(1, std::memory_order_relaxed);
+            body(task, following);
+            task = following;
+        }
     }
     // A task for every expert and block of something.
     template <class Body> void run(int experts, int blocks, Body body) {

@@ -2,10 +2,12 @@
 //
 //   z = x Wup (+ b), h = act(z), row = h Wdown, y_t = sum_j w row
 //
-// Lanes are tokens in both products. Weights are read as they lie in memory, once per tile of tokens and from L2 but for
-// the first; h comes out of the first product in the very order in which the second reads it.
+// An expert's rows are cut into tiles of two kinds, and both read the weights as they lie in memory. In a tile of one or two
+// whole vectors, lanes are tokens: a weight is broadcast, nothing is rearranged. What is left of a vector would waste lanes,
+// so there lanes are columns: LANES rows of weights at a time are transposed into a panel, tokens are broadcast. Either way an
+// element is the same chain of multiply-adds, so which kind a token fell into does not show in its bits.
 #pragma once
-#include "layer.h"
+#include "panel.h"
 
 // z gets rows [first_row, saved_rows) of the pre-activations, or more. Without y, that is all that is computed, with the plan
 // as it is given; with y, first_row is 0 and the plan is made here.
@@ -23,164 +25,320 @@ struct MLPForward {
 template <class M> class ForwardPass {
     using T = typename M::T;
     using U = typename M::U;
-    static constexpr int ONE = ACCUMULATORS, TWO = ACCUMULATORS / 2;  // rows of weights in a tile of one or two vectors
+    // Rows of weights in a tile of one vector of tokens, and of two. Both divide what a panel has.
+    static constexpr int ONE = std::min(PANEL, ACCUMULATORS * 2 / 3), TWO = std::min(PANEL, ACCUMULATORS / 3);
+    static_assert(PANEL % ONE == 0 && PANEL % TWO == 0);
+
+    // Rows of one expert that are computed together: `lanes` of them abreast, or with lanes = 0 at most MOST_ROWS as rows.
+    struct Tile {
+        int start, rows, lanes;
+        size_t x, h;  // where its x and its h begin
+    };
+    struct Expert {
+        int id;
+        std::vector<Tile> tiles;
+    };
+
     const MLPForward& a;
     const int D, F, G, E;
     const GateUp at;
     const Act act;
-    std::vector<Tile> tiles;
-    std::vector<int> first_tile;
-    size_t lanes = 0;
+    const int xu, hu;                  // units of a row of x, of h
+    const size_t x_stride, h_stride;   // from row to row, where lanes are columns
+    const int up_columns;              // columns of h that a panel of the up-projection gives
+    U *x, *h;
+    float* rows;                       // [N, D]
+    std::vector<Expert> experts;       // those with rows
+    std::vector<std::pair<int, int>> all_tiles;
+    size_t x_size = 0, h_size = 0;
 
+    // The distance of rows, in units: a whole number of cache lines, and an odd one, so that rows do not share cache sets.
+    static size_t stride_of(int columns) {
+        const size_t padded = ((size_t)columns + PANEL - 1) / PANEL * PANEL / M::PER, line = 64 / sizeof(U);
+        return ((padded + line - 1) / line | 1) * line;
+    }
+
+    void add_tile(Expert& expert, int start, int rows, int lanes) {
+        all_tiles.push_back({(int)experts.size(), (int)expert.tiles.size()});
+        expert.tiles.push_back({start, rows, lanes, x_size, h_size});
+        x_size += lanes ? lanes * (size_t)xu : rows * x_stride;
+        h_size += lanes ? lanes * (size_t)hu : rows * h_stride;
+    }
     void cut_into_tiles() {
         for (int e = 0; e < E; e++) {
-            first_tile.push_back((int)tiles.size());
-            for (int start = a.offsets[e]; start < a.offsets[e + 1];) {
-                const int left = a.offsets[e + 1] - start, wide = left > LANES ? 2 * LANES : LANES;
-                if (start + std::min(left, wide) > a.first_row) {
-                    tiles.push_back({e, start, std::min(left, wide), wide, lanes});
-                    lanes += wide;
-                }
-                start += wide;
+            int start = std::max<int>(a.offsets[e], a.first_row), left = a.offsets[e + 1] - start;
+            if (left <= 0) continue;
+            Expert expert{e, {}};
+            for (; left > LANES + MOST_ROWS; start += 2 * LANES, left -= 2 * LANES) add_tile(expert, start, std::min(left, 2 * LANES), 2 * LANES);
+            if (left > MOST_ROWS) {
+                add_tile(expert, start, std::min(left, LANES), LANES);
+                start += LANES, left -= LANES;
             }
+            for (; left > 0; start += MOST_ROWS, left -= MOST_ROWS) add_tile(expert, start, std::min(left, MOST_ROWS), 0);
+            experts.push_back(std::move(expert));
         }
-        first_tile.push_back((int)tiles.size());
+        x_size += MOST_ROWS * x_stride;  // a tile may read, never use, rows behind the last
+        h_size += MOST_ROWS * h_stride;
     }
 
-    void pack(const Tile& t, U* panel) const {
-        const T* rows[2 * LANES];
-        for (int i = 0; i < t.rows; i++) rows[i] = (const T*)a.x + (size_t)(a.order[t.start + i] / a.top_k) * D;
-        for (size_t u = 0; u < units<M>(D); u++) {
-            for (int i = 0; i < t.rows; i++) panel[u * t.lanes + i] = M::unit(rows[i] + u * M::PER, std::min(M::PER, D - (int)u * M::PER));
-            for (int i = t.rows; i < t.lanes; i++) panel[u * t.lanes + i] = 0;
+    const T* x_row(int row) const { return (const T*)a.x + (size_t)(a.order[row] / a.top_k) * D; }
+    void gather(const Tile& t) const {
+        if (!t.lanes) {
+            for (int r = 0; r < t.rows; r++)
+                for (int u = 0; u < xu; u += LANES) store(x + t.x + r * x_stride + u, units_at<M>(x_row(t.start + r), u, D - u * M::PER));
+            return;
         }
+        for (int c = 0; c < t.lanes; c += LANES)
+            for (int u = 0; u < xu; u += LANES) {
+                vf v[LANES];
+                for (int i = 0; i < LANES; i++)
+                    v[i] = c + i < t.rows ? units_at<M>(x_row(t.start + c + i), u, D - u * M::PER) : vf{};
+                transpose(v);
+                for (int i = 0; i < std::min(LANES, xu - u); i++) store(x + t.x + (size_t)(u + i) * t.lanes + c, v[i]);
+            }
     }
 
-    template <int R, int C> void store_z(const Tile& t, int f0, int n, const vf (&acc)[R][C]) const {
-        float lanes_of[R][C * LANES];
-        memcpy(lanes_of, acc, sizeof(lanes_of));
-        const int rows = std::min<int64_t>(t.rows, a.saved_rows - t.start), in_first = a.gated ? n : std::min(n, R);
-        for (int i = 0; i < rows; i++) {
-            T* z = (T*)a.z + (size_t)(t.start + i) * G + f0 * at.step;
-            for (int r = 0; r < in_first; r++) narrow(lanes_of[r][i], z + at.gate + r * at.step);
-            if (a.gated)
-                for (int r = 0; r < n; r++) narrow(lanes_of[R / 2 + r][i], z + at.up + r * at.step);
-        }
-    }
-
-    // Rows f0 .. f0 + n of h into the panel that the down-projection reads.
-    template <int R, int C> void store_h(U* panel, int f0, int n, const vf (&h)[R][C]) const {
-        if constexpr (M::PER == 2)
-            for (int r = 0; r < n; r += 2)
-                for (int c = 0; c < C; c++) {
-                    vu odd = r + 1 < n ? round_to_bf16(h[r + 1][c]) & 0xFFFF0000u : vu{};
-                    store(panel + ((size_t)(f0 + r) / 2 * C + c) * LANES, (round_to_bf16(h[r][c]) >> 16) | odd);
-                }
+    // Elements [0, n) of v into z, from column `base` of the memory's order.
+    void store_z(T* z, ptrdiff_t base, int n, vf v) const {
+        if (at.step == 1 && n == LANES) store_narrow(v, z + base);
         else
-            for (int r = 0; r < n; r++)
-                for (int c = 0; c < C; c++) store(panel + ((size_t)(f0 + r) * C + c) * LANES, rounded(h[r][c], (const T*)nullptr));
+            for (int i = 0; i < n; i++) narrow(v[i], z + base + i * at.step);
+    }
+    void add_bias(int e, ptrdiff_t base, int n, vf* to, int stride) const {
+        const T* b = (const T*)a.up_bias + (size_t)e * G + base;
+        for (int i = 0; i < n; i++) to[i * stride] += splat(widen(b[i * at.step]));
     }
 
-    // Columns f0 .. f0 + n of h for one tile of tokens. R accumulator rows: gate and up halves, or 2 R / 2 plain rows.
-    template <int R, int C> void up_tile(const Tile& t, const U* x, U* h, int f0, int n, ptrdiff_t ahead) const {
+    // Lanes are tokens: columns f .. f + n of h; R accumulator rows are gate and up halves, or plain rows.
+    template <int R, int C> void finish_up_lanes(int e, const Tile& t, int f, int n, vf (&acc)[R][C]) const {
         constexpr int H = R / 2;
-        const T* w = (const T*)a.up + (size_t)t.expert * G * D;
-        const ptrdiff_t second = a.gated ? at.up + f0 * at.step : f0 + H;
-        const ptrdiff_t first = at.gate + f0 * at.step;
-        vf acc[R][C];
-        two_runs<M, R, C>(w + first * D, w + second * D, at.step * D, ahead * at.step * D, std::min(n, H), a.gated ? n : n - H, x, D, acc);
-        if (a.up_bias) {
-            const T* b = (const T*)a.up_bias + (size_t)t.expert * G;
-            for (int r = 0; r < R; r++) {
-                const int in_run = r < H ? r : r - H;
-                if ((r < H || a.gated ? in_run : r) >= n) continue;
-                const vf bias = splat(widen(b[(r < H ? first : second) + in_run * at.step]));
-                for (int c = 0; c < C; c++) acc[r][c] += bias;
+        const ptrdiff_t first = at.gate + f * at.step, second = a.gated ? at.up + f * at.step : first + H;
+        const int n0 = std::min(n, a.gated ? H : R), n1 = a.gated ? n0 : 0;
+        for (int c = 0; c < C; c++) {
+            if (a.up_bias) {
+                add_bias(e, first, n0, &acc[0][c], C);
+                if (n1) add_bias(e, second, n1, &acc[H][c], C);
             }
+            for (auto& row : acc) row[c] = rounded(row[c], (const T*)nullptr);
+            const int saved = (int)std::min<int64_t>({LANES, t.rows - c * LANES, a.saved_rows - t.start - c * LANES});
+            T* z = (T*)a.z + (size_t)(t.start + c * LANES) * G;
+            if (saved <= 0) continue;
+            if constexpr (H <= LANES / 2) {
+                vf v[LANES] = {};  // columns of the first half, then of the second
+                for (int r = 0; r < H; r++) v[r] = acc[r][c], v[LANES / 2 + r] = acc[H + r][c];
+                transpose(v);
+                for (int i = 0; i < saved; i++) store_z_halves<H>(z + (size_t)i * G, first, second, n, v[i]);
+            } else
+                for (int i = 0; i < saved; i++)
+                    for (int r = 0; r < R; r++) {
+                        const bool in_second = r >= H && a.gated;
+                        const int column = in_second ? r - H : r;
+                        if (column < n) narrow(acc[r][c][i], z + (size_t)i * G + (in_second ? second : first) + column * at.step);
+                    }
         }
-        for (auto& row : acc)
-            for (vf& v : row) v = rounded(v, (const T*)nullptr);
-        if (t.start < a.saved_rows) store_z(t, f0, n, acc);
         with_activation(act.name, [&]<int NAME>() {
             for (int r = 0; r < (a.gated ? H : R); r++)
                 for (int c = 0; c < C; c++) acc[r][c] = act_forward<NAME>(act, acc[r][c], acc[a.gated ? H + r : r][c], a.gated);
         });
-        store_h(h, f0, n, acc);
+        U* out = h + t.h;
+        for (int r = 0; r < n; r += M::PER)
+            for (int c = 0; c < C; c++) {
+                if constexpr (M::PER == 2) {
+                    const vu odd = r + 1 < n ? round_to_bf16(acc[r + 1][c]) & 0xFFFF0000u : vu{};
+                    store(out + ((size_t)(f + r) / 2 * C + c) * LANES, (round_to_bf16(acc[r][c]) >> 16) | odd);
+                } else
+                    store(out + ((size_t)(f + r) * C + c) * LANES, rounded(acc[r][c], (const T*)nullptr));
+            }
     }
-
-    template <int R, int C> void down_tile(const Tile& t, const U* h, float* rows, int d0, int n, ptrdiff_t ahead) const {
+    // One token's v: H columns of the first half, and from LANES / 2 on of the second; n of them exist.
+    template <int H> void store_z_halves(T* z, ptrdiff_t first, ptrdiff_t second, int n, vf v) const {
+        if (at.step == 1 && n >= (a.gated ? H : 2 * H)) {
+            T narrowed[LANES];
+            store_narrow(v, narrowed);
+            memcpy((void*)(z + first), narrowed, H * sizeof(T));
+            memcpy((void*)(z + second), narrowed + LANES / 2, H * sizeof(T));
+            return;
+        }
+        for (int i = 0; i < std::min(n, H); i++) narrow(v[i], z + first + i * at.step);
+        for (int i = 0; i < (a.gated ? n : n - H); i++) narrow(v[LANES / 2 + i], z + second + i * at.step);
+    }
+    template <int R, int C> void up_lanes(int e, const Tile& t, int f, int n, Ahead& ahead) const {
         constexpr int H = R / 2;
-        const T* w = (const T*)a.down + ((size_t)t.expert * D + d0) * F;
+        const T *w = (const T*)a.up + (size_t)e * G * D, *row[R];
+        for (int r = 0; r < R; r++) {
+            const bool in_second = a.gated && r >= H;
+            row[r] = w + ((in_second ? at.up : at.gate) + (f + std::min(in_second ? r - H : r, n - 1)) * at.step) * D;
+        }
         vf acc[R][C];
-        two_runs<M, R, C>(w, w + (size_t)H * F, F, ahead * F, std::min(n, H), n - H, h, F, acc);
-        float out[R][C * LANES];
-        memcpy(out, acc, sizeof(out));
-        for (int i = 0; i < t.rows; i++)
-            for (int r = 0; r < n; r++) rows[(size_t)(t.start + i) * D + d0 + r] = out[r][i];
+        lanes_tile<M, R, C>([&](int r) { return row[r]; }, x + t.x, D, ahead, acc);
+        finish_up_lanes<R, C>(e, t, f, n, acc);
     }
-
-    // Rows of weights in one task: about 256 KiB, so that they stay in L2 for the expert's further tiles.
-    static int rows_per_task(int rows, size_t row_bytes) {
-        const int block = std::max<int>(1, (256 << 10) / std::max<size_t>(row_bytes, 1) / ONE) * ONE;
-        return std::min(block, (std::max(rows, 1) + ONE - 1) / ONE * ONE);
-    }
-
-    // Runs body(tile, begin, rows, ahead) over the weights' rows in steps of a tile; `ahead` is where the next rows to come
-    // from memory stand. Only an expert's first tile of tokens needs them from there.
-    template <class Body> void sweep(int64_t task, int rows, int block, int narrow_step, int wide_step, Body body) const {
-        const int blocks = (rows + block - 1) / block;
-        const int e = (int)(task / blocks), begin = (int)(task % blocks) * block, end = std::min(begin + block, rows);
-        for (int i = first_tile[e]; i < first_tile[e + 1]; i++) {
-            const Tile& t = tiles[i];
-            const int step = t.lanes == LANES ? narrow_step : wide_step;
-            for (int r = begin; r < end; r += step) {
-                const bool more = r + step < end;
-                const ptrdiff_t ahead = i > first_tile[e] ? 0 : more ? step : (ptrdiff_t)a.threads * (end - begin) - (r - begin);
-                body(t, r, std::min(step, end - r), ahead);
+    template <int R, int C> void down_lanes(int e, const Tile& t, int d, int n, Ahead& ahead) const {
+        const T *w = (const T*)a.down + ((size_t)e * D + d) * F, *row[R];
+        for (int r = 0; r < R; r++) row[r] = w + (size_t)std::min(r, n - 1) * F;
+        vf acc[R][C];
+        lanes_tile<M, R, C>([&](int r) { return row[r]; }, h + t.h, F, ahead, acc);
+        for (int c = 0; c < C; c++) {
+            vf v[LANES] = {};
+            for (int r = 0; r < std::min(R, LANES); r++) v[r] = acc[r][c];
+            transpose(v);
+            for (int i = 0; i < std::min(LANES, t.rows - c * LANES); i++) {
+                float* out = rows + (size_t)(t.start + c * LANES + i) * D + d;
+                if (n == R) memcpy(out, &v[i], std::min(R, LANES) * sizeof(float));
+                else store_some(v[i], out, std::min(n, LANES));
             }
         }
+        for (int r = LANES; r < std::min(n, R); r++)
+            for (int i = 0; i < t.rows; i++) rows[(size_t)(t.start + i) * D + d + r] = acc[r][i / LANES][i % LANES];
+    }
+
+    // Lanes are columns: columns f .. of h for a tile's rows.
+    void finish_up_rows(int e, const Tile& t, int f, vf (*acc)[2]) const {
+        const int n0 = std::clamp(F - f, 0, LANES), n1 = a.gated ? n0 : std::clamp(F - f - LANES, 0, LANES);
+        const ptrdiff_t first = at.gate + f * at.step, second = a.gated ? at.up + f * at.step : first + LANES;
+        vf b0 = {}, b1 = {};
+        if (a.up_bias) {
+            const T* b = (const T*)a.up_bias + (size_t)e * G;
+            for (int i = 0; i < n0; i++) b0[i] = widen(b[first + i * at.step]);
+            for (int i = 0; i < n1; i++) b1[i] = widen(b[second + i * at.step]);
+        }
+        with_activation(act.name, [&]<int NAME>() {
+            for (int r = 0; r < t.rows; r++) {
+                const vf z0 = rounded(acc[r][0] + b0, (const T*)nullptr), z1 = rounded(acc[r][1] + b1, (const T*)nullptr);
+                if (t.start + r < a.saved_rows) {
+                    T* z = (T*)a.z + (size_t)(t.start + r) * G;
+                    store_z(z, first, n0, z0);
+                    store_z(z, second, n1, z1);
+                }
+                U* out = h + t.h + r * h_stride;
+                store_h(out, f, n0, act_forward<NAME>(act, z0, z1, a.gated));
+                if (!a.gated) store_h(out, f + LANES, n1, act_forward<NAME>(act, z1, z1, false));
+            }
+        });
+    }
+    // h's rows are padded to whole panels, with zeros.
+    static void store_h(U* row, int f, int n, vf v) {
+        for (int i = n; i < LANES; i++) v[i] = 0.f;
+        if constexpr (M::PER == 2) store_narrow(v, (T*)row + f);
+        else store(row + f, rounded(v, (const T*)nullptr));
+    }
+    void finish_down_rows(const Tile& t, int d, vf (*acc)[2]) const {
+        for (int r = 0; r < t.rows; r++) {
+            float* out = rows + (size_t)(t.start + r) * D + d;
+            for (int c = 0; c < 2; c++)
+                if (d + (c + 1) * LANES <= D) store(out + c * LANES, acc[r][c]);
+                else store_some(acc[r][c], out + c * LANES, std::clamp(D - d - c * LANES, 0, LANES));
+        }
+    }
+    // The PANEL rows of weights behind columns f .. of h: gate and up rows, or plain ones. The last stands in for missing ones.
+    PanelRows<M> up_rows(int e, int f) const {
+        PanelRows<M> p{{}, D};
+        const T* w = (const T*)a.up + (size_t)e * G * D;
+        for (int i = 0; i < LANES; i++) {
+            const int first = std::min(f + i, F - 1), second = a.gated ? first : std::min(f + LANES + i, F - 1);
+            p.row[i] = w + (at.gate + first * at.step) * D;
+            p.row[LANES + i] = w + ((a.gated ? at.up : at.gate) + second * at.step) * D;
+        }
+        return p;
+    }
+    PanelRows<M> down_rows(int e, int d) const {
+        PanelRows<M> p{{}, F};
+        for (int i = 0; i < PANEL; i++) p.row[i] = (const T*)a.down + ((size_t)e * D + std::min(d + i, D - 1)) * F;
+        return p;
+    }
+
+    // Columns [begin, end) of h (UP) or of the rows, for one tile.
+    template <bool UP> void sweep(int e, const Tile& t, int begin, int end, U* panel, Ahead& ahead) const {
+        if (t.lanes) {
+            const int step = step_of<UP>(t);
+            for (int c = begin; c < end; c += step) {
+                const int n = std::min(step, end - c);
+                if (t.lanes == LANES) UP ? up_lanes<ONE, 1>(e, t, c, n, ahead) : down_lanes<ONE, 1>(e, t, c, n, ahead);
+                else UP ? up_lanes<TWO, 2>(e, t, c, n, ahead) : down_lanes<TWO, 2>(e, t, c, n, ahead);
+            }
+            return;
+        }
+        for (int c = begin; c < end; c += step_of<UP>(t)) {
+            const PanelRows<M> source = UP ? up_rows(e, c) : down_rows(e, c);
+            vf acc[MOST_ROWS][2];
+            multiply_panel<M>(UP ? x + t.x : h + t.h, UP ? x_stride : h_stride, t.rows, source, panel, UP ? xu : hu, ahead, acc);
+            if constexpr (UP) finish_up_rows(e, t, c, acc);
+            else finish_down_rows(t, c, acc);
+        }
+    }
+    template <bool UP> int step_of(const Tile& t) const {
+        if (!t.lanes) return UP ? up_columns : PANEL;
+        const int weights = t.lanes == LANES ? ONE : TWO;
+        return UP && a.gated ? weights / 2 : weights;
+    }
+
+    // Some columns of one expert, for all its tiles.
+    struct Task {
+        const Expert* expert;
+        int begin, end;
+    };
+    // About 256 KiB of weights a task, which stay in L2 while all tiles go over them; less where there are few tasks.
+    template <bool UP> std::vector<Task> make_tasks() const {
+        const int columns = UP ? F : D, panel = UP ? up_columns : PANEL, k = UP ? xu : hu;
+        const int64_t most = (256 << 10) / ((int64_t)std::max(k, 1) * PANEL * sizeof(U));
+        const int64_t fair = (int64_t)experts.size() * columns / panel / (8 * a.threads);
+        const int block = panel * (int)std::max<int64_t>(1, std::min(most, fair));
+        std::vector<Task> tasks;
+        for (const Expert& expert : experts)
+            for (int begin = 0; begin < columns; begin += block) tasks.push_back({&expert, begin, std::min(begin + block, columns)});
+        return tasks;
+    }
+    Ahead weights_of(const Task& task, bool up) const {
+        const int e = task.expert->id;
+        const size_t n = task.end - task.begin;
+        if (!up) return Ahead((const T*)a.down + ((size_t)e * D + task.begin) * F, n * F, (const T*)nullptr, 0);
+        const T* w = (const T*)a.up + (size_t)e * G * D;
+        if (!a.gated || at.step == 2) return Ahead(w + task.begin * at.step * D, n * at.step * D, w, 0);
+        return Ahead(w + (at.gate + task.begin) * D, n * D, w + (at.up + task.begin) * D, n * D);
+    }
+    template <bool UP> void run_task(const Task& task, U* panel, Ahead ahead) const {
+        const int blocks = ((UP ? xu : hu) + LANES - 1) / LANES;
+        int64_t steps = 0;
+        for (const Tile& t : task.expert->tiles) steps += (task.end - task.begin + step_of<UP>(t) - 1) / step_of<UP>(t) * blocks;
+        ahead.over(steps);
+        for (const Tile& t : task.expert->tiles) sweep<UP>(task.expert->id, t, task.begin, task.end, panel, ahead);
     }
 
   public:
     explicit ForwardPass(const MLPForward& a)
         : a(a), D(a.hidden), F(a.inner), G(a.up_rows), E(a.num_experts), at{(ptrdiff_t)a.gate, (ptrdiff_t)a.up_from, (ptrdiff_t)a.step},
-          act{(int)a.activation, (float)a.alpha, (float)a.limit} {}
+          act{(int)a.activation, (float)a.alpha, (float)a.limit}, xu((int)units<M>(D)), hu((int)units<M>(F)), x_stride(stride_of(D)),
+          h_stride(stride_of(F)), up_columns(a.gated ? LANES : PANEL) {}
 
     void run() {
         const int N = a.tokens * a.top_k;
         if (a.y) make_plan(a.experts, N, E, a.order, a.offsets);
         const Plan plan{E, (int)a.top_k, a.order, a.offsets};
         cut_into_tiles();
-        const size_t xu = units<M>(D), hu = units<M>(F);
-        Scratch scratch(Scratch::padded(lanes * xu * sizeof(U)) + Scratch::padded(lanes * hu * sizeof(U)) +
-                        Scratch::padded((size_t)N * D * sizeof(float)) + Scratch::padded((size_t)N * sizeof(int32_t)));
-        U* x = scratch.take<U>(lanes * xu);
-        U* h = scratch.take<U>(lanes * hu);
-        float* rows = scratch.take<float>((size_t)N * D);
+        auto bytes = [](size_t count, size_t size) { return Scratch::padded(count * size); };
+        Scratch scratch(bytes(x_size, sizeof(U)) + bytes(h_size, sizeof(U)) + bytes((size_t)N * D, 4) + bytes(N, 4));
+        x = scratch.take<U>(x_size);
+        h = scratch.take<U>(h_size);
+        rows = scratch.take<float>((size_t)N * D);
         int32_t* position = scratch.take<int32_t>(N);
         invert(plan, N, position);
-        const int up_block = rows_per_task(F, (a.gated ? 2 : 1) * (size_t)D * sizeof(T)), down_block = rows_per_task(D, (size_t)F * sizeof(T));
-        Tasks packing, up, down, combining;
+        const std::vector<Task> up_tasks = make_tasks<true>(), down_tasks = a.y ? make_tasks<false>() : std::vector<Task>();
+        const int64_t up_count = up_tasks.size(), down_count = down_tasks.size();
+        auto ahead_of = [&](int64_t task) {
+            if (task < up_count) return weights_of(up_tasks[task], true);
+            return task - up_count < down_count ? weights_of(down_tasks[task - up_count], false) : Ahead();
+        };
+        Tasks gathering, up, down, combining;
 #pragma omp parallel num_threads(a.threads)
         {
-            packing.run(tiles.size(), [&](int64_t i) { pack(tiles[i], x + tiles[i].panel * xu); });
+            alignas(64) U panel[LANES * PANEL];
+            gathering.run(all_tiles.size(), [&](int64_t i) { gather(experts[all_tiles[i].first].tiles[all_tiles[i].second]); });
 #pragma omp barrier
-            const int plain = a.gated ? 1 : 2;
-            up.run((int64_t)E * ((F + up_block - 1) / up_block), [&](int64_t task) {
-                sweep(task, F, up_block, plain * ONE / 2, plain * TWO / 2, [&](const Tile& t, int f0, int n, ptrdiff_t ahead) {
-                    const U* panel = x + t.panel * xu;
-                    if (t.lanes == LANES) up_tile<ONE, 1>(t, panel, h + t.panel * hu, f0, n, ahead);
-                    else up_tile<TWO, 2>(t, panel, h + t.panel * hu, f0, n, ahead);
-                });
-            });
+            up.run_with_next(up_count, [&](int64_t task, int64_t next) { run_task<true>(up_tasks[task], panel, ahead_of(next)); });
             if (a.y) {
 #pragma omp barrier
-                down.run((int64_t)E * ((D + down_block - 1) / down_block), [&](int64_t task) {
-                    sweep(task, D, down_block, ONE, TWO, [&](const Tile& t, int d0, int n, ptrdiff_t ahead) {
-                        const U* panel = h + t.panel * hu;
-                        if (t.lanes == LANES) down_tile<ONE, 1>(t, panel, rows, d0, n, ahead);
-                        else down_tile<TWO, 2>(t, panel, rows, d0, n, ahead);
-                    });
+                down.run_with_next(down_count, [&](int64_t task, int64_t next) {
+                    run_task<false>(down_tasks[task], panel, ahead_of(up_count + next));
                 });
 #pragma omp barrier
                 combining.run(a.tokens, [&](int64_t t) {

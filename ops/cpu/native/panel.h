@@ -1,0 +1,169 @@
+// Panels: PANEL columns of a product side by side for every unit of k, made from rows of weights as they lie in memory.
+// Lanes are columns, so a panel serves every row of tokens; a product is rows times panel, at most MOST_ROWS at once.
+#pragma once
+#include "layer.h"
+
+constexpr int PANEL = 2 * LANES, MOST_ROWS = ACCUMULATORS / 2;
+static constexpr int panels_of(int rows) { return (rows + PANEL - 1) / PANEL; }
+
+// Transposes LANES vectors: pairs and pairs of pairs inside 128-bit parts, then the parts.
+template <int FROM_SECOND_EVERY, int OFFSET> static constexpr int zipped(int j) {
+    // Inside each part of four: elements OFFSET .. of the first and the second vector in turns.
+    const int part = j / 4, p = j % 4;
+    return FROM_SECOND_EVERY == 1 ? part * 4 + OFFSET + p / 2 + (p % 2) * LANES : part * 4 + OFFSET + p % 2 + (p / 2) * LANES;
+}
+template <int OFFSET> static constexpr int every_other_part(int j) { return (2 * (j / 4) + OFFSET) * 4 + j % 4; }
+template <int STEP, int OFFSET, size_t... J> static INLINE vf zip(vf a, vf b, std::index_sequence<J...>) {
+    return __builtin_shufflevector(a, b, zipped<STEP, OFFSET>(J)...);
+}
+template <int OFFSET, size_t... J> static INLINE vf parts(vf a, vf b, std::index_sequence<J...>) {
+    return __builtin_shufflevector(a, b, every_other_part<OFFSET>(J)...);
+}
+// v[i * STRIDE], i < LANES / 4: the same column group of each four rows. Afterwards v[l * STRIDE] holds part l of each.
+template <int COUNT, int STRIDE> static INLINE void transpose_parts(vf* v) {
+    constexpr auto all = std::make_index_sequence<LANES>{};
+    if constexpr (COUNT > 1) {
+        vf even[COUNT / 2], odd[COUNT / 2];
+        for (int i = 0; i < COUNT / 2; i++) {
+            even[i] = parts<0>(v[2 * i * STRIDE], v[(2 * i + 1) * STRIDE], all);
+            odd[i] = parts<1>(v[2 * i * STRIDE], v[(2 * i + 1) * STRIDE], all);
+        }
+        transpose_parts<COUNT / 2, 1>(even);
+        transpose_parts<COUNT / 2, 1>(odd);
+        for (int i = 0; i < COUNT / 2; i++) v[2 * i * STRIDE] = even[i], v[(2 * i + 1) * STRIDE] = odd[i];
+    }
+}
+static INLINE void transpose(vf (&v)[LANES]) {
+    constexpr auto all = std::make_index_sequence<LANES>{};
+#pragma GCC unroll 4
+    for (int i = 0; i < LANES; i += 4) {
+        const vf lo0 = zip<1, 0>(v[i], v[i + 1], all), hi0 = zip<1, 2>(v[i], v[i + 1], all);
+        const vf lo1 = zip<1, 0>(v[i + 2], v[i + 3], all), hi1 = zip<1, 2>(v[i + 2], v[i + 3], all);
+        v[i] = zip<2, 0>(lo0, lo1, all), v[i + 1] = zip<2, 2>(lo0, lo1, all);
+        v[i + 2] = zip<2, 0>(hi0, hi1, all), v[i + 3] = zip<2, 2>(hi0, hi1, all);
+    }
+    // v[4 g + p] holds, for rows 4 g .. 4 g + 3, column 4 l + p in part l.
+    vf out[LANES];
+#pragma GCC unroll 4
+    for (int p = 0; p < 4; p++) {
+        transpose_parts<LANES / 4, 4>(v + p);
+        for (int l = 0; l < LANES / 4; l++) out[4 * l + p] = v[4 * l + p];
+    }
+    memcpy((void*)v, out, sizeof(out));
+}
+
+// Rows of weights that become a panel.
+template <class M> struct PanelRows {
+    const typename M::T* row[PANEL];
+    int k;
+
+    // Units [unit, unit + LANES) of the first or the second half of the rows, transposed; zeros where the rows have ended.
+    INLINE void load_transposed(int half, int unit, vf (&v)[LANES]) const {
+        const int left = k - unit * M::PER;
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) v[i] = units_at<M>(row[half * LANES + i], unit, left);
+        transpose(v);
+    }
+    // The same of both halves, to out[LANES][PANEL].
+    INLINE void transpose_to(int unit, typename M::U* out) const {
+        for (int half = 0; half < 2; half++) {
+            vf v[LANES];
+            load_transposed(half, unit, v);
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++) store(out + i * PANEL + half * LANES, v[i]);
+        }
+    }
+};
+
+class Ahead {
+    const char* run[2];
+    ptrdiff_t left[2];
+    int lines = 0;
+
+  public:
+    Ahead() : run{}, left{} {}
+    template <class T> Ahead(const T* first, size_t first_count, const T* second, size_t second_count)
+        : run{(const char*)first, (const char*)second}, left{(ptrdiff_t)(first_count * sizeof(T)), (ptrdiff_t)(second_count * sizeof(T))} {}
+    // Spread over this many steps.
+    void over(int64_t steps) { lines = (int)((left[0] / 64 + left[1] / 64) / std::max<int64_t>(steps, 1) + 1); }
+    INLINE void step() {
+        for (int i = 0; i < lines; i++) {
+            const int r = left[0] > 0 ? 0 : 1;
+            if (left[r] <= 0) return;
+            __builtin_prefetch(run[r], 0, 2);
+            run[r] += 64;
+            left[r] -= 64;
+        }
+    }
+};
+
+template <class M, int R>
+static inline void multiply_rows_by_panel(const typename M::U* rows, size_t stride, const PanelRows<M>& source, typename M::U* panel, int k,
+                                          Ahead& ahead, vf (*acc)[2]) {
+    vf sum[R][2];  // not acc itself: what a caller can see does not stay in registers
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = vf{};
+    for (int unit = 0; unit < k; unit += LANES) {
+        source.transpose_to(unit, panel);
+        ahead.step();
+        const typename M::U* a = rows + unit;
+        const int count = std::min(LANES, k - unit);
+        for (int i = 0; i < count; i++) {
+            const vf b0 = load<vf>(panel + i * PANEL), b1 = load<vf>(panel + i * PANEL + LANES);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; r++) {
+                const auto unit_of_row = a[r * stride + i];
+                sum[r][0] = M::step(sum[r][0], unit_of_row, b0);
+                sum[r][1] = M::step(sum[r][1], unit_of_row, b1);
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) acc[r][0] = sum[r][0], acc[r][1] = sum[r][1];
+}
+
+// The same for so few rows that a panel in memory is not worth its stores.
+template <class M, int R>
+static inline void multiply_few_rows(const typename M::U* rows, size_t stride, const PanelRows<M>& source, int k, Ahead& ahead, vf (*acc)[2]) {
+    vf sum[R][2];
+    for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = vf{};
+    for (int unit = 0; unit < k; unit += LANES) {
+        const int count = std::min(LANES, k - unit);
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+            vf v[LANES];
+            source.load_transposed(half, unit, v);
+            if (half == 0) ahead.step();
+            if (count == LANES) {
+#pragma GCC unroll 16
+                for (int i = 0; i < LANES; i++)
+#pragma GCC unroll 4
+                    for (int r = 0; r < R; r++) sum[r][half] = M::step(sum[r][half], rows[r * stride + unit + i], v[i]);
+            } else
+                for (int i = 0; i < count; i++)
+                    for (int r = 0; r < R; r++) sum[r][half] = M::step(sum[r][half], rows[r * stride + unit + i], v[i]);
+        }
+    }
+    for (int r = 0; r < R; r++) acc[r][0] = sum[r][0], acc[r][1] = sum[r][1];
+}
+
+// acc[r][.] = row r . columns of the source, for n rows of k units, 1 <= n <= MOST_ROWS; rows stand `stride` units apart. LANES
+// units of the panel at a time are enough.
+template <class M>
+static inline void multiply_panel(const typename M::U* rows, size_t stride, int n, const PanelRows<M>& source, typename M::U* panel, int k,
+                                  Ahead& ahead, vf (*acc)[2]) {
+    auto go = [&]<int R>() { multiply_rows_by_panel<M, R>(rows, stride, source, panel, k, ahead, acc); };
+    switch (n) {
+        case 1: return multiply_few_rows<M, 1>(rows, stride, source, k, ahead, acc);
+        case 2: return multiply_few_rows<M, 2>(rows, stride, source, k, ahead, acc);
+        case 3: return go.template operator()<3>();
+        case 4: return go.template operator()<4>();
+        case 5:
+        case 6: return go.template operator()<6>();
+        case 7:
+        case 8: return go.template operator()<std::min(8, MOST_ROWS)>();
+        case 9:
+        case 10: return go.template operator()<std::min(10, MOST_ROWS)>();
+        default: return go.template operator()<MOST_ROWS>();
+    }
+}
