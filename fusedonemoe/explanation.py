@@ -38,6 +38,7 @@ class Explanation:
         device: device type.
         dtype: of the computation.
         candidates: every implementation, with its counted work.
+        packed_bytes: size of the copy that ``prepack()`` made of the expert weights; 0 without one.
     """
 
     operator: str
@@ -47,6 +48,7 @@ class Explanation:
     device: str
     dtype: torch.dtype
     candidates: tuple[Candidate, ...]
+    packed_bytes: int = 0
 
     def __str__(self) -> str:
         lines = [
@@ -59,6 +61,8 @@ class Explanation:
                 f"  {'*' if c.impl == self.impl else ' '} {c.impl:8s} {c.work.flops / 1e9:10.3f} GFLOP "
                 f"{c.work.weight_bytes / 1e6:10.2f} MB of expert weights{note}"
             )
+        if self.packed_bytes:
+            lines.append(f"  packed for inference: {self.packed_bytes / 1e6:.2f} MB beside the parameters")
         return "\n".join(lines)
 
 
@@ -127,4 +131,6 @@ def explain(
         )
         for name in IMPLEMENTATIONS
     )
-    return Explanation(operator, chosen.impl, chosen.reason, tokens, device_type, dtype, candidates)
+    experts = layer.experts if isinstance(layer, MoE) else layer
+    packed_bytes = experts.packed_bytes if isinstance(experts, Experts) else 0
+    return Explanation(operator, chosen.impl, chosen.reason, tokens, device_type, dtype, candidates, packed_bytes)

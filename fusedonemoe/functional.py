@@ -8,12 +8,24 @@ import torch
 from torch import Tensor
 
 from fusedonemoe.ops import choose, library
-from fusedonemoe.ops.activation import ACTIVATIONS, GATE_UP_LAYOUTS, PLAIN
+from fusedonemoe.ops.activation import ACTIVATIONS, GATE_UP_LAYOUTS, PLAIN, Activation
+from fusedonemoe.ops.choice import refusal
+from fusedonemoe.ops.cpu.packing import PackedExperts, pack
 from fusedonemoe.ops.plan import Plan, make_plan
 from fusedonemoe.ops.plan import tokens_per_expert as _count_tokens
 from fusedonemoe.ops.route import GROUP_SCORES, SCORINGS
 
-__all__ = ["Plan", "experts_merged", "experts_mlp", "plan", "route", "stack_gate_up", "tokens_per_expert"]
+__all__ = [
+    "PackedExperts",
+    "Plan",
+    "experts_merged",
+    "experts_mlp",
+    "pack_experts",
+    "plan",
+    "route",
+    "stack_gate_up",
+    "tokens_per_expert",
+]
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _ops = torch.ops.fusedonemoe
@@ -314,6 +326,67 @@ def stack_gate_up(gate_proj: Tensor, up_proj: Tensor) -> Tensor:
     return torch.cat((gate_proj, up_proj), dim=1)
 
 
+def pack_experts(
+    gate_up_proj: Tensor, down_proj: Tensor, *, gated: bool = True, gate_up_layout: str = "gate_up"
+) -> PackedExperts:
+    """Copy expert weights into the order in which the CPU kernels read them, for inference.
+
+    With few rows per expert the kernels are bound by reading the weights, and the copy is read as one stream. The weights
+    stay what counts: a call with a copy of weights that were changed or replaced since raises. Changes are seen as autograd
+    sees them; a write through ``.data`` escapes both.
+
+    Args:
+        gate_up_proj: ``[E, 2F, D]``, or ``[E, F, D]`` when plain; float32 or bfloat16, contiguous, on CPU.
+        down_proj: ``[E, D, F]``, of the same dtype.
+        gated: as in :func:`experts_mlp`.
+        gate_up_layout: likewise.
+
+    Returns:
+        :class:`PackedExperts`, for the argument ``packed`` of :func:`experts_mlp`; ``nbytes`` tells its size, about that of
+        the weights. It keeps the weights alive.
+
+    Raises:
+        TypeError: an argument that is no floating-point tensor, or dtypes that differ.
+        ValueError: a shape that does not fit, or no CPU kernels for such weights here; the message says why.
+
+    Example:
+        >>> import torch
+        >>> from fusedonemoe import functional as F
+        >>> gate_up_proj, down_proj = torch.randn(4, 64, 16), torch.randn(4, 16, 32)
+        >>> packed = F.pack_experts(gate_up_proj, down_proj)
+        >>> x, experts, weights = torch.randn(5, 16), torch.zeros(5, 1, dtype=torch.int64), torch.ones(5, 1)
+        >>> y = F.experts_mlp(x, experts, weights, gate_up_proj, down_proj, packed=packed)
+        >>> torch.equal(y, F.experts_mlp(x, experts, weights, gate_up_proj, down_proj))
+        True
+    """
+    _check_float("gate_up_proj", gate_up_proj)
+    _check_one_of("gate_up_layout", gate_up_layout, GATE_UP_LAYOUTS)
+    _check_dim("gate_up_proj", gate_up_proj, "E, G, D")
+    _check_like_x("down_proj", down_proj, gate_up_proj)
+    E, G, D = gate_up_proj.shape
+    if gated and G % 2:
+        raise ValueError(f"gate_up_proj must have as many gate rows as up rows, got {G} in all")
+    F = G // 2 if gated else G
+    _check_shape("down_proj", down_proj, (E, D, F))
+    contiguous = gate_up_proj.is_contiguous() and down_proj.is_contiguous()
+    reason = refusal(
+        "cpu", device_type=gate_up_proj.device.type, dtype=gate_up_proj.dtype, widths=(D, G, F), contiguous=contiguous
+    )
+    if reason is None and (gate_up_proj.is_inference() or down_proj.is_inference()):
+        reason = "tensors made in inference mode do not tell when they are changed"
+    if reason:
+        raise ValueError(f"gate_up_proj and down_proj cannot be packed: {reason}")
+    return pack(gate_up_proj, down_proj, Activation("identity", gate_up_layout if gated else PLAIN, 0.0, 0.0))
+
+
+def _check_packed(packed: PackedExperts, up_EGD: Tensor, down_EDF: Tensor, layout: str) -> None:
+    if packed.layout != layout:
+        raise ValueError(f"packed must have been packed with gate_up_layout {layout!r}, got {packed.layout!r}")
+    shapes = tuple(tuple(source.shape) for source in packed.sources)
+    if shapes != (tuple(up_EGD.shape), tuple(down_EDF.shape)):
+        raise ValueError(f"packed must be of weights of shapes {tuple(up_EGD.shape)}, {tuple(down_EDF.shape)}, got {shapes}")
+
+
 def experts_mlp(
     x: Tensor,
     experts: Tensor,
@@ -330,6 +403,7 @@ def experts_mlp(
     swiglu_alpha: float = 1.702,
     swiglu_limit: float = 7.0,
     save_percent: int = 100,
+    packed: PackedExperts | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Run each token through its experts' MLPs and sum the results by routing weight.
@@ -354,6 +428,8 @@ def experts_mlp(
         swiglu_limit: clamp of ``swiglu_oai``.
         save_percent: 0 to 100, the share of pre-activation rows kept for the backward; the rest is computed again there.
             Less memory for more time, the same gradients. ``dense`` is left to autograd and keeps everything.
+        packed: what :func:`pack_experts` made of these very weights. Used where ``impl`` is or comes out as ``"cpu"``, no
+            gradients are recorded and no graph is exported; otherwise the weights themselves are. The same bits.
         impl: ``"auto"``, ``"dense"`` (masked batched matmul, derivatives of every order), ``"grouped"`` (sorted rows) or
             ``"cpu"`` (kernels that are compiled on first use; float32 and bfloat16, contiguous weights).
 
@@ -364,6 +440,7 @@ def experts_mlp(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: a shape or name that does not fit, or an ``impl`` that cannot run here.
+        RuntimeError: the weights were changed or replaced after they were packed.
 
     Source:
         Shazeer et al. 2017 (arXiv 1701.06538); backward after SonicMoE (arXiv 2512.14080) section 3.
@@ -411,7 +488,13 @@ def experts_mlp(
         y = _ops.experts_mlp_dense(*flat, *parameters, *act, library.BUILD)
     else:
         _refuse_transforms()
-        kept = save_percent if _records_gradients(x, weights, *parameters) else 0
+        recording = _records_gradients(x, weights, *parameters)
+        if packed is not None:
+            _check_packed(packed, up_EGD, down_EDF, act[1])
+            if chosen == "cpu" and not recording and not torch.compiler.is_exporting() and _compute_dtype(x.dtype, x.device.type) == up_EGD.dtype:
+                y = library.experts_mlp_packed(*flat, *parameters, packed.up, packed.down, *act)
+                return _unrows(y, x)
+        kept = save_percent if recording else 0
         y = library.experts_mlp(*flat, *parameters, *act, kept, library.BUILD, chosen)[0]
     return _unrows(y, x)
 

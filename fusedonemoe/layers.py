@@ -1,6 +1,7 @@
 """The modules: parameters, their initialisation, and a forward that is one call into :mod:`fusedonemoe.functional`."""
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -66,6 +67,7 @@ class Experts(nn.Module):
         self.down_proj = parameter(E, D, F_)
         self.register_parameter(f"{self._up_name}_bias", parameter(E, G) if config.bias else None)
         self.register_parameter("down_proj_bias", parameter(E, D) if config.bias else None)
+        self._packed: F.PackedExperts | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -91,8 +93,42 @@ class Experts(nn.Module):
             swiglu_alpha=config.swiglu_alpha,
             swiglu_limit=config.swiglu_limit,
             save_percent=config.save_percent,
+            packed=self._packed,
             impl=config.impl,
         )
+
+    def prepack(self) -> None:
+        """Keep a second copy of the weights in the order in which the CPU kernels read them, for inference.
+
+        Calls that record no gradients use it; others use the parameters, which stay what is saved and trained. When they
+        are changed or replaced afterwards, a call that would use the copy raises until :meth:`prepack` or :meth:`unpack`
+        is called. Moving or casting the module, copying it and pickling it leave the copy out.
+
+        Raises:
+            ValueError: there are no CPU kernels for these weights here; the message says why.
+            RuntimeError: ``impl`` names another implementation.
+        """
+        if self.config.impl not in ("auto", "cpu"):
+            raise RuntimeError(f"packed weights are for impl='auto' or 'cpu', got impl={self.config.impl!r}")
+        self._packed = F.pack_experts(
+            getattr(self, self._up_name), self.down_proj, gated=self.config.gated, gate_up_layout=self.config.gate_up_layout
+        )
+
+    def unpack(self) -> None:
+        """Drop the copy that :meth:`prepack` made."""
+        self._packed = None
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes that :meth:`prepack` holds beside the parameters."""
+        return 0 if self._packed is None else self._packed.nbytes
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Experts":
+        self.unpack()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None}
 
     def extra_repr(self) -> str:
         """The sizes, for ``print(module)``."""
@@ -204,6 +240,14 @@ class MoE(nn.Module):
         for part in self.modules():
             if isinstance(part, TopKRouter | Experts | nn.Linear):
                 part.reset_parameters()
+
+    def prepack(self) -> None:
+        """Pack the expert weights for inference on CPU; see :meth:`Experts.prepack`."""
+        self.experts.prepack()
+
+    def unpack(self) -> None:
+        """Drop the copy that :meth:`prepack` made."""
+        self.experts.unpack()
 
     @overload
     def forward(self, x: Tensor, *, return_routing: Literal[False] = False) -> Tensor: ...

@@ -24,7 +24,7 @@ from torch.library import triton_op
 from fusedonemoe.ops import cuda, dense, grouped
 from fusedonemoe.ops import route as routing
 from fusedonemoe.ops.activation import Activation
-from fusedonemoe.ops.cpu import grouped_gemm, native, selection
+from fusedonemoe.ops.cpu import grouped_gemm, native, packing, selection
 from fusedonemoe.ops.grouped import MergedNeeds, MLPNeeds, saved_rows
 from fusedonemoe.ops.route import RouteRule
 from fusedonemoe.ops.shortcut import recorder, shortcut
@@ -182,6 +182,11 @@ _define_cpu(
     f"experts_mlp_cpu({_MLP}, {_ACT}, int save_percent) -> (Tensor, Tensor, Tensor, Tensor)",
     _mlp_kernel,
     _mlp_cpu_fake,
+)
+_define_cpu(
+    f"experts_mlp_packed({_MLP}, Tensor packed_up, Tensor packed_down, {_ACT}) -> Tensor",
+    packing.experts_mlp_packed,
+    lambda x, *_: x.new_empty(x.shape),
 )
 _define_cpu(
     f"experts_mlp_cpu_backward(Tensor dy, Tensor z, Tensor order, Tensor offsets, {_MLP}, {_ACT}, bool[] needs)"
@@ -451,6 +456,7 @@ route = shortcut("route", _route, 2, recorder("route", _route, _route_grad, _rou
 route_backward = shortcut("route_backward", _route_backward, 3)
 experts_mlp = shortcut("experts_mlp", _mlp_output, 7, _mlp_recorder, impl="cpu")
 experts_mlp_backward = shortcut("experts_mlp_backward", _mlp_gradients, 11, impl="cpu")
+experts_mlp_packed = shortcut("experts_mlp_packed", packing.experts_mlp_packed, 9)
 experts_merged = shortcut("experts_merged", _merged, 4, _merged_recorder, impl="cpu")
 experts_merged_backward = shortcut("experts_merged_backward", _merged_gradients, 7, impl="cpu")
 

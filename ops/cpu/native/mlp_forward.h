@@ -5,14 +5,16 @@
 // An expert's rows are cut into tiles of two kinds, and both read the weights as they lie in memory. In a tile of one or two
 // whole vectors, lanes are tokens: a weight is broadcast, nothing is rearranged. What is left of a vector would waste lanes,
 // so there lanes are columns: LANES rows of weights at a time are transposed into a panel, tokens are broadcast. Either way an
-// element is the same chain of multiply-adds, so which kind a token fell into does not show in its bits.
+// element is the same chain of multiply-adds, so which kind a token fell into does not show in its bits. Weights that were
+// packed into panels before need no transposing, and all tiles are of the second kind.
 #pragma once
-#include "panel.h"
+#include "packing.h"
 
 // z gets rows [first_row, saved_rows) of the pre-activations, or more. Without y, that is all that is computed, with the plan
 // as it is given; with y, first_row is 0 and the plan is made here.
 struct MLPForward {
     const void *x, *up, *down, *up_bias, *down_bias;
+    const void *packed_up, *packed_down;  // from PackWeights, or null; with them, up and down are not read
     const int64_t* experts;
     const float* weights;
     void *y, *z;
@@ -43,6 +45,7 @@ template <class M> class ForwardPass {
     const int D, F, G, E;
     const GateUp at;
     const Act act;
+    const PanelsOfWeights<M> weights;
     const int xu, hu;                  // units of a row of x, of h
     const size_t x_stride, h_stride;   // from row to row, where lanes are columns
     const int up_columns;              // columns of h that a panel of the up-projection gives
@@ -69,6 +72,12 @@ template <class M> class ForwardPass {
             int start = std::max<int>(a.offsets[e], a.first_row), left = a.offsets[e + 1] - start;
             if (left <= 0) continue;
             Expert expert{e, {}};
+            if (a.packed_up)
+                for (int tiles = (left + MOST_ROWS - 1) / MOST_ROWS; tiles > 0; tiles--) {
+                    const int rows = left / tiles;  // as equal as can be
+                    add_tile(expert, start, rows, 0);
+                    start += rows, left -= rows;
+                }
             for (; left > LANES + MOST_ROWS; start += 2 * LANES, left -= 2 * LANES) add_tile(expert, start, std::min(left, 2 * LANES), 2 * LANES);
             if (left > MOST_ROWS) {
                 add_tile(expert, start, std::min(left, LANES), LANES);
@@ -230,21 +239,9 @@ template <class M> class ForwardPass {
                 else store_some(acc[r][c], out + c * LANES, std::clamp(D - d - c * LANES, 0, LANES));
         }
     }
-    // The PANEL rows of weights behind columns f .. of h: gate and up rows, or plain ones. The last stands in for missing ones.
-    PanelRows<M> up_rows(int e, int f) const {
-        PanelRows<M> p{{}, D};
-        const T* w = (const T*)a.up + (size_t)e * G * D;
-        for (int i = 0; i < LANES; i++) {
-            const int first = std::min(f + i, F - 1), second = a.gated ? first : std::min(f + LANES + i, F - 1);
-            p.row[i] = w + (at.gate + first * at.step) * D;
-            p.row[LANES + i] = w + ((a.gated ? at.up : at.gate) + second * at.step) * D;
-        }
-        return p;
-    }
-    PanelRows<M> down_rows(int e, int d) const {
-        PanelRows<M> p{{}, F};
-        for (int i = 0; i < PANEL; i++) p.row[i] = (const T*)a.down + ((size_t)e * D + std::min(d + i, D - 1)) * F;
-        return p;
+    template <bool UP> const U* packed(int e, int column) const {
+        const int step = UP ? up_columns : PANEL, panels = ((UP ? F : D) + step - 1) / step;
+        return (const U*)(UP ? a.packed_up : a.packed_down) + ((size_t)e * panels + column / step) * (UP ? xu : hu) * PANEL;
     }
 
     // Columns [begin, end) of h (UP) or of the rows, for one tile.
@@ -259,9 +256,12 @@ template <class M> class ForwardPass {
             return;
         }
         for (int c = begin; c < end; c += step_of<UP>(t)) {
-            const PanelRows<M> source = UP ? up_rows(e, c) : down_rows(e, c);
             vf acc[MOST_ROWS][2];
-            multiply_panel<M>(UP ? x + t.x : h + t.h, UP ? x_stride : h_stride, t.rows, source, panel, UP ? xu : hu, ahead, acc);
+            auto times = [&](const auto& source) {
+                multiply_panel<M>(UP ? x + t.x : h + t.h, UP ? x_stride : h_stride, t.rows, source, panel, UP ? xu : hu, ahead, acc);
+            };
+            if (a.packed_up) times(MadePanel<M>{packed<UP>(e, c)});
+            else times(UP ? weights.up_rows(e, c) : weights.down_rows(e, c));
             if constexpr (UP) finish_up_rows(e, t, c, acc);
             else finish_down_rows(t, c, acc);
         }
@@ -291,6 +291,7 @@ template <class M> class ForwardPass {
     Ahead weights_of(const Task& task, bool up) const {
         const int e = task.expert->id;
         const size_t n = task.end - task.begin;
+        if (a.packed_up) return Ahead();  // panels look ahead themselves
         if (!up) return Ahead((const T*)a.down + ((size_t)e * D + task.begin) * F, n * F, (const T*)nullptr, 0);
         const T* w = (const T*)a.up + (size_t)e * G * D;
         if (!a.gated || at.step == 2) return Ahead(w + task.begin * at.step * D, n * at.step * D, w, 0);
@@ -307,7 +308,8 @@ template <class M> class ForwardPass {
   public:
     explicit ForwardPass(const MLPForward& a)
         : a(a), D(a.hidden), F(a.inner), G(a.up_rows), E(a.num_experts), at{(ptrdiff_t)a.gate, (ptrdiff_t)a.up_from, (ptrdiff_t)a.step},
-          act{(int)a.activation, (float)a.alpha, (float)a.limit}, xu((int)units<M>(D)), hu((int)units<M>(F)), x_stride(stride_of(D)),
+          act{(int)a.activation, (float)a.alpha, (float)a.limit},
+          weights{(const T*)a.up, (const T*)a.down, D, F, G, at, a.gated != 0}, xu((int)units<M>(D)), hu((int)units<M>(F)), x_stride(stride_of(D)),
           h_stride(stride_of(F)), up_columns(a.gated ? LANES : PANEL) {}
 
     void run() {

@@ -17,6 +17,8 @@ template <class Pass, class Args> static int run(const void* args) {
 extern "C" {
 int fusedonemoe_mlp_forward_f32(const void* args) { return run<ForwardPass<MacF32>, MLPForward>(args); }
 int fusedonemoe_mlp_forward_bf16(const void* args) { return run<ForwardPass<MacBF16>, MLPForward>(args); }
+int fusedonemoe_pack_f32(const void* args) { return run<PackingPass<MacF32>, PackWeights>(args); }
+int fusedonemoe_pack_bf16(const void* args) { return run<PackingPass<MacBF16>, PackWeights>(args); }
 int fusedonemoe_mlp_backward_f32(const void* args) { return run<BackwardPass<MacF32>, MLPBackward>(args); }
 int fusedonemoe_mlp_backward_bf16(const void* args) { return run<BackwardPass<MacBF16>, MLPBackward>(args); }
 int fusedonemoe_merged_forward_f32(const void* args) { return run<MergedForwardPass<MacF32>, MergedForward>(args); }
@@ -34,4 +36,7 @@ void* fusedonemoe_pooled_bytes(int64_t bytes) {
 int64_t fusedonemoe_pool_peak() { return (int64_t)Memory::pool().peak_since_last(); }
 void fusedonemoe_trim() { Memory::pool().trim(); }
 int fusedonemoe_lanes() { return LANES; }
+int fusedonemoe_panel_columns() { return PANEL; }
+int fusedonemoe_elements_per_unit_f32() { return MacF32::PER; }
+int fusedonemoe_elements_per_unit_bf16() { return MacBF16::PER; }
 }

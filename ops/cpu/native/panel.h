@@ -73,6 +73,20 @@ template <class M> struct PanelRows {
             for (int i = 0; i < LANES; i++) store(out + i * PANEL + half * LANES, v[i]);
         }
     }
+    INLINE const typename M::U* block(int unit, typename M::U* buffer) const {
+        transpose_to(unit, buffer);
+        return buffer;
+    }
+    static INLINE void look_ahead(const typename M::U*) {}
+    // All units, to out[units][PANEL].
+    void make(typename M::U* out) const {
+        const int whole = (int)units<M>(k);
+        alignas(64) typename M::U buffer[LANES * PANEL];
+        for (int unit = 0; unit < whole; unit += LANES) {
+            transpose_to(unit, buffer);
+            memcpy(out + (size_t)unit * PANEL, buffer, (size_t)std::min(LANES, whole - unit) * PANEL * sizeof(*out));
+        }
+    }
 };
 
 class Ahead {
@@ -97,19 +111,32 @@ class Ahead {
     }
 };
 
-template <class M, int R>
-static inline void multiply_rows_by_panel(const typename M::U* rows, size_t stride, const PanelRows<M>& source, typename M::U* panel, int k,
+// A panel that was made before, all units of k. The memory behind it is that of the next, so it is read as one stream; asking
+// for it some distance ahead is worth a tenth of the time where the panels come from memory, and nothing where they do not.
+template <class M> struct MadePanel {
+    static constexpr int BYTES_AHEAD = 8 << 10;
+    const typename M::U* panel;
+
+    INLINE const typename M::U* block(int unit, typename M::U*) const { return panel + (size_t)unit * PANEL; }
+    static INLINE void look_ahead(const typename M::U* columns) {
+        for (int byte = 0; byte < PANEL * 4; byte += 64) __builtin_prefetch((const char*)columns + BYTES_AHEAD + byte, 0, 2);
+    }
+};
+
+template <class M, int R, class Source>
+static inline void multiply_rows_by_panel(const typename M::U* rows, size_t stride, const Source& source, typename M::U* buffer, int k,
                                           Ahead& ahead, vf (*acc)[2]) {
     vf sum[R][2];  // not acc itself: what a caller can see does not stay in registers
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = vf{};
     for (int unit = 0; unit < k; unit += LANES) {
-        source.transpose_to(unit, panel);
+        const typename M::U* block = source.block(unit, buffer);
         ahead.step();
         const typename M::U* a = rows + unit;
         const int count = std::min(LANES, k - unit);
         for (int i = 0; i < count; i++) {
-            const vf b0 = load<vf>(panel + i * PANEL), b1 = load<vf>(panel + i * PANEL + LANES);
+            Source::look_ahead(block + i * PANEL);
+            const vf b0 = load<vf>(block + i * PANEL), b1 = load<vf>(block + i * PANEL + LANES);
 #pragma GCC unroll 16
             for (int r = 0; r < R; r++) {
                 const auto unit_of_row = a[r * stride + i];
@@ -147,23 +174,28 @@ static inline void multiply_few_rows(const typename M::U* rows, size_t stride, c
     for (int r = 0; r < R; r++) acc[r][0] = sum[r][0], acc[r][1] = sum[r][1];
 }
 
-// acc[r][.] = row r . columns of the source, for n rows of k units, 1 <= n <= MOST_ROWS; rows stand `stride` units apart. LANES
-// units of the panel at a time are enough.
-template <class M>
-static inline void multiply_panel(const typename M::U* rows, size_t stride, int n, const PanelRows<M>& source, typename M::U* panel, int k,
+// acc[r][.] = row r . columns of the source, for n rows of k units, 1 <= n <= MOST_ROWS; rows stand `stride` units apart. A panel
+// that is made on the way needs a buffer for LANES units.
+template <class M, class Source>
+static inline void multiply_panel(const typename M::U* rows, size_t stride, int n, const Source& source, typename M::U* buffer, int k,
                                   Ahead& ahead, vf (*acc)[2]) {
-    auto go = [&]<int R>() { multiply_rows_by_panel<M, R>(rows, stride, source, panel, k, ahead, acc); };
+    auto go = [&]<int R>() { multiply_rows_by_panel<M, std::min(R, MOST_ROWS)>(rows, stride, source, buffer, k, ahead, acc); };
+    if constexpr (std::is_same_v<Source, PanelRows<M>>) {
+        if (n == 1) return multiply_few_rows<M, 1>(rows, stride, source, k, ahead, acc);
+        if (n == 2) return multiply_few_rows<M, 2>(rows, stride, source, k, ahead, acc);
+    }
     switch (n) {
-        case 1: return multiply_few_rows<M, 1>(rows, stride, source, k, ahead, acc);
-        case 2: return multiply_few_rows<M, 2>(rows, stride, source, k, ahead, acc);
+        case 1: return go.template operator()<1>();
+        case 2: return go.template operator()<2>();
         case 3: return go.template operator()<3>();
         case 4: return go.template operator()<4>();
-        case 5:
+        case 5: return go.template operator()<5>();
         case 6: return go.template operator()<6>();
         case 7:
-        case 8: return go.template operator()<std::min(8, MOST_ROWS)>();
+        case 8: return go.template operator()<8>();
         case 9:
-        case 10: return go.template operator()<std::min(10, MOST_ROWS)>();
+        case 10: return go.template operator()<10>();
+        case 11: return go.template operator()<11>();
         default: return go.template operator()<MOST_ROWS>();
     }
 }
