@@ -152,10 +152,9 @@ template <class M> class ForwardPass {
         U* out = h + t.h;
         for (int r = 0; r < n; r += M::PER)
             for (int c = 0; c < C; c++) {
-                if constexpr (M::PER == 2) {
-                    const vu odd = r + 1 < n ? round_to_bf16(acc[r + 1][c]) & 0xFFFF0000u : vu{};
-                    store(out + ((size_t)(f + r) / 2 * C + c) * LANES, (round_to_bf16(acc[r][c]) >> 16) | odd);
-                } else
+                if constexpr (M::PER == 2)
+                    store(out + ((size_t)(f + r) / 2 * C + c) * LANES, pair_of_bf16(acc[r][c], r + 1 < n ? acc[r + 1][c] : vf{}));
+                else
                     store(out + ((size_t)(f + r) * C + c) * LANES, rounded(acc[r][c], (const T*)nullptr));
             }
     }

@@ -8,7 +8,7 @@
 #include <cstring>
 #include <type_traits>
 #include <utility>
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -41,14 +41,23 @@ struct bf16 {
     uint16_t bits;
 };
 
-// The float32 whose upper 16 bits are the nearest bfloat16, ties to even. A NaN stays one.
-static INLINE vu round_to_bf16(vf v) {
+// The nearest bfloat16, ties to even. A NaN stays one; the AVX-512 instruction takes numbers below 1.2e-38 for zeros.
+static INLINE vh nearest_bf16(vf v) {
+#if defined(__AVX512BF16__)
+    return (vh)_mm512_cvtneps_pbh((__m512)v);
+#else
     vu u = (vu)v, nearest = u + 0x7FFF + ((u >> 16) & 1);
     vi is_nan = v != v;
-    return (nearest & (vu)~is_nan) | ((u | 0x400000) & (vu)is_nan);
+    return __builtin_convertvector(((nearest & (vu)~is_nan) | ((u | 0x400000) & (vu)is_nan)) >> 16, vh);
+#endif
 }
+static INLINE vu round_to_bf16(vf v) { return __builtin_convertvector(nearest_bf16(v), vu) << 16; }
 static INLINE vf rounded(vf v, const float*) { return v; }
-static INLINE vf rounded(vf v, const bf16*) { return (vf)(round_to_bf16(v) & 0xFFFF0000u); }
+static INLINE vf rounded(vf v, const bf16*) { return (vf)(__builtin_convertvector(nearest_bf16(v), vu) << 16); }
+// Two bfloat16 side by side, the even one in the lower half.
+static INLINE vu pair_of_bf16(vf even, vf odd) {
+    return __builtin_convertvector(nearest_bf16(even), vu) | (__builtin_convertvector(nearest_bf16(odd), vu) << 16);
+}
 
 static INLINE float widen(float v) { return v; }
 static INLINE float widen(bf16 v) {
@@ -67,18 +76,25 @@ static INLINE void narrow(float v, bf16* p) {
 static INLINE vf load_wide(const float* p) { return load<vf>(p); }
 static INLINE vf load_wide(const bf16* p) { return (vf)(__builtin_convertvector(load<vh>(p), vu) << 16); }
 static INLINE void store_narrow(vf v, float* p) { store(p, v); }
-static INLINE void store_narrow(vf v, bf16* p) { store(p, __builtin_convertvector(round_to_bf16(v) >> 16, vh)); }
+static INLINE void store_narrow(vf v, bf16* p) { store(p, nearest_bf16(v)); }
 // The first `count` lanes only.
 template <class T> static INLINE void store_some(vf v, T* p, int count) {
     for (int i = 0; i < count; i++) narrow(v[i], p + i);
 }
 
-// exp to about 2 ulp: 2^n times a polynomial in the rest (Cephes' expf); 0 below the smallest normal number.
+// exp to about 2 ulp: 2^n times a polynomial in the rest (Cephes' expf). Nothing below the smallest normal number.
 static INLINE vf vexp(vf x) {
+#if defined(__AVX512F__)
+    // Of a NaN and a number, these return the second.
+    x = (vf)_mm512_max_ps((__m512)splat(-87.33f), _mm512_min_ps((__m512)splat(89.f), (__m512)x));
+    vf n = (vf)_mm512_roundscale_ps((__m512)(x * splat(1.44269504088896341f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    vf r = x - n * splat(0.693359375f) - n * splat(-2.12194440e-4f);
+#else
     vf clamped = choose(x > splat(88.37f), splat(88.37f), x);
     vf n = (clamped * splat(1.44269504088896341f) + splat(12582912.f)) - splat(12582912.f);
     n = choose(x < splat(-87.33f), splat(0.f), n);
     vf r = clamped - n * splat(0.693359375f) - n * splat(-2.12194440e-4f);
+#endif
     vf p = splat(1.9875691500e-4f);
     p = p * r + splat(1.3981999507e-3f);
     p = p * r + splat(8.3334519073e-3f);
@@ -86,8 +102,12 @@ static INLINE vf vexp(vf x) {
     p = p * r + splat(1.6666665459e-1f);
     p = p * r + splat(5.0000001201e-1f);
     p = p * r * r + r + splat(1.f);
+#if defined(__AVX512F__)
+    return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
     vf scale = (vf)((__builtin_convertvector(n, vi) + 127) << 23);
     return choose(x < splat(-87.33f), splat(0.f), p * scale);
+#endif
 }
 static INLINE vf vsigmoid(vf x) { return splat(1.f) / (splat(1.f) + vexp(-x)); }
 static INLINE vf verf(vf x) {
