@@ -7,10 +7,9 @@ G rows of the up-projection (2F when gated, F when plain).
 import torch
 from torch import Tensor
 
-from fusedonemoe.ops import choose, library
+from fusedonemoe.ops import PackedExperts, choose, library
 from fusedonemoe.ops.activation import ACTIVATIONS, GATE_UP_LAYOUTS, PLAIN, Activation
 from fusedonemoe.ops.choice import refusal
-from fusedonemoe.ops.cpu.packing import PackedExperts, pack
 from fusedonemoe.ops.plan import Plan, make_plan
 from fusedonemoe.ops.plan import tokens_per_expert as _count_tokens
 from fusedonemoe.ops.route import GROUP_SCORES, SCORINGS
@@ -376,7 +375,7 @@ def pack_experts(
         reason = "tensors made in inference mode do not tell when they are changed"
     if reason:
         raise ValueError(f"gate_up_proj and down_proj cannot be packed: {reason}")
-    return pack(gate_up_proj, down_proj, Activation("identity", gate_up_layout if gated else PLAIN, 0.0, 0.0))
+    return library.pack(gate_up_proj, down_proj, Activation("identity", gate_up_layout if gated else PLAIN, 0.0, 0.0))
 
 
 def _check_packed(packed: PackedExperts, up_EGD: Tensor, down_EDF: Tensor, layout: str) -> None:
@@ -491,7 +490,12 @@ def experts_mlp(
         recording = _records_gradients(x, weights, *parameters)
         if packed is not None:
             _check_packed(packed, up_EGD, down_EDF, act[1])
-            if chosen == "cpu" and not recording and not torch.compiler.is_exporting() and _compute_dtype(x.dtype, x.device.type) == up_EGD.dtype:
+            if (
+                chosen == "cpu"
+                and not recording
+                and not torch.compiler.is_exporting()
+                and _compute_dtype(x.dtype, x.device.type) == up_EGD.dtype
+            ):
                 y = library.experts_mlp_packed(*flat, *parameters, packed.up, packed.down, *act)
                 return _unrows(y, x)
         kept = save_percent if recording else 0

@@ -456,6 +456,7 @@ route = shortcut("route", _route, 2, recorder("route", _route, _route_grad, _rou
 route_backward = shortcut("route_backward", _route_backward, 3)
 experts_mlp = shortcut("experts_mlp", _mlp_output, 7, _mlp_recorder, impl="cpu")
 experts_mlp_backward = shortcut("experts_mlp_backward", _mlp_gradients, 11, impl="cpu")
+pack = packing.pack
 experts_mlp_packed = shortcut("experts_mlp_packed", packing.experts_mlp_packed, 9)
 experts_merged = shortcut("experts_merged", _merged, 4, _merged_recorder, impl="cpu")
 experts_merged_backward = shortcut("experts_merged_backward", _merged_gradients, 7, impl="cpu")

@@ -4,7 +4,6 @@ import weakref
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fusedonemoe.ops.activation import Activation

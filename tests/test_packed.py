@@ -1,0 +1,256 @@
+"""Packed expert weights: the bits of the kernels that read the weights themselves, and never a stale copy."""
+
+import copy
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fusedonemoe import Experts, MoE, MoEConfig, explain
+from fusedonemoe import functional as F
+from fusedonemoe.ops.cpu import native
+from fusedonemoe.testing import make_mlp_inputs
+from tests.strategies import mlp_inputs
+
+_REFUSAL = native.refusal(torch.float32, True)
+needs_kernels = pytest.mark.skipif(_REFUSAL is not None, reason=f"no CPU kernels: {_REFUSAL}")
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+STALE = "changed or replaced after they were packed"
+# A panel is 8, 16 or 32 columns, half of them gate; at most 12 rows go over one at once.
+SHAPES = [(1, 1, 1, 2, 1), (3, 33, 17, 4, 2), (13, 16, 16, 2, 1), (25, 100, 37, 3, 2), (40, 37, 100, 2, 2), (130, 64, 48, 3, 3)]
+
+
+def run(inputs, packed=None, **form):
+    arguments = (inputs.x, inputs.experts, inputs.weights, inputs.up_proj, inputs.down_proj)
+    options = {"gate_up_bias": inputs.up_bias, "down_bias": inputs.down_bias, "impl": "cpu", **form}
+    return F.experts_mlp(*arguments, packed=packed, **options)
+
+
+def packed_of(inputs, **form):
+    return F.pack_experts(inputs.up_proj, inputs.down_proj, **form)
+
+
+def small_block(**options):
+    torch.manual_seed(0)
+    return MoE(hidden_size=24, intermediate_size=20, num_experts=4, top_k=2, **{"impl": "cpu", **options})
+
+
+@pytest.fixture
+def uses(monkeypatch):
+    """How many forwards read packed weights so far."""
+    seen: list[None] = []
+    forward = native.experts_mlp_output
+
+    def watched(*args):
+        seen.extend([None] if len(args) > 8 and args[8][0] is not None else [])
+        return forward(*args)
+
+    monkeypatch.setattr(native, "experts_mlp_output", watched)
+    return seen
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("form", [(True, "gate_up"), (True, "up_gate"), (True, "interleaved"), (False, "gate_up")], ids=str)
+@every_dtype
+def test_packed_weights_give_the_same_bits(shape, form, dtype, uses):
+    gated, layout = form
+    inputs = make_mlp_inputs(*shape, dtype=dtype, gated=gated, bias=True, routing="out_of_range")
+    options = {"gated": gated, "gate_up_layout": layout}
+    assert torch.equal(run(inputs, packed_of(inputs, **options), **options), run(inputs, **options))
+    assert len(uses) == 1
+
+
+@needs_kernels
+@settings(max_examples=60)
+@given(st.sampled_from((torch.float32, torch.bfloat16)).flatmap(lambda dtype: mlp_inputs(dtype=dtype)))
+def test_packed_weights_give_the_same_bits_for_any_routing(inputs):
+    gated = inputs.up_proj.shape[1] == 2 * inputs.down_proj.shape[2]
+    assert torch.equal(run(inputs, packed_of(inputs, gated=gated), gated=gated), run(inputs, gated=gated))
+
+
+@needs_kernels
+def test_one_and_two_threads_give_the_same_bits():
+    inputs = make_mlp_inputs(65, 96, 200, 8, 3)
+    packed, threads = packed_of(inputs), torch.get_num_threads()
+    try:
+        results = []
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(run(inputs, packed))
+            assert torch.equal(packed.up, packed_of(inputs).up)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@needs_kernels
+def test_the_size_is_that_of_the_weights_in_whole_panels():
+    inputs = make_mlp_inputs(2, 64, 96, 4, 2)
+    assert packed_of(inputs).nbytes == inputs.up_proj.nbytes + inputs.down_proj.nbytes
+
+
+@needs_kernels
+def test_a_call_that_records_gradients_reads_the_weights(uses):
+    inputs = make_mlp_inputs(5, 16, 8, 4, 2)
+    packed = packed_of(inputs)
+    x = inputs.x.clone().requires_grad_()
+    run(replace(inputs, x=x), packed).sum().backward()
+    assert x.grad is not None and not uses
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["up_proj", "down_proj"])
+def test_a_changed_weight_is_refused(name):
+    inputs = make_mlp_inputs(5, 16, 8, 4, 2)
+    packed = packed_of(inputs)
+    getattr(inputs, name)[0, 0, 0] += 1
+    with pytest.raises(RuntimeError, match=STALE):
+        run(inputs, packed)
+    assert torch.isfinite(run(inputs, packed_of(inputs))).all()
+
+
+@needs_kernels
+def test_other_weights_are_refused():
+    inputs, others = make_mlp_inputs(5, 16, 8, 4, 2), make_mlp_inputs(5, 16, 8, 4, 2, seed=1)
+    with pytest.raises(RuntimeError, match=STALE):
+        run(others, packed_of(inputs))
+    with pytest.raises(ValueError, match=r"packed must be of weights of shapes \(4, 16, 16\), \(4, 16, 8\), got \(\(3,"):
+        run(inputs, packed_of(make_mlp_inputs(5, 16, 8, 3, 2)))
+    with pytest.raises(ValueError, match="packed must have been packed with gate_up_layout 'interleaved', got 'gate_up'"):
+        run(inputs, packed_of(inputs), gate_up_layout="interleaved")
+
+
+@needs_kernels
+def test_what_cannot_be_packed_says_why():
+    inputs = make_mlp_inputs(2, 16, 8, 4, 2)
+    with pytest.raises(ValueError, match="cannot be packed: the CPU kernels have"):
+        F.pack_experts(inputs.up_proj.double(), inputs.down_proj.double())
+    with pytest.raises(ValueError, match="cannot be packed: the CPU kernels read contiguous"):
+        F.pack_experts(inputs.up_proj.transpose(1, 2).contiguous().transpose(1, 2), inputs.down_proj)
+    with pytest.raises(ValueError, match=r"down_proj must have shape \(4, 16, 8\), got \(4, 16, 7\)"):
+        F.pack_experts(inputs.up_proj, inputs.down_proj[..., :7])
+    with pytest.raises(TypeError, match="down_proj must have the dtype"):
+        F.pack_experts(inputs.up_proj, inputs.down_proj.bfloat16())
+    with torch.inference_mode():
+        frozen = inputs.up_proj.clone()
+    with pytest.raises(ValueError, match="inference mode do not tell when they are changed"):
+        F.pack_experts(frozen, inputs.down_proj)
+
+
+def test_without_kernels_packing_says_why(monkeypatch):
+    monkeypatch.setattr("fusedonemoe.ops.choice.native.refusal", lambda *_: "no kernels here")
+    inputs = make_mlp_inputs(2, 16, 8, 4, 2)
+    with pytest.raises(ValueError, match="no kernels here"):
+        F.pack_experts(inputs.up_proj, inputs.down_proj)
+
+
+# Modules
+
+
+@needs_kernels
+def test_a_block_packs_and_unpacks(uses):
+    moe, x = small_block(), torch.randn(7, 24)
+    with torch.no_grad():
+        plain = moe(x)
+        moe.prepack()
+        assert torch.equal(moe(x), plain) and len(uses) == 1
+        assert moe.experts.packed_bytes == moe.experts._packed.nbytes > 0
+        assert "packed for inference" in str(explain(moe, x)) and explain(moe, x).packed_bytes == moe.experts.packed_bytes
+        moe.unpack()
+        assert torch.equal(moe(x), plain) and len(uses) == 1
+        assert moe.experts.packed_bytes == explain(moe, x).packed_bytes == 0
+
+
+@needs_kernels
+def test_a_training_step_makes_the_copy_stale():
+    moe, x = small_block(), torch.randn(7, 24)
+    moe.prepack()
+    optimizer = torch.optim.SGD(moe.parameters(), lr=0.1)
+    moe(x).square().sum().backward()
+    optimizer.step()
+    with torch.no_grad(), pytest.raises(RuntimeError, match=STALE):
+        moe(x)
+    moe.prepack()
+    with torch.no_grad():
+        packed = moe(x)
+        moe.unpack()
+        assert torch.equal(packed, moe(x))
+
+
+@needs_kernels
+def test_loading_other_weights_makes_the_copy_stale():
+    moe, other, x = small_block(), small_block(), torch.randn(7, 24)
+    for assign in (False, True):
+        moe.prepack()
+        moe.load_state_dict(other.state_dict(), assign=assign)
+        with torch.no_grad(), pytest.raises(RuntimeError, match=STALE):
+            moe(x)
+
+
+@needs_kernels
+def test_copies_casts_and_files_leave_the_packed_weights_out():
+    moe, x = small_block(), torch.randn(7, 24)
+    keys = set(moe.state_dict())
+    moe.prepack()
+    assert set(moe.state_dict()) == keys
+    with torch.no_grad():
+        for other in (copy.deepcopy(moe), pickle.loads(pickle.dumps(moe))):
+            assert other.experts.packed_bytes == 0 and torch.equal(other(x), moe(x))
+        assert moe.experts.packed_bytes > 0
+        assert moe.bfloat16()(x.bfloat16()).dtype == torch.bfloat16 and moe.experts.packed_bytes == 0
+
+
+@needs_kernels
+def test_under_autocast_the_parameters_are_read(uses):
+    moe, x = small_block(), torch.randn(7, 24)
+    moe.prepack()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.isfinite(moe(x)).all()
+    assert not uses
+
+
+@needs_kernels
+def test_other_implementations_refuse_to_pack():
+    with pytest.raises(RuntimeError, match="packed weights are for impl='auto' or 'cpu', got impl='grouped'"):
+        small_block(impl="grouped").prepack()
+
+
+@needs_kernels
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_compiled_call_reads_packed_weights_and_refuses_stale_ones(dynamic, uses):
+    experts = Experts(MoEConfig(hidden_size=24, intermediate_size=20, num_experts=4, top_k=2, impl="cpu"))
+    inputs = make_mlp_inputs(7, 24, 20, 4, 2)
+    compiled = torch.compile(experts, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    with torch.no_grad():
+        plain = compiled(inputs.x, inputs.experts, inputs.weights)
+        experts.prepack()
+        assert torch.equal(compiled(inputs.x, inputs.experts, inputs.weights), plain) and len(uses) == 1
+        assert torch.equal(compiled(inputs.x[:3], inputs.experts[:3], inputs.weights[:3]), plain[:3]) and len(uses) == 2
+        experts.down_proj.mul_(2)
+        with pytest.raises(RuntimeError, match=STALE):
+            compiled(inputs.x, inputs.experts, inputs.weights)
+        experts.prepack()
+        assert torch.allclose(compiled(inputs.x, inputs.experts, inputs.weights), 2 * plain) and len(uses) == 3
+
+
+@needs_kernels
+def test_inductor_and_inference_mode_too(uses):
+    moe, x = small_block(), torch.randn(7, 24)
+    moe.prepack()
+    with torch.inference_mode():
+        assert torch.equal(moe(x), moe(x.clone()))
+        torch.testing.assert_close(torch.compile(moe, fullgraph=True)(x), moe(x))
+    assert len(uses) == 4
+
+
+@needs_kernels
+def test_an_exported_graph_has_the_weights_alone():
+    moe, x = small_block(impl="auto"), torch.randn(7, 24)
+    moe.prepack()
+    with torch.no_grad():
+        names = [str(node.target) for node in torch.export.export(moe, (x,)).graph.nodes]
+    assert not any("packed" in name for name in names)
