@@ -335,7 +335,7 @@ def pack_experts(
     sees them; a write through ``.data`` escapes both.
 
     Args:
-        gate_up_proj: ``[E, 2F, D]``, or ``[E, F, D]`` when plain; float32 or bfloat16, contiguous, on CPU.
+        gate_up_proj: ``[E, 2F, D]``, or ``[E, F, D]`` when plain; float32, bfloat16 or float16, contiguous, on CPU.
         down_proj: ``[E, D, F]``, of the same dtype.
         gated: as in :func:`experts_mlp`.
         gate_up_layout: likewise.
@@ -430,7 +430,7 @@ def experts_mlp(
         packed: what :func:`pack_experts` made of these very weights. Used where ``impl`` is or comes out as ``"cpu"``, no
             gradients are recorded and no graph is exported; otherwise the weights themselves are. The same bits.
         impl: ``"auto"``, ``"dense"`` (masked batched matmul, derivatives of every order), ``"grouped"`` (sorted rows) or
-            ``"cpu"`` (kernels that are compiled on first use; float32 and bfloat16, contiguous weights).
+            ``"cpu"`` (kernels that are compiled on first use; contiguous weights, no float64).
 
     Returns:
         ``[..., D]`` in the dtype of x. Products accumulate in float32 for half precision; each written tensor is rounded

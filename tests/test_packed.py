@@ -17,7 +17,7 @@ from tests.strategies import mlp_inputs
 
 _REFUSAL = native.refusal(torch.float32, True)
 needs_kernels = pytest.mark.skipif(_REFUSAL is not None, reason=f"no CPU kernels: {_REFUSAL}")
-every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 STALE = "changed or replaced after they were packed"
 # A panel is 8, 16 or 32 columns, half of them gate; at most 12 rows go over one at once.
 SHAPES = [(1, 1, 1, 2, 1), (3, 33, 17, 4, 2), (13, 16, 16, 2, 1), (25, 100, 37, 3, 2), (40, 37, 100, 2, 2), (130, 64, 48, 3, 3)]
@@ -66,7 +66,7 @@ def test_packed_weights_give_the_same_bits(shape, form, dtype, uses):
 
 @needs_kernels
 @settings(max_examples=60)
-@given(st.sampled_from((torch.float32, torch.bfloat16)).flatmap(lambda dtype: mlp_inputs(dtype=dtype)))
+@given(st.sampled_from((torch.float32, torch.bfloat16, torch.float16)).flatmap(lambda dtype: mlp_inputs(dtype=dtype)))
 def test_packed_weights_give_the_same_bits_for_any_routing(inputs):
     gated = inputs.up_proj.shape[1] == 2 * inputs.down_proj.shape[2]
     assert torch.equal(run(inputs, packed_of(inputs, gated=gated), gated=gated), run(inputs, gated=gated))

@@ -13,14 +13,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 SOURCES = Path(__file__).parent / "native"
 # -ffp-contract makes a * b + c one rounding wherever it is written, in every loop alike; without it the same sum could
 # round differently in a vector and in its tail.
 FLAGS = ["-std=c++20", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
-FLAGS += ["-fopenmp", "-shared", "-fPIC"]
+FLAGS += ["-fopenmp", "-fPIC"]
+ELEMENTS = ("f32", "bf16", "f16")  # compiled side by side: they take as long as the slowest
 SECONDS_TO_COMPILE = 300
 HUGE_PAGE = 2 << 20  # the pool's unit, as in native/layer.h
 CHECKSUM_BYTES = 12
@@ -79,28 +82,40 @@ def _is_whole(library: Path) -> bool:
     return content[-CHECKSUM_BYTES:] == _checksum(content[:-CHECKSUM_BYTES])
 
 
-def _compile(compiler: str, flags: list[str], target: Path) -> None:
-    print(f"fusedonemoe: compiling the CPU kernels for this machine, once, into {target.parent} ...", file=sys.stderr, flush=True)
-    handle, name = tempfile.mkstemp(suffix=".so", dir=target.parent)
-    os.close(handle)
+def _run(commands: list[list[str]]) -> None:
+    """Run commands of one compiler side by side."""
+    compiler, running = commands[0][0], []
+    end = time.monotonic() + SECONDS_TO_COMPILE
     try:
-        done = subprocess.run(
-            [compiler, *flags, str(SOURCES / "moe.cpp"), "-o", name],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=SECONDS_TO_COMPILE,
-            check=False,
-        )
-        if done.returncode:
-            raise Unavailable(f"{compiler} failed: {(done.stderr.strip().splitlines() or ['no message'])[0]}")
-        library = Path(name).read_bytes()
-        Path(name).write_bytes(library + _checksum(library))  # the loader reads no further than the headers say
-        os.replace(name, target)
-    except (OSError, subprocess.TimeoutExpired) as error:
+        for command in commands:
+            pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+            running.append(subprocess.Popen(command, **pipes, text=True, errors="replace"))
+        for process in running:
+            _, message = process.communicate(timeout=max(0.0, end - time.monotonic()))
+            if process.returncode:
+                raise Unavailable(f"{compiler} failed: {(message.strip().splitlines() or ['no message'])[0]}")
+    except subprocess.TimeoutExpired as error:
+        raise Unavailable(f"{compiler} could not be run: it timed out after {SECONDS_TO_COMPILE} seconds") from error
+    except OSError as error:
         raise Unavailable(f"{compiler} could not be run: {error}") from error
     finally:
-        Path(name).unlink(missing_ok=True)
+        for process in running:
+            process.kill()
+            process.communicate()
+
+
+def _compile(compiler: str, flags: list[str], target: Path) -> None:
+    print(f"fusedonemoe: compiling the CPU kernels for this machine, once, into {target.parent} ...", file=sys.stderr, flush=True)
+    source = str(SOURCES / "moe.cpp")
+    with tempfile.TemporaryDirectory(dir=target.parent) as directory:
+        objects = {element: f"{directory}/{element}.o" for element in ELEMENTS}
+        common = {ELEMENTS[0]: ["-DCOMMON"]}
+        _run([[compiler, *flags, f"-DELEMENT={e}", *common.get(e, []), "-c", source, "-o", o] for e, o in objects.items()])
+        linked = Path(directory, "kernels.so")
+        _run([[compiler, *flags, "-shared", *objects.values(), "-o", str(linked)]])
+        library = linked.read_bytes()
+        linked.write_bytes(library + _checksum(library))  # the loader reads no further than the headers say
+        os.replace(linked, target)
 
 
 @cache

@@ -14,7 +14,7 @@ from fusedonemoe.ops.activation import ACTIVATIONS, PLAIN, Activation
 from fusedonemoe.ops.cpu import build
 from fusedonemoe.ops.grouped import MergedNeeds, MLPNeeds, saved_rows
 
-_SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 # Weight-row products below which a second thread costs more than it saves. No result depends on the number of threads.
 PRODUCTS_PER_THREAD = 1 << 18
 # Outputs from this size on come from the kernels' own pool: torch gives each fresh pages, and the system zeroes them.
@@ -25,7 +25,7 @@ POOLED_BYTES = 1 << 20
 def refusal(dtype: torch.dtype, contiguous: bool) -> str | None:
     """Why the kernels cannot run for such weights; None when they can."""
     if dtype not in _SUFFIX:
-        return f"the CPU kernels have float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+        return f"the CPU kernels have float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     if not contiguous:
         return "the CPU kernels read contiguous expert weights"
     try:

@@ -14,7 +14,7 @@ static INLINE void pack_unit(const bf16* even, const bf16* odd, uint32_t* panel)
         store(panel + c * LANES, pair);
     }
 }
-static INLINE void pack_unit(const bf16* row, const bf16*, float* panel) {
+template <class T> static INLINE void pack_unit(const T* row, const T*, float* panel) {
     for (int c = 0; c < VECTORS; c++) store(panel + c * LANES, load_wide(row + c * LANES));
 }
 

@@ -1,4 +1,5 @@
-// Entry points. An argument block is an array of 8-byte words that Python fills in the order of the struct.
+// Entry points of one element type, which is given as -DELEMENT=f32, bf16 or f16, and behind those of f32 the common ones. An
+// argument block is an array of 8-byte words that Python fills in the order of the struct.
 #include "dlpack.h"
 #include "merged.h"
 #include "mlp_backward.h"
@@ -14,17 +15,29 @@ template <class Pass, class Args> static int run(const void* args) {
     }
 }
 
+#define JOIN_(a, b) a##b
+#define JOIN(a, b) JOIN_(a, b)
+#define ENTRY(name) JOIN(fusedonemoe_##name##_, ELEMENT)
+
+namespace element {
+typedef MacF32 f32;
+typedef MacBF16 bf16;
+typedef MacF16 f16;
+typedef ELEMENT Mac;
+}  // namespace element
+using element::Mac;
+
 extern "C" {
-int fusedonemoe_mlp_forward_f32(const void* args) { return run<ForwardPass<MacF32>, MLPForward>(args); }
-int fusedonemoe_mlp_forward_bf16(const void* args) { return run<ForwardPass<MacBF16>, MLPForward>(args); }
-int fusedonemoe_pack_f32(const void* args) { return run<PackingPass<MacF32>, PackWeights>(args); }
-int fusedonemoe_pack_bf16(const void* args) { return run<PackingPass<MacBF16>, PackWeights>(args); }
-int fusedonemoe_mlp_backward_f32(const void* args) { return run<BackwardPass<MacF32>, MLPBackward>(args); }
-int fusedonemoe_mlp_backward_bf16(const void* args) { return run<BackwardPass<MacBF16>, MLPBackward>(args); }
-int fusedonemoe_merged_forward_f32(const void* args) { return run<MergedForwardPass<MacF32>, MergedForward>(args); }
-int fusedonemoe_merged_forward_bf16(const void* args) { return run<MergedForwardPass<MacBF16>, MergedForward>(args); }
-int fusedonemoe_merged_backward_f32(const void* args) { return run<MergedBackwardPass<MacF32>, MergedBackward>(args); }
-int fusedonemoe_merged_backward_bf16(const void* args) { return run<MergedBackwardPass<MacBF16>, MergedBackward>(args); }
+int ENTRY(mlp_forward)(const void* args) { return run<ForwardPass<Mac>, MLPForward>(args); }
+int ENTRY(mlp_backward)(const void* args) { return run<BackwardPass<Mac>, MLPBackward>(args); }
+int ENTRY(merged_forward)(const void* args) { return run<MergedForwardPass<Mac>, MergedForward>(args); }
+int ENTRY(merged_backward)(const void* args) { return run<MergedBackwardPass<Mac>, MergedBackward>(args); }
+int ENTRY(pack)(const void* args) { return run<PackingPass<Mac>, PackWeights>(args); }
+int ENTRY(elements_per_unit)() { return Mac::PER; }
+}
+
+#if defined(COMMON)
+extern "C" {
 int fusedonemoe_select_f32(const void* args) { return run<SelectPass, Select>(args); }
 void* fusedonemoe_pooled_bytes(int64_t bytes) {
     try {
@@ -37,6 +50,5 @@ int64_t fusedonemoe_pool_peak() { return (int64_t)Memory::pool().peak_since_last
 void fusedonemoe_trim() { Memory::pool().trim(); }
 int fusedonemoe_lanes() { return LANES; }
 int fusedonemoe_panel_columns() { return PANEL; }
-int fusedonemoe_elements_per_unit_f32() { return MacF32::PER; }
-int fusedonemoe_elements_per_unit_bf16() { return MacBF16::PER; }
 }
+#endif

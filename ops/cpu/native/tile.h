@@ -13,6 +13,16 @@ struct MacF32 {
     static INLINE vf units_of(const T* p) { return load<vf>(p); }  // LANES of them
     static INLINE vf step(vf acc, U a, vf b) { return acc + splat(a) * b; }
 };
+// Elements that are widened to float32 when they are packed, and multiplied as such.
+template <class Element> struct MacWidened {
+    using T = Element;
+    using U = float;
+    static constexpr int PER = 1;
+    static INLINE U unit(const T* p, int) { return widen(*p); }
+    static INLINE vf units_of(const T* p) { return load_wide(p); }
+    static INLINE vf step(vf acc, U a, vf b) { return acc + splat(a) * b; }
+};
+using MacF16 = MacWidened<f16>;
 #if defined(__AVX512BF16__)
 struct MacBF16 {
     using T = bf16;
@@ -31,14 +41,7 @@ struct MacBF16 {
     }
 };
 #else
-struct MacBF16 {
-    using T = bf16;
-    using U = float;
-    static constexpr int PER = 1;
-    static INLINE U unit(const T* p, int) { return widen(*p); }
-    static INLINE vf units_of(const T* p) { return load_wide(p); }
-    static INLINE vf step(vf acc, U a, vf b) { return acc + splat(a) * b; }
-};
+using MacBF16 = MacWidened<bf16>;
 #endif
 
 template <class M> static constexpr size_t units(size_t k) { return (k + M::PER - 1) / M::PER; }

@@ -8,7 +8,7 @@
 #include <cstring>
 #include <type_traits>
 #include <utility>
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -38,6 +38,9 @@ template <class V> static INLINE V load(const void* p) {
 template <class V> static INLINE void store(void* p, V v) { memcpy(p, &v, sizeof(V)); }
 
 struct bf16 {
+    uint16_t bits;
+};
+struct f16 {
     uint16_t bits;
 };
 
@@ -77,6 +80,50 @@ static INLINE vf load_wide(const float* p) { return load<vf>(p); }
 static INLINE vf load_wide(const bf16* p) { return (vf)(__builtin_convertvector(load<vh>(p), vu) << 16); }
 static INLINE void store_narrow(vf v, float* p) { store(p, v); }
 static INLINE void store_narrow(vf v, bf16* p) { store(p, nearest_bf16(v)); }
+// IEEE's half precision, by the instructions that most machines have for it, or by hand.
+static INLINE float widen(f16 v) {
+#if defined(__F16C__)
+    return _cvtsh_ss(v.bits);
+#else
+    // The exponents differ by 112. A product moves them, of numbers below the smallest normal one too; infinities and NaNs stay.
+    const uint32_t sign = (uint32_t)(v.bits & 0x8000) << 16, rest = (uint32_t)(v.bits & 0x7FFF) << 13;
+    const uint32_t bits = rest >= 0x0F800000u ? rest | 0x7F800000u : __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, rest) * 0x1p112f);
+    return __builtin_bit_cast(float, sign | bits);
+#endif
+}
+static INLINE void narrow(float v, f16* p) {
+#if defined(__F16C__)
+    p->bits = _cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT);
+#else
+    const uint32_t u = __builtin_bit_cast(uint32_t, v), sign = u >> 16 & 0x8000, size = u & 0x7FFFFFFF;
+    if (size > 0x7F800000u) p->bits = sign | 0x7E00 | (size >> 13 & 0x3FF);
+    else if (size >= 0x477FF000u) p->bits = sign | 0x7C00;                             // 65520 and above round to infinity
+    else if (size < 0x38800000u)  // below the smallest normal half: a sum with 0.5 leaves the rounded multiple of 2^-24
+        p->bits = sign | (uint16_t)(__builtin_bit_cast(uint32_t, __builtin_bit_cast(float, size) + 0.5f) - 0x3F000000u);
+    else p->bits = sign | (uint16_t)((size - 0x38000000u + 0xFFF + (size >> 13 & 1)) >> 13);
+#endif
+}
+static INLINE vf load_wide(const f16* p) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_cvtph_ps((__m256i)load<vh>(p));
+#else
+    vf v;
+    for (int i = 0; i < LANES; i++) v[i] = widen(p[i]);
+    return v;
+#endif
+}
+static INLINE void store_narrow(vf v, f16* p) {
+#if defined(__AVX512F__)
+    store(p, (vh)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+    for (int i = 0; i < LANES; i++) narrow(v[i], p + i);
+#endif
+}
+static INLINE vf rounded(vf v, const f16*) {
+    f16 narrowed[LANES];
+    store_narrow(v, narrowed);
+    return load_wide(narrowed);
+}
 // The first `count` lanes only.
 template <class T> static INLINE void store_some(vf v, T* p, int count) {
     for (int i = 0; i < count; i++) narrow(v[i], p + i);
