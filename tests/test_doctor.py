@@ -150,8 +150,8 @@ def test_one_percent_is_noticed_in_float32(module, body, label, direction, capsy
 def test_wrong_experts_are_noticed(capsys, monkeypatch):
     honest = routing.route
 
-    def off_by_one(logits, selection_bias, rule):
-        weights, experts = honest(logits, selection_bias, rule)
+    def off_by_one(logits, *args, **options):
+        weights, experts = honest(logits, *args, **options)
         return weights, (experts + 1) % logits.shape[-1]
 
     monkeypatch.setattr(routing, "route", off_by_one)
