@@ -2,10 +2,10 @@
 //
 //   dw = <q, h> (+ <dy, bdown>),  dz = act'(z) w q,  dWdown = sum dy^T (w h),  dWup = sum dz^T x,  dx = sum_j dz Wup
 //
-// Here lanes are columns of a weight or of its gradient: every product is rows times a panel of COLUMNS columns, packed
-// from rows as they lie in memory. A gradient element is written once, by the one task that owns its row.
+// Here lanes are columns of a weight or of its gradient. dz is kept twice: as rows, gate columns first whatever the layout of
+// the weights, for dx, and in strips for dWup.
 #pragma once
-#include "columns.h"
+#include "gradient.h"
 
 struct MLPBackward {
     const void *dy, *z, *x, *up, *down, *down_bias;
@@ -21,114 +21,135 @@ struct MLPBackward {
 template <class M> class BackwardPass {
     using T = typename M::T;
     using U = typename M::U;
-    static constexpr int R = ROWS_AT_ONCE, C = VECTORS;
+    static constexpr int C = VECTORS;
     const MLPBackward& a;
     const int D, F, G, E, N;
     const GateUp at;
     const Act act;
     const Plan plan;
-    const int f_blocks, d_blocks;
+    const int f_blocks, d_blocks, f_strips, d_strips, halves;
+    const ptrdiff_t dz_stride;
     const std::vector<size_t> unit_of;
     T* dz;                        // [N, G]
     float *dx_rows, *partial;     // [N, D]; [N, f_blocks] parts of <q, h>
-    U *h_panels, *x_panels;       // per expert [blocks of columns][units of its rows][COLUMNS]
-    U *dy_turned, *dz_turned;     // per expert [D or G][units of its rows]
+    U *h, *dy_strips, *x, *dz_strips;  // in strips, per expert
     int32_t* position;
 
     const T* dy_row(int row) const { return (const T*)a.dy + (size_t)plan.token(row) * D; }
+    const T* x_row(int row) const { return (const T*)a.x + (size_t)plan.token(row) * D; }
     size_t units_of(int e) const { return unit_of[e + 1] - unit_of[e]; }
-    U* h_panel(int e, int block) const { return h_panels + (unit_of[e] * f_blocks + units_of(e) * block) * COLUMNS; }
-    U* x_panel(int e, int block) const { return x_panels + (unit_of[e] * d_blocks + units_of(e) * block) * COLUMNS; }
+    U* strips(U* all, int e, int count) const { return all + unit_of[e] * count * LANES; }
 
-    // Gate and up of one row's columns f .. f + n, whatever their layout.
-    void load_z(const T* z, int f, int n, vf& gate, vf& up) const {
-        if (at.step == 1 && n == LANES) {
-            gate = load_wide(z + at.gate + f);
-            up = a.gated ? load_wide(z + at.up + f) : vf{};
-            return;
-        }
-        gate = up = vf{};
-        for (int i = 0; i < n; i++) {
-            gate[i] = widen(z[at.gate + (f + i) * at.step]);
-            if (a.gated) up[i] = widen(z[at.up + (f + i) * at.step]);
-        }
+    // `n` elements from column f on of z's gate or up, whatever their layout.
+    vf load_z(const T* z, ptrdiff_t from, int f, int n) const {
+        if (at.step == 1 && n == LANES) return load_wide(z + from + f);
+        T some[LANES] = {};
+        for (int i = 0; i < n; i++) some[i] = z[from + (f + i) * at.step];
+        return load_wide(some);
     }
-    void store_dz(T* z, int f, int n, vf gate, vf up) const {
-        if (at.step == 1 && n == LANES) {
-            store_narrow(gate, z + at.gate + f);
-            if (a.gated) store_narrow(up, z + at.up + f);
-            return;
-        }
-        for (int i = 0; i < n; i++) {
-            narrow(gate[i], z + at.gate + (f + i) * at.step);
-            if (a.gated) narrow(up[i], z + at.up + (f + i) * at.step);
+    static void store_dz(T* to, int n, vf v) {
+        if (n == LANES) store_narrow(v, to);
+        else store_some(v, to, n);
+    }
+    // Rows r .. r + n of an expert's strip.
+    static void store_strip(U* strip, int r, int n, const vf* rows, int stride) {
+        U* to = strip + r / M::PER * LANES;
+        for (int i = 0; i < n; i += M::PER, to += LANES) {
+            if constexpr (M::PER == 2) {
+                const vu odd = i + 1 < n ? round_to_bf16(rows[(i + 1) * stride]) & 0xFFFF0000u : vu{};
+                store(to, (round_to_bf16(rows[i * stride]) >> 16) | odd);
+            } else
+                store(to, rounded(rows[i * stride], (const T*)nullptr));
         }
     }
 
-    // q, and from it dz, w h and a part of dw, for one block of columns of one expert.
-    void through_activation(int e, int block, U* panel) {
-        const int f0 = block * COLUMNS, cols = std::min(COLUMNS, F - f0), m = plan.count(e), first = plan.first(e);
-        if (m == 0) return;
-        const T* w = (const T*)a.down + (size_t)e * D * F + f0;
-        pack_columns<M>([=, this](int d) { return w + (size_t)d * F; }, D, cols, panel);
-        U* h_out = a.ddown ? h_panel(e, block) : nullptr;
-        for (int r0 = 0; r0 < m; r0 += R) {
-            const int n = std::min(R, m - r0);
-            const T* rows[R];
-            for (int r = 0; r < n; r++) rows[r] = dy_row(first + r0 + r);
-            Block q;
-            multiply<M>(rows, n, panel, D, q);
-            with_activation(act.name, [&]<int NAME>() {
-                for (int r = 0; r < n; r++) {
-                    const int row = first + r0 + r;
-                    const float weight = a.weights[plan.order[row]];
-                    vf dot = {};
-                    for (int c = 0; c < C; c++) {
-                        const int in_block = std::clamp(cols - c * LANES, 0, LANES), f = f0 + c * LANES;
-                        vf gate, up;
-                        load_z((const T*)a.z + (size_t)row * G, f, in_block, gate, up);
-                        const Backward b = act_backward<NAME>(act, gate, up, q[r][c] * splat(weight), a.gated);
-                        const vf h = rounded(b.h, (const T*)nullptr);
-                        dot += q[r][c] * h;
-                        store_dz(dz + (size_t)row * G, f, in_block, b.dgate, b.dup);
-                        q[r][c] = h * splat(weight);
-                    }
-                    float sum = 0;
-                    for (int i = 0; i < LANES; i++) sum += dot[i];
-                    partial[(size_t)row * f_blocks + block] = sum;
-                }
-            });
-            if (h_out) store_h(h_out + units<M>(r0) * COLUMNS, n, q);
-        }
-    }
-    static void store_h(U* panel, int n, const Block& h) {
-        for (int r = 0; r < n; r += M::PER, panel += COLUMNS)
-            for (int c = 0; c < C; c++) {
-                if constexpr (M::PER == 2) {
-                    vu odd = r + 1 < n ? round_to_bf16(h[r + 1][c]) & 0xFFFF0000u : vu{};
-                    store(panel + c * LANES, (round_to_bf16(h[r][c]) >> 16) | odd);
-                } else
-                    store(panel + c * LANES, rounded(h[r][c], (const T*)nullptr));
+    // From rows r .. r + n of q, columns f0 .. f0 + cols: dz, w h and a part of dw.
+    template <int NAME> void finish_q(int e, int block, int cols, int r, int n, const Block& q) const {
+        const size_t um = units_of(e);
+        const int f0 = block * COLUMNS;
+        vf h_rows[ROWS_AT_ONCE][C], gates[ROWS_AT_ONCE][C], ups[ROWS_AT_ONCE][C];
+        for (int i = 0; i < n; i++) {
+            const int row = plan.first(e) + r + i;
+            const float weight = a.weights[plan.order[row]];
+            const T* z = (const T*)a.z + (size_t)row * G;
+            T* to = dz + row * dz_stride + f0;
+            vf dot = {};
+            for (int c = 0; c * LANES < cols; c++) {
+                const int in_block = std::min(cols - c * LANES, LANES), f = f0 + c * LANES;
+                const vf gate = load_z(z, at.gate, f, in_block), up = a.gated ? load_z(z, at.up, f, in_block) : vf{};
+                const Backward b = act_backward<NAME>(act, gate, up, q[i][c] * splat(weight), a.gated);
+                const vf h_rounded = rounded(b.h, (const T*)nullptr);
+                dot += q[i][c] * h_rounded;
+                h_rows[i][c] = h_rounded * splat(weight);
+                gates[i][c] = b.dgate, ups[i][c] = b.dup;
+                store_dz(to + c * LANES, in_block, b.dgate);
+                if (a.gated) store_dz(to + F + c * LANES, in_block, b.dup);
             }
+            float sum = 0;
+            for (int l = 0; l < LANES; l++) sum += dot[l];
+            partial[(size_t)row * f_blocks + block] = sum;
+        }
+        for (int c = 0; c * LANES < cols; c++) {
+            const int strip = f0 / LANES + c;
+            if (a.ddown) store_strip(strips(h, e, f_strips) + strip * um * LANES, r, n, &h_rows[0][c], C);
+            if (!a.dup) continue;
+            U* to = strips(dz_strips, e, halves * f_strips) + strip * um * LANES;
+            store_strip(to, r, n, &gates[0][c], C);
+            if (a.gated) store_strip(to + f_strips * um * LANES, r, n, &ups[0][c], C);
+        }
     }
 
-    void rows_of_dx(int e, int block, U* panel) const {
-        const int d0 = block * COLUMNS, cols = std::min(COLUMNS, D - d0), m = plan.count(e), first = plan.first(e);
-        if (m == 0) return;
-        const T* w = (const T*)a.up + (size_t)e * G * D + d0;
-        pack_columns<M>([=, this](int g) { return w + (size_t)g * D; }, G, cols, panel);
-        multiply_expert<M>([=, this](int i) { return dz + (size_t)(first + i) * G; }, m, panel, G, dx_rows + (size_t)first * D + d0, D, cols);
+    // What is multiplied by an expert's rows of dy, and of dz.
+    WeightRows<T> down(int e, int block) const {
+        return {(const T*)a.down + (size_t)e * D * F + block * COLUMNS, F, D, std::min(COLUMNS, F - block * COLUMNS)};
+    }
+    WeightRows<T> up(int e, int block) const {
+        const T* w = (const T*)a.up + (size_t)e * G * D + block * COLUMNS;
+        const int cols = std::min(COLUMNS, D - block * COLUMNS);
+        return {w + at.gate * D, at.step * D, G, cols, w + at.up * D, a.gated ? F : G};
+    }
+    void through_activation(int e, int block, const WeightRows<T>& next, ProductScratch<M>& scratch) const {
+        const int first = plan.first(e);
+        const WeightRows<T> w = down(e, block);
+        product<M>([&](int i) { return dy_row(first + i); }, plan.count(e), w, next, scratch, [&](int r, int n, const Block& q) {
+            with_activation(act.name, [&]<int NAME>() { finish_q<NAME>(e, block, w.cols, r, n, q); });
+        });
+    }
+    void rows_of_dx(int e, int block, const WeightRows<T>& next, ProductScratch<M>& scratch) const {
+        const int first = plan.first(e);
+        const WeightRows<T> w = up(e, block);
+        product<M>([&](int i) { return dz + (first + i) * dz_stride; }, plan.count(e), w, next, scratch, [&](int r, int n, const Block& acc) {
+            for (int i = 0; i < n; i++) store_row(acc[i], dx_rows + (size_t)(first + r + i) * D + block * COLUMNS, w.cols);
+        });
+    }
+    // Rows of dWdown, or of one half of dWup.
+    void rows_of_ddown(int e, int task, bool streamed) const {
+        const int begin = task * ROWS_PER_TASK, end = std::min(begin + ROWS_PER_TASK, D);
+        T* out = (T*)a.ddown + (size_t)e * D * F;
+        if (units_of(e) == 0) memset((void*)(out + (size_t)begin * F), 0, (size_t)(end - begin) * F * sizeof(T));
+        else
+            weight_gradient<M>(begin, end, F, units_of(e), strips(dy_strips, e, d_strips), strips(h, e, f_strips), streamed,
+                               [&](int r) { return out + (size_t)r * F; });
+    }
+    void rows_of_dup(int e, int half, int task, bool streamed) const {
+        const int begin = task * ROWS_PER_TASK, end = std::min(begin + ROWS_PER_TASK, F);
+        T* out = (T*)a.dup + (size_t)e * G * D;
+        const size_t um = units_of(e);
+        if (um == 0) memset((void*)(out + ((size_t)half * F + begin) * D), 0, (size_t)(end - begin) * D * sizeof(T));
+        else
+            weight_gradient<M>(begin, end, D, um, strips(dz_strips, e, halves * f_strips) + half * f_strips * um * LANES, strips(x, e, d_strips), streamed,
+                               [&](int r) { return out + ((half ? at.up : at.gate) + r * at.step) * D; });
     }
 
-    // out[e] = sum of scale(row) * row over an expert's rows.
-    template <class Row, class Scale> void column_sums(int e, int width, Row row, Scale scale, T* out) const {
+    // out(d) = sum of scale(row) * row[d] over an expert's rows.
+    template <class Row, class Scale, class Out> void column_sums(int e, int width, Row row, Scale scale, Out out) const {
         std::vector<float> sum(width, 0.f);
         for (int i = plan.first(e); i < plan.first(e) + plan.count(e); i++) {
             const T* p = row(i);
             const float s = scale(i);
             for (int d = 0; d < width; d++) sum[d] += s * widen(p[d]);
         }
-        for (int d = 0; d < width; d++) narrow(sum[d], out + (size_t)e * width + d);
+        for (int d = 0; d < width; d++) narrow(sum[d], out(d));
     }
 
     void weight_of_token(int t) const {
@@ -149,65 +170,66 @@ template <class M> class BackwardPass {
     explicit BackwardPass(const MLPBackward& a)
         : a(a), D(a.hidden), F(a.inner), G(a.up_rows), E(a.num_experts), N(a.tokens * a.top_k),
           at{(ptrdiff_t)a.gate, (ptrdiff_t)a.up_from, (ptrdiff_t)a.step}, act{(int)a.activation, (float)a.alpha, (float)a.limit},
-          plan{E, (int)a.top_k, a.order, a.offsets}, f_blocks(blocks_of(F)), d_blocks(blocks_of(D)),
+          plan{E, (int)a.top_k, a.order, a.offsets}, f_blocks(blocks_of(F)), d_blocks(blocks_of(D)), f_strips(strips_of(F)),
+          d_strips(strips_of(D)), halves(a.gated ? 2 : 1), dz_stride((G * sizeof(T) + 127) / 64 * 64 / sizeof(T)),
           unit_of(units_before<M>(plan)) {}
 
     void run() {
-        const size_t all = unit_of[E], panel_size = units<M>(std::max(D, G)) * COLUMNS;
+        const size_t all = unit_of[E] * LANES;
         auto bytes = [](size_t count, size_t size) { return Scratch::padded(count * size); };
-        Scratch scratch(bytes((size_t)N * G, sizeof(T)) + bytes((size_t)N * D, 4) + bytes((size_t)N * f_blocks, 4) +
-                        bytes(all * f_blocks * COLUMNS, sizeof(U)) + bytes(all * d_blocks * COLUMNS, sizeof(U)) + bytes(all * D, sizeof(U)) +
-                        bytes(all * G, sizeof(U)) + bytes(N, 4) + a.threads * bytes(panel_size, sizeof(U)));
-        dz = scratch.take<T>((size_t)N * G);
+        Scratch scratch(bytes((size_t)N * dz_stride, sizeof(T)) + bytes((size_t)N * D, 4) + bytes((size_t)N * f_blocks, 4) +
+                        bytes(all * (1 + halves) * f_strips, sizeof(U)) + bytes(all * 2 * d_strips, sizeof(U)) + 4 * bytes(1, 1) + bytes(N, 4) +
+                        bytes(a.threads, sizeof(ProductScratch<M>)));
+        dz = scratch.take<T>((size_t)N * dz_stride);
         dx_rows = scratch.take<float>((size_t)N * D);
         partial = scratch.take<float>((size_t)N * f_blocks);
-        h_panels = scratch.take<U>(all * f_blocks * COLUMNS);
-        x_panels = scratch.take<U>(all * d_blocks * COLUMNS);
-        dy_turned = scratch.take<U>(all * D);
-        dz_turned = scratch.take<U>(all * G);
+        h = scratch.take<U>(all * f_strips);
+        dz_strips = scratch.take<U>(all * halves * f_strips);
+        x = scratch.take<U>(all * d_strips);
+        dy_strips = scratch.take<U>(all * d_strips);
         position = scratch.take<int32_t>(N);
-        U* first_panel = scratch.take<U>(0);
-        const size_t panel_stride = Scratch::padded(panel_size * sizeof(U)) / sizeof(U);
+        auto* product_scratch = scratch.take<ProductScratch<M>>(a.threads);
         invert(plan, N, position);
+        std::vector<int> hit;
+        for (int e = 0; e < E; e++)
+            if (plan.count(e)) hit.push_back(e);
 
-        const bool need_dz = a.dx || a.dup || a.dup_bias;
-        const int d_tasks = (D + ROWS_PER_TASK - 1) / ROWS_PER_TASK, g_tasks = (G + ROWS_PER_TASK - 1) / ROWS_PER_TASK;
-        Tasks activation, turning, dx_tasks, ddown_tasks, dup_tasks, tokens;
+        const bool need_dz = a.dx || a.dup || a.dup_bias, need_q = need_dz || a.ddown || a.dweights;
+        const bool stream_down = is_streamed((T*)a.ddown, (size_t)E * D, F), stream_up = is_streamed((T*)a.dup, (size_t)E * G, D);
+        const int64_t q_tasks = need_q ? (int64_t)hit.size() * f_blocks : 0, dx_tasks = a.dx ? (int64_t)hit.size() * d_blocks : 0;
+        const int d_tasks = (D + ROWS_PER_TASK - 1) / ROWS_PER_TASK, f_tasks = (F + ROWS_PER_TASK - 1) / ROWS_PER_TASK;
+        const int packings = (D + COLUMNS - 1) / COLUMNS;
+        auto down_of = [&](int64_t i) { return i < q_tasks ? down(hit[i / f_blocks], i % f_blocks) : WeightRows<T>{}; };
+        auto up_of = [&](int64_t i) { return i < dx_tasks ? up(hit[i / d_blocks], i % d_blocks) : WeightRows<T>{}; };
+        Tasks activation, strip_tasks, dx, bias_tasks, ddown_tasks, dup_tasks, tokens;
         std::atomic<int> thread_count{0};
 #pragma omp parallel num_threads(a.threads)
         {
-            U* panel = first_panel + thread_count++ * panel_stride;
-            if (need_dz || a.ddown || a.dweights)
-                activation.run(E, f_blocks, [&](int e, int block) { through_activation(e, block, panel); });
-#pragma omp barrier
-            if (a.dx) dx_tasks.run(E, d_blocks, [&](int e, int block) { rows_of_dx(e, block, panel); });
-            turning.run(E, [&](int64_t i) {
-                const int e = (int)i, first = plan.first(e), m = plan.count(e);
-                if (a.ddown) turn<M>([&](int r) { return dy_row(first + r); }, m, D, dy_turned + unit_of[e] * D);
-                if (a.dup) {
-                    turn<M>([&](int r) { return dz + (size_t)(first + r) * G; }, m, G, dz_turned + unit_of[e] * G);
-                    for (int b = 0; b < d_blocks; b++)
-                        pack_columns<M>([&](int r) { return (const T*)a.x + (size_t)plan.token(first + r) * D + b * COLUMNS; }, m,
-                                                 std::min(COLUMNS, D - b * COLUMNS), x_panel(e, b));
-                }
-                if (a.dup_bias)
-                    column_sums(e, G, [&](int row) { return dz + (size_t)row * G; }, [](int) { return 1.f; }, (T*)a.dup_bias);
-                if (a.ddown_bias)
-                    column_sums(e, D, [&](int row) { return dy_row(row); }, [&](int row) { return a.weights[plan.order[row]]; }, (T*)a.ddown_bias);
+            ProductScratch<M>& own = product_scratch[thread_count++];
+            activation.run_with_next(q_tasks, [&](int64_t i, int64_t next) {
+                through_activation(hit[i / f_blocks], i % f_blocks, next < q_tasks ? down_of(next) : up_of(next - q_tasks), own);
+            });
+            strip_tasks.run((int)hit.size(), packings, [&](int i, int part) {
+                const int e = hit[i], first = plan.first(e), begin = part * COLUMNS, end = std::min(begin + COLUMNS, D);
+                if (a.ddown) pack_strips<M>([&](int r) { return dy_row(first + r); }, plan.count(e), begin, end, strips(dy_strips, e, d_strips));
+                if (a.dup) pack_strips<M>([&](int r) { return x_row(first + r); }, plan.count(e), begin, end, strips(x, e, d_strips));
             });
 #pragma omp barrier
-            if (a.ddown)
-                ddown_tasks.run(E, d_tasks, [&](int e, int task) {
-                    const int begin = task * ROWS_PER_TASK;
-                    weight_gradient<M>(begin, std::min(begin + ROWS_PER_TASK, D), F, units_of(e), dy_turned + unit_of[e] * D, h_panel(e, 0),
-                                    (T*)a.ddown + (size_t)e * D * F);
+            dx.run_with_next(dx_tasks, [&](int64_t i, int64_t next) { rows_of_dx(hit[i / d_blocks], i % d_blocks, up_of(next), own); });
+            if (a.dup_bias || a.ddown_bias)
+                bias_tasks.run(E, [&](int64_t i) {
+                    const int e = (int)i;
+                    auto up_bias = [&](int g) { return (T*)a.dup_bias + (size_t)e * G + (g < F ? at.gate + g * at.step : at.up + (g - F) * at.step); };
+                    auto down_bias = [&](int d) { return (T*)a.ddown_bias + (size_t)e * D + d; };
+                    if (a.dup_bias) column_sums(e, G, [&](int row) { return dz + row * dz_stride; }, [](int) { return 1.f; }, up_bias);
+                    if (a.ddown_bias)
+                        column_sums(e, D, [&](int row) { return dy_row(row); }, [&](int row) { return a.weights[plan.order[row]]; }, down_bias);
                 });
+            if (a.ddown) ddown_tasks.run(E, d_tasks, [&](int e, int task) { rows_of_ddown(e, task, stream_down); });
             if (a.dup)
-                dup_tasks.run(E, g_tasks, [&](int e, int task) {
-                    const int begin = task * ROWS_PER_TASK;
-                    weight_gradient<M>(begin, std::min(begin + ROWS_PER_TASK, G), D, units_of(e), dz_turned + unit_of[e] * G, x_panel(e, 0),
-                                    (T*)a.dup + (size_t)e * G * D);
-                });
+                dup_tasks.run(E, halves * f_tasks, [&](int e, int task) { rows_of_dup(e, task / f_tasks, task % f_tasks, stream_up); });
+            end_of_streams();
+#pragma omp barrier
             tokens.run(a.tokens, [&](int64_t t) {
                 if (a.dweights) weight_of_token((int)t);
                 if (a.dx) combine<T>(dx_rows, position, a.experts, nullptr, nullptr, (int)t, plan.top_k, D, (T*)a.dx);
