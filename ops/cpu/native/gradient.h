@@ -37,13 +37,22 @@ template <class M, class Row> static inline void pack_strips(Row row, int m, int
 static INLINE void stream(const vf (&v)[2], float* out) { _mm512_stream_ps(out, (__m512)v[0]), _mm512_stream_ps(out + LANES, (__m512)v[1]); }
 #endif
 #if defined(__AVX512BF16__)
-// As store_narrow: the instruction only differs in subnormal numbers, which no sum of its kind holds.
+// As store_narrow, but that subnormal numbers become zeros, as they are to the dot product.
 static INLINE __m512i narrowed(const vf (&v)[2]) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)v[1], (__m512)v[0]); }
 static INLINE void store_pair(const vf (&v)[2], bf16* out) { _mm512_storeu_si512(out, narrowed(v)); }
 static INLINE void stream(const vf (&v)[2], bf16* out) { _mm512_stream_si512((__m512i*)out, narrowed(v)); }
 #else
 static INLINE void store_pair(const vf (&v)[2], bf16* out) { store_narrow(v[0], out), store_narrow(v[1], out + LANES); }
 template <class T> static INLINE void stream(const vf (&v)[2], T* out) { store_narrow(v[0], out), store_narrow(v[1], out + LANES); }
+#endif
+// One unit of a strip, rounded to T.
+template <class T> static INLINE void store_unit(vf row, vf, float* out) { store(out, rounded(row, (const T*)nullptr)); }
+#if defined(__AVX512BF16__)
+template <class T> static INLINE void store_unit(vf even, vf odd, uint32_t* out) {
+    const vf v[2] = {even, odd};
+    const __m512i turns = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    _mm512_store_si512(out, _mm512_permutexvar_epi16(turns, narrowed(v)));
+}
 #endif
 static INLINE void store_pair(const vf (&v)[2], float* out) { store(out, v[0]), store(out + LANES, v[1]); }
 

@@ -29,16 +29,37 @@ template <class M> class BackwardPass {
     const Plan plan;
     const int f_blocks, d_blocks, f_strips, d_strips, halves;
     const ptrdiff_t dz_stride;
-    const std::vector<size_t> unit_of;
-    T* dz;                        // [N, G]
-    float *dx_rows, *partial;     // [N, D]; [N, f_blocks] parts of <q, h>
-    U *h, *dy_strips, *x, *dz_strips;  // in strips, per expert
+    const bool stream_down, stream_up;
+    const int d_tasks, f_tasks, gradient_tasks;
+    std::vector<int> hit;  // the experts with rows
+    int most_rows = 0;
+    float *dx_rows, *partial;  // [N, D]; [N, f_blocks] parts of <q, h>
     int32_t* position;
 
+    // An expert's rows and what becomes of them on the way to its gradients; strips as in gradient.h.
+    struct Expert {
+        int id, first, count;
+        size_t um;
+        T* dz;  // [count, dz_stride]
+        U *h, *dy, *x, *dz_strips;
+    };
+    size_t dz_bytes(int rows) const { return Scratch::padded(rows * dz_stride * sizeof(T)); }
+    size_t strip_bytes(size_t um, int strips) const { return Scratch::padded(um * strips * LANES * sizeof(U)); }
+    size_t expert_bytes(int rows) const {
+        const size_t um = units<M>(rows);
+        return dz_bytes(rows) + strip_bytes(um, f_strips) + 2 * strip_bytes(um, d_strips) + strip_bytes(um, halves * f_strips);
+    }
+    Expert expert(int e, char* memory) const {
+        Expert x{e, plan.first(e), plan.count(e), units<M>(plan.count(e)), (T*)memory, nullptr, nullptr, nullptr, nullptr};
+        x.h = (U*)(memory + dz_bytes(x.count));
+        x.dy = (U*)((char*)x.h + strip_bytes(x.um, f_strips));
+        x.x = (U*)((char*)x.dy + strip_bytes(x.um, d_strips));
+        x.dz_strips = (U*)((char*)x.x + strip_bytes(x.um, d_strips));
+        return x;
+    }
     const T* dy_row(int row) const { return (const T*)a.dy + (size_t)plan.token(row) * D; }
     const T* x_row(int row) const { return (const T*)a.x + (size_t)plan.token(row) * D; }
-    size_t units_of(int e) const { return unit_of[e + 1] - unit_of[e]; }
-    U* strips(U* all, int e, int count) const { return all + unit_of[e] * count * LANES; }
+    const T* z_row(int row) const { return (const T*)a.z + (size_t)row * G; }
 
     // `n` elements from column f on of z's gate or up, whatever their layout.
     vf load_z(const T* z, ptrdiff_t from, int f, int n) const {
@@ -47,56 +68,56 @@ template <class M> class BackwardPass {
         for (int i = 0; i < n; i++) some[i] = z[from + (f + i) * at.step];
         return load_wide(some);
     }
-    static void store_dz(T* to, int n, vf v) {
-        if (n == LANES) store_narrow(v, to);
-        else store_some(v, to, n);
-    }
-    // Rows r .. r + n of an expert's strip.
-    static void store_strip(U* strip, int r, int n, const vf* rows, int stride) {
-        U* to = strip + r / M::PER * LANES;
-        for (int i = 0; i < n; i += M::PER, to += LANES) {
-            if constexpr (M::PER == 2) {
-                const vu odd = i + 1 < n ? round_to_bf16(rows[(i + 1) * stride]) & 0xFFFF0000u : vu{};
-                store(to, (round_to_bf16(rows[i * stride]) >> 16) | odd);
-            } else
-                store(to, rounded(rows[i * stride], (const T*)nullptr));
-        }
-    }
-
-    // From rows r .. r + n of q, columns f0 .. f0 + cols: dz, w h and a part of dw.
-    template <int NAME> void finish_q(int e, int block, int cols, int r, int n, const Block& q) const {
-        const size_t um = units_of(e);
-        const int f0 = block * COLUMNS;
-        vf h_rows[ROWS_AT_ONCE][C], gates[ROWS_AT_ONCE][C], ups[ROWS_AT_ONCE][C];
+    // A block of columns of some rows, from z and q; what only fills a block up is zero.
+    struct Activated {
+        Block h, dgate, dup;  // h times the token's weight
+    };
+    template <int NAME> void activate(const Expert& x, int block, int cols, int r, int n, const Block& q, Activated& out) const {
         for (int i = 0; i < n; i++) {
-            const int row = plan.first(e) + r + i;
+            const int row = x.first + r + i;
             const float weight = a.weights[plan.order[row]];
-            const T* z = (const T*)a.z + (size_t)row * G;
-            T* to = dz + row * dz_stride + f0;
             vf dot = {};
             for (int c = 0; c * LANES < cols; c++) {
-                const int in_block = std::min(cols - c * LANES, LANES), f = f0 + c * LANES;
-                const vf gate = load_z(z, at.gate, f, in_block), up = a.gated ? load_z(z, at.up, f, in_block) : vf{};
+                const int f = block * COLUMNS + c * LANES, in_block = std::min(cols - c * LANES, LANES);
+                const vf gate = load_z(z_row(row), at.gate, f, in_block), up = a.gated ? load_z(z_row(row), at.up, f, in_block) : vf{};
                 const Backward b = act_backward<NAME>(act, gate, up, q[i][c] * splat(weight), a.gated);
-                const vf h_rounded = rounded(b.h, (const T*)nullptr);
-                dot += q[i][c] * h_rounded;
-                h_rows[i][c] = h_rounded * splat(weight);
-                gates[i][c] = b.dgate, ups[i][c] = b.dup;
-                store_dz(to + c * LANES, in_block, b.dgate);
-                if (a.gated) store_dz(to + F + c * LANES, in_block, b.dup);
+                const vf h = rounded(b.h, (const T*)nullptr);
+                dot += q[i][c] * h;
+                out.h[i][c] = h * splat(weight), out.dgate[i][c] = b.dgate, out.dup[i][c] = b.dup;
             }
             float sum = 0;
             for (int l = 0; l < LANES; l++) sum += dot[l];
             partial[(size_t)row * f_blocks + block] = sum;
         }
-        for (int c = 0; c * LANES < cols; c++) {
-            const int strip = f0 / LANES + c;
-            if (a.ddown) store_strip(strips(h, e, f_strips) + strip * um * LANES, r, n, &h_rows[0][c], C);
-            if (!a.dup) continue;
-            U* to = strips(dz_strips, e, halves * f_strips) + strip * um * LANES;
-            store_strip(to, r, n, &gates[0][c], C);
-            if (a.gated) store_strip(to + f_strips * um * LANES, r, n, &ups[0][c], C);
+    }
+    static void store_columns(const vf (&v)[VECTORS], int cols, T* to) {
+        for (int c = 0; c < VECTORS; c += 2)
+            if (cols >= (c + 2) * LANES) store_pair((const vf(&)[2])v[c], to + c * LANES);
+            else
+                for (int i = c; i < c + 2; i++) store_some(v[i], to + i * LANES, std::clamp(cols - i * LANES, 0, LANES));
+    }
+    static void store_strips(const Block& v, int cols, int r, int n, U* strip, size_t um) {
+        strip += r / M::PER * LANES;
+        for (int c = 0; c * LANES < cols; c++, strip += um * LANES)
+            for (int i = 0; i < n; i += M::PER) store_unit<T>(v[i][c], i + 1 < n ? v[i + 1][c] : vf{}, strip + i / M::PER * LANES);
+    }
+    void store_activated(const Expert& x, int block, int cols, int r, int n, const Activated& v) const {
+        const int f0 = block * COLUMNS;
+        const size_t from = f0 / LANES * x.um * LANES;
+        for (int i = 0; i < n; i++) {
+            T* row = x.dz + (r + i) * dz_stride + f0;
+            store_columns(v.dgate[i], cols, row);
+            if (a.gated) store_columns(v.dup[i], cols, row + F);
         }
+        if (a.ddown) store_strips(v.h, cols, r, n, x.h + from, x.um);
+        if (!a.dup) return;
+        store_strips(v.dgate, cols, r, n, x.dz_strips + from, x.um);
+        if (a.gated) store_strips(v.dup, cols, r, n, x.dz_strips + f_strips * x.um * LANES + from, x.um);
+    }
+    // z was written long ago, in another order.
+    void prefetch_z(int row, int f, int cols) const {
+        for (const ptrdiff_t from : {at.gate, at.up})
+            for (int i = 0; i < cols * at.step; i += 64 / sizeof(T)) __builtin_prefetch(z_row(row) + from + f * at.step + i, 0, 3);
     }
 
     // What is multiplied by an expert's rows of dy, and of dz.
@@ -108,48 +129,70 @@ template <class M> class BackwardPass {
         const int cols = std::min(COLUMNS, D - block * COLUMNS);
         return {w + at.gate * D, at.step * D, G, cols, w + at.up * D, a.gated ? F : G};
     }
-    void through_activation(int e, int block, const WeightRows<T>& next, ProductScratch<M>& scratch) const {
-        const int first = plan.first(e);
-        const WeightRows<T> w = down(e, block);
-        product<M>([&](int i) { return dy_row(first + i); }, plan.count(e), w, next, scratch, [&](int r, int n, const Block& q) {
-            with_activation(act.name, [&]<int NAME>() { finish_q<NAME>(e, block, w.cols, r, n, q); });
+    void through_activation(const Expert& x, int block, const WeightRows<T>& next, ProductScratch<M>& scratch) const {
+        const WeightRows<T> w = down(x.id, block);
+        auto row = [&](int i) {
+            prefetch_z(x.first + i, block * COLUMNS, w.cols);
+            return dy_row(x.first + i);
+        };
+        product<M>(row, x.count, w, next, scratch, [&](int r, int n, const Block& q) {
+            Activated v;
+            with_activation(act.name, [&]<int NAME>() { activate<NAME>(x, block, w.cols, r, n, q, v); });
+            store_activated(x, block, w.cols, r, n, v);
         });
     }
-    void rows_of_dx(int e, int block, const WeightRows<T>& next, ProductScratch<M>& scratch) const {
-        const int first = plan.first(e);
-        const WeightRows<T> w = up(e, block);
-        product<M>([&](int i) { return dz + (first + i) * dz_stride; }, plan.count(e), w, next, scratch, [&](int r, int n, const Block& acc) {
-            for (int i = 0; i < n; i++) store_row(acc[i], dx_rows + (size_t)(first + r + i) * D + block * COLUMNS, w.cols);
+    void rows_of_dx(const Expert& x, int block, const WeightRows<T>& next, ProductScratch<M>& scratch) const {
+        const WeightRows<T> w = up(x.id, block);
+        product<M>([&](int i) { return x.dz + i * dz_stride; }, x.count, w, next, scratch, [&](int r, int n, const Block& acc) {
+            for (int i = 0; i < n; i++) store_row(acc[i], dx_rows + (size_t)(x.first + r + i) * D + block * COLUMNS, w.cols);
         });
     }
-    // Rows of dWdown, or of one half of dWup.
-    void rows_of_ddown(int e, int task, bool streamed) const {
+    void pack(const Expert& x, int begin, int end) const {
+        if (a.ddown) pack_strips<M>([&](int r) { return dy_row(x.first + r); }, x.count, begin, end, x.dy);
+        if (a.dup) pack_strips<M>([&](int r) { return x_row(x.first + r); }, x.count, begin, end, x.x);
+    }
+    void rows_of_ddown(const Expert& x, int task) const {
         const int begin = task * ROWS_PER_TASK, end = std::min(begin + ROWS_PER_TASK, D);
-        T* out = (T*)a.ddown + (size_t)e * D * F;
-        if (units_of(e) == 0) memset((void*)(out + (size_t)begin * F), 0, (size_t)(end - begin) * F * sizeof(T));
-        else
-            weight_gradient<M>(begin, end, F, units_of(e), strips(dy_strips, e, d_strips), strips(h, e, f_strips), streamed,
-                               [&](int r) { return out + (size_t)r * F; });
+        T* out = (T*)a.ddown + (size_t)x.id * D * F;
+        if (x.count == 0) memset((void*)(out + (size_t)begin * F), 0, (size_t)(end - begin) * F * sizeof(T));
+        else weight_gradient<M>(begin, end, F, x.um, x.dy, x.h, stream_down, [&](int r) { return out + (size_t)r * F; });
     }
-    void rows_of_dup(int e, int half, int task, bool streamed) const {
+    // Of one half of dWup.
+    void rows_of_dup(const Expert& x, int half, int task) const {
         const int begin = task * ROWS_PER_TASK, end = std::min(begin + ROWS_PER_TASK, F);
-        T* out = (T*)a.dup + (size_t)e * G * D;
-        const size_t um = units_of(e);
-        if (um == 0) memset((void*)(out + ((size_t)half * F + begin) * D), 0, (size_t)(end - begin) * D * sizeof(T));
+        T* out = (T*)a.dup + (size_t)x.id * G * D;
+        if (x.count == 0) memset((void*)(out + ((size_t)half * F + begin) * D), 0, (size_t)(end - begin) * D * sizeof(T));
         else
-            weight_gradient<M>(begin, end, D, um, strips(dz_strips, e, halves * f_strips) + half * f_strips * um * LANES, strips(x, e, d_strips), streamed,
+            weight_gradient<M>(begin, end, D, x.um, x.dz_strips + half * f_strips * x.um * LANES, x.x, stream_up,
                                [&](int r) { return out + ((half ? at.up : at.gate) + r * at.step) * D; });
     }
 
+    void gradient_rows(const Expert& x, int task) const {
+        if (a.ddown) {
+            if (task < d_tasks) return rows_of_ddown(x, task);
+            task -= d_tasks;
+        }
+        rows_of_dup(x, task / f_tasks, task % f_tasks);
+    }
+
     // out(d) = sum of scale(row) * row[d] over an expert's rows.
-    template <class Row, class Scale, class Out> void column_sums(int e, int width, Row row, Scale scale, Out out) const {
+    template <class Row, class Scale, class Out> static void column_sums(int count, int width, Row row, Scale scale, Out out) {
         std::vector<float> sum(width, 0.f);
-        for (int i = plan.first(e); i < plan.first(e) + plan.count(e); i++) {
+        for (int i = 0; i < count; i++) {
             const T* p = row(i);
             const float s = scale(i);
             for (int d = 0; d < width; d++) sum[d] += s * widen(p[d]);
         }
         for (int d = 0; d < width; d++) narrow(sum[d], out(d));
+    }
+
+    void bias_gradients(const Expert& x) const {
+        T *up_bias = (T*)a.dup_bias + (size_t)x.id * G, *down_bias = (T*)a.ddown_bias + (size_t)x.id * D;
+        auto dz_row = [&](int i) { return x.dz + i * dz_stride; };
+        auto weight = [&](int i) { return a.weights[plan.order[x.first + i]]; };
+        auto up_at = [&](int g) { return up_bias + (g < F ? at.gate + g * at.step : at.up + (g - F) * at.step); };
+        if (a.dup_bias) column_sums(x.count, G, dz_row, [](int) { return 1.f; }, up_at);
+        if (a.ddown_bias) column_sums(x.count, D, [&](int i) { return dy_row(x.first + i); }, weight, [&](int d) { return down_bias + d; });
     }
 
     void weight_of_token(int t) const {
@@ -172,62 +215,70 @@ template <class M> class BackwardPass {
           at{(ptrdiff_t)a.gate, (ptrdiff_t)a.up_from, (ptrdiff_t)a.step}, act{(int)a.activation, (float)a.alpha, (float)a.limit},
           plan{E, (int)a.top_k, a.order, a.offsets}, f_blocks(blocks_of(F)), d_blocks(blocks_of(D)), f_strips(strips_of(F)),
           d_strips(strips_of(D)), halves(a.gated ? 2 : 1), dz_stride((G * sizeof(T) + 127) / 64 * 64 / sizeof(T)),
-          unit_of(units_before<M>(plan)) {}
+          stream_down(is_streamed((T*)a.ddown, (size_t)E * D, F)), stream_up(is_streamed((T*)a.dup, (size_t)E * G, D)),
+          d_tasks((D + ROWS_PER_TASK - 1) / ROWS_PER_TASK), f_tasks((F + ROWS_PER_TASK - 1) / ROWS_PER_TASK),
+          gradient_tasks((a.ddown ? d_tasks : 0) + (a.dup ? halves * f_tasks : 0)) {
+        for (int e = 0; e < E; e++) {
+            if (plan.count(e)) hit.push_back(e);
+            most_rows = std::max(most_rows, plan.count(e));
+        }
+    }
 
     void run() {
-        const size_t all = unit_of[E] * LANES;
+        // One thread does all of an expert, whose intermediate values then stay in its cache, where that leaves no thread idle.
+        const bool apart = (int64_t)hit.size() >= 8 * a.threads && (int64_t)most_rows * 8 * a.threads <= N;
+        std::vector<size_t> memory_of(E + 1, 0);
+        for (int e = 0; e < E; e++) memory_of[e + 1] = memory_of[e] + (apart ? 0 : expert_bytes(plan.count(e)));
+        const size_t own_bytes = apart ? expert_bytes(most_rows) : 0;
         auto bytes = [](size_t count, size_t size) { return Scratch::padded(count * size); };
-        Scratch scratch(bytes((size_t)N * dz_stride, sizeof(T)) + bytes((size_t)N * D, 4) + bytes((size_t)N * f_blocks, 4) +
-                        bytes(all * (1 + halves) * f_strips, sizeof(U)) + bytes(all * 2 * d_strips, sizeof(U)) + 4 * bytes(1, 1) + bytes(N, 4) +
-                        bytes(a.threads, sizeof(ProductScratch<M>)));
-        dz = scratch.take<T>((size_t)N * dz_stride);
+        Scratch scratch(bytes((size_t)N * D, 4) + bytes((size_t)N * f_blocks, 4) + bytes(N, 4) + bytes(a.threads, sizeof(ProductScratch<M>)) +
+                        memory_of[E] + a.threads * own_bytes);
         dx_rows = scratch.take<float>((size_t)N * D);
         partial = scratch.take<float>((size_t)N * f_blocks);
-        h = scratch.take<U>(all * f_strips);
-        dz_strips = scratch.take<U>(all * halves * f_strips);
-        x = scratch.take<U>(all * d_strips);
-        dy_strips = scratch.take<U>(all * d_strips);
         position = scratch.take<int32_t>(N);
         auto* product_scratch = scratch.take<ProductScratch<M>>(a.threads);
+        char* memory = scratch.take<char>(0);
         invert(plan, N, position);
-        std::vector<int> hit;
-        for (int e = 0; e < E; e++)
-            if (plan.count(e)) hit.push_back(e);
-
-        const bool need_dz = a.dx || a.dup || a.dup_bias, need_q = need_dz || a.ddown || a.dweights;
-        const bool stream_down = is_streamed((T*)a.ddown, (size_t)E * D, F), stream_up = is_streamed((T*)a.dup, (size_t)E * G, D);
-        const int64_t q_tasks = need_q ? (int64_t)hit.size() * f_blocks : 0, dx_tasks = a.dx ? (int64_t)hit.size() * d_blocks : 0;
-        const int d_tasks = (D + ROWS_PER_TASK - 1) / ROWS_PER_TASK, f_tasks = (F + ROWS_PER_TASK - 1) / ROWS_PER_TASK;
-        const int packings = (D + COLUMNS - 1) / COLUMNS;
-        auto down_of = [&](int64_t i) { return i < q_tasks ? down(hit[i / f_blocks], i % f_blocks) : WeightRows<T>{}; };
-        auto up_of = [&](int64_t i) { return i < dx_tasks ? up(hit[i / d_blocks], i % d_blocks) : WeightRows<T>{}; };
-        Tasks activation, strip_tasks, dx, bias_tasks, ddown_tasks, dup_tasks, tokens;
+        const int64_t hits = hit.size();
+        const int q_blocks = a.dx || a.dup || a.dup_bias || a.ddown || a.dweights ? f_blocks : 0, dx_blocks = a.dx ? d_blocks : 0;
+        Tasks experts, q, packing, dx, bias_tasks, gradients, tokens;
         std::atomic<int> thread_count{0};
 #pragma omp parallel num_threads(a.threads)
         {
-            ProductScratch<M>& own = product_scratch[thread_count++];
-            activation.run_with_next(q_tasks, [&](int64_t i, int64_t next) {
-                through_activation(hit[i / f_blocks], i % f_blocks, next < q_tasks ? down_of(next) : up_of(next - q_tasks), own);
-            });
-            strip_tasks.run((int)hit.size(), packings, [&](int i, int part) {
-                const int e = hit[i], first = plan.first(e), begin = part * COLUMNS, end = std::min(begin + COLUMNS, D);
-                if (a.ddown) pack_strips<M>([&](int r) { return dy_row(first + r); }, plan.count(e), begin, end, strips(dy_strips, e, d_strips));
-                if (a.dup) pack_strips<M>([&](int r) { return x_row(first + r); }, plan.count(e), begin, end, strips(x, e, d_strips));
-            });
-#pragma omp barrier
-            dx.run_with_next(dx_tasks, [&](int64_t i, int64_t next) { rows_of_dx(hit[i / d_blocks], i % d_blocks, up_of(next), own); });
-            if (a.dup_bias || a.ddown_bias)
-                bias_tasks.run(E, [&](int64_t i) {
-                    const int e = (int)i;
-                    auto up_bias = [&](int g) { return (T*)a.dup_bias + (size_t)e * G + (g < F ? at.gate + g * at.step : at.up + (g - F) * at.step); };
-                    auto down_bias = [&](int d) { return (T*)a.ddown_bias + (size_t)e * D + d; };
-                    if (a.dup_bias) column_sums(e, G, [&](int row) { return dz + row * dz_stride; }, [](int) { return 1.f; }, up_bias);
-                    if (a.ddown_bias)
-                        column_sums(e, D, [&](int row) { return dy_row(row); }, [&](int row) { return a.weights[plan.order[row]]; }, down_bias);
+            const int thread = thread_count++;
+            ProductScratch<M>& own = product_scratch[thread];
+            if (apart) {
+                experts.run_with_next(hits, [&](int64_t i, int64_t next) {
+                    const Expert x = expert(hit[i], memory + thread * own_bytes);
+                    auto down_of = [&](int b) { return b < q_blocks ? down(x.id, b) : WeightRows<T>{}; };
+                    auto up_of = [&](int b) { return b < dx_blocks ? up(x.id, b) : next < hits && q_blocks ? down(hit[next], 0) : WeightRows<T>{}; };
+                    for (int b = 0; b < q_blocks; b++) through_activation(x, b, b + 1 < q_blocks ? down_of(b + 1) : up_of(0), own);
+                    for (int b = 0; b < dx_blocks; b++) rows_of_dx(x, b, up_of(b + 1), own);
+                    pack(x, 0, D);
+                    bias_gradients(x);
+                    for (int task = 0; task < gradient_tasks; task++) gradient_rows(x, task);
                 });
-            if (a.ddown) ddown_tasks.run(E, d_tasks, [&](int e, int task) { rows_of_ddown(e, task, stream_down); });
-            if (a.dup)
-                dup_tasks.run(E, halves * f_tasks, [&](int e, int task) { rows_of_dup(e, task / f_tasks, task % f_tasks, stream_up); });
+                gradients.run(E, gradient_tasks, [&](int e, int task) {
+                    if (plan.count(e) == 0) gradient_rows(expert(e, memory), task);
+                });
+                if (a.dup_bias || a.ddown_bias)
+                    bias_tasks.run(E, [&](int64_t e) {
+                        if (plan.count(e) == 0) bias_gradients(expert(e, memory));
+                    });
+            } else {
+                auto down_of = [&](int64_t i) { return down(hit[i / q_blocks], i % q_blocks); };
+                auto up_of = [&](int64_t i) { return i < hits * dx_blocks ? up(hit[i / dx_blocks], i % dx_blocks) : WeightRows<T>{}; };
+                auto shared = [&](int e) { return expert(e, memory + memory_of[e]); };
+                q.run_with_next(hits * q_blocks, [&](int64_t i, int64_t next) {
+                    const WeightRows<T> following = next < hits * q_blocks ? down_of(next) : up_of(next - hits * q_blocks);
+                    through_activation(shared(hit[i / q_blocks]), i % q_blocks, following, own);
+                });
+                packing.run(hits, d_blocks, [&](int i, int b) { pack(shared(hit[i]), b * COLUMNS, std::min((b + 1) * COLUMNS, D)); });
+#pragma omp barrier
+                dx.run_with_next(hits * dx_blocks, [&](int64_t i, int64_t next) { rows_of_dx(shared(hit[i / dx_blocks]), i % dx_blocks, up_of(next), own); });
+                if (a.dup_bias || a.ddown_bias) bias_tasks.run(E, [&](int64_t e) { bias_gradients(shared(e)); });
+                gradients.run(E, gradient_tasks, [&](int e, int task) { gradient_rows(shared(e), task); });
+            }
             end_of_streams();
 #pragma omp barrier
             tokens.run(a.tokens, [&](int64_t t) {
