@@ -22,6 +22,12 @@ template <class T> struct WeightRows {
     INLINE const T* row(int k) const { return k < split ? first + k * stride : second + (k - split) * stride; }
 };
 
+// Elements that lie in a row, to be read ahead.
+template <class T> static inline WeightRows<T> run_of(const T* first, size_t count) {
+    constexpr int LENGTH = 2048 / sizeof(T);
+    return {first, LENGTH, (int)((count + LENGTH - 1) / LENGTH), LENGTH};
+}
+
 // One unit of k: two vectors of columns of one row, or of a pair of rows side by side; there may be no odd row.
 static INLINE void unit_of_columns(const float* row, const float*, vf (&v)[2]) { v[0] = load<vf>(row), v[1] = load<vf>(row + LANES); }
 #if defined(__AVX512BF16__)
