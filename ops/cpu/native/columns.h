@@ -10,6 +10,8 @@ static constexpr int blocks_of(int columns) { return (columns + COLUMNS - 1) / C
 constexpr int CHUNK_UNITS = 256;
 // Rows that go over one packing; their unfinished sums fit into the second cache, too.
 constexpr int ROWS_PER_PACKING = 40 * ROWS_AT_ONCE;
+// Blocks of columns that are multiplied in turns, so that longer pieces of rows are read ahead: memory likes those.
+constexpr int BLOCKS_IN_TURNS = 4;
 
 // The first `cols` columns from `first` on, of rows `stride` apart; rows from `split` on count from `second`.
 template <class T> struct WeightRows {
@@ -116,7 +118,7 @@ static inline void multiply(const typename M::T* const* rows, int n, const typen
 
 // The same with rows [k0, k0 + k) of the weights as they lie, for so few rows of tokens that packing would cost more.
 template <class M, int ROWS, class Ahead>
-static INLINE void multiply_in_place(const typename M::T* const* rows, int n, const WeightRows<typename M::T>& w, int k0, int k, Ahead& ahead,
+static INLINE void multiply_in_place(const typename M::T* const* rows, int n, const WeightRows<typename M::T>& w, int c0, int k0, int k, Ahead& ahead,
                                      Block& acc) {
     using T = typename M::T;
     const T* p[ROWS];
@@ -128,7 +130,7 @@ static INLINE void multiply_in_place(const typename M::T* const* rows, int n, co
         for (int c = 0; c < VECTORS; c++) sum[r][c] = vf{};
     for (int i = 0; i < k; i += M::PER) {
         if (i % (LANES * M::PER) == 0) ahead.step();
-        const T *even = w.row(k0 + i), *odd = M::PER == 2 && i + 1 < k ? w.row(k0 + i + 1) : nullptr;
+        const T *even = w.row(k0 + i) + c0, *odd = M::PER == 2 && i + 1 < k ? w.row(k0 + i + 1) + c0 : nullptr;
         vf b[VECTORS / 2][2];
 #pragma GCC unroll 8
         for (int c = 0; c < VECTORS / 2; c++) unit_of_columns(even + c * 2 * LANES, odd ? odd + c * 2 * LANES : nullptr, b[c]);
@@ -145,50 +147,55 @@ static INLINE void multiply_in_place(const typename M::T* const* rows, int n, co
         for (int c = 0; c < VECTORS; c++) acc[r][c] = sum[r][c];
 }
 template <class M, class Ahead>
-static inline void multiply_few(const typename M::T* const* rows, int n, const WeightRows<typename M::T>& w, int k0, int k, Ahead& ahead, Block& acc) {
-    if (n == 1) multiply_in_place<M, 1>(rows, n, w, k0, k, ahead, acc);
-    else if (n == 2) multiply_in_place<M, 2>(rows, n, w, k0, k, ahead, acc);
-    else if (n <= 4) multiply_in_place<M, 4>(rows, n, w, k0, k, ahead, acc);
-    else multiply_in_place<M, ROWS_AT_ONCE>(rows, n, w, k0, k, ahead, acc);
+static inline void multiply_few(const typename M::T* const* rows, int n, const WeightRows<typename M::T>& w, int c0, int k0, int k, Ahead& ahead, Block& acc) {
+    if (n == 1) multiply_in_place<M, 1>(rows, n, w, c0, k0, k, ahead, acc);
+    else if (n == 2) multiply_in_place<M, 2>(rows, n, w, c0, k0, k, ahead, acc);
+    else if (n <= 4) multiply_in_place<M, 4>(rows, n, w, c0, k0, k, ahead, acc);
+    else multiply_in_place<M, ROWS_AT_ONCE>(rows, n, w, c0, k0, k, ahead, acc);
 }
 
 // What a thread needs for products.
 template <class M> struct ProductScratch {
     alignas(64) typename M::U panel[CHUNK_UNITS * COLUMNS];
-    vf sums[ROWS_PER_PACKING][VECTORS];
+    vf sums[BLOCKS_IN_TURNS][ROWS_PER_PACKING][VECTORS];
 };
 
-// finish(r, n, block) for rows r .. r + n of an expert's m: block = row(r ..) . w. r is even. `next` is what this thread multiplies next.
+// finish(b, r, n, block) for rows r .. r + n of an expert's m and block b of up to BLOCKS_IN_TURNS of w's columns: block =
+// row(r ..) . w. r is even. `next` is what this thread multiplies next.
 template <class M, class Row, class Finish>
 static inline void product(Row row, int m, const WeightRows<typename M::T>& w, const WeightRows<typename M::T>& next, ProductScratch<M>& scratch,
                            Finish finish) {
     using T = typename M::T;
     constexpr int CHUNK = CHUNK_UNITS * M::PER;
-    const bool few = m <= ROWS_AT_ONCE && w.cols == COLUMNS;
+    const int blocks = blocks_of(w.cols);
     for (int first = 0; first < m; first += ROWS_PER_PACKING) {
         const int count = std::min(ROWS_PER_PACKING, m - first), tiles = (count + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
         int k0 = 0;
         do {
             const int k = std::min(CHUNK, w.count - k0);
             const bool last = k0 + k == w.count;
-            const int64_t steps = (int64_t)tiles * (k / (LANES * M::PER));
+            const int64_t steps = (int64_t)blocks * tiles * (k / (LANES * M::PER));
             RowsAhead<T> ahead = !last                              ? RowsAhead<T>(w, k0 + k, k0 + k + CHUNK, steps)
                                  : first + ROWS_PER_PACKING < m ? RowsAhead<T>(w, 0, CHUNK, steps)
                                                                 : RowsAhead<T>(next, 0, CHUNK, steps);
-            if (!few) pack_columns<M>([&](int i) { return w.row(k0 + i); }, k, w.cols, scratch.panel);
-            for (int tile = 0, r = 0; tile < tiles; tile++) {
-                const int left = tiles - tile, n = std::min(((count - r + left - 1) / left + 1) / 2 * 2, count - r);
-                const T* rows[ROWS_AT_ONCE];
-                for (int i = 0; i < n; i++) rows[i] = row(first + r + i) + k0;
-                Block acc;
-                if (few) multiply_few<M>(rows, n, w, k0, k, ahead, acc);
-                else multiply<M>(rows, n, scratch.panel, k, ahead, acc);
-                vf(*sums)[VECTORS] = scratch.sums + r;
-                for (int i = 0; k0 && i < n; i++)
-                    for (int c = 0; c < VECTORS; c++) acc[i][c] += sums[i][c];
-                if (last) finish(first + r, n, acc);
-                else memcpy((void*)sums, acc, n * sizeof(acc[0]));
-                r += n;
+            for (int b = 0; b < blocks; b++) {
+                const int c0 = b * COLUMNS, cols = std::min(COLUMNS, w.cols - c0);
+                const bool few = m <= ROWS_AT_ONCE && cols == COLUMNS;
+                if (!few) pack_columns<M>([&](int i) { return w.row(k0 + i) + c0; }, k, cols, scratch.panel);
+                for (int tile = 0, r = 0; tile < tiles; tile++) {
+                    const int left = tiles - tile, n = std::min(((count - r + left - 1) / left + 1) / 2 * 2, count - r);
+                    const T* rows[ROWS_AT_ONCE];
+                    for (int i = 0; i < n; i++) rows[i] = row(first + r + i) + k0;
+                    Block acc;
+                    if (few) multiply_few<M>(rows, n, w, c0, k0, k, ahead, acc);
+                    else multiply<M>(rows, n, scratch.panel, k, ahead, acc);
+                    vf(*sums)[VECTORS] = scratch.sums[b] + r;
+                    for (int i = 0; k0 && i < n; i++)
+                        for (int c = 0; c < VECTORS; c++) acc[i][c] += sums[i][c];
+                    if (last) finish(b, first + r, n, acc);
+                    else memcpy((void*)sums, acc, n * sizeof(acc[0]));
+                    r += n;
+                }
             }
             k0 += k;
         } while (k0 < w.count);

@@ -48,7 +48,7 @@ template <class M> class MergedForwardPass {
                 const int e = hit[i / blocks], first = plan.first(e), f0 = (int)(i % blocks) * COLUMNS;
                 const WeightRows<T> w = weights_of(i);
                 product<M>([&](int r) { return (const T*)a.x + (size_t)plan.token(first + r) * D; }, plan.count(e), w, weights_of(next), own,
-                           [&](int r, int n, const Block& acc) {
+                           [&](int, int r, int n, const Block& acc) {
                                for (int j = 0; j < n; j++) store_row(acc[j], rows + (size_t)(first + r + j) * F + f0, w.cols);
                            });
             });
@@ -107,7 +107,7 @@ template <class M> class MergedBackwardPass {
                     const int first = plan.first(e), m = plan.count(e), d0 = block * COLUMNS, cols = std::min(COLUMNS, D - d0);
                     if (m == 0) return;
                     pack_rows<M>((const T*)a.proj + ((size_t)e * D + d0) * F, F, F, cols, panel);
-                    NothingAhead nothing;
+                    RowsAhead<T> nothing;
                     for (int r0 = first; r0 < first + m; r0 += ROWS_AT_ONCE) {
                         const int n = std::min(ROWS_AT_ONCE, first + m - r0);
                         const T* rows[ROWS_AT_ONCE];

@@ -33,6 +33,7 @@ template <class M> class BackwardPass {
     const int d_tasks, f_tasks, gradient_tasks;
     std::vector<int> hit;  // the experts with rows
     int most_rows = 0;
+    int group_columns;  // of one task
     float *dx_rows, *partial;  // [N, D]; [N, f_blocks] parts of <q, h>
     int32_t* position;
 
@@ -57,6 +58,7 @@ template <class M> class BackwardPass {
         x.dz_strips = (U*)((char*)x.x + strip_bytes(x.um, d_strips));
         return x;
     }
+    int groups_of(int columns) const { return (columns + group_columns - 1) / group_columns; }
     const T* dy_row(int row) const { return (const T*)a.dy + (size_t)plan.token(row) * D; }
     const T* x_row(int row) const { return (const T*)a.x + (size_t)plan.token(row) * D; }
     const T* z_row(int row) const { return (const T*)a.z + (size_t)row * G; }
@@ -114,48 +116,57 @@ template <class M> class BackwardPass {
         store_strips(v.dgate, cols, r, n, x.dz_strips + from, x.um);
         if (a.gated) store_strips(v.dup, cols, r, n, x.dz_strips + f_strips * x.um * LANES + from, x.um);
     }
-    // What is multiplied by an expert's rows of dy, and of dz.
-    WeightRows<T> down(int e, int block) const {
-        return {(const T*)a.down + (size_t)e * D * F + block * COLUMNS, F, D, std::min(COLUMNS, F - block * COLUMNS)};
+    // What is multiplied by an expert's rows of dy, and of dz: some blocks of columns.
+    WeightRows<T> down(int e, int group) const {
+        const int f0 = group * group_columns;
+        return {(const T*)a.down + (size_t)e * D * F + f0, F, D, std::min(group_columns, F - f0)};
     }
-    WeightRows<T> up(int e, int block) const {
-        const T* w = (const T*)a.up + (size_t)e * G * D + block * COLUMNS;
-        const int cols = std::min(COLUMNS, D - block * COLUMNS);
-        return {w + at.gate * D, at.step * D, G, cols, w + at.up * D, a.gated ? F : G};
+    WeightRows<T> up(int e, int group) const {
+        const int d0 = group * group_columns;
+        const T* w = (const T*)a.up + (size_t)e * G * D + d0;
+        return {w + at.gate * D, at.step * D, G, std::min(group_columns, D - d0), w + at.up * D, a.gated ? F : G};
     }
-    // All of an expert in one go. What is read from memory is read in its own order, which is several times as fast as blocks of
-    // columns are: z at once, and small weights, beside the products before theirs, in as many parts as those have blocks.
-    void do_expert(const Expert& x, int next, int q_blocks, int dx_blocks, ProductScratch<M>& own) const {
-        const char* z = (const char*)z_row(x.first);
-        for (size_t i = 0; i < (size_t)x.count * G * sizeof(T); i += 64) (void)*(const volatile char*)(z + i);
-        const bool small = (size_t)G * D * sizeof(T) <= SMALL_WEIGHTS;
-        auto part = [&](const T* w, size_t count, int i, int parts) { return run_of(w + count * i / parts, count / parts); };
-        auto up_ahead = [&](int i) {
-            return small ? part((const T*)a.up + (size_t)x.id * G * D, (size_t)G * D, i, q_blocks) : up(x.id, 0);
+    static void read_through(const T* p, size_t count) {
+        for (size_t i = 0; i < count; i += 64 / sizeof(T)) (void)*(const volatile uint16_t*)(p + i);
+    }
+    // All of an expert in one go. What comes from memory is read in its own order, which is several times as fast as blocks of
+    // columns are: z at once, and small weights, too, for few rows; else beside the products before theirs, in parts.
+    void do_expert(const Expert& x, int next, int q_groups, int dx_groups, ProductScratch<M>& own) const {
+        const size_t up_size = (size_t)G * D, down_size = (size_t)D * F;
+        const T *w_up = (const T*)a.up + x.id * up_size, *w_down = (const T*)a.down;
+        const bool small = up_size * sizeof(T) <= SMALL_WEIGHTS, few = small && x.count <= 8;
+        auto ahead_of_dx = [&](int i) {
+            if (few) return WeightRows<T>{};
+            return small ? run_of(w_up + up_size * i / q_groups, up_size / q_groups) : up(x.id, 0);
         };
-        auto down_ahead = [&](int i) {
-            if (next < 0 || !q_blocks) return WeightRows<T>{};
-            return small ? part((const T*)a.down + (size_t)next * D * F, (size_t)D * F, i, dx_blocks) : down(next, 0);
+        auto ahead_of_next = [&](int i, int parts) {
+            if (next < 0 || !q_groups || few) return WeightRows<T>{};
+            return small ? run_of(w_down + next * down_size + down_size * i / parts, down_size / parts) : down(next, 0);
         };
-        for (int b = 0; b < q_blocks; b++)
-            through_activation(x, b, !small && b + 1 < q_blocks ? down(x.id, b + 1) : dx_blocks ? up_ahead(b) : down_ahead(0), own);
-        for (int b = 0; b < dx_blocks; b++) rows_of_dx(x, b, !small && b + 1 < dx_blocks ? up(x.id, b + 1) : down_ahead(b), own);
+        read_through(z_row(x.first), (size_t)x.count * G);
+        if (few && q_groups) read_through(w_down + x.id * down_size, down_size);
+        for (int g = 0; g < q_groups; g++) {
+            if (!small && g + 1 < q_groups) through_activation(x, g, down(x.id, g + 1), own);
+            else through_activation(x, g, dx_groups ? ahead_of_dx(g) : ahead_of_next(g, q_groups), own);
+        }
+        if (few && dx_groups) read_through(w_up, up_size);
+        for (int g = 0; g < dx_groups; g++) rows_of_dx(x, g, !small && g + 1 < dx_groups ? up(x.id, g + 1) : ahead_of_next(g, dx_groups), own);
         pack(x, 0, D);
         bias_gradients(x);
         for (int task = 0; task < gradient_tasks; task++) gradient_rows(x, task);
     }
-    void through_activation(const Expert& x, int block, const WeightRows<T>& next, ProductScratch<M>& scratch) const {
-        const WeightRows<T> w = down(x.id, block);
-        product<M>([&](int i) { return dy_row(x.first + i); }, x.count, w, next, scratch, [&](int r, int n, const Block& q) {
+    void through_activation(const Expert& x, int group, const WeightRows<T>& next, ProductScratch<M>& scratch) const {
+        product<M>([&](int i) { return dy_row(x.first + i); }, x.count, down(x.id, group), next, scratch, [&](int b, int r, int n, const Block& q) {
+            const int block = group * (group_columns / COLUMNS) + b, cols = std::min(COLUMNS, F - block * COLUMNS);
             Activated v;
-            with_activation(act.name, [&]<int NAME>() { activate<NAME>(x, block, w.cols, r, n, q, v); });
-            store_activated(x, block, w.cols, r, n, v);
+            with_activation(act.name, [&]<int NAME>() { activate<NAME>(x, block, cols, r, n, q, v); });
+            store_activated(x, block, cols, r, n, v);
         });
     }
-    void rows_of_dx(const Expert& x, int block, const WeightRows<T>& next, ProductScratch<M>& scratch) const {
-        const WeightRows<T> w = up(x.id, block);
-        product<M>([&](int i) { return x.dz + i * dz_stride; }, x.count, w, next, scratch, [&](int r, int n, const Block& acc) {
-            for (int i = 0; i < n; i++) store_row(acc[i], dx_rows + (size_t)(x.first + r + i) * D + block * COLUMNS, w.cols);
+    void rows_of_dx(const Expert& x, int group, const WeightRows<T>& next, ProductScratch<M>& scratch) const {
+        product<M>([&](int i) { return x.dz + i * dz_stride; }, x.count, up(x.id, group), next, scratch, [&](int b, int r, int n, const Block& acc) {
+            const int d0 = group * group_columns + b * COLUMNS;
+            for (int i = 0; i < n; i++) store_row(acc[i], dx_rows + (size_t)(x.first + r + i) * D + d0, D - d0);
         });
     }
     void pack(const Expert& x, int begin, int end) const {
@@ -236,6 +247,9 @@ template <class M> class BackwardPass {
     }
 
     void run() {
+        // Measured: bfloat16 gains from wide groups only where nothing is packed.
+        group_columns = (sizeof(T) == 4 || most_rows <= ROWS_AT_ONCE ? BLOCKS_IN_TURNS : 1) * COLUMNS;
+        while (group_columns > COLUMNS && (int64_t)hit.size() * std::min(groups_of(F), groups_of(D)) < 4 * a.threads) group_columns /= 2;
         // One thread does all of an expert, whose intermediate values then stay in its cache, where that leaves no thread idle.
         const bool apart = (int64_t)hit.size() >= 8 * a.threads && (int64_t)most_rows * 8 * a.threads <= N;
         std::vector<size_t> memory_of(E + 1, 0);
@@ -251,7 +265,7 @@ template <class M> class BackwardPass {
         char* memory = scratch.take<char>(0);
         invert(plan, N, position);
         const int64_t hits = hit.size();
-        const int q_blocks = a.dx || a.dup || a.dup_bias || a.ddown || a.dweights ? f_blocks : 0, dx_blocks = a.dx ? d_blocks : 0;
+        const int q_groups = a.dx || a.dup || a.dup_bias || a.ddown || a.dweights ? groups_of(F) : 0, dx_groups = a.dx ? groups_of(D) : 0;
         Tasks experts, q, packing, dx, bias_tasks, gradients, tokens;
         std::atomic<int> thread_count{0};
 #pragma omp parallel num_threads(a.threads)
@@ -260,7 +274,7 @@ template <class M> class BackwardPass {
             ProductScratch<M>& own = product_scratch[thread];
             if (apart) {
                 experts.run_with_next(hits, [&](int64_t i, int64_t next) {
-                    do_expert(expert(hit[i], memory + thread * own_bytes), next < hits ? hit[next] : -1, q_blocks, dx_blocks, own);
+                    do_expert(expert(hit[i], memory + thread * own_bytes), next < hits ? hit[next] : -1, q_groups, dx_groups, own);
                 });
                 gradients.run(E, gradient_tasks, [&](int e, int task) {
                     if (plan.count(e) == 0) gradient_rows(expert(e, memory), task);
@@ -270,16 +284,16 @@ template <class M> class BackwardPass {
                         if (plan.count(e) == 0) bias_gradients(expert(e, memory));
                     });
             } else {
-                auto down_of = [&](int64_t i) { return down(hit[i / q_blocks], i % q_blocks); };
-                auto up_of = [&](int64_t i) { return i < hits * dx_blocks ? up(hit[i / dx_blocks], i % dx_blocks) : WeightRows<T>{}; };
+                auto down_of = [&](int64_t i) { return down(hit[i / q_groups], i % q_groups); };
+                auto up_of = [&](int64_t i) { return i < hits * dx_groups ? up(hit[i / dx_groups], i % dx_groups) : WeightRows<T>{}; };
                 auto shared = [&](int e) { return expert(e, memory + memory_of[e]); };
-                q.run_with_next(hits * q_blocks, [&](int64_t i, int64_t next) {
-                    const WeightRows<T> following = next < hits * q_blocks ? down_of(next) : up_of(next - hits * q_blocks);
-                    through_activation(shared(hit[i / q_blocks]), i % q_blocks, following, own);
+                q.run_with_next(hits * q_groups, [&](int64_t i, int64_t next) {
+                    const WeightRows<T> following = next < hits * q_groups ? down_of(next) : up_of(next - hits * q_groups);
+                    through_activation(shared(hit[i / q_groups]), i % q_groups, following, own);
                 });
                 packing.run(hits, d_blocks, [&](int i, int b) { pack(shared(hit[i]), b * COLUMNS, std::min((b + 1) * COLUMNS, D)); });
 #pragma omp barrier
-                dx.run_with_next(hits * dx_blocks, [&](int64_t i, int64_t next) { rows_of_dx(shared(hit[i / dx_blocks]), i % dx_blocks, up_of(next), own); });
+                dx.run_with_next(hits * dx_groups, [&](int64_t i, int64_t next) { rows_of_dx(shared(hit[i / dx_groups]), i % dx_groups, up_of(next), own); });
                 if (a.dup_bias || a.ddown_bias) bias_tasks.run(E, [&](int64_t e) { bias_gradients(shared(e)); });
                 gradients.run(E, gradient_tasks, [&](int e, int task) { gradient_rows(shared(e), task); });
             }
