@@ -2,6 +2,9 @@
 // [units of rows][LANES]: rows of tokens side by side in pairs (where M::PER is 2) but not turned, so one strip serves as the
 // vectors of a product or as its scalars. An element of a gradient is written once, by the one task that owns its row.
 #pragma once
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 #include "columns.h"
 
 static constexpr int strips_of(int columns) { return (columns + LANES - 1) / LANES; }
