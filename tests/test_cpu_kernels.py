@@ -47,7 +47,8 @@ TIGHT = 4e-6
 FACTOR = 4.0
 # A vector is 4, 8 or 16 tokens, a tile of the forward one or two vectors, one of the backward up to 6 rows.
 TOKENS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 31, 32, 33, 65)
-# A tile is at most 24 rows of weights; a task of the forward 256 KiB of them; a panel of the backward 64 columns.
+# A tile is at most 24 rows of weights; a task of the forward 256 KiB of them; a panel of the backward 64 columns, a
+# strip of a gradient LANES.
 WIDTHS = [(1, 1), (1, 37), (37, 1), (17, 33), (33, 17), (64, 48), (100, 37), (130, 515), (515, 130)]
 
 
@@ -138,6 +139,22 @@ def test_every_number_of_tokens_on_one_expert_equals_the_oracle(T, dtype):
     assert_as_exact_as_can_be(make_mlp_inputs(T, 19, 23, 1, 1, dtype=dtype, bias=True))
     assert_as_exact_as_can_be(make_mlp_inputs(T, 19, 23, 3, 1, dtype=dtype, gated=False, routing="one_expert"), gated=False)
     assert_as_exact_as_can_be(make_merged_inputs(T, 19, 23, 3, 1, dtype=dtype, routing="one_expert"))
+
+
+@pytest.mark.parametrize("T", [241, 500])
+@every_dtype
+def test_rows_beyond_one_packing_and_sums_beyond_one_chunk_equal_the_oracle(T, dtype):
+    assert_as_exact_as_can_be(make_mlp_inputs(T, 530, 40, 1, 1, dtype=dtype))
+    assert_as_exact_as_can_be(make_merged_inputs(T, 530, 40, 1, 1, dtype=dtype))
+
+
+@pytest.mark.parametrize("widths", [(256, 272), (272, 256), (257, 273)], ids=str)
+@every_dtype
+def test_gradients_too_large_for_a_cache_equal_the_oracle(widths, dtype):
+    # Written past the caches where rows are whole lines, and with a part of a tile at the end; (257, 273) are not.
+    shape = (24, *widths, 64 if dtype == torch.float32 else 128, 4)
+    assert_as_exact_as_can_be(make_mlp_inputs(*shape, dtype=dtype))
+    assert_as_exact_as_can_be(make_merged_inputs(*shape, dtype=dtype))
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
@@ -365,6 +382,21 @@ def test_equal_inputs_give_equal_bits_on_any_number_of_threads(shape, dtype, set
         for threads in (1, 2, 2, 5):
             set_threads(threads)
             assert_same_bits(gradients(inputs), alone)
+
+
+@pytest.mark.parametrize("widths", [(33, 47), (64, 600)], ids=str)
+@every_dtype
+def test_an_expert_done_by_one_thread_gets_the_bits_of_one_done_by_all(widths, dtype, set_threads):
+    # One thread does all of an expert where there are eight times as many, about equal ones, as threads.
+    for count in (24, 200):
+        inputs = make_mlp_inputs(count, *widths, 24, 3, dtype=dtype, bias=True)
+        inputs = replace(inputs, experts=(torch.arange(3 * count) % 23).reshape(count, 3))
+        results = []
+        for threads in (1, 2, 3, 5):
+            set_threads(threads)
+            results.append(gradients(inputs))
+        for result in results[1:]:
+            assert_same_bits(result, results[0])
 
 
 def test_no_sum_is_left_to_chance():

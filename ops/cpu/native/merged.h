@@ -2,7 +2,7 @@
 //
 //   dw = <q, x>,  dx = sum_j w q,  dW_e = sum (w x)^T dh
 #pragma once
-#include "columns.h"
+#include "gradient.h"
 
 struct MergedForward {
     const void *x, *proj;
@@ -25,24 +25,32 @@ template <class M> class MergedForwardPass {
         const int D = a.hidden, F = a.inner, E = a.num_experts, N = a.tokens * a.top_k, blocks = blocks_of(F);
         make_plan(a.experts, N, E, a.order, a.offsets);
         const Plan plan{E, (int)a.top_k, a.order, a.offsets};
-        const size_t panel_bytes = Scratch::padded(units<M>(D) * COLUMNS * sizeof(U));
-        Scratch scratch(Scratch::padded((size_t)N * F * 4) + Scratch::padded((size_t)N * 4) + a.threads * panel_bytes);
+        std::vector<int> hit;
+        for (int e = 0; e < E; e++)
+            if (plan.count(e)) hit.push_back(e);
+        const int64_t count = (int64_t)hit.size() * blocks;
+        Scratch scratch(Scratch::padded((size_t)N * F * 4) + Scratch::padded((size_t)N * 4) + Scratch::padded(a.threads * sizeof(ProductScratch<M>)));
         float* rows = scratch.take<float>((size_t)N * F);
         int32_t* position = scratch.take<int32_t>(N);
-        char* panels = scratch.take<char>(0);
+        auto* product_scratch = scratch.take<ProductScratch<M>>(a.threads);
         invert(plan, N, position);
+        auto weights_of = [&](int64_t i) -> WeightRows<T> {
+            if (i >= count) return {};
+            const int f0 = (int)(i % blocks) * COLUMNS;
+            return {(const T*)a.proj + (size_t)hit[i / blocks] * D * F + f0, F, D, std::min(COLUMNS, F - f0)};
+        };
         Tasks products, tokens;
         std::atomic<int> threads{0};
 #pragma omp parallel num_threads(a.threads)
         {
-            U* panel = (U*)(panels + threads++ * panel_bytes);
-            products.run(E, blocks, [&](int e, int block) {
-                const int first = plan.first(e), m = plan.count(e), f0 = block * COLUMNS, cols = std::min(COLUMNS, F - f0);
-                if (m == 0) return;
-                const T* w = (const T*)a.proj + (size_t)e * D * F + f0;
-                pack_columns<M>([=](int d) { return w + (size_t)d * F; }, D, cols, panel);
-                multiply_expert<M>([&](int i) { return (const T*)a.x + (size_t)plan.token(first + i) * D; }, m, panel, D,
-                                   rows + (size_t)first * F + f0, F, cols);
+            ProductScratch<M>& own = product_scratch[threads++];
+            products.run_with_next(count, [&](int64_t i, int64_t next) {
+                const int e = hit[i / blocks], first = plan.first(e), f0 = (int)(i % blocks) * COLUMNS;
+                const WeightRows<T> w = weights_of(i);
+                product<M>([&](int r) { return (const T*)a.x + (size_t)plan.token(first + r) * D; }, plan.count(e), w, weights_of(next), own,
+                           [&](int, int r, int n, const Block& acc) {
+                               for (int j = 0; j < n; j++) store_row(acc[j], rows + (size_t)(first + r + j) * F + f0, w.cols);
+                           });
             });
 #pragma omp barrier
             tokens.run(a.tokens, [&](int64_t t) {
@@ -70,23 +78,25 @@ template <class M> class MergedBackwardPass {
     explicit MergedBackwardPass(const MergedBackward& a) : a(a) {}
 
     void run() {
-        const int D = a.hidden, F = a.inner, E = a.num_experts, N = a.tokens * a.top_k, d_blocks = blocks_of(D), f_blocks = blocks_of(F);
+        const int D = a.hidden, F = a.inner, E = a.num_experts, N = a.tokens * a.top_k, d_blocks = blocks_of(D);
+        const int d_strips = strips_of(D), f_strips = strips_of(F);
         const Plan plan{E, (int)a.top_k, a.order, a.offsets};
         const std::vector<size_t> unit_of = units_before<M>(plan);
         const size_t all = unit_of[E], panel_bytes = Scratch::padded(units<M>(F) * COLUMNS * sizeof(U));
         auto bytes = [](size_t count, size_t size) { return Scratch::padded(count * size); };
-        Scratch scratch(bytes((size_t)N * D, 4) + bytes((size_t)N * D, sizeof(T)) + bytes(all * D, sizeof(U)) +
-                        bytes(all * f_blocks * COLUMNS, sizeof(U)) + bytes(N, 4) + a.threads * panel_bytes);
+        Scratch scratch(bytes((size_t)N * D, 4) + bytes((size_t)N * D, sizeof(T)) + bytes(all * d_strips * LANES, sizeof(U)) +
+                        bytes(all * f_strips * LANES, sizeof(U)) + bytes(N, 4) + a.threads * panel_bytes);
         float* q = scratch.take<float>((size_t)N * D);
         T* scaled = scratch.take<T>((size_t)N * D);  // w x, sorted
-        U* turned = scratch.take<U>(all * D);
-        U* dh_panels = scratch.take<U>(all * f_blocks * COLUMNS);
+        U* x_strips = scratch.take<U>(all * d_strips * LANES);
+        U* dh_strips = scratch.take<U>(all * f_strips * LANES);
         int32_t* position = scratch.take<int32_t>(N);
         char* panels = scratch.take<char>(0);
         invert(plan, N, position);
         auto dh_row = [&](int row) { return (const T*)a.dh + (size_t)plan.token(row) * F; };
         auto x_row = [&](int row) { return (const T*)a.x + (size_t)plan.token(row) * D; };
         const int tasks_per_expert = (D + ROWS_PER_TASK - 1) / ROWS_PER_TASK;
+        const bool streamed = is_streamed((T*)a.dproj, (size_t)E * D, F);
         Tasks products, turning, gradients, tokens;
         std::atomic<int> threads{0};
 #pragma omp parallel num_threads(a.threads)
@@ -97,7 +107,15 @@ template <class M> class MergedBackwardPass {
                     const int first = plan.first(e), m = plan.count(e), d0 = block * COLUMNS, cols = std::min(COLUMNS, D - d0);
                     if (m == 0) return;
                     pack_rows<M>((const T*)a.proj + ((size_t)e * D + d0) * F, F, F, cols, panel);
-                    multiply_expert<M>([&](int i) { return dh_row(first + i); }, m, panel, F, q + (size_t)first * D + d0, D, cols);
+                    RowsAhead<T> nothing;
+                    for (int r0 = first; r0 < first + m; r0 += ROWS_AT_ONCE) {
+                        const int n = std::min(ROWS_AT_ONCE, first + m - r0);
+                        const T* rows[ROWS_AT_ONCE];
+                        for (int r = 0; r < n; r++) rows[r] = dh_row(r0 + r);
+                        Block acc;
+                        multiply<M>(rows, n, panel, F, nothing, acc);
+                        for (int r = 0; r < n; r++) store_row(acc[r], q + (size_t)(r0 + r) * D + d0, cols);
+                    }
                 });
             if (a.dproj)
                 turning.run(E, [&](int64_t i) {
@@ -106,19 +124,21 @@ template <class M> class MergedBackwardPass {
                         const float w = a.weights[plan.order[r]];
                         for (int d = 0; d < D; d++) narrow(w * widen(x_row(r)[d]), scaled + (size_t)r * D + d);
                     }
-                    turn<M>([&](int r) { return scaled + (size_t)(first + r) * D; }, m, D, turned + unit_of[e] * D);
-                    const size_t um = unit_of[e + 1] - unit_of[e];
-                    for (int b = 0; b < f_blocks; b++)
-                        pack_columns<M>([&](int r) { return dh_row(first + r) + b * COLUMNS; }, m, std::min(COLUMNS, F - b * COLUMNS),
-                                        dh_panels + (unit_of[e] * f_blocks + um * b) * COLUMNS);
+                    pack_strips<M>([&](int r) { return scaled + (size_t)(first + r) * D; }, m, 0, D, x_strips + unit_of[e] * d_strips * LANES);
+                    pack_strips<M>([&](int r) { return dh_row(first + r); }, m, 0, F, dh_strips + unit_of[e] * f_strips * LANES);
                 });
 #pragma omp barrier
             if (a.dproj)
                 gradients.run(E, tasks_per_expert, [&](int e, int task) {
-                    const int begin = task * ROWS_PER_TASK;
-                    weight_gradient<M>(begin, std::min(begin + ROWS_PER_TASK, D), F, unit_of[e + 1] - unit_of[e], turned + unit_of[e] * D,
-                                       dh_panels + unit_of[e] * f_blocks * COLUMNS, (T*)a.dproj + (size_t)e * D * F);
+                    const int begin = task * ROWS_PER_TASK, end = std::min(begin + ROWS_PER_TASK, D);
+                    const size_t um = unit_of[e + 1] - unit_of[e];
+                    T* out = (T*)a.dproj + (size_t)e * D * F;
+                    if (um == 0) memset((void*)(out + (size_t)begin * F), 0, (size_t)(end - begin) * F * sizeof(T));
+                    else
+                        weight_gradient<M>(begin, end, F, um, x_strips + unit_of[e] * d_strips * LANES, dh_strips + unit_of[e] * f_strips * LANES,
+                                           streamed, [&](int r) { return out + (size_t)r * F; });
                 });
+            end_of_streams();
             tokens.run(a.tokens, [&](int64_t t) {
                 if (a.dx) combine<T>(q, position, a.experts, a.weights, nullptr, (int)t, plan.top_k, D, (T*)a.dx);
                 if (a.dweights)

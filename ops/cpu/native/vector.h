@@ -54,7 +54,6 @@ static INLINE vh nearest_bf16(vf v) {
     return __builtin_convertvector(((nearest & (vu)~is_nan) | ((u | 0x400000) & (vu)is_nan)) >> 16, vh);
 #endif
 }
-static INLINE vu round_to_bf16(vf v) { return __builtin_convertvector(nearest_bf16(v), vu) << 16; }
 static INLINE vf rounded(vf v, const float*) { return v; }
 static INLINE vf rounded(vf v, const bf16*) { return (vf)(__builtin_convertvector(nearest_bf16(v), vu) << 16); }
 // Two bfloat16 side by side, the even one in the lower half.
