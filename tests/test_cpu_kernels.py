@@ -384,12 +384,12 @@ def test_equal_inputs_give_equal_bits_on_any_number_of_threads(shape, dtype, set
             assert_same_bits(gradients(inputs), alone)
 
 
-@pytest.mark.parametrize("widths", [(33, 47), (64, 600)], ids=str)
+@pytest.mark.parametrize(("hidden", "inner"), [(33, 47), (64, 600)], ids=str)
 @every_dtype
-def test_an_expert_done_by_one_thread_gets_the_bits_of_one_done_by_all(widths, dtype, set_threads):
+def test_an_expert_done_by_one_thread_gets_the_bits_of_one_done_by_all(hidden, inner, dtype, set_threads):
     # One thread does all of an expert where there are eight times as many, about equal ones, as threads.
     for count in (24, 200):
-        inputs = make_mlp_inputs(count, *widths, 24, 3, dtype=dtype, bias=True)
+        inputs = make_mlp_inputs(count, hidden, inner, 24, 3, dtype=dtype, bias=True)
         inputs = replace(inputs, experts=(torch.arange(3 * count) % 23).reshape(count, 3))
         results = []
         for threads in (1, 2, 3, 5):
