@@ -361,8 +361,13 @@ def pack_experts(
     _check_float("gate_up_proj", gate_up_proj)
     _check_one_of("gate_up_layout", gate_up_layout, GATE_UP_LAYOUTS)
     _check_dim("gate_up_proj", gate_up_proj, "E, G, D")
-    _check_like_x("down_proj", down_proj, gate_up_proj)
+    _check_float("down_proj", down_proj)
+    _check_same_device("down_proj", down_proj, "gate_up_proj", gate_up_proj.device)
+    if down_proj.dtype != gate_up_proj.dtype:
+        raise TypeError(f"down_proj must have the dtype of gate_up_proj ({gate_up_proj.dtype}), got {down_proj.dtype}")
     E, G, D = gate_up_proj.shape
+    if E < 1:
+        raise ValueError("gate_up_proj must hold at least one expert, got E = 0")
     if gated and G % 2:
         raise ValueError(f"gate_up_proj must have as many gate rows as up rows, got {G} in all")
     F = G // 2 if gated else G
@@ -428,7 +433,8 @@ def experts_mlp(
         save_percent: 0 to 100, the share of pre-activation rows kept for the backward; the rest is computed again there.
             Less memory for more time, the same gradients. ``dense`` is left to autograd and keeps everything.
         packed: what :func:`pack_experts` made of these very weights. Used where ``impl`` is or comes out as ``"cpu"``, no
-            gradients are recorded and no graph is exported; otherwise the weights themselves are. The same bits.
+            gradients are recorded, no graph is exported and autocast is off; otherwise the weights themselves are. The same
+            bits.
         impl: ``"auto"``, ``"dense"`` (masked batched matmul, derivatives of every order), ``"grouped"`` (sorted rows) or
             ``"cpu"`` (kernels that are compiled on first use; contiguous weights, no float64).
 
@@ -490,12 +496,9 @@ def experts_mlp(
         recording = _records_gradients(x, weights, *parameters)
         if packed is not None:
             _check_packed(packed, up_EGD, down_EDF, act[1])
-            if (
-                chosen == "cpu"
-                and not recording
-                and not torch.compiler.is_exporting()
-                and _compute_dtype(x.dtype, x.device.type) == up_EGD.dtype
-            ):
+            # Autocast casts the arguments on their way into an operator, and what was packed stays as it is.
+            as_they_are = library.autocast_dtype(x.device.type) is None and not torch.compiler.is_exporting()
+            if chosen == "cpu" and as_they_are and not recording:
                 y = library.experts_mlp_packed(*flat, *parameters, packed.up, packed.down, *act)
                 return _unrows(y, x)
         kept = save_percent if recording else 0

@@ -95,6 +95,29 @@ def test_a_call_that_records_gradients_reads_the_weights(uses):
 
 
 @needs_kernels
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_under_autocast_the_weights_are_read(x_dtype, uses):
+    # The operator would get x or a bias in another dtype than what was packed.
+    inputs = make_mlp_inputs(5, 16, 8, 4, 2, bias=True)
+    weights = {name: getattr(inputs, name).bfloat16() for name in ("up_proj", "down_proj")}
+    inputs = replace(inputs, x=inputs.x.to(x_dtype), **weights)
+    packed = packed_of(inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(run(inputs, packed), run(inputs))
+        with pytest.raises(TypeError, match="down_proj must have the dtype of gate_up_proj"):
+            F.pack_experts(inputs.up_proj.float(), inputs.down_proj)
+    assert not uses
+
+
+@needs_kernels
+def test_the_same_memory_as_another_dtype_is_refused():
+    inputs = make_mlp_inputs(5, 16, 8, 4, 2, dtype=torch.bfloat16)
+    halves = {name: getattr(inputs, name).view(torch.float16) for name in ("x", "up_proj", "down_proj")}
+    with pytest.raises(RuntimeError, match=STALE):
+        run(replace(inputs, **halves), packed_of(inputs))
+
+
+@needs_kernels
 @pytest.mark.parametrize("name", ["up_proj", "down_proj"])
 def test_a_changed_weight_is_refused(name):
     inputs = make_mlp_inputs(5, 16, 8, 4, 2)
@@ -125,7 +148,9 @@ def test_what_cannot_be_packed_says_why():
         F.pack_experts(inputs.up_proj.transpose(1, 2).contiguous().transpose(1, 2), inputs.down_proj)
     with pytest.raises(ValueError, match=r"down_proj must have shape \(4, 16, 8\), got \(4, 16, 7\)"):
         F.pack_experts(inputs.up_proj, inputs.down_proj[..., :7])
-    with pytest.raises(TypeError, match="down_proj must have the dtype"):
+    with pytest.raises(ValueError, match="at least one expert, got E = 0"):
+        F.pack_experts(inputs.up_proj[:0], inputs.down_proj[:0])
+    with pytest.raises(TypeError, match="down_proj must have the dtype of gate_up_proj"):
         F.pack_experts(inputs.up_proj, inputs.down_proj.bfloat16())
     with torch.inference_mode():
         frozen = inputs.up_proj.clone()

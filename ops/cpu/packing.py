@@ -38,7 +38,7 @@ class PackedExperts:
     def is_of(self, *weights: Tensor) -> bool:
         """Whether these are the very weights that were packed, unchanged since."""
         return all(
-            w.data_ptr() == source.data_ptr() and w.shape == source.shape and source._version == version
+            (w.data_ptr(), w.shape, w.dtype) == (source.data_ptr(), source.shape, source.dtype) and source._version == version
             for w, source, version in zip(weights, self.sources, self.versions, strict=True)
         )
 
