@@ -17,6 +17,22 @@ settings.register_profile("repository", deadline=None, derandomize="CI" in os.en
 settings.load_profile("repository")
 
 
+@pytest.fixture
+def packed_uses(monkeypatch):
+    """One entry for each forward that read packed weights so far."""
+    from fusedonemoe.ops.cpu import native  # here, for the same reason as torch below
+
+    seen: list[None] = []
+    forward = native.experts_mlp_output
+
+    def watched(*args):
+        seen.extend([None] if len(args) > 8 and args[8][0] is not None else [])
+        return forward(*args)
+
+    monkeypatch.setattr(native, "experts_mlp_output", watched)
+    return seen
+
+
 def pytest_collection_modifyitems(items):
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:

@@ -205,38 +205,27 @@ _define_cpu(
 # Routing
 
 
-def _route(
-    logits: Tensor,
-    selection_bias: Tensor | None,
-    top_k: int,
-    scoring: str,
-    score_first: bool,
-    norm_topk_prob: bool,
-    scale: float,
-    n_group: int,
-    topk_group: int,
-    group_score: str,
-    build: int,
-) -> tuple[Tensor, Tensor]:
-    rule = RouteRule(top_k, scoring, score_first, norm_topk_prob, scale, n_group, topk_group, group_score)
-    return routing.route(logits, selection_bias, rule, opaque=True)
+def _route_body(opaque: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    def body(
+        logits: Tensor,
+        selection_bias: Tensor | None,
+        top_k: int,
+        scoring: str,
+        score_first: bool,
+        norm_topk_prob: bool,
+        scale: float,
+        n_group: int,
+        topk_group: int,
+        group_score: str,
+        build: int,
+    ) -> tuple[Tensor, Tensor]:
+        rule = RouteRule(top_k, scoring, score_first, norm_topk_prob, scale, n_group, topk_group, group_score)
+        return routing.route(logits, selection_bias, rule, opaque)
+
+    return body
 
 
-def _route_dense(
-    logits: Tensor,
-    selection_bias: Tensor | None,
-    top_k: int,
-    scoring: str,
-    score_first: bool,
-    norm_topk_prob: bool,
-    scale: float,
-    n_group: int,
-    topk_group: int,
-    group_score: str,
-    build: int,
-) -> tuple[Tensor, Tensor]:
-    rule = RouteRule(top_k, scoring, score_first, norm_topk_prob, scale, n_group, topk_group, group_score)
-    return routing.route(logits, selection_bias, rule)
+_route, _route_dense = _route_body(opaque=True), _route_body(opaque=False)
 
 
 def _route_backward(

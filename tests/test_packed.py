@@ -30,30 +30,16 @@ def packed_of(inputs, **form):
     return F.pack_experts(inputs.up_proj, inputs.down_proj, **form)
 
 
-@pytest.fixture
-def uses(monkeypatch):
-    """How many forwards read packed weights so far."""
-    seen: list[None] = []
-    forward = native.experts_mlp_output
-
-    def watched(*args):
-        seen.extend([None] if len(args) > 8 and args[8][0] is not None else [])
-        return forward(*args)
-
-    monkeypatch.setattr(native, "experts_mlp_output", watched)
-    return seen
-
-
 @needs_kernels
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("form", [(True, "gate_up"), (True, "up_gate"), (True, "interleaved"), (False, "gate_up")], ids=str)
 @every_dtype
-def test_packed_weights_give_the_same_bits(shape, form, dtype, uses):
+def test_packed_weights_give_the_same_bits(shape, form, dtype, packed_uses):
     gated, layout = form
     inputs = make_mlp_inputs(*shape, dtype=dtype, gated=gated, bias=True, routing="out_of_range")
     options = {"gated": gated, "gate_up_layout": layout}
     assert torch.equal(run(inputs, packed_of(inputs, **options), **options), run(inputs, **options))
-    assert len(uses) == 1
+    assert len(packed_uses) == 1
 
 
 @needs_kernels
@@ -86,17 +72,17 @@ def test_the_size_is_that_of_the_weights_in_whole_panels():
 
 
 @needs_kernels
-def test_a_call_that_records_gradients_reads_the_weights(uses):
+def test_a_call_that_records_gradients_reads_the_weights(packed_uses):
     inputs = make_mlp_inputs(5, 16, 8, 4, 2)
     packed = packed_of(inputs)
     x = inputs.x.clone().requires_grad_()
     run(replace(inputs, x=x), packed).sum().backward()
-    assert x.grad is not None and not uses
+    assert x.grad is not None and not packed_uses
 
 
 @needs_kernels
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_under_autocast_the_weights_are_read(x_dtype, uses):
+def test_under_autocast_the_weights_are_read(x_dtype, packed_uses):
     # The operator would get x or a bias in another dtype than what was packed.
     inputs = make_mlp_inputs(5, 16, 8, 4, 2, bias=True)
     weights = {name: getattr(inputs, name).bfloat16() for name in ("up_proj", "down_proj")}
@@ -106,7 +92,7 @@ def test_under_autocast_the_weights_are_read(x_dtype, uses):
         assert torch.equal(run(inputs, packed), run(inputs))
         with pytest.raises(TypeError, match="down_proj must have the dtype of gate_up_proj"):
             F.pack_experts(inputs.up_proj.float(), inputs.down_proj)
-    assert not uses
+    assert not packed_uses
 
 
 @needs_kernels

@@ -20,31 +20,17 @@ def small_block(**options):
     return MoE(hidden_size=24, intermediate_size=20, num_experts=4, top_k=2, **{"impl": "cpu", **options})
 
 
-@pytest.fixture
-def uses(monkeypatch):
-    """How many forwards read packed weights so far."""
-    seen: list[None] = []
-    forward = native.experts_mlp_output
-
-    def watched(*args):
-        seen.extend([None] if len(args) > 8 and args[8][0] is not None else [])
-        return forward(*args)
-
-    monkeypatch.setattr(native, "experts_mlp_output", watched)
-    return seen
-
-
 @needs_kernels
-def test_a_block_packs_and_unpacks(uses):
+def test_a_block_packs_and_unpacks(packed_uses):
     moe, x = small_block(), torch.randn(7, 24)
     with torch.no_grad():
         plain = moe(x)
         moe.prepack()
-        assert torch.equal(moe(x), plain) and len(uses) == 1
+        assert torch.equal(moe(x), plain) and len(packed_uses) == 1
         assert moe.experts.packed_bytes == moe.experts._packed.nbytes > 0
         assert "packed for inference" in str(explain(moe, x)) and explain(moe, x).packed_bytes == moe.experts.packed_bytes
         moe.unpack()
-        assert torch.equal(moe(x), plain) and len(uses) == 1
+        assert torch.equal(moe(x), plain) and len(packed_uses) == 1
         assert moe.experts.packed_bytes == explain(moe, x).packed_bytes == 0
 
 
@@ -88,12 +74,12 @@ def test_copies_casts_and_files_leave_the_packed_weights_out():
 
 
 @needs_kernels
-def test_under_autocast_the_parameters_are_read(uses):
+def test_under_autocast_the_parameters_are_read(packed_uses):
     moe, x = small_block(), torch.randn(7, 24)
     moe.prepack()
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.isfinite(moe(x)).all()
-    assert not uses
+    assert not packed_uses
 
 
 @needs_kernels
@@ -104,30 +90,30 @@ def test_other_implementations_refuse_to_pack():
 
 @needs_kernels
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_a_compiled_call_reads_packed_weights_and_refuses_stale_ones(dynamic, uses):
+def test_a_compiled_call_reads_packed_weights_and_refuses_stale_ones(dynamic, packed_uses):
     experts = Experts(MoEConfig(hidden_size=24, intermediate_size=20, num_experts=4, top_k=2, impl="cpu"))
     inputs = make_mlp_inputs(7, 24, 20, 4, 2)
     compiled = torch.compile(experts, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     with torch.no_grad():
         plain = compiled(inputs.x, inputs.experts, inputs.weights)
         experts.prepack()
-        assert torch.equal(compiled(inputs.x, inputs.experts, inputs.weights), plain) and len(uses) == 1
-        assert torch.equal(compiled(inputs.x[:3], inputs.experts[:3], inputs.weights[:3]), plain[:3]) and len(uses) == 2
+        assert torch.equal(compiled(inputs.x, inputs.experts, inputs.weights), plain) and len(packed_uses) == 1
+        assert torch.equal(compiled(inputs.x[:3], inputs.experts[:3], inputs.weights[:3]), plain[:3]) and len(packed_uses) == 2
         experts.down_proj.mul_(2)
         with pytest.raises(RuntimeError, match=STALE):
             compiled(inputs.x, inputs.experts, inputs.weights)
         experts.prepack()
-        assert torch.allclose(compiled(inputs.x, inputs.experts, inputs.weights), 2 * plain) and len(uses) == 3
+        assert torch.allclose(compiled(inputs.x, inputs.experts, inputs.weights), 2 * plain) and len(packed_uses) == 3
 
 
 @needs_kernels
-def test_inductor_and_inference_mode_too(uses):
+def test_inductor_and_inference_mode_too(packed_uses):
     moe, x = small_block(), torch.randn(7, 24)
     moe.prepack()
     with torch.inference_mode():
         assert torch.equal(moe(x), moe(x.clone()))
         torch.testing.assert_close(torch.compile(moe, fullgraph=True)(x), moe(x))
-    assert len(uses) == 4
+    assert len(packed_uses) == 4
 
 
 @needs_kernels

@@ -65,17 +65,6 @@ template <class M, class Row> static inline void pack_columns(Row row, int k, in
     }
 }
 
-// Rows [0, cols) of length k, `stride` apart, as the columns of a panel [units of k][COLUMNS].
-template <class M> static inline void pack_rows(const typename M::T* rows, ptrdiff_t stride, int k, int cols, typename M::U* panel) {
-    for (int c = 0; c < COLUMNS; c += LANES)
-        for (int u = 0; u < (int)units<M>(k); u += LANES) {
-            vf v[LANES];
-            for (int i = 0; i < LANES; i++) v[i] = c + i < cols ? units_at<M>(rows + (c + i) * stride, u, k - u * M::PER) : vf{};
-            transpose(v);
-            for (int i = 0; i < std::min(LANES, (int)units<M>(k) - u); i++) store(panel + (size_t)(u + i) * COLUMNS + c, v[i]);
-        }
-}
-
 // Asks for some rows of weights, a few lines at each step: in bursts they would wait for each other, and the products for them.
 template <class T> class RowsAhead {
     WeightRows<T> rows{};

@@ -142,6 +142,13 @@ struct Plan {
     int count(int e) const { return offsets[e + 1] - offsets[e]; }
     int routed() const { return offsets[num_experts]; }
     int token(int row) const { return order[row] / top_k; }
+    // The experts that have rows.
+    std::vector<int> hit() const {
+        std::vector<int> ids;
+        for (int e = 0; e < num_experts; e++)
+            if (count(e)) ids.push_back(e);
+        return ids;
+    }
 };
 
 // Stable counting sort of the rows by expert; ids outside [0, E) go to the end.

@@ -25,9 +25,7 @@ template <class M> class MergedForwardPass {
         const int D = a.hidden, F = a.inner, E = a.num_experts, N = a.tokens * a.top_k, blocks = blocks_of(F);
         make_plan(a.experts, N, E, a.order, a.offsets);
         const Plan plan{E, (int)a.top_k, a.order, a.offsets};
-        std::vector<int> hit;
-        for (int e = 0; e < E; e++)
-            if (plan.count(e)) hit.push_back(e);
+        const std::vector<int> hit = plan.hit();
         const int64_t count = (int64_t)hit.size() * blocks;
         Scratch scratch(Scratch::padded((size_t)N * F * 4) + Scratch::padded((size_t)N * 4) + Scratch::padded(a.threads * sizeof(ProductScratch<M>)));
         float* rows = scratch.take<float>((size_t)N * F);
@@ -106,7 +104,8 @@ template <class M> class MergedBackwardPass {
                 products.run(E, d_blocks, [&](int e, int block) {
                     const int first = plan.first(e), m = plan.count(e), d0 = block * COLUMNS, cols = std::min(COLUMNS, D - d0);
                     if (m == 0) return;
-                    pack_rows<M>((const T*)a.proj + ((size_t)e * D + d0) * F, F, F, cols, panel);
+                    const T* w = (const T*)a.proj + ((size_t)e * D + d0) * F;
+                    for (int c = 0; c < COLUMNS; c += LANES) turn<M>([&](int i) { return w + (size_t)(c + i) * F; }, cols - c, F, panel, COLUMNS, c);
                     RowsAhead<T> nothing;
                     for (int r0 = first; r0 < first + m; r0 += ROWS_AT_ONCE) {
                         const int n = std::min(ROWS_AT_ONCE, first + m - r0);

@@ -31,7 +31,7 @@ template <class M> class BackwardPass {
     const ptrdiff_t dz_stride;
     const bool stream_down, stream_up;
     const int d_tasks, f_tasks, gradient_tasks;
-    std::vector<int> hit;  // the experts with rows
+    const std::vector<int> hit;
     int most_rows = 0;
     int group_columns;  // of one task
     float *dx_rows, *partial;  // [N, D]; [N, f_blocks] parts of <q, h>
@@ -129,8 +129,8 @@ template <class M> class BackwardPass {
     static void read_through(const T* p, size_t count) {
         for (size_t i = 0; i < count; i += 64 / sizeof(T)) (void)*(const volatile uint16_t*)(p + i);
     }
-    // All of an expert in one go. What comes from memory is read in its own order, which is several times as fast as blocks of
-    // columns are: z at once, and small weights, too, for few rows; else beside the products before theirs, in parts.
+    // All of an expert in one go. What comes from memory is read in its own order, which is faster than blocks of columns
+    // are: z at once, and small weights, too, for few rows; else beside the products before theirs, in parts.
     void do_expert(const Expert& x, int next, int q_groups, int dx_groups, ProductScratch<M>& own) const {
         const size_t up_size = (size_t)G * D, down_size = (size_t)D * F;
         const T *w_up = (const T*)a.up + x.id * up_size, *w_down = (const T*)a.down;
@@ -239,11 +239,8 @@ template <class M> class BackwardPass {
           d_strips(strips_of(D)), halves(a.gated ? 2 : 1), dz_stride((G * sizeof(T) + 127) / 64 * 64 / sizeof(T)),
           stream_down(is_streamed((T*)a.ddown, (size_t)E * D, F)), stream_up(is_streamed((T*)a.dup, (size_t)E * G, D)),
           d_tasks((D + ROWS_PER_TASK - 1) / ROWS_PER_TASK), f_tasks((F + ROWS_PER_TASK - 1) / ROWS_PER_TASK),
-          gradient_tasks((a.ddown ? d_tasks : 0) + (a.dup ? halves * f_tasks : 0)) {
-        for (int e = 0; e < E; e++) {
-            if (plan.count(e)) hit.push_back(e);
-            most_rows = std::max(most_rows, plan.count(e));
-        }
+          gradient_tasks((a.ddown ? d_tasks : 0) + (a.dup ? halves * f_tasks : 0)), hit(plan.hit()) {
+        for (int e : hit) most_rows = std::max(most_rows, plan.count(e));
     }
 
     void run() {

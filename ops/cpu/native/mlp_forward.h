@@ -97,14 +97,7 @@ template <class M> class ForwardPass {
                 for (int u = 0; u < xu; u += LANES) store(x + t.x + r * x_stride + u, units_at<M>(x_row(t.start + r), u, D - u * M::PER));
             return;
         }
-        for (int c = 0; c < t.lanes; c += LANES)
-            for (int u = 0; u < xu; u += LANES) {
-                vf v[LANES];
-                for (int i = 0; i < LANES; i++)
-                    v[i] = c + i < t.rows ? units_at<M>(x_row(t.start + c + i), u, D - u * M::PER) : vf{};
-                transpose(v);
-                for (int i = 0; i < std::min(LANES, xu - u); i++) store(x + t.x + (size_t)(u + i) * t.lanes + c, v[i]);
-            }
+        for (int c = 0; c < t.lanes; c += LANES) turn<M>([&](int i) { return x_row(t.start + c + i); }, t.rows - c, D, x + t.x, t.lanes, c);
     }
 
     // Elements [0, n) of v into z, from column `base` of the memory's order.

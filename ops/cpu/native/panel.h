@@ -52,6 +52,17 @@ static INLINE void transpose(vf (&v)[LANES]) {
     memcpy((void*)v, out, sizeof(out));
 }
 
+// Rows [0, count) of length k as columns column .. column + LANES of a panel [units of k][width]; missing ones are zero.
+template <class M, class Row> static inline void turn(Row row, int count, int k, typename M::U* panel, int width, int column) {
+    const int whole = (int)units<M>(k);
+    for (int unit = 0; unit < whole; unit += LANES) {
+        vf v[LANES];
+        for (int i = 0; i < LANES; i++) v[i] = i < count ? units_at<M>(row(i), unit, k - unit * M::PER) : vf{};
+        transpose(v);
+        for (int i = 0; i < std::min(LANES, whole - unit); i++) store(panel + (size_t)(unit + i) * width + column, v[i]);
+    }
+}
+
 // Rows of weights that become a panel.
 template <class M> struct PanelRows {
     const typename M::T* row[PANEL];
@@ -89,6 +100,7 @@ template <class M> struct PanelRows {
     }
 };
 
+// Memory that will be read soon, in up to two runs, asked for a few lines at a time while something else is computed.
 class Ahead {
     const char* run[2];
     ptrdiff_t left[2];

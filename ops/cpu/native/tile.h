@@ -1,27 +1,20 @@
-// The two register tiles that all products are made of. An element of the result is one chain of fused multiply-adds over
-// k in ascending order, whatever the tile's shape and whoever its neighbours are: that is what makes a token's bits
-// independent of the batch, of T and of the threads.
+// A step of a product, and the register tile in which rows are read as they lie. An element of the result is one chain of fused
+// multiply-adds over k in ascending order, whatever the tile's shape and whoever its neighbours are: that is what makes a
+// token's bits independent of the batch, of T and of the threads.
 #pragma once
 #include "vector.h"
 
 // One step along k takes PER consecutive elements. U is such a unit, as it stands in a packed operand.
-struct MacF32 {
-    using T = float;
-    using U = float;
-    static constexpr int PER = 1;
-    static INLINE U unit(const T* p, int) { return *p; }
-    static INLINE vf units_of(const T* p) { return load<vf>(p); }  // LANES of them
-    static INLINE vf step(vf acc, U a, vf b) { return acc + splat(a) * b; }
-};
-// Elements that are widened to float32 when they are packed, and multiplied as such.
+// Elements that are multiplied as float32, being that or widened when they are packed.
 template <class Element> struct MacWidened {
     using T = Element;
     using U = float;
     static constexpr int PER = 1;
     static INLINE U unit(const T* p, int) { return widen(*p); }
-    static INLINE vf units_of(const T* p) { return load_wide(p); }
+    static INLINE vf units_of(const T* p) { return load_wide(p); }  // LANES of them
     static INLINE vf step(vf acc, U a, vf b) { return acc + splat(a) * b; }
 };
+using MacF32 = MacWidened<float>;
 using MacF16 = MacWidened<f16>;
 #if defined(__AVX512BF16__)
 struct MacBF16 {
@@ -55,10 +48,6 @@ template <class M> static INLINE vf units_at(const typename M::T* row, int unit,
     memcpy((void*)rest, row, left * sizeof(T));
     return M::units_of(rest);
 }
-
-struct NothingAhead {
-    INLINE void step() {}
-};
 
 // acc[r][c] = sum_k row_r[k] * b[k][c]. Rows are read as they lie in memory; b is a packed panel, [units of k][C * LANES].
 // A few units of all rows at a time go through a buffer: rows are often a multiple of 4 KiB apart, where the lines of a
