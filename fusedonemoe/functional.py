@@ -7,6 +7,19 @@ G rows of the up-projection (2F when gated, F when plain).
 import torch
 from torch import Tensor
 
+from fusedonemoe.checks import (
+    check_dim,
+    check_float,
+    check_ids,
+    check_integer,
+    check_like_x,
+    check_num_experts,
+    check_one_of,
+    check_routing,
+    check_same_device,
+    check_save_percent,
+    check_shape,
+)
 from fusedonemoe.ops import PackedExperts, choose, library
 from fusedonemoe.ops.activation import ACTIVATIONS, GATE_UP_LAYOUTS, PLAIN, Activation
 from fusedonemoe.ops.choice import refusal
@@ -26,85 +39,7 @@ __all__ = [
     "tokens_per_expert",
 ]
 
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _ops = torch.ops.fusedonemoe
-
-
-def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
-    if tensor.shape != expected:
-        raise ValueError(f"{name} must have shape {tuple(expected)}, got {tuple(tensor.shape)}")
-
-
-def _check_dim(name: str, tensor: Tensor, meaning: str) -> None:
-    expected = meaning.count(",") + 1
-    if tensor.dim() != expected:
-        raise ValueError(f"{name} must have {expected} dimensions [{meaning}], got shape {tuple(tensor.shape)}")
-
-
-def _check_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
-
-
-def _check_tensor(name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-
-
-def _check_integer(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-
-
-def _check_ids(experts: Tensor) -> None:
-    _check_tensor("experts", experts)
-    if experts.is_floating_point() or experts.is_complex() or experts.dtype == torch.bool:
-        raise TypeError(f"experts must have an integer dtype, got {experts.dtype}")
-
-
-def _check_num_experts(num_experts: int) -> None:
-    _check_integer("num_experts", num_experts)
-    if num_experts < 1:
-        raise ValueError(f"num_experts must be at least 1, got {num_experts}")
-
-
-def _check_same_device(name: str, tensor: Tensor, owner: str, device: torch.device) -> None:
-    if tensor.device != device:
-        raise ValueError(f"{name} must be on the device of {owner} ({device}), got {tensor.device}")
-
-
-def _check_float(name: str, tensor: Tensor) -> None:
-    _check_tensor(name, tensor)
-    if tensor.dtype not in _FLOATS:
-        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}")
-
-
-def _check_like_x(name: str, tensor: Tensor, x: Tensor) -> None:
-    """Expert weights share x's device, and its dtype too unless autocast is about to cast both."""
-    _check_float(name, tensor)
-    _check_same_device(name, tensor, "x", x.device)
-    if tensor.dtype != x.dtype and library.autocast_dtype(x.device.type) is None:
-        raise TypeError(f"{name} must have the dtype of x ({x.dtype}), got {tensor.dtype}")
-
-
-def _check_routing(x: Tensor, experts: Tensor, weights: Tensor) -> None:
-    _check_float("x", x)
-    _check_ids(experts)
-    _check_float("weights", weights)
-    x_shape, experts_shape, device = x.shape, experts.shape, x.device
-    if not x_shape or x_shape[-1] < 1:
-        raise ValueError(f"x must have shape [..., D] with D >= 1, got {tuple(x_shape)}")
-    if not experts_shape or experts_shape[-1] < 1:
-        raise ValueError(f"experts must have shape [..., K] with K >= 1, got {tuple(experts_shape)}")
-    _check_shape("experts", experts, x_shape[:-1] + experts_shape[-1:])
-    _check_shape("weights", weights, experts_shape)
-    _check_same_device("experts", experts, "x", device)
-    _check_same_device("weights", weights, "x", device)
-
-
-def _check_save_percent(save_percent: int) -> None:
-    if isinstance(save_percent, bool) or not isinstance(save_percent, int) or not 0 <= save_percent <= 100:
-        raise ValueError(f"save_percent must be an integer from 0 to 100, got {save_percent!r}")
 
 
 def _records_gradients(*tensors: Tensor | None) -> bool:
@@ -204,17 +139,17 @@ def route(
         >>> weights
         tensor([[0.5000, 0.5000]])
     """
-    _check_float("logits", logits)
+    check_float("logits", logits)
     if logits.dim() < 1 or logits.shape[-1] < 1:
         raise ValueError(f"logits must have shape [..., E] with E >= 1, got {tuple(logits.shape)}")
     E = logits.shape[-1]
-    _check_one_of("scoring", scoring, SCORINGS)
-    _check_one_of("group_score", group_score, GROUP_SCORES)
-    _check_one_of("impl", impl, ("auto", "dense"))
-    _check_integer("n_group", n_group)
-    _check_integer("topk_group", topk_group)
+    check_one_of("scoring", scoring, SCORINGS)
+    check_one_of("group_score", group_score, GROUP_SCORES)
+    check_one_of("impl", impl, ("auto", "dense"))
+    check_integer("n_group", n_group)
+    check_integer("topk_group", topk_group)
     if top_k is not None:
-        _check_integer("top_k", top_k)
+        check_integer("top_k", top_k)
     if n_group < 1 or E % n_group:
         raise ValueError(f"n_group must divide the number of experts ({E}), got {n_group}")
     if not 1 <= topk_group <= n_group:
@@ -225,9 +160,9 @@ def route(
     if top_k is not None and not 1 <= top_k <= selectable:
         raise ValueError(f"top_k must be from 1 to {selectable}, the experts that can be picked, got {top_k}")
     if selection_bias is not None:
-        _check_float("selection_bias", selection_bias)
-        _check_shape("selection_bias", selection_bias, (E,))
-        _check_same_device("selection_bias", selection_bias, "logits", logits.device)
+        check_float("selection_bias", selection_bias)
+        check_shape("selection_bias", selection_bias, (E,))
+        check_same_device("selection_bias", selection_bias, "logits", logits.device)
     if impl != "dense":
         _refuse_transforms()
     op = _ops.route_dense if impl == "dense" else library.route
@@ -268,8 +203,8 @@ def plan(experts: Tensor, num_experts: int) -> Plan:
         >>> F.plan(torch.tensor([[1, 0], [1, 7]]), num_experts=2)
         Plan(order=tensor([1, 0, 2, 3], dtype=torch.int32), offsets=tensor([0, 1, 3], dtype=torch.int32))
     """
-    _check_ids(experts)
-    _check_num_experts(num_experts)
+    check_ids(experts)
+    check_num_experts(num_experts)
     return make_plan(experts, num_experts)
 
 
@@ -293,8 +228,8 @@ def tokens_per_expert(experts: Tensor, num_experts: int) -> Tensor:
         >>> F.tokens_per_expert(torch.tensor([[1, 0], [1, 7]]), num_experts=3)
         tensor([1, 2, 0])
     """
-    _check_ids(experts)
-    _check_num_experts(num_experts)
+    check_ids(experts)
+    check_num_experts(num_experts)
     return _count_tokens(experts, num_experts)
 
 
@@ -318,10 +253,10 @@ def stack_gate_up(gate_proj: Tensor, up_proj: Tensor) -> Tensor:
         >>> F.stack_gate_up(torch.randn(4, 32, 16), torch.randn(4, 32, 16)).shape
         torch.Size([4, 64, 16])
     """
-    _check_float("gate_proj", gate_proj)
-    _check_float("up_proj", up_proj)
-    _check_dim("gate_proj", gate_proj, "E, F, D")
-    _check_shape("up_proj", up_proj, tuple(gate_proj.shape))
+    check_float("gate_proj", gate_proj)
+    check_float("up_proj", up_proj)
+    check_dim("gate_proj", gate_proj, "E, F, D")
+    check_shape("up_proj", up_proj, tuple(gate_proj.shape))
     return torch.cat((gate_proj, up_proj), dim=1)
 
 
@@ -358,11 +293,11 @@ def pack_experts(
         >>> torch.equal(y, F.experts_mlp(x, experts, weights, gate_up_proj, down_proj))
         True
     """
-    _check_float("gate_up_proj", gate_up_proj)
-    _check_one_of("gate_up_layout", gate_up_layout, GATE_UP_LAYOUTS)
-    _check_dim("gate_up_proj", gate_up_proj, "E, G, D")
-    _check_float("down_proj", down_proj)
-    _check_same_device("down_proj", down_proj, "gate_up_proj", gate_up_proj.device)
+    check_float("gate_up_proj", gate_up_proj)
+    check_one_of("gate_up_layout", gate_up_layout, GATE_UP_LAYOUTS)
+    check_dim("gate_up_proj", gate_up_proj, "E, G, D")
+    check_float("down_proj", down_proj)
+    check_same_device("down_proj", down_proj, "gate_up_proj", gate_up_proj.device)
     if down_proj.dtype != gate_up_proj.dtype:
         raise TypeError(f"down_proj must have the dtype of gate_up_proj ({gate_up_proj.dtype}), got {down_proj.dtype}")
     E, G, D = gate_up_proj.shape
@@ -371,7 +306,7 @@ def pack_experts(
     if gated and G % 2:
         raise ValueError(f"gate_up_proj must have as many gate rows as up rows, got {G} in all")
     F = G // 2 if gated else G
-    _check_shape("down_proj", down_proj, (E, D, F))
+    check_shape("down_proj", down_proj, (E, D, F))
     contiguous = gate_up_proj.is_contiguous() and down_proj.is_contiguous()
     reason = refusal(
         "cpu", device_type=gate_up_proj.device.type, dtype=gate_up_proj.dtype, widths=(D, G, F), contiguous=contiguous
@@ -459,15 +394,15 @@ def experts_mlp(
         >>> F.experts_mlp(x, experts, weights, gate_up_proj, down_proj).shape
         torch.Size([5, 16])
     """
-    _check_routing(x, experts, weights)
-    _check_one_of("activation", activation, ACTIVATIONS)
-    _check_one_of("gate_up_layout", gate_up_layout, GATE_UP_LAYOUTS)
-    _check_save_percent(save_percent)
+    check_routing(x, experts, weights)
+    check_one_of("activation", activation, ACTIVATIONS)
+    check_one_of("gate_up_layout", gate_up_layout, GATE_UP_LAYOUTS)
+    check_save_percent(save_percent)
     if activation == "swiglu_oai" and not gated:
         raise ValueError("activation 'swiglu_oai' is gated by definition, got gated=False")
-    _check_like_x("gate_up_proj", gate_up_proj, x)
-    _check_like_x("down_proj", down_proj, x)
-    _check_dim("gate_up_proj", gate_up_proj, "E, D, G" if transposed else "E, G, D")
+    check_like_x("gate_up_proj", gate_up_proj, x)
+    check_like_x("down_proj", down_proj, x)
+    check_dim("gate_up_proj", gate_up_proj, "E, D, G" if transposed else "E, G, D")
     up_EGD = gate_up_proj.transpose(1, 2) if transposed else gate_up_proj
     E, G, D = up_EGD.shape
     if E < 1:
@@ -477,14 +412,14 @@ def experts_mlp(
     if x.shape[-1] != D:
         raise ValueError(f"x must have shape [..., {D}] to fit gate_up_proj, got {tuple(x.shape)}")
     F = G // 2 if gated else G
-    _check_shape("down_proj", down_proj, (E, F, D) if transposed else (E, D, F))
+    check_shape("down_proj", down_proj, (E, F, D) if transposed else (E, D, F))
     down_EDF = down_proj.transpose(1, 2) if transposed else down_proj
     if gate_up_bias is not None:
-        _check_like_x("gate_up_bias", gate_up_bias, x)
-        _check_shape("gate_up_bias", gate_up_bias, (E, G))
+        check_like_x("gate_up_bias", gate_up_bias, x)
+        check_shape("gate_up_bias", gate_up_bias, (E, G))
     if down_bias is not None:
-        _check_like_x("down_bias", down_bias, x)
-        _check_shape("down_bias", down_bias, (E, D))
+        check_like_x("down_bias", down_bias, x)
+        check_shape("down_bias", down_bias, (E, D))
     chosen = _choose("experts_mlp", impl, x, experts, (D, G, F), up_EGD, down_EDF)
     flat = (_rows(x), _rows(experts), _rows(weights))
     parameters = (up_EGD, down_EDF, gate_up_bias, down_bias)
@@ -533,9 +468,9 @@ def experts_merged(x: Tensor, experts: Tensor, weights: Tensor, proj: Tensor, *,
         >>> F.experts_merged(x, experts, weights, proj).shape
         torch.Size([5, 32])
     """
-    _check_routing(x, experts, weights)
-    _check_like_x("proj", proj, x)
-    _check_dim("proj", proj, "E, D, F")
+    check_routing(x, experts, weights)
+    check_like_x("proj", proj, x)
+    check_dim("proj", proj, "E, D, F")
     E, D, F = proj.shape
     if E < 1:
         raise ValueError("proj must hold at least one expert, got E = 0")

@@ -22,6 +22,7 @@ FLOORS = [
     ["ops.reference", "ops.plan", "ops.activation", "ops.route"],
     ["ops.dense", "ops.grouped", "ops.cpu", "ops.cuda", "ops.triton"],
     ["ops.library", "ops.shortcut", "ops.choice", "ops"],
+    ["checks"],
     ["functional", "config"],
     ["balance", "routers", "layers"],
     ["compat", "integrations", "explanation", "bench", "demo", "doctor", "testing", "__main__", ""],

@@ -1,0 +1,96 @@
+"""What the public functions ask of their arguments; the messages name the argument, what was expected and what came."""
+
+import torch
+from torch import Tensor
+
+from fusedonemoe.ops import library
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    """The tensor has this shape."""
+    if tensor.shape != expected:
+        raise ValueError(f"{name} must have shape {tuple(expected)}, got {tuple(tensor.shape)}")
+
+
+def check_dim(name: str, tensor: Tensor, meaning: str) -> None:
+    """As many dimensions as ``meaning`` names, as in ``"E, G, D"``."""
+    expected = meaning.count(",") + 1
+    if tensor.dim() != expected:
+        raise ValueError(f"{name} must have {expected} dimensions [{meaning}], got shape {tuple(tensor.shape)}")
+
+
+def check_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """The value is an allowed name."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+
+
+def check_tensor(name: str, value: object) -> None:
+    """The value is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def check_integer(name: str, value: object) -> None:
+    """An integer, or a symbolic one; no bool."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+
+
+def check_ids(experts: Tensor) -> None:
+    """Expert ids of an integer dtype."""
+    check_tensor("experts", experts)
+    if experts.is_floating_point() or experts.is_complex() or experts.dtype == torch.bool:
+        raise TypeError(f"experts must have an integer dtype, got {experts.dtype}")
+
+
+def check_num_experts(num_experts: int) -> None:
+    """A whole number from 1."""
+    check_integer("num_experts", num_experts)
+    if num_experts < 1:
+        raise ValueError(f"num_experts must be at least 1, got {num_experts}")
+
+
+def check_same_device(name: str, tensor: Tensor, owner: str, device: torch.device) -> None:
+    """The tensor is on the device of its owner."""
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on the device of {owner} ({device}), got {tensor.device}")
+
+
+def check_float(name: str, tensor: Tensor) -> None:
+    """A tensor of a dtype that is computed in."""
+    check_tensor(name, tensor)
+    if tensor.dtype not in _FLOATS:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}")
+
+
+def check_like_x(name: str, tensor: Tensor, x: Tensor) -> None:
+    """Expert weights share x's device, and its dtype too unless autocast is about to cast both."""
+    check_float(name, tensor)
+    check_same_device(name, tensor, "x", x.device)
+    if tensor.dtype != x.dtype and library.autocast_dtype(x.device.type) is None:
+        raise TypeError(f"{name} must have the dtype of x ({x.dtype}), got {tensor.dtype}")
+
+
+def check_routing(x: Tensor, experts: Tensor, weights: Tensor) -> None:
+    """Ids and weights ``[..., K]`` on the device of x ``[..., D]``."""
+    check_float("x", x)
+    check_ids(experts)
+    check_float("weights", weights)
+    x_shape, experts_shape, device = x.shape, experts.shape, x.device
+    if not x_shape or x_shape[-1] < 1:
+        raise ValueError(f"x must have shape [..., D] with D >= 1, got {tuple(x_shape)}")
+    if not experts_shape or experts_shape[-1] < 1:
+        raise ValueError(f"experts must have shape [..., K] with K >= 1, got {tuple(experts_shape)}")
+    check_shape("experts", experts, x_shape[:-1] + experts_shape[-1:])
+    check_shape("weights", weights, experts_shape)
+    check_same_device("experts", experts, "x", device)
+    check_same_device("weights", weights, "x", device)
+
+
+def check_save_percent(save_percent: int) -> None:
+    """A whole number from 0 to 100."""
+    if isinstance(save_percent, bool) or not isinstance(save_percent, int) or not 0 <= save_percent <= 100:
+        raise ValueError(f"save_percent must be an integer from 0 to 100, got {save_percent!r}")
