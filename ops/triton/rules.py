@@ -1,0 +1,91 @@
+"""Which tiles a kernel runs with: a small table on (architecture, dtype, rows per expert, D, F).
+
+Nothing here depends on the exact number of tokens. Where that number is symbolic, its hint decides and no guard is made, so a
+compiled graph serves every T with the tiles of the one it was traced with.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+class Tile(NamedTuple):
+    """How one launch is cut: BLOCK_M rows by BLOCK_N columns of output, BLOCK_K of the sum at a time."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+    GROUP_M: int = 8
+
+
+class Tiles(NamedTuple):
+    """The tiles of all kernels of one layer. The first four walk the schedule of rows and have one BLOCK_M.
+
+    Attributes:
+        up: gate and up projection; BLOCK_N columns of h, so twice as many weights when gated.
+        down: down projection.
+        dh: gradient of h, with the activation's derivative in the epilogue.
+        dx: gradient of the gathered rows of x.
+        dup: weight gradient of the up-projection; BLOCK_K rows at a time.
+        ddown: weight gradient of the down-projection.
+    """
+
+    up: Tile
+    down: Tile
+    dh: Tile
+    dx: Tile
+    dup: Tile
+    ddown: Tile
+
+
+def hint(n: int | torch.SymInt) -> int:
+    """``n``, or the value that a symbolic ``n`` was traced with; many, where there was none. Makes no guard."""
+    if isinstance(n, int):
+        return n
+    value = n.node.hint
+    return 8192 if value is None else int(value)
+
+
+def architecture(device: torch.device) -> str:
+    """``"sm90"``, ``"gfx942"``, ... of a device; ``"interpreter"`` where kernels are interpreted."""
+    if INTERPRETED:
+        return "interpreter"
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm{major}{minor}"
+
+
+def tiles_for(arch: str, dtype: torch.dtype, rows_per_expert: float, D: int, F: int, gated: bool) -> Tiles:
+    """The tiles for a layer.
+
+    Args:
+        arch: of :func:`architecture`.
+        dtype: bfloat16, float16 or float32.
+        rows_per_expert: ``N / E``.
+        D: hidden size.
+        F: intermediate size.
+        gated: whether the up-projection has gate and up.
+    """
+    if arch == "interpreter":
+        small = Tile(16, 16, 16, 4, 1, GROUP_M=2)
+        return Tiles(small, small, small, small, small, small)
+    if dtype == torch.float32:
+        rows = 16 if rows_per_expert <= 16 else 64
+        tile = Tile(rows, 64, 32, 4, 3)
+        return Tiles(tile, tile, tile, tile, Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3))
+    if rows_per_expert <= 16:
+        few, outer = Tile(16, 64, 128, 4, 3, GROUP_M=1), Tile(128, 128, 32, 8, 3)
+        return Tiles(few, few._replace(BLOCK_N=128), few, few, outer, outer)
+    if rows_per_expert <= 64:
+        mid, outer = Tile(64, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3)
+        return Tiles(mid, mid, mid, mid, outer, outer)
+    wide, outer = Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3)
+    if arch == "sm80":
+        return Tiles(wide._replace(BLOCK_N=64), wide, wide._replace(BLOCK_N=64), wide, outer, outer)
+    return Tiles(wide, wide._replace(BLOCK_N=256), wide, wide._replace(BLOCK_N=256), outer, outer)
