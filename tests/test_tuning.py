@@ -126,9 +126,7 @@ def test_what_cannot_be_tuned_is_refused(layer, tokens, error, message, monkeypa
 
 def test_nothing_is_measured_while_a_graph_is_made(monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    with pytest.raises(
-        RuntimeError, match="^tune measures, so it cannot run under torch.compile or while a CUDA graph is captured$"
-    ):
+    with pytest.raises(RuntimeError, match=r"^tune measures, so it cannot run under torch\.compile"):
         tune(MoE(CONFIG), 4096)
 
 
