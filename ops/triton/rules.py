@@ -7,9 +7,8 @@ compiled graph serves every T with the tiles of the one it was traced with.
 from typing import NamedTuple
 
 import torch
-import triton
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
+from fusedonemoe.ops.triton import INTERPRETED
 
 
 class Tile(NamedTuple):
@@ -52,13 +51,20 @@ def hint(n: int | torch.SymInt) -> int:
 
 
 def architecture(device: torch.device) -> str:
-    """``"sm90"``, ``"gfx942"``, ... of a device; ``"interpreter"`` where kernels are interpreted."""
+    """``"sm90"``, ``"gfx942"``, ... of a device, ``"interpreter"`` where kernels are interpreted, empty where there is no GPU."""
     if INTERPRETED:
         return "interpreter"
+    if not torch.cuda.is_available():
+        return ""
     if torch.version.hip:
         return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm{major}{minor}"
+
+
+def few_rows(rows: int, num_experts: int) -> bool:
+    """Whether so few rows are routed that sorting them costs more than reading a weight twice: most experts have at most one."""
+    return rows <= max(32, num_experts // 4)
 
 
 def tiles_for(arch: str, dtype: torch.dtype, rows_per_expert: float, D: int, F: int, gated: bool) -> Tiles:
@@ -89,3 +95,23 @@ def tiles_for(arch: str, dtype: torch.dtype, rows_per_expert: float, D: int, F: 
     if arch == "sm80":
         return Tiles(wide._replace(BLOCK_N=64), wide, wide._replace(BLOCK_N=64), wide, outer, outer)
     return Tiles(wide, wide._replace(BLOCK_N=256), wide, wide._replace(BLOCK_N=256), outer, outer)
+
+
+def describe(arch: str, dtype: torch.dtype, rows: int, num_experts: int, D: int, F: int, gated: bool, *, inference: bool) -> str:
+    """One line on what :func:`tiles_for` and the decode path choose for ``rows`` routed rows.
+
+    Args:
+        arch: of :func:`architecture`.
+        dtype: of x and the weights.
+        rows: ``N``.
+        num_experts: ``E``.
+        D: hidden size.
+        F: intermediate size.
+        gated: whether the up-projection has gate and up.
+        inference: whether the layer has a decode path.
+    """
+    if inference and few_rows(rows, num_experts):
+        return f"{arch}: one program per routed row and block of columns, no plan, where no gradients are recorded"
+    tiles = tiles_for(arch, dtype, rows / num_experts, D, F, gated)
+    cuts = (f"{name} {t.BLOCK_M}x{t.BLOCK_N}x{t.BLOCK_K}/{t.num_warps}w{t.num_stages}s" for name, t in tiles._asdict().items())
+    return f"{arch}, {rows / num_experts:.4g} rows per expert: {', '.join(cuts)}"
