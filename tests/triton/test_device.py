@@ -104,7 +104,7 @@ def memory_for(gigabytes):
 
 def test_weights_past_two_to_the_31_elements():
     # The last experts begin past element 2^31 of the up-projection, and past 2^32 bytes of the down-projection.
-    memory_for(60)
+    memory_for(30)
     E, D, F_ = 260, 4096, 1024
     up = torch.zeros(E, 2 * F_, D, device="cuda", dtype=torch.bfloat16)
     down = torch.zeros(E, D, F_, device="cuda", dtype=torch.bfloat16)
@@ -151,11 +151,12 @@ import torch
 from fusedonemoe import functional as F
 from fusedonemoe.testing import make_mlp_inputs
 for T, D, F_, E, K in ((37, 72, 40, 5, 3), (1, 64, 32, 8, 2)):
-    i = make_mlp_inputs(T, D, F_, E, K, dtype=torch.bfloat16, device="cuda", bias=True, routing="out_of_range", requires_grad=True)
-    y = F.experts_mlp(i.x, i.experts, i.weights, i.up_proj, i.down_proj, gate_up_bias=i.up_bias, down_bias=i.down_bias, impl="triton")
-    y.sum().backward()
+    kind = {"dtype": torch.bfloat16, "device": "cuda", "bias": True, "routing": "out_of_range", "requires_grad": True}
+    i = make_mlp_inputs(T, D, F_, E, K, **kind)
+    tensors, biases = (i.x, i.experts, i.weights, i.up_proj, i.down_proj), {"gate_up_bias": i.up_bias, "down_bias": i.down_bias}
+    F.experts_mlp(*tensors, **biases, impl="triton").sum().backward()
     with torch.no_grad():
-        F.experts_mlp(i.x, i.experts, i.weights, i.up_proj, i.down_proj, impl="triton")
+        F.experts_mlp(*tensors, **biases, impl="triton")
     weights, experts = F.route(torch.randn(T, E, device="cuda"), K)
 torch.cuda.synchronize()
 """
