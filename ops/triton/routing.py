@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from fusedonemoe.ops.route import NORM_EPS, RouteRule
+from fusedonemoe.ops.triton.rules import INTERPRETED
 
 MAX_EXPERTS = 32768
 # Beyond so many rounds a bitonic sort takes fewer instructions, as far as it can be unrolled in reasonable time.
@@ -248,6 +249,8 @@ def refusal(dtype: torch.dtype, num_experts: int) -> str | None:
 
 def _tokens_and_warps(lanes: int) -> tuple[int, int]:
     """BLOCK_T and num_warps for rows of so many lanes: tiles of about 1024 lanes, 8 in a thread, until one row is more."""
+    if INTERPRETED:
+        return min(max(128 // lanes, 1), 16), 4
     BLOCK_T = min(max(1024 // lanes, 1), 64)
     return BLOCK_T, min(max(BLOCK_T * lanes // 256, 4), 16)
 
