@@ -18,7 +18,7 @@ from torch.library import wrap_triton
 from fusedonemoe.ops.route import NORM_EPS, RouteRule
 from fusedonemoe.ops.triton.rules import INTERPRETED
 
-MAX_EXPERTS = 32768
+MAX_EXPERTS = 16384  # a row is held in registers; twice as many spill
 # Beyond so many rounds a bitonic sort takes fewer instructions, as far as it can be unrolled in reasonable time.
 MAX_ROUNDS = 32
 MAX_SORTED = 2048
@@ -139,7 +139,7 @@ def _route_kernel(
     if OVER_ALL:
         peak = tl.max(logits, axis=1)
         peak = tl.where(tl.abs(peak) == float("inf"), 0.0, peak)
-        log_sum = peak + tl.log(tl.sum(tl.exp(logits - peak[:, None]), axis=1))
+        total = tl.sum(tl.exp(logits - peak[:, None]), axis=1)
 
     slot = tl.arange(0, BLOCK_K)[None, :]
     is_stored = is_row[:, None] & (slot < K)
@@ -170,7 +170,7 @@ def _route_kernel(
         picked = logits
 
     if OVER_ALL:
-        weights = tl.exp(picked - log_sum[:, None])
+        weights = tl.exp(picked - peak[:, None]) / total[:, None]
     elif SIGMOID:
         weights = sigmoid_of(picked)
         if NORMALIZE:
@@ -210,17 +210,20 @@ def _route_backward_kernel(
     is_logit = is_row[:, None] & (id < E)
     logits = tl.load(logits_ptr + row[:, None] * stride_lt + id * stride_le, is_logit, other=float("-inf")).to(tl.float32)
 
-    # Everything stands in the order of the ids: which choice of its token each expert was, -1 for none.
+    # Everything stands in the order of the ids: the gradient of each expert's weight, 0 where it was not picked.
     if SELECT:
-        choice = tl.full([BLOCK_T, BLOCK_E], -1, tl.int32)
+        is_picked = tl.zeros([BLOCK_T, BLOCK_E], tl.int1)
+        dscore = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
         for j in range(K):
             expert = tl.load(experts_ptr + row * K + j, is_row, other=-1).to(tl.int32)
-            choice = tl.where(id == expert[:, None], j, choice)
-        is_picked = is_logit & (choice >= 0)
+            dweight = tl.load(dweights_ptr + row * stride_dt + j * stride_dk, is_row, other=0.0).to(tl.float32)
+            is_choice = id == expert[:, None]
+            is_picked |= is_choice
+            dscore = tl.where(is_choice, dweight[:, None], dscore)
     else:
-        choice, is_picked = id, is_logit
-    dscore_ptr = dweights_ptr + row[:, None] * stride_dt + choice * stride_dk
-    dscore = tl.load(dscore_ptr, is_picked, other=0.0).to(tl.float32) * SCALE
+        is_picked = is_logit
+        dscore = tl.load(dweights_ptr + row[:, None] * stride_dt + id * stride_dk, is_logit, other=0.0).to(tl.float32)
+    dscore *= SCALE
 
     if not OVER_ALL:
         logits = tl.where(is_picked, logits, float("-inf"))
@@ -250,7 +253,7 @@ def refusal(dtype: torch.dtype, num_experts: int) -> str | None:
 def _tokens_and_warps(lanes: int) -> tuple[int, int]:
     """BLOCK_T and num_warps for rows of so many lanes: tiles of about 1024 lanes, 8 in a thread, until one row is more."""
     if INTERPRETED:
-        return min(max(128 // lanes, 1), 16), 4
+        return min(max(512 // lanes, 1), 16), 4
     BLOCK_T = min(max(1024 // lanes, 1), 64)
     return BLOCK_T, min(max(BLOCK_T * lanes // 256, 4), 16)
 

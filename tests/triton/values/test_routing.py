@@ -16,12 +16,12 @@ SCORES = list(itertools.product(("softmax", "sigmoid"), (True, False), (True, Fa
 every_score = pytest.mark.parametrize("score", SCORES, ids=lambda score: "-".join(map(str, score)))
 
 # E, K, n_group, topk_group, group_score
-PLAIN = [(E, K, 1, 1, "max") for E in (1, 5, 8, 60, 64) for K in sorted({0, 1, 3, 6, E}) if K <= E and (K < 20 or E == 64)]
+PLAIN = [(E, K, 1, 1, "max") for E in (1, 5, 8, 60, 64) for K in sorted({0, 1, 3, 6, E}) if K <= min(E, 20)]
 GROUPED = [
     (160, 6, 8, 3, "top2_sum"),
     (160, 1, 8, 1, "max"),
     (60, 3, 5, 2, "top2_sum"),
-    (60, 20, 5, 5, "max"),
+    (60, 8, 5, 5, "max"),
     (64, 6, 8, 4, "top2_sum"),
     (8, 3, 8, 5, "top2_sum"),
     (5, 5, 1, 1, "max"),
@@ -150,7 +150,7 @@ def test_a_closed_group_is_never_picked_even_beside_masked_experts(device):
     assert experts.tolist() == [[2, 3]]
 
 
-@pytest.mark.parametrize(("E", "K"), [(40, 33), (33, 33)])
+@pytest.mark.parametrize(("E", "K"), [(40, 33), (33, 33), (64, 64)])
 def test_many_choices_are_sorted(device, E, K):
     logits = make_logits(3, E, ties=True) + (torch.arange(E) % 7 == 0)
     rule = RouteRule(K, "softmax", True, True, 1.0, 1, 1, "max")
@@ -189,12 +189,13 @@ def test_infinities_and_huge_logits_are_as_in_tensor_arithmetic(device, score, K
     )
     rule = RouteRule(K, *score, 1.5, 1, 1, "max")
     weights, experts = routing.route(logits.to(device), None, rule)
-    expected, expected_experts = tensors.route(logits, None, rule)
+    expected, expected_experts = tensors.route(logits.double(), None, rule)
     assert torch.equal(experts.cpu(), expected_experts)
-    assert_close(weights.cpu(), expected, equal_nan=True)
+    assert_close(weights.cpu(), expected.float(), equal_nan=True)
     dweights = random(*weights.shape)
     dlogits = routing.route_backward(dweights.to(device), logits.to(device), experts, rule)
-    assert_close(dlogits.cpu(), tensors.route_backward(dweights, logits, expected_experts, rule), equal_nan=True)
+    expected = tensors.route_backward(dweights.double(), logits.double(), expected_experts, rule)
+    assert_close(dlogits.cpu(), expected.float(), equal_nan=True)
 
 
 @pytest.mark.parametrize("K", [0, 3])
@@ -248,4 +249,4 @@ def test_the_gradient_is_the_slope_of_the_weights(device, score):
 def test_what_the_kernels_cannot_take_is_named():
     assert all(routing.refusal(dtype, routing.MAX_EXPERTS) is None for dtype in FLOATS)
     assert "float64" in (routing.refusal(torch.float64, 8) or "")
-    assert "32769" in (routing.refusal(torch.float32, 32769) or "")
+    assert "16385" in (routing.refusal(torch.float32, 16385) or "")
