@@ -243,12 +243,13 @@ def _route_backward_kernel(
     tl.store(dlogits_ptr + row[:, None] * E + expert, dlogits.to(dlogits_ptr.dtype.element_ty), is_logit)
 
 
-def refusal(dtype: torch.dtype, num_experts: int) -> str | None:
+def refusal(dtype: torch.dtype, num_experts: int, n_group: int = 1) -> str | None:
     """Why these kernels cannot route such logits, or None."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the routing kernels take float32, bfloat16 and float16 logits, got {dtype}"
-    if num_experts > MAX_EXPERTS:
-        return f"the routing kernels take at most {MAX_EXPERTS} experts, got {num_experts}"
+    # Both the groups and their sizes are rounded up to powers of two.
+    if triton.next_power_of_2(n_group) * triton.next_power_of_2(num_experts // n_group) > MAX_EXPERTS:
+        return f"the routing kernels take at most {MAX_EXPERTS} experts, got {num_experts} in {n_group} groups"
     return None
 
 

@@ -250,3 +250,5 @@ def test_what_the_kernels_cannot_take_is_named():
     assert all(routing.refusal(dtype, routing.MAX_EXPERTS) is None for dtype in FLOATS)
     assert "float64" in (routing.refusal(torch.float64, 8) or "")
     assert "16385" in (routing.refusal(torch.float32, 16385) or "")
+    assert routing.refusal(torch.float32, 9000, 9) is None
+    assert "9 groups" in (routing.refusal(torch.float32, 10000 // 9 * 9, 9) or "")
