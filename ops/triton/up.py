@@ -76,10 +76,7 @@ def up_kernel(
     row = first + tl.arange(0, BLOCK_M)
     token = tl.load(order_ptr + tl.minimum(row, end - 1)) // top_k
     # z_column [columns of the tile]: the weight's rows, and the columns of z, that the tile covers.
-    if LAYOUT == "plain":
-        GATED: tl.constexpr = 1
-    else:
-        GATED: tl.constexpr = 2
+    GATED: tl.constexpr = 1 if LAYOUT == "plain" else 2
     tile_column = tl.arange(0, GATED * BLOCK_N)
     if LAYOUT == "plain" or LAYOUT == "interleaved":
         z_column = column_block * (GATED * BLOCK_N) + tile_column
