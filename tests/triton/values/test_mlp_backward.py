@@ -114,9 +114,7 @@ def check(device, act, *, transposed=False, **case):
     needs = NO_BIAS if inputs.up_bias is None else ALL
     arguments = (inputs.experts, inputs.weights, inputs.up_proj, inputs.down_proj, inputs.up_bias, inputs.down_bias)
     z_NG, order, offsets = saved
-    plain = grouped.experts_mlp_backward(
-        dy_TD, torch.nan_to_num(z_NG), order, offsets, inputs.x, *arguments, act, 100, needs
-    )
+    plain = grouped.experts_mlp_backward(dy_TD, torch.nan_to_num(z_NG), order, offsets, inputs.x, *arguments, act, 100, needs)
     poisoned = dataclasses.replace(inputs, weights=inputs.weights.masked_fill(outside, float("nan")))
     actual = backward(device, poisoned, dy_TD, saved, act)
     names = [f.name for f in dataclasses.fields(exact)]

@@ -96,7 +96,9 @@ def test_outer_of_no_tokens_is_zero(device):
 @pytest.mark.parametrize("weighted", [False, True])
 def test_column_sums(device, dtype, routing, weighted):
     T, K, E = 67, 3, 4
-    rows, _, plan = make_operands(device, T=T, K=K, E=E, A=70, dtype=dtype, routing=routing, gather_left=weighted, gather_right=True)
+    rows, _, plan = make_operands(
+        device, T=T, K=K, E=E, A=70, dtype=dtype, routing=routing, gather_left=weighted, gather_right=True
+    )
     weights_TK = torch.rand(T, K, generator=torch.Generator().manual_seed(2)).to(device) if weighted else None
     out = column_sums(rows, plan, weights_TK=weights_TK)
 
