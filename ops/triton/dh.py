@@ -23,15 +23,7 @@ from fusedonemoe.ops.triton.tiles import act_slope, act_value, dot_precision, ga
 def _finish(
     acc,
     first_column,
-    rows,
-    in_rows,
-    weight,
-    z_ptr,
-    dz_ptr,
-    weighted_ptr,
-    F,
-    alpha,
-    limit,
+    block,
     ACT: tl.constexpr,
     LAYOUT: tl.constexpr,
     WITH_DZ: tl.constexpr,
@@ -47,43 +39,10 @@ def _finish(
     if WIDTH > CHUNK:
         HALF: tl.constexpr = WIDTH // 2
         left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
-        total = _finish(
-            left,
-            first_column,
-            rows,
-            in_rows,
-            weight,
-            z_ptr,
-            dz_ptr,
-            weighted_ptr,
-            F,
-            alpha,
-            limit,
-            ACT,
-            LAYOUT,
-            WITH_DZ,
-            WITH_WEIGHTED,
-            CHUNK,
-        )
-        total += _finish(
-            right,
-            first_column + HALF,
-            rows,
-            in_rows,
-            weight,
-            z_ptr,
-            dz_ptr,
-            weighted_ptr,
-            F,
-            alpha,
-            limit,
-            ACT,
-            LAYOUT,
-            WITH_DZ,
-            WITH_WEIGHTED,
-            CHUNK,
-        )
+        total = _finish(left, first_column, block, ACT, LAYOUT, WITH_DZ, WITH_WEIGHTED, CHUNK)
+        total += _finish(right, first_column + HALF, block, ACT, LAYOUT, WITH_DZ, WITH_WEIGHTED, CHUNK)
     else:
+        rows, in_rows, weight, z_ptr, dz_ptr, weighted_ptr, F, alpha, limit = block
         f = first_column + tl.arange(0, WIDTH)
         stored = in_rows[:, None] & (f < F)[None, :]
         dtype = z_ptr.dtype.element_ty
@@ -201,24 +160,11 @@ def dh_kernel(
     # From here on the block's first row is the origin, so that offsets within the block fit 32 bits, and half the registers.
     G = F if LAYOUT == "plain" else 2 * F
     first_row = first.to(tl.int64)
-    total = _finish(
-        acc,
-        column * BLOCK_N,
-        tl.arange(0, BLOCK_M),
-        in_rows,
-        weight,
-        z_ptr + first_row * G,
-        dz_ptr + first_row * G,
-        weighted_ptr + first_row * F,
-        F,
-        alpha,
-        limit,
-        ACT,
-        LAYOUT,
-        WITH_DZ,
-        WITH_WEIGHTED,
-        CHUNK,
-    )
+    z_ptr += first_row * G
+    dz_ptr += first_row * G
+    weighted_ptr += first_row * F
+    place = (tl.arange(0, BLOCK_M), in_rows, weight, z_ptr, dz_ptr, weighted_ptr, F, alpha, limit)
+    total = _finish(acc, column * BLOCK_N, place, ACT, LAYOUT, WITH_DZ, WITH_WEIGHTED, CHUNK)
     if WITH_PARTIAL:
         tl.store(partial_ptr + rows.to(tl.int64) * num_columns + column, total, mask=in_rows)
 

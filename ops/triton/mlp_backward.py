@@ -5,7 +5,6 @@ SonicMoE's algebra (arXiv 2512.14080), as in ``ops/grouped.py``: with ``dA' = dy
 ``dx_t = sum_j dz Wup_e``; bias gradients are column sums. Gathered rows of x and dy are never written to memory.
 """
 
-import torch
 from torch import Tensor
 
 from fusedonemoe.ops.activation import PLAIN, Activation

@@ -205,9 +205,9 @@ def test_what_is_frozen_is_neither_launched_nor_allocated(device, monkeypatch, w
     saved = forward_saves(inputs, act)
     whole = backward(device, inputs, dy_TD, saved, act)
     launched, stored = [], []
-    for name in ("hidden_gradient", "grouped_rows", "combine", "grouped_outer", "column_sums", "routing_gradient"):
 
-        def recorded(*args, name=name, launch=getattr(mlp_backward, name), **kwargs):
+    def record(name, launch):
+        def recorded(*args, **kwargs):
             launched.append(name)
             out = launch(*args, **kwargs)
             if name == "hidden_gradient":
@@ -215,6 +215,9 @@ def test_what_is_frozen_is_neither_launched_nor_allocated(device, monkeypatch, w
             return out
 
         monkeypatch.setattr(mlp_backward, name, recorded)
+
+    for name in ("hidden_gradient", "grouped_rows", "combine", "grouped_outer", "column_sums", "routing_gradient"):
+        record(name, getattr(mlp_backward, name))
     alone = backward(device, inputs, dy_TD, saved, act, needs=MLPNeeds(*(name == wanted for name in MLPNeeds._fields)))
     place = MLPNeeds._fields.index(wanted)
     assert torch.equal(alone[place], whole[place])
