@@ -17,12 +17,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from .. import plan as torch_plan
+from fusedonemoe.ops import plan as torch_plan
 
 TILE = 1024  # rows that one program sorts
 SCAN_TILES, SCAN_EXPERTS = 256, 16  # tile counts by experts that one program of the scan sees at a time
 MAX_EXPERTS = 4096  # one program holds a word for every expert; torch sorts the routings of more
-RESTORE_ROWS, RESTORE_BLOCKS, RESTORE_EXPERTS = 1024, 64, 256
+RESTORE_ROWS, RESTORE_BLOCKS = 1024, 256  # rows, or blocks, of one program of the restoring kernel
+MIN_BINS = 256
 WARPS = 8
 
 
@@ -69,6 +70,7 @@ def sort_tile(ids, TILE: tl.constexpr):
 
 @triton.jit
 def store_block(blocks_ptr, block, expert, first, mask):
+    """One row of the schedule."""
     tl.store(blocks_ptr + 2 * block, expert, mask=mask)
     tl.store(blocks_ptr + 2 * block + 1, first, mask=mask)
 
@@ -191,6 +193,7 @@ def scan_kernel(
 
 @triton.jit
 def larger(a, b):
+    """What a running maximum combines with."""
     return tl.maximum(a, b)
 
 
@@ -227,6 +230,16 @@ def place_kernel(
     )  # fmt: skip
 
 
+@triton.jit
+def count_not_above(values, limits, SIZE: tl.constexpr, LOG_SIZE: tl.constexpr):
+    """How many of ``values [SIZE]``, which never fall, are at most each limit: a binary search for all limits abreast."""
+    found = limits * 0
+    for bit in tl.static_range(LOG_SIZE):
+        half = SIZE >> (bit + 1)
+        found += tl.where(tl.gather(values, found + half - 1, 0) <= limits, half, 0)
+    return found + (tl.gather(values, found, 0) <= limits).to(tl.int32)
+
+
 @triton.jit(do_not_specialize=["num_rows", "num_blocks", "row_programs"])
 def restore_kernel(
     order_ptr,  # [N]
@@ -240,7 +253,8 @@ def restore_kernel(
     BLOCK_M: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
-    EXPERTS: tl.constexpr,
+    BINS: tl.constexpr,
+    LOG_BINS: tl.constexpr,
 ):
     """The first programs invert the order; the others find the experts of BLOCKS blocks each.
 
@@ -252,22 +266,21 @@ def restore_kernel(
         row = tl.load(order_ptr + i, mask=i < num_rows, other=0)
         tl.store(position_ptr + row, i, mask=i < num_rows)
     else:
-        first_block = (pid - row_programs) * BLOCKS
-        block = first_block + tl.arange(0, BLOCKS)
+        block = (pid - row_programs) * BLOCKS + tl.arange(0, BLOCKS)
         expert = tl.zeros([BLOCKS], tl.int32)
-        begins = tl.zeros([BLOCKS], tl.int32)  # blocks of the experts before
-        carry = first_block * 0
-        for first in range(0, E, EXPERTS):
-            e = first + tl.arange(0, EXPERTS)
+        begin = tl.zeros([BLOCKS], tl.int32)  # blocks of the experts before
+        total = 0
+        for first in range(0, E, BINS):
+            e = first + tl.arange(0, BINS)
             count = tl.load(offsets_ptr + e + 1, mask=e < E, other=0) - tl.load(offsets_ptr + e, mask=e < E, other=0)
             blocks_of = (count + (BLOCK_M - 1)) // BLOCK_M
-            ends = carry + tl.cumsum(blocks_of, 0)
-            behind = (ends[None, :] <= block[:, None]) & (e < E)[None, :]
-            expert += tl.sum(behind.to(tl.int32), 1)
-            begins = tl.maximum(begins, tl.max(tl.where(behind, ends[None, :], 0), 1))
-            carry += tl.sum(blocks_of, 0)
-        used = expert < E
-        start = tl.load(offsets_ptr + expert, mask=used, other=0) + (block - begins) * BLOCK_M
+            ends = total + tl.cumsum(blocks_of, 0)
+            ended = count_not_above(ends, block, BINS, LOG_BINS)
+            expert += ended
+            begin = tl.where(ended > 0, tl.gather(ends, tl.maximum(ended - 1, 0), 0), begin)
+            total += tl.sum(blocks_of, 0)
+        used = block < total
+        start = tl.load(offsets_ptr + expert, mask=used, other=0) + (block - begin) * BLOCK_M
         store_block(blocks_ptr, block, tl.where(used, expert, -1), tl.where(used, start, 0), block < num_blocks)
 
 
@@ -291,7 +304,7 @@ def make_plan(experts_TK: Tensor, num_experts: int, block_m: int) -> RowPlan:
     offsets = torch.empty(E + 1, dtype=torch.int32, device=ids.device)
     blocks = torch.empty(B, 2, dtype=torch.int32, device=ids.device)
     plan = RowPlan(order, offsets, position, blocks)
-    bins = max(256, triton.next_power_of_2(E))
+    bins = max(MIN_BINS, triton.next_power_of_2(E))
 
     if isinstance(N, int) and N <= TILE and bins <= 1024:
         tile = max(16, triton.next_power_of_2(N))
@@ -321,8 +334,9 @@ def from_saved(order: Tensor, offsets: Tensor, block_m: int) -> RowPlan:
     position = torch.empty_like(order)
     blocks = torch.empty(B, 2, dtype=torch.int32, device=order.device)
     row_programs = N // RESTORE_ROWS + 1
+    bins = min(max(MIN_BINS, triton.next_power_of_2(E)), MAX_EXPERTS)
     wrap_triton(restore_kernel)[(row_programs + B // RESTORE_BLOCKS + 1,)](
         order, offsets, position, blocks, N, B, row_programs, E, BLOCK_M=block_m, ROWS=RESTORE_ROWS, BLOCKS=RESTORE_BLOCKS,
-        EXPERTS=RESTORE_EXPERTS, num_warps=4,
+        BINS=bins, LOG_BINS=bins.bit_length() - 1, num_warps=WARPS,
     )  # fmt: skip
     return RowPlan(order, offsets, position, blocks)

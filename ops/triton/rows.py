@@ -3,7 +3,6 @@
 It is the down projection, the gradient of the gathered rows of x, and the merged projection.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -31,3 +31,26 @@ def assert_plan(got, experts, num_experts, block_m):
 def test_plan_of_one_tile(device, routing, T, E, K, block_m):
     experts = make_experts(T, E, K, routing=routing).to(device)
     assert_plan(plan.make_plan(experts, E, block_m), experts, E, block_m)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize(("T", "E", "K"), [(31, 5, 3), (64, 6, 2), (20, 300, 8)])
+@pytest.mark.parametrize("block_m", [16, 64])
+def test_plan_of_many_tiles(device, monkeypatch, routing, T, E, K, block_m):
+    monkeypatch.setattr(plan, "TILE", 16)
+    monkeypatch.setattr(plan, "SCAN_TILES", 4)  # several chunks of tiles and several of experts
+    monkeypatch.setattr(plan, "SCAN_EXPERTS", 4)
+    experts = make_experts(T, E, K, routing=routing).to(device)
+    assert_plan(plan.make_plan(experts, E, block_m), experts, E, block_m)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize(("T", "E", "K"), [(0, 4, 2), (1, 1, 1), (31, 5, 3), (20, 300, 8)])
+@pytest.mark.parametrize("block_m", [16, 64])
+def test_plan_from_what_the_forward_saved(device, monkeypatch, routing, T, E, K, block_m):
+    monkeypatch.setattr(plan, "RESTORE_ROWS", 16)
+    monkeypatch.setattr(plan, "RESTORE_BLOCKS", 16)
+    monkeypatch.setattr(plan, "MIN_BINS", 16)
+    monkeypatch.setattr(plan, "MAX_EXPERTS", 64)  # 300 experts are searched in several chunks
+    experts = make_experts(T, E, K, routing=routing).to(device)
+    assert_plan(plan.from_saved(*torch_plan.make_plan(experts, E), block_m), experts, E, block_m)
