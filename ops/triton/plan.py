@@ -315,7 +315,8 @@ def make_plan(experts_TK: Tensor, num_experts: int, block_m: int) -> RowPlan:
         return plan
 
     tiles = N // TILE + 1  # never none, also where a symbolic N turns out to be 0: the offsets must be written
-    tile_counts, before = (torch.empty(tiles, E + 1, dtype=torch.int32, device=ids.device) for _ in range(2))
+    # Flat, as torch asks of a matrix whether it has one row, which would guard on a symbolic number of tiles.
+    tile_counts, before = (torch.empty(tiles * (E + 1), dtype=torch.int32, device=ids.device) for _ in range(2))
     counts = torch.empty(E + 1, dtype=torch.int32, device=ids.device)
     wrap_triton(count_kernel)[(tiles,)](ids, tile_counts, N, E, TILE=TILE, BINS=bins, CHUNK=min(bins, 512), num_warps=WARPS)
     wrap_triton(scan_kernel)[(triton.cdiv(E + 1, SCAN_EXPERTS),)](
