@@ -111,13 +111,13 @@ def explain(
         operator, impl = "experts_merged", layer.impl
         E, D, F = layer.proj.shape
         K = layer.gate.top_k or E
-        widths, weight_numel = (D, F), layer.proj.numel()
+        widths, weight_numel, gated = (D, F), layer.proj.numel(), False
     elif isinstance(layer, (MoE, Experts, MoEConfig)):
         config = layer if isinstance(layer, MoEConfig) else layer.config
         operator, impl = "experts_mlp", config.impl
         E, K = config.num_experts, config.experts_per_token
         D, F, G = config.hidden_size, config.intermediate_size, config.up_rows
-        widths, weight_numel = (D, G, F), E * D * (G + F)
+        widths, weight_numel, gated = (D, G, F), E * D * (G + F), config.gated
     else:
         raise TypeError(f"layer must be a MoE, Experts, FusedOneMoE or MoEConfig, got {type(layer).__name__}")
     like = x if x is not None else next(layer.parameters()) if isinstance(layer, torch.nn.Module) else None
@@ -142,6 +142,5 @@ def explain(
     packed_bytes = experts.packed_bytes if isinstance(experts, Experts) else 0
     configuration = ""
     if chosen.impl == "triton" and (arch := architecture(torch.device(device or device_type))):
-        gated = operator == "experts_mlp" and widths[1] != widths[2]
         configuration = describe(arch, dtype, tokens * K, E, D, F, gated, inference=operator == "experts_mlp")
     return Explanation(operator, chosen.impl, chosen.reason, tokens, device_type, dtype, candidates, packed_bytes, configuration)

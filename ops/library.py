@@ -11,11 +11,11 @@ graph makes the new one a different graph.
 """
 
 import hashlib
+import importlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from fusedonemoe.ops.cpu import grouped_gemm, native, packing, selection
 from fusedonemoe.ops.grouped import MergedNeeds, MLPNeeds, saved_rows
 from fusedonemoe.ops.route import RouteRule
 from fusedonemoe.ops.shortcut import recorder, shortcut
+from fusedonemoe.ops.triton import rules
 
 NAMESPACE = "fusedonemoe"
 
@@ -203,15 +204,22 @@ _define_cpu(
 )
 
 
+# The Triton kernels: their launchers are called in the operators' bodies, so compilation sees every kernel.
+
+
+def _gpu_kernels(name: str) -> Any:
+    """A module of ``ops.triton``, imported now: only who computes on a GPU has to have triton."""
+    return importlib.import_module(f"{triton.__name__}.{name}")
+
+
 # Routing
 
 
-def _gpu_routing(logits: Tensor) -> ModuleType | None:
+def _gpu_routing(logits: Tensor) -> Any:
     """The Triton kernels of the router, where they can take these logits on a GPU."""
     if logits.device.type == "cpu" or triton.refusal(logits.dtype, logits.device.type):
         return None
-    from fusedonemoe.ops.triton import routing as kernels
-
+    kernels = _gpu_kernels("routing")
     return None if kernels.refusal(logits.dtype, logits.shape[-1]) else kernels
 
 
@@ -294,9 +302,7 @@ def _experts_mlp(
         return torch.ops.fusedonemoe.experts_mlp_cpu(
             x, experts, weights, up_proj, down_proj, up_bias, down_bias, *act, save_percent
         )
-    kernels: Any = grouped
-    if impl == "triton":
-        from fusedonemoe.ops.triton import mlp_forward as kernels
+    kernels = _gpu_kernels("mlp_forward") if impl == "triton" else grouped
     return kernels.experts_mlp(x, experts, weights, up_proj, down_proj, up_bias, down_bias, act, save_percent)
 
 
@@ -314,12 +320,10 @@ def _experts_mlp_inference(
     limit: float,
     build: int,
 ) -> Tensor:
-    from fusedonemoe.ops.triton import decode, mlp_forward, rules
-
     arguments = (x, experts, weights, up_proj, down_proj, up_bias, down_bias, Activation(activation, layout, alpha, limit))
     if rules.few_rows(rules.hint(experts.numel()), up_proj.shape[0]):
-        return decode.experts_mlp(*arguments)
-    return mlp_forward.experts_mlp(*arguments, save_percent=0)[0]
+        return _gpu_kernels("decode").experts_mlp(*arguments)
+    return _gpu_kernels("mlp_forward").experts_mlp(*arguments, save_percent=0)[0]
 
 
 def _experts_mlp_backward(
@@ -348,9 +352,7 @@ def _experts_mlp_backward(
         return torch.ops.fusedonemoe.experts_mlp_cpu_backward(
             dy, z, order, offsets, x, experts, weights, up_proj, down_proj, up_bias, down_bias, *act, needs
         )
-    kernels: Any = grouped
-    if impl == "triton":
-        from fusedonemoe.ops.triton import mlp_backward as kernels
+    kernels = _gpu_kernels("mlp_backward") if impl == "triton" else grouped
     return kernels.experts_mlp_backward(
         dy, z, order, offsets, x, experts, weights, up_proj, down_proj, up_bias, down_bias, act, save_percent, MLPNeeds(*needs)
     )
@@ -402,9 +404,7 @@ def _experts_merged(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if impl == "cpu":
         return torch.ops.fusedonemoe.experts_merged_cpu(x, experts, weights, proj)
-    kernels: Any = grouped
-    if impl == "triton":
-        from fusedonemoe.ops.triton import merged as kernels
+    kernels = _gpu_kernels("merged") if impl == "triton" else grouped
     return kernels.experts_merged(x, experts, weights, proj)
 
 
@@ -422,9 +422,7 @@ def _experts_merged_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if impl == "cpu":
         return torch.ops.fusedonemoe.experts_merged_cpu_backward(dh, order, offsets, x, experts, weights, proj, needs)
-    kernels: Any = grouped
-    if impl == "triton":
-        from fusedonemoe.ops.triton import merged as kernels
+    kernels = _gpu_kernels("merged") if impl == "triton" else grouped
     return kernels.experts_merged_backward(dh, order, offsets, x, experts, weights, proj, MergedNeeds(*needs))
 
 
