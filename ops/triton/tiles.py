@@ -4,8 +4,14 @@ Row tiles come from a schedule, ``blocks [B, 2]`` int32: the expert of each bloc
 row. ``B`` is a bound that the host knows without looking at the routing; blocks behind the last have expert -1.
 """
 
+import torch
 import triton
 import triton.language as tl
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """``input_precision`` of a kernel's ``tl.dot``: TF32 for float32 where torch's own products may use it."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 @triton.jit
@@ -16,6 +22,14 @@ def swizzled(pid, num_blocks, num_columns, GROUP_M: tl.constexpr):
     height = tl.minimum(num_blocks - first_block, GROUP_M)
     within = pid % group_size
     return first_block + within % height, within // height
+
+
+@triton.jit
+def row_block(blocks_ptr, offsets_ptr, block):
+    """Expert of a block of rows, its first sorted position, and the end of the expert's rows. Expert -1: no such block."""
+    expert = tl.load(blocks_ptr + 2 * block)
+    first = tl.load(blocks_ptr + 2 * block + 1)
+    return expert, first, tl.load(offsets_ptr + expert + 1)
 
 
 @triton.jit

@@ -1,0 +1,135 @@
+"""One grouped projection of rows in expert order: ``out[i] = rows[i] @ weights[e] (+ bias[e])``, rows gathered or not.
+
+It is the down projection, the gradient of the gathered rows of x, and the merged projection.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+from fusedonemoe.ops.triton.plan import RowPlan
+from fusedonemoe.ops.triton.rules import Tile
+from fusedonemoe.ops.triton.tiles import dot_precision, row_block, swizzled
+
+
+@triton.jit
+def rows_kernel(
+    rows_ptr,  # [N, A], or [T, A] when gathered
+    weights_ptr,  # [E, A, B]
+    bias_ptr,  # [E, B]
+    out_ptr,  # [N, B]
+    order_ptr,  # [N]
+    offsets_ptr,  # [E + 1]
+    blocks_ptr,  # [num_blocks, 2]
+    top_k,
+    A,
+    B,
+    stride_we,
+    stride_wa,
+    stride_wb,
+    GATHER: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN_A: tl.constexpr,
+    EVEN_B: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """One program: a block of rows of one expert by BLOCK_N columns of the output."""
+    num_columns = tl.cdiv(B, BLOCK_N)
+    block, column_block = swizzled(tl.program_id(0), tl.num_programs(0) // num_columns, num_columns, GROUP_M)
+    expert, first, end = row_block(blocks_ptr, offsets_ptr, block)
+    if expert < 0:
+        return
+
+    # A row behind the end reads the last row instead: what it computes is not stored, and the loop needs no mask.
+    row = first + tl.arange(0, BLOCK_M)
+    source = tl.minimum(row, end - 1)
+    if GATHER:
+        source = tl.load(order_ptr + source) // top_k
+    column = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_columns = column < B
+    depth = tl.arange(0, BLOCK_K)
+    rows_ptrs = rows_ptr + source.to(tl.int64)[:, None] * A + depth[None, :]
+    weights_ptrs = weights_ptr + expert.to(tl.int64) * stride_we
+    weights_ptrs += depth.to(tl.int64)[:, None] * stride_wa + column.to(tl.int64)[None, :] * stride_wb
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, A, BLOCK_K):
+        if EVEN_A:
+            rows = tl.load(rows_ptrs)
+        else:
+            rows = tl.load(rows_ptrs, mask=depth[None, :] < A - k, other=0.0)
+        if EVEN_A and EVEN_B:
+            weights = tl.load(weights_ptrs)
+        elif EVEN_A:
+            weights = tl.load(weights_ptrs, mask=in_columns[None, :], other=0.0)
+        else:
+            weights = tl.load(weights_ptrs, mask=(depth[:, None] < A - k) & in_columns[None, :], other=0.0)
+        acc = tl.dot(rows, weights, acc, input_precision=PRECISION)
+        rows_ptrs += BLOCK_K
+        weights_ptrs += BLOCK_K * stride_wa
+
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + expert.to(tl.int64) * B + column, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+    out_ptrs = out_ptr + row.to(tl.int64)[:, None] * B + column[None, :]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(row < end)[:, None] & in_columns[None, :])
+
+
+def grouped_rows(
+    rows: Tensor,
+    weights_EAB: Tensor,
+    plan: RowPlan,
+    tile: Tile,
+    *,
+    bias_EB: Tensor | None = None,
+    top_k: int | None = None,
+) -> Tensor:
+    """``out[i] = rows[i] @ weights[e] (+ bias[e])`` for the sorted rows ``i`` of expert ``e``.
+
+    Args:
+        rows: ``[N, A]`` in sorted order, or ``[T, A]`` with ``top_k``: sorted row ``i`` then reads row ``order[i] // top_k``.
+        weights_EAB: a view with any strides, in the dtype of ``rows``.
+        plan: the schedule of rows, in blocks of ``tile.BLOCK_M``.
+        tile: how the product is cut.
+        bias_EB: added in float32.
+        top_k: choices per token, where the rows are gathered.
+
+    Returns:
+        ``[N, B]`` in the dtype of ``rows``, accumulated in float32 and rounded once. Positions from ``offsets[E]`` on are not
+        written.
+    """
+    rows = rows.contiguous()
+    A, B = weights_EAB.shape[1:]
+    out_NB = rows.new_empty(plan.order.shape[0], B)
+    grid = (plan.blocks.shape[0] * triton.cdiv(B, tile.BLOCK_N),)
+    wrap_triton(rows_kernel)[grid](
+        rows,
+        weights_EAB,
+        out_NB if bias_EB is None else bias_EB.contiguous(),
+        out_NB,
+        plan.order,
+        plan.offsets,
+        plan.blocks,
+        1 if top_k is None else top_k,
+        A,
+        B,
+        weights_EAB.stride(0),
+        weights_EAB.stride(1),
+        weights_EAB.stride(2),
+        GATHER=top_k is not None,
+        HAS_BIAS=bias_EB is not None,
+        EVEN_A=A % tile.BLOCK_K == 0,
+        EVEN_B=B % tile.BLOCK_N == 0,
+        PRECISION=dot_precision(rows.dtype),
+        BLOCK_M=tile.BLOCK_M,
+        BLOCK_N=tile.BLOCK_N,
+        BLOCK_K=tile.BLOCK_K,
+        GROUP_M=tile.GROUP_M,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return out_NB

@@ -1,0 +1,229 @@
+"""Gate and up projection of gathered rows, with the activation: ``h[i] = act(x[order[i] // K] Wup_e^T + bup_e)``.
+
+A gated expert's tile has BLOCK_N gate and BLOCK_N up columns side by side in one accumulator, whichever way the weight's rows
+are laid out: they share the rows of x, the product is one wide instruction, and the epilogue takes the two apart in registers.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+from fusedonemoe.ops.activation import PLAIN, Activation
+from fusedonemoe.ops.triton.plan import RowPlan
+from fusedonemoe.ops.triton.rules import Tile
+from fusedonemoe.ops.triton.tiles import act_value, dot_precision, gated_value, row_block, swizzled
+
+
+@triton.jit
+def gate_and_up(z, LAYOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The two ``[BLOCK_M, BLOCK_N]`` halves of a tile of ``z``."""
+    if LAYOUT == "interleaved":
+        gate, up = tl.split(tl.reshape(z, (BLOCK_M, BLOCK_N, 2)))
+    elif LAYOUT == "gate_up":
+        gate, up = tl.split(tl.permute(tl.reshape(z, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
+    else:
+        tl.static_assert(LAYOUT == "up_gate", "unknown layout")
+        up, gate = tl.split(tl.permute(tl.reshape(z, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
+    return gate, up
+
+
+@triton.jit(do_not_specialize=["z_first", "z_end"])
+def up_kernel(
+    x_ptr,  # [T, D]
+    up_ptr,  # [E, G, D]
+    bias_ptr,  # [E, G]
+    z_ptr,  # [at least z_end, G]
+    h_ptr,  # [N, F]
+    order_ptr,  # [N]
+    offsets_ptr,  # [E + 1]
+    blocks_ptr,  # [num_blocks, 2]
+    z_first,
+    z_end,
+    top_k,
+    D,
+    F,
+    stride_we,
+    stride_wn,
+    stride_wk,
+    alpha,
+    limit,
+    ACT: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    STORE_Z: tl.constexpr,
+    STORE_H: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    EVEN_F: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """One program: a block of rows of one expert by BLOCK_N columns of h. Of z it stores rows from z_first to z_end."""
+    num_columns = tl.cdiv(F, BLOCK_N)
+    block, column_block = swizzled(tl.program_id(0), tl.num_programs(0) // num_columns, num_columns, GROUP_M)
+    expert, first, end = row_block(blocks_ptr, offsets_ptr, block)
+    if expert < 0:
+        return
+    if not STORE_H and first + BLOCK_M <= z_first:
+        return
+
+    # A row behind the end reads the last row instead: what it computes is not stored, and the loop needs no mask.
+    row = first + tl.arange(0, BLOCK_M)
+    token = tl.load(order_ptr + tl.minimum(row, end - 1)) // top_k
+    # z_column [columns of the tile]: the weight's rows, and the columns of z, that the tile covers.
+    if LAYOUT == "plain":
+        GATED: tl.constexpr = 1
+    else:
+        GATED: tl.constexpr = 2
+    tile_column = tl.arange(0, GATED * BLOCK_N)
+    if LAYOUT == "plain" or LAYOUT == "interleaved":
+        z_column = column_block * (GATED * BLOCK_N) + tile_column
+        in_columns = z_column < GATED * F
+    else:
+        h_column = column_block * BLOCK_N + tile_column % BLOCK_N
+        z_column = h_column + tile_column // BLOCK_N * F
+        in_columns = h_column < F
+    depth = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + token.to(tl.int64)[:, None] * D + depth[None, :]
+    up_ptrs = up_ptr + expert.to(tl.int64) * stride_we
+    up_ptrs += depth.to(tl.int64)[:, None] * stride_wk + z_column.to(tl.int64)[None, :] * stride_wn
+
+    z = tl.zeros((BLOCK_M, GATED * BLOCK_N), tl.float32)
+    for k in range(0, D, BLOCK_K):
+        if EVEN_D:
+            x = tl.load(x_ptrs)
+        else:
+            x = tl.load(x_ptrs, mask=depth[None, :] < D - k, other=0.0)
+        if EVEN_D and EVEN_F:
+            up_weights = tl.load(up_ptrs)
+        elif EVEN_D:
+            up_weights = tl.load(up_ptrs, mask=in_columns[None, :], other=0.0)
+        else:
+            up_weights = tl.load(up_ptrs, mask=(depth[:, None] < D - k) & in_columns[None, :], other=0.0)
+        z = tl.dot(x, up_weights, z, input_precision=PRECISION)
+        x_ptrs += BLOCK_K
+        up_ptrs += BLOCK_K * stride_wk
+
+    if HAS_BIAS:
+        bias_ptrs = bias_ptr + expert.to(tl.int64) * (GATED * F) + z_column
+        z += tl.load(bias_ptrs, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+    # Rounded before the activation, so that h is the same whether z is saved or computed once more.
+    z_rounded = z.to(z_ptr.dtype.element_ty)
+    if STORE_Z and first < z_end:
+        in_rows = (row >= z_first) & (row < tl.minimum(end, z_end))
+        z_ptrs = z_ptr + row.to(tl.int64)[:, None] * (GATED * F) + z_column[None, :]
+        tl.store(z_ptrs, z_rounded, mask=in_rows[:, None] & in_columns[None, :])
+    if STORE_H:
+        z = z_rounded.to(tl.float32)
+        if LAYOUT == "plain":
+            h = act_value(z, ACT)
+        else:
+            gate, up = gate_and_up(z, LAYOUT, BLOCK_M, BLOCK_N)
+            h = gated_value(gate, up, alpha, limit, ACT)
+        h_column = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
+        h_ptrs = h_ptr + row.to(tl.int64)[:, None] * F + h_column[None, :]
+        tl.store(h_ptrs, h.to(h_ptr.dtype.element_ty), mask=(row < end)[:, None] & (h_column < F)[None, :])
+
+
+def _launch(
+    x_TD: Tensor,
+    up_EGD: Tensor,
+    up_bias_EG: Tensor | None,
+    plan: RowPlan,
+    top_k: int,
+    act: Activation,
+    tile: Tile,
+    z: Tensor | None,
+    h_NF: Tensor | None,
+    z_first: int,
+    z_end: int,
+) -> None:
+    """Fills rows ``z_first`` to ``z_end`` of z, and all of h, where they are given."""
+    x_TD = x_TD.contiguous()
+    D = x_TD.shape[1]
+    F = up_EGD.shape[1] if act.layout == PLAIN else up_EGD.shape[1] // 2
+    grid = (plan.blocks.shape[0] * triton.cdiv(F, tile.BLOCK_N),)
+    wrap_triton(up_kernel)[grid](
+        x_TD,
+        up_EGD,
+        x_TD if up_bias_EG is None else up_bias_EG.contiguous(),
+        x_TD if z is None else z,
+        x_TD if h_NF is None else h_NF,
+        plan.order,
+        plan.offsets,
+        plan.blocks,
+        z_first,
+        z_end,
+        top_k,
+        D,
+        F,
+        up_EGD.stride(0),
+        up_EGD.stride(1),
+        up_EGD.stride(2),
+        act.alpha,
+        act.limit,
+        ACT=act.name,
+        LAYOUT=act.layout,
+        HAS_BIAS=up_bias_EG is not None,
+        STORE_Z=z is not None,
+        STORE_H=h_NF is not None,
+        EVEN_D=D % tile.BLOCK_K == 0,
+        EVEN_F=F % tile.BLOCK_N == 0,
+        PRECISION=dot_precision(x_TD.dtype),
+        BLOCK_M=tile.BLOCK_M,
+        BLOCK_N=tile.BLOCK_N,
+        BLOCK_K=tile.BLOCK_K,
+        GROUP_M=tile.GROUP_M,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+def up_projection(
+    x_TD: Tensor,
+    up_EGD: Tensor,
+    up_bias_EG: Tensor | None,
+    plan: RowPlan,
+    top_k: int,
+    act: Activation,
+    tile: Tile,
+    z: Tensor,
+) -> Tensor:
+    """``h[i] = act(x[order[i] // K] Wup_e^T + bup_e)`` for sorted rows, keeping the first pre-activations.
+
+    Args:
+        x_TD: tokens.
+        up_EGD: a view with any strides, in the dtype of x; its rows in ``act.layout``.
+        up_bias_EG: added in float32.
+        plan: the schedule of rows, in blocks of ``tile.BLOCK_M``.
+        top_k: ``K``.
+        act: activation and layout.
+        tile: how the product is cut; ``BLOCK_N`` columns of h.
+        z: ``[S, G]`` contiguous, ``0 <= S <= N``; filled with the pre-activations of the first S sorted rows.
+
+    Returns:
+        ``h [N, F]`` in the dtype of x. Positions from ``offsets[E]`` on are written neither here nor in z.
+    """
+    F = up_EGD.shape[1] if act.layout == PLAIN else up_EGD.shape[1] // 2
+    h_NF = x_TD.new_empty(plan.order.shape[0], F)
+    nothing_saved = isinstance(z.shape[0], int) and z.shape[0] == 0
+    _launch(x_TD, up_EGD, up_bias_EG, plan, top_k, act, tile, None if nothing_saved else z, h_NF, 0, z.shape[0])
+    return h_NF
+
+
+def pre_activation(
+    x_TD: Tensor,
+    up_EGD: Tensor,
+    up_bias_EG: Tensor | None,
+    plan: RowPlan,
+    top_k: int,
+    act: Activation,
+    tile: Tile,
+    z_NG: Tensor,
+    first_row: int,
+) -> None:
+    """Fills the rows of z from ``first_row`` on with pre-activations, bit for bit what :func:`up_projection` computes."""
+    _launch(x_TD, up_EGD, up_bias_EG, plan, top_k, act, tile, z_NG, None, first_row, z_NG.shape[0])
