@@ -1,0 +1,258 @@
+"""Gradient of an expert's hidden row, and everything of the backward that depends on it element by element.
+
+With ``dA'_i = dy_t Wdown_e`` and ``A_i = act(z_i)`` for sorted row ``i`` of token ``t``, expert ``e`` and weight ``w``:
+``dz_i = act'(z_i) (w dA'_i)``, ``wA_i = w A_i`` (the operand of ``dWdown``), and ``<dA'_i, A_i>``, the routing gradient, as one
+partial sum per block of columns. Source: SonicMoE, arXiv 2512.14080; no expert's ``y`` is ever needed.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+from fusedonemoe.ops.activation import Activation
+from fusedonemoe.ops.triton.plan import RowPlan
+from fusedonemoe.ops.triton.rules import Tile
+from fusedonemoe.ops.triton.tiles import act_slope, act_value, dot_precision, gated_slopes, gated_value, row_block, swizzled
+
+
+@triton.jit
+def _finish(
+    acc,
+    first_column,
+    block,
+    ACT: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    WITH_DZ: tl.constexpr,
+    WITH_WEIGHTED: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Stores what depends on these columns of ``dA'``, CHUNK of them at a time, and returns ``<dA', A>`` of each row.
+
+    All columns at once, with two of z and two of dz for each, would not fit the registers.
+    """
+    BLOCK_M: tl.constexpr = acc.shape[0]
+    WIDTH: tl.constexpr = acc.shape[1]
+    if WIDTH > CHUNK:
+        HALF: tl.constexpr = WIDTH // 2
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+        total = _finish(left, first_column, block, ACT, LAYOUT, WITH_DZ, WITH_WEIGHTED, CHUNK)
+        total += _finish(right, first_column + HALF, block, ACT, LAYOUT, WITH_DZ, WITH_WEIGHTED, CHUNK)
+    else:
+        rows, in_rows, weight, z_ptr, dz_ptr, weighted_ptr, F, alpha, limit = block
+        f = first_column + tl.arange(0, WIDTH)
+        stored = in_rows[:, None] & (f < F)[None, :]
+        dtype = z_ptr.dtype.element_ty
+        if LAYOUT == "interleaved":
+            # Both of a pair in one read of neighbouring columns, and split in registers.
+            pair = 2 * first_column + tl.arange(0, 2 * WIDTH)
+            z_offsets = rows[:, None] * (2 * F) + pair[None, :]
+            in_pairs = in_rows[:, None] & (pair < 2 * F)[None, :]
+            z = tl.load(z_ptr + z_offsets, mask=in_pairs, other=0.0)
+            gate, up = tl.split(tl.reshape(z, (BLOCK_M, WIDTH, 2)))
+        elif LAYOUT == "plain":
+            gate_offsets = rows[:, None] * F + f[None, :]
+            gate = tl.load(z_ptr + gate_offsets, mask=stored, other=0.0)
+        else:
+            first_half = rows[:, None] * (2 * F) + f[None, :]
+            gate_offsets = first_half if LAYOUT == "gate_up" else first_half + F
+            up_offsets = first_half + F if LAYOUT == "gate_up" else first_half
+            gate = tl.load(z_ptr + gate_offsets, mask=stored, other=0.0)
+            up = tl.load(z_ptr + up_offsets, mask=stored, other=0.0)
+        gate = gate.to(tl.float32)
+        if LAYOUT == "plain":
+            h = act_value(gate, ACT)
+        else:
+            up = up.to(tl.float32)
+            h = gated_value(gate, up, alpha, limit, ACT)
+
+        # Columns behind F add nothing: their weights, and with them acc, are zero; act(0) may not be.
+        total = tl.sum(acc * h, axis=1)
+        if WITH_WEIGHTED:
+            weighted_ptrs = weighted_ptr + rows[:, None] * F + f[None, :]
+            tl.store(weighted_ptrs, (weight[:, None] * h).to(dtype), mask=stored)
+        if WITH_DZ:
+            dh = acc * weight[:, None]
+            if LAYOUT == "plain":
+                tl.store(dz_ptr + gate_offsets, (dh * act_slope(gate, ACT)).to(dtype), mask=stored)
+            else:
+                dgate, dup = gated_slopes(gate, up, dh, alpha, limit, ACT)
+                if LAYOUT == "interleaved":
+                    dz = tl.reshape(tl.join(dgate.to(dtype), dup.to(dtype)), (BLOCK_M, 2 * WIDTH))
+                    tl.store(dz_ptr + z_offsets, dz, mask=in_pairs)
+                else:
+                    tl.store(dz_ptr + gate_offsets, dgate.to(dtype), mask=stored)
+                    tl.store(dz_ptr + up_offsets, dup.to(dtype), mask=stored)
+    return total
+
+
+@triton.jit
+def dh_kernel(
+    dy_ptr,  # [T, D]
+    down_ptr,  # [E, D, F]
+    z_ptr,  # [N, G]
+    weights_ptr,  # [T * K]
+    dz_ptr,  # [N, G]
+    weighted_ptr,  # [N, F]
+    partial_ptr,  # [N, column blocks]
+    order_ptr,  # [N]
+    offsets_ptr,  # [E + 1]
+    blocks_ptr,  # [B, 2]
+    D,
+    F,
+    stride_we,
+    stride_wd,
+    stride_wf,
+    alpha,
+    limit,
+    TOP_K: tl.constexpr,
+    ACT: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    WITH_DZ: tl.constexpr,
+    WITH_WEIGHTED: tl.constexpr,
+    WITH_PARTIAL: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """BLOCK_M rows of one expert by BLOCK_N columns of h."""
+    num_columns = tl.cdiv(F, BLOCK_N)
+    block, column = swizzled(tl.program_id(0), tl.num_programs(0) // num_columns, num_columns, GROUP_M)
+    expert, first, end = row_block(blocks_ptr, offsets_ptr, block)
+    if expert < 0:
+        return
+    rows = first + tl.arange(0, BLOCK_M)
+    in_rows = rows < end
+    # Rows behind the expert's last repeat it: they are computed without a mask and not stored.
+    source = tl.load(order_ptr + tl.minimum(rows, end - 1))
+    f = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_columns = f < F
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if WITH_DZ or WITH_PARTIAL:
+        d = tl.arange(0, BLOCK_K)
+        dy_ptrs = dy_ptr + (source // TOP_K).to(tl.int64)[:, None] * D + d[None, :]
+        down_ptrs = down_ptr + expert.to(tl.int64) * stride_we + d[:, None] * stride_wd + f[None, :] * stride_wf
+        for k in range(0, D, BLOCK_K):
+            if EVEN_K:
+                dy = tl.load(dy_ptrs)
+            else:
+                dy = tl.load(dy_ptrs, mask=(d < D - k)[None, :], other=0.0)
+            if EVEN_K and EVEN_N:
+                down = tl.load(down_ptrs)
+            elif EVEN_K:
+                down = tl.load(down_ptrs, mask=in_columns[None, :], other=0.0)
+            else:
+                down = tl.load(down_ptrs, mask=(d < D - k)[:, None] & in_columns[None, :], other=0.0)
+            acc = tl.dot(dy, down, acc, input_precision=PRECISION)
+            dy_ptrs += BLOCK_K
+            down_ptrs += BLOCK_K * stride_wd
+
+    weight = tl.load(weights_ptr + source, mask=in_rows, other=0.0).to(tl.float32)
+    # From here on the block's first row is the origin, so that offsets within the block fit 32 bits, and half the registers.
+    G = F if LAYOUT == "plain" else 2 * F
+    first_row = first.to(tl.int64)
+    z_ptr += first_row * G
+    dz_ptr += first_row * G
+    weighted_ptr += first_row * F
+    place = (tl.arange(0, BLOCK_M), in_rows, weight, z_ptr, dz_ptr, weighted_ptr, F, alpha, limit)
+    total = _finish(acc, column * BLOCK_N, place, ACT, LAYOUT, WITH_DZ, WITH_WEIGHTED, CHUNK)
+    if WITH_PARTIAL:
+        tl.store(partial_ptr + rows.to(tl.int64) * num_columns + column, total, mask=in_rows)
+
+
+class HiddenGradient(NamedTuple):
+    """What :func:`hidden_gradient` stores, in sorted order; a zero-size tensor where not asked for.
+
+    Attributes:
+        dz: ``[N, G]`` gradient of the pre-activations, columns in their order.
+        weighted: ``[N, F]`` the hidden rows times their routing weights.
+        partial: ``[N, column blocks]`` float32; a row's sum is its routing gradient, but for the down bias.
+    """
+
+    dz: Tensor
+    weighted: Tensor
+    partial: Tensor
+
+
+def hidden_gradient(
+    dy_TD: Tensor,
+    z_NG: Tensor,
+    weights_TK: Tensor,
+    down_EDF: Tensor,
+    plan: RowPlan,
+    act: Activation,
+    tile: Tile,
+    *,
+    dz: bool,
+    weighted: bool,
+    partial: bool,
+) -> HiddenGradient:
+    """The gradient of the hidden rows, used up where it stands.
+
+    Args:
+        dy_TD: ``[T, D]`` contiguous.
+        z_NG: ``[N, G]`` contiguous, sorted pre-activations.
+        weights_TK: ``[T, K]`` contiguous, any floating dtype.
+        down_EDF: ``[E, D, F]`` of any strides.
+        plan: of the routing, for ``tile.BLOCK_M``.
+        act: activation and layout of ``z``.
+        tile: BLOCK_M rows by BLOCK_N columns of h.
+        dz: whether to store it.
+        weighted: whether to store it.
+        partial: whether to store it.
+
+    Returns:
+        Rows of ids outside ``[0, E)`` are not written.
+    """
+    N, (_, D, F) = z_NG.shape[0], down_EDF.shape
+    num_columns = triton.cdiv(F, tile.BLOCK_N)
+    empty = torch.empty
+    dz_NG = torch.empty_like(z_NG) if dz else empty(0, dtype=z_NG.dtype, device=z_NG.device)
+    weighted_NF = empty((N, F) if weighted else (0,), dtype=z_NG.dtype, device=z_NG.device)
+    partial_NC = empty((N, num_columns) if partial else (0,), dtype=torch.float32, device=z_NG.device)
+    wrap_triton(dh_kernel)[(plan.blocks.shape[0] * num_columns,)](
+        dy_TD,
+        down_EDF,
+        z_NG,
+        weights_TK,
+        dz_NG,
+        weighted_NF,
+        partial_NC,
+        plan.order,
+        plan.offsets,
+        plan.blocks,
+        D,
+        F,
+        down_EDF.stride(0),
+        down_EDF.stride(1),
+        down_EDF.stride(2),
+        act.alpha,
+        act.limit,
+        TOP_K=weights_TK.shape[1],
+        ACT=act.name,
+        LAYOUT=act.layout,
+        WITH_DZ=dz,
+        WITH_WEIGHTED=weighted,
+        WITH_PARTIAL=partial,
+        EVEN_K=D % tile.BLOCK_K == 0,
+        EVEN_N=F % tile.BLOCK_N == 0,
+        PRECISION=dot_precision(dy_TD.dtype),
+        BLOCK_M=tile.BLOCK_M,
+        BLOCK_N=tile.BLOCK_N,
+        BLOCK_K=tile.BLOCK_K,
+        GROUP_M=tile.GROUP_M,
+        # Eight values of each thread at once: with more, one program's registers fill half of an SM and none runs beside it.
+        CHUNK=max(16, 256 * tile.num_warps // tile.BLOCK_M),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return HiddenGradient(dz_NG, weighted_NF, partial_NC)
