@@ -32,7 +32,7 @@ Answer = dict[str, Tensor]
 def _activated(z: Tensor, cell: GpuCell) -> Tensor:
     """What an expert hands to its down-projection, written out once more: a check of our own code needs another's."""
     if not cell.gated:
-        return {"gelu": functional.gelu, "silu": functional.silu}[cell.activation](z)
+        return functional.gelu(z) if cell.activation == "gelu" else functional.silu(z)
     gate, up = (z[:, 0::2], z[:, 1::2]) if cell.layout == "interleaved" else z.chunk(2, dim=1)
     if cell.activation == "swiglu_oai":
         gate = gate.clamp(max=LIMIT)

@@ -24,6 +24,7 @@ Weights = dict[str, Tensor]
 NO_GRAPH = tuple(mode for mode in MODES if mode != "decode")
 # A batch of gathered weights beyond this is no contender, and would push the others out of memory.
 MOST_GATHERED_BYTES = 16e9
+MOST_ZEROED_BYTES = 2e11
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,10 @@ def _our_experts(cell: GpuCell, weights: Weights, impl: str | None = None) -> Fo
             x,
             experts,
             scores,
-            **weights,
+            weights["gate_up_proj"],
+            weights["down_proj"],
+            gate_up_bias=weights.get("gate_up_bias"),
+            down_bias=weights.get("down_bias"),
             activation=cell.activation,
             gated=cell.gated,
             gate_up_layout=cell.layout,
@@ -154,6 +158,10 @@ def _transformers_experts(cell: GpuCell, weights: Weights, implementation: str) 
     size = cell.T * cell.K * cell.weight_bytes / cell.E * (2 if cell.mode == "training" else 1)
     if implementation == "batched_mm" and size > MOST_GATHERED_BYTES:
         raise UnavailableError(f"gathers {size / 1e9:.0f} GB of weights")
+    # The gradient of `weight[e]` is a zero tensor of the size of all experts, for each expert that was hit.
+    size = min(cell.E, cell.T * cell.K) * cell.weight_bytes
+    if implementation == "eager" and cell.mode == "training" and size > MOST_ZEROED_BYTES:
+        raise UnavailableError(f"writes {size / 1e9:.0f} GB of zeros: its backward fills all gradients once for each expert")
     experts: Any = _transformers_module(cell, implementation)
     experts.gate_up_proj, experts.down_proj = (_parameter(weights[name]) for name in ("gate_up_proj", "down_proj"))
     if cell.bias:

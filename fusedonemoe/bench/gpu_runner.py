@@ -187,6 +187,8 @@ class _Cell:
             return Row(peer.name, error=error, peak_bytes=peak), prepared.call
         except Exception as error:  # A peer is other people's code: its failure is a result, and the others still run.
             note, failed = note_of(error, peer)
+            if isinstance(error, UnavailableError):
+                return Row(peer.name, note=note), None
         # Outside the handler, where the traceback no longer holds the peer's tensors.
         self.clean()
         return Row(peer.name, note=note, failed=failed), None

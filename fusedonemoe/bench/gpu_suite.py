@@ -1,6 +1,7 @@
 """The command ``bench --suite gpu``: cells in turn, each written to the file when it is done, and taken up again from there."""
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -17,7 +18,7 @@ from fusedonemoe.bench.gpu_cells import CELLS, SUITE, GpuCell
 from fusedonemoe.bench.gpu_libraries import line_up
 from fusedonemoe.bench.gpu_peers import chosen, our_impl
 from fusedonemoe.bench.gpu_runner import GpuResult, run_cell
-from fusedonemoe.bench.gpu_timing import Timer, conditions
+from fusedonemoe.bench.gpu_timing import ROUNDS, SECONDS_PER_PEER, Timer, conditions
 from fusedonemoe.bench.peers import OURS, UnavailableError, is_ours
 from fusedonemoe.bench.results import Row
 
@@ -134,6 +135,10 @@ def _run_cells(cells: list[GpuCell], device: torch.device, args: argparse.Namesp
                 break
             advance(cell.name)
             result = _measured(cell, timer, args)
+            # A collection looks at all objects of all modules, for half a second; from here on only at what is new. They
+            # stay frozen: this is the last thing that the process does.
+            gc.collect()
+            gc.freeze()
             failed |= any(row.failed for row in result.rows)
             results["cells"].append(cell_to_json(result))
             watch(cell.name)
@@ -144,7 +149,8 @@ def _run_cells(cells: list[GpuCell], device: torch.device, args: argparse.Namesp
     results["cells"].sort(key=lambda cell: order.get(cell["name"], len(order)))
     if path:
         write(path, results)
-    report.console().print(summary_of(results), highlight=False)
+    if not args.dry:
+        report.console().print(summary_of(results), highlight=False)
     if args.picture:
         from fusedonemoe.bench.picture import draw
 
@@ -154,9 +160,9 @@ def _run_cells(cells: list[GpuCell], device: torch.device, args: argparse.Namesp
 
 def _measured(cell: GpuCell, timer: Timer, args: argparse.Namespace) -> GpuResult:
     """A cell's result; one row that says why where the cell could not be set up."""
-    few = {"rounds": 1, "seconds": 0.0} if args.dry else {}
+    rounds, seconds = (1, 0.0) if args.dry else (ROUNDS, SECONDS_PER_PEER)
     try:
-        return run_cell(cell, timer, peers=chosen(line_up(cell), args.peers), dry=args.dry, **few)
+        return run_cell(cell, timer, peers=chosen(line_up(cell), args.peers), dry=args.dry, rounds=rounds, seconds=seconds)
     except torch.OutOfMemoryError:
         row = Row(WHOLE_CELL, note="skipped: out of memory")
     except Exception as error:  # The other cells are worth having.
@@ -182,7 +188,9 @@ class _Watch:
 
 def print_heading(settings: dict[str, Any]) -> None:
     """Say what is about to be measured with what."""
-    where = settings["gpu"]["name"] if settings["gpu"] else f"{settings['cpu']}, a dry run: nothing is timed"
+    where = (settings["gpu"]["name"] if settings["gpu"] else settings["cpu"]) + (
+        ", a dry run: nothing is timed" if settings["dry"] else ""
+    )
     versions = " ".join(f"{name} {number or 'missing'}" for name, number in settings["versions"].items())
     line = f"suite {SUITE} on {where}, impl {settings['impl']}, {settings['date']}\n{versions}\n"
     report.console().print(line, highlight=False)
