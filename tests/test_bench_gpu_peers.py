@@ -7,6 +7,7 @@ import re
 import sys
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -209,7 +210,8 @@ def raising(error, when):
     """A peer that runs out of memory, or fails, at a stage."""
 
     def build(cell, weights):
-        forward, calls = OUR_EXPERTS.build(cell, weights), []
+        forward = OUR_EXPERTS.build(cell, weights)
+        calls: list[None] = []
         if when == "build":
             raise error
 
@@ -336,7 +338,7 @@ def stand_ins():
             y[t] += score * (w2[:, :, e] @ (torch.nn.functional.silu(gate) * up))
         return y, None
 
-    modules = {
+    modules: dict[str, dict[str, Any]] = {
         "liger_kernel.ops.fused_moe": {"LigerFusedMoEFunction": Function},
         "scattermoe.parallel_experts": {"flatten_sort_count": flatten_sort_count, "parallel_linear": parallel_linear},
         "triton_kernels.matmul": {"matmul": matmul},
