@@ -118,7 +118,7 @@ def test_cells_that_match_nothing_are_listed(tiny_suite, capsys):
 
 
 def test_bad_options_are_refused(capsys):
-    for argv in (["--cells", "("], ["--threads", "0"], ["--threads", "two"], ["--suite", "gpu"]):
+    for argv in (["--cells", "("], ["--threads", "0"], ["--threads", "two"], ["--suite", "tpu"]):
         with pytest.raises(SystemExit) as exit_:
             arguments(*argv)
         assert exit_.value.code == 2

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fusedonemoe.bench.gpu_cells import SUITE as GPU
 from fusedonemoe.bench.workloads import ISOLATED_SUITES, SUITES, Cell
 
 if TYPE_CHECKING:
@@ -36,6 +37,16 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
+    if not 0 < minutes < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return minutes
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the benchmark to a parser.
 
@@ -43,13 +54,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: the parser of the command or subcommand.
     """
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--suite", choices=sorted(SUITES), default="quick", help="which set of cells (default: %(default)s)")
+    which.add_argument(
+        "--suite", choices=sorted([*SUITES, GPU]), default="quick", help="which set of cells (default: %(default)s)"
+    )
     which.add_argument("--quick", action="store_const", dest="suite", const="quick", help="short for --suite quick")
     parser.add_argument("--cells", type=_regex, metavar="REGEX", help="only the cells whose name matches, as in 'block-.*E32-'")
     parser.add_argument("--peers", type=_regex, metavar="REGEX", help="beside ours, only the peers whose name matches")
     parser.add_argument("--threads", type=_count, metavar="N", help="threads of torch's pool (default: torch's choice)")
     parser.add_argument("--no-rt", action="store_true", help="do not ask for real-time priority while timing")
     parser.add_argument("--json", metavar="FILE", help="also write the results and what they were measured with")
+    gpu = parser.add_argument_group("with --suite gpu")
+    gpu.add_argument("--dry", action="store_true", help="run every code path at small sizes on the CPU, and time nothing")
+    gpu.add_argument("--resume", action="store_true", help="go on with the file of --json: measure what is missing in it")
+    gpu.add_argument(
+        "--minutes", type=_minutes, metavar="N", default=8.0, help="begin no cell after so long (default: %(default)g)"
+    )
     parser.add_argument("--picture", metavar="FILE.png", type=Path, help="also draw them, in multiples of the floor")
 
 
@@ -68,12 +87,28 @@ def run(args: argparse.Namespace) -> int:
     if args.picture and find_spec("matplotlib") is None:
         print("--picture is drawn with matplotlib, which is missing: pip install fusedonemoe[plot]", file=sys.stderr)
         return EXIT_USAGE
+    if problem := _misused(args):
+        print(problem, file=sys.stderr)
+        return EXIT_USAGE
+    if args.suite == GPU:
+        from fusedonemoe.bench import gpu_suite
+
+        return gpu_suite.run(args)
     cells = [cell for cell in SUITES[args.suite] if args.cells is None or args.cells.search(cell.name)]
     if not cells:
         names = "\n  ".join(cell.name for cell in SUITES[args.suite])
         print(f"--cells {args.cells.pattern!r} matches none of\n  {names}", file=sys.stderr)
         return EXIT_USAGE
     return _run_cells(cells, args)
+
+
+def _misused(args: argparse.Namespace) -> str:
+    """What is wrong with options that are each right."""
+    if args.suite != GPU and (args.dry or args.resume):
+        return f"--dry and --resume go with --suite {GPU}"
+    if args.resume and not args.json:
+        return "--resume needs the file of --json"
+    return "--picture shows times, and --dry has none" if args.dry and args.picture else ""
 
 
 def _run_cells(cells: list[Cell], args: argparse.Namespace) -> int:

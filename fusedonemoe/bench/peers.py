@@ -222,8 +222,10 @@ PEERS: dict[str, tuple[Peer, ...]] = {
         Peer("original einsum", _einsum_merged),
     ),
 }
-# Whose time each row's "times faster" is relative to.
-YARDSTICK = {"block": TRANSFORMERS, "merged": "original einsum"}
+PLAIN = "torch grouped_mm"
+TORCH_ROUTER = "torch softmax, topk"
+# Whose time each row's "times faster" is relative to; experts alone and routers alone are cells of the suite for GPUs.
+YARDSTICK = {"block": TRANSFORMERS, "merged": "original einsum", "experts": PLAIN, "router": TORCH_ROUTER}
 
 _BOTH = ("forward", "training")
 # Everyone in torch who computes the whole block.

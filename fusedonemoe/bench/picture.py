@@ -19,6 +19,13 @@ PANEL_WIDTH, ROW_HEIGHT, PANEL_MARGIN = 6.4, 0.27, 0.9
 # Times beyond this stand at the edge: a formulation that is a thousand times off would squeeze all others together.
 MOST_SHOWN = 100.0
 
+TITLES = {
+    "forward": "forward",
+    "recorded": "forward with gradients recorded",
+    "training": "forward and backward",
+    "decode": "forward in a CUDA graph",
+}
+
 Panel = tuple[str, str, str]
 
 
@@ -28,13 +35,16 @@ def _panel_of(cell: dict[str, Any]) -> Panel:
 
 def _title(panel: Panel, dtype: str, several: bool) -> str:
     operator, mode, allocator = panel
-    what = "forward" if mode == "forward" else "forward and backward"
+    what = TITLES[mode]
     extra = ", huge pages" if allocator != "default" else ""
     return f"{operator + ', ' if several else ''}{what}, {dtype}{extra}"
 
 
 def _label(cell: dict[str, Any]) -> str:
-    return cell.get("label") or f"T{cell['T']} E{cell['E']} K{cell['K']}"
+    label = cell.get("label") or f"T{cell['T']} E{cell['E']} K{cell['K']}"
+    skew = ", skewed" if cell.get("routing") == "skewed" else ""
+    saved = f", save {cell['save_percent']} %" if cell.get("save_percent", 100) != 100 else ""
+    return label + skew + saved
 
 
 def _unique(values: Iterable[Any]) -> list[Any]:
@@ -88,10 +98,9 @@ def _draw_panel(axes: Axes, cells: list[dict[str, Any]], styles: dict[str, dict[
 def _caption(results: dict[str, Any]) -> list[str]:
     """What was measured on, and what the special marks say where there are any."""
     rows = [(row, cell["floor_seconds"]) for cell in results["cells"] for row in cell["rows"] if row["seconds"]]
-    lines = [
-        f"{results['cpu']} ({results['cpu_capability']}), {results['threads']} threads, torch {results['versions']['torch']}, "
-        f"{results['date'][:10]}"
-    ]
+    gpu = results.get("gpu")
+    device = gpu["name"] if gpu else f"{results['cpu']} ({results['cpu_capability']}), {results['threads']} threads"
+    lines = [f"{device}, torch {results['versions']['torch']}, {results['date'][:10]}"]
     if any(not row.get("comparable", True) for row, _ in rows):
         lines.append("Hollow: wrote no gradients for the experts that no token chose.")
     if any(floor and row["seconds"] > MOST_SHOWN * floor for row, floor in rows):
@@ -119,9 +128,12 @@ def draw(path: Path, results: dict[str, Any]) -> None:
     for row, panel in enumerate(panels):
         for column, dtype in enumerate(dtypes):
             axes = grid[row][column]
+            if not shown[panel, dtype]:
+                axes.set_axis_off()
+                continue
             _draw_panel(axes, shown[panel, dtype], styles)
             axes.set_title(_title(panel, dtype, several), fontsize=11, loc="left")
-    for axes in grid[-1]:
+    for axes in filter(lambda axes: axes.axison, grid[-1]):
         axes.set_xlabel("time in multiples of the floor (1 is the least this machine needs)")
     handles = [grid[0][0].scatter([], [], label=peer, linewidths=0.5, **styles[peer]) for peer in styles if peer in peers]
     if handles:

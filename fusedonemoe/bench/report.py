@@ -6,10 +6,11 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,14 @@ SCHEMA = 1
 PIPE_WIDTH = 120
 
 
-def _console() -> Console:
+def console() -> Console:
+    """Where tables are printed."""
     console = Console()
     return console if console.is_terminal else Console(width=PIPE_WIDTH)
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Of an installed distribution."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -57,7 +60,7 @@ def describe_run(*, suite: str) -> dict[str, Any]:
     settings = {
         "suite": suite,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+        "versions": {"python": platform.python_version(), **{name: version_of(name) for name in packages}},
         "cpu": cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
@@ -76,7 +79,7 @@ def huge_pages() -> str | None:
 def print_heading(settings: dict[str, Any]) -> None:
     """Say what is about to be measured with what."""
     versions = " ".join(f"{name} {number or 'missing'}" for name, number in settings["versions"].items())
-    _console().print(
+    console().print(
         f"suite {settings['suite']} on {settings['cpu']} ({settings['cpu_capability']}), {settings['threads']} threads "
         f"of {settings['cores']} cores, {settings['date']}\n{versions}\n",
         highlight=False,
@@ -164,25 +167,31 @@ def _number(value: float | None, form: str = ".2f") -> str:
     return "" if value is None else format(value, form)
 
 
+def milliseconds(seconds: float) -> str:
+    """A time in milliseconds; to tens of nanoseconds where it is short."""
+    return f"{seconds * 1e3:.2f}" if seconds >= 1e-4 else f"{seconds * 1e3:.4f}"
+
+
 def _milliseconds(timed: Row | Floor | None) -> str:
-    return f"{timed.seconds * 1e3:.2f}" if timed and timed.seconds else ""
+    return milliseconds(timed.seconds) if timed and timed.seconds else ""
 
 
 def _megabytes(size: int | None) -> str:
     return _number(None if size is None else size / 1e6, ".1f")
 
 
-def _columns(result: CellResult) -> dict[str, Callable[[Row], str]]:
+def _columns(result: CellResult, shares: Mapping[str, Callable[[Row], float | None]]) -> dict[str, Callable[[Row], str]]:
     """What stands in each column; in ``ms`` the note where there is no time."""
 
     def quartiles(row: Row) -> str:
-        return "-".join(f"{second * 1e3:.2f}" for second in row.spread or ())
+        return "-".join(map(milliseconds, row.spread or ()))
 
     columns: dict[str, Callable[[Row], str]] = {
         "peer": lambda row: row.peer if row.comparable else f"{row.peer} *",
         "ms": lambda row: _milliseconds(row) or row.note,
         "quartiles": quartiles,
         "x floor": lambda row: _number(result.times_floor(row)),
+        **{heading: partial(_share, share) for heading, share in shares.items()},
         "x best peer": lambda row: _number(result.times_best(row)),
         f"x faster than {YARDSTICK[result.cell.operator]}": lambda row: _number(result.times_faster(row)),
         "error": lambda row: _number(row.error, ".1e"),
@@ -194,19 +203,28 @@ def _columns(result: CellResult) -> dict[str, Callable[[Row], str]]:
     return columns
 
 
-def table_of(result: CellResult) -> Table:
-    """One cell as a table: a row for each peer."""
+def _share(share: Callable[[Row], float | None], row: Row) -> str:
+    return _number(share(row))
+
+
+def table_of(result: CellResult, shares: Mapping[str, Callable[[Row], float | None]] | None = None) -> Table:
+    """One cell as a table: a row for each peer.
+
+    Args:
+        result: of the cell.
+        shares: further columns by their headings.
+    """
     floor, title = result.floor, result.cell.name
     if floor:
         title += (
             f"   floor {floor.seconds * 1e3:.2f} ms (by {floor.bound_by}: {result.flops_per_s / 1e9:.0f} GFLOP/s, "
-            f"{result.bytes_per_s / 1e9:.0f} GB/s)" + ("" if result.real_time else "   without real-time priority")
+            f"{result.bytes_per_s / 1e9:.0f} GB/s)" + ("   without real-time priority" if result.real_time is False else "")
         )
     # A peer that is absent for a good reason has a line below the table, and no row of empty cells in it.
     notes = [f"* {row.note}" for row in result.rows if not row.comparable]
     notes += [f"{row.peer}: {row.note}" for row in result.rows if row.is_absent]
     table = Table(title=title, title_justify="left", caption="\n".join(notes) or None, caption_justify="left")
-    columns = _columns(result)
+    columns = _columns(result, shares or {})
     for heading in columns:
         table.add_column(heading, justify="left" if heading == "peer" else "right", no_wrap=heading == "peer")
     for row in result.rows:
@@ -218,7 +236,7 @@ def table_of(result: CellResult) -> Table:
 
 def print_cell(result: CellResult) -> None:
     """Print one cell's table on stdout."""
-    _console().print(table_of(result), highlight=False)
+    console().print(table_of(result), highlight=False)
 
 
 def summary_of(results: list[CellResult]) -> Table:
@@ -241,38 +259,38 @@ def summary_of(results: list[CellResult]) -> Table:
 
 def print_summary(results: list[CellResult]) -> None:
     """Print the last table on stdout."""
-    _console().print(summary_of(results), highlight=False)
+    console().print(summary_of(results), highlight=False)
+
+
+def cell_to_json(result: CellResult) -> dict[str, Any]:
+    """A cell as plain values; times in seconds, memory in bytes."""
+    rows = [
+        asdict(row)
+        | {
+            "times_faster": result.times_faster(row),
+            "times_best": result.times_best(row),
+            "promised_bytes": result.promised_bytes(row),
+        }
+        for row in result.rows
+    ]
+    return {
+        "name": result.cell.name,
+        **asdict(result.cell),
+        "dtype": str(result.cell.dtype).removeprefix("torch."),
+        "floor_seconds": result.floor and result.floor.seconds,
+        "floor_bound_by": result.floor and result.floor.bound_by,
+        "flops_per_s": result.flops_per_s,
+        "bytes_per_s": result.bytes_per_s,
+        "experts_hit": result.experts_hit,
+        "real_time": result.real_time,
+        "yardstick": YARDSTICK[result.cell.operator],
+        "rows": rows,
+    }
 
 
 def to_json(settings: dict[str, Any], results: list[CellResult]) -> dict[str, Any]:
-    """Settings and results as plain values; times in seconds, memory in bytes."""
-    cells = []
-    for result in results:
-        cell = asdict(result.cell) | {"dtype": str(result.cell.dtype).removeprefix("torch.")}
-        rows = [
-            asdict(row)
-            | {
-                "times_faster": result.times_faster(row),
-                "times_best": result.times_best(row),
-                "promised_bytes": result.promised_bytes(row),
-            }
-            for row in result.rows
-        ]
-        cells.append(
-            {
-                "name": result.cell.name,
-                **cell,
-                "floor_seconds": result.floor and result.floor.seconds,
-                "floor_bound_by": result.floor and result.floor.bound_by,
-                "flops_per_s": result.flops_per_s,
-                "bytes_per_s": result.bytes_per_s,
-                "experts_hit": result.experts_hit,
-                "real_time": result.real_time,
-                "yardstick": YARDSTICK[result.cell.operator],
-                "rows": rows,
-            }
-        )
-    return {"schema": SCHEMA, **settings, "cells": cells}
+    """Settings and results as plain values."""
+    return {"schema": SCHEMA, **settings, "cells": list(map(cell_to_json, results))}
 
 
 def write_json(path: str, settings: dict[str, Any], results: list[CellResult]) -> None:

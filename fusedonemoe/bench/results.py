@@ -56,7 +56,7 @@ class CellResult:
         flops_per_s: the matrix-product rate that the floor was computed with.
         bytes_per_s: the read bandwidth that the floor was computed with.
         experts_hit: distinct experts that the tokens chose, the mean over the inputs.
-        real_time: whether the timed calls ran at real-time priority.
+        real_time: whether the timed calls ran at real-time priority; None where it was of no use.
     """
 
     cell: Cell
@@ -65,7 +65,7 @@ class CellResult:
     flops_per_s: float
     bytes_per_s: float
     experts_hit: float
-    real_time: bool
+    real_time: bool | None
 
     def times_faster(self, row: Row) -> float | None:
         """How many times faster a row is than the cell's yardstick; None where either has no time."""

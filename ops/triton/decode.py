@@ -17,14 +17,17 @@ from fusedonemoe.ops.activation import Activation
 from fusedonemoe.ops.triton import rules
 from fusedonemoe.ops.triton.tiles import act_value, gated_value
 
-# Each pair reads its expert for itself. With N pairs on E experts chosen evenly, at N = E every expert that is hit is read 1.6
-# times, mostly from the L2 cache, which is what a plan and its launches cost for small layers. Above 32 rows even a layer of
-# many experts has work enough for the tensor cores, unless nearly all pairs have an expert of their own (N <= E / 4).
+# Each pair reads its expert for itself. With N = E pairs spread evenly, every expert that is hit is read 1.6 times, the repeats
+# mostly from the L2 cache; more would cost more than the plan saved. Beyond 32 rows the tensor cores have work enough, unless
+# nearly all pairs have an expert of their own (N <= E / 4).
 FEW_ROWS = 32
-# Memory answers in about a microsecond, so a GPU of 132 multiprocessors and 4.8 TB/s has to have 5 MB under way.
+# Memory answers in about a microsecond, so a GPU of 132 multiprocessors and 4.8 TB/s must have about 5 MB under way.
 BYTES_IN_FLIGHT = 132 * 40 * 1024
-# What a thread loads before it waits: 8 vectors of 16 bytes.
-BYTES_PER_THREAD = 128
+NUM_WARPS = 4
+NUM_STAGES = 3
+# The weights of one step of a program: 8 vectors of 16 bytes a thread. Copied asynchronously, NUM_STAGES - 1 steps are under way
+# at any time; plain loads were scheduled one after the other to save registers.
+TILE_BYTES = 8 * 16 * 32 * NUM_WARPS
 CHOICES_AT_ONCE = 8
 
 
@@ -34,32 +37,29 @@ def serves(num_rows: int, num_experts: int) -> bool:
 
 
 class Cut(NamedTuple):
-    """How a product is cut: ``outputs`` columns of the result a program, ``reduced`` elements of the sum at a time."""
+    """How a product is cut: a program computes ``outputs`` columns, and takes ``reduced`` elements of the sum at a time."""
 
     outputs: int
     reduced: int
-    num_warps: int
 
 
-def cut(num_programs: int, widest: int, narrowest: int, length: int, itemsize: int, copies: int) -> Cut:
-    """Wide programs if they have enough bytes under way, else narrower ones that take more of the sum at a time.
+def cut(rows: int, columns: int, widest: int, narrowest: int, length: int, itemsize: int, copies: int) -> Cut:
+    """The widest cut whose programs together have enough bytes under way.
 
     Args:
-        num_programs: programs if one took ``widest`` outputs.
-        widest: most outputs of a program.
-        narrowest: least outputs of a program.
+        rows: of the result.
+        columns: of the result.
+        widest: most outputs of a program, a power of two.
+        narrowest: least outputs of a program, a power of two.
         length: of the sum.
         itemsize: bytes of an element.
         copies: rows of weights behind each output: gate and up, or the choices read at once.
     """
-    num_warps, outputs = 4, widest
-    tile_bytes = 32 * num_warps * BYTES_PER_THREAD
-    while outputs > narrowest and num_programs * (widest // outputs) * tile_bytes < BYTES_IN_FLIGHT:
+    outputs = widest
+    in_flight = (NUM_STAGES - 1) * TILE_BYTES
+    while outputs > narrowest and rows * triton.cdiv(columns, outputs) * in_flight < BYTES_IN_FLIGHT:
         outputs //= 2
-    if num_programs * (widest // outputs) * tile_bytes < BYTES_IN_FLIGHT:
-        num_warps, tile_bytes = 8, 2 * tile_bytes
-    reduced = max(tile_bytes // itemsize // (outputs * copies), 16)
-    return Cut(outputs, min(reduced, triton.next_power_of_2(length)), num_warps)
+    return Cut(outputs, min(TILE_BYTES // itemsize // (outputs * copies), max(triton.next_power_of_2(length), 16)))
 
 
 @triton.jit
@@ -87,6 +87,7 @@ def _up_kernel(
     EVEN_D: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     pair = tl.program_id(0)
     expert = tl.load(experts_ptr + pair).to(tl.int64)
@@ -109,7 +110,7 @@ def _up_kernel(
     d = tl.arange(0, BLOCK_D)
     if ALONG_D:
         acc = tl.zeros((COLUMNS, BLOCK_D // FOLD), tl.float32)
-        for start in range(0, D, BLOCK_D):
+        for start in tl.range(0, D, BLOCK_D, num_stages=STAGES):
             in_d = start + d < D
             x = tl.load(x_row_ptr + start + d, mask=None if EVEN_D else in_d, other=None if EVEN_D else 0.0)
             up_ptrs = up_rows_ptr[:, None] + (start + d)[None, :] * stride_ud
@@ -122,7 +123,7 @@ def _up_kernel(
         z = tl.sum(acc, 1)
     else:
         acc = tl.zeros((BLOCK_D // FOLD, COLUMNS), tl.float32)
-        for start in range(0, D, BLOCK_D):
+        for start in tl.range(0, D, BLOCK_D, num_stages=STAGES):
             in_d = start + d < D
             x = tl.load(x_row_ptr + start + d, mask=None if EVEN_D else in_d, other=None if EVEN_D else 0.0)
             up_ptrs = up_rows_ptr[None, :] + (start + d).to(tl.int64)[:, None] * stride_ud
@@ -152,6 +153,14 @@ def _up_kernel(
 
 
 @triton.jit
+def _expert(experts_ptr, token, j, E, K: tl.constexpr):
+    """Experts of a token's choices, and which may be read: h of an id outside ``[0, E)`` was never written."""
+    expert = tl.load(experts_ptr + token * K + j, mask=j < K, other=-1).to(tl.int64)
+    here = (j < K) & (expert >= 0) & (expert < E)
+    return tl.where(here, expert, 0), here
+
+
+@triton.jit
 def _down_kernel(
     h_ptr,  # [N, F]
     experts_ptr,  # [T, K]
@@ -173,6 +182,7 @@ def _down_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -181,35 +191,43 @@ def _down_kernel(
     y = tl.zeros((BLOCK_D,), tl.float32)
     for first in range(0, K, BLOCK_J):
         j = first + tl.arange(0, BLOCK_J)
-        expert = tl.load(experts_ptr + token * K + j, mask=j < K, other=-1).to(tl.int64)
-        # The choices that this launch may read: h of the others was never written.
-        here = (j < K) & (expert >= 0) & (expert < E)
+        expert, here = _expert(experts_ptr, token, j, E, K)
         weight = tl.load(weights_ptr + token * K + j, mask=here, other=0.0).to(tl.float32)
-        expert = tl.where(here, expert, 0)
         h_rows_ptr = h_ptr + (token * K + j) * F
+        # The weights are read as a matrix, the choice the lower part of its row: the layout of a tensor of three axes, and with
+        # it how often h is read and whether a fold stays within a thread, differs between versions of Triton.
         if ALONG_F:
-            down_rows_ptr = down_ptr + expert[None, :] * stride_de + d.to(tl.int64)[:, None] * stride_dd
-            in_rows = here[None, :] & in_d[:, None]
+            row = tl.arange(0, BLOCK_D * BLOCK_J)
+            row_expert, in_rows = _expert(experts_ptr, token, first + row % BLOCK_J, E, K)
+            row_d = tl.program_id(1) * BLOCK_D + row // BLOCK_J
+            in_rows = in_rows & (row_d < D)
+            down_rows_ptr = down_ptr + row_expert * stride_de + row_d.to(tl.int64) * stride_dd
             acc = tl.zeros((BLOCK_D, BLOCK_J, BLOCK_F // FOLD), tl.float32)
-            for start in range(0, F, BLOCK_F):
+            for start in tl.range(0, F, BLOCK_F, num_stages=STAGES):
                 in_f = start + f < F
                 h = tl.load(h_rows_ptr[:, None] + (start + f)[None, :], mask=here[:, None] & in_f[None, :], other=0.0)
-                down_ptrs = down_rows_ptr[:, :, None] + (start + f)[None, None, :] * stride_df
-                in_down = in_rows[:, :, None] if EVEN_F else in_rows[:, :, None] & in_f[None, None, :]
-                down = tl.load(down_ptrs, mask=in_down, other=0.0)
+                down_ptrs = down_rows_ptr[:, None] + (start + f)[None, :] * stride_df
+                in_down = in_rows[:, None] if EVEN_F else in_rows[:, None] & in_f[None, :]
+                down = tl.reshape(tl.load(down_ptrs, mask=in_down, other=0.0), (BLOCK_D, BLOCK_J, BLOCK_F))
                 products = down.to(tl.float32) * h.to(tl.float32)[None, :, :]
                 acc += tl.sum(tl.reshape(products, (BLOCK_D, BLOCK_J, BLOCK_F // FOLD, FOLD)), 3)
             rows = tl.trans(tl.sum(acc, 2))
         else:
-            down_rows_ptr = down_ptr + expert[:, None] * stride_de + d.to(tl.int64)[None, :] * stride_dd
-            in_rows = here[:, None] & in_d[None, :]
+            row = tl.arange(0, BLOCK_F * BLOCK_J)
+            row_expert, in_rows = _expert(experts_ptr, token, first + row % BLOCK_J, E, K)
+            row_f = row // BLOCK_J
+            down_rows_ptr = down_ptr + row_expert * stride_de
+            in_tile = in_rows[:, None] & in_d[None, :]
             acc = tl.zeros((BLOCK_F // FOLD, BLOCK_J, BLOCK_D), tl.float32)
-            for start in range(0, F, BLOCK_F):
+            for start in tl.range(0, F, BLOCK_F, num_stages=STAGES):
                 in_f = start + f < F
                 h = tl.load(h_rows_ptr[None, :] + (start + f)[:, None], mask=here[None, :] & in_f[:, None], other=0.0)
-                down_ptrs = down_rows_ptr[None, :, :] + (start + f).to(tl.int64)[:, None, None] * stride_df
-                in_down = in_rows[None, :, :] if EVEN_F else in_rows[None, :, :] & in_f[:, None, None]
+                # What does not change is kept apart, so that it changes its layout before the loop.
+                in_block = (start + row_f)[:, None]
+                down_ptrs = down_rows_ptr[:, None] + d[None, :] * stride_dd + in_block.to(tl.int64) * stride_df
+                in_down = in_tile if EVEN_F else in_tile & (in_block < F)
                 down = tl.load(down_ptrs, mask=in_down, other=0.0)
+                down = tl.reshape(down, (BLOCK_F, BLOCK_J, BLOCK_D))
                 products = down.to(tl.float32) * h.to(tl.float32)[:, :, None]
                 acc += tl.sum(tl.reshape(products, (FOLD, BLOCK_F // FOLD, BLOCK_J, BLOCK_D)), 0)
             rows = tl.sum(acc, 0)
@@ -258,7 +276,7 @@ def experts_mlp(
     along_d = up_EGD.stride(2) == 1
     copies = 2 if gated else 1
     widest, narrowest = (16 if along_d else 64) // copies, (2 if along_d else 16) // copies
-    up = cut(tokens * K * triton.cdiv(F, widest), widest, narrowest, D, itemsize, copies)
+    up = cut(tokens * K, F, widest, narrowest, D, itemsize, copies)
     wrap_triton(_up_kernel)[(T * K, triton.cdiv(F, up.outputs))](
         x_TD,
         experts_TK,
@@ -283,13 +301,15 @@ def experts_mlp(
         EVEN_D=D % up.reduced == 0,
         BLOCK_F=up.outputs,
         BLOCK_D=up.reduced,
-        num_warps=up.num_warps,
+        STAGES=NUM_STAGES,
+        num_warps=NUM_WARPS,
+        num_stages=1,
     )
 
     along_f = down_EDF.stride(2) == 1
     choices = min(triton.next_power_of_2(K), CHOICES_AT_ONCE)
-    widest, narrowest = (max(32 // choices, 4), 2) if along_f else (64, 16)
-    down = cut(tokens * triton.cdiv(D, widest), widest, narrowest, F, itemsize, choices)
+    widest, narrowest = (max(32 // choices, 8), 2) if along_f else (64, 16)
+    down = cut(tokens, D, widest, narrowest, F, itemsize, choices)
     wrap_triton(_down_kernel)[(T, triton.cdiv(D, down.outputs))](
         h_NF,
         experts_TK,
@@ -311,6 +331,8 @@ def experts_mlp(
         BLOCK_J=choices,
         BLOCK_D=down.outputs,
         BLOCK_F=down.reduced,
-        num_warps=down.num_warps,
+        STAGES=NUM_STAGES,
+        num_warps=NUM_WARPS,
+        num_stages=1,
     )
     return y_TD

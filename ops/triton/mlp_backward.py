@@ -5,7 +5,6 @@ SonicMoE's algebra (arXiv 2512.14080), as in ``ops/grouped.py``: with ``dA' = dy
 ``dx_t = sum_j dz Wup_e``; bias gradients are column sums. Gathered rows of x and dy are never written to memory.
 """
 
-import torch
 from torch import Tensor
 
 from fusedonemoe.ops.activation import PLAIN, Activation
@@ -68,9 +67,7 @@ def experts_mlp_backward(
     """
     E, D, F = down_EDF.shape
     N, K = order.shape[0], experts_TK.shape[1]
-    tiles = rules.tiles_for(
-        rules.architecture(x_TD.device), x_TD.dtype, rules.hint(N) / E, D, F, act.layout != PLAIN
-    )
+    tiles = rules.tiles_for(rules.architecture(x_TD.device), x_TD.dtype, rules.hint(N) / E, D, F, act.layout != PLAIN)
     plan = from_saved(order, offsets, tiles.dh.BLOCK_M)
     dy_TD, x_TD, weights_TK = dy_TD.contiguous(), x_TD.contiguous(), weights_TK.contiguous()
     dx, dweights, dup, ddown, dup_bias, ddown_bias = (x_TD.new_empty(0) for _ in range(6))

@@ -5,6 +5,7 @@ Tensors are torch's fake ones with device "cuda"; what the launchers ask of the 
 
 import contextlib
 import hashlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -16,6 +17,8 @@ from torch._higher_order_ops.triton_kernel_wrap import TraceableTritonKernelWrap
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction, MockTensor
+
+from tests.triton import fake_cuda
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
@@ -46,6 +49,14 @@ class FakeDriver:
         return torch.device("cuda", 0)
 
 
+@functools.cache
+def _install_device_guard() -> None:
+    if torch.version.cuda is None:
+        fake_cuda.load()
+    else:
+        torch._C._ensureCUDADeviceGuardSet()  # a CUDA build brings what a missing device needs
+
+
 @contextlib.contextmanager
 def fake_gpu(arch: str) -> Iterator[None]:
     """Pretend that device 0 is an ``arch``."""
@@ -63,12 +74,18 @@ def fake_gpu(arch: str) -> Iterator[None]:
         warp_size=target.warp_size,
     )
     patches = [
+        mock.patch.object(torch.cuda, "is_available", lambda: True),
+        # Dynamo, told that there is a GPU, asks for its stream and keeps its generator's state.
+        mock.patch.object(torch.cuda, "_lazy_init", lambda: None),
+        mock.patch.object(torch.cuda, "get_rng_state", lambda *args: torch.empty(0, dtype=torch.uint8)),
+        mock.patch.object(torch.cuda, "set_rng_state", lambda *args: None),
         mock.patch.object(torch.cuda, "get_device_capability", lambda *args: capability),
         mock.patch.object(torch.cuda, "get_device_properties", lambda *args: properties),
         mock.patch.object(torch.cuda, "current_device", lambda: 0),
         mock.patch.object(torch.cuda, "device_count", lambda: 1),
         mock.patch.object(torch.version, "hip", None if is_cuda else "6.0"),
     ]
+    _install_device_guard()
     before = getattr(driver, "_active", None)
     driver.set_active(FakeDriver(arch))
     with contextlib.ExitStack() as stack:

@@ -5,6 +5,7 @@ Needs no GPU: ptxas, cuobjdump and AMD's linker stand inside the triton wheel.
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import json
 import re
@@ -24,6 +25,7 @@ from tests.triton.fake_gpu import TARGETS, Launch
 NVIDIA_MATRIX = ("HGMMA", "QGMMA", "IGMMA", "HMMA", "IMMA", "DMMA", "UTCHMMA", "UTCQMMA")
 NVIDIA_ASYNC = ("LDGSTS", "UTMALDG")
 HALF = ("bf16", "f16")
+READER = hashlib.blake2b(Path(__file__).read_bytes(), digest_size=6).hexdigest()  # an edit of this file reads all anew
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +54,13 @@ class Report:
     in_flight: int | None
     warnings: list[str]
 
+    def is_half(self) -> bool:
+        """Whether the kernel multiplies matrices, all of them in half precision."""
+        return bool(self.dots) and all(dtype in HALF for dtype, *_ in self.dots)
+
     def wants_wgmma(self) -> bool:
-        """Whether a Hopper can run all of this kernel's dots in half precision on its wgmma unit."""
-        return bool(self.dots) and all(dtype in HALF and rows >= 64 for dtype, rows, _ in self.dots)
+        """Whether a Hopper can run all dots of the kernel as wgmma: half precision, at least 64 rows."""
+        return self.is_half() and all(rows >= 64 for _, rows, _ in self.dots)
 
 
 def _dots(ttir: str) -> list[tuple[str, int, int]]:
@@ -148,8 +154,7 @@ def examine(launch: Launch, arch: str, cache: Path | None = None) -> Report:
     """:func:`compile_report`, remembered in the folder ``cache`` under everything that decides the machine code."""
     if cache is None:
         return compile_report(launch, arch)
-    digest = f"{launch.name}-{arch}-{triton.__version__}-{launch.key}"
-    file = cache / f"{digest}.json"
+    file = cache / f"{launch.name}-{arch}-{triton.__version__}-{launch.key}-{READER}.json"
     if not file.exists():
         report = compile_report(launch, arch)
         with tempfile.NamedTemporaryFile("w", dir=cache, delete=False) as temporary:

@@ -1,0 +1,133 @@
+"""Every launch of a layer: the operators run with fake tensors, and what their launchers would launch is collected.
+
+Nothing is listed by hand, so a kernel or a configuration that the library can launch is compiled here or nowhere.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fusedonemoe.ops import library
+from tests.triton.fake_gpu import Launch, fake_gpu, recorded_launches
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Rows per expert: one value from each line of ops/triton/rules.py.
+ROWS = {"few": 8, "mid": 48, "many": 512}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer's sizes and forms, named after the model that has them."""
+
+    D: int
+    F: int
+    E: int
+    K: int
+    layout: str = "gate_up"
+    activation: str = "silu"
+    bias: bool = False
+    transposed: bool = False
+    save_percent: int = 100
+    route: tuple[Any, ...] = ("softmax", True, True, 1.0, 1, 1, "top2_sum")
+
+
+LAYERS = {
+    "qwen3": Layer(2048, 768, 128, 8),
+    "gpt_oss": Layer(2880, 2880, 32, 4, "interleaved", "swiglu_oai", bias=True, transposed=True, save_percent=50),
+    "deepseek": Layer(2048, 1408, 64, 6, "up_gate", route=("sigmoid", True, True, 2.5, 8, 4, "top2_sum")),
+    "nomic": Layer(768, 3072, 8, 2, "plain", "gelu", save_percent=0, route=("softmax", True, False, 1.0, 1, 1, "max")),
+    "odd": Layer(1001, 301, 6, 3, bias=True, save_percent=33),
+}
+
+
+class _Context:
+    """What an operator's autograd formulas ask of their context: the engine itself refuses a device that is not there."""
+
+    def __init__(self, needs_input_grad: list[bool]) -> None:
+        self.needs_input_grad = needs_input_grad
+        self.saved_tensors: tuple[Tensor, ...] = ()
+
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        self.saved_tensors = tensors
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None:
+        pass
+
+    def set_materialize_grads(self, value: bool) -> None:
+        pass
+
+
+def _forward_and_backward(operator: Any, save: Any, grad: Any, args: tuple[Any, ...]) -> None:
+    outputs = operator(*args)
+    context = _Context([isinstance(arg, Tensor) and arg.is_floating_point() for arg in args])
+    save(context, args, outputs)
+    first, *others = outputs
+    grad(context, torch.empty_like(first), *(None for _ in others))
+
+
+def _tensor(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+def _routed(layer: Layer, dtype: torch.dtype, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x, ids and weights."""
+    return (
+        _tensor(tokens, layer.D, dtype=dtype),
+        _tensor(tokens, layer.K, dtype=torch.int64),
+        _tensor(tokens, layer.K, dtype=torch.float32),
+    )
+
+
+def _parameters(layer: Layer, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Weights, biases and activation."""
+    D, F, E = layer.D, layer.F, layer.E
+    G = F if layer.layout == "plain" else 2 * F
+    if layer.transposed:
+        up, down = _tensor(E, D, G, dtype=dtype).transpose(1, 2), _tensor(E, F, D, dtype=dtype).transpose(1, 2)
+    else:
+        up, down = _tensor(E, G, D, dtype=dtype), _tensor(E, D, F, dtype=dtype)
+    biases = (_tensor(E, G, dtype=dtype), _tensor(E, D, dtype=dtype)) if layer.bias else (None, None)
+    return up, down, *biases, layer.activation, layer.layout, 1.702, 7.0
+
+
+def _route(layer: Layer, dtype: torch.dtype, tokens: int) -> None:
+    args = (_tensor(tokens, layer.E, dtype=dtype), None, layer.K, *layer.route, library.BUILD)
+    _forward_and_backward(torch.ops.fusedonemoe.route, library._route_save, library._route_grad, args)
+
+
+def _mlp(layer: Layer, dtype: torch.dtype, tokens: int) -> None:
+    args = (*_routed(layer, dtype, tokens), *_parameters(layer, dtype), layer.save_percent, library.BUILD, "triton")
+    save, grad = library._experts_mlp_save, library._experts_mlp_grad
+    _forward_and_backward(torch.ops.fusedonemoe.experts_mlp, save, grad, args)
+
+
+def _inference(layer: Layer, dtype: torch.dtype, tokens: int) -> None:
+    for T in (tokens, 1):
+        torch.ops.fusedonemoe.experts_mlp_inference(*_routed(layer, dtype, T), *_parameters(layer, dtype), library.BUILD)
+
+
+def _merged(layer: Layer, dtype: torch.dtype, tokens: int) -> None:
+    args = (*_routed(layer, dtype, tokens), _tensor(layer.E, layer.D, layer.F, dtype=dtype), library.BUILD, "triton")
+    save, grad = library._experts_merged_save, library._experts_merged_grad
+    _forward_and_backward(torch.ops.fusedonemoe.experts_merged, save, grad, args)
+
+
+OPERATORS = {"route": _route, "experts_mlp": _mlp, "inference": _inference, "experts_merged": _merged}
+
+
+def tokens_for(layer: Layer, rows: str) -> int:
+    """``T`` with about that many rows per expert; odd, so that no count of rows is a multiple of 16 by luck."""
+    return ROWS[rows] * layer.E // layer.K // 2 * 2 + 1
+
+
+def launches(arch: str, layer: str, dtype: str, rows: str, operators: Iterable[str] = tuple(OPERATORS)) -> list[Launch]:
+    """The distinct launches of the operators, forward and backward."""
+    chosen = LAYERS[layer]
+    with fake_gpu(arch), FakeTensorMode(), torch.no_grad(), recorded_launches() as recorded:
+        for operator in operators:
+            OPERATORS[operator](chosen, DTYPES[dtype], tokens_for(chosen, rows))
+    return list({launch.key: launch for launch in recorded}.values())

@@ -1,0 +1,45 @@
+"""Every configuration that the library can launch, compiled for every target."""
+
+import itertools
+
+import pytest
+
+from fusedonemoe.ops.triton import rules
+from tests.triton.compiled.gates import problems
+from tests.triton.compiled.layers import DTYPES, LAYERS, ROWS, launches, tokens_for
+from tests.triton.compiled.machine_code import examine
+from tests.triton.fake_gpu import TARGETS
+
+# fp16 differs from bf16 in the name of its instructions only, and what is not tuned for has to compile only.
+CASES = [
+    *itertools.product(["sm90"], ["bf16"], LAYERS, ROWS),
+    *itertools.product(["sm80"], ["bf16"], ["qwen3", "gpt_oss", "nomic"], ROWS),
+    *itertools.product(["sm80", "sm90"], ["fp16"], ["qwen3"], ROWS),
+    *itertools.product(["sm80", "sm90"], ["fp32"], ["qwen3", "gpt_oss"], ROWS),
+    *itertools.product(["sm100", "gfx942"], ["bf16"], ["qwen3", "gpt_oss"], ROWS),
+    *itertools.product(["sm100", "gfx942"], ["fp32"], ["qwen3"], ["many"]),
+]
+
+
+@pytest.mark.parametrize(("arch", "dtype", "layer", "rows"), CASES)
+def test_machine_code(arch, dtype, layer, rows, reports):
+    found = []
+    for launch in launches(arch, layer, dtype, rows):
+        found += problems(launch, examine(launch, arch, reports), arch, aligned=layer != "odd")
+    assert found == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("arch", TARGETS)
+def test_the_layers_reach_every_line_of_the_rules(arch, dtype):
+    def tiles(rows_per_expert, D, F, gated):
+        return rules.tiles_for(arch, DTYPES[dtype], rows_per_expert, D, F, gated)
+
+    reached = set()
+    for layer, rows in itertools.product(LAYERS.values(), ROWS):
+        rows_per_expert = tokens_for(layer, rows) * layer.K / layer.E
+        reached |= set(tiles(rows_per_expert, layer.D, layer.F, layer.layout != "plain"))
+    rows_per_expert = [2**exponent * part for exponent in range(-4, 16) for part in (1, 1.4)]
+    widths = [16, 64, 100, 512, 768, 1024, 1536, 2048, 2880, 4096, 7168, 14336]
+    possible = {tile for case in itertools.product(rows_per_expert, widths, widths, [False, True]) for tile in tiles(*case)}
+    assert possible <= reached
