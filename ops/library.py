@@ -215,12 +215,12 @@ def _gpu_kernels(name: str) -> Any:
 # Routing
 
 
-def _gpu_routing(logits: Tensor) -> Any:
+def _gpu_routing(logits: Tensor, n_group: int) -> Any:
     """The Triton kernels of the router, where they can take these logits on a GPU."""
     if logits.device.type == "cpu" or triton.refusal(logits.dtype, logits.device.type):
         return None
     kernels = _gpu_kernels("routing")
-    return None if kernels.refusal(logits.dtype, logits.shape[-1]) else kernels
+    return None if kernels.refusal(logits.dtype, logits.shape[-1], n_group) else kernels
 
 
 def _route_body(opaque: bool) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -238,7 +238,7 @@ def _route_body(opaque: bool) -> Callable[..., tuple[Tensor, Tensor]]:
         build: int,
     ) -> tuple[Tensor, Tensor]:
         rule = RouteRule(top_k, scoring, score_first, norm_topk_prob, scale, n_group, topk_group, group_score)
-        if opaque and (kernels := _gpu_routing(logits)):
+        if opaque and (kernels := _gpu_routing(logits, n_group)):
             return kernels.route(logits, selection_bias, rule)
         return routing.route(logits, selection_bias, rule, opaque)
 
@@ -263,7 +263,7 @@ def _route_backward(
     build: int,
 ) -> Tensor:
     rule = RouteRule(top_k, scoring, score_first, norm_topk_prob, scale, n_group, topk_group, group_score)
-    kernels = _gpu_routing(logits) or routing
+    kernels = _gpu_routing(logits, n_group) or routing
     return kernels.route_backward(dweights, logits, experts, rule)
 
 
