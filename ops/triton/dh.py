@@ -140,7 +140,8 @@ def dh_kernel(
     if WITH_DZ or WITH_PARTIAL:
         d = tl.arange(0, BLOCK_K)
         dy_ptrs = dy_ptr + (source // TOP_K).to(tl.int64)[:, None] * D + d[None, :]
-        down_ptrs = down_ptr + expert.to(tl.int64) * stride_we + d[:, None] * stride_wd + f[None, :] * stride_wf
+        down_ptrs = down_ptr + expert.to(tl.int64) * stride_we
+        down_ptrs += d.to(tl.int64)[:, None] * stride_wd + f.to(tl.int64)[None, :] * stride_wf
         for k in range(0, D, BLOCK_K):
             if EVEN_K:
                 dy = tl.load(dy_ptrs)
