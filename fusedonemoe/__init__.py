@@ -5,6 +5,7 @@ from fusedonemoe.config import MoEConfig
 from fusedonemoe.explanation import Explanation, explain
 from fusedonemoe.layers import Experts, FusedOneMoE, MoE, MoEOutput
 from fusedonemoe.routers import RouterOutput, TopKRouter
+from fusedonemoe.tuning import Tuned, tune
 
 __version__ = "0.1.0.dev0"
 
@@ -17,8 +18,10 @@ __all__ = [
     "MoEOutput",
     "RouterOutput",
     "TopKRouter",
+    "Tuned",
     "__version__",
     "explain",
     "functional",
     "ops",
+    "tune",
 ]

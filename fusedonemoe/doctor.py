@@ -36,6 +36,8 @@ Errors = Mapping[str, float]
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DIRECTIONS = ("forward", "backward")
+# The kernels that are written for one kind of device; the formulations run on any.
+HOME = {"cpu": "cpu", "triton": "cuda"}
 # Rows of 16 bytes in every dtype, so that no width keeps an implementation from running.
 T, D, F, E, K = 12, 32, 16, 8, 2
 
@@ -316,7 +318,8 @@ def self_test() -> list[Row]:
         route = _route_probe(DTYPES[name], device)
         probes = (_experts_probe("experts_mlp", mlp, (D, 2 * F, F)), _experts_probe("experts_merged", merged, (D, F)))
         # Routing has one operator beside its composite, and calls it auto.
-        pairs = [(route, "dense"), (route, "auto"), *itertools.product(probes, IMPLEMENTATIONS)]
+        at_home = [impl for impl in IMPLEMENTATIONS if HOME.get(impl, device) == device]
+        pairs = [(route, "dense"), (route, "auto"), *itertools.product(probes, at_home)]
         rows += [row for probe, impl in pairs for row in _probe_rows(probe, impl, name, device)]
     return rows
 

@@ -9,6 +9,7 @@ from fusedonemoe.config import MoEConfig
 from fusedonemoe.layers import Experts, FusedOneMoE, MoE
 from fusedonemoe.ops import IMPLEMENTATIONS, Work, choose, count_work
 from fusedonemoe.ops.choice import refusal
+from fusedonemoe.ops.triton.rules import architecture, describe
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Explanation:
         dtype: of the computation.
         candidates: every implementation, with its counted work.
         packed_bytes: size of the copy that ``prepack()`` made of the expert weights; 0 without one.
+        configuration: how the GPU kernels cut the work there, for as many tokens; empty for another implementation, or for a
+            GPU that is not here to ask.
     """
 
     operator: str
@@ -49,6 +52,7 @@ class Explanation:
     dtype: torch.dtype
     candidates: tuple[Candidate, ...]
     packed_bytes: int = 0
+    configuration: str = ""
 
     def __str__(self) -> str:
         lines = [
@@ -61,6 +65,8 @@ class Explanation:
                 f"  {'*' if c.impl == self.impl else ' '} {c.impl:8s} {c.work.flops / 1e9:10.3f} GFLOP "
                 f"{c.work.weight_bytes / 1e6:10.2f} MB of expert weights{note}"
             )
+        if self.configuration:
+            lines.append(f"  {self.configuration}")
         if self.packed_bytes:
             lines.append(f"  packed for inference: {self.packed_bytes / 1e6:.2f} MB beside the parameters")
         return "\n".join(lines)
@@ -92,25 +98,26 @@ def explain(
 
     Example:
         >>> from fusedonemoe import MoEConfig, explain
-        >>> config = MoEConfig(hidden_size=64, intermediate_size=32, num_experts=16, top_k=2)
+        >>> config = MoEConfig(hidden_size=64, intermediate_size=32, num_experts=16, top_k=2, impl="grouped")
         >>> print(explain(config, tokens=100, device="cuda"))
-        experts_mlp on cuda, float32, 100 tokens: impl = 'grouped' (dense would do E/K = 16/2 times the arithmetic)
+        experts_mlp on cuda, float32, 100 tokens: impl = 'grouped' (asked for by impl=)
             dense         0.020 GFLOP       0.39 MB of expert weights
           * grouped       0.002 GFLOP       0.39 MB of expert weights
             cpu           0.002 GFLOP       0.39 MB of expert weights  cannot run: the CPU kernels do not run on device 'cuda'
+            triton        0.002 GFLOP       0.39 MB of expert weights...
     """
     widths: tuple[int, ...]
     if isinstance(layer, FusedOneMoE):
         operator, impl = "experts_merged", layer.impl
         E, D, F = layer.proj.shape
         K = layer.gate.top_k or E
-        widths, weight_numel = (D, F), layer.proj.numel()
+        widths, weight_numel, gated = (D, F), layer.proj.numel(), False
     elif isinstance(layer, (MoE, Experts, MoEConfig)):
         config = layer if isinstance(layer, MoEConfig) else layer.config
         operator, impl = "experts_mlp", config.impl
         E, K = config.num_experts, config.experts_per_token
         D, F, G = config.hidden_size, config.intermediate_size, config.up_rows
-        widths, weight_numel = (D, G, F), E * D * (G + F)
+        widths, weight_numel, gated = (D, G, F), E * D * (G + F), config.gated
     else:
         raise TypeError(f"layer must be a MoE, Experts, FusedOneMoE or MoEConfig, got {type(layer).__name__}")
     like = x if x is not None else next(layer.parameters()) if isinstance(layer, torch.nn.Module) else None
@@ -133,4 +140,7 @@ def explain(
     )
     experts = layer.experts if isinstance(layer, MoE) else layer
     packed_bytes = experts.packed_bytes if isinstance(experts, Experts) else 0
-    return Explanation(operator, chosen.impl, chosen.reason, tokens, device_type, dtype, candidates, packed_bytes)
+    configuration = ""
+    if chosen.impl == "triton" and (arch := architecture(torch.device(device or device_type))):
+        configuration = describe(arch, dtype, tokens * K, E, D, F, gated, inference=operator == "experts_mlp")
+    return Explanation(operator, chosen.impl, chosen.reason, tokens, device_type, dtype, candidates, packed_bytes, configuration)

@@ -370,8 +370,9 @@ def experts_mlp(
         packed: what :func:`pack_experts` made of these very weights. Used where ``impl`` is or comes out as ``"cpu"``, no
             gradients are recorded, no graph is exported and autocast is off; otherwise the weights themselves are. The same
             bits.
-        impl: ``"auto"``, ``"dense"`` (masked batched matmul, derivatives of every order), ``"grouped"`` (sorted rows) or
-            ``"cpu"`` (kernels that are compiled on first use; contiguous weights, no float64).
+        impl: ``"auto"``, ``"dense"`` (masked batched matmul, derivatives of every order), ``"grouped"`` (sorted rows),
+            ``"cpu"`` (kernels that are compiled on first use; contiguous weights, no float64) or ``"triton"`` (GPU kernels;
+            no float64).
 
     Returns:
         ``[..., D]`` in the dtype of x. Products accumulate in float32 for half precision; each written tensor is rounded
@@ -436,6 +437,8 @@ def experts_mlp(
             if chosen == "cpu" and as_they_are and not recording:
                 y = library.experts_mlp_packed(*flat, *parameters, packed.up, packed.down, *act)
                 return _unrows(y, x)
+        if chosen == "triton" and not recording:
+            return _unrows(_ops.experts_mlp_inference(*flat, *parameters, *act, library.BUILD), x)
         kept = save_percent if recording else 0
         y = library.experts_mlp(*flat, *parameters, *act, kept, library.BUILD, chosen)[0]
     return _unrows(y, x)
@@ -451,7 +454,7 @@ def experts_merged(x: Tensor, experts: Tensor, weights: Tensor, proj: Tensor, *,
         experts: ``[..., K]`` ids of any integer dtype; ids outside ``[0, E)`` contribute zero.
         weights: ``[..., K]`` routing weights of any float dtype.
         proj: ``[E, D, F]``, dtype of x.
-        impl: ``"auto"``, ``"dense"``, ``"grouped"`` or ``"cpu"``.
+        impl: ``"auto"``, ``"dense"``, ``"grouped"``, ``"cpu"`` or ``"triton"``.
 
     Returns:
         ``[..., F]`` in the dtype of x.

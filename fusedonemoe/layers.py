@@ -293,7 +293,7 @@ class FusedOneMoE(nn.Module):
         is_sparse: route each token to its ``topk`` experts; otherwise to all.
         topk: ``K`` when sparse.
         bias: ``b_up`` and ``b_down``.
-        impl: ``auto``, ``dense``, ``grouped`` or ``cpu``.
+        impl: ``auto``, ``dense``, ``grouped``, ``cpu`` or ``triton``.
         device: of the parameters.
         dtype: of the parameters.
 

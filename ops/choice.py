@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
-from fusedonemoe.ops import cuda
+from fusedonemoe.ops import cuda, triton
 from fusedonemoe.ops.cpu import native
 
-IMPLEMENTATIONS = ("dense", "grouped", "cpu")
+IMPLEMENTATIONS = ("dense", "grouped", "cpu", "triton")
 # The largest E/K at which dense was measured faster on CPU (float32 and bfloat16, forward and backward, at 1, 1.5, 2 and 4).
 # Its merged projection is one plain matmul. Its MLP writes and masks [E, T, 2F] and lost at every ratio, 1 included.
 DENSE_UP_TO = {"experts_mlp": 0, "experts_merged": 1}
@@ -76,6 +76,8 @@ def refusal(impl: str, *, device_type: str, dtype: torch.dtype, widths: tuple[in
         if device_type != "cpu":
             return f"the CPU kernels do not run on device {device_type!r}"
         return native.refusal(dtype, contiguous)
+    if impl == "triton":
+        return triton.refusal(dtype, device_type)
     if device_type == "cpu":
         return None
     if device_type == "cuda":
@@ -84,7 +86,8 @@ def refusal(impl: str, *, device_type: str, dtype: torch.dtype, widths: tuple[in
 
 
 _NAMES = ("auto", *IMPLEMENTATIONS)
-_KERNELS = Choice("cpu", "kernels compiled for this machine")
+_CPU_KERNELS = Choice("cpu", "kernels compiled for this machine")
+_GPU_KERNELS = Choice("triton", "Triton kernels")
 
 
 def choose(
@@ -121,7 +124,9 @@ def choose(
     if impl not in _NAMES:
         raise ValueError(f"impl must be one of {_NAMES}, got {impl!r}")
     if impl == "auto" and device_type == "cpu" and not portable and native.refusal(dtype, contiguous) is None:
-        return _KERNELS
+        return _CPU_KERNELS
+    if impl == "auto" and device_type != "cpu" and triton.refusal(dtype, device_type) is None:
+        return _GPU_KERNELS
 
     def why_not(name: str) -> str | None:
         return refusal(name, device_type=device_type, dtype=dtype, widths=widths, contiguous=contiguous)

@@ -11,6 +11,7 @@ graph makes the new one a different graph.
 """
 
 import hashlib
+import importlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,13 +22,14 @@ import torch
 from torch import Tensor
 from torch.library import triton_op
 
-from fusedonemoe.ops import cuda, dense, grouped
+from fusedonemoe.ops import cuda, dense, grouped, triton
 from fusedonemoe.ops import route as routing
 from fusedonemoe.ops.activation import Activation
 from fusedonemoe.ops.cpu import grouped_gemm, native, packing, selection
 from fusedonemoe.ops.grouped import MergedNeeds, MLPNeeds, saved_rows
 from fusedonemoe.ops.route import RouteRule
 from fusedonemoe.ops.shortcut import recorder, shortcut
+from fusedonemoe.ops.triton import rules
 
 NAMESPACE = "fusedonemoe"
 
@@ -202,7 +204,23 @@ _define_cpu(
 )
 
 
+# The Triton kernels: their launchers are called in the operators' bodies, so compilation sees every kernel.
+
+
+def _gpu_kernels(name: str) -> Any:
+    """A module of ``ops.triton``, imported now: only who computes on a GPU has to have triton."""
+    return importlib.import_module(f"{triton.__name__}.{name}")
+
+
 # Routing
+
+
+def _gpu_routing(logits: Tensor) -> Any:
+    """The Triton kernels of the router, where they can take these logits on a GPU."""
+    if logits.device.type == "cpu" or triton.refusal(logits.dtype, logits.device.type):
+        return None
+    kernels = _gpu_kernels("routing")
+    return None if kernels.refusal(logits.dtype, logits.shape[-1]) else kernels
 
 
 def _route_body(opaque: bool) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -220,6 +238,8 @@ def _route_body(opaque: bool) -> Callable[..., tuple[Tensor, Tensor]]:
         build: int,
     ) -> tuple[Tensor, Tensor]:
         rule = RouteRule(top_k, scoring, score_first, norm_topk_prob, scale, n_group, topk_group, group_score)
+        if opaque and (kernels := _gpu_routing(logits)):
+            return kernels.route(logits, selection_bias, rule)
         return routing.route(logits, selection_bias, rule, opaque)
 
     return body
@@ -243,7 +263,8 @@ def _route_backward(
     build: int,
 ) -> Tensor:
     rule = RouteRule(top_k, scoring, score_first, norm_topk_prob, scale, n_group, topk_group, group_score)
-    return routing.route_backward(dweights, logits, experts, rule)
+    kernels = _gpu_routing(logits) or routing
+    return kernels.route_backward(dweights, logits, experts, rule)
 
 
 def _route_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -281,7 +302,28 @@ def _experts_mlp(
         return torch.ops.fusedonemoe.experts_mlp_cpu(
             x, experts, weights, up_proj, down_proj, up_bias, down_bias, *act, save_percent
         )
-    return grouped.experts_mlp(x, experts, weights, up_proj, down_proj, up_bias, down_bias, act, save_percent)
+    kernels = _gpu_kernels("mlp_forward") if impl == "triton" else grouped
+    return kernels.experts_mlp(x, experts, weights, up_proj, down_proj, up_bias, down_bias, act, save_percent)
+
+
+def _experts_mlp_inference(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    layout: str,
+    alpha: float,
+    limit: float,
+    build: int,
+) -> Tensor:
+    arguments = (x, experts, weights, up_proj, down_proj, up_bias, down_bias, Activation(activation, layout, alpha, limit))
+    if rules.few_rows(rules.hint(experts.numel()), up_proj.shape[0]):
+        return _gpu_kernels("decode").experts_mlp(*arguments)
+    return _gpu_kernels("mlp_forward").experts_mlp(*arguments, save_percent=0)[0]
 
 
 def _experts_mlp_backward(
@@ -310,7 +352,8 @@ def _experts_mlp_backward(
         return torch.ops.fusedonemoe.experts_mlp_cpu_backward(
             dy, z, order, offsets, x, experts, weights, up_proj, down_proj, up_bias, down_bias, *act, needs
         )
-    return grouped.experts_mlp_backward(
+    kernels = _gpu_kernels("mlp_backward") if impl == "triton" else grouped
+    return kernels.experts_mlp_backward(
         dy, z, order, offsets, x, experts, weights, up_proj, down_proj, up_bias, down_bias, act, save_percent, MLPNeeds(*needs)
     )
 
@@ -361,7 +404,8 @@ def _experts_merged(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if impl == "cpu":
         return torch.ops.fusedonemoe.experts_merged_cpu(x, experts, weights, proj)
-    return grouped.experts_merged(x, experts, weights, proj)
+    kernels = _gpu_kernels("merged") if impl == "triton" else grouped
+    return kernels.experts_merged(x, experts, weights, proj)
 
 
 def _experts_merged_backward(
@@ -378,7 +422,8 @@ def _experts_merged_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if impl == "cpu":
         return torch.ops.fusedonemoe.experts_merged_cpu_backward(dh, order, offsets, x, experts, weights, proj, needs)
-    return grouped.experts_merged_backward(dh, order, offsets, x, experts, weights, proj, MergedNeeds(*needs))
+    kernels = _gpu_kernels("merged") if impl == "triton" else grouped
+    return kernels.experts_merged_backward(dh, order, offsets, x, experts, weights, proj, MergedNeeds(*needs))
 
 
 def _experts_merged_dense(x: Tensor, experts: Tensor, weights: Tensor, proj: Tensor, build: int) -> Tensor:
@@ -406,6 +451,10 @@ def _no_second_derivative(ctx: Any, *_: Any) -> Any:
     raise RuntimeError("fusedonemoe's operators have first derivatives only; impl='dense' has derivatives of every order")
 
 
+def _inference_only(ctx: Any, *_: Any) -> Any:
+    raise RuntimeError("fusedonemoe::experts_mlp_inference keeps nothing for a backward pass; experts_mlp does")
+
+
 for _name in ("grouped_mm", "grouped_outer"):
     torch.library.register_autograd(f"{NAMESPACE}::{_name}", _no_second_derivative, lib=_lib)
 
@@ -415,6 +464,7 @@ _composite("route_dense", _route_dense)
 
 _operator("experts_mlp_backward", _experts_mlp_backward).register_autograd(_no_second_derivative)
 _operator("experts_mlp", _experts_mlp).register_autograd(_experts_mlp_grad, setup_context=_experts_mlp_save)
+_operator("experts_mlp_inference", _experts_mlp_inference).register_autograd(_inference_only)
 _composite("experts_mlp_dense", _experts_mlp_dense)
 
 _operator("experts_merged_backward", _experts_merged_backward).register_autograd(_no_second_derivative)
@@ -452,7 +502,7 @@ experts_merged_backward = shortcut("experts_merged_backward", _merged_gradients,
 
 for _name in ("route", "route_backward", "route_dense", "experts_mlp_backward", "experts_merged_backward"):
     _define_autocast(_name, casts=())
-for _name in ("experts_mlp", "experts_mlp_dense"):
+for _name in ("experts_mlp", "experts_mlp_inference", "experts_mlp_dense"):
     _define_autocast(_name, casts=(0, 3, 4, 5, 6))
 for _name in ("experts_merged", "experts_merged_dense"):
     _define_autocast(_name, casts=(0, 3))

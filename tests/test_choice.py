@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from fusedonemoe import Experts, FusedOneMoE, MoE, MoEConfig, explain
+from fusedonemoe import Experts, FusedOneMoE, MoE, MoEConfig, explain, explanation
 from fusedonemoe import functional as F
-from fusedonemoe.ops import IMPLEMENTATIONS, choose, count_work
+from fusedonemoe.ops import IMPLEMENTATIONS, choose, count_work, triton
 from fusedonemoe.ops.choice import refusal
 from fusedonemoe.ops.cpu import native
+from fusedonemoe.ops.triton import rules
 from fusedonemoe.testing import make_merged_inputs, make_mlp_inputs
 
 SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 8, "top_k": 2}
@@ -26,8 +27,9 @@ def choose_on(device_type="cpu", *, operator="experts_mlp", impl="auto", E=8, K=
 
 @pytest.fixture
 def no_kernels(monkeypatch):
-    """A machine where the CPU kernels cannot be compiled: the choice is among the formulations."""
+    """A machine with neither CPU nor GPU kernels: the choice is among the formulations."""
     monkeypatch.setattr(native, "refusal", lambda dtype, contiguous: "no kernels here")
+    monkeypatch.setattr(triton, "INSTALLED", False)
 
 
 @pytest.mark.parametrize(
@@ -82,14 +84,39 @@ def test_where_grouped_can_run(device_type, dtype, widths, reason):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_a_named_implementation_is_taken_at_its_word(impl):
+def test_a_named_implementation_is_taken_at_its_word(impl, monkeypatch):
+    monkeypatch.setattr(triton, "INSTALLED", True)
     for operator, E in itertools.product(OPERATORS, (2, 64)):
-        choice = choose_on(operator=operator, impl=impl, E=E)
+        choice = choose_on("cuda" if impl == "triton" else "cpu", operator=operator, impl=impl, E=E)
         assert choice.impl == impl and choice.reason == "asked for by impl="
 
 
+@pytest.mark.parametrize(
+    ("installed", "device_type", "dtype", "reason"),
+    [
+        (True, "cuda", torch.bfloat16, None),
+        (True, "cuda", torch.float16, None),
+        (True, "cuda", torch.float32, None),
+        (True, "cuda", torch.float64, "the Triton kernels have no float64"),
+        (True, "cpu", torch.float32, "the Triton kernels do not run on device 'cpu'"),
+        (True, "mps", torch.float32, "the Triton kernels do not run on device 'mps'"),
+        (False, "cuda", torch.bfloat16, "triton is not installed"),
+    ],
+)
+def test_where_the_gpu_kernels_can_run(installed, device_type, dtype, reason, monkeypatch):
+    monkeypatch.setattr(triton, "INSTALLED", installed)
+    assert refusal("triton", device_type=device_type, dtype=dtype, widths=(5, 3)) == reason
+    chosen = choose_on(device_type, dtype=dtype)
+    if reason is None:
+        assert chosen.impl == "triton" and chosen.reason == "Triton kernels"
+    else:
+        assert chosen.impl != "triton"
+        with pytest.raises(ValueError, match=f"^impl='triton' cannot run here: {reason}$"):
+            choose_on(device_type, impl="triton", dtype=dtype)
+
+
 def test_an_unknown_implementation_is_refused_everywhere():
-    message = r"^impl must be one of \('auto', 'dense', 'grouped', 'cpu'\), got 'fast'$"
+    message = r"^impl must be one of \('auto', 'dense', 'grouped', 'cpu', 'triton'\), got 'fast'$"
     mlp, merged = make_mlp_inputs(2, 4, 3, 4, 1), make_merged_inputs(2, 4, 3, 4, 1)
     for call in (
         lambda: choose_on(impl="fast"),
@@ -110,7 +137,7 @@ def operators_called(call):
 
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize(("E", "K"), [(2, 2), (8, 2)])
-@pytest.mark.parametrize("impl", ["auto", *IMPLEMENTATIONS])
+@pytest.mark.parametrize("impl", ["auto", "dense", "grouped", "cpu"])
 def test_the_operator_that_runs_is_the_one_chosen(operator, E, K, impl):
     make = make_mlp_inputs if operator == "experts_mlp" else make_merged_inputs
     tensors = [tensor for tensor in vars(make(6, 4, 3, E, K)).values() if tensor is not None]
@@ -137,7 +164,7 @@ def test_counted_work_equals_a_direct_count(gated, T, E, K):
         return sum(D * up_rows + F_ * D for _ in expert_of_row)
 
     rows = {"dense": [e for _ in range(T) for e in range(E)], "grouped": [(t * K + j) % E for t in range(T) for j in range(K)]}
-    rows["cpu"] = rows["grouped"]
+    rows["cpu"] = rows["triton"] = rows["grouped"]
     for impl in IMPLEMENTATIONS:
         work = count_work(impl, tokens=T, top_k=K, num_experts=E, weight_numel=E * D * (up_rows + F_), itemsize=itemsize)
         assert work.flops == 2 * multiply_adds(rows[impl])
@@ -180,7 +207,7 @@ def test_explain_an_mlp(make, gated):
     for candidate in told.candidates:
         expected = count_work(candidate.impl, tokens=100, top_k=2, num_experts=8, weight_numel=numel, itemsize=4)
         assert candidate.work == expected
-        assert candidate.refusal == ("no kernels here" if candidate.impl == "cpu" else None)
+        assert candidate.refusal == {"cpu": "no kernels here", "triton": "triton is not installed"}.get(candidate.impl)
 
 
 def test_explain_counts_the_weights_that_the_module_holds():
@@ -196,7 +223,7 @@ def test_explain_counts_the_weights_that_the_module_holds():
 def test_explain_the_merged_layer():
     told = explain(FusedOneMoE(16, 8, groups=6, is_sparse=True, topk=2), tokens=10)
     assert (told.operator, told.impl) == ("experts_merged", "grouped")
-    assert [c.work.flops for c in told.candidates] == [2 * 10 * 6 * 16 * 8, *[2 * 10 * 2 * 16 * 8] * 2]
+    assert [c.work.flops for c in told.candidates] == [2 * 10 * 6 * 16 * 8, *[2 * 10 * 2 * 16 * 8] * 3]
     told = explain(FusedOneMoE(16, 8, groups=6), tokens=10)  # every expert for every token
     assert told.impl == "dense"
     assert told.candidates[0].work == told.candidates[1].work
@@ -213,6 +240,7 @@ def test_explain_takes_tokens_dtype_and_device_from_the_input():
     assert (told.device, told.impl) == ("meta", "dense")
 
 
+@pytest.mark.usefixtures("no_kernels")
 def test_explain_for_another_device():
     told = explain(MoEConfig(**SIZES), dtype=torch.bfloat16, device="cuda:1")
     assert (told.device, told.impl) == ("cuda", "grouped")
@@ -228,8 +256,26 @@ def test_explain_for_another_device():
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_explain_names_what_was_asked_for(impl):
     for layer in (MoEConfig(**SIZES, impl=impl), FusedOneMoE(16, 8, groups=6, is_sparse=True, topk=2, impl=impl)):
-        told = explain(layer)
+        told = explain(layer, device="cuda" if impl == "triton" else "cpu")
         assert told.impl == impl and told.reason == "asked for by impl="
+
+
+def test_explain_names_the_tiles_of_the_gpu_kernels(monkeypatch):
+    monkeypatch.setattr(triton, "INSTALLED", True)
+    monkeypatch.setattr(explanation, "architecture", lambda device: "sm90")
+    config = MoEConfig(hidden_size=2048, intermediate_size=768, num_experts=128, top_k=8)
+    many = explain(config, tokens=32768, dtype=torch.bfloat16, device="cuda")
+    tiles = rules.tiles_for("sm90", torch.bfloat16, 2048.0, 2048, 768, gated=True)
+    assert f"up {tiles.up.BLOCK_M}x{tiles.up.BLOCK_N}x{tiles.up.BLOCK_K}" in many.configuration and "sm90" in many.configuration
+    assert many.configuration in str(many)
+    assert "no plan" in explain(config, tokens=1, dtype=torch.bfloat16, device="cuda").configuration
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU nothing is known of it")
+def test_explain_does_not_invent_a_gpu(monkeypatch):
+    monkeypatch.setattr(triton, "INSTALLED", True)
+    told = explain(MoEConfig(**SIZES), device="cuda")
+    assert told.impl == "triton" and told.configuration == ""
 
 
 @pytest.mark.usefixtures("no_kernels")
@@ -240,6 +286,7 @@ def test_explanation_as_text():
         "    dense        60.000 GFLOP     600.00 MB of expert weights",
         "  * grouped       6.000 GFLOP     600.00 MB of expert weights",
         "    cpu           6.000 GFLOP     600.00 MB of expert weights  cannot run: no kernels here",
+        "    triton        6.000 GFLOP     600.00 MB of expert weights  cannot run: triton is not installed",
     ]
     config = dataclasses.replace(config, impl="dense")
     lines = str(explain(config, tokens=2, device="meta", dtype=torch.bfloat16)).splitlines()
@@ -248,6 +295,7 @@ def test_explanation_as_text():
         "  * dense         0.600 GFLOP     300.00 MB of expert weights",
         "    grouped       0.060 GFLOP      60.00 MB of expert weights  cannot run: there is no grouped GEMM for device 'meta'",
         "    cpu           0.060 GFLOP      60.00 MB of expert weights  cannot run: the CPU kernels do not run on device 'meta'",
+        "    triton        0.060 GFLOP      60.00 MB of expert weights  cannot run: triton is not installed",
     ]
 
 

@@ -98,7 +98,11 @@ FLOATS = "float64, float32, bfloat16 or float16"
         ({"save_percent": 101}, ValueError, "^save_percent must be an integer from 0 to 100, got 101$"),
         ({"save_percent": 0.5}, ValueError, "^save_percent must be an integer from 0 to 100, got 0[.]5$"),
         ({"save_percent": True}, ValueError, "^save_percent must be an integer from 0 to 100, got True$"),
-        ({"impl": "triton2"}, ValueError, r"^impl must be one of \('auto', 'dense', 'grouped', 'cpu'\), got 'triton2'$"),
+        (
+            {"impl": "triton2"},
+            ValueError,
+            r"^impl must be one of \('auto', 'dense', 'grouped', 'cpu', 'triton'\), got 'triton2'$",
+        ),
         ({"experts": long(T, K).to("meta")}, ValueError, r"^experts must be on the device of x \(cpu\), got meta$"),
         ({"weights": torch.zeros(T, K, device="meta")}, ValueError, r"^weights must be on the device of x \(cpu\), got meta$"),
         (

@@ -4,12 +4,19 @@ Nothing here depends on the exact number of tokens. Where that number is symboli
 compiled graph serves every T with the tiles of the one it was traced with.
 """
 
+import importlib.metadata
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import triton
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
+from fusedonemoe.ops.cpu.build import cache_directory
+from fusedonemoe.ops.triton import INTERPRETED
 
 
 class Tile(NamedTuple):
@@ -43,6 +50,23 @@ class Tiles(NamedTuple):
     ddown: Tile
 
 
+class Layer(NamedTuple):
+    """What the choice of tiles looks at; ``rows`` is the power of two nearest to the rows per expert."""
+
+    arch: str
+    dtype: str
+    rows: int
+    D: int
+    F: int
+    gated: bool
+
+
+def layer_of(arch: str, dtype: torch.dtype, rows_per_expert: float, D: int, F: int, gated: bool) -> Layer:
+    """The :class:`Layer` for arguments of :func:`tiles_for`."""
+    rows = 1 << max(0, round(max(rows_per_expert, 1.0)) * 3 // 2).bit_length() - 1
+    return Layer(arch, str(dtype).removeprefix("torch."), rows, D, F, gated)
+
+
 def hint(n: int | torch.SymInt) -> int:
     """``n``, or the value that a symbolic ``n`` was traced with; many, where there was none. Makes no guard."""
     if isinstance(n, int):
@@ -52,17 +76,24 @@ def hint(n: int | torch.SymInt) -> int:
 
 
 def architecture(device: torch.device) -> str:
-    """``"sm90"``, ``"gfx942"``, ... of a device; ``"interpreter"`` where kernels are interpreted."""
+    """``"sm90"``, ``"gfx942"``, ... of a device, ``"interpreter"`` where kernels are interpreted, empty where there is no GPU."""
     if INTERPRETED:
         return "interpreter"
+    if not torch.cuda.is_available():
+        return ""
     if torch.version.hip:
         return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm{major}{minor}"
 
 
+def few_rows(rows: int, num_experts: int) -> bool:
+    """Whether so few rows are routed that sorting them costs more than reading a weight twice: most experts have at most one."""
+    return rows <= max(32, num_experts // 4)
+
+
 def tiles_for(arch: str, dtype: torch.dtype, rows_per_expert: float, D: int, F: int, gated: bool) -> Tiles:
-    """The tiles for a layer.
+    """The tiles for a layer: those that were measured for it on this machine by :func:`fusedonemoe.tune`, or by rule.
 
     Args:
         arch: of :func:`architecture`.
@@ -72,6 +103,12 @@ def tiles_for(arch: str, dtype: torch.dtype, rows_per_expert: float, D: int, F: 
         F: intermediate size.
         gated: whether the up-projection has gate and up.
     """
+    layer = layer_of(arch, dtype, rows_per_expert, D, F, gated)
+    return _tried or _measured().get(layer) or tiles_by_rule(layer.arch, dtype, rows_per_expert)
+
+
+def tiles_by_rule(arch: str, dtype: torch.dtype, rows_per_expert: float) -> Tiles:
+    """The tiles that need no measurement. Arguments as for :func:`tiles_for`."""
     if arch == "interpreter":
         small = Tile(16, 16, 16, 4, 1, GROUP_M=2)
         return Tiles(small, small, small, small, small, small)
@@ -89,3 +126,72 @@ def tiles_for(arch: str, dtype: torch.dtype, rows_per_expert: float, D: int, F: 
     if arch == "sm80":
         return Tiles(wide._replace(BLOCK_N=64), wide, wide._replace(BLOCK_N=64), wide, outer, outer)
     return Tiles(wide, wide._replace(BLOCK_N=256), wide, wide._replace(BLOCK_N=256), outer, outer)
+
+
+# Measured tiles: read from the cache once, and written by fusedonemoe.tune alone.
+
+_tried: Tiles | None = None
+_read: dict[Layer, Tiles] | None = None
+
+
+@contextmanager
+def trying(tiles: Tiles) -> Iterator[None]:
+    """Every layer runs with these tiles, in this process, until the end of the block."""
+    global _tried
+    before, _tried = _tried, tiles
+    try:
+        yield
+    finally:
+        _tried = before
+
+
+def _measurements() -> Path:
+    """Tiles that are best for one version of the compiler are not for another."""
+    return cache_directory() / f"tiles-triton-{importlib.metadata.version('triton')}.json"
+
+
+def _measured() -> dict[Layer, Tiles]:
+    global _read
+    if _read is None:
+        try:
+            entries = json.loads(_measurements().read_text(encoding="utf-8"))
+            _read = {Layer(**e["layer"]): Tiles(**{name: Tile(*tile) for name, tile in e["tiles"].items()}) for e in entries}
+        except (OSError, ValueError, KeyError, TypeError, importlib.metadata.PackageNotFoundError):
+            _read = {}  # none yet, or a file that somebody else wrote: the rules are always there
+    return _read
+
+
+def keep(layer: Layer, tiles: Tiles) -> Path:
+    """Add measured tiles to the cache, for this process and for later ones. Returns the cache's file."""
+    global _read
+    path = _measurements()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _read = None  # another process may have written since
+    known = {**_measured(), layer: tiles}
+    entries = [{"layer": at._asdict(), "tiles": best._asdict()} for at, best in known.items()]
+    descriptor, name = tempfile.mkstemp(dir=path.parent, suffix=".json")
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        json.dump(entries, file, indent=1)
+    os.replace(name, path)
+    _read = known
+    return path
+
+
+def describe(arch: str, dtype: torch.dtype, rows: int, num_experts: int, D: int, F: int, gated: bool, *, inference: bool) -> str:
+    """One line on what :func:`tiles_for` and the decode path choose for ``rows`` routed rows.
+
+    Args:
+        arch: of :func:`architecture`.
+        dtype: of x and the weights.
+        rows: ``N``.
+        num_experts: ``E``.
+        D: hidden size.
+        F: intermediate size.
+        gated: whether the up-projection has gate and up.
+        inference: whether the layer has a decode path.
+    """
+    if inference and few_rows(rows, num_experts):
+        return f"{arch}: one program per routed row and block of columns, no plan, where no gradients are recorded"
+    tiles = tiles_for(arch, dtype, rows / num_experts, D, F, gated)
+    cuts = (f"{name} {t.BLOCK_M}x{t.BLOCK_N}x{t.BLOCK_K}/{t.num_warps}w{t.num_stages}s" for name, t in tiles._asdict().items())
+    return f"{arch}, {rows / num_experts:.4g} rows per expert: {', '.join(cuts)}"
