@@ -31,7 +31,7 @@ help:
 demo: $(VENV)/.installed-demo  ## train a small compiled MoE language model here, in about three minutes
 	$(py) -m fusedonemoe demo
 
-test: check pytest doctest docs asv-smoke wheel-smoke  ## everything CI runs
+test: check pytest triton-values doctest docs asv-smoke wheel-smoke  ## everything CI runs
 
 check: $(VENV)/.installed-full  ## lint, format and types
 	$(py) -m ruff check
@@ -40,6 +40,13 @@ check: $(VENV)/.installed-full  ## lint, format and types
 
 pytest: $(VENV)/.installed-full  ## the tests alone
 	$(one_thread) $(py) -m pytest -n $(JOBS) tests
+
+triton-values: $(VENV)/.installed-full  ## values of the GPU kernels, in Triton's interpreter
+	@# A process of its own: whether triton interprets or compiles is settled when it is imported.
+	@if $(py) -c 'import triton' 2>/dev/null; then \
+	  echo '$(one_thread) TRITON_INTERPRET=1 $(py) -m pytest -n $(JOBS) tests/triton/values'; \
+	  $(one_thread) TRITON_INTERPRET=1 $(py) -m pytest -n $(JOBS) tests/triton/values; \
+	else echo 'triton is not installed (it has wheels for Linux alone): its tests are left out'; fi
 
 doctest: $(VENV)/.installed-full  ## the examples in docstrings, README and docs
 	$(one_thread) $(py) -m pytest -q --doctest-modules --doctest-glob='*.md' fusedonemoe docs README.md

@@ -108,10 +108,16 @@ def products(cell: GpuCell) -> list[tuple[int, int, int]]:
     return [*forward, *((m, n, k) for m, k, n in forward), *((k, m, n) for m, k, n in forward)]
 
 
-def shrunk(cell: GpuCell) -> GpuCell:
-    """The same options at sizes that a CPU runs at once."""
+def shrunk(cell: GpuCell, *, interpreted: bool = False) -> GpuCell:
+    """The same options at sizes that a CPU runs at once.
+
+    Args:
+        cell: of the suite.
+        interpreted: for Triton's interpreter, whose matrix products take the bits of bfloat16 for integers: it gets float32.
+    """
     E = min(cell.E, DRY_E)
-    return replace(cell, T=min(cell.T, DRY_T), D=DRY_D, F=DRY_F, E=E, K=min(cell.K, DRY_K, E))
+    dtype = torch.float32 if interpreted and cell.dtype == torch.bfloat16 else cell.dtype
+    return replace(cell, T=min(cell.T, DRY_T), D=DRY_D, F=DRY_F, E=E, K=min(cell.K, DRY_K, E), dtype=dtype)
 
 
 # D, F, E, K and the options of models as their configurations have them.

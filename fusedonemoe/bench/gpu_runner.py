@@ -15,7 +15,7 @@ from fusedonemoe.bench.gpu_cells import GpuCell, least_work, shrunk
 from fusedonemoe.bench.gpu_exact import IDS, OUTPUT, Answer, disagreements, errors_of, exact_answer, gradient_names
 from fusedonemoe.bench.gpu_inputs import GpuInputs, make_inputs
 from fusedonemoe.bench.gpu_libraries import line_up, parameters
-from fusedonemoe.bench.gpu_peers import Forward, GpuPeer, Weights
+from fusedonemoe.bench.gpu_peers import Forward, GpuPeer, Weights, interpreted
 from fusedonemoe.bench.gpu_timing import ROUNDS, SECONDS_PER_PEER, Call, Timer, copy_call, dense_call, graphed, time_interleaved
 from fusedonemoe.bench.peers import OURS, UnavailableError, is_ours, relative_error
 from fusedonemoe.bench.results import CellResult, Row
@@ -233,7 +233,7 @@ def run_cell(
     Returns:
         The result; a peer whose output is off has a note in place of a time.
     """
-    asked, cell = cell, shrunk(cell) if dry else cell
+    asked, cell = cell, shrunk(cell, interpreted=interpreted()) if dry else cell
     peers = line_up(cell) if peers is None else peers
     rows: dict[str, Row] = {}
     calls: dict[str, Call] = {}

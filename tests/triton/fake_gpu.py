@@ -4,8 +4,8 @@ Tensors are torch's fake ones with device "cuda"; what the launchers ask of the 
 """
 
 import contextlib
-import hashlib
 import functools
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -57,6 +57,10 @@ def _install_device_guard() -> None:
         torch._C._ensureCUDADeviceGuardSet()  # a CUDA build brings what a missing device needs
 
 
+def _answer(answer: Any, *args: Any) -> Any:
+    return answer
+
+
 @contextlib.contextmanager
 def fake_gpu(arch: str) -> Iterator[None]:
     """Pretend that device 0 is an ``arch``."""
@@ -73,24 +77,24 @@ def fake_gpu(arch: str) -> Iterator[None]:
         shared_memory_per_block_optin=SHARED_BYTES[arch],
         warp_size=target.warp_size,
     )
-    patches = [
-        mock.patch.object(torch.cuda, "is_available", lambda: True),
+    answers = {
+        "is_available": True,
+        "device_count": 1,
+        "current_device": 0,
+        "get_device_capability": capability,
+        "get_device_properties": properties,
         # Dynamo, told that there is a GPU, asks for its stream and keeps its generator's state.
-        mock.patch.object(torch.cuda, "_lazy_init", lambda: None),
-        mock.patch.object(torch.cuda, "get_rng_state", lambda *args: torch.empty(0, dtype=torch.uint8)),
-        mock.patch.object(torch.cuda, "set_rng_state", lambda *args: None),
-        mock.patch.object(torch.cuda, "get_device_capability", lambda *args: capability),
-        mock.patch.object(torch.cuda, "get_device_properties", lambda *args: properties),
-        mock.patch.object(torch.cuda, "current_device", lambda: 0),
-        mock.patch.object(torch.cuda, "device_count", lambda: 1),
-        mock.patch.object(torch.version, "hip", None if is_cuda else "6.0"),
-    ]
+        "_lazy_init": None,
+        "get_rng_state": torch.empty(0, dtype=torch.uint8),
+        "set_rng_state": None,
+    }
     _install_device_guard()
     before = getattr(driver, "_active", None)
     driver.set_active(FakeDriver(arch))
     with contextlib.ExitStack() as stack:
-        for patch in patches:
-            stack.enter_context(patch)
+        stack.enter_context(mock.patch.object(torch.version, "hip", None if is_cuda else "6.0"))
+        for name, answer in answers.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, functools.partial(_answer, answer)))
         try:
             yield
         finally:
@@ -136,14 +140,14 @@ class Launch:
         return f"{self.name}({shown}, warps={self.options.num_warps}, stages={self.options.num_stages})"
 
 
-class _Pointer(MockTensor):
+class _Pointer(MockTensor):  # type: ignore[misc]  # triton has no types
     """Stands for a fake tensor: its dtype, and where in its aligned storage it begins."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         super().__init__(tensor.dtype)
         self.offset = int(tensor.storage_offset()) * tensor.element_size()
 
-    def data_ptr(self) -> int:  # type: ignore[override]  # static in Triton, where it is always 0
+    def data_ptr(self) -> int:
         return self.offset
 
 

@@ -11,6 +11,7 @@ fake_cuda.load()
 
 import inspect
 import json
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -29,9 +30,11 @@ from tests.triton.fake_gpu import fake_gpu
 
 D, F, E, K = 256, 128, 16, 4
 TOKENS = (64, 100, 7, 2, 3000)  # 0 and 1 are graphs of their own: torch always specialises on them
-# They make a tensor or a view of one, and launch nothing that has to be counted.
-FREE = ("empty", "view", "reshape", "t", "transpose", "permute", "slice", "select", "unsqueeze", "squeeze", "expand", "detach")
-FREE += ("as_strided", "sym_size", "sym_stride", "sym_numel", "alias", "_unsafe_view", "unbind", "split", "new_empty", "empty_like")
+# Views and allocations, which launch nothing.
+FREE = re.compile(
+    r"(empty|view|_unsafe_view|reshape|t|transpose|permute|slice|select|(un)?squeeze|expand|detach|alias|as_strided|unbind|split"
+    r"|sym_(size|stride|numel))\."
+)
 
 
 class MLP(nn.Module):
@@ -93,7 +96,7 @@ def _origin(node: Any) -> Any:
     while isinstance(node, Node) and node.op == "call_function":
         name = str(node.target)
         if "getitem" in name and isinstance(node.args[0], Node) and _is_kernel(node.args[0]):
-            node = node.args[0].kwargs["kwargs"][node.args[1]]  # type: ignore[index, call-overload]
+            node = node.args[0].kwargs["kwargs"][node.args[1]]  # type: ignore[index]
         elif any(f"aten.{view}." in name for view in ("view", "slice", "transpose", "alias", "reshape", "select")):
             node = node.args[0]
         else:
@@ -109,23 +112,29 @@ def _numel(node: Node) -> int:
 def describe(graph: GraphModule) -> dict[str, Any]:
     """Kernels, other operators, and what would copy an input, of one graph."""
     kernels, files, others, copied = [], set(), [], []
+    read: set[Any] = set()
     for node in graph.graph.nodes:
         if node.op != "call_function":
             continue
         if _is_kernel(node):
-            kernel = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
+            kernel: Any = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
             function = kernel.fn
             while not inspect.isfunction(function):  # heuristics and autotuners wrap the jit function
                 function = function.fn
             kernels.append(function.__name__)
             files.add(function.__code__.co_filename)
-            for name in node.kwargs["tensors_to_clone"]:
-                origin = _origin(node.kwargs["kwargs"][name])
-                if not (isinstance(origin, Node) and "empty" in str(origin.target)):
-                    copied.append(f"{function.__name__} writes {name}, which is {origin}")
+            # Inductor copies what a kernel writes to if it is an input of the graph, or if somebody has read it before.
+            origins = {name: _origin(value) for name, value in node.kwargs["kwargs"].items() if isinstance(value, Node)}
+            written = set(node.kwargs["tensors_to_clone"])
+            copied += [
+                f"{function.__name__} writes {name}, which is {origins[name]}"
+                for name in sorted(written)
+                if "empty" not in str(origins[name].target) or origins[name] in read
+            ]
+            read |= {origin for name, origin in origins.items() if name not in written}
             continue
         name = str(node.target).removeprefix("aten.")
-        if "getitem" in name or name.startswith("<") or name.split(".")[0] in FREE:
+        if "getitem" in name or name.startswith("<") or FREE.match(name):
             continue
         others.append(name)
         source = node.args[0] if node.args else None

@@ -44,9 +44,8 @@ def _programs_in_random_order(request):
 @pytest.fixture(autouse=True)
 def _unwritten_memory_shows():
     """torch.empty holds NaN, or the largest integer, so that an element which no program writes is not right by luck."""
-    modes = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
+    assert torch._C._get_deterministic_fill_uninitialized_memory()  # torch's default, in force in the mode below
+    mode = torch.get_deterministic_debug_mode()
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
     yield
-    torch.set_deterministic_debug_mode(modes[0])
-    torch.utils.deterministic.fill_uninitialized_memory = modes[1]
+    torch.set_deterministic_debug_mode(mode)

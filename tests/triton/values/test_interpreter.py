@@ -144,7 +144,7 @@ def test_two_programs_that_write_one_element_are_found():
 
 def test_reading_what_another_program_writes_is_found():
     x = normal(64, dtype=torch.float32)
-    with pytest.raises(InterpreterError, match="race: (loads|overwrites) what"):
+    with pytest.raises(InterpreterError, match=r"race: (loads|overwrites) what"):
         copy[(3,)](x, x[8:], 48, BLOCK=16, STRIDE=16)
 
 

@@ -84,7 +84,7 @@ def backward(device, inputs, dy_TD, saved, act, *, needs=None, save_percent=100)
     return [gradient.cpu() for gradient in out]
 
 
-def check(device, act, *, transposed=False, repeat=False, **case):
+def check(device, act, *, transposed=False, repeat=False, slack=2.0, **case):
     inputs, dy_TD = make_inputs(act, **case)
     if transposed:
         inputs = dataclasses.replace(
@@ -120,7 +120,7 @@ def check(device, act, *, transposed=False, repeat=False, **case):
     names = [f.name for f in dataclasses.fields(exact)]
     for name, needed, ours, theirs in zip(names, needs, actual, plain, strict=True):
         if needed:
-            assert_within_budget(ours, theirs, getattr(exact, name), name=name)
+            assert_within_budget(ours, theirs, getattr(exact, name), slack=slack, name=name)
     empty = offsets.diff() == 0
     for name, needed, gradient in list(zip(names, needs, actual, strict=True))[2:]:
         assert not needed or (gradient[empty] == 0).all(), name
@@ -166,7 +166,8 @@ def test_gradients_under_unequal_tiles(device, monkeypatch, layout, sizes):
 
 @pytest.mark.parametrize("K", [1, 5])
 def test_gradients_of_one_token(device, K):
-    check(device, activation(), T=1, K=K, bias=True)
+    # One routing gradient is too few for the error of plain PyTorch to be a yardstick.
+    check(device, activation(), T=1, K=K, bias=True, slack=8.0)
 
 
 def test_gradients_of_no_tokens_are_zero(device):
