@@ -52,11 +52,13 @@ def num_blocks(num_rows: int | torch.SymInt, num_experts: int, block_m: int) -> 
 
 
 @triton.jit
-def load_ids(experts_ptr, first_row, num_rows, E, TILE: tl.constexpr):
-    """Experts of a tile of rows as int32: E for an id that names no expert, E + 1 behind the last row."""
-    rows = first_row + tl.arange(0, TILE)
-    exists = rows < num_rows
-    ids = tl.load(experts_ptr + rows, mask=exists, other=0).to(tl.int64)  # a uint64 past 2^63 turns negative
+def named_experts(ids, exists, E):
+    """Ids of a tile of rows as int32: E for an id that names no expert, E + 1 behind the last row.
+
+    The load itself stands in the kernels: behind a call, torch.compile would take its pointer for one that is written, as the
+    ids lead to the addresses of stores, and copy the routing before every launch.
+    """
+    ids = ids.to(tl.int64)  # a uint64 past 2^63 turns negative
     ids = tl.where((ids >= 0) & (ids < E), ids, E)
     return tl.where(exists, ids, E + 1).to(tl.int32)
 
@@ -134,12 +136,13 @@ def plan_one_tile_kernel(
     BLOCK_M: tl.constexpr,
 ):
     """The whole plan of at most TILE rows in one program."""
-    unsorted = load_ids(experts_ptr, 0, num_rows, E, TILE)
+    row = tl.arange(0, TILE)
+    unsorted = named_experts(tl.load(experts_ptr + row, mask=row < num_rows, other=0), row < num_rows, E)
     counts = tl.histogram(tl.minimum(unsorted, BINS - 1), BINS, mask=unsorted < E)
     offsets = tl.cumsum(counts, 0) - counts
     ids, rows = sort_tile(unsorted, TILE)
     begins = tl.where(ids < E, tl.gather(offsets, tl.minimum(ids, BINS - 1), 0), tl.sum(counts, 0))
-    rank = tl.arange(0, TILE) - begins
+    rank = row - begins
     place(
         order_ptr, offsets_ptr, position_ptr, blocks_ptr, 0, num_rows, num_blocks, E, ids, rows, counts, offsets, rank,
         TILE, BINS, BLOCK_M,
@@ -158,7 +161,8 @@ def count_kernel(
 ):
     """Rows of every expert in one tile; the last column counts the rows whose id names no expert."""
     tile = tl.program_id(0)
-    ids = load_ids(experts_ptr, tile * TILE, num_rows, E, TILE)
+    row = tile * TILE + tl.arange(0, TILE)
+    ids = named_experts(tl.load(experts_ptr + row, mask=row < num_rows, other=0), row < num_rows, E)
     counts_ptr = tile_counts_ptr + tile.to(tl.int64) * (E + 1)
     for first in tl.static_range(0, BINS, CHUNK):  # a histogram keeps all its bins in registers
         here = (ids >= first) & (ids < first + CHUNK) & (ids < E)
@@ -219,9 +223,11 @@ def place_kernel(
     counts = tl.load(counts_ptr + expert, mask=expert < E, other=0)
     offsets = tl.cumsum(counts, 0) - counts
 
-    ids, rows = sort_tile(load_ids(experts_ptr, tile * TILE, num_rows, E, TILE), TILE)
-    before = tl.load(before_ptr + tile.to(tl.int64) * (E + 1) + ids, mask=ids <= E, other=0)
     lane = tl.arange(0, TILE)
+    row = tile * TILE + lane
+    unsorted = named_experts(tl.load(experts_ptr + row, mask=row < num_rows, other=0), row < num_rows, E)
+    ids, rows = sort_tile(unsorted, TILE)
+    before = tl.load(before_ptr + tile.to(tl.int64) * (E + 1) + ids, mask=ids <= E, other=0)
     begins_run = ids != tl.gather(ids, tl.maximum(lane - 1, 0), 0)
     rank = before + lane - tl.associative_scan(tl.where(begins_run, lane, 0), 0, larger)
     place(
