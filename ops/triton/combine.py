@@ -85,7 +85,7 @@ def combine(rows_NB: Tensor, weights_TK: Tensor | None, plan: RowPlan, dtype: to
         WEIGHTED=weights_TK is not None,
         BLOCK_T=BLOCK_T,
         BLOCK_B=BLOCK_B,
-        UNROLL=min(top_k, 8),
+        UNROLL=top_k if top_k <= 16 else 8,
         num_warps=4,
         num_stages=1,
     )

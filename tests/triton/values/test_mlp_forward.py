@@ -30,6 +30,7 @@ CUTS = {
     "deep": Tile(32, 16, 64, 4, 2, GROUP_M=3),
     "tall": Tile(64, 32, 16, 4, 2),
 }
+SIZES = {"wide": [(64, 128), (17, 33)], "deep": [(64, 64), (40, 72)], "tall": [(32, 40), (1, 1)]}
 
 
 def form_id(act):
@@ -77,8 +78,6 @@ def check(inputs, act=SILU, save_percent=100):
         wide = (None if v is None else v.double() if v.is_floating_point() else v for v in arguments(inputs))
         exact_z = grouped.experts_mlp(*wide, act, save_percent)[1]
         assert_within_budget(z[:kept].cpu(), plain_z[:kept].cpu(), exact_z[:kept].cpu(), name="z")
-    again = mlp_forward.experts_mlp(*arguments(inputs), act, save_percent)
-    assert torch.equal(y, again[0]) and torch.equal(z[:kept], again[1][:kept])
 
 
 @pytest.mark.parametrize("act", FORMS, ids=form_id)
@@ -93,14 +92,13 @@ def test_half_precision_equals_the_oracle(act, dtype, device):
 
 
 @pytest.mark.parametrize("layout", [*reference.GATE_UP_LAYOUTS, PLAIN])
-@pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize(("D", "F"), [(64, 64), (40, 72), (17, 33), (1, 1)])
+@pytest.mark.parametrize(("cut", "D", "F"), [(cut, *size) for cut, sizes in SIZES.items() for size in sizes])
 def test_tiles_may_be_cut_anywhere(layout, cut, D, F, device, monkeypatch):
     down = CUTS[cut]._replace(BLOCK_N=CUTS[cut].BLOCK_K, BLOCK_K=CUTS[cut].BLOCK_N)
     tiles = Tiles(CUTS[cut], down, SMALL, SMALL, SMALL, SMALL)
     monkeypatch.setattr(mlp_forward, "tiles_for", lambda *_: tiles)
     act = SILU._replace(layout=layout)
-    check(make(40, D, F, 3, 2, act=act, device=device, routing="skewed"), act)
+    check(make(35, D, F, 3, 2, act=act, device=device, routing="skewed"), act)
 
 
 @pytest.mark.parametrize("layout", [*reference.GATE_UP_LAYOUTS, PLAIN])
@@ -174,29 +172,41 @@ def test_a_token_of_infinities_poisons_no_other_token(device):
 # What is saved, and what is computed once more
 
 
-@pytest.mark.parametrize("layout", ["gate_up", "interleaved", PLAIN])
-@pytest.mark.parametrize("save_percent", [0, 1, 37, 99])
+@pytest.mark.parametrize("layout", [*reference.GATE_UP_LAYOUTS, PLAIN])
 @pytest.mark.parametrize("routing", ["uniform", "out_of_range"])
-def test_saving_less_changes_no_bit(layout, save_percent, routing, device):
+def test_saving_less_changes_no_bit(layout, routing, device):
     act = SILU._replace(layout=layout)
-    inputs = make(23, 24, 40, 4, 3, act=act, dtype=torch.bfloat16, device=device, routing=routing)
+    inputs = make(23, 24, 20, 4, 2, act=act, dtype=torch.bfloat16, device=device, routing=routing)
     y, z, _, offsets = mlp_forward.experts_mlp(*arguments(inputs), act, 100)
-    less_y, less_z, _, _ = mlp_forward.experts_mlp(*arguments(inputs), act, save_percent)
-    assert less_z.shape[0] == 69 * save_percent // 100
-    kept = min(less_z.shape[0], int(offsets[-1]))
-    assert torch.equal(less_y, y) and torch.equal(less_z[:kept], z[:kept]) and (save_percent < 37 or z[:kept].any())
+    for save_percent in (0, 37):
+        less_y, less_z, _, _ = mlp_forward.experts_mlp(*arguments(inputs), act, save_percent)
+        assert less_z.shape[0] == 46 * save_percent // 100
+        kept = min(less_z.shape[0], int(offsets[-1]))
+        assert torch.equal(less_y, y) and torch.equal(less_z[:kept], z[:kept]) and z.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", reference.GATE_UP_LAYOUTS)
+def test_h_comes_from_the_pre_activations_as_they_are_saved(layout, dtype, device):
+    act = Activation("identity", layout, 1.0, 0.0)
+    inputs = make(23, 24, 20, 4, 2, act=act, dtype=dtype, device=device)
+    plan = make_plan(inputs.experts, 4, SMALL.BLOCK_M)
+    z = inputs.x.new_empty(46, 40)
+    h = up_projection(inputs.x, inputs.up_proj, inputs.up_bias, plan, 2, act, SMALL, z)
+    gate, up = (z[:, 0::2], z[:, 1::2]) if layout == "interleaved" else z.chunk(2, dim=1)
+    assert torch.equal(h, gate * up) and h.any()  # a product of two halves is exact in float32, so it rounds once in both
 
 
 @pytest.mark.parametrize("layout", [*reference.GATE_UP_LAYOUTS, PLAIN])
-@pytest.mark.parametrize("first_row", [0, 1, 16, 37, 68, 69])
-def test_pre_activations_computed_once_more_are_the_same_bits(layout, first_row, device):
+def test_pre_activations_computed_once_more_are_the_same_bits(layout, device):
     act = SILU._replace(layout=layout)
-    inputs = make(23, 24, 40, 4, 3, act=act, dtype=torch.bfloat16, device=device, routing="out_of_range")
+    inputs = make(23, 24, 20, 4, 2, act=act, dtype=torch.bfloat16, device=device, routing="out_of_range")
     plan = make_plan(inputs.experts, 4, SMALL.BLOCK_M)
     num_rows = int(plan.offsets[-1])
-    expected = inputs.x.new_empty(69, inputs.up_proj.shape[1])
-    up_projection(inputs.x, inputs.up_proj, inputs.up_bias, plan, 3, act, SMALL, expected)
-    z = torch.full_like(expected, 77)
-    pre_activation(inputs.x, inputs.up_proj, inputs.up_bias, plan, 3, act, SMALL, z, first_row)
-    assert torch.equal(z[first_row:num_rows], expected[first_row:num_rows])
-    assert (z[:first_row] == 77).all() and (z[num_rows:] == 77).all()
+    expected = inputs.x.new_empty(46, inputs.up_proj.shape[1])
+    up_projection(inputs.x, inputs.up_proj, inputs.up_bias, plan, 2, act, SMALL, expected)
+    for first_row in (0, 1, 17, num_rows - 1, 46):
+        z = torch.full_like(expected, 77)
+        pre_activation(inputs.x, inputs.up_proj, inputs.up_bias, plan, 2, act, SMALL, z, first_row)
+        assert torch.equal(z[first_row:num_rows], expected[first_row:num_rows]) and expected[:num_rows].any()
+        assert (z[:first_row] == 77).all() and (z[num_rows:] == 77).all()

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from fusedonemoe.ops.plan import inverse_order
+from fusedonemoe.ops.plan import make_plan as sorted_plan
 from fusedonemoe.ops.triton.combine import combine
-from fusedonemoe.ops.triton.plan import make_plan
+from fusedonemoe.ops.triton.plan import RowPlan, num_blocks
 from fusedonemoe.ops.triton.rows import grouped_rows
 from fusedonemoe.ops.triton.rules import Tile
 from fusedonemoe.testing import ROUTINGS, assert_within_budget, make_experts
@@ -21,6 +23,16 @@ TILES = {
 
 def normal(*shape, dtype=torch.float32, device="cpu", seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def make_plan(experts_TK, E, block_m):
+    """The plan in torch: these tests are about what is done with it, and its kernels have tests of their own."""
+    order, offsets = sorted_plan(experts_TK, E)
+    bounds = offsets.tolist()
+    blocks = [(e, first) for e in range(E) for first in range(bounds[e], bounds[e + 1], block_m)]
+    blocks += [(-1, 0)] * (num_blocks(order.shape[0], E, block_m) - len(blocks))
+    blocks = torch.tensor(blocks, dtype=torch.int32, device=order.device).view(-1, 2)
+    return RowPlan(order, offsets, inverse_order(order), blocks)
 
 
 def expert_of_position(plan):
@@ -69,10 +81,10 @@ def test_rows_equal_float64(dtype, gathered, bias, device):
 
 
 @pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize(("A", "B"), [(64, 64), (72, 40), (33, 17), (1, 1)])
+@pytest.mark.parametrize(("A", "B"), [(64, 64), (72, 40), (17, 33), (1, 1)])
 @pytest.mark.parametrize("gathered", [False, True])
 def test_tiles_may_be_cut_anywhere(tile, A, B, gathered, device):
-    experts_TK = make_experts(40, 3, 2, routing="skewed")
+    experts_TK = make_experts(35, 3, 2, routing="skewed")
     check_rows(experts_TK, 3, A, B, torch.float32, device, tile=TILES[tile], gathered=gathered, bias=True)
 
 
@@ -83,7 +95,7 @@ def test_weights_may_have_any_strides(strides, dtype, device):
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize(("T", "E", "K"), [(30, 6, 3), (1, 3, 2), (0, 4, 2), (9, 50, 1), (50, 1, 1)])
+@pytest.mark.parametrize(("T", "E", "K"), [(30, 6, 3), (1, 3, 2), (0, 4, 2), (9, 50, 1), (35, 1, 1)])
 def test_any_routing(routing, T, E, K, device):
     check_rows(make_experts(T, E, K, routing=routing), E, 20, 24, torch.float32, device, gathered=True, bias=True)
 
@@ -133,7 +145,7 @@ def test_combine_equals_float64(dtype, weighted, routing, device):
     check_combine(make_experts(19, 6, 4, routing=routing), 6, 72, dtype, device, weighted=weighted)
 
 
-@pytest.mark.parametrize("K", [1, 2, 3, 7, 8, 13, 40])
+@pytest.mark.parametrize("K", [1, 2, 3, 10, 19])
 @pytest.mark.parametrize("B", [1, 33, 1300])
 def test_combine_takes_any_number_of_choices_and_columns(K, B, device):
     check_combine(make_experts(5, 50, K, routing="out_of_range"), 50, B, torch.float32, device)
