@@ -16,7 +16,77 @@ from torch.library import wrap_triton
 from fusedonemoe.ops.activation import Activation
 from fusedonemoe.ops.triton.plan import RowPlan
 from fusedonemoe.ops.triton.rules import Tile
-from fusedonemoe.ops.triton.tiles import act_slope, act_value, dot_precision, gated_slopes, gated_value, row_block, swizzled
+from fusedonemoe.ops.triton.tiles import act_slope, act_value, dot_precision, gated_slopes, gated_value, swizzled
+
+
+@triton.jit
+def _finish(
+    acc,
+    first_column,
+    block,
+    ACT: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    WITH_DZ: tl.constexpr,
+    WITH_WEIGHTED: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Stores what depends on these columns of ``dA'``, CHUNK of them at a time, and returns ``<dA', A>`` of each row.
+
+    All columns at once, with two of z and two of dz for each, would not fit the registers.
+    """
+    BLOCK_M: tl.constexpr = acc.shape[0]
+    WIDTH: tl.constexpr = acc.shape[1]
+    if WIDTH > CHUNK:
+        HALF: tl.constexpr = WIDTH // 2
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+        total = _finish(left, first_column, block, ACT, LAYOUT, WITH_DZ, WITH_WEIGHTED, CHUNK)
+        total += _finish(right, first_column + HALF, block, ACT, LAYOUT, WITH_DZ, WITH_WEIGHTED, CHUNK)
+    else:
+        rows, in_rows, weight, z_ptr, dz_ptr, weighted_ptr, F, alpha, limit = block
+        f = first_column + tl.arange(0, WIDTH)
+        stored = in_rows[:, None] & (f < F)[None, :]
+        dtype = z_ptr.dtype.element_ty
+        if LAYOUT == "interleaved":
+            # Both of a pair in one read of neighbouring columns, and split in registers.
+            pair = 2 * first_column + tl.arange(0, 2 * WIDTH)
+            z_offsets = rows[:, None] * (2 * F) + pair[None, :]
+            in_pairs = in_rows[:, None] & (pair < 2 * F)[None, :]
+            z = tl.load(z_ptr + z_offsets, mask=in_pairs, other=0.0)
+            gate, up = tl.split(tl.reshape(z, (BLOCK_M, WIDTH, 2)))
+        elif LAYOUT == "plain":
+            gate_offsets = rows[:, None] * F + f[None, :]
+            gate = tl.load(z_ptr + gate_offsets, mask=stored, other=0.0)
+        else:
+            first_half = rows[:, None] * (2 * F) + f[None, :]
+            gate_offsets = first_half if LAYOUT == "gate_up" else first_half + F
+            up_offsets = first_half + F if LAYOUT == "gate_up" else first_half
+            gate = tl.load(z_ptr + gate_offsets, mask=stored, other=0.0)
+            up = tl.load(z_ptr + up_offsets, mask=stored, other=0.0)
+        gate = gate.to(tl.float32)
+        if LAYOUT == "plain":
+            h = act_value(gate, ACT)
+        else:
+            up = up.to(tl.float32)
+            h = gated_value(gate, up, alpha, limit, ACT)
+
+        # Columns behind F add nothing: their weights, and with them acc, are zero; act(0) may not be.
+        total = tl.sum(acc * h, axis=1)
+        if WITH_WEIGHTED:
+            weighted_ptrs = weighted_ptr + rows[:, None] * F + f[None, :]
+            tl.store(weighted_ptrs, (weight[:, None] * h).to(dtype), mask=stored)
+        if WITH_DZ:
+            dh = acc * weight[:, None]
+            if LAYOUT == "plain":
+                tl.store(dz_ptr + gate_offsets, (dh * act_slope(gate, ACT)).to(dtype), mask=stored)
+            else:
+                dgate, dup = gated_slopes(gate, up, dh, alpha, limit, ACT)
+                if LAYOUT == "interleaved":
+                    dz = tl.reshape(tl.join(dgate.to(dtype), dup.to(dtype)), (BLOCK_M, 2 * WIDTH))
+                    tl.store(dz_ptr + z_offsets, dz, mask=in_pairs)
+                else:
+                    tl.store(dz_ptr + gate_offsets, dgate.to(dtype), mask=stored)
+                    tl.store(dz_ptr + up_offsets, dup.to(dtype), mask=stored)
+    return total
 
 
 @triton.jit
@@ -51,11 +121,15 @@ def dh_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     """BLOCK_M rows of one expert by BLOCK_N columns of h."""
     num_columns = tl.cdiv(F, BLOCK_N)
     block, column = swizzled(tl.program_id(0), tl.num_programs(0) // num_columns, num_columns, GROUP_M)
-    expert, first, end = row_block(blocks_ptr, offsets_ptr, block)
+    # Loaded here, not in a function: torch takes a pointer that a call's result depends on for written.
+    expert = tl.load(blocks_ptr + 2 * block)
+    first = tl.load(blocks_ptr + 2 * block + 1)
+    end = tl.load(offsets_ptr + expert + 1)
     if expert < 0:
         return
     rows = first + tl.arange(0, BLOCK_M)
@@ -69,7 +143,8 @@ def dh_kernel(
     if WITH_DZ or WITH_PARTIAL:
         d = tl.arange(0, BLOCK_K)
         dy_ptrs = dy_ptr + (source // TOP_K).to(tl.int64)[:, None] * D + d[None, :]
-        down_ptrs = down_ptr + expert.to(tl.int64) * stride_we + d[:, None] * stride_wd + f[None, :] * stride_wf
+        down_ptrs = down_ptr + expert.to(tl.int64) * stride_we
+        down_ptrs += d.to(tl.int64)[:, None] * stride_wd + f.to(tl.int64)[None, :] * stride_wf
         for k in range(0, D, BLOCK_K):
             if EVEN_K:
                 dy = tl.load(dy_ptrs)
@@ -85,45 +160,17 @@ def dh_kernel(
             dy_ptrs += BLOCK_K
             down_ptrs += BLOCK_K * stride_wd
 
-    weight = tl.load(weights_ptr + source).to(tl.float32)
-    long_rows = rows.to(tl.int64)
-    stored = in_rows[:, None] & in_columns[None, :]
-    if LAYOUT == "plain":
-        z_offsets = long_rows[:, None] * F + f[None, :]
-        z = tl.load(z_ptr + z_offsets, mask=stored, other=0.0).to(tl.float32)
-        h = act_value(z, ACT)
-        if WITH_DZ:
-            dz = weight[:, None] * acc * act_slope(z, ACT)
-            tl.store(dz_ptr + z_offsets, dz.to(dz_ptr.dtype.element_ty), mask=stored)
-    elif LAYOUT == "interleaved":
-        # Both of a pair in one read of neighbouring columns, and split in registers.
-        pair = 2 * column * BLOCK_N + tl.arange(0, 2 * BLOCK_N)
-        z_offsets = long_rows[:, None] * (2 * F) + pair[None, :]
-        in_pairs = in_rows[:, None] & (pair < 2 * F)[None, :]
-        z = tl.load(z_ptr + z_offsets, mask=in_pairs, other=0.0).to(tl.float32)
-        gate, up = tl.split(tl.reshape(z, (BLOCK_M, BLOCK_N, 2)))
-        h = gated_value(gate, up, alpha, limit, ACT)
-        if WITH_DZ:
-            dgate, dup = gated_slopes(gate, up, weight[:, None] * acc, alpha, limit, ACT)
-            dz = tl.reshape(tl.join(dgate, dup), (BLOCK_M, 2 * BLOCK_N))
-            tl.store(dz_ptr + z_offsets, dz.to(dz_ptr.dtype.element_ty), mask=in_pairs)
-    else:
-        first_half = long_rows[:, None] * (2 * F) + f[None, :]
-        gate_offsets = first_half if LAYOUT == "gate_up" else first_half + F
-        up_offsets = first_half + F if LAYOUT == "gate_up" else first_half
-        gate = tl.load(z_ptr + gate_offsets, mask=stored, other=0.0).to(tl.float32)
-        up = tl.load(z_ptr + up_offsets, mask=stored, other=0.0).to(tl.float32)
-        h = gated_value(gate, up, alpha, limit, ACT)
-        if WITH_DZ:
-            dgate, dup = gated_slopes(gate, up, weight[:, None] * acc, alpha, limit, ACT)
-            tl.store(dz_ptr + gate_offsets, dgate.to(dz_ptr.dtype.element_ty), mask=stored)
-            tl.store(dz_ptr + up_offsets, dup.to(dz_ptr.dtype.element_ty), mask=stored)
-    if WITH_WEIGHTED:
-        weighted_ptrs = weighted_ptr + long_rows[:, None] * F + f[None, :]
-        tl.store(weighted_ptrs, (weight[:, None] * h).to(weighted_ptr.dtype.element_ty), mask=stored)
+    weight = tl.load(weights_ptr + source, mask=in_rows, other=0.0).to(tl.float32)
+    # From here on the block's first row is the origin, so that offsets within the block fit 32 bits, and half the registers.
+    G = F if LAYOUT == "plain" else 2 * F
+    first_row = first.to(tl.int64)
+    z_ptr += first_row * G
+    dz_ptr += first_row * G
+    weighted_ptr += first_row * F
+    place = (tl.arange(0, BLOCK_M), in_rows, weight, z_ptr, dz_ptr, weighted_ptr, F, alpha, limit)
+    total = _finish(acc, column * BLOCK_N, place, ACT, LAYOUT, WITH_DZ, WITH_WEIGHTED, CHUNK)
     if WITH_PARTIAL:
-        # Columns behind F add nothing: their weights, and with them acc, are zero; act(0) may not be.
-        tl.store(partial_ptr + long_rows * num_columns + column, tl.sum(acc * h, axis=1), mask=in_rows)
+        tl.store(partial_ptr + rows.to(tl.int64) * num_columns + column, total, mask=in_rows)
 
 
 class HiddenGradient(NamedTuple):
@@ -207,6 +254,8 @@ def hidden_gradient(
         BLOCK_N=tile.BLOCK_N,
         BLOCK_K=tile.BLOCK_K,
         GROUP_M=tile.GROUP_M,
+        # Eight values of each thread at once: with more, one program's registers fill half of an SM and none runs beside it.
+        CHUNK=max(16, 256 * tile.num_warps // tile.BLOCK_M),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

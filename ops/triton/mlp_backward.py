@@ -5,7 +5,6 @@ SonicMoE's algebra (arXiv 2512.14080), as in ``ops/grouped.py``: with ``dA' = dy
 ``dx_t = sum_j dz Wup_e``; bias gradients are column sums. Gathered rows of x and dy are never written to memory.
 """
 
-import torch
 from torch import Tensor
 
 from fusedonemoe.ops.activation import PLAIN, Activation
@@ -28,12 +27,14 @@ def _all_rows(
     plan: RowPlan,
     top_k: int,
     act: Activation,
+    save_percent: int,
     tile: rules.Tile,
 ) -> Tensor:
     """``[N, G]`` pre-activations: the saved rows copied, the rest computed again."""
     z_NG = z.new_empty(plan.order.shape[0], up_EGD.shape[1])
     kept = z.shape[0]
-    z_NG[:kept].copy_(z)
+    if save_percent > 0:
+        z_NG[:kept].copy_(z)
     pre_activation(x_TD, up_EGD, up_bias_EG, plan, top_k, act, tile, z_NG, kept)
     return z_NG
 
@@ -68,21 +69,20 @@ def experts_mlp_backward(
     """
     E, D, F = down_EDF.shape
     N, K = order.shape[0], experts_TK.shape[1]
-    tiles = rules.tiles_for(
-        rules.architecture(x_TD.device), x_TD.dtype, rules.hint(N) / E, D, F, act.layout != PLAIN
-    )
+    tiles = rules.tiles_for(rules.architecture(x_TD.device), x_TD.dtype, rules.hint(N) / E, D, F, act.layout != PLAIN)
     plan = from_saved(order, offsets, tiles.dh.BLOCK_M)
     dy_TD, x_TD, weights_TK = dy_TD.contiguous(), x_TD.contiguous(), weights_TK.contiguous()
     dx, dweights, dup, ddown, dup_bias, ddown_bias = (x_TD.new_empty(0) for _ in range(6))
 
     if needs.down_bias:
-        ddown_bias = column_sums(dy_TD, plan, weights_TK=weights_TK)
+        assert down_bias_ED is not None
+        ddown_bias = column_sums(dy_TD, plan, weights_TK=weights_TK, dtype=down_bias_ED.dtype)
     needs_dz = needs.x or needs.up or needs.up_bias
     if not (needs_dz or needs.weights or needs.down):
         return dx, dweights, dup, ddown, dup_bias, ddown_bias
 
     if save_percent < 100:
-        z = _all_rows(z, x_TD, up_EGD, up_bias_EG, plan, K, act, tiles.up)
+        z = _all_rows(z, x_TD, up_EGD, up_bias_EG, plan, K, act, save_percent, tiles.up)
     dz_NG, weighted_NF, partial_NC = hidden_gradient(
         dy_TD, z, weights_TK, down_EDF, plan, act, tiles.dh, dz=needs_dz, weighted=needs.down, partial=needs.weights
     )
@@ -97,7 +97,8 @@ def experts_mlp_backward(
     if needs.up:
         dup = grouped_outer(dz_NG, x_TD, plan, tiles.dup, gather_right=K)
     if needs.up_bias:
-        dup_bias = column_sums(dz_NG, plan)
+        assert up_bias_EG is not None
+        dup_bias = column_sums(dz_NG, plan, dtype=up_bias_EG.dtype)
     if needs.x:
         dx_ND = grouped_rows(dz_NG, up_EGD, plan, tiles.dx)
         del dz_NG

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -42,8 +44,7 @@ def expected(left, right, plan, K, gather_left, gather_right, dtype):
     order, offsets = plan.order.cpu().long(), plan.offsets.tolist()
     left_NA = (left.cpu()[order // K] if gather_left else left.cpu()).to(dtype)
     right_NB = (right.cpu()[order // K] if gather_right else right.cpu()).to(dtype)
-    bounds = list(zip(offsets[:-1], offsets[1:], strict=True))
-    return torch.stack([left_NA[a:b].t() @ right_NB[a:b] for a, b in bounds])
+    return torch.stack([left_NA[a:b].t() @ right_NB[a:b] for a, b in pairwise(offsets)])
 
 
 def check(device, tile, *, K=3, gather_left=False, gather_right=False, **case):
@@ -96,7 +97,9 @@ def test_outer_of_no_tokens_is_zero(device):
 @pytest.mark.parametrize("weighted", [False, True])
 def test_column_sums(device, dtype, routing, weighted):
     T, K, E = 67, 3, 4
-    rows, _, plan = make_operands(device, T=T, K=K, E=E, A=70, dtype=dtype, routing=routing, gather_left=weighted, gather_right=True)
+    rows, _, plan = make_operands(
+        device, T=T, K=K, E=E, A=70, dtype=dtype, routing=routing, gather_left=weighted, gather_right=True
+    )
     weights_TK = torch.rand(T, K, generator=torch.Generator().manual_seed(2)).to(device) if weighted else None
     out = column_sums(rows, plan, weights_TK=weights_TK)
 
@@ -105,7 +108,7 @@ def test_column_sums(device, dtype, routing, weighted):
         rows_NB = rows.cpu().to(dtype)
         if weights_TK is not None:
             rows_NB = rows_NB[order // K] * weights_TK.cpu().to(dtype).reshape(-1)[order][:, None]
-        return torch.stack([rows_NB[a:b].sum(0) for a, b in zip(offsets[:-1], offsets[1:], strict=True)])
+        return torch.stack([rows_NB[a:b].sum(0) for a, b in pairwise(offsets)])
 
     assert_within_budget(out.cpu(), sums(dtype), sums(torch.float64), name="column sums")
     assert (out[plan.offsets.diff() == 0] == 0).all()
