@@ -224,7 +224,7 @@ def _down_kernel(
                 h = tl.load(h_rows_ptr[None, :] + (start + f)[:, None], mask=here[None, :] & in_f[:, None], other=0.0)
                 # What does not change is kept apart, so that it changes its layout before the loop.
                 in_block = (start + row_f)[:, None]
-                down_ptrs = down_rows_ptr[:, None] + d[None, :] * stride_dd + in_block.to(tl.int64) * stride_df
+                down_ptrs = down_rows_ptr[:, None] + d.to(tl.int64)[None, :] * stride_dd + in_block.to(tl.int64) * stride_df
                 in_down = in_tile if EVEN_F else in_tile & (in_block < F)
                 down = tl.load(down_ptrs, mask=in_down, other=0.0)
                 down = tl.reshape(down, (BLOCK_F, BLOCK_J, BLOCK_D))

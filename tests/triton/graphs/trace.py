@@ -32,7 +32,7 @@ D, F, E, K = 256, 128, 16, 4
 TOKENS = (64, 100, 7, 2, 3000)  # 0 and 1 are graphs of their own: torch always specialises on them
 # Views and allocations, which launch nothing.
 FREE = re.compile(
-    r"(empty|view|_unsafe_view|reshape|t|transpose|permute|slice|select|(un)?squeeze|expand|detach|alias|as_strided|unbind|split"
+    r"((new_)?empty(_like|_strided)?|view|_unsafe_view|reshape|t|transpose|permute|slice|select|(un)?squeeze|expand|detach|alias|as_strided|unbind|split"
     r"|sym_(size|stride|numel))\."
 )
 

@@ -62,11 +62,14 @@ def forward_saves(inputs, act):
 
 def backward(device, inputs, dy_TD, saved, act, *, needs=None, save_percent=100):
     needs = needs or (NO_BIAS if inputs.up_bias is None else ALL)
+    z, order, offsets = saved
     on_device = {f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs)}
     on_device = {name: None if tensor is None else tensor.to(device) for name, tensor in on_device.items()}
     out = mlp_backward.experts_mlp_backward(
         dy_TD.to(device),
-        *(tensor.to(device) for tensor in saved),
+        z.to(device),
+        order.to(device),
+        offsets.to(device),
         on_device["x"],
         on_device["experts"],
         on_device["weights"],
@@ -206,7 +209,8 @@ def test_what_is_frozen_is_neither_launched_nor_allocated(device, monkeypatch, w
     inputs, dy_TD = make_inputs(act, bias=True)
     saved = forward_saves(inputs, act)
     whole = backward(device, inputs, dy_TD, saved, act)
-    launched, stored = [], []
+    launched: list[str] = []
+    stored: list[str] = []
 
     def record(name, launch):
         def recorded(*args, **kwargs):
