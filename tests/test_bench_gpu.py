@@ -309,12 +309,17 @@ def test_conditions_are_optional(monkeypatch):
     assert timing.conditions()["clocks.sm"] == "1980" and timing.conditions() is None
 
 
-@pytest.mark.skipif("triton" not in IMPLEMENTATIONS, reason="no Triton kernels")
+@pytest.mark.skipif("triton" not in IMPLEMENTATIONS or not importlib.util.find_spec("triton"), reason="no Triton kernels")
 def test_ours_runs_dry_in_tritons_interpreter(tmp_path):
     file = tmp_path / "results.json"
-    cells = "^(qwen3-30b-T(1|512)-|gpt-oss-20b-T4096-bfloat16-training|merged-E32-|router-T32-)"
+    kinds = (
+        r"qwen3-30b-T512-\w+-training$|qwen3-30b-T1-\w+-decode|gpt-oss-20b-T4096-\w+-training|merged-E32-\w+-training|router-T32-"
+    )
+    cells = f"^({kinds})"
     command = [sys.executable, "-m", "fusedonemoe", "bench", "--suite", "gpu", "--dry", "--cells", cells, "--json", str(file)]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([*command, "--peers", "^fusedonemoe$"], capture_output=True, text=True, timeout=600, check=False, env=environment)
+    command += ["--peers", f"^{OURS}$"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=environment)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert json.loads(file.read_text(encoding="utf-8"))["impl"] == "triton"
+    results = json.loads(file.read_text(encoding="utf-8"))
+    assert results["impl"] == "triton" and len(results["cells"]) == 5
