@@ -160,7 +160,7 @@ def tune(layer: MoE | Experts, tokens: int, *, backward: bool = True, seconds: f
     if reason:
         raise ValueError(f"layer cannot be tuned: {reason}")
     if not backward and rules.few_rows(tokens * K, E):
-        raise ValueError(f"tokens must be more than {max(32, E // 4) // K} for this layer: so few take the path without tiles")
+        raise ValueError(f"tokens must be more than {tokens} for this layer: so few take the path without tiles")
     _check_memory(weight, _bytes_needed(config, tokens, weight.dtype.itemsize, backward))
 
     at = rules.layer_of(

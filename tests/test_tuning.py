@@ -14,6 +14,7 @@ from fusedonemoe.ops.triton.rules import Tile, Tiles
 
 NAMES = ("rows", "up", "down", "dh", "dx", "dup", "ddown")
 START = Tiles(*[Tile(64, 64, 64, 4, 3)] * 6)
+BY_RULE = rules.tiles_by_rule("sm90", torch.bfloat16, 64, 2048, 768)
 CONFIG = MoEConfig(hidden_size=16, intermediate_size=8, num_experts=4, top_k=2)
 
 
@@ -65,13 +66,13 @@ def test_the_search_ends_when_its_time_is_over():
 
 def test_what_was_measured_is_used_here_and_in_later_processes(cache, monkeypatch):
     best = START._replace(up=Tile(64, 256, 32, 8, 2))
-    assert rules.tiles_for("sm90", torch.bfloat16, 64, 2048, 768, gated=True) == rules.tiles_by_rule("sm90", torch.bfloat16, 64)
+    assert rules.tiles_for("sm90", torch.bfloat16, 64, 2048, 768, gated=True) == BY_RULE
     assert rules.keep(a_layer(), best) == cache
     for _ in ("this process", "a later one"):
         assert rules.tiles_for("sm90", torch.bfloat16, 60, 2048, 768, gated=True) == best
-        other = rules.tiles_by_rule("sm90", torch.bfloat16, 64)
-        assert rules.tiles_for("sm90", torch.bfloat16, 64, 2048, 768, gated=False) == other
-        assert rules.tiles_for("sm90", torch.bfloat16, 64, 2048, 512, gated=True) == other
+        for D, F_, gated in ((2048, 768, False), (2048, 512, True)):
+            other = rules.tiles_by_rule("sm90", torch.bfloat16, 64, D, F_)
+            assert rules.tiles_for("sm90", torch.bfloat16, 64, D, F_, gated) == other != best
         assert rules.tiles_for("sm80", torch.bfloat16, 64, 2048, 768, gated=True) == rules.tiles_by_rule(
             "sm80", torch.bfloat16, 64
         )
@@ -86,7 +87,7 @@ def test_what_was_measured_is_used_here_and_in_later_processes(cache, monkeypatc
 @pytest.mark.parametrize("content", ["", "[1]", '[{"layer": {}}]', "{"])
 def test_a_damaged_cache_is_no_cache(cache, content):
     cache.write_text(content)
-    assert rules.tiles_for("sm90", torch.bfloat16, 64, 2048, 768, gated=True) == rules.tiles_by_rule("sm90", torch.bfloat16, 64)
+    assert rules.tiles_for("sm90", torch.bfloat16, 64, 2048, 768, gated=True) == BY_RULE
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,6 @@ from fusedonemoe.ops.activation import Activation
 from fusedonemoe.ops.triton import rules
 from fusedonemoe.ops.triton.tiles import act_value, gated_value
 
-# Each pair reads its expert for itself. With N = E pairs spread evenly, every expert that is hit is read 1.6 times, the repeats
-# mostly from the L2 cache; more would cost more than the plan saved. Beyond 32 rows the tensor cores have work enough, unless
-# nearly all pairs have an expert of their own (N <= E / 4).
-FEW_ROWS = 32
 # Memory answers in about a microsecond, so a GPU of 132 multiprocessors and 4.8 TB/s must have about 5 MB under way.
 BYTES_IN_FLIGHT = 132 * 40 * 1024
 NUM_WARPS = 4
@@ -29,11 +25,6 @@ NUM_STAGES = 3
 # at any time; plain loads were scheduled one after the other to save registers.
 TILE_BYTES = 8 * 16 * 32 * NUM_WARPS
 CHOICES_AT_ONCE = 8
-
-
-def serves(num_rows: int, num_experts: int) -> bool:
-    """Whether ``num_rows = T * K`` rows on ``num_experts`` experts are few enough for this path."""
-    return num_rows <= max(num_experts // 4, min(FEW_ROWS, num_experts))
 
 
 class Cut(NamedTuple):

@@ -214,7 +214,9 @@ def experts_merged_backward(
     dh_TF, x_TD, weights_TK = dh_TF.contiguous(), x_TD.contiguous(), weights_TK.contiguous()
     dx, dweights, dproj = (x_TD.new_empty(0) for _ in range(3))
     if needs.proj:
-        dproj = weighted_outer(x_TD, dh_TF, weights_TK, order, offsets, tiles.dup)
+        # The rows are weighted in registers, which leaves none for a wider tile.
+        tile = tiles.dup._replace(BLOCK_N=min(tiles.dup.BLOCK_N, 128), num_stages=min(tiles.dup.num_stages, 3))
+        dproj = weighted_outer(x_TD, dh_TF, weights_TK, order, offsets, tile)
     if needs.x or needs.weights:
         plan = from_saved(order, offsets, tiles.dx.BLOCK_M)
         q_ND = grouped_rows(dh_TF, proj_EDF.transpose(1, 2), plan, tiles.dx, top_k=K)

@@ -87,9 +87,15 @@ def architecture(device: torch.device) -> str:
     return f"sm{major}{minor}"
 
 
+# Without a plan each routed row reads its expert for itself. With N = E rows spread evenly, every expert that is hit is read 1.6
+# times, the repeats mostly from the L2 cache; more would cost more than the plan saved. Beyond 32 rows the tensor cores have work
+# enough, unless nearly all rows have an expert of their own (N <= E / 4).
+FEW_ROWS = 32
+
+
 def few_rows(rows: int, num_experts: int) -> bool:
-    """Whether so few rows are routed that sorting them costs more than reading a weight twice: most experts have at most one."""
-    return rows <= max(32, num_experts // 4)
+    """Whether ``rows = T * K`` rows are few enough for the path without a plan."""
+    return rows <= max(num_experts // 4, min(FEW_ROWS, num_experts))
 
 
 def tiles_for(arch: str, dtype: torch.dtype, rows_per_expert: float, D: int, F: int, gated: bool) -> Tiles:
@@ -104,28 +110,52 @@ def tiles_for(arch: str, dtype: torch.dtype, rows_per_expert: float, D: int, F: 
         gated: whether the up-projection has gate and up.
     """
     layer = layer_of(arch, dtype, rows_per_expert, D, F, gated)
-    return _tried or _measured().get(layer) or tiles_by_rule(layer.arch, dtype, rows_per_expert)
+    return _tried or _measured().get(layer) or tiles_by_rule(arch, dtype, rows_per_expert, D, F)
 
 
-def tiles_by_rule(arch: str, dtype: torch.dtype, rows_per_expert: float) -> Tiles:
-    """The tiles that need no measurement. Arguments as for :func:`tiles_for`."""
+def tiles_by_rule(arch: str, dtype: torch.dtype, rows_per_expert: float, D: int, F: int) -> Tiles:
+    """The tiles that need no measurement. Arguments as for :func:`tiles_for`.
+
+    What each has in common: no register spills, copies that run ahead of the products, and where there are rows enough for it,
+    Hopper's wide products with one of them always under way. The tests compile every one of them and look.
+    """
     if arch == "interpreter":
-        small = Tile(16, 16, 16, 4, 1, GROUP_M=2)
-        return Tiles(small, small, small, small, small, small)
+        return Tiles(*[Tile(16, 16, 16, 4, 1, GROUP_M=2)] * 6)
     if dtype == torch.float32:
-        rows = 16 if rows_per_expert <= 16 else 64
-        tile = Tile(rows, 64, 32, 4, 3)
-        return Tiles(tile, tile, tile, tile, Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3))
+        rows = Tile(16 if rows_per_expert <= 16 else 64, 64, 32, 4, 3)
+        return Tiles(rows, rows, rows, rows, Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3))
+    if D % 16 or F % 16:
+        # Rows that begin anywhere are read element by element, with an address for each: small tiles, or they spill.
+        rows = Tile(16 if rows_per_expert <= 16 else 64, 64, 32, 4, 2)
+        return Tiles(rows, rows, rows, rows, Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2))
+    if arch.startswith("gfx"):
+        return _with_two_stages(_half_precision("sm80", rows_per_expert))
+    return _half_precision("sm80" if arch in ("sm80", "sm86", "sm89") else "sm90", rows_per_expert)
+
+
+def _half_precision(arch: str, rows_per_expert: float) -> Tiles:
+    """For bfloat16 and float16 with rows of a multiple of 16 elements."""
+    hopper = arch == "sm90"
+    outer = Tile(128, 128, 64, 8, 5) if hopper else Tile(128, 128, 32, 8, 5)
     if rows_per_expert <= 16:
-        few, outer = Tile(16, 64, 128, 4, 3, GROUP_M=1), Tile(128, 128, 32, 8, 3)
+        few = Tile(16, 64, 128, 4, 3, GROUP_M=1)
         return Tiles(few, few._replace(BLOCK_N=128), few, few, outer, outer)
     if rows_per_expert <= 64:
-        mid, outer = Tile(64, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3)
-        return Tiles(mid, mid, mid, mid, outer, outer)
-    wide, outer = Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3)
-    if arch == "sm80":
-        return Tiles(wide._replace(BLOCK_N=64), wide, wide._replace(BLOCK_N=64), wide, outer, outer)
-    return Tiles(wide, wide._replace(BLOCK_N=256), wide, wide._replace(BLOCK_N=256), outer, outer)
+        # Two programs on a multiprocessor: one computes while the other begins or ends.
+        mid = Tile(64, 64, 64, 4, 4 if hopper else 3)
+        return Tiles(mid, mid._replace(BLOCK_N=128), mid, mid._replace(BLOCK_N=128), outer, outer)
+    if not hopper:
+        wide = Tile(128, 128, 32, 8, 4)
+        return Tiles(wide._replace(BLOCK_N=64), wide, Tile(128, 64, 64, 8, 3), wide, outer, outer)
+    wide = Tile(128, 256, 64, 8, 4)
+    if rows_per_expert >= 512:
+        outer = Tile(128, 256, 64, 8, 5)
+    return Tiles(wide._replace(BLOCK_N=128), wide, Tile(128, 128, 64, 8, 3), wide, outer, outer)
+
+
+def _with_two_stages(tiles: Tiles) -> Tiles:
+    """For 64 KiB of shared memory."""
+    return Tiles(*(tile._replace(num_stages=2) for tile in tiles))
 
 
 # Measured tiles: read from the cache once, and written by fusedonemoe.tune alone.

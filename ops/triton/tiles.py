@@ -25,14 +25,6 @@ def swizzled(pid, num_blocks, num_columns, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def row_block(blocks_ptr, offsets_ptr, block):
-    """Expert of a block of rows, its first sorted position, and the end of the expert's rows. Expert -1: no such block."""
-    expert = tl.load(blocks_ptr + 2 * block)
-    first = tl.load(blocks_ptr + 2 * block + 1)
-    return expert, first, tl.load(offsets_ptr + expert + 1)
-
-
-@triton.jit
 def sigmoid(v):
     """``1 / (1 + exp(-v))`` of a float32."""
     return 1.0 / (1.0 + tl.exp(-v))

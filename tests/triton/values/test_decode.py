@@ -7,7 +7,7 @@ import torch
 
 from fusedonemoe.ops import grouped, reference
 from fusedonemoe.ops.activation import ACTIVATIONS, GATE_UP_LAYOUTS, PLAIN, Activation
-from fusedonemoe.ops.triton import decode
+from fusedonemoe.ops.triton import decode, rules
 from fusedonemoe.testing import assert_within_budget, exact_float64, make_mlp_inputs
 
 LAYOUTS = (*GATE_UP_LAYOUTS, PLAIN)
@@ -128,7 +128,7 @@ def test_a_token_alone_gets_the_bits_it_gets_in_company(device):
     assert_within_budget(alone.cpu(), decode.experts_mlp(x, experts, weights, *rest, SWIGLU)[2:3].cpu(), exact_float64(alone))
 
 
-def test_which_row_counts_are_served():
-    assert decode.serves(8, 128) and decode.serves(32, 128) and decode.serves(2, 8)
-    assert not decode.serves(33, 128) and not decode.serves(9, 8)
-    assert decode.serves(64, 256) and not decode.serves(65, 256)
+def test_which_row_counts_need_no_plan():
+    assert rules.few_rows(8, 128) and rules.few_rows(32, 128) and rules.few_rows(2, 8)
+    assert not rules.few_rows(33, 128) and not rules.few_rows(9, 8)
+    assert rules.few_rows(64, 256) and not rules.few_rows(65, 256)
