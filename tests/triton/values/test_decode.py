@@ -122,7 +122,7 @@ def test_equal_calls_give_equal_bits(device):
     assert torch.equal(decode.experts_mlp(*arguments, act), decode.experts_mlp(*arguments, act))
 
 
-def test_a_token_alone_gets_the_bits_it_gets_in_company(device):
+def test_a_token_alone_gets_what_it_gets_in_company(device):
     x, experts, weights, *rest = problem(3, 48, 24, 6, 3, dtype=torch.bfloat16, device=device)
     alone = decode.experts_mlp(x[2:3], experts[2:3], weights[2:3], *rest, SWIGLU)
     assert_within_budget(alone.cpu(), decode.experts_mlp(x, experts, weights, *rest, SWIGLU)[2:3].cpu(), exact_float64(alone))
