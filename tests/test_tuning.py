@@ -73,9 +73,8 @@ def test_what_was_measured_is_used_here_and_in_later_processes(cache, monkeypatc
         for D, F_, gated in ((2048, 768, False), (2048, 512, True)):
             other = rules.tiles_by_rule("sm90", torch.bfloat16, 64, D, F_)
             assert rules.tiles_for("sm90", torch.bfloat16, 64, D, F_, gated) == other != best
-        assert rules.tiles_for("sm80", torch.bfloat16, 64, 2048, 768, gated=True) == rules.tiles_by_rule(
-            "sm80", torch.bfloat16, 64
-        )
+        other = rules.tiles_by_rule("sm80", torch.bfloat16, 64, 2048, 768)
+        assert rules.tiles_for("sm80", torch.bfloat16, 64, 2048, 768, gated=True) == other
         monkeypatch.setattr(rules, "_read", None)
     more = START._replace(down=Tile(64, 128, 32, 8, 2))
     rules.keep(a_layer(1000), more)
