@@ -44,10 +44,10 @@ def from_order(order):
 
 
 @triton.jit
-def best_of(order, id):
+def best_of(order, expert):
     """The id of the greatest ``order`` of each row, the least of equals."""
     best = tl.max(order, axis=1)
-    return tl.min(tl.where(order == best[:, None], id, FAR), axis=1)
+    return tl.min(tl.where(order == best[:, None], expert, FAR), axis=1)
 
 
 @triton.jit
@@ -128,13 +128,13 @@ def _route_kernel(
     lane = tl.arange(0, BLOCK_G * BLOCK_S)
     group_size: tl.constexpr = E // NUM_GROUPS
     if group_size == BLOCK_S:
-        id, is_expert = lane, lane < E
+        expert, is_expert = lane, lane < E
     else:
-        id = lane // BLOCK_S * group_size + lane % BLOCK_S
-        is_expert = (lane % BLOCK_S < group_size) & (id < E)
-    id, is_expert = id[None, :], is_expert[None, :]
+        expert = lane // BLOCK_S * group_size + lane % BLOCK_S
+        is_expert = (lane % BLOCK_S < group_size) & (expert < E)
+    expert, is_expert = expert[None, :], is_expert[None, :]
     row_ptr = logits_ptr + row[:, None] * stride_lt
-    logits = tl.load(row_ptr + id * stride_le, is_row[:, None] & is_expert, other=float("-inf")).to(tl.float32)
+    logits = tl.load(row_ptr + expert.to(tl.int64) * stride_le, is_row[:, None] & is_expert, other=float("-inf")).to(tl.float32)
 
     if OVER_ALL:
         peak = tl.max(logits, axis=1)
@@ -151,20 +151,20 @@ def _route_kernel(
             else:
                 key = soft_max(logits)
         if HAS_BIAS:
-            key += tl.load(bias_ptr + id * stride_b, is_expert, other=0.0).to(tl.float32)
+            key += tl.load(bias_ptr + expert * stride_b, is_expert, other=0.0).to(tl.float32)
         order = tl.where(is_expert, in_order(key), LOWEST)
         if NUM_GROUPS > 1:
             order = close_groups(order, NUM_GROUPS, TOPK_GROUP, SUM_OF_TWO, BLOCK_T, BLOCK_G, BLOCK_S)
         if SORT:
-            packed = (order.to(tl.int64) << 32) | (id ^ FAR).to(tl.int64)
+            packed = (order.to(tl.int64) << 32) | (expert ^ FAR).to(tl.int64)
             experts = (tl.topk(packed, BLOCK_K) & FAR).to(tl.int32) ^ FAR
         else:
             experts = tl.zeros([BLOCK_T, BLOCK_K], tl.int32)
             for j in range(K):
-                winner = best_of(order, id)[:, None]
+                winner = best_of(order, expert)[:, None]
                 experts = tl.where(slot == j, winner, experts)
-                order = tl.where(id == winner, LOWEST, order)
-        picked = tl.load(row_ptr + experts * stride_le, is_stored, other=float("-inf")).to(tl.float32)
+                order = tl.where(expert == winner, LOWEST, order)
+        picked = tl.load(row_ptr + experts.to(tl.int64) * stride_le, is_stored, other=float("-inf")).to(tl.float32)
     else:
         experts = slot + tl.zeros([BLOCK_T, BLOCK_K], tl.int32)
         picked = logits
@@ -206,23 +206,25 @@ def _route_backward_kernel(
     row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     is_row = row < T
     row = row.to(tl.int64)
-    id = tl.arange(0, BLOCK_E)[None, :]
-    is_logit = is_row[:, None] & (id < E)
-    logits = tl.load(logits_ptr + row[:, None] * stride_lt + id * stride_le, is_logit, other=float("-inf")).to(tl.float32)
+    expert = tl.arange(0, BLOCK_E)[None, :]
+    is_logit = is_row[:, None] & (expert < E)
+    logits_ptr += row[:, None] * stride_lt + expert.to(tl.int64) * stride_le
+    logits = tl.load(logits_ptr, is_logit, other=float("-inf")).to(tl.float32)
 
     # Everything stands in the order of the ids: the gradient of each expert's weight, 0 where it was not picked.
     if SELECT:
         is_picked = tl.zeros([BLOCK_T, BLOCK_E], tl.int1)
         dscore = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
         for j in range(K):
-            expert = tl.load(experts_ptr + row * K + j, is_row, other=-1).to(tl.int32)
+            chosen = tl.load(experts_ptr + row * K + j, is_row, other=-1).to(tl.int32)
             dweight = tl.load(dweights_ptr + row * stride_dt + j * stride_dk, is_row, other=0.0).to(tl.float32)
-            is_choice = id == expert[:, None]
+            is_choice = expert == chosen[:, None]
             is_picked |= is_choice
             dscore = tl.where(is_choice, dweight[:, None], dscore)
     else:
         is_picked = is_logit
-        dscore = tl.load(dweights_ptr + row[:, None] * stride_dt + id * stride_dk, is_logit, other=0.0).to(tl.float32)
+        dweights_ptr += row[:, None] * stride_dt + expert.to(tl.int64) * stride_dk
+        dscore = tl.load(dweights_ptr, is_logit, other=0.0).to(tl.float32)
     dscore *= SCALE
 
     if not OVER_ALL:
@@ -238,15 +240,16 @@ def _route_backward_kernel(
         dlogits = score * (dscore - tl.sum(dscore * score, axis=1)[:, None])
     if not OVER_ALL:
         dlogits = tl.where(is_picked, dlogits, 0.0)
-    tl.store(dlogits_ptr + row[:, None] * E + id, dlogits.to(dlogits_ptr.dtype.element_ty), is_logit)
+    tl.store(dlogits_ptr + row[:, None] * E + expert, dlogits.to(dlogits_ptr.dtype.element_ty), is_logit)
 
 
-def refusal(dtype: torch.dtype, num_experts: int) -> str | None:
+def refusal(dtype: torch.dtype, num_experts: int, n_group: int = 1) -> str | None:
     """Why these kernels cannot route such logits, or None."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the routing kernels take float32, bfloat16 and float16 logits, got {dtype}"
-    if num_experts > MAX_EXPERTS:
-        return f"the routing kernels take at most {MAX_EXPERTS} experts, got {num_experts}"
+    # Both the groups and their sizes are rounded up to powers of two.
+    if triton.next_power_of_2(n_group) * triton.next_power_of_2(num_experts // n_group) > MAX_EXPERTS:
+        return f"the routing kernels take at most {MAX_EXPERTS} experts, got {num_experts} in {n_group} groups"
     return None
 
 
@@ -299,7 +302,7 @@ def route(logits_TE: Tensor, selection_bias_E: Tensor | None, rule: RouteRule) -
         HAS_BIAS=has_bias,
         NUM_GROUPS=rule.n_group,
         TOPK_GROUP=rule.topk_group,
-        SUM_OF_TWO=rule.group_score == "top2_sum" and E > rule.n_group,
+        SUM_OF_TWO=rule.group_score == "top2_sum" and rule.n_group < E,
         BLOCK_T=BLOCK_T,
         BLOCK_G=BLOCK_G,
         BLOCK_S=BLOCK_S,

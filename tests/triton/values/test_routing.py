@@ -16,7 +16,7 @@ SCORES = list(itertools.product(("softmax", "sigmoid"), (True, False), (True, Fa
 every_score = pytest.mark.parametrize("score", SCORES, ids=lambda score: "-".join(map(str, score)))
 
 # E, K, n_group, topk_group, group_score
-PLAIN = [(E, K, 1, 1, "max") for E in (1, 5, 8, 60, 64) for K in sorted({0, 1, 3, 6, E}) if K <= min(E, 20)]
+PLAIN = [(E, K, 1, 1, "max") for E in (1, 5, 8, 60, 64) for K in sorted({0, 1, 3, 6, min(E, 20)}) if E >= K]
 GROUPED = [
     (160, 6, 8, 3, "top2_sum"),
     (160, 1, 8, 1, "max"),
@@ -250,3 +250,5 @@ def test_what_the_kernels_cannot_take_is_named():
     assert all(routing.refusal(dtype, routing.MAX_EXPERTS) is None for dtype in FLOATS)
     assert "float64" in (routing.refusal(torch.float64, 8) or "")
     assert "16385" in (routing.refusal(torch.float32, 16385) or "")
+    assert routing.refusal(torch.float32, 9000, 9) is None
+    assert "9 groups" in (routing.refusal(torch.float32, 10000 // 9 * 9, 9) or "")
