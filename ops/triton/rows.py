@@ -10,7 +10,7 @@ from torch.library import wrap_triton
 
 from fusedonemoe.ops.triton.plan import RowPlan
 from fusedonemoe.ops.triton.rules import Tile
-from fusedonemoe.ops.triton.tiles import dot_precision, row_block, swizzled
+from fusedonemoe.ops.triton.tiles import dot_precision, swizzled
 
 
 @triton.jit
@@ -41,9 +41,11 @@ def rows_kernel(
     """One program: a block of rows of one expert by BLOCK_N columns of the output."""
     num_columns = tl.cdiv(B, BLOCK_N)
     block, column_block = swizzled(tl.program_id(0), tl.num_programs(0) // num_columns, num_columns, GROUP_M)
-    expert, first, end = row_block(blocks_ptr, offsets_ptr, block)
+    expert = tl.load(blocks_ptr + 2 * block)
     if expert < 0:
         return
+    first = tl.load(blocks_ptr + 2 * block + 1)
+    end = tl.load(offsets_ptr + expert + 1)
 
     # A row behind the end reads the last row instead: what it computes is not stored, and the loop needs no mask.
     row = first + tl.arange(0, BLOCK_M)

@@ -12,7 +12,7 @@ from torch.library import wrap_triton
 from fusedonemoe.ops.activation import PLAIN, Activation
 from fusedonemoe.ops.triton.plan import RowPlan
 from fusedonemoe.ops.triton.rules import Tile
-from fusedonemoe.ops.triton.tiles import act_value, dot_precision, gated_value, row_block, swizzled
+from fusedonemoe.ops.triton.tiles import act_value, dot_precision, gated_value, swizzled
 
 
 @triton.jit
@@ -64,9 +64,11 @@ def up_kernel(
     """One program: a block of rows of one expert by BLOCK_N columns of h. Of z it stores rows from z_first to z_end."""
     num_columns = tl.cdiv(F, BLOCK_N)
     block, column_block = swizzled(tl.program_id(0), tl.num_programs(0) // num_columns, num_columns, GROUP_M)
-    expert, first, end = row_block(blocks_ptr, offsets_ptr, block)
+    expert = tl.load(blocks_ptr + 2 * block)
     if expert < 0:
         return
+    first = tl.load(blocks_ptr + 2 * block + 1)
+    end = tl.load(offsets_ptr + expert + 1)
     if not STORE_H and first + BLOCK_M <= z_first:
         return
 
@@ -74,10 +76,7 @@ def up_kernel(
     row = first + tl.arange(0, BLOCK_M)
     token = tl.load(order_ptr + tl.minimum(row, end - 1)) // top_k
     # z_column [columns of the tile]: the weight's rows, and the columns of z, that the tile covers.
-    if LAYOUT == "plain":
-        GATED: tl.constexpr = 1
-    else:
-        GATED: tl.constexpr = 2
+    GATED: tl.constexpr = 1 if LAYOUT == "plain" else 2
     tile_column = tl.arange(0, GATED * BLOCK_N)
     if LAYOUT == "plain" or LAYOUT == "interleaved":
         z_column = column_block * (GATED * BLOCK_N) + tile_column

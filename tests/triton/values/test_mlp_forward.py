@@ -185,6 +185,18 @@ def test_saving_less_changes_no_bit(layout, routing, device):
         assert torch.equal(less_y, y) and torch.equal(less_z[:kept], z[:kept]) and z.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", reference.GATE_UP_LAYOUTS)
+def test_h_comes_from_the_pre_activations_as_they_are_saved(layout, dtype, device):
+    act = Activation("identity", layout, 1.0, 0.0)
+    inputs = make(23, 24, 20, 4, 2, act=act, dtype=dtype, device=device)
+    plan = make_plan(inputs.experts, 4, SMALL.BLOCK_M)
+    z = inputs.x.new_empty(46, 40)
+    h = up_projection(inputs.x, inputs.up_proj, inputs.up_bias, plan, 2, act, SMALL, z)
+    gate, up = (z[:, 0::2], z[:, 1::2]) if layout == "interleaved" else z.chunk(2, dim=1)
+    assert torch.equal(h, gate * up) and h.any()  # a product of two halves is exact in float32, so it rounds once in both
+
+
 @pytest.mark.parametrize("layout", [*reference.GATE_UP_LAYOUTS, PLAIN])
 def test_pre_activations_computed_once_more_are_the_same_bits(layout, device):
     act = SILU._replace(layout=layout)
