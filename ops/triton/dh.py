@@ -16,7 +16,7 @@ from torch.library import wrap_triton
 from fusedonemoe.ops.activation import Activation
 from fusedonemoe.ops.triton.plan import RowPlan
 from fusedonemoe.ops.triton.rules import Tile
-from fusedonemoe.ops.triton.tiles import act_slope, act_value, dot_precision, gated_slopes, gated_value, row_block, swizzled
+from fusedonemoe.ops.triton.tiles import act_slope, act_value, dot_precision, gated_slopes, gated_value, swizzled
 
 
 @triton.jit
@@ -126,7 +126,10 @@ def dh_kernel(
     """BLOCK_M rows of one expert by BLOCK_N columns of h."""
     num_columns = tl.cdiv(F, BLOCK_N)
     block, column = swizzled(tl.program_id(0), tl.num_programs(0) // num_columns, num_columns, GROUP_M)
-    expert, first, end = row_block(blocks_ptr, offsets_ptr, block)
+    # Loaded here, not in a function: torch takes a pointer that a call's result depends on for written.
+    expert = tl.load(blocks_ptr + 2 * block)
+    first = tl.load(blocks_ptr + 2 * block + 1)
+    end = tl.load(offsets_ptr + expert + 1)
     if expert < 0:
         return
     rows = first + tl.arange(0, BLOCK_M)
@@ -140,7 +143,8 @@ def dh_kernel(
     if WITH_DZ or WITH_PARTIAL:
         d = tl.arange(0, BLOCK_K)
         dy_ptrs = dy_ptr + (source // TOP_K).to(tl.int64)[:, None] * D + d[None, :]
-        down_ptrs = down_ptr + expert.to(tl.int64) * stride_we + d[:, None] * stride_wd + f[None, :] * stride_wf
+        down_ptrs = down_ptr + expert.to(tl.int64) * stride_we
+        down_ptrs += d.to(tl.int64)[:, None] * stride_wd + f.to(tl.int64)[None, :] * stride_wf
         for k in range(0, D, BLOCK_K):
             if EVEN_K:
                 dy = tl.load(dy_ptrs)

@@ -27,12 +27,14 @@ def _all_rows(
     plan: RowPlan,
     top_k: int,
     act: Activation,
+    save_percent: int,
     tile: rules.Tile,
 ) -> Tensor:
     """``[N, G]`` pre-activations: the saved rows copied, the rest computed again."""
     z_NG = z.new_empty(plan.order.shape[0], up_EGD.shape[1])
     kept = z.shape[0]
-    z_NG[:kept].copy_(z)
+    if save_percent > 0:
+        z_NG[:kept].copy_(z)
     pre_activation(x_TD, up_EGD, up_bias_EG, plan, top_k, act, tile, z_NG, kept)
     return z_NG
 
@@ -73,13 +75,14 @@ def experts_mlp_backward(
     dx, dweights, dup, ddown, dup_bias, ddown_bias = (x_TD.new_empty(0) for _ in range(6))
 
     if needs.down_bias:
-        ddown_bias = column_sums(dy_TD, plan, weights_TK=weights_TK)
+        assert down_bias_ED is not None
+        ddown_bias = column_sums(dy_TD, plan, weights_TK=weights_TK, dtype=down_bias_ED.dtype)
     needs_dz = needs.x or needs.up or needs.up_bias
     if not (needs_dz or needs.weights or needs.down):
         return dx, dweights, dup, ddown, dup_bias, ddown_bias
 
     if save_percent < 100:
-        z = _all_rows(z, x_TD, up_EGD, up_bias_EG, plan, K, act, tiles.up)
+        z = _all_rows(z, x_TD, up_EGD, up_bias_EG, plan, K, act, save_percent, tiles.up)
     dz_NG, weighted_NF, partial_NC = hidden_gradient(
         dy_TD, z, weights_TK, down_EDF, plan, act, tiles.dh, dz=needs_dz, weighted=needs.down, partial=needs.weights
     )
@@ -94,7 +97,8 @@ def experts_mlp_backward(
     if needs.up:
         dup = grouped_outer(dz_NG, x_TD, plan, tiles.dup, gather_right=K)
     if needs.up_bias:
-        dup_bias = column_sums(dz_NG, plan)
+        assert up_bias_EG is not None
+        dup_bias = column_sums(dz_NG, plan, dtype=up_bias_EG.dtype)
     if needs.x:
         dx_ND = grouped_rows(dz_NG, up_EGD, plan, tiles.dx)
         del dz_NG
