@@ -153,6 +153,14 @@ def _up_kernel(
 
 
 @triton.jit
+def _expert(experts_ptr, token, j, E, K: tl.constexpr):
+    """Experts of a token's choices, and which may be read: h of an id outside ``[0, E)`` was never written."""
+    expert = tl.load(experts_ptr + token * K + j, mask=j < K, other=-1).to(tl.int64)
+    here = (j < K) & (expert >= 0) & (expert < E)
+    return tl.where(here, expert, 0), here
+
+
+@triton.jit
 def _down_kernel(
     h_ptr,  # [N, F]
     experts_ptr,  # [T, K]
@@ -183,35 +191,43 @@ def _down_kernel(
     y = tl.zeros((BLOCK_D,), tl.float32)
     for first in range(0, K, BLOCK_J):
         j = first + tl.arange(0, BLOCK_J)
-        expert = tl.load(experts_ptr + token * K + j, mask=j < K, other=-1).to(tl.int64)
-        # The choices that this launch may read: h of the others was never written.
-        here = (j < K) & (expert >= 0) & (expert < E)
+        expert, here = _expert(experts_ptr, token, j, E, K)
         weight = tl.load(weights_ptr + token * K + j, mask=here, other=0.0).to(tl.float32)
-        expert = tl.where(here, expert, 0)
         h_rows_ptr = h_ptr + (token * K + j) * F
+        # The weights are read as a matrix, the choice the lower part of its row: the layout of a tensor of three axes, and with
+        # it how often h is read and whether a fold stays within a thread, differs between versions of Triton.
         if ALONG_F:
-            down_rows_ptr = down_ptr + expert[None, :] * stride_de + d.to(tl.int64)[:, None] * stride_dd
-            in_rows = here[None, :] & in_d[:, None]
+            row = tl.arange(0, BLOCK_D * BLOCK_J)
+            row_expert, in_rows = _expert(experts_ptr, token, first + row % BLOCK_J, E, K)
+            row_d = tl.program_id(1) * BLOCK_D + row // BLOCK_J
+            in_rows = in_rows & (row_d < D)
+            down_rows_ptr = down_ptr + row_expert * stride_de + row_d.to(tl.int64) * stride_dd
             acc = tl.zeros((BLOCK_D, BLOCK_J, BLOCK_F // FOLD), tl.float32)
             for start in tl.range(0, F, BLOCK_F, num_stages=STAGES):
                 in_f = start + f < F
                 h = tl.load(h_rows_ptr[:, None] + (start + f)[None, :], mask=here[:, None] & in_f[None, :], other=0.0)
-                down_ptrs = down_rows_ptr[:, :, None] + (start + f)[None, None, :] * stride_df
-                in_down = in_rows[:, :, None] if EVEN_F else in_rows[:, :, None] & in_f[None, None, :]
-                down = tl.load(down_ptrs, mask=in_down, other=0.0)
+                down_ptrs = down_rows_ptr[:, None] + (start + f)[None, :] * stride_df
+                in_down = in_rows[:, None] if EVEN_F else in_rows[:, None] & in_f[None, :]
+                down = tl.reshape(tl.load(down_ptrs, mask=in_down, other=0.0), (BLOCK_D, BLOCK_J, BLOCK_F))
                 products = down.to(tl.float32) * h.to(tl.float32)[None, :, :]
                 acc += tl.sum(tl.reshape(products, (BLOCK_D, BLOCK_J, BLOCK_F // FOLD, FOLD)), 3)
             rows = tl.trans(tl.sum(acc, 2))
         else:
-            down_rows_ptr = down_ptr + expert[:, None] * stride_de + d.to(tl.int64)[None, :] * stride_dd
-            in_rows = here[:, None] & in_d[None, :]
+            row = tl.arange(0, BLOCK_F * BLOCK_J)
+            row_expert, in_rows = _expert(experts_ptr, token, first + row % BLOCK_J, E, K)
+            row_f = row // BLOCK_J
+            down_rows_ptr = down_ptr + row_expert * stride_de
+            in_tile = in_rows[:, None] & in_d[None, :]
             acc = tl.zeros((BLOCK_F // FOLD, BLOCK_J, BLOCK_D), tl.float32)
             for start in tl.range(0, F, BLOCK_F, num_stages=STAGES):
                 in_f = start + f < F
                 h = tl.load(h_rows_ptr[None, :] + (start + f)[:, None], mask=here[None, :] & in_f[:, None], other=0.0)
-                down_ptrs = down_rows_ptr[None, :, :] + (start + f).to(tl.int64)[:, None, None] * stride_df
-                in_down = in_rows[None, :, :] if EVEN_F else in_rows[None, :, :] & in_f[:, None, None]
+                # What does not change is kept apart, so that it changes its layout before the loop.
+                in_block = (start + row_f)[:, None]
+                down_ptrs = down_rows_ptr[:, None] + d.to(tl.int64)[None, :] * stride_dd + in_block.to(tl.int64) * stride_df
+                in_down = in_tile if EVEN_F else in_tile & (in_block < F)
                 down = tl.load(down_ptrs, mask=in_down, other=0.0)
+                down = tl.reshape(down, (BLOCK_F, BLOCK_J, BLOCK_D))
                 products = down.to(tl.float32) * h.to(tl.float32)[:, :, None]
                 acc += tl.sum(tl.reshape(products, (FOLD, BLOCK_F // FOLD, BLOCK_J, BLOCK_D)), 0)
             rows = tl.sum(acc, 0)
@@ -292,7 +308,7 @@ def experts_mlp(
 
     along_f = down_EDF.stride(2) == 1
     choices = min(triton.next_power_of_2(K), CHOICES_AT_ONCE)
-    widest, narrowest = (max(32 // choices, 4), 2) if along_f else (64, 16)
+    widest, narrowest = (max(32 // choices, 8), 2) if along_f else (64, 16)
     down = cut(tokens, D, widest, narrowest, F, itemsize, choices)
     wrap_triton(_down_kernel)[(T, triton.cdiv(D, down.outputs))](
         h_NF,
