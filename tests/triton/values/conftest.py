@@ -28,6 +28,8 @@ def pytest_itemcollected(item):
         item.add_marker(pytest.mark.gpu)
     # What the fixture below turns on also warns of every CUDA operator that has no deterministic form.
     item.add_marker(pytest.mark.filterwarnings("ignore:.*deterministic"))
+    # NumPy's remarks on infinities, which some tests put in.
+    item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"))
 
 
 @pytest.fixture(scope="session")
