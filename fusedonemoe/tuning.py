@@ -163,10 +163,9 @@ def tune(layer: MoE | Experts, tokens: int, *, backward: bool = True, seconds: f
         raise ValueError(f"tokens must be more than {tokens} for this layer: so few take the path without tiles")
     _check_memory(weight, _bytes_needed(config, tokens, weight.dtype.itemsize, backward))
 
-    at = rules.layer_of(
-        rules.architecture(weight.device), weight.dtype, tokens * K / E, D, config.intermediate_size, config.gated
-    )
-    start = rules.tiles_by_rule(at.arch, weight.dtype, tokens * K / E)
+    arch, rows, F_ = rules.architecture(weight.device), tokens * K / E, config.intermediate_size
+    at = rules.layer_of(arch, weight.dtype, rows, D, F_, config.gated)
+    start = rules.tiles_by_rule(arch, weight.dtype, rows, D, F_)
     generator = torch.Generator(weight.device).manual_seed(0)
     x = torch.randn(tokens, D, generator=generator, device=weight.device).to(weight.dtype).requires_grad_(backward)
     weights, ids = F.route(torch.rand(tokens, E, generator=generator, device=weight.device), K)

@@ -254,7 +254,8 @@ def test_explain_for_another_device():
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_explain_names_what_was_asked_for(impl):
+def test_explain_names_what_was_asked_for(impl, monkeypatch):
+    monkeypatch.setattr(triton, "INSTALLED", True)
     for layer in (MoEConfig(**SIZES, impl=impl), FusedOneMoE(16, 8, groups=6, is_sparse=True, topk=2, impl=impl)):
         told = explain(layer, device="cuda" if impl == "triton" else "cpu")
         assert told.impl == impl and told.reason == "asked for by impl="

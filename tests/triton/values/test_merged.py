@@ -1,6 +1,7 @@
 """The merged up-projection, values and gradients, against the oracle."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -108,12 +109,17 @@ def test_an_expert_without_rows_gets_zeros_from_memory_full_of_nan(device, monke
 def test_only_the_gradients_wanted_are_computed(wanted, device, monkeypatch):
     arguments = problem(6, 24, 20, 4, 2, device=device)
     full = backward(arguments)
-    launched = []
-    wrap = merged.wrap_triton
-    monkeypatch.setattr(merged, "wrap_triton", lambda kernel: launched.append(kernel) or wrap(kernel))
-    rows = merged.grouped_rows
-    monkeypatch.setattr(merged, "grouped_rows", lambda *a, **k: launched.append("q") or rows(*a, **k))
-    launched.clear()
+    launched: list[Any] = []
+
+    def noting(what, body):
+        def noted(*args, **options):
+            launched.append(what or args[0])
+            return body(*args, **options)
+
+        return noted
+
+    for name, what in (("wrap_triton", None), ("grouped_rows", "q")):
+        monkeypatch.setattr(merged, name, noting(what, getattr(merged, name)))
     x, _, _, proj = arguments
     _, order, offsets = grouped.experts_merged(*on_cpu(arguments))
     launched.clear()

@@ -31,8 +31,8 @@ def make_plan(experts_TK, E, block_m):
     bounds = offsets.tolist()
     blocks = [(e, first) for e in range(E) for first in range(bounds[e], bounds[e + 1], block_m)]
     blocks += [(-1, 0)] * (num_blocks(order.shape[0], E, block_m) - len(blocks))
-    blocks = torch.tensor(blocks, dtype=torch.int32, device=order.device).view(-1, 2)
-    return RowPlan(order, offsets, inverse_order(order), blocks)
+    schedule = torch.tensor(blocks, dtype=torch.int32, device=order.device).view(-1, 2)
+    return RowPlan(order, offsets, inverse_order(order), schedule)
 
 
 def expert_of_position(plan):
