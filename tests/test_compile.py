@@ -173,7 +173,7 @@ def test_inductor_infers_an_unbacked_token_count_with_one_graph(make_model):
     assert counter.frame_count == 1
 
 
-# torch.compile's cache on disk knows an operator by name and arguments, not by its Python; see fusedonemoe/ops/library.py.
+# torch.compile's cache on disk knows an operator by name and arguments, not by its Python; see ops/library/registration.py.
 
 COMPILE_IN_A_NEW_PROCESS = """
 import sys, torch

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusedonemoe.ops import library
+from fusedonemoe.ops.library import merged, mlp, routing
 from tests.triton.fake_gpu import Launch, fake_gpu, recorded_launches
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -96,12 +97,12 @@ def _parameters(layer: Layer, dtype: torch.dtype) -> tuple[Any, ...]:
 
 def _route(layer: Layer, dtype: torch.dtype, tokens: int) -> None:
     args = (_tensor(tokens, layer.E, dtype=dtype), None, layer.K, *layer.route, library.BUILD)
-    _forward_and_backward(torch.ops.fusedonemoe.route, library._route_save, library._route_grad, args)
+    _forward_and_backward(torch.ops.fusedonemoe.route, routing._route_save, routing._route_grad, args)
 
 
 def _mlp(layer: Layer, dtype: torch.dtype, tokens: int) -> None:
     args = (*_routed(layer, dtype, tokens), *_parameters(layer, dtype), layer.save_percent, library.BUILD, "triton")
-    save, grad = library._experts_mlp_save, library._experts_mlp_grad
+    save, grad = mlp._experts_mlp_save, mlp._experts_mlp_grad
     _forward_and_backward(torch.ops.fusedonemoe.experts_mlp, save, grad, args)
 
 
@@ -112,7 +113,7 @@ def _inference(layer: Layer, dtype: torch.dtype, tokens: int) -> None:
 
 def _merged(layer: Layer, dtype: torch.dtype, tokens: int) -> None:
     args = (*_routed(layer, dtype, tokens), _tensor(layer.E, layer.D, layer.F, dtype=dtype), library.BUILD, "triton")
-    save, grad = library._experts_merged_save, library._experts_merged_grad
+    save, grad = merged._experts_merged_save, merged._experts_merged_grad
     _forward_and_backward(torch.ops.fusedonemoe.experts_merged, save, grad, args)
 
 

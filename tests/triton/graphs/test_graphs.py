@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusedonemoe.ops import library
+from fusedonemoe.ops.library import registration
 
 ROOT = Path(__file__).resolve().parents[3]
 # All that runs, in order. The plan of few rows is one kernel, of many rows three; which one it is, the traced T decides.
@@ -82,9 +82,9 @@ def test_an_edited_kernel_is_another_build(tmp_path, monkeypatch):
     (tmp_path / "triton").mkdir()
     for path in (ROOT / "ops" / "triton").glob("*.py"):
         (tmp_path / "triton" / path.name).write_bytes(path.read_bytes())
-    monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
-    builds = {library._fingerprint()}
+    monkeypatch.setattr(registration, "__file__", str(tmp_path / "library" / "registration.py"))
+    builds = {registration._fingerprint()}
     for path in sorted((tmp_path / "triton").glob("*.py")):
         path.write_text(path.read_text(encoding="utf-8") + "# edited\n", encoding="utf-8")
-        builds.add(library._fingerprint())
+        builds.add(registration._fingerprint())
     assert len(builds) == 1 + len(list((tmp_path / "triton").iterdir()))

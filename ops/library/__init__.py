@@ -1,0 +1,26 @@
+"""The only place that speaks to torch.library: schemas, fakes, autograd, autocast, one name for every device.
+
+``registration`` says how an operator is made, the other files make them, one file a family. Importing this package registers
+them all.
+"""
+
+from fusedonemoe.ops.library import opaque
+from fusedonemoe.ops.library.merged import experts_merged, experts_merged_backward
+from fusedonemoe.ops.library.mlp import experts_mlp, experts_mlp_backward, experts_mlp_packed, pack
+from fusedonemoe.ops.library.registration import BUILD, NAMESPACE, autocast_dtype
+from fusedonemoe.ops.library.routing import route, route_backward
+
+__all__ = [
+    "BUILD",
+    "NAMESPACE",
+    "autocast_dtype",
+    "experts_merged",
+    "experts_merged_backward",
+    "experts_mlp",
+    "experts_mlp_backward",
+    "experts_mlp_packed",
+    "opaque",
+    "pack",
+    "route",
+    "route_backward",
+]

@@ -1,0 +1,211 @@
+"""The gated and the plain MLP: ``experts_mlp``, its backward, its inference forms, the compiled CPU kernels, the composite."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedonemoe.ops import dense, grouped
+from fusedonemoe.ops.activation import Activation
+from fusedonemoe.ops.cpu import native, packing
+from fusedonemoe.ops.grouped import MLPNeeds, saved_rows
+from fusedonemoe.ops.library.registration import (
+    BUILD,
+    composite,
+    define_autocast,
+    define_cpu,
+    gpu_kernels,
+    no_second_derivative,
+    operator,
+    wanted,
+)
+from fusedonemoe.ops.shortcut import recorder, shortcut
+from fusedonemoe.ops.triton import rules
+
+_MLP = "Tensor x, Tensor experts, Tensor weights, Tensor up_proj, Tensor down_proj, Tensor? up_bias, Tensor? down_bias"
+_ACT = "str activation, str layout, float alpha, float limit"
+
+
+def _with_act(kernel: Callable[..., Any], tensors: int) -> Callable[..., Any]:
+    """``kernel`` for a flat argument list, whose activation stands in four arguments behind the tensors."""
+    return lambda *args: kernel(*args[:tensors], Activation(*args[tensors : tensors + 4]), *args[tensors + 4 :])
+
+
+def _mlp_cpu_fake(*args: Any) -> tuple[Tensor, ...]:
+    x, experts, _, up_proj, *_, save_percent = args
+    N = experts.numel()
+    z = x.new_empty(saved_rows(N, save_percent), up_proj.shape[1])
+    order, offsets = (experts.new_empty(n, dtype=torch.int32) for n in (N, up_proj.shape[0] + 1))
+    return x.new_empty(x.shape), z, order, offsets
+
+
+_mlp_kernel, _mlp_output_kernel = _with_act(native.experts_mlp, 7), _with_act(native.experts_mlp_output, 7)
+_mlp_backward_kernel = _with_act(native.experts_mlp_backward, 11)
+
+define_cpu(
+    f"experts_mlp_cpu({_MLP}, {_ACT}, int save_percent) -> (Tensor, Tensor, Tensor, Tensor)",
+    _mlp_kernel,
+    _mlp_cpu_fake,
+)
+define_cpu(
+    f"experts_mlp_packed({_MLP}, Tensor packed_up, Tensor packed_down, {_ACT}) -> Tensor",
+    packing.experts_mlp_packed,
+    lambda x, *_: x.new_empty(x.shape),
+)
+define_cpu(
+    f"experts_mlp_cpu_backward(Tensor dy, Tensor z, Tensor order, Tensor offsets, {_MLP}, {_ACT}, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _mlp_backward_kernel,
+    lambda *args: wanted(args[15], args[4], *args[6:11]),
+)
+
+
+def _experts_mlp(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    layout: str,
+    alpha: float,
+    limit: float,
+    save_percent: int,
+    build: int,
+    impl: str = "grouped",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    act = Activation(activation, layout, alpha, limit)
+    if impl == "cpu":
+        return torch.ops.fusedonemoe.experts_mlp_cpu(
+            x, experts, weights, up_proj, down_proj, up_bias, down_bias, *act, save_percent
+        )
+    kernels = gpu_kernels("mlp_forward") if impl == "triton" else grouped
+    return kernels.experts_mlp(x, experts, weights, up_proj, down_proj, up_bias, down_bias, act, save_percent)
+
+
+def _experts_mlp_inference(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    layout: str,
+    alpha: float,
+    limit: float,
+    build: int,
+) -> Tensor:
+    arguments = (x, experts, weights, up_proj, down_proj, up_bias, down_bias, Activation(activation, layout, alpha, limit))
+    if rules.few_rows(rules.hint(experts.numel()), up_proj.shape[0]):
+        return gpu_kernels("decode").experts_mlp(*arguments)
+    return gpu_kernels("mlp_forward").experts_mlp(*arguments, save_percent=0)[0]
+
+
+def _experts_mlp_backward(
+    dy: Tensor,
+    z: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    layout: str,
+    alpha: float,
+    limit: float,
+    save_percent: int,
+    needs: Sequence[bool],
+    build: int,
+    impl: str = "grouped",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    act = Activation(activation, layout, alpha, limit)
+    if impl == "cpu":
+        return torch.ops.fusedonemoe.experts_mlp_cpu_backward(
+            dy, z, order, offsets, x, experts, weights, up_proj, down_proj, up_bias, down_bias, *act, needs
+        )
+    kernels = gpu_kernels("mlp_backward") if impl == "triton" else grouped
+    return kernels.experts_mlp_backward(
+        dy, z, order, offsets, x, experts, weights, up_proj, down_proj, up_bias, down_bias, act, save_percent, MLPNeeds(*needs)
+    )
+
+
+def _experts_mlp_dense(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    layout: str,
+    alpha: float,
+    limit: float,
+    build: int,
+) -> Tensor:
+    act = Activation(activation, layout, alpha, limit)
+    return dense.experts_mlp_dense(x, experts, weights, up_proj, down_proj, up_bias, down_bias, act)
+
+
+def _experts_mlp_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, z, order, offsets = output
+    ctx.mark_non_differentiable(z, order, offsets)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(z, order, offsets, *inputs[:7])
+    ctx.activation_and_percent = inputs[7:12]
+    ctx.impl = inputs[13]
+
+
+def _experts_mlp_grad(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    count = len(ctx.needs_input_grad)
+    if dy is None:
+        return (None,) * count
+    needs = MLPNeeds(ctx.needs_input_grad[0], *ctx.needs_input_grad[2:7])
+    activation_and_percent, saved = ctx.activation_and_percent, ctx.saved_tensors
+    grads = experts_mlp_backward(dy, *saved, *activation_and_percent, needs, BUILD, ctx.impl)
+    dx, *rest = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
+    return dx, None, *rest, *(None for _ in range(count - 7))
+
+
+def _inference_only(ctx: Any, *_: Any) -> Any:
+    raise RuntimeError("fusedonemoe::experts_mlp_inference keeps nothing for a backward pass; experts_mlp does")
+
+
+operator("experts_mlp_backward", _experts_mlp_backward).register_autograd(no_second_derivative)
+operator("experts_mlp", _experts_mlp).register_autograd(_experts_mlp_grad, setup_context=_experts_mlp_save)
+operator("experts_mlp_inference", _experts_mlp_inference).register_autograd(_inference_only)
+composite("experts_mlp_dense", _experts_mlp_dense)
+define_autocast("experts_mlp_backward", casts=())
+for _name in ("experts_mlp", "experts_mlp_inference", "experts_mlp_dense"):
+    define_autocast(_name, casts=(0, 3, 4, 5, 6))
+
+# What functional and the formulas above call: the operators, or the kernels themselves where nothing would notice.
+
+
+def _mlp(*args: Any) -> Any:
+    return _mlp_kernel(*args[:-2])  # without build and impl
+
+
+def _mlp_output(*args: Any) -> tuple[Tensor]:
+    return (_mlp_output_kernel(*args[:11]),)
+
+
+def _mlp_gradients(*args: Any) -> Any:
+    return _mlp_backward_kernel(*args[:15], args[16])  # without save_percent as well
+
+
+experts_mlp = shortcut(
+    "experts_mlp", _mlp_output, 7, recorder("experts_mlp", _mlp, _experts_mlp_grad, _experts_mlp_save), impl="cpu"
+)
+experts_mlp_backward = shortcut("experts_mlp_backward", _mlp_gradients, 11, impl="cpu")
+experts_mlp_packed = shortcut("experts_mlp_packed", packing.experts_mlp_packed, 9)
+pack = packing.pack

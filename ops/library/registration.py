@@ -1,0 +1,123 @@
+"""How this package's operators are registered: the only door to torch.library, and the fingerprint of the source.
+
+Each public operator is a ``triton_op``: eager calls run its body as one operator with a hand-written backward, torch.compile
+inlines the body and fuses it, torch.export keeps the operator. The body takes the branch of the tensors' device. The
+``*_dense`` operators are composites instead: autograd, ``torch.func`` and export look straight through them, so they have
+derivatives of every order.
+
+Every operator takes ``build``, a fingerprint of this package's source. torch.compile's on-disk cache knows an operator by
+its name and arguments, not by its Python, and would go on running the old body after an upgrade; the fingerprint in the
+graph makes the new one a different graph.
+"""
+
+import hashlib
+import importlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import triton_op
+
+from fusedonemoe.ops import triton
+
+NAMESPACE = "fusedonemoe"
+
+
+def _fingerprint() -> int:
+    """A 62-bit digest of the operators' source files."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(Path(__file__).parent.parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return int.from_bytes(digest.digest(), "big") >> 2
+
+
+BUILD = _fingerprint()
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast computes in on a device; None where it is off, or not to be had."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
+lib = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+@contextmanager
+def without_triton_warning() -> Iterator[None]:
+    """Registering a ``triton_op`` logs a warning where Triton is not installed; the CPU bodies need none."""
+    logger = logging.getLogger("torch.library.triton")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def operator(name: str, body: Callable[..., Any]) -> Any:
+    """Register an operator with an opaque eager body that compilation inlines; the schema is read off its annotations."""
+    with without_triton_warning():
+        return triton_op(f"{NAMESPACE}::{name}", body, mutates_args=())
+
+
+def composite(name: str, body: Callable[..., Any]) -> None:
+    """Register an operator that autograd, torch.func and compilation look through."""
+    lib.define(name + torch.library.infer_schema(body, mutates_args=()))
+    lib.impl(name, body, "CompositeImplicitAutograd")
+    lib.impl(name, body, "FuncTorchBatched")  # without it vmap would run a loop over the batch, and say so
+
+
+def define_autocast(name: str, casts: Sequence[int]) -> None:
+    """Under autocast, cast the floating arguments at ``casts`` and run the body with autocast off.
+
+    The others keep their dtype: routing arithmetic and routing weights are float32 whatever the model's dtype is.
+    """
+    op = getattr(torch.ops.fusedonemoe, name).default
+
+    def rule_for(device: str) -> Callable[..., Any]:
+        def rule(*args: Any) -> Any:
+            dtype = torch.get_autocast_dtype(device)
+            cast = [
+                a.to(dtype) if i in casts and isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64 else a
+                for i, a in enumerate(args)
+            ]
+            with torch.autocast(device, enabled=False):
+                return op(*cast)
+
+        return rule
+
+    lib.impl(name, rule_for("cpu"), "AutocastCPU")
+    lib.impl(name, rule_for("cuda"), "AutocastCUDA")
+
+
+def define_cpu(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Register a compiled CPU kernel: opaque to compilation."""
+    lib.define(schema)
+    name = schema.partition("(")[0]
+    lib.impl(name, kernel, "CPU")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=lib)
+
+
+def wanted(needs: Sequence[bool], *likes: Tensor | None) -> tuple[Tensor, ...]:
+    """What a backward returns: a contiguous tensor like each argument, or an empty one where no gradient is needed."""
+    owner = next(like for like in likes if like is not None)
+    return tuple(
+        like.new_empty(like.shape) if needed and like is not None else owner.new_empty(0)
+        for needed, like in zip(needs, likes, strict=True)
+    )
+
+
+def no_second_derivative(ctx: Any, *_: Any) -> Any:
+    """The backward of what has none."""
+    raise RuntimeError("fusedonemoe's operators have first derivatives only; impl='dense' has derivatives of every order")
+
+
+def gpu_kernels(name: str) -> Any:
+    """A module of ``ops.triton``, imported now: only who computes on a GPU has to have triton."""
+    return importlib.import_module(f"{triton.__name__}.{name}")
