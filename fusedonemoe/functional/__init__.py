@@ -1,0 +1,19 @@
+"""Public functions: validate once, choose the implementation, call the operator."""
+
+from fusedonemoe.functional.experts import experts_merged, experts_mlp
+from fusedonemoe.functional.routing import plan, route, tokens_per_expert
+from fusedonemoe.functional.weights import pack_experts, stack_gate_up
+from fusedonemoe.ops import PackedExperts
+from fusedonemoe.ops.plan import Plan
+
+__all__ = [
+    "PackedExperts",
+    "Plan",
+    "experts_merged",
+    "experts_mlp",
+    "pack_experts",
+    "plan",
+    "route",
+    "stack_gate_up",
+    "tokens_per_expert",
+]

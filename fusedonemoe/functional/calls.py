@@ -1,0 +1,53 @@
+"""What the public functions share between validation and the operator."""
+
+import torch
+from torch import Tensor
+
+from fusedonemoe.ops import choose, library
+
+
+def records_gradients(*tensors: Tensor | None) -> bool:
+    """Whether a call with these tensors is recorded for a backward pass."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def compute_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """The dtype the operator will see: autocast's, where it is enabled."""
+    return dtype if dtype is torch.float64 else library.autocast_dtype(device_type) or dtype
+
+
+def choose_impl(operator: str, impl: str, x: Tensor, experts: Tensor, widths: tuple[int, ...], *expert_weights: Tensor) -> str:
+    """The implementation that runs a call; raises where a named one cannot."""
+    device_type = x.device.type
+    return choose(
+        operator,
+        impl,
+        top_k=experts.shape[-1],
+        num_experts=expert_weights[0].shape[0],
+        device_type=device_type,
+        dtype=compute_dtype(x.dtype, device_type),
+        contiguous=all(map(Tensor.is_contiguous, expert_weights)),
+        widths=widths,
+        portable=torch.compiler.is_exporting(),
+    ).impl
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """The leading dimensions as one."""
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+
+
+def with_leading(rows: Tensor, like: Tensor) -> Tensor:
+    """The leading dimensions of ``like`` again."""
+    return rows if like.dim() == 2 else rows.reshape(*like.shape[:-1], rows.shape[-1])
+
+
+def refuse_transforms() -> None:
+    """The operators have no rule for forward mode, where torch would take a zero for the tangent, nor for torch.func."""
+    if torch.compiler.is_compiling():
+        return
+    if torch.autograd.forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "forward-mode derivatives and torch.func need impl='dense'; the other implementations have first derivatives "
+            "in reverse mode only"
+        )

@@ -1,0 +1,193 @@
+"""The expert layers.
+
+Suffixes of tensor names: T tokens, D hidden size, F intermediate size, E experts, K experts per token,
+G rows of the up-projection (2F when gated, F when plain).
+"""
+
+import torch
+from torch import Tensor
+
+from fusedonemoe.checks import (
+    check_dim,
+    check_like_x,
+    check_one_of,
+    check_routing,
+    check_save_percent,
+    check_shape,
+)
+from fusedonemoe.functional.calls import as_rows, choose_impl, records_gradients, refuse_transforms, with_leading
+from fusedonemoe.ops import PackedExperts, library
+from fusedonemoe.ops.activation import ACTIVATIONS, GATE_UP_LAYOUTS, PLAIN
+
+_ops = torch.ops.fusedonemoe
+
+
+def _check_packed(packed: PackedExperts, up_EGD: Tensor, down_EDF: Tensor, layout: str) -> None:
+    if packed.layout != layout:
+        raise ValueError(f"packed must have been packed with gate_up_layout {layout!r}, got {packed.layout!r}")
+    shapes = tuple(tuple(source.shape) for source in packed.sources)
+    if shapes != (tuple(up_EGD.shape), tuple(down_EDF.shape)):
+        raise ValueError(f"packed must be of weights of shapes {tuple(up_EGD.shape)}, {tuple(down_EDF.shape)}, got {shapes}")
+
+
+def experts_mlp(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    *,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str = "silu",
+    gated: bool = True,
+    gate_up_layout: str = "gate_up",
+    transposed: bool = False,
+    swiglu_alpha: float = 1.702,
+    swiglu_limit: float = 7.0,
+    save_percent: int = 100,
+    packed: PackedExperts | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Run each token through its experts' MLPs and sum the results by routing weight.
+
+    Gated: ``y_t = sum_j w_tj ((act(x_t Wg_e + bg_e) * (x_t Wu_e + bu_e)) Wd_e + bd_e)``, ``e = experts_tj``. Plain:
+    ``y_t = sum_j w_tj (act(x_t Wu_e + bu_e) Wd_e + bd_e)``. An id outside ``[0, E)`` contributes zero, and gets none.
+
+    Args:
+        x: ``[..., D]`` float64, float32, bfloat16 or float16.
+        experts: ``[..., K]`` ids of any integer dtype.
+        weights: ``[..., K]`` routing weights of any float dtype (float32 beside a bfloat16 x is usual).
+        gate_up_proj: ``[E, 2F, D]`` gate and up rows, or the up rows ``[E, F, D]`` when plain; dtype of x.
+        down_proj: ``[E, D, F]``, dtype of x.
+        gate_up_bias: ``[E, 2F]`` (laid out as the rows of ``gate_up_proj``), or ``[E, F]`` when plain.
+        down_bias: ``[E, D]``; multiplied by the routing weight like the rest of the expert's output.
+        activation: ``silu``, ``gelu`` (erf), ``gelu_tanh``, ``relu``, ``relu2`` (relu squared), ``sigmoid``, ``identity``,
+            or ``swiglu_oai``, GPT-OSS's clamped SwiGLU ``(u + 1) g sigmoid(alpha g)``.
+        gated: whether ``gate_up_proj`` holds gate and up.
+        gate_up_layout: rows of ``gate_up_proj``: ``gate_up`` (Hugging Face), ``up_gate`` (MoMoE), ``interleaved`` (GPT-OSS).
+        transposed: weights come as ``[E, D, 2F]`` and ``[E, F, D]`` (GPT-OSS); read as views, never copied.
+        swiglu_alpha: slope of ``swiglu_oai``.
+        swiglu_limit: clamp of ``swiglu_oai``.
+        save_percent: 0 to 100, the share of pre-activation rows kept for the backward; the rest is computed again there.
+            Less memory for more time, the same gradients. ``dense`` is left to autograd and keeps everything.
+        packed: what :func:`pack_experts` made of these very weights. Used where ``impl`` is or comes out as ``"cpu"``, no
+            gradients are recorded, no graph is exported and autocast is off; otherwise the weights themselves are. The same
+            bits.
+        impl: ``"auto"``, ``"dense"`` (masked batched matmul, derivatives of every order), ``"grouped"`` (sorted rows),
+            ``"cpu"`` (kernels that are compiled on first use; contiguous weights, no float64) or ``"triton"`` (GPU kernels;
+            no float64).
+
+    Returns:
+        ``[..., D]`` in the dtype of x. Products accumulate in float32 for half precision; each written tensor is rounded
+        once; each row is written once, in a fixed order of summation.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a shape or name that does not fit, or an ``impl`` that cannot run here.
+        RuntimeError: the weights were changed or replaced after they were packed.
+
+    Source:
+        Shazeer et al. 2017 (arXiv 1701.06538); backward after SonicMoE (arXiv 2512.14080) section 3.
+
+    Example:
+        >>> import torch
+        >>> from fusedonemoe import functional as F
+        >>> x, router = torch.randn(5, 16), torch.randn(16, 4)
+        >>> gate_up_proj, down_proj = torch.randn(4, 2 * 32, 16), torch.randn(4, 16, 32)
+        >>> weights, experts = F.route(x @ router, top_k=2)
+        >>> F.experts_mlp(x, experts, weights, gate_up_proj, down_proj).shape
+        torch.Size([5, 16])
+    """
+    check_routing(x, experts, weights)
+    check_one_of("activation", activation, ACTIVATIONS)
+    check_one_of("gate_up_layout", gate_up_layout, GATE_UP_LAYOUTS)
+    check_save_percent(save_percent)
+    if activation == "swiglu_oai" and not gated:
+        raise ValueError("activation 'swiglu_oai' is gated by definition, got gated=False")
+    check_like_x("gate_up_proj", gate_up_proj, x)
+    check_like_x("down_proj", down_proj, x)
+    check_dim("gate_up_proj", gate_up_proj, "E, D, G" if transposed else "E, G, D")
+    up_EGD = gate_up_proj.transpose(1, 2) if transposed else gate_up_proj
+    E, G, D = up_EGD.shape
+    if E < 1:
+        raise ValueError("gate_up_proj must hold at least one expert, got E = 0")
+    if gated and G % 2:
+        raise ValueError(f"gate_up_proj must have as many gate rows as up rows, got {G} in all")
+    if x.shape[-1] != D:
+        raise ValueError(f"x must have shape [..., {D}] to fit gate_up_proj, got {tuple(x.shape)}")
+    F = G // 2 if gated else G
+    check_shape("down_proj", down_proj, (E, F, D) if transposed else (E, D, F))
+    down_EDF = down_proj.transpose(1, 2) if transposed else down_proj
+    if gate_up_bias is not None:
+        check_like_x("gate_up_bias", gate_up_bias, x)
+        check_shape("gate_up_bias", gate_up_bias, (E, G))
+    if down_bias is not None:
+        check_like_x("down_bias", down_bias, x)
+        check_shape("down_bias", down_bias, (E, D))
+    chosen = choose_impl("experts_mlp", impl, x, experts, (D, G, F), up_EGD, down_EDF)
+    flat = (as_rows(x), as_rows(experts), as_rows(weights))
+    parameters = (up_EGD, down_EDF, gate_up_bias, down_bias)
+    act = (activation, gate_up_layout if gated else PLAIN, float(swiglu_alpha), float(swiglu_limit))
+    if chosen == "dense":
+        y = _ops.experts_mlp_dense(*flat, *parameters, *act, library.BUILD)
+    else:
+        refuse_transforms()
+        recording = records_gradients(x, weights, *parameters)
+        if packed is not None:
+            _check_packed(packed, up_EGD, down_EDF, act[1])
+            # Autocast casts the arguments on their way into an operator, and what was packed stays as it is.
+            as_they_are = library.autocast_dtype(x.device.type) is None and not torch.compiler.is_exporting()
+            if chosen == "cpu" and as_they_are and not recording:
+                y = library.experts_mlp_packed(*flat, *parameters, packed.up, packed.down, *act)
+                return with_leading(y, x)
+        if chosen == "triton" and not recording:
+            return with_leading(_ops.experts_mlp_inference(*flat, *parameters, *act, library.BUILD), x)
+        kept = save_percent if recording else 0
+        y = library.experts_mlp(*flat, *parameters, *act, kept, library.BUILD, chosen)[0]
+    return with_leading(y, x)
+
+
+def experts_merged(x: Tensor, experts: Tensor, weights: Tensor, proj: Tensor, *, impl: str = "auto") -> Tensor:
+    """Project each token by the weighted mix of its experts: ``h_t = sum_j w_tj (x_t W_e)``, ``e = experts_tj``.
+
+    The up-projection of the original FusedOneMoE: the mix happens before the activation, which is the caller's.
+
+    Args:
+        x: ``[..., D]`` float64, float32, bfloat16 or float16.
+        experts: ``[..., K]`` ids of any integer dtype; ids outside ``[0, E)`` contribute zero.
+        weights: ``[..., K]`` routing weights of any float dtype.
+        proj: ``[E, D, F]``, dtype of x.
+        impl: ``"auto"``, ``"dense"``, ``"grouped"``, ``"cpu"`` or ``"triton"``.
+
+    Returns:
+        ``[..., F]`` in the dtype of x.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a shape or name that does not fit, or an ``impl`` that cannot run here.
+
+    Example:
+        >>> import torch
+        >>> from fusedonemoe import functional as F
+        >>> x, proj = torch.randn(5, 16), torch.randn(4, 16, 32)
+        >>> weights, experts = F.route(torch.randn(5, 4), top_k=2, scoring="sigmoid", norm_topk_prob=False)
+        >>> F.experts_merged(x, experts, weights, proj).shape
+        torch.Size([5, 32])
+    """
+    check_routing(x, experts, weights)
+    check_like_x("proj", proj, x)
+    check_dim("proj", proj, "E, D, F")
+    E, D, F = proj.shape
+    if E < 1:
+        raise ValueError("proj must hold at least one expert, got E = 0")
+    if x.shape[-1] != D:
+        raise ValueError(f"x must have shape [..., {D}] to fit proj, got {tuple(x.shape)}")
+    chosen = choose_impl("experts_merged", impl, x, experts, (D, F), proj)
+    flat = (as_rows(x), as_rows(experts), as_rows(weights), proj)
+    if chosen == "dense":
+        h = _ops.experts_merged_dense(*flat, library.BUILD)
+    else:
+        refuse_transforms()
+        h = library.experts_merged(*flat, library.BUILD, chosen)[0]
+    return with_leading(h, x)
