@@ -29,7 +29,7 @@ class Tuned:
         layer: architecture, dtype, rows per expert (to a power of two) and sizes that the tiles are for.
         tiles: the best that were measured.
         milliseconds: median time of one call with them.
-        milliseconds_by_rule: the same with the tiles that :mod:`fusedonemoe` chooses without measuring.
+        milliseconds_by_rule: the same with the tiles that are chosen without measuring.
         tried: candidates that were measured.
         complete: whether the time sufficed for all candidates.
     """
