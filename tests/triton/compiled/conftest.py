@@ -10,6 +10,7 @@ if os.environ.get("TRITON_INTERPRET") == "1" or importlib.util.find_spec("triton
 
 
 @pytest.fixture(scope="session")
-def reports(pytestconfig):
+def reports(pytestconfig, tmp_path_factory):
     """The folder in which reports on machine code are kept from run to run; their names say all that they depend on."""
-    return pytestconfig.cache.mkdir("triton_machine_code")
+    cache = getattr(pytestconfig, "cache", None)  # -p no:cacheprovider leaves none
+    return tmp_path_factory.mktemp("triton_machine_code") if cache is None else cache.mkdir("triton_machine_code")
