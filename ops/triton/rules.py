@@ -138,11 +138,11 @@ def _half_precision(arch: str, rows_per_expert: float) -> Tiles:
     hopper = arch == "sm90"
     outer = Tile(128, 128, 64, 8, 5) if hopper else Tile(128, 128, 32, 8, 5)
     if rows_per_expert <= 16:
-        few = Tile(16, 64, 128, 4, 3, GROUP_M=1)
+        few = Tile(16, 64, 128, 4, 3, GROUP_M=1) if hopper else Tile(16, 64, 64, 4, 4, GROUP_M=1)
         return Tiles(few, few._replace(BLOCK_N=128), few, few, outer, outer)
     if rows_per_expert <= 64:
         # Two programs on a multiprocessor: one computes while the other begins or ends.
-        mid = Tile(64, 64, 64, 4, 4 if hopper else 3)
+        mid = Tile(64, 64, 64, 4, 4) if hopper else Tile(64, 64, 32, 4, 4)
         return Tiles(mid, mid._replace(BLOCK_N=128), mid, mid._replace(BLOCK_N=128), outer, outer)
     if not hopper:
         wide = Tile(128, 128, 32, 8, 4)
