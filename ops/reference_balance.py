@@ -46,7 +46,7 @@ def route_top_p(
     weights, experts = np.zeros_like(rows), np.full(rows.shape, -1, dtype=np.int64)
     for t, row in enumerate(rows):
         probabilities = _softmax(row / temperature)
-        for e, logit in enumerate(row):
+        for e, logit in enumerate(row.tolist()):
             if probabilities[e] + added[t, e] > top_p:
                 weights[t, e], experts[t, e] = _sigmoid(logit), e
     return weights, experts
