@@ -27,9 +27,8 @@ def make_weights(experts, dtype=torch.float32):
 def check(experts, weights, num_experts, factor, capacity):
     """Values, the dropped count and the gradient against the oracle at the capacity that the test worked out."""
     kept_experts, kept_weights, dropped = F.apply_capacity(experts, weights, num_experts, factor)
-    exact_experts, exact_weights, exact_dropped = reference_balance.apply_capacity(
-        *exact_float64(experts, weights), num_experts, capacity
-    )
+    ids, values = exact_float64(experts, weights)
+    exact_experts, exact_weights, exact_dropped = reference_balance.apply_capacity(ids, values, num_experts, capacity)
     np.testing.assert_array_equal(kept_experts, exact_experts)
     np.testing.assert_array_equal(exact_float64(kept_weights), exact_weights)
     assert int(dropped) == exact_dropped and dropped.shape == () and dropped.dtype == torch.int64
