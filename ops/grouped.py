@@ -40,6 +40,16 @@ class _Rows(NamedTuple):
     weight: Tensor
 
 
+def _in_backward(order: Tensor, gradient: Tensor) -> Tensor:
+    """``order``, as a value that is known only when ``gradient`` is.
+
+    torch.compile sees forward and backward as one graph, and cuts it where it likes. To it the backward's gathered rows of x
+    and its pre-activations are values that the forward has already, so it would keep those: K copies of x, and all of z
+    whatever ``save_percent`` says. Behind this they are the backward's own, and what is kept is what the operator keeps.
+    """
+    return torch.where(gradient.any(), order, order)
+
+
 def _rows(experts_TK: Tensor, weights_TK: Tensor, order: Tensor, num_experts: int) -> _Rows:
     weights_TK = torch.where(in_range(experts_TK, num_experts), weights_TK, 0)
     weight = weights_TK.reshape(-1).index_select(0, order)
@@ -121,7 +131,9 @@ def experts_mlp(
     h_NF = activate(z_NG, act, reuse=True)
     saved = z_NG
     if save_percent < 100:
-        saved = z_NG[: saved_rows(z_NG.shape[0], save_percent)].clone()
+        # Inductor takes a clone of a slice for the slice itself, which holds all of z. A selection of rows it copies.
+        first_rows = torch.arange(saved_rows(z_NG.shape[0], save_percent), device=z_NG.device)
+        saved = z_NG.index_select(0, first_rows)
     del z_NG
     y_ND = grouped_mm(h_NF, down_EDF.transpose(1, 2), plan.offsets)
     del h_NF
@@ -166,6 +178,7 @@ def experts_mlp_backward(
         Gradients of x, weights, up, down, up bias and down bias; a zero-size tensor where not needed.
     """
     E, T, K = up_EGD.shape[0], *experts_TK.shape
+    order = _in_backward(order, dy_TD)
     rows = _rows(experts_TK, weights_TK, order, E)
     x_ND = x_TD.index_select(0, rows.token)
     if save_percent < 100:
@@ -236,6 +249,7 @@ def experts_merged_backward(
         Gradients of x, weights and proj; a zero-size tensor where not needed.
     """
     E = proj_EDF.shape[0]
+    order = _in_backward(order, dh_TF)
     rows = _rows(experts_TK, weights_TK, order, E)
     dh_NF = dh_TF.index_select(0, rows.token)
     dx, dweights, dproj = (x_TD.new_empty(0) for _ in range(3))
