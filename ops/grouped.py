@@ -40,14 +40,15 @@ class _Rows(NamedTuple):
     weight: Tensor
 
 
-def _in_backward(order: Tensor, gradient: Tensor) -> Tensor:
-    """``order``, as a value that is known only when ``gradient`` is.
+def _in_backward(gradient: Tensor, *routing: Tensor) -> tuple[Tensor, ...]:
+    """``routing``, as values that are known only when ``gradient`` is.
 
     torch.compile sees forward and backward as one graph, and cuts it where it likes. To it the backward's gathered rows of x
     and its pre-activations are values that the forward has already, so it would keep those: K copies of x, and all of z
     whatever ``save_percent`` says. Behind this they are the backward's own, and what is kept is what the operator keeps.
     """
-    return torch.where(gradient.any(), order, order)
+    known = gradient.any()
+    return tuple(torch.where(known, tensor, tensor) for tensor in routing)
 
 
 def _rows(experts_TK: Tensor, weights_TK: Tensor, order: Tensor, num_experts: int) -> _Rows:
@@ -178,7 +179,7 @@ def experts_mlp_backward(
         Gradients of x, weights, up, down, up bias and down bias; a zero-size tensor where not needed.
     """
     E, T, K = up_EGD.shape[0], *experts_TK.shape
-    order = _in_backward(order, dy_TD)
+    order, experts_TK, weights_TK = _in_backward(dy_TD, order, experts_TK, weights_TK)
     rows = _rows(experts_TK, weights_TK, order, E)
     x_ND = x_TD.index_select(0, rows.token)
     if save_percent < 100:
@@ -249,7 +250,7 @@ def experts_merged_backward(
         Gradients of x, weights and proj; a zero-size tensor where not needed.
     """
     E = proj_EDF.shape[0]
-    order = _in_backward(order, dh_TF)
+    order, experts_TK, weights_TK = _in_backward(dh_TF, order, experts_TK, weights_TK)
     rows = _rows(experts_TK, weights_TK, order, E)
     dh_NF = dh_TF.index_select(0, rows.token)
     dx, dweights, dproj = (x_TD.new_empty(0) for _ in range(3))
