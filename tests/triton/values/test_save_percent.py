@@ -18,7 +18,7 @@ def test_what_is_held_is_the_formula_and_gradients_stay(gated, device):
     leaves = [inputs.x, inputs.weights, inputs.up_proj, inputs.down_proj]
     results = []
     for save_percent in (100, 37, 0):
-        storages = {}
+        storages: dict[int, int] = {}
 
         def pack(tensor, storages=storages):
             storage = tensor.untyped_storage()
