@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fusedonemoe.ops.activation import Activation, activate, activate_backward
-from fusedonemoe.ops.plan import in_range, inverse_order, make_plan
+from fusedonemoe.ops.plan import in_range, make_plan
 
 
 def grouped_mm(rows_NA: Tensor, weights_EAB: Tensor, offsets: Tensor) -> Tensor:
@@ -40,10 +40,28 @@ class _Rows(NamedTuple):
     weight: Tensor
 
 
-def _rows(experts_TK: Tensor, weights_TK: Tensor, order: Tensor, num_experts: int) -> _Rows:
+def _in_backward(gradient: Tensor, *routing: Tensor) -> tuple[Tensor, ...]:
+    """``routing``, as values that are known only when ``gradient`` is.
+
+    torch.compile sees forward and backward as one graph, and cuts it where it likes. To it the backward's gathered rows of x
+    and its pre-activations are values that the forward has already, so it would keep those: K copies of x, and all of z
+    whatever ``save_percent`` says. Behind this they are the backward's own, and what is kept is what the operator keeps.
+    """
+    known = gradient.any()
+    return tuple(torch.where(known, tensor, tensor) for tensor in routing)
+
+
+def _rows(
+    experts_TK: Tensor, weights_TK: Tensor, order: Tensor, num_experts: int, gradient: Tensor | None = None
+) -> tuple[_Rows, Tensor, Tensor]:
+    """The rows, with ``experts_TK`` and ``order`` as a backward pass of this ``gradient`` has to use them."""
+    positions = torch.arange(order.shape[0], dtype=order.dtype, device=order.device)
+    if gradient is not None:
+        order, experts_TK, weights_TK, positions = _in_backward(gradient, order, experts_TK, weights_TK, positions)
     weights_TK = torch.where(in_range(experts_TK, num_experts), weights_TK, 0)
     weight = weights_TK.reshape(-1).index_select(0, order)
-    return _Rows(order // experts_TK.shape[1], inverse_order(order), weights_TK, weight[:, None])
+    position = torch.empty_like(order).scatter(0, order.to(torch.int64), positions)
+    return _Rows(order // experts_TK.shape[1], position, weights_TK, weight[:, None]), experts_TK, order
 
 
 def _expert_of_row(experts_TK: Tensor, order: Tensor, num_experts: int) -> Tensor:
@@ -114,14 +132,16 @@ def experts_mlp(
     """
     E = up_EGD.shape[0]
     plan = make_plan(experts_TK, E)
-    rows = _rows(experts_TK, weights_TK, plan.order, E)
+    rows, *_ = _rows(experts_TK, weights_TK, plan.order, E)
     x_ND = x_TD.index_select(0, rows.token)
     z_NG = _pre_activation(x_ND, up_EGD, up_bias_EG, experts_TK, plan.order, plan.offsets)
     del x_ND
     h_NF = activate(z_NG, act, reuse=True)
     saved = z_NG
     if save_percent < 100:
-        saved = z_NG[: saved_rows(z_NG.shape[0], save_percent)].clone()
+        # Inductor takes a clone of a slice for the slice itself, which holds all of z. A selection of rows it copies.
+        first_rows = torch.arange(saved_rows(z_NG.shape[0], save_percent), device=z_NG.device)
+        saved = z_NG.index_select(0, first_rows)
     del z_NG
     y_ND = grouped_mm(h_NF, down_EDF.transpose(1, 2), plan.offsets)
     del h_NF
@@ -166,7 +186,7 @@ def experts_mlp_backward(
         Gradients of x, weights, up, down, up bias and down bias; a zero-size tensor where not needed.
     """
     E, T, K = up_EGD.shape[0], *experts_TK.shape
-    rows = _rows(experts_TK, weights_TK, order, E)
+    rows, experts_TK, order = _rows(experts_TK, weights_TK, order, E, dy_TD)
     x_ND = x_TD.index_select(0, rows.token)
     if save_percent < 100:
         kept = z.shape[0]
@@ -207,7 +227,7 @@ def experts_mlp_backward(
 def experts_merged(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, proj_EDF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``h_t = sum_j w_tj (x_t W_e)``, with the plan's ``order`` and ``offsets``."""
     plan = make_plan(experts_TK, proj_EDF.shape[0])
-    rows = _rows(experts_TK, weights_TK, plan.order, proj_EDF.shape[0])
+    rows, *_ = _rows(experts_TK, weights_TK, plan.order, proj_EDF.shape[0])
     h_NF = grouped_mm(x_TD.index_select(0, rows.token), proj_EDF, plan.offsets)
     return _sum_over_choices(h_NF, rows, weighted=True, dtype=x_TD.dtype), plan.order, plan.offsets
 
@@ -236,7 +256,7 @@ def experts_merged_backward(
         Gradients of x, weights and proj; a zero-size tensor where not needed.
     """
     E = proj_EDF.shape[0]
-    rows = _rows(experts_TK, weights_TK, order, E)
+    rows, experts_TK, order = _rows(experts_TK, weights_TK, order, E, dh_TF)
     dh_NF = dh_TF.index_select(0, rows.token)
     dx, dweights, dproj = (x_TD.new_empty(0) for _ in range(3))
     if needs.weights or needs.proj:

@@ -1,0 +1,91 @@
+"""The dial's table: bytes beside the formula, wrong gradients get no time, and the command's exit status."""
+
+import argparse
+import importlib
+import itertools
+import json
+
+import pytest
+import torch
+
+from fusedonemoe import bench
+from fusedonemoe.testing import make_mlp_inputs
+
+pytest.importorskip("rich")
+dial = importlib.import_module("fusedonemoe.bench.dial")
+
+SIZES = (24, 16, 8, 4, 2)
+
+
+def lines_of(**options):
+    return dial.measure(SIZES, torch.float32, rounds=2, real_time=False, impl="grouped", **options)
+
+
+def arguments(*argv):
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    return parser.parse_args(["--suite", "dial", "--no-rt", *argv])
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(dial, "SIZES", SIZES)
+    monkeypatch.setattr(dial, "ROUNDS", 1)
+
+
+def test_every_setting_has_its_bytes_and_its_share_of_the_time():
+    lines = [line for line in lines_of() if line.save_percent is not None]
+    assert [line.save_percent for line in lines] == [100, 75, 50, 25, 0]
+    assert [line.held_bytes for line in lines] == [line.formula_bytes for line in lines]
+    steps = {a.held_bytes - b.held_bytes for a, b in itertools.pairwise(lines)}
+    assert steps == {24 * 2 // 4 * 16 * 4}  # a quarter of the N rows of 2 F float32
+    assert lines[0].relative == 1.0 and all(line.seconds > 0 and line.relative > 0 for line in lines)
+
+
+def test_transformers_holds_what_its_graph_holds():
+    pytest.importorskip("transformers")
+    *ours, theirs = lines_of()
+    T, D, F, _, K = SIZES
+    assert theirs.save_percent is None and theirs.seconds and not theirs.note
+    # Gathered rows of x, both halves of z, two products of them, and each expert's output.
+    assert theirs.held_bytes > T * K * (2 * D + 4 * F) * 4 > ours[0].held_bytes > ours[-1].held_bytes
+
+
+def test_a_wrong_gradient_gets_no_time(monkeypatch):
+    real = dial.F.experts_mlp
+
+    def wrong(x, experts, weights, up, down, *, save_percent, impl):
+        y = real(x, experts, weights, up, down, save_percent=save_percent, impl=impl)
+        return y + (0.01 * (x - x.detach()) if save_percent == 25 else 0)  # the same output
+
+    monkeypatch.setattr(dial.F, "experts_mlp", wrong)
+    by_percent = {line.save_percent: line for line in lines_of()}
+    assert by_percent[25].note.startswith("off by") and by_percent[25].seconds is None
+    assert by_percent[0].seconds and not by_percent[0].note
+
+
+def test_held_bytes_leaves_parameters_out():
+    inputs = make_mlp_inputs(*SIZES, requires_grad=True)
+    size, y = dial.held_bytes(lambda: inputs.x @ inputs.down_proj[0], [inputs.down_proj])
+    assert size == inputs.x.nbytes and y.shape == (24, 8)
+
+
+def test_the_command_prints_and_writes(small, capsys, tmp_path):
+    assert bench.run(arguments("--json", str(tmp_path / "dial.json"), "--threads", "1")) == 0
+    printed = capsys.readouterr().out
+    assert "T24-D16-F8-E4-K2-bfloat16" in printed and "formula MB" in printed and "0 %" in printed
+    tables = json.loads((tmp_path / "dial.json").read_text())["tables"]
+    assert [line["save_percent"] for line in tables["T24-D16-F8-E4-K2-float32"][:5]] == [100, 75, 50, 25, 0]
+
+
+def test_the_command_fails_where_the_formula_does_not_hold(small, monkeypatch, capsys):
+    real = dial.formula_bytes
+    monkeypatch.setattr(dial, "formula_bytes", lambda inputs, p: real(inputs, p) * (1.03 if p == 50 else 1))
+    assert bench.run(arguments()) == 1
+    assert "fusedonemoe 50 %: holds something else than the formula says" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [["--cells", "x"], ["--peers", "x"], ["--picture", "x.png"], ["--dry"]])
+def test_options_of_other_suites_are_refused(option, capsys):
+    assert bench.run(arguments(*option)) == 2
+    assert "--suite" in capsys.readouterr().err
