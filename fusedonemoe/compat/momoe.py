@@ -30,7 +30,6 @@ def _parameter(
     name: str, given: Tensor | None, shape: tuple[int, ...], fan_in: int, home: dict[str, torch.device | torch.dtype]
 ) -> nn.Parameter:
     if given is not None:
-        check_float(name, given)
         check_shape(name, given, shape)
         return nn.Parameter(given.detach().clone(memory_format=torch.contiguous_format).to(**home))  # type: ignore[call-overload]
     parameter = nn.Parameter(torch.empty(shape, **home))  # type: ignore[call-overload]
@@ -56,7 +55,7 @@ def _ids_of(mask_NM: Tensor, K: int) -> Tensor:
 
 
 class MoMoE(nn.Module):
-    """SwiGLU experts behind a dense mask: ``y_m = sum_n s_nm ((a * silu(b)) Wl2_n)`` with ``[a | b] = x_m Wl1_n``, ``mask_nm != 0``.
+    """SwiGLU experts behind a dense mask: ``y_m = sum_n s_nm ((a * silu(b)) Wl2_n)``, ``[a | b] = x_m Wl1_n``, ``mask_nm != 0``.
 
     Args:
         embedding_dim: ``D``.
@@ -105,6 +104,9 @@ class MoMoE(nn.Module):
         self.D, self.H, self.N, self.K = embedding_dim, intermediate_dim, num_experts, num_chosen_experts
         self.save_percent = save_percent
         self.impl = impl
+        for name, given in (("Wl1_ND2H", Wl1_ND2H), ("Wl2_NHD", Wl2_NHD)):
+            if given is not None:
+                check_float(name, given)
         home = _home(Wl2_NHD if Wl1_ND2H is None else Wl1_ND2H, device, dtype)
         self.Wl1_ND2H = _parameter("Wl1_ND2H", Wl1_ND2H, (self.N, self.D, 2 * self.H), self.D, home)
         self.Wl2_NHD = _parameter("Wl2_NHD", Wl2_NHD, (self.N, self.H, self.D), self.H, home)
@@ -201,6 +203,8 @@ class TopKRouter(nn.Module):
         super().__init__()
         _check_sizes(embedding_dim, num_experts, num_chosen_experts)
         check_count("num_shared_experts", num_shared_experts, 0, num_chosen_experts, "num_chosen_experts")
+        if Wg_DN is not None:
+            check_float("Wg_DN", Wg_DN)
         self.D, self.N, self.K, self.Ks = embedding_dim, num_experts, num_chosen_experts, num_shared_experts
         self.Wg_DN = _parameter("Wg_DN", Wg_DN, (self.D, self.N), self.D, _home(Wg_DN, device, dtype))
 
@@ -226,7 +230,7 @@ class TopKRouter(nn.Module):
         mask_MN = torch.ones(M, self.N, dtype=torch.int32, device=x_BSD.device)
         s_MN = logits_MN.new_zeros(M, self.N)
         parts = []
-        if self.K > self.Ks:
+        if self.Ks < self.K:
             weights_MK, ids_MK = F.route(logits_MN[:, :routed], self.K - self.Ks, selection_bias=biases_N[:routed])
             parts.append(s_MN[:, :routed].scatter(1, ids_MK, weights_MK))
             picked_MN = mask_MN.new_zeros(M, routed).scatter(1, ids_MK, 1)
