@@ -1,6 +1,6 @@
 """FusedOneMoE: the mixture-of-experts block for torch.compile-d models."""
 
-from fusedonemoe import functional, ops
+from fusedonemoe import balance, functional, ops
 from fusedonemoe.config import MoEConfig
 from fusedonemoe.explanation import Explanation, explain
 from fusedonemoe.layers import Experts, FusedOneMoE, MoE, MoEOutput
@@ -20,6 +20,7 @@ __all__ = [
     "TopKRouter",
     "Tuned",
     "__version__",
+    "balance",
     "explain",
     "functional",
     "ops",

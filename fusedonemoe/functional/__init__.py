@@ -1,7 +1,9 @@
 """Public functions: validate once, choose the implementation, call the operator."""
 
+from fusedonemoe.functional.capacity import apply_capacity
 from fusedonemoe.functional.experts import experts_merged, experts_mlp
 from fusedonemoe.functional.routing import plan, route, tokens_per_expert
+from fusedonemoe.functional.variants import TopKSoftmax, route_top_p, route_with_shared, topk_softmax
 from fusedonemoe.functional.weights import pack_experts, stack_gate_up
 from fusedonemoe.ops import PackedExperts
 from fusedonemoe.ops.plan import Plan
@@ -9,11 +11,16 @@ from fusedonemoe.ops.plan import Plan
 __all__ = [
     "PackedExperts",
     "Plan",
+    "TopKSoftmax",
+    "apply_capacity",
     "experts_merged",
     "experts_mlp",
     "pack_experts",
     "plan",
     "route",
+    "route_top_p",
+    "route_with_shared",
     "stack_gate_up",
     "tokens_per_expert",
+    "topk_softmax",
 ]

@@ -4,7 +4,7 @@
 them all.
 """
 
-from fusedonemoe.ops.library import opaque
+from fusedonemoe.ops.library import counting, opaque
 from fusedonemoe.ops.library.merged import experts_merged, experts_merged_backward
 from fusedonemoe.ops.library.mlp import experts_mlp, experts_mlp_backward, experts_mlp_packed, pack
 from fusedonemoe.ops.library.registration import BUILD, NAMESPACE, autocast_dtype
@@ -14,6 +14,7 @@ __all__ = [
     "BUILD",
     "NAMESPACE",
     "autocast_dtype",
+    "counting",
     "experts_merged",
     "experts_merged_backward",
     "experts_mlp",

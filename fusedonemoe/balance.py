@@ -1,0 +1,312 @@
+"""Keeping experts evenly used: losses, the bias without a loss, and the report of :mod:`fusedonemoe.usage`."""
+
+import math
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fusedonemoe import functional as F
+from fusedonemoe.checks import (
+    check_float,
+    check_ids,
+    check_num_experts,
+    check_one_of,
+    check_same_device,
+    check_shape,
+    check_tensor,
+)
+from fusedonemoe.routers import TopKRouter
+from fusedonemoe.usage import Usage, UsageMeter, check_counts, check_module, count_routers, usage
+
+__all__ = [
+    "LossFreeBalance",
+    "Usage",
+    "UsageMeter",
+    "load_balancing_loss",
+    "router_z_loss",
+    "update_selection_bias",
+    "usage",
+]
+
+SCORINGS = ("softmax", "sigmoid", "given")
+
+
+def _check_logits(logits: Tensor) -> None:
+    check_float("logits", logits)
+    if logits.dim() < 1 or logits.shape[-1] < 1:
+        raise ValueError(f"logits must have shape [..., E] with E >= 1, got {tuple(logits.shape)}")
+
+
+def _tokens(logits: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | int]:
+    """Logits ``[T, E]`` in the routing dtype, which tokens count ``[T]`` (None for all), and how many, at least 1.
+
+    What stands in the logits of padding is replaced: were it not a number, so would be its gradient, mask or no mask.
+    """
+    rows = logits.reshape(-1, logits.shape[-1])
+    rows = rows if rows.dtype == torch.float64 else rows.to(torch.float32)
+    if attention_mask is None:
+        return rows, None, max(rows.shape[0], 1)
+    check_tensor("attention_mask", attention_mask)
+    check_same_device("attention_mask", attention_mask, "logits", logits.device)
+    leading, shape = logits.shape[:-1], attention_mask.shape
+    if attention_mask.numel() == rows.shape[0]:
+        mask = attention_mask
+    elif len(shape) <= len(leading) and all(m in (1, n) for m, n in zip(reversed(shape), reversed(leading), strict=False)):
+        mask = attention_mask.expand(leading)
+    else:
+        raise ValueError(
+            f"attention_mask must have one entry for each token, or the last dimensions of the tokens {tuple(leading)}, "
+            f"got shape {tuple(shape)}"
+        )
+    counted = mask.reshape(-1) != 0
+    return rows.masked_fill(~counted[:, None], 0.0), counted, counted.sum().clamp(min=1)
+
+
+def load_balancing_loss(
+    logits: Tensor,
+    experts: Tensor,
+    num_experts: int,
+    *,
+    scoring: str = "softmax",
+    attention_mask: Tensor | None = None,
+) -> Tensor:
+    """The loss of GShard and Switch Transformers that pulls a router towards equal use of its experts.
+
+    ``L = E * sum_i f_i P_i`` with ``f_i = c_i / (T K)``, the share of the routed rows that expert ``i`` takes, and ``P_i``
+    the mean over the tokens of its probability. 1 at perfect balance, ``E`` at most. Only ``P`` has a gradient.
+
+    transformers' ``load_balancing_loss_func`` divides the counts by ``T`` instead, which makes it ``K`` times this. It also
+    takes a tuple of layers and counts them as one: here, stack them, ``[layers, ..., E]``. Rows that capacity dropped
+    (id -1) count nowhere, so the loss of an overflowing routing is below that of the undropped one.
+
+    Args:
+        logits: ``[..., E]`` router logits; probabilities with ``scoring="given"``.
+        experts: ``[..., K]`` ids of any integer dtype; those outside ``[0, num_experts)`` are not counted.
+        num_experts: ``E``.
+        scoring: how a token's probabilities come from its logits: ``"softmax"``; ``"sigmoid"``, divided by their sum as
+            DeepSeek-V3 does; or ``"given"``, they are in ``logits``.
+        attention_mask: 0 for padding, which is left out of both means; one entry for each token, or only the last of their
+            dimensions (``[batch, sequence]`` for ``[layers, batch, sequence, E]``).
+
+    Returns:
+        0-dimensional, float32 (float64 for float64 logits); 0 without tokens.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a shape or name that does not fit, naming the argument.
+
+    Source:
+        Switch Transformers (arXiv 2101.03961), equations 4 to 6, divided by K; DeepSeek-V3 (arXiv 2412.19437) section 2.1.2.
+
+    Example:
+        >>> import torch
+        >>> from fusedonemoe.balance import load_balancing_loss
+        >>> load_balancing_loss(torch.zeros(4, 4), torch.tensor([[0], [1], [2], [3]]), num_experts=4)
+        tensor(1.)
+    """
+    _check_logits(logits)
+    check_ids(experts)
+    check_num_experts(num_experts)
+    check_one_of("scoring", scoring, SCORINGS)
+    if logits.shape[-1] != num_experts:
+        raise ValueError(f"logits must have num_experts ({num_experts}) columns, got shape {tuple(logits.shape)}")
+    if experts.dim() < 1 or experts.shape[-1] < 1:
+        raise ValueError(f"experts must have shape [..., K] with K >= 1, got {tuple(experts.shape)}")
+    check_shape("experts", experts, (*logits.shape[:-1], experts.shape[-1]))
+    check_same_device("experts", experts, "logits", logits.device)
+    rows, counted, T = _tokens(logits, attention_mask)
+    K = experts.shape[-1]
+    ids = experts.reshape(-1, K)
+    if counted is not None:
+        ids = torch.where(counted[:, None], ids.to(torch.int64), -1)
+    if scoring == "softmax":
+        rows = rows.softmax(-1)
+    elif scoring == "sigmoid":
+        rows = nn.functional.logsigmoid(rows).softmax(-1)  # s / sum(s), and no 0 / 0 when every s underflows
+    if counted is not None:
+        rows = rows.masked_fill(~counted[:, None], 0.0)
+    share = F.tokens_per_expert(ids, num_experts).to(rows.dtype) / (T * K)
+    return num_experts * (share * (rows.sum(0) / T)).sum()
+
+
+def router_z_loss(logits: Tensor, *, attention_mask: Tensor | None = None) -> Tensor:
+    """The loss that keeps router logits small: ``mean_t logsumexp(l_t)^2``.
+
+    Args:
+        logits: ``[..., E]``.
+        attention_mask: as for :func:`load_balancing_loss`.
+
+    Returns:
+        0-dimensional, float32 (float64 for float64 logits); 0 without tokens.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a shape that does not fit, naming the argument.
+
+    Source:
+        ST-MoE (arXiv 2202.08906), equation 5.
+
+    Example:
+        >>> import torch
+        >>> from fusedonemoe.balance import router_z_loss
+        >>> router_z_loss(torch.zeros(3, 1) + 2.0)
+        tensor(4.)
+    """
+    _check_logits(logits)
+    rows, counted, T = _tokens(logits, attention_mask)
+    squares = rows.logsumexp(-1).square()
+    if counted is not None:
+        squares = squares.masked_fill(~counted, 0.0)
+    return squares.sum() / T
+
+
+def update_selection_bias(bias: Tensor, counts: Tensor, rate: float, *, num_shared_experts: int = 0) -> Tensor:
+    """One step of the bias that balances without a loss: ``b_i += rate * sign(mean(c) - c_i)``, in place.
+
+    Overloaded experts become a little harder to pick, idle ones a little easier. The comparison is exact, in integers.
+
+    Args:
+        bias: ``[E]`` floating, changed in place, without a gradient.
+        counts: ``[E]`` integers, the rows of each expert since the last step.
+        rate: ``u``, from 0; DeepSeek-V3 uses 0.001.
+        num_shared_experts: the last so many experts take every token: they are left out of the mean and left alone.
+
+    Returns:
+        ``bias``.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a shape or number that does not fit, naming the argument.
+
+    Source:
+        Wang et al. 2024 (arXiv 2408.15664), algorithm 1.
+
+    Example:
+        >>> import torch
+        >>> from fusedonemoe.balance import update_selection_bias
+        >>> update_selection_bias(torch.zeros(3), torch.tensor([5, 3, 1]), rate=0.5)
+        tensor([-0.5000,  0.0000,  0.5000])
+    """
+    check_float("bias", bias)
+    check_counts(counts)
+    check_shape("counts", counts, tuple(bias.shape))
+    check_same_device("counts", counts, "bias", bias.device)
+    _check_rate(rate)
+    E, S = counts.shape[0], num_shared_experts
+    if isinstance(S, bool) or not isinstance(S, int) or not 0 <= S < E:
+        raise ValueError(f"num_shared_experts must be an integer from 0 to {E - 1}, got {S!r}")
+    routed = counts[: E - S].to(torch.int64)
+    direction = (routed.sum() - routed * (E - S)).sign()
+    with torch.no_grad():
+        bias[: E - S].add_(direction.to(bias.dtype), alpha=rate)
+    return bias
+
+
+def _check_rate(rate: object) -> None:
+    if isinstance(rate, bool) or not isinstance(rate, int | float):
+        raise TypeError(f"rate must be a number, got {rate!r}")
+    if not 0 <= rate < math.inf:
+        raise ValueError(f"rate must be at least 0 and finite, got {rate}")
+
+
+class LossFreeBalance:
+    """Balances the experts of a model by its routers' selection biases, once for each step of the optimizer.
+
+    From every :class:`~fusedonemoe.TopKRouter` with a selection bias it counts, on the device, the rows that each expert takes
+    in training mode. After ``optimizer.step()`` it sums the counts over the data-parallel ranks, if
+    :mod:`torch.distributed` is initialised, takes one step of :func:`update_selection_bias`, and starts again from zero. So
+    several forwards before a step count together, and a step that a gradient scaler skips leaves its counts to the next.
+    Nothing is counted in eval mode, and what activation checkpointing repeats is counted once.
+
+    Give a model before the first call of its compiled form: torch.compile does not look for hooks that come later. The first
+    update reads whether anything was counted, and warns if not; no other one waits for the device.
+
+    Args:
+        model: with at least one router that has a selection bias; wrapped by DistributedDataParallel or not.
+        optimizer: whose steps are followed.
+        rate: of the update; an attribute, which may be changed between steps.
+        group: the process group of the data-parallel ranks, which must all step; the default group if None.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: ``model`` has no such router, or ``rate`` is negative.
+
+    Source:
+        Wang et al. 2024 (arXiv 2408.15664); DeepSeek-V3 (arXiv 2412.19437) section 2.1.2.
+
+    Example:
+        >>> import torch
+        >>> from fusedonemoe import MoE
+        >>> from fusedonemoe.balance import LossFreeBalance
+        >>> moe = MoE(hidden_size=16, intermediate_size=8, num_experts=4, top_k=1, selection_bias=True)
+        >>> optimizer = torch.optim.SGD(moe.parameters(), lr=0.1)
+        >>> balance = LossFreeBalance(moe, optimizer, rate=0.01)
+        >>> moe(torch.randn(10, 16)).sum().backward()
+        >>> balance.tokens_per_expert()["gate"].sum()
+        tensor(10)
+        >>> optimizer.step()
+        >>> moe.gate.e_score_correction_bias.abs().max()
+        tensor(0.0100)
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, rate: float = 1e-3, group: Any = None) -> None:
+        check_module(model)
+        if not hasattr(optimizer, "register_step_post_hook"):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        _check_rate(rate)
+        self.rate = rate
+        self.group = group
+        self._routers = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, TopKRouter) and module.e_score_correction_bias is not None
+        }
+        if not self._routers:
+            raise ValueError("model has no TopKRouter with selection_bias=True")
+        self._hooks, self._handles = count_routers(self._routers, training_only=True)
+        self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        self._looked = False
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self.update()
+
+    def tokens_per_expert(self) -> dict[str, Tensor]:
+        """What this process counted since the last update, ``[E]`` int64 by the router's name in the model."""
+        return {name: hook.counts.clone() for name, hook in self._hooks.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the biases and start counting anew; the optimizer's step calls this.
+
+        With several ranks this is a collective call: all of them make it, or none.
+        """
+        counts = [hook.counts for hook in self._hooks.values()]
+        total = torch.cat(counts)  # one message for all layers
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(total, group=self.group)
+        if not self._looked:
+            self._looked = True
+            self._warn_if_nothing(total)
+        parts = total.split([count.shape[0] for count in counts])
+        for router, part, count in zip(self._routers.values(), parts, counts, strict=True):
+            assert router.e_score_correction_bias is not None
+            update_selection_bias(router.e_score_correction_bias, part, self.rate)
+            count.zero_()
+
+    def _warn_if_nothing(self, total: Tensor) -> None:
+        if total.is_cuda and torch.cuda.is_current_stream_capturing():  # where nothing can be read
+            return
+        if not total.any():
+            warnings.warn(
+                "LossFreeBalance counted nothing before the first step: it must be made before the first call of a compiled "
+                "model, and the model must be in training mode",
+                stacklevel=2,
+            )
+
+    def remove(self) -> None:
+        """Take the hooks off the model and the optimizer; the biases stay as they are."""
+        for handle in self._handles:
+            handle.remove()

@@ -1,0 +1,66 @@
+"""Expert capacity: a bound on the rows of an expert, and the dropping of what exceeds it."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fusedonemoe.checks import check_float, check_ids, check_num_experts, check_same_device, check_shape
+from fusedonemoe.ops.plan import in_range, inverse_order, make_plan
+
+# The factor as a ratio of integers: 1.1 * 110 is 121 and a bit in floating point, and its ceiling is not what 1.1 means.
+_MILLIONTHS = 1_000_000
+
+
+def apply_capacity(experts: Tensor, weights: Tensor, num_experts: int, capacity_factor: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Drop the routed rows that exceed an expert's capacity.
+
+    ``C = ceil(capacity_factor * T * K / E)``; of the rows of an expert, in the order of the tokens and of the choices within
+    a token, those from the ``C``-th on get weight 0 and id -1. The gradient of a dropped weight is 0.
+
+    Args:
+        experts: ``[..., K]`` ids of any integer dtype; those outside ``[0, num_experts)`` are left as they are.
+        weights: ``[..., K]``, floating.
+        num_experts: ``E``.
+        capacity_factor: above 0, read to six decimals; 1 is just enough at perfect balance.
+
+    Returns:
+        ``experts`` in their dtype (int64 for an unsigned one, which has no -1), ``weights`` in theirs, and ``dropped``, how
+        many rows that were, a 0-dimensional int64 tensor. Nothing waits for it.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a shape or number that does not fit, naming the argument.
+
+    Source:
+        GShard (arXiv 2006.16668) section 2.2; Switch Transformers (arXiv 2101.03961) section 2.2.
+
+    Example:
+        >>> import torch
+        >>> from fusedonemoe import functional as F
+        >>> experts, weights = torch.tensor([[0], [0], [0], [1]]), torch.ones(4, 1)
+        >>> experts, weights, dropped = F.apply_capacity(experts, weights, num_experts=2, capacity_factor=1.0)
+        >>> experts.flatten(), weights.flatten(), dropped
+        (tensor([ 0,  0, -1,  1]), tensor([1., 1., 0., 1.]), tensor(1))
+    """
+    check_ids(experts)
+    check_float("weights", weights)
+    check_num_experts(num_experts)
+    if experts.dim() < 1 or experts.shape[-1] < 1:
+        raise ValueError(f"experts must have shape [..., K] with K >= 1, got {tuple(experts.shape)}")
+    check_shape("weights", weights, tuple(experts.shape))
+    check_same_device("weights", weights, "experts", experts.device)
+    if isinstance(capacity_factor, bool) or not isinstance(capacity_factor, int | float):
+        raise TypeError(f"capacity_factor must be a number, got {capacity_factor!r}")
+    if not 1 / _MILLIONTHS <= capacity_factor < math.inf:
+        raise ValueError(f"capacity_factor must be at least 0.000001 and finite, got {capacity_factor}")
+    factor = round(capacity_factor * _MILLIONTHS)
+    capacity = (factor * experts.numel() + _MILLIONTHS * num_experts - 1) // (_MILLIONTHS * num_experts)
+
+    order, offsets = make_plan(experts, num_experts)
+    routed = in_range(experts, num_experts)
+    ids = torch.where(routed, experts.to(torch.int64), 0)
+    place = inverse_order(order).reshape(experts.shape) - offsets[ids]
+    beyond = routed & (place >= capacity)
+    signed = experts if experts.dtype.is_signed else experts.to(torch.int64)
+    return torch.where(beyond, -1, signed), torch.where(beyond, 0.0, weights), beyond.sum()
