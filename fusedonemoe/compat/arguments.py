@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fusedonemoe.checks import check_float, check_integer, check_same_device, check_shape, check_tensor
+from fusedonemoe.checks import check_float, check_integer, check_like_x, check_same_device, check_shape, check_tensor
 from fusedonemoe.ops.library import autocast_dtype
 
 
@@ -45,6 +45,14 @@ def check_ids_like(name: str, ids: Tensor, shape: tuple[int, ...], owner: str, d
         raise TypeError(f"{name} must have an integer dtype, got {ids.dtype}")
     check_shape(name, ids, shape)
     check_same_device(name, ids, owner, device)
+
+
+def check_like_input(name: str, tensor: Tensor, x: Tensor) -> None:
+    """What :func:`fusedonemoe.checks.check_like_x` asks, where x is called ``input``."""
+    try:
+        check_like_x(name, tensor, x)
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace(" of x (", " of input (")) from None
 
 
 def check_last(name: str, tensor: Tensor, size: int) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fusedonemoe import functional as F
-from fusedonemoe.checks import check_dim, check_float, check_like_x, check_same_device, check_shape
-from fusedonemoe.compat.arguments import check_count, check_ids_like
+from fusedonemoe.checks import check_dim, check_float, check_same_device, check_shape
+from fusedonemoe.compat.arguments import check_count, check_ids_like, check_like_input
 
 QWEN3, NOMIC = 0, 1
 
@@ -61,10 +61,9 @@ def apply_topk_softmax_inplace(
     check_same_device("topk_weight", topk_weight, "gating_output", gating_output.device)
     check_ids_like("topk_indices", topk_indices, (T, K), "gating_output", gating_output.device)
     check_ids_like("token_expert_indices", token_expert_indices, (T, K), "gating_output", gating_output.device)
-    weights_TK, ids_TK = F.route(gating_output, K, norm_topk_prob=False)
-    topk_weight.copy_(weights_TK)
-    topk_indices.copy_(ids_TK)
-    token_expert_indices.copy_(torch.arange(T * K, device=gating_output.device).view(K, T).t())
+    outputs = (topk_weight, topk_indices, token_expert_indices)
+    for output, values in zip(outputs, F.topk_softmax(gating_output, K), strict=True):
+        output.copy_(values)
 
 
 class FusedMoE:
@@ -137,13 +136,13 @@ class FusedMoE:
         check_dim("input", input, "T, D")
         T, D = input.shape
         E, K = self.num_experts, self.num_selected_experts
-        check_like_input = {"gate_weights": gate_weights, "up_weights": up_weights}
+        weights = {"gate_weights": gate_weights, "up_weights": up_weights}
         if down_weights is not None:
-            check_like_input["down_weights"] = down_weights
+            weights["down_weights"] = down_weights
         elif moe_type == QWEN3:
             raise ValueError("down_weights must be a tensor [E, F, D] with moe_type 0, got None")
-        for name, tensor in check_like_input.items():
-            _check_weights(name, tensor, input)
+        for name, tensor in weights.items():
+            check_like_input(name, tensor, input)
         check_dim("gate_weights", gate_weights, "E, D, F")
         F_ = gate_weights.shape[2]
         check_shape("gate_weights", gate_weights, (E, D, F_))
@@ -184,10 +183,3 @@ class FusedMoE:
             joined = F.stack_gate_up(gate_EDF.transpose(1, 2), up_EDF.transpose(1, 2))
         self._joined = (gate_EDF, up_EDF, gate_EDF._version, up_EDF._version, joined)
         return joined
-
-
-def _check_weights(name: str, tensor: Tensor, x: Tensor) -> None:
-    try:
-        check_like_x(name, tensor, x)
-    except (TypeError, ValueError) as error:
-        raise type(error)(str(error).replace("of x (", "of input (")) from None

@@ -88,14 +88,11 @@ class FusedOneMoE(_FusedOneMoE):
         self.train(training)
 
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights and ids of each token's experts; an id of E stands where the mask keeps none."""
+        """Weights and ids of each token's experts."""
         logits, weights, experts = self.gate(x)
-        if self.is_sparse and self.is_indefinacy:
-            p = torch.softmax(logits / self.temperature, -1)
-            if self.training and self.noise:
-                p = p + self.noise * self.topp * torch.randn_like(p)
-            experts = torch.where(p > self.topp, experts, self.proj.shape[0])
-        return weights, experts
+        if not (self.is_sparse and self.is_indefinacy):
+            return weights, experts
+        return F.route_top_p(logits, self.topp, temperature=self.temperature, noise=self.noise, training=self.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the block on ``x`` ``[..., D]``."""

@@ -4,7 +4,6 @@ Suffixes of tensor names: T tokens, D ``hidden_dim``, F ``expert_dim``, E expert
 expert.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fusedonemoe import functional as F
+from fusedonemoe.balance import load_balancing_loss
 from fusedonemoe.checks import check_float, check_same_device, check_shape
-from fusedonemoe.compat.arguments import check_count, check_ids_like, check_last, check_number, router_logits
-from fusedonemoe.ops.plan import inverse_order
+from fusedonemoe.compat.arguments import check_count, check_ids_like, check_last, check_like_input, check_number, router_logits
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,8 @@ class MOEConfig:
 
     Example:
         >>> from fusedonemoe.compat.moekernel import MOEConfig
-        >>> MOEConfig(num_experts=8, top_k=2, hidden_dim=512, expert_dim=2048).capacity(tokens=64)
-        20
+        >>> MOEConfig(num_experts=8, top_k=2, hidden_dim=512, expert_dim=2048).parameters_per_expert
+        2099712
     """
 
     num_experts: int
@@ -47,10 +46,6 @@ class MOEConfig:
         check_count("hidden_dim", self.hidden_dim)
         check_count("expert_dim", self.expert_dim)
         check_number("capacity_factor", self.capacity_factor, least=1)
-
-    def capacity(self, tokens: int) -> int:
-        """The most rows that an expert takes of ``tokens`` tokens."""
-        return math.ceil(self.capacity_factor * tokens * self.top_k / self.num_experts)
 
     @property
     def parameters_per_expert(self) -> int:
@@ -97,29 +92,15 @@ def moe_gating_forward(input: Tensor, gate_weights: Tensor, config: MOEConfig) -
     check_same_device("gate_weights", gate_weights, "input", input.device)
     logits_TE = router_logits(input.reshape(-1, config.hidden_dim), gate_weights)
     weights_TK, ids_TK = F.route(logits_TE, config.top_k)
-    T = logits_TE.shape[0]
-    share_E = F.tokens_per_expert(ids_TK, config.num_experts) / max(T * config.top_k, 1)
-    # No tokens: a sum of nothing over 1, not a mean, which would be NaN.
-    mean_E = logits_TE.softmax(1).sum(0) / max(T, 1)
-    load_loss = config.num_experts * (share_E.to(mean_E.dtype) * mean_E).sum().reshape(1)
+    load_loss = load_balancing_loss(logits_TE, ids_TK, config.num_experts).reshape(1)
     return weights_TK, ids_TK.to(torch.int32), load_loss
-
-
-def _within_capacity(ids_TK: Tensor, config: MOEConfig) -> Tensor:
-    """Mask of the rows that come among the first C of their expert, in token order."""
-    plan = F.plan(ids_TK, config.num_experts)
-    T = ids_TK.shape[0]
-    ids_N = ids_TK.reshape(-1).to(torch.int64).clamp(0, config.num_experts - 1)
-    place_N = inverse_order(plan.order) - plan.offsets[ids_N]
-    return (place_N < config.capacity(T)).reshape(ids_TK.shape)
 
 
 def _stacked(expert_params: Sequence[Tensor] | Tensor, config: MOEConfig, like: Tensor) -> Tensor:
     E, P = config.num_experts, config.parameters_per_expert
     if isinstance(expert_params, Tensor):
-        check_float("expert_params", expert_params)
+        check_like_input("expert_params", expert_params, like)
         check_shape("expert_params", expert_params, (E, P))
-        check_same_device("expert_params", expert_params, "input", like.device)
         return expert_params
     if not isinstance(expert_params, Sequence) or isinstance(expert_params, str):
         raise TypeError(f"expert_params must be a list of tensors or one tensor [E, P], got {type(expert_params).__name__}")
@@ -127,11 +108,8 @@ def _stacked(expert_params: Sequence[Tensor] | Tensor, config: MOEConfig, like: 
         raise ValueError(f"expert_params must hold {E} tensors, one for each expert, got {len(expert_params)}")
     for i, params_P in enumerate(expert_params):
         name = f"expert_params[{i}]"
-        check_float(name, params_P)
+        check_like_input(name, params_P, like)
         check_shape(name, params_P, (P,))
-        check_same_device(name, params_P, "input", like.device)
-        if params_P.dtype != expert_params[0].dtype:
-            raise TypeError(f"{name} must have the dtype of expert_params[0] ({expert_params[0].dtype}), got {params_P.dtype}")
     return torch.stack(tuple(expert_params))
 
 
@@ -147,7 +125,7 @@ def moe_expert_computation(
     """Run tokens through their experts: ``y_t = sum_j w_tj (relu(x_t W1_e + b1_e) W2_e + b2_e)``, ``e = indices_tj``.
 
     An expert takes the first ``C = ceil(capacity_factor * T * K / E)`` rows that name it, in token order; rows beyond that
-    contribute zero, and gates get no gradient through them.
+    contribute zero, and their weights get no gradient.
 
     Args:
         input: ``[..., D]``, any float dtype.
@@ -185,12 +163,10 @@ def moe_expert_computation(
     check_ids_like("expert_indices", expert_indices, expected, "input", input.device)
     params_EP = _stacked(expert_params, config, input)
     w1_EP, w2_EP, b1_EF, b2_ED = params_EP.split((D * F_, F_ * D, F_, D), 1)
-    kept_TK = _within_capacity(expert_indices, config)
+    kept = F.apply_capacity(expert_indices, expert_weights, E, config.capacity_factor)
     y_TD = F.experts_mlp(
         x_TD,
-        # E names no expert: a dropped row costs no arithmetic either.
-        torch.where(kept_TK, expert_indices.to(torch.int64), E),
-        expert_weights,
+        *kept[:2],
         w1_EP.unflatten(1, (D, F_)),
         w2_EP.unflatten(1, (F_, D)),
         gate_up_bias=b1_EF,

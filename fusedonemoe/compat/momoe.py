@@ -226,21 +226,10 @@ class TopKRouter(nn.Module):
         check_shape("biases_N", biases_N, (self.N,))
         check_same_device("biases_N", biases_N, "x_BSD", x_BSD.device)
         logits_MN = router_logits(x_BSD.reshape(-1, self.D), self.Wg_DN)
-        M, routed = logits_MN.shape[0], self.N - self.Ks
-        mask_MN = torch.ones(M, self.N, dtype=torch.int32, device=x_BSD.device)
-        s_MN = logits_MN.new_zeros(M, self.N)
-        parts = []
-        if self.Ks < self.K:
-            weights_MK, ids_MK = F.route(logits_MN[:, :routed], self.K - self.Ks, selection_bias=biases_N[:routed])
-            parts.append(s_MN[:, :routed].scatter(1, ids_MK, weights_MK))
-            picked_MN = mask_MN.new_zeros(M, routed).scatter(1, ids_MK, 1)
-            mask_MN = torch.cat((picked_MN, mask_MN[:, routed:]), 1)
-        elif routed:
-            parts.append(s_MN[:, :routed])
-            mask_MN = torch.cat((torch.zeros_like(mask_MN[:, :routed]), mask_MN[:, routed:]), 1)
-        if self.Ks:
-            parts.append(logits_MN[:, routed:].softmax(1))
-        return x_BSD, mask_MN.t(), torch.cat(parts, 1).t()
+        weights_MK, ids_MK = F.route_with_shared(logits_MN, self.K, self.Ks, selection_bias=biases_N)
+        s_MN = torch.zeros_like(logits_MN).scatter(1, ids_MK, weights_MK)
+        mask_MN = torch.zeros_like(logits_MN, dtype=torch.int32).scatter(1, ids_MK, 1)
+        return x_BSD, mask_MN.t(), s_MN.t()
 
     def extra_repr(self) -> str:
         """The sizes, for ``print(module)``."""
