@@ -27,11 +27,17 @@ def make_params(dtype=torch.float64):
     return [(randn(P, seed=10 + e) / D**0.5).to(dtype) for e in range(E)]
 
 
+def best(row, count):
+    """Ids of the largest, descending, ties to the lower id."""
+    values = row.tolist()
+    return sorted(range(len(values)), key=lambda e: (-values[e], e))[:count]
+
+
 def plain_gating(x, gate_DE, top_k=K):
     """Softmax, the K largest with ties to the lower id, divided by their sum; the loss by counting."""
     probabilities = torch.softmax(x.reshape(-1, x.shape[-1]) @ gate_DE, 1)
     num_experts = gate_DE.shape[1]
-    ids = [sorted(range(num_experts), key=lambda e, row=row: (-row[e].item(), e))[:top_k] for row in probabilities]
+    ids = [best(row, top_k) for row in probabilities]
     indices = torch.tensor(ids).reshape(-1, top_k)
     picked = probabilities.gather(1, indices)
     counts = [sum(row.count(e) for row in ids) / (len(ids) * top_k) for e in range(num_experts)]

@@ -122,9 +122,14 @@ def test_momoe_takes_any_leading_dimensions(shape):
 
 
 def test_momoe_reads_its_parameters_in_place(monkeypatch):
-    momoe, read = make_momoe(), []
-    experts_mlp = F.experts_mlp
-    monkeypatch.setattr(F, "experts_mlp", lambda *a, **k: read.extend(w.data_ptr() for w in a[3:5]) or experts_mlp(*a, **k))
+    momoe, experts_mlp = make_momoe(), F.experts_mlp
+    read: list[int] = []
+
+    def watched(*args, **kwargs):
+        read.extend(weight.data_ptr() for weight in args[3:5])
+        return experts_mlp(*args, **kwargs)
+
+    monkeypatch.setattr(F, "experts_mlp", watched)
     momoe(randn(B, S, D), make_mask(B * S), randn(N, B * S))
     assert read == [momoe.Wl1_ND2H.data_ptr(), momoe.Wl2_NHD.data_ptr()]
 

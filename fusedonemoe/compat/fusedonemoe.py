@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedonemoe import functional as F
-from fusedonemoe.compat.arguments import check_flag, check_number
+from fusedonemoe.compat.arguments import check_count, check_flag, check_number
 from fusedonemoe.layers import FusedOneMoE as _FusedOneMoE
 
 _ORIGINAL_NAMES = {"WG": "gate.weight", "Wi": "proj"}
@@ -74,6 +74,8 @@ class FusedOneMoE(_FusedOneMoE):
     ) -> None:
         for name, flag in (("is_sparse", is_sparse), ("is_indefinacy", is_indefinacy), ("training", training), ("bias", bias)):
             check_flag(name, flag)
+        check_count("groups", groups)
+        check_count("topk", topk, 1, groups, "groups")
         check_number("topp", topp, least=0)
         if topp >= 1:
             raise ValueError(f"topp must be below 1, where no expert can be kept, got {topp!r}")
