@@ -1,6 +1,7 @@
 """Public functions: validate once, choose the implementation, call the operator."""
 
 from fusedonemoe.functional.experts import experts_merged, experts_mlp
+from fusedonemoe.functional.product_keys import route_product_key
 from fusedonemoe.functional.routing import plan, route, tokens_per_expert
 from fusedonemoe.functional.weights import pack_experts, stack_gate_up
 from fusedonemoe.ops import PackedExperts
@@ -14,6 +15,7 @@ __all__ = [
     "pack_experts",
     "plan",
     "route",
+    "route_product_key",
     "stack_gate_up",
     "tokens_per_expert",
 ]
