@@ -19,7 +19,8 @@ def _key(*terms: float) -> tuple[int, Fraction]:
 
 
 def _log_softmax(logits: FloatArray) -> FloatArray:
-    shifted = logits - logits.max()
+    with np.errstate(over="ignore"):  # -max - max is minus infinity, as good as any number whose exp is 0
+        shifted = logits - logits.max()
     result: FloatArray = shifted - np.log(np.exp(shifted).sum())
     return result
 
