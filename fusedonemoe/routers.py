@@ -148,7 +148,9 @@ class TopKRouter(nn.Module):
 
 
 class ProductKeyRouter(nn.Module):
-    """A router over ``G * G`` experts with ``2 G`` keys: ``l = norm(x) W^T (+ b)``, :func:`~fusedonemoe.functional.route_product_key`.
+    """A router over ``G * G`` experts with ``2 G`` keys.
+
+    ``l = norm(x) W^T (+ b)``, then :func:`fusedonemoe.functional.route_product_key`.
 
     Every head has keys of its own and picks ``K`` of the same ``G * G`` experts, so an expert can come up once for each head.
     All arithmetic is float32 whatever the dtype of x and of the module, autocast included (float64 for float64 x).
@@ -167,8 +169,8 @@ class ProductKeyRouter(nn.Module):
         dtype: of the parameters.
 
     Shape:
-        x ``[..., D]`` to :class:`RouterOutput` with logits ``[..., H, 2, G]``, weights and experts ``[..., H * K]``, one head after
-        the other.
+        x ``[..., D]`` to :class:`RouterOutput` with logits ``[..., H, 2, G]``, weights and experts ``[..., H * K]``, one head
+        after the other.
 
     Raises:
         TypeError: a size that is no integer.

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fusedonemoe.ops.route import _routing_dtype, _select
 
+SCATTERS = ("cpu",)  # devices that add up a scatter in a fixed order; others do it with atomics
 EXACT_INTEGERS = 1 << 24  # up to here a float32 holds every integer
 
 
@@ -108,8 +109,8 @@ def select_pairs(logits: Tensor, top_k: int, opaque: bool) -> Tensor:
 
 
 def _picked(half: Tensor, index: Tensor) -> Tensor:
-    """``half[t, index[t, k]]``. On CUDA, what differentiates a gather adds with atomics; a sum over a mask does not."""
-    if half.device.type == "cpu":
+    """``half[t, index[t, k]]``, whose derivative is a scatter."""
+    if half.device.type in SCATTERS:
         return half.gather(1, index)
     is_key = index[:, :, None] == torch.arange(half.shape[1], device=half.device)
     return torch.where(is_key, half[:, None, :], 0.0).sum(-1)
@@ -117,7 +118,7 @@ def _picked(half: Tensor, index: Tensor) -> Tensor:
 
 def _summed(values: Tensor, index: Tensor, num_keys: int) -> Tensor:
     """``[T, G]``: the sum of ``values[t, k]`` over the k whose ``index[t, k]`` is g, in a fixed order."""
-    if values.device.type == "cpu":
+    if values.device.type in SCATTERS:
         return values.new_zeros(values.shape[0], num_keys).scatter_add(1, index, values)
     is_key = index[:, :, None] == torch.arange(num_keys, device=values.device)
     return torch.where(is_key, values[:, :, None], 0.0).sum(1)

@@ -46,7 +46,8 @@ def route_product_key(logits: ArrayLike, top_k: int, *, norm_topk_prob: bool = F
     for t, (a, b) in enumerate(logits_T2G):
         keys: list[Any] = [(_key(a[i], b[j]), i * G + j) for i in range(G) for j in range(G)]
         picked = np.array([expert for _, expert in sorted(keys)[:top_k]], dtype=np.int64)
-        w_K = np.exp(_log_softmax(a)[picked // G] + _log_softmax(b)[picked % G])
+        with np.errstate(over="ignore"):
+            w_K = np.exp(_log_softmax(a)[picked // G] + _log_softmax(b)[picked % G])
         weights_TK[t] = w_K / w_K.sum() if norm_topk_prob else w_K
         experts_TK[t] = picked
     return weights_TK, experts_TK

@@ -99,7 +99,7 @@ def is_the_full_sort(logits, experts):
     last one. A float64 sum of two float32 is monotone in the real sum; where two are equal, the errors of the additions
     decide, and then the ids.
     """
-    T, _, G = logits.shape
+    G = logits.shape[-1]
     K = experts.shape[1]
     a, b = logits.double().unbind(1)
 
@@ -213,8 +213,9 @@ def test_ids_are_exact_where_a_float32_is_not():
 
 @pytest.mark.parametrize(("K", "count"), [(8, 20), (16, 50), (32, 119), (64, 280), (128, 645)])
 def test_the_candidates_are_as_few_as_the_rule_says(K, count):
-    first, second = product_keys.candidates(K, 1000, torch.device("cpu"))
-    assert {(r, s) for r in range(K) for s in range(K) if (r + 1) * (s + 1) <= K} == set(zip(first.tolist(), second.tolist()))
+    first, second = (ranks.tolist() for ranks in product_keys.candidates(K, 1000, torch.device("cpu")))
+    expected = {(r, s) for r in range(K) for s in range(K) if (r + 1) * (s + 1) <= K}
+    assert set(zip(first, second, strict=True)) == expected
     assert len(first) == count
     assert len(product_keys.candidates(K, 3, torch.device("cpu"))[0]) <= 9
 
@@ -280,22 +281,16 @@ def test_equal_inputs_give_equal_bits():
         assert torch.equal(first, second)
 
 
-def test_sums_over_a_mask_are_those_off_the_cpu(monkeypatch):
-    # What other devices run, on this one: a tensor that says it is elsewhere would not compute, so the branches are called.
-    class Elsewhere:
-        def __init__(self, tensor):
-            self.tensor, self.shape, self.device = tensor, tensor.shape, torch.device("meta")
-
-        def __getitem__(self, index):
-            return self.tensor[index]
-
-    monkeypatch.setattr(product_keys.torch, "arange", lambda *size, device: torch.ops.aten.arange(*size))
-    half, values = torch.randn(4, 6), torch.randn(4, 9)
-    half[0, 0] = -torch.inf
-    index = torch.randint(6, (4, 9))
-    assert torch.equal(product_keys._picked(Elsewhere(half), index), product_keys._picked(half, index))  # type: ignore[arg-type]
-    off_cpu = product_keys._summed(Elsewhere(values), index, 6)  # type: ignore[arg-type]
-    assert_close(off_cpu, product_keys._summed(values, index, 6))
+@every_norm
+def test_sums_over_masks_are_gathers_and_scatters(norm, monkeypatch):
+    # Off the CPU, where scattering would add with atomics, the formulation compares instead; here it is made to.
+    logits = halves(6, 7, torch.float64, ties=True)
+    logits[0, 0, :3] = -torch.inf
+    weights, experts = product_keys.route_product_key(logits, 9, norm)
+    dlogits = product_keys.route_product_key_backward(random_like(weights), logits, experts, norm)
+    monkeypatch.setattr(product_keys, "SCATTERS", ())
+    assert_close(product_keys.route_product_key(logits, 9, norm), (weights, experts))
+    assert_close(product_keys.route_product_key_backward(random_like(weights), logits, experts, norm), dlogits)
 
 
 # Derivatives
@@ -420,16 +415,14 @@ def test_the_router_is_its_formula(input_norm, bias, dtype):
     for training in (True, False):
         router.train(training)
         flat = x.to(wide).reshape(-1, D)
+        norm: Any = router.norm
         if input_norm == "batch":
-            norm = router.norm
-            assert isinstance(norm, torch.nn.BatchNorm1d) and norm.running_mean is not None and norm.running_var is not None
             mean = flat.mean(0) if training else norm.running_mean.to(wide)
             variance = flat.var(0, unbiased=False) if training else norm.running_var.to(wide)
             before = norm.running_mean.clone()
             flat = (flat - mean) / (variance + norm.eps).sqrt() * norm.weight.to(wide) + norm.bias.to(wide)
         elif input_norm == "rms":
-            assert isinstance(router.norm, torch.nn.RMSNorm)
-            flat = flat / (flat.square().mean(-1, keepdim=True) + 1e-6).sqrt() * router.norm.weight.to(wide)
+            flat = flat / (flat.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight.to(wide)
         expected = flat @ router.weight.to(wide).t() + (0 if router.bias is None else router.bias.to(wide))
         logits, weights, experts = router(x)
         assert logits.shape == (2, 7, H, 2, G) and weights.shape == experts.shape == (2, 7, H * K)
@@ -441,7 +434,7 @@ def test_the_router_is_its_formula(input_norm, bias, dtype):
             if training:
                 updated = (0.9 * before.to(wide) + 0.1 * mean).to(dtype)
                 assert_close(norm.running_mean, updated)
-                assert norm.num_batches_tracked is not None and norm.num_batches_tracked.item() == 1
+                assert norm.num_batches_tracked.item() == 1
             else:
                 assert torch.equal(norm.running_mean, before)
 
