@@ -26,7 +26,7 @@ BIAS = tl.constexpr(2**31)
 
 @triton.jit
 def best_keys(logits, key, is_key, R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, SORT: tl.constexpr):
-    """Indices and values of the greatest R logits of each row, descending, equal ones by ascending index."""
+    """Indices of the greatest R logits of each row, descending, equal ones by ascending index."""
     order = tl.where(is_key, in_order(logits), LOWEST)
     if SORT:
         packed = (order.to(tl.int64) << 32) | (key ^ FAR).to(tl.int64)
@@ -38,7 +38,15 @@ def best_keys(logits, key, is_key, R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK
             winner = best_of(order, key)[:, None]
             keys = tl.where(slot == rank, winner, keys)
             order = tl.where(key == winner, LOWEST, order)
-    return keys, tl.gather(logits, keys, 1)
+    return keys
+
+
+@triton.jit
+def at_ranks(keys, ranks, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """``keys[t, ranks[0, c]]``. In one dimension: Triton 3.7 fails to lay out a gather from rows of several warps."""
+    at = ranks + tl.arange(0, BLOCK_T)[:, None] * BLOCK_R
+    gathered = tl.gather(tl.reshape(keys, [BLOCK_T * BLOCK_R]), tl.reshape(at, [BLOCK_T * BLOCK_C]), 0)
+    return tl.reshape(gathered, [BLOCK_T, BLOCK_C])
 
 
 @triton.jit
@@ -74,11 +82,12 @@ def _route_kernel(
     key = tl.arange(0, BLOCK_G)[None, :]
     is_key = key < G
     is_logit = is_row[:, None] & is_key
-    a_ptr = logits_ptr + row[:, None] * stride_lt + key.to(tl.int64) * stride_lg
-    a = tl.load(a_ptr, is_logit, other=float("-inf")).to(tl.float32)
-    b = tl.load(a_ptr + stride_lh, is_logit, other=float("-inf")).to(tl.float32)
-    a_keys, a_best = best_keys(a, key, is_key, R, BLOCK_T, BLOCK_R, SORT)
-    b_keys, b_best = best_keys(b, key, is_key, R, BLOCK_T, BLOCK_R, SORT)
+    a_ptr = logits_ptr + row[:, None] * stride_lt
+    b_ptr = a_ptr + stride_lh
+    a = tl.load(a_ptr + key.to(tl.int64) * stride_lg, is_logit, other=float("-inf")).to(tl.float32)
+    b = tl.load(b_ptr + key.to(tl.int64) * stride_lg, is_logit, other=float("-inf")).to(tl.float32)
+    a_keys = best_keys(a, key, is_key, R, BLOCK_T, BLOCK_R, SORT)
+    b_keys = best_keys(b, key, is_key, R, BLOCK_T, BLOCK_R, SORT)
 
     # Candidates in the order of their first rank; rank r has so many that (r + 1) (s + 1) <= K.
     candidate = tl.arange(0, BLOCK_C)[None, :]
@@ -90,13 +99,14 @@ def _route_kernel(
         first = tl.where(candidate >= end, rank + 1, first)
         begin = tl.where(candidate >= end, end, begin)
     is_candidate = candidate < C
-    first = tl.where(is_candidate, first, 0) + tl.zeros([BLOCK_T, BLOCK_C], tl.int32)
-    second = tl.where(is_candidate, candidate - begin, 0) + tl.zeros([BLOCK_T, BLOCK_C], tl.int32)
-    expert = tl.gather(a_keys, first, 1) * G + tl.gather(b_keys, second, 1)
+    i = at_ranks(a_keys, tl.where(is_candidate, first, 0), BLOCK_T, BLOCK_R, BLOCK_C)
+    j = at_ranks(b_keys, tl.where(is_candidate, candidate - begin, 0), BLOCK_T, BLOCK_R, BLOCK_C)
+    expert = i * G + j
 
     # Halves, so that no sum overflows. Their products are exact, so that contracting them into the additions changes nothing.
-    x = 0.5 * tl.gather(a_best, first, 1)
-    y = 0.5 * tl.gather(b_best, second, 1)
+    is_sum = is_row[:, None] & is_candidate
+    x = 0.5 * tl.load(a_ptr + i.to(tl.int64) * stride_lg, is_sum, other=0.0).to(tl.float32)
+    y = 0.5 * tl.load(b_ptr + j.to(tl.int64) * stride_lg, is_sum, other=0.0).to(tl.float32)
     total = x + y
     from_y = total - x
     error = (x - (total - from_y)) + (y - from_y)
@@ -113,13 +123,16 @@ def _route_kernel(
         order = tl.where(is_best & (expert == winner), LOWEST_PAIR, order)
 
     i = experts // G
+    j = experts - i * G
+    is_stored = is_row[:, None] & (slot < K)
+    picked_a = tl.load(a_ptr + i.to(tl.int64) * stride_lg, is_stored, other=float("-inf")).to(tl.float32)
+    picked_b = tl.load(b_ptr + j.to(tl.int64) * stride_lg, is_stored, other=float("-inf")).to(tl.float32)
     peak_a, peak_b = tl.max(a, axis=1), tl.max(b, axis=1)
-    weights = tl.exp((tl.gather(a, i, 1) - peak_a[:, None]) + (tl.gather(b, experts - i * G, 1) - peak_b[:, None]))
+    weights = tl.exp((picked_a - peak_a[:, None]) + (picked_b - peak_b[:, None]))
     if NORMALIZE:
         whole = tl.sum(tl.where(slot < K, weights, 0.0), axis=1)
     else:
         whole = sum_of_powers(a, peak_a) * sum_of_powers(b, peak_b)
-    is_stored = is_row[:, None] & (slot < K)
     at = row[:, None] * K + slot
     tl.store(weights_ptr + at, weights / whole[:, None], is_stored)
     tl.store(experts_ptr + at, experts.to(tl.int64), is_stored)

@@ -70,6 +70,15 @@ def test_sums_that_round_to_one_float_are_still_ordered(device):
     assert experts[0].tolist() == [5, 4, 3, 2, 8, 1, 7, 0, 6]
 
 
+@pytest.mark.parametrize(("G", "K"), [(10, 16), (33, 40)])
+def test_sums_of_all_magnitudes_are_ordered_as_real_numbers(device, G, K):
+    generator = torch.Generator().manual_seed(0)
+    shape = (40, 2, G)
+    logits = torch.randn(shape, generator=generator) * 10.0 ** torch.randint(-12, 12, shape, generator=generator)
+    experts = product_keys.route_product_key(logits.to(device), K, False)[1].cpu()
+    assert torch.equal(experts, tensors.route_product_key(logits.double(), K, False)[1])
+
+
 @pytest.mark.parametrize(("G", "K"), [(12, 7), (6, 36)])
 def test_rounds_and_sort_are_one_selection(device, G, K, monkeypatch):
     logits = make_logits(10, G, ties=True).reshape(5, 2, G)
