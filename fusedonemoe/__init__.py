@@ -4,7 +4,7 @@ from fusedonemoe import balance, functional, ops
 from fusedonemoe.config import MoEConfig
 from fusedonemoe.explanation import Explanation, explain
 from fusedonemoe.layers import Experts, FusedOneMoE, MoE, MoEOutput
-from fusedonemoe.routers import RouterOutput, TopKRouter
+from fusedonemoe.routers import ProductKeyRouter, RouterOutput, TopKRouter
 from fusedonemoe.tuning import Tuned, tune
 
 __version__ = "0.1.0.dev0"
@@ -16,6 +16,7 @@ __all__ = [
     "MoE",
     "MoEConfig",
     "MoEOutput",
+    "ProductKeyRouter",
     "RouterOutput",
     "TopKRouter",
     "Tuned",

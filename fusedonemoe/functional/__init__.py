@@ -2,6 +2,7 @@
 
 from fusedonemoe.functional.capacity import apply_capacity
 from fusedonemoe.functional.experts import experts_merged, experts_mlp
+from fusedonemoe.functional.product_keys import route_product_key
 from fusedonemoe.functional.routing import plan, route, tokens_per_expert
 from fusedonemoe.functional.variants import TopKSoftmax, route_top_p, route_with_shared, topk_softmax
 from fusedonemoe.functional.weights import pack_experts, stack_gate_up
@@ -18,6 +19,7 @@ __all__ = [
     "pack_experts",
     "plan",
     "route",
+    "route_product_key",
     "route_top_p",
     "route_with_shared",
     "stack_gate_up",
