@@ -7,7 +7,7 @@ Shape legend: T tokens, E experts, K experts per token, S shared experts among t
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -30,7 +30,7 @@ def _softmax(row: FloatArray) -> FloatArray:
     return powers / powers.sum()
 
 
-def _sigmoid(value: float) -> float:
+def _sigmoid(value: Any) -> float:
     return 1 / (1 + math.exp(-value)) if value >= 0 else math.exp(value) / (1 + math.exp(value))
 
 
@@ -122,7 +122,7 @@ def topk_softmax(logits: ArrayLike, top_k: int) -> tuple[FloatArray, IntArray, I
 
 def apply_capacity(experts: ArrayLike, weights: ArrayLike, num_experts: int, capacity: int) -> tuple[IntArray, FloatArray, int]:
     """The first ``capacity`` rows of each expert stay, in token order; the others get weight 0 and id -1."""
-    ids, kept_weights = np.array(experts, dtype=np.int64), np.array(weights, dtype=np.float64)
+    ids, kept_weights = np.asarray(experts, dtype=np.int64).copy(), np.asarray(weights, dtype=np.float64).copy()
     taken, dropped = [0] * num_experts, 0
     for t, j in np.ndindex(ids.shape):
         e = ids[t, j]
@@ -187,7 +187,7 @@ def router_z_loss(logits: ArrayLike, *, attention_mask: ArrayLike | None = None)
 
 def update_selection_bias(bias: ArrayLike, counts: ArrayLike, rate: float, *, num_shared_experts: int = 0) -> FloatArray:
     """``b_i + rate * sign(mean(c) - c_i)`` for the routed experts."""
-    moved, rows = np.array(bias, dtype=np.float64), [int(c) for c in np.asarray(counts)]
+    moved, rows = np.asarray(bias, dtype=np.float64).copy(), [int(c) for c in np.asarray(counts)]
     routed = len(rows) - num_shared_experts
     mean = sum(rows[:routed]) / routed
     for e in range(routed):

@@ -8,8 +8,8 @@ from torch import Tensor
 from fusedonemoe.checks import check_float, check_ids, check_num_experts, check_same_device, check_shape
 from fusedonemoe.ops.plan import in_range, inverse_order, make_plan
 
-# The factor as a ratio of integers: 1.1 * 110 is 121 and a bit in floating point, and its ceiling is not what 1.1 means.
-_MILLIONTHS = 1_000_000
+# 1.1 * 110 is 121 and a bit in floating point: a part as small as this of the whole is rounding, and makes no further row.
+_ROUNDING = 1e-9
 
 
 def apply_capacity(experts: Tensor, weights: Tensor, num_experts: int, capacity_factor: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -22,7 +22,7 @@ def apply_capacity(experts: Tensor, weights: Tensor, num_experts: int, capacity_
         experts: ``[..., K]`` ids of any integer dtype; those outside ``[0, num_experts)`` are left as they are.
         weights: ``[..., K]``, floating.
         num_experts: ``E``.
-        capacity_factor: above 0, read to six decimals; 1 is just enough at perfect balance.
+        capacity_factor: above 0; 1 is enough at perfect balance. 1.1 and 2 / 3 mean just that, not their binary neighbours.
 
     Returns:
         ``experts`` in their dtype (int64 for an unsigned one, which has no -1), ``weights`` in theirs, and ``dropped``, how
@@ -52,10 +52,9 @@ def apply_capacity(experts: Tensor, weights: Tensor, num_experts: int, capacity_
     check_same_device("weights", weights, "experts", experts.device)
     if isinstance(capacity_factor, bool) or not isinstance(capacity_factor, int | float):
         raise TypeError(f"capacity_factor must be a number, got {capacity_factor!r}")
-    if not 1 / _MILLIONTHS <= capacity_factor < math.inf:
-        raise ValueError(f"capacity_factor must be at least 0.000001 and finite, got {capacity_factor}")
-    factor = round(capacity_factor * _MILLIONTHS)
-    capacity = (factor * experts.numel() + _MILLIONTHS * num_experts - 1) // (_MILLIONTHS * num_experts)
+    if not 0 < capacity_factor < math.inf:
+        raise ValueError(f"capacity_factor must be above 0 and finite, got {capacity_factor}")
+    capacity = math.ceil(capacity_factor * experts.numel() / num_experts * (1 - _ROUNDING))
 
     order, offsets = make_plan(experts, num_experts)
     routed = in_range(experts, num_experts)

@@ -196,6 +196,7 @@ def topk_softmax(logits: Tensor, top_k: int, *, impl: str = "auto") -> TopKSoftm
         tensor([[0, 2],
                 [1, 3]])
     """
+    check_integer("top_k", top_k)  # route takes None too
     weights, experts = route(logits, top_k, norm_topk_prob=False, impl=impl)
     T = math.prod(logits.shape[:-1])
     tokens = torch.arange(T, device=logits.device).reshape(*logits.shape[:-1], 1)
