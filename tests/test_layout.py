@@ -19,8 +19,8 @@ PACKAGE_ROOTS = {"fusedonemoe": ROOT / "fusedonemoe", "fusedonemoe.ops": ROOT / 
 # Floors from the ground up. A name stands for the module and, when it is a package, for everything inside it.
 # A module imports from its own floor and from those below.
 FLOORS = [
-    ["ops.reference", "ops.plan", "ops.activation", "ops.route"],
-    ["ops.dense", "ops.grouped", "ops.cpu", "ops.cuda", "ops.triton"],
+    ["ops.reference", "ops.reference_neurons", "ops.plan", "ops.activation", "ops.route"],
+    ["ops.dense", "ops.grouped", "ops.neurons", "ops.cpu", "ops.cuda", "ops.triton"],
     ["ops.library", "ops.shortcut", "ops.choice", "ops"],
     ["checks"],
     ["functional", "config"],

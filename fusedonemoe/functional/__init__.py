@@ -1,6 +1,7 @@
 """Public functions: validate once, choose the implementation, call the operator."""
 
 from fusedonemoe.functional.experts import experts_merged, experts_mlp
+from fusedonemoe.functional.neurons import experts_neurons, experts_values
 from fusedonemoe.functional.routing import plan, route, tokens_per_expert
 from fusedonemoe.functional.weights import pack_experts, stack_gate_up
 from fusedonemoe.ops import PackedExperts
@@ -11,6 +12,8 @@ __all__ = [
     "Plan",
     "experts_merged",
     "experts_mlp",
+    "experts_neurons",
+    "experts_values",
     "pack_experts",
     "plan",
     "route",
