@@ -4,6 +4,6 @@ Each module follows the mathematics that the system documents. Where its code di
 so, and the pages "Coming from ..." of the documentation list it.
 """
 
-from fusedonemoe.compat import candle, fusedonemoe, moekernel, momoe
+from fusedonemoe.compat import candle, flashmoe, fusedonemoe, moekernel, momoe
 
-__all__ = ["candle", "fusedonemoe", "moekernel", "momoe"]
+__all__ = ["candle", "flashmoe", "fusedonemoe", "moekernel", "momoe"]
