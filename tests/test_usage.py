@@ -14,7 +14,7 @@ from fusedonemoe import functional as F
 from fusedonemoe.balance import Usage, UsageMeter, usage
 from fusedonemoe.ops import reference_balance
 from fusedonemoe.testing import ROUTINGS, make_experts
-from tests.test_balance import ReadsOfTheDevice
+from tests.test_loss_free_balance import ReadsOfTheDevice
 
 D, E, K = 16, 8, 2
 
