@@ -119,8 +119,11 @@ def experts_neurons_backward(
     activation: str,
     needs: NeuronNeeds,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """With ``q = <dy, up_e>``: ``dw = q act(s)``, ``ds = q w act'(s)``, ``dx = sum_j ds down_e``, ``ddown_e = sum ds x``,
-    ``dup_e = sum w act(s) dy``. What is not needed comes back as a tensor of size zero."""
+    """The gradients that are needed; the others come back as tensors of size zero.
+
+    With ``q = <dy, up_e>``: ``dw = q act(s)``, ``ds = q w act'(s)``, ``dx = sum_j ds down_e``, ``ddown_e = sum ds x`` and
+    ``dup_e = sum w act(s) dy``.
+    """
     bags, act = _Bags(experts_TK, up_ED.shape[0]), _act(activation)
     dx = dweights = ddown = dup = x_TD.new_empty(0)
     dy_TD, w_TK = _wide(dy_TD), weights_TK.to(s_TK.dtype)

@@ -1,10 +1,11 @@
 // Experts of one neuron, and of none: y_t = sum_j act(x_t . down_e) w_tj up_e, and y_t = sum_j w_tj table_e.
 //
 // Every routed row reads whole rows of tables that may be larger than any cache. A thread takes a chunk of tokens and groups its
-// routed rows by blocks of experts whose table rows fit into a second cache together, in the order of tokens inside a block. In
-// this order it forms all dot products, then all sums: a table row comes from memory once a chunk, and from the second cache
-// for whoever else needs it; what belongs to a token stays in registers for all its rows of a block. The blocks depend on the
-// tables alone, so an output's order of summation (blocks, then j) depends on no other token and on no number of threads.
+// routed rows by blocks of experts whose table rows fit into a third cache together, in the order of tokens inside a block. In
+// this order it forms all dot products, then all sums: a table row comes from memory once a chunk, and from that cache for
+// whoever else needs it; what belongs to a token stays in the first cache or in registers for all its rows of a block. The blocks
+// depend on the tables alone, so an output's order of summation (blocks, then j) depends on no other token and on no number of
+// threads.
 //
 // Gradients of tables are sums over an expert's rows in the order of tokens, in registers, each row written by the one task
 // that owns its expert. The groups by blocks are those of the token pass; a task sorts its block by expert.
@@ -32,18 +33,16 @@ struct NeuronsBackward {
     int64_t tokens, top_k, num_experts, hidden, threads, activation;
 };
 
-#ifndef NEURON_BLOCK_BYTES
-#define NEURON_BLOCK_BYTES (size_t(4) << 20)
-#endif
-
-// The groups of experts.
+// The groups of experts. Measured from 4 KiB to 32 MiB: with small blocks what belongs to a token is read and written too often,
+// and large ones do not stay in a third cache.
 struct ExpertBlocks {
+    static constexpr size_t BYTES = size_t(4) << 20;
     static constexpr int64_t MOST = 4096;
     int shift = 0;
     int64_t count;
 
     ExpertBlocks(int64_t num_experts, size_t row_bytes) {
-        while ((size_t(2) << shift) * row_bytes <= NEURON_BLOCK_BYTES || (num_experts - 1) >> shift >= MOST) shift++;
+        while ((size_t(2) << shift) * row_bytes <= BYTES || (num_experts - 1) >> shift >= MOST) shift++;
         count = ((num_experts - 1) >> shift) + 1;
     }
 };
@@ -205,7 +204,7 @@ template <class T> class TokenChunk {
     }
 
   public:
-    static constexpr int64_t BYTES_AHEAD = 8 << 10;
+    static constexpr int64_t BYTES_AHEAD = 8 << 10;  // what memory has under way at once
 
     TokenChunk(const RoutedRow* rows, int64_t count, int64_t top_k, int64_t width)
         : rows(rows), count(count), top_k((uint32_t)top_k), width(width),
