@@ -1,6 +1,7 @@
 """A block of very many very small experts: product keys find them, one neuron each is all they are."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from fusedonemoe import functional as F
 from fusedonemoe.checks import check_integer, check_one_of
 from fusedonemoe.routers import ProductKeyRouter
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": nn.functional.silu,
     "gelu": nn.functional.gelu,
     "gelu_tanh": lambda z: nn.functional.gelu(z, approximate="tanh"),

@@ -131,15 +131,16 @@ def test_a_checkpoint_of_flashmoe_loads():
     original = {f"{name}.weight": randn(*shape, seed=i) for i, (name, shape) in enumerate({**linear, **tables}.items())}
     original |= {"router_norm.running_mean": randn(D, seed=7), "router_norm.running_var": randn(D, seed=8).square() + 0.5}
     original |= {"router_norm.num_batches_tracked": torch.tensor(3)}
-    model = torch.nn.Sequential(make()).eval()
+    layer = make().eval()
+    model = torch.nn.Sequential(layer)
     model.load_state_dict({f"0.{name}": tensor for name, tensor in original.items()})
     x_TD = randn(S, D, seed=1)
     normal = (x_TD - original["router_norm.running_mean"]) / torch.sqrt(original["router_norm.running_var"] + 1e-5)
     y, logits = model(x_TD)
     assert_close(logits.transpose(0, 1), (normal @ original["router_gate.weight"].t()).reshape(-1, 2, G), **EXACT)
-    assert torch.equal(model[0].moe.up_embed, original["up_embed.weight"])
+    assert torch.equal(layer.moe.up_embed, original["up_embed.weight"])
     again = make().eval()
-    again.load_state_dict(model[0].state_dict())
+    again.load_state_dict(layer.state_dict())
     assert torch.equal(again(x_TD)[0], y)
 
 
