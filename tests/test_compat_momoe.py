@@ -1,5 +1,6 @@
 """MoMoE's names against plain loops over experts in float64: values, gradients, biases, compilation, messages."""
 
+import copy
 import itertools
 from typing import Any
 
@@ -203,41 +204,60 @@ def test_block_equals_router_and_experts():
         assert_close(grad, exact_grad, **EXACT)
 
 
+def train_step(moe, optimizer, *inputs, run=None):
+    """Forward and backward of every input, one step of the optimizer; the gradients."""
+    optimizer.zero_grad()
+    for x in inputs:
+        (run or moe)(x).square().sum().backward()
+    grads = [p.grad.clone() for p in moe.parameters()]
+    optimizer.step()
+    return grads
+
+
 def test_biases_follow_the_published_rule_and_rest_in_evaluation():
     moe = make_moe()
-    biases = torch.zeros(N)
+    optimizer, biases = torch.optim.SGD(moe.parameters(), lr=0.01), torch.zeros(N)
     for step in range(4):
-        x = randn(B, S, D, seed=step)
-        moe(x)
-        assert_close(moe.biases_N[: N - KS], biases[: N - KS])  # the step that this forward asks for waits for the next one
-        counts = plain_router(x, moe.router.Wg_DN, biases)[0].sum(1)
-        assert torch.equal(moe.counts_N, counts)
-        biases = biases + 0.05 * torch.sign(B * S * (K - KS) / (N - KS) - counts)
+        inputs = [randn(B, S, D, seed=2 * step + i) for i in range(2)]
+        counts = sum(plain_router(x, moe.router.Wg_DN, biases)[0].sum(1) for x in inputs)
+        for x in inputs:
+            moe.eval()(x)
+        train_step(moe.train(), optimizer, *inputs)
+        biases = biases + 0.05 * torch.sign(2 * B * S * (K - KS) / (N - KS) - counts)
+        assert_close(moe.biases_N[: N - KS], biases[: N - KS])
+        assert (moe.counts_N == 0).all()
     assert biases[: N - KS].abs().max() >= 0.05 and (moe.biases_N[N - KS :] == -torch.inf).all()
-    before = {name: tensor.clone() for name, tensor in moe.state_dict().items()}
-    moe.eval()
-    x = randn(B, S, D, seed=8)
-    y = moe(x)
-    mask, s = plain_router(x, moe.router.Wg_DN, biases)
-    assert_close(y, plain_momoe(x, mask, s, moe.momoe.Wl1_ND2H, moe.momoe.Wl2_NHD), **EXACT)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in moe.state_dict().items())
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointing_counts_a_step_once_and_routes_as_the_forward_did(use_reentrant):
+def test_only_the_optimizer_of_a_block_moves_its_biases():
+    moe, other, copied = make_moe(), torch.nn.Linear(2, 2), copy.deepcopy(make_moe())
+    for block in (moe, copied):
+        block(randn(B, S, D)).sum().backward()
+        counted = block.counts_N.clone()
+        assert counted.sum() == B * S * K
+        other(torch.zeros(1, 2)).sum().backward()
+        torch.optim.SGD(other.parameters()).step()
+        assert torch.equal(block.counts_N, counted) and (block.biases_N[: N - KS] == 0).all()
+        torch.optim.SGD(block.parameters()).step()
+        assert (block.counts_N == 0).all() and (block.biases_N[: N - KS] != 0).any()
+
+
+@pytest.mark.parametrize("kind", ["reentrant", "not_reentrant", "compiled"])
+def test_checkpointing_counts_a_step_once_and_routes_as_the_forward_did(kind):
     plain, checkpointed = make_moe(bias_update_rate=0.5), make_moe(bias_update_rate=0.5)
+    optimizers = [torch.optim.SGD(moe.parameters(), lr=0.01) for moe in (plain, checkpointed)]
+
+    def run(x):
+        return checkpoint(checkpointed, x, use_reentrant=kind == "reentrant")
+
+    if kind == "compiled":
+        run = torch.compile(run, fullgraph=True, backend="aot_eager")
     moved = False
     for step in range(3):
-        grads = []
-        for moe, run in ((plain, plain), (checkpointed, lambda x: checkpoint(checkpointed, x, use_reentrant=use_reentrant))):
-            x = randn(B, S, D, seed=step).requires_grad_()
-            y = run(x)
-            moe.zero_grad()
-            y.square().sum().backward()
-            grads.append((x.grad, *(p.grad for p in moe.parameters())))
-        for expected, grad in zip(*grads, strict=True):
-            assert torch.equal(expected, grad)
-        assert torch.equal(plain.biases_N, checkpointed.biases_N) and torch.equal(plain.counts_N, checkpointed.counts_N)
+        x = randn(B, S, D, seed=step).requires_grad_()
+        expected, grads = train_step(plain, optimizers[0], x), train_step(checkpointed, optimizers[1], x, run=run)
+        assert_close(grads, expected, **EXACT)
+        assert torch.equal(plain.biases_N, checkpointed.biases_N)
         moved |= bool((plain.biases_N[: N - KS] != 0).any())
     assert moved
 

@@ -7,10 +7,15 @@ Source:
     Costin et al. 2025, "MoMoE: Memory optimized Mixture of Experts"; Wang et al. 2024 (arXiv 2408.15664) for the biases.
 """
 
+import weakref
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fusedonemoe import functional as F
+from fusedonemoe.balance import update_selection_bias
 from fusedonemoe.checks import check_float, check_same_device, check_save_percent, check_shape, check_tensor
 from fusedonemoe.compat.arguments import check_count, check_last, check_number, router_logits, uniform_by_fan_in
 
@@ -138,7 +143,10 @@ class MoMoE(nn.Module):
         ids_MK = _ids_of(mask_NM, self.K)
         # An id of N names no expert: whatever stands at the clamped place is read, contributes nothing and gets no gradient.
         s_MK = s_NM.t().gather(1, ids_MK.clamp(max=self.N - 1))
-        y_MD = F.experts_mlp(
+        return self._experts(x_MD, ids_MK, s_MK).reshape(x_BSD.shape), (mask_NM != 0).sum(1)
+
+    def _experts(self, x_MD: Tensor, ids_MK: Tensor, s_MK: Tensor) -> Tensor:
+        return F.experts_mlp(
             x_MD.to(self.Wl1_ND2H.dtype),
             ids_MK,
             s_MK,
@@ -149,7 +157,6 @@ class MoMoE(nn.Module):
             save_percent=self.save_percent,
             impl=self.impl,
         )
-        return y_MD.reshape(x_BSD.shape), (mask_NM != 0).sum(1)
 
     def extra_repr(self) -> str:
         """The sizes, for ``print(module)``."""
@@ -220,16 +227,19 @@ class TopKRouter(nn.Module):
             TypeError: an argument of the wrong type or dtype.
             ValueError: a shape or device that does not fit.
         """
+        weights_MK, ids_MK = self._route(x_BSD, biases_N)
+        s_MN = weights_MK.new_zeros(ids_MK.shape[0], self.N).scatter(1, ids_MK, weights_MK)
+        mask_MN = torch.zeros_like(s_MN, dtype=torch.int32).scatter(1, ids_MK, 1)
+        return x_BSD, mask_MN.t(), s_MN.t()
+
+    def _route(self, x_BSD: Tensor, biases_N: Tensor) -> tuple[Tensor, Tensor]:
         check_last("x_BSD", x_BSD, self.D)
         check_same_device("x_BSD", x_BSD, "the parameters", self.Wg_DN.device)
         check_float("biases_N", biases_N)
         check_shape("biases_N", biases_N, (self.N,))
         check_same_device("biases_N", biases_N, "x_BSD", x_BSD.device)
         logits_MN = router_logits(x_BSD.reshape(-1, self.D), self.Wg_DN)
-        weights_MK, ids_MK = F.route_with_shared(logits_MN, self.K, self.Ks, selection_bias=biases_N)
-        s_MN = torch.zeros_like(logits_MN).scatter(1, ids_MK, weights_MK)
-        mask_MN = torch.zeros_like(logits_MN, dtype=torch.int32).scatter(1, ids_MK, 1)
-        return x_BSD, mask_MN.t(), s_MN.t()
+        return F.route_with_shared(logits_MN, self.K, self.Ks, selection_bias=biases_N)
 
     def extra_repr(self) -> str:
         """The sizes, for ``print(module)``."""
@@ -239,9 +249,10 @@ class TopKRouter(nn.Module):
 class MoE(nn.Module):
     """MoMoE's block: :class:`TopKRouter`, :class:`MoMoE`, and expert biases that even out the load without a loss.
 
-    After a training step in which expert i of the ``N - Ks`` routed ones took ``c_i`` tokens:
-    ``bias_i += bias_update_rate * sign(mean(c) - c_i)``. The step is taken when the next forward begins, so that the
-    recomputation of a checkpointed block routes as its forward did; evaluation changes nothing.
+    After each step of a torch optimizer that holds a parameter of the block, ``bias_i += bias_update_rate * sign(mean(c) - c_i)``
+    with ``c_i`` the tokens that expert i of the ``N - Ks`` routed ones took in training mode since the last step. Between two
+    steps biases stay as they are, so that what activation checkpointing repeats is routed as the first time; it is counted
+    once. Evaluation changes nothing.
 
     Args:
         embedding_dim: ``D``.
@@ -301,31 +312,42 @@ class MoE(nn.Module):
         biases_N = torch.zeros(self.N, dtype=torch.float32, device=self.router.Wg_DN.device)
         biases_N[self.N - self.Ks :] = -torch.inf
         self.register_buffer("biases_N", biases_N)
-        # What the last training step counted and no bias has answered to yet; zeros ask for no step.
         self.register_buffer("counts_N", torch.zeros_like(biases_N, dtype=torch.int64))
+        _blocks.add(self)
 
-    def _stepped_biases(self) -> Tensor:
-        routed = self.N - self.Ks
-        if not routed:
-            return self.biases_N
-        counts_N = self.counts_N[:routed]
-        step_N = torch.sign(counts_N.sum() - counts_N * routed)  # in integers: a count that equals the mean asks for no step
-        return torch.cat((self.biases_N[:routed] + self.bias_update_rate * step_N, self.biases_N[routed:]))
+    @torch.no_grad()
+    def update_biases(self) -> None:
+        """Move the biases by what was counted and start counting anew; steps of torch's optimizers call this."""
+        if self.Ks < self.N:
+            update_selection_bias(self.biases_N, self.counts_N, self.bias_update_rate, num_shared_experts=self.Ks)
+        self.counts_N.zero_()
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """Run the block on ``x_BSD`` ``[..., D]``."""
-        recomputing = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0
-        records = self.training and not recomputing
-        with torch.no_grad():
-            biases_N = self.biases_N if recomputing else self._stepped_biases()
-            if records:
-                self.biases_N.copy_(biases_N)
-        x_BSD, mask_NM, s_NM = self.router(x_BSD, biases_N)
-        y_BSD, counts_N = self.momoe(x_BSD, mask_NM, s_NM)
-        if records:
-            self.counts_N.copy_(counts_N)
-        return y_BSD
+        weights_MK, ids_MK = self.router._route(x_BSD, self.biases_N)
+        if self.training:
+            torch.ops.fusedonemoe.count_tokens_(self.counts_N, ids_MK)
+        return self.momoe._experts(x_BSD.reshape(-1, self.D), ids_MK, weights_MK).reshape(x_BSD.shape)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _blocks.add(self)  # a copy balances itself too
 
     def extra_repr(self) -> str:
         """What the parts do not say, for ``print(module)``."""
         return f"bias_update_rate={self.bias_update_rate}"
+
+
+_blocks: "weakref.WeakSet[MoE]" = weakref.WeakSet()
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if _blocks:
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for block in list(_blocks):
+            if any(id(parameter) in stepped for parameter in block.parameters()):
+                block.update_biases()
+
+
+# MoMoE's users call nothing for the biases: the block has to learn of a step by itself.
+register_optimizer_step_post_hook(_after_step)
