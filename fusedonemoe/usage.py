@@ -187,7 +187,8 @@ class RouterCount:
 
     def __call__(self, router: nn.Module, args: tuple[Any, ...], output: RouterOutput) -> None:
         """Count what the router returns."""
-        if self.training_only and not router.training:
+        # An exported program stands alone: it has no tensor of ours to count into.
+        if (self.training_only and not router.training) or torch.compiler.is_exporting():
             return
         if self.counts.device != output.experts.device:  # the model has moved since
             self.counts = self.counts.to(output.experts.device)

@@ -197,6 +197,16 @@ def test_the_meter_follows_a_model_that_moves():
     assert {report._counts_E.device.type for report in meter.usage().values()} == {"meta"}
 
 
+def test_an_exported_model_counts_nothing():
+    model = make_model()
+    meter = UsageMeter(model)
+    x = torch.randn(10, D)
+    program = torch.export.export(model, (x,))
+    assert "count_tokens_" not in str(program.graph)
+    assert_close(program.module()(x), model(x))
+    assert meter.usage()["0.gate"].total == 20  # the second call's
+
+
 def test_remove_stops_the_counting():
     model = make_model()
     meter = UsageMeter(model)
