@@ -3,8 +3,9 @@
 from fusedonemoe import balance, functional, ops
 from fusedonemoe.config import MoEConfig
 from fusedonemoe.explanation import Explanation, explain
+from fusedonemoe.fine_grained import FineGrainedMoE, FineGrainedOutput
 from fusedonemoe.layers import Experts, FusedOneMoE, MoE, MoEOutput
-from fusedonemoe.routers import RouterOutput, TopKRouter
+from fusedonemoe.routers import ProductKeyRouter, RouterOutput, TopKRouter
 from fusedonemoe.tuning import Tuned, tune
 
 __version__ = "0.1.0.dev0"
@@ -12,10 +13,13 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "Experts",
     "Explanation",
+    "FineGrainedMoE",
+    "FineGrainedOutput",
     "FusedOneMoE",
     "MoE",
     "MoEConfig",
     "MoEOutput",
+    "ProductKeyRouter",
     "RouterOutput",
     "TopKRouter",
     "Tuned",

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedonemoe import functional as F
+from fusedonemoe.checks import check_integer
 from fusedonemoe.ops.library import autocast_dtype
 
 
@@ -19,9 +20,9 @@ class RouterOutput(NamedTuple):
     """What a router returns.
 
     Attributes:
-        logits: ``[..., E]`` float32 (float64 for float64 x).
-        weights: ``[..., K]`` routing weights, dtype of the logits.
-        experts: ``[..., K]`` int64 ids.
+        logits: ``[..., E]`` float32 (float64 for float64 x); of product keys ``[..., H, 2, G]``.
+        weights: ``[..., K]`` routing weights, dtype of the logits; of product keys ``[..., H * K]``.
+        experts: ``[..., K]`` int64 ids; of product keys ``[..., H * K]``.
     """
 
     logits: Tensor
@@ -144,3 +145,137 @@ class TopKRouter(nn.Module):
         """The sizes, for ``print(module)``."""
         E, D = self.weight.shape
         return f"hidden_size={D}, num_experts={E}, top_k={self.top_k}, scoring={self.scoring!r}"
+
+
+class ProductKeyRouter(nn.Module):
+    """A router over ``G * G`` experts with ``2 G`` keys.
+
+    ``l = norm(x) W^T (+ b)``, then :func:`fusedonemoe.functional.route_product_key`.
+
+    Every head has keys of its own and picks ``K`` of the same ``G * G`` experts, so an expert can come up once for each head.
+    All arithmetic is float32 whatever the dtype of x and of the module, autocast included (float64 for float64 x).
+
+    Args:
+        hidden_size: ``D``.
+        num_keys: ``G`` keys in each half; there are ``G * G`` experts.
+        top_k: ``K``, experts per token and head, from 1 to ``G * G``.
+        num_heads: ``H``.
+        norm_topk_prob: whether the weights of a token's head sum to 1.
+        input_norm: ``"batch"`` for BatchNorm over the tokens (FlashMoE, PEER), ``"rms"`` for RMSNorm over D, None for none;
+            both have a trained scale for each of the D features, BatchNorm a shift too. BatchNorm in training takes 2 tokens.
+        bias: whether the linear map has one.
+        impl: ``auto``, or ``dense`` for derivatives of every order.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        x ``[..., D]`` to :class:`RouterOutput` with logits ``[..., H, 2, G]``, weights and experts ``[..., H * K]``, one head
+        after the other.
+
+    Raises:
+        TypeError: a size that is no integer.
+        ValueError: a size or name out of range.
+
+    Example:
+        >>> import torch
+        >>> from fusedonemoe import ProductKeyRouter
+        >>> logits, weights, experts = ProductKeyRouter(16, num_keys=10, top_k=4, num_heads=2)(torch.randn(3, 5, 16))
+        >>> logits.shape, weights.shape, experts.shape
+        (torch.Size([3, 5, 2, 2, 10]), torch.Size([3, 5, 8]), torch.Size([3, 5, 8]))
+    """
+
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_keys: int,
+        top_k: int,
+        *,
+        num_heads: int = 1,
+        norm_topk_prob: bool = False,
+        input_norm: str | None = None,
+        bias: bool = False,
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {"hidden_size": hidden_size, "num_keys": num_keys, "top_k": top_k, "num_heads": num_heads}
+        for name, size in sizes.items():
+            check_integer(name, size)
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        if top_k > num_keys * num_keys:
+            raise ValueError(f"top_k must be at most {num_keys * num_keys}, the pairs of {num_keys} keys, got {top_k}")
+        if input_norm not in (None, "batch", "rms"):
+            raise ValueError(f"input_norm must be None, 'batch' or 'rms', got {input_norm!r}")
+        self.num_keys = num_keys
+        self.top_k = top_k
+        self.num_heads = num_heads
+        self.norm_topk_prob = norm_topk_prob
+        self.input_norm = input_norm
+        self.impl = impl
+        rows = num_heads * 2 * num_keys
+        self.norm: nn.BatchNorm1d | nn.RMSNorm | None = None
+        if input_norm == "batch":
+            self.norm = nn.BatchNorm1d(hidden_size, device=device, dtype=dtype)
+        elif input_norm == "rms":
+            self.norm = nn.RMSNorm(hidden_size, eps=1e-6, device=device, dtype=dtype)
+        self.weight = nn.Parameter(torch.empty(rows, hidden_size, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as ``nn.Linear`` does: uniform within ``1 / sqrt(D)``; the norm as torch does, statistics included."""
+        bound = 1 / math.sqrt(self.weight.shape[1])
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+        if self.norm is not None:
+            self.norm.reset_parameters()
+
+    def _batch_norm(self, norm: nn.BatchNorm1d, x: Tensor) -> Tensor:
+        """``norm(x)`` in the dtype of x ``[T, D]``; the running statistics keep their own."""
+        if norm.running_mean is None or norm.running_var is None or norm.num_batches_tracked is None:
+            raise RuntimeError("the router's BatchNorm has lost its running statistics")
+        if self.training and not x.shape[0]:
+            return x  # no token, no statistics
+        stored = (norm.running_mean, norm.running_var)
+        mean, variance = (_in_dtype(statistic, x.dtype) for statistic in stored)
+        scale, shift = _in_dtype(norm.weight, x.dtype), _in_dtype(norm.bias, x.dtype)
+        y = nn.functional.batch_norm(x, mean, variance, scale, shift, self.training, norm.momentum or 0.0, norm.eps)
+        if self.training:
+            norm.num_batches_tracked.add_(1)
+            for statistic, updated in zip(stored, (mean, variance), strict=True):
+                if updated is not statistic:
+                    statistic.copy_(updated)
+        return y
+
+    def _logits(self, x: Tensor) -> Tensor:
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        x = _in_dtype(x, dtype)
+        if isinstance(self.norm, nn.BatchNorm1d):
+            x = self._batch_norm(self.norm, x.reshape(-1, x.shape[-1])).reshape(x.shape)
+        elif self.norm is not None:
+            x = nn.functional.rms_norm(x, x.shape[-1:], _in_dtype(self.norm.weight, dtype), self.norm.eps)
+        bias = None if self.bias is None else _in_dtype(self.bias, dtype)
+        logits = nn.functional.linear(x, _in_dtype(self.weight, dtype), bias)
+        return logits.reshape(*x.shape[:-1], self.num_heads, 2, self.num_keys)
+
+    def forward(self, x: Tensor) -> RouterOutput:
+        """Route ``x`` ``[..., D]``."""
+        device = x.device.type
+        if autocast_dtype(device) is None:
+            logits = self._logits(x)
+        else:
+            with torch.autocast(device, enabled=False):
+                logits = self._logits(x)
+        weights, experts = F.route_product_key(logits, self.top_k, norm_topk_prob=self.norm_topk_prob, impl=self.impl)
+        leading, chosen = x.shape[:-1], self.num_heads * self.top_k
+        return RouterOutput(logits, weights.reshape(*leading, chosen), experts.reshape(*leading, chosen))
+
+    def extra_repr(self) -> str:
+        """The sizes, for ``print(module)``."""
+        D = self.weight.shape[1]
+        return f"hidden_size={D}, num_keys={self.num_keys}, top_k={self.top_k}, num_heads={self.num_heads}"

@@ -19,12 +19,21 @@ PACKAGE_ROOTS = {"fusedonemoe": ROOT / "fusedonemoe", "fusedonemoe.ops": ROOT / 
 # Floors from the ground up. A name stands for the module and, when it is a package, for everything inside it.
 # A module imports from its own floor and from those below.
 FLOORS = [
-    ["ops.reference", "ops.reference_balance", "ops.plan", "ops.activation", "ops.route"],
-    ["ops.dense", "ops.grouped", "ops.cpu", "ops.cuda", "ops.triton"],
+    [
+        "ops.reference",
+        "ops.reference_balance",
+        "ops.plan",
+        "ops.activation",
+        "ops.route",
+        "ops.reference_product_keys",
+        "ops.reference_neurons",
+        "ops.product_keys",
+    ],
+    ["ops.dense", "ops.grouped", "ops.neurons", "ops.cpu", "ops.cuda", "ops.triton"],
     ["ops.library", "ops.shortcut", "ops.choice", "ops"],
     ["checks"],
     ["functional", "config"],
-    ["balance", "usage", "routers", "layers"],
+    ["balance", "usage", "routers", "layers", "fine_grained"],
     ["compat", "integrations", "explanation", "tuning", "bench", "demo", "doctor", "testing", "__main__", ""],
 ]
 FLOOR_OF = {f"fusedonemoe.{name}".rstrip("."): floor for floor, names in enumerate(FLOORS) for name in names}

@@ -2,6 +2,8 @@
 
 from fusedonemoe.functional.capacity import apply_capacity
 from fusedonemoe.functional.experts import experts_merged, experts_mlp
+from fusedonemoe.functional.neurons import experts_neurons, experts_values
+from fusedonemoe.functional.product_keys import route_product_key
 from fusedonemoe.functional.routing import plan, route, tokens_per_expert
 from fusedonemoe.functional.variants import TopKSoftmax, route_top_p, route_with_shared, topk_softmax
 from fusedonemoe.functional.weights import pack_experts, stack_gate_up
@@ -15,9 +17,12 @@ __all__ = [
     "apply_capacity",
     "experts_merged",
     "experts_mlp",
+    "experts_neurons",
+    "experts_values",
     "pack_experts",
     "plan",
     "route",
+    "route_product_key",
     "route_top_p",
     "route_with_shared",
     "stack_gate_up",

@@ -7,6 +7,13 @@ them all.
 from fusedonemoe.ops.library import counting, opaque
 from fusedonemoe.ops.library.merged import experts_merged, experts_merged_backward
 from fusedonemoe.ops.library.mlp import experts_mlp, experts_mlp_backward, experts_mlp_packed, pack
+from fusedonemoe.ops.library.neurons import (
+    experts_neurons,
+    experts_neurons_backward,
+    experts_values,
+    experts_values_backward,
+)
+from fusedonemoe.ops.library.product_keys import route_product_key, route_product_key_backward
 from fusedonemoe.ops.library.registration import BUILD, NAMESPACE, autocast_dtype
 from fusedonemoe.ops.library.routing import route, route_backward
 
@@ -20,8 +27,14 @@ __all__ = [
     "experts_mlp",
     "experts_mlp_backward",
     "experts_mlp_packed",
+    "experts_neurons",
+    "experts_neurons_backward",
+    "experts_values",
+    "experts_values_backward",
     "opaque",
     "pack",
     "route",
     "route_backward",
+    "route_product_key",
+    "route_product_key_backward",
 ]

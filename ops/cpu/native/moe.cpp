@@ -4,6 +4,7 @@
 #include "merged.h"
 #include "mlp_backward.h"
 #include "mlp_forward.h"
+#include "neurons.h"
 #include "select.h"
 
 template <class Pass, class Args> static int run(const void* args) {
@@ -32,6 +33,8 @@ int ENTRY(mlp_forward)(const void* args) { return run<ForwardPass<Mac>, MLPForwa
 int ENTRY(mlp_backward)(const void* args) { return run<BackwardPass<Mac>, MLPBackward>(args); }
 int ENTRY(merged_forward)(const void* args) { return run<MergedForwardPass<Mac>, MergedForward>(args); }
 int ENTRY(merged_backward)(const void* args) { return run<MergedBackwardPass<Mac>, MergedBackward>(args); }
+int ENTRY(neurons_forward)(const void* args) { return run<NeuronsForwardPass<Mac>, NeuronsForward>(args); }
+int ENTRY(neurons_backward)(const void* args) { return run<NeuronsBackwardPass<Mac>, NeuronsBackward>(args); }
 int ENTRY(pack)(const void* args) { return run<PackingPass<Mac>, PackWeights>(args); }
 int ENTRY(elements_per_unit)() { return Mac::PER; }
 }

@@ -1,0 +1,143 @@
+"""FlashMoE's names: ``FlashMoEConfig`` and ``FlashMoE``, over :class:`fusedonemoe.fine_grained.FineGrainedMoE`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusedonemoe.compat.arguments import check_count, check_flag
+from fusedonemoe.fine_grained import FineGrainedMoE
+
+# transformers' names of the activations.
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu2",
+    "sigmoid": "sigmoid",
+    "linear": "identity",
+}
+
+
+@dataclass(frozen=True)
+class FlashMoEConfig:
+    """Sizes of a block.
+
+    Attributes:
+        hidden_size: ``D``.
+        intermediate_size: of the dense branch.
+        hidden_act: of the experts and of the dense branch, by transformers' names.
+        num_experts: ``E = G * G``, a square.
+        num_experts_per_tok: ``K``.
+        norm_topk_prob: whether a token's weights sum to 1.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    hidden_act: str
+    num_experts: int
+    num_experts_per_tok: int
+    norm_topk_prob: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what does not fit."""
+        check_count("hidden_size", self.hidden_size)
+        check_count("intermediate_size", self.intermediate_size)
+        if self.hidden_act not in _ACTIVATIONS:
+            raise ValueError(f"hidden_act must be one of {tuple(_ACTIVATIONS)}, got {self.hidden_act!r}")
+        check_count("num_experts", self.num_experts)
+        check_count("num_experts_per_tok", self.num_experts_per_tok, 1, self.num_experts, "num_experts")
+        check_flag("norm_topk_prob", self.norm_topk_prob)
+
+
+class FlashMoE(nn.Module):
+    """Single-neuron experts found by product keys, plus a dense branch that every token takes.
+
+    ``[a | b] = BatchNorm(x) Wr``, ``la, lb = log_softmax``; the K pairs ``(i, j)`` of largest ``la_i + lb_j`` are the experts
+    ``e = i * G + j``, ``w = exp(la_i + lb_j)``; ``y = sum_e act(<x, down_e>) w_e up_e + (act(x Wg) * (x Wu)) Wd``. The
+    BatchNorm has no trained scale or shift. A state dict of FlashMoE loads.
+
+    Args:
+        config: a :class:`FlashMoEConfig`.
+        impl: as in :func:`fusedonemoe.functional.experts_neurons`.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        x ``[..., D]`` with T tokens in all to y ``[..., D]`` and router_logits ``[2, T, G]``.
+
+    Example:
+        >>> import torch
+        >>> from fusedonemoe.compat.flashmoe import FlashMoE, FlashMoEConfig
+        >>> config = FlashMoEConfig(
+        ...     hidden_size=32, intermediate_size=64, hidden_act="silu", num_experts=1024, num_experts_per_tok=8
+        ... )
+        >>> y, router_logits = FlashMoE(config)(torch.randn(2, 10, 32))
+        >>> y.shape, router_logits.shape
+        (torch.Size([2, 10, 32]), torch.Size([2, 20, 32]))
+    """
+
+    def __init__(
+        self,
+        config: FlashMoEConfig,
+        *,
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(config, FlashMoEConfig):
+            raise TypeError(f"config must be a FlashMoEConfig, got {type(config).__name__}")
+        self.config = config
+        self.moe = FineGrainedMoE(
+            config.hidden_size,
+            config.num_experts,
+            config.num_experts_per_tok,
+            intermediate_size=config.intermediate_size,
+            activation=_ACTIVATIONS[config.hidden_act],
+            norm_topk_prob=config.norm_topk_prob,
+            input_norm="batch",
+            impl=impl,
+            device=device,
+            dtype=dtype,
+        )
+        norm = self.moe.gate.norm
+        assert norm is not None
+        for parameter in norm.parameters():
+            parameter.requires_grad_(False)
+        self.register_load_state_dict_pre_hook(_read_original)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the block on ``x`` ``[..., D]``."""
+        D = self.config.hidden_size
+        if x.shape[-1:] != (D,):
+            raise ValueError(f"x must have shape [..., {D}], got {tuple(x.shape)}")
+        y, logits = self.moe(x)
+        return y, logits.reshape(-1, 2, logits.shape[-1]).transpose(0, 1)
+
+
+_ORIGINAL_NAMES = {
+    "router_gate.weight": "moe.gate.weight",
+    "router_norm.running_mean": "moe.gate.norm.running_mean",
+    "router_norm.running_var": "moe.gate.norm.running_var",
+    "router_norm.num_batches_tracked": "moe.gate.norm.num_batches_tracked",
+    "down_embed.weight": "moe.down_embed",
+    "up_embed.weight": "moe.up_embed",
+    "gate_proj.weight": "moe.gate_proj.weight",
+    "up_proj.weight": "moe.up_proj.weight",
+    "down_proj.weight": "moe.down_proj.weight",
+}
+
+
+def _read_original(module: FlashMoE, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Give the original's parameters the names that this class has, and the norm the scale and shift that the original lacks."""
+    found = [old for old in _ORIGINAL_NAMES if prefix + old in state_dict]
+    for old in found:
+        state_dict[prefix + _ORIGINAL_NAMES[old]] = state_dict.pop(prefix + old)
+    if found:
+        for name, parameter in module.moe.gate.norm.named_parameters():  # type: ignore[union-attr]
+            state_dict.setdefault(f"{prefix}moe.gate.norm.{name}", parameter.detach().clone())

@@ -1,0 +1,152 @@
+"""A block of very many very small experts: product keys find them, one neuron each is all they are."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fusedonemoe import functional as F
+from fusedonemoe.checks import check_integer, check_one_of
+from fusedonemoe.routers import ProductKeyRouter
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": nn.functional.silu,
+    "gelu": nn.functional.gelu,
+    "gelu_tanh": lambda z: nn.functional.gelu(z, approximate="tanh"),
+    "relu": nn.functional.relu,
+    "relu2": lambda z: nn.functional.relu(z).square(),
+    "sigmoid": torch.sigmoid,
+    "identity": lambda z: z,
+}
+
+
+class FineGrainedOutput(NamedTuple):
+    """What :class:`FineGrainedMoE` returns.
+
+    Attributes:
+        output: ``[..., D]`` in the dtype of x.
+        logits: ``[..., H, 2, G]`` router logits of the two halves, float32 (float64 for float64 x).
+    """
+
+    output: Tensor
+    logits: Tensor
+
+
+class FineGrainedMoE(nn.Module):
+    """Product keys, single-neuron experts, and optionally a dense branch beside them.
+
+    ``y_t = sum_j act(<x_t, d_e>) w_tj u_e [+ (act(x_t Wg) * (x_t Wu)) Wd]``, ``e = experts_tj``, over the K best pairs of keys
+    of every head. Parameters: ``gate.weight`` ``[H * 2G, D]`` and ``gate.norm``, the tables ``down_embed`` and ``up_embed``
+    ``[E, D]``, and ``{gate,up,down}_proj.weight`` of the dense branch.
+
+    Args:
+        hidden_size: ``D``.
+        num_experts: ``E = G * G``, a square.
+        top_k: ``K``, experts per token and head.
+        intermediate_size: of the dense branch; None leaves it out.
+        activation: of both: ``silu``, ``gelu`` (erf), ``gelu_tanh``, ``relu``, ``relu2``, ``sigmoid`` or ``identity``.
+        num_heads: ``H``; each has keys of its own, for the same experts.
+        norm_topk_prob: whether the weights of a token's head sum to 1.
+        input_norm: ``"batch"``, ``"rms"`` or None, as in :class:`fusedonemoe.ProductKeyRouter`.
+        impl: as in :func:`fusedonemoe.functional.experts_neurons`.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        x ``[..., D]`` to :class:`FineGrainedOutput`.
+
+    Raises:
+        TypeError: a size that is no integer.
+        ValueError: a size or name out of range.
+
+    Source:
+        He 2024, "Mixture of a million experts" (arXiv 2407.04153); FlashMoE for the dense branch and the logits.
+
+    Example:
+        >>> import torch
+        >>> from fusedonemoe.fine_grained import FineGrainedMoE
+        >>> moe = FineGrainedMoE(hidden_size=32, num_experts=10000, top_k=16, intermediate_size=64)
+        >>> y, logits = moe(torch.randn(2, 7, 32))
+        >>> y.shape, logits.shape
+        (torch.Size([2, 7, 32]), torch.Size([2, 7, 1, 2, 100]))
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        intermediate_size: int | None = None,
+        activation: str = "silu",
+        num_heads: int = 1,
+        norm_topk_prob: bool = False,
+        input_norm: str | None = "batch",
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_integer("num_experts", num_experts)
+        num_keys = math.isqrt(max(num_experts, 0))
+        if num_experts < 1 or num_keys * num_keys != num_experts:
+            raise ValueError(
+                f"num_experts must be the square of a number of keys, such as {max(num_keys, 1) ** 2} or {(num_keys + 1) ** 2}, "
+                f"got {num_experts}"
+            )
+        check_one_of("activation", activation, tuple(_ACTIVATIONS))
+        if intermediate_size is not None:
+            check_integer("intermediate_size", intermediate_size)
+            if intermediate_size < 1:
+                raise ValueError(f"intermediate_size must be at least 1, or None for no dense branch, got {intermediate_size}")
+        self.activation = activation
+        self.impl = impl
+        self.gate = ProductKeyRouter(
+            hidden_size,
+            num_keys,
+            top_k,
+            num_heads=num_heads,
+            norm_topk_prob=norm_topk_prob,
+            input_norm=input_norm,
+            impl="dense" if impl == "dense" else "auto",
+            device=device,
+            dtype=dtype,
+        )
+        self.down_embed = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
+        self.up_embed = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
+        self.gate_proj: nn.Linear | None = None
+        self.up_proj: nn.Linear | None = None
+        self.down_proj: nn.Linear | None = None
+        if intermediate_size is not None:
+            self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False, device=device, dtype=dtype)
+            self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False, device=device, dtype=dtype)
+            self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise by fan-in: D for ``down_embed``, the ``H * K`` experts of a token for ``up_embed``; the parts as theirs."""
+        D = self.down_embed.shape[1]
+        for table, fan_in in ((self.down_embed, D), (self.up_embed, self.gate.num_heads * self.gate.top_k)):
+            bound = 1 / math.sqrt(fan_in)
+            nn.init.uniform_(table, -bound, bound)
+        for part in (self.gate, self.gate_proj, self.up_proj, self.down_proj):
+            if part is not None:
+                part.reset_parameters()
+
+    def forward(self, x: Tensor) -> FineGrainedOutput:
+        """Run the block on ``x`` ``[..., D]``."""
+        D = self.down_embed.shape[1]
+        if x.shape[-1:] != (D,):
+            raise ValueError(f"x must have shape [..., {D}], got {tuple(x.shape)}")
+        logits, weights, experts = self.gate(x)
+        y = F.experts_neurons(x, experts, weights, self.down_embed, self.up_embed, activation=self.activation, impl=self.impl)
+        if self.gate_proj is not None and self.up_proj is not None and self.down_proj is not None:
+            y = y + self.down_proj(_ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))
+        return FineGrainedOutput(y, logits)
+
+    def extra_repr(self) -> str:
+        """The sizes, for ``print(module)``."""
+        E, D = self.down_embed.shape
+        return f"hidden_size={D}, num_experts={E}, top_k={self.gate.top_k}, activation={self.activation!r}"

@@ -1,0 +1,161 @@
+"""Experts of a single neuron, and value memory: tables of many small experts.
+
+Suffixes of tensor names: T tokens, D hidden size, E experts, K experts per token.
+"""
+
+import torch
+from torch import Tensor
+
+from fusedonemoe.checks import (
+    check_dim,
+    check_float,
+    check_ids,
+    check_like_x,
+    check_one_of,
+    check_routing,
+    check_same_device,
+    check_shape,
+)
+from fusedonemoe.functional.calls import as_rows, compute_dtype, refuse_transforms
+from fusedonemoe.ops import library
+from fusedonemoe.ops.activation import ACTIVATIONS
+from fusedonemoe.ops.choice import IMPLEMENTATIONS, refusal
+
+_ops = torch.ops.fusedonemoe
+_PLAIN_ACTIVATIONS = tuple(name for name in ACTIVATIONS if name != "swiglu_oai")
+
+
+def _check_table(name: str, table: Tensor) -> None:
+    check_dim(name, table, "E, D")
+    if table.shape[0] < 1 or table.shape[1] < 1:
+        raise ValueError(f"{name} must have shape [E, D] with E >= 1 and D >= 1, got {tuple(table.shape)}")
+
+
+def _choose(impl: str, device_type: str, dtype: torch.dtype, *tables: Tensor) -> str:
+    """The implementation that runs a call; raises where a named one cannot. ``grouped`` runs everywhere."""
+    check_one_of("impl", impl, ("auto", *IMPLEMENTATIONS))
+    contiguous, dtype = all(map(Tensor.is_contiguous, tables)), compute_dtype(dtype, device_type)
+
+    def reason(name: str) -> str | None:
+        return refusal(name, device_type=device_type, dtype=dtype, widths=(), contiguous=contiguous)
+
+    if impl == "auto":
+        compiled = "cpu" if device_type == "cpu" else "triton"
+        # What is compiled for this machine has no place in an exported graph.
+        usable = not (compiled == "cpu" and torch.compiler.is_exporting()) and reason(compiled) is None
+        return compiled if usable else "grouped"
+    if impl in ("cpu", "triton") and (why := reason(impl)):
+        raise ValueError(f"impl={impl!r} cannot run here: {why}")
+    return impl
+
+
+def experts_neurons(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    down_table: Tensor,
+    up_table: Tensor,
+    *,
+    activation: str = "silu",
+    impl: str = "auto",
+) -> Tensor:
+    """Run each token through experts of a single neuron: ``y_t = sum_j act(<x_t, d_e>) w_tj u_e``, ``e = experts_tj``.
+
+    ``d_e`` and ``u_e`` are rows of two tables, which may have a million. They are read where they lie, and never gathered
+    into a tensor of T * K rows. An id outside ``[0, E)`` contributes zero, and gets none.
+
+    Args:
+        x: ``[..., D]`` float64, float32, bfloat16 or float16.
+        experts: ``[..., K]`` ids of any integer dtype.
+        weights: ``[..., K]`` routing weights of any float dtype.
+        down_table: ``[E, D]``, dtype of x.
+        up_table: ``[E, D]``, dtype of x.
+        activation: ``silu``, ``gelu`` (erf), ``gelu_tanh``, ``relu``, ``relu2``, ``sigmoid`` or ``identity``.
+        impl: ``"auto"``, ``"dense"`` (all E experts for every token: derivatives of every order, for small E), ``"grouped"``
+            (PyTorch's bags of embeddings; widens tables of half precision), ``"cpu"`` (kernels that are compiled on first
+            use; contiguous tables, no float64) or ``"triton"`` (GPU kernels; no float64).
+
+    Returns:
+        ``[..., D]`` in the dtype of x. Dot products and sums are accumulated in float32 for half precision and rounded once,
+        in a fixed order.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a shape or name that does not fit, or an ``impl`` that cannot run here.
+
+    Source:
+        He 2024, "Mixture of a million experts" (arXiv 2407.04153), section 2.
+
+    Example:
+        >>> import torch
+        >>> from fusedonemoe import functional as F
+        >>> x, down_table, up_table = torch.randn(5, 16), torch.randn(100, 16), torch.randn(100, 16)
+        >>> weights, experts = F.route(torch.randn(5, 100), top_k=8)
+        >>> F.experts_neurons(x, experts, weights, down_table, up_table).shape
+        torch.Size([5, 16])
+    """
+    check_routing(x, experts, weights)
+    check_one_of("activation", activation, _PLAIN_ACTIVATIONS)
+    check_like_x("down_table", down_table, x)
+    check_like_x("up_table", up_table, x)
+    _check_table("down_table", down_table)
+    check_shape("up_table", up_table, tuple(down_table.shape))
+    D = down_table.shape[1]
+    if x.shape[-1] != D:
+        raise ValueError(f"x must have shape [..., {D}] to fit down_table, got {tuple(x.shape)}")
+    chosen = _choose(impl, x.device.type, x.dtype, down_table, up_table)
+    flat = (as_rows(x), as_rows(experts), as_rows(weights), down_table, up_table, activation)
+    if chosen == "dense":
+        y = _ops.experts_neurons_dense(*flat, library.BUILD)
+    else:
+        refuse_transforms()
+        y = library.experts_neurons(*flat, library.BUILD, chosen)[0]
+    return y.reshape(x.shape)
+
+
+def experts_values(experts: Tensor, weights: Tensor, table: Tensor, *, impl: str = "auto") -> Tensor:
+    """Sum rows of a table by routing weight: ``y_t = sum_j w_tj v_e``, ``e = experts_tj``.
+
+    The value memory of product-key networks. Rows are read where they lie. An id outside ``[0, E)`` contributes zero.
+
+    Args:
+        experts: ``[..., K]`` ids of any integer dtype.
+        weights: ``[..., K]`` of any float dtype.
+        table: ``[E, D]`` float64, float32, bfloat16 or float16.
+        impl: as in :func:`experts_neurons`.
+
+    Returns:
+        ``[..., D]`` in the dtype of the table. Sums are accumulated in float32 for half precision and rounded once, in a
+        fixed order.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a shape or name that does not fit, or an ``impl`` that cannot run here.
+
+    Source:
+        Lample et al. 2019, "Large memory layers with product keys" (arXiv 1907.05242), section 3.1.
+
+    Example:
+        >>> import torch
+        >>> from fusedonemoe import functional as F
+        >>> experts, weights = torch.tensor([[2, 0]]), torch.tensor([[0.5, 2.0]])
+        >>> F.experts_values(experts, weights, torch.tensor([[1.0, 0.0], [9.0, 9.0], [0.0, 4.0]]))
+        tensor([[2., 2.]])
+    """
+    check_ids(experts)
+    check_float("weights", weights)
+    check_float("table", table)
+    _check_table("table", table)
+    if experts.dim() < 1 or experts.shape[-1] < 1:
+        raise ValueError(f"experts must have shape [..., K] with K >= 1, got {tuple(experts.shape)}")
+    check_shape("weights", weights, tuple(experts.shape))
+    check_same_device("experts", experts, "table", table.device)
+    check_same_device("weights", weights, "table", table.device)
+    chosen = _choose(impl, table.device.type, table.dtype, table)
+    flat = (as_rows(experts), as_rows(weights), table)
+    if chosen == "dense":
+        y = _ops.experts_values_dense(*flat, library.BUILD)
+    else:
+        refuse_transforms()
+        y = library.experts_values(*flat, library.BUILD, chosen)
+    return y.reshape(*experts.shape[:-1], table.shape[1])

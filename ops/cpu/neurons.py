@@ -1,0 +1,110 @@
+"""The CPU kernels of single-neuron experts and of value memory as functions of tensors."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fusedonemoe.ops.activation import ACTIVATIONS
+from fusedonemoe.ops.cpu import native
+
+
+def _threads(rows: int, width: int) -> int:
+    return max(1, min(torch.get_num_threads(), rows * width // native.PRODUCTS_PER_THREAD))
+
+
+def _sizes(experts_TK: Tensor, table_ED: Tensor, activation: str) -> tuple[int, ...]:
+    E, D = table_ED.shape
+    return (*experts_TK.shape, E, D, _threads(experts_TK.numel(), D), ACTIVATIONS.index(activation))
+
+
+def _forward(
+    x_TD: Tensor | None,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    down_ED: Tensor | None,
+    up_ED: Tensor,
+    activation: str,
+    s_TK: Tensor | None,
+) -> Tensor:
+    ids, weights_TK = native._ids(experts_TK), native._float_weights(weights_TK)
+    x_TD = None if x_TD is None else x_TD.contiguous()
+    y_TD = native._new((ids.shape[0], up_ED.shape[1]), up_ED.dtype)
+    if ids.shape[0]:
+        addresses = native._addresses(x_TD, down_ED, up_ED, ids, weights_TK, y_TD, s_TK)
+        native._call("neurons_forward", up_ED.dtype, (*addresses, *_sizes(ids, up_ED, activation)))
+    return y_TD
+
+
+def experts_neurons(
+    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, down_ED: Tensor, up_ED: Tensor, activation: str
+) -> tuple[Tensor, Tensor]:
+    """As :func:`fusedonemoe.ops.neurons.experts_neurons`, in one kernel."""
+    s_TK = torch.empty(experts_TK.shape, dtype=torch.float32)
+    return _forward(x_TD, experts_TK, weights_TK, down_ED, up_ED, activation, s_TK), s_TK
+
+
+def experts_neurons_output(
+    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, down_ED: Tensor, up_ED: Tensor, activation: str
+) -> Tensor:
+    """The first output of :func:`experts_neurons`, for who needs no backward."""
+    return _forward(x_TD, experts_TK, weights_TK, down_ED, up_ED, activation, None)
+
+
+def experts_values(experts_TK: Tensor, weights_TK: Tensor, table_ED: Tensor) -> Tensor:
+    """As :func:`fusedonemoe.ops.neurons.experts_values`, in one kernel."""
+    return _forward(None, experts_TK, weights_TK, None, table_ED, "identity", None)
+
+
+def _backward(
+    dy_TD: Tensor,
+    s_TK: Tensor | None,
+    x_TD: Tensor | None,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    down_ED: Tensor | None,
+    up_ED: Tensor,
+    activation: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    dy_TD, ids, float_weights = dy_TD.contiguous(), native._ids(experts_TK), native._float_weights(weights_TK)
+    x_TD, s_TK = (None if t is None else t.contiguous() for t in (x_TD, s_TK))
+    likes = (x_TD, float_weights, down_ED, up_ED)
+    gradients = [
+        native._new(tuple(like.shape), like.dtype) if needed and like is not None else None
+        for needed, like in zip(needs, likes, strict=True)
+    ]
+    if ids.shape[0]:
+        addresses = native._addresses(dy_TD, s_TK, x_TD, down_ED, up_ED, ids, float_weights, *gradients)
+        native._call("neurons_backward", up_ED.dtype, (*addresses, *_sizes(ids, up_ED, activation)))
+    else:
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.zero_()
+    dx, dweights, *tables = (up_ED.new_empty(0) if g is None else g for g in gradients)
+    return dx, dweights.to(weights_TK.dtype) if needs[1] else dweights, *tables
+
+
+def experts_neurons_backward(
+    dy_TD: Tensor,
+    s_TK: Tensor,
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    down_ED: Tensor,
+    up_ED: Tensor,
+    activation: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`fusedonemoe.ops.neurons.experts_neurons_backward`, in one kernel."""
+    gradients = _backward(dy_TD, s_TK, x_TD, experts_TK, weights_TK, down_ED, up_ED, activation, needs)
+    return gradients  # type: ignore[return-value]
+
+
+def experts_values_backward(
+    dy_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, table_ED: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    """As :func:`fusedonemoe.ops.neurons.experts_values_backward`, in one kernel."""
+    of_neurons = (False, needs[0], False, needs[1])
+    _, dweights, _, dtable = _backward(dy_TD, None, None, experts_TK, weights_TK, None, table_ED, "identity", of_neurons)
+    return dweights, dtable

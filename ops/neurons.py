@@ -1,0 +1,183 @@
+"""Experts of one neuron, and of none (value memory): torch formulations, forward and hand-written backward.
+
+Static graphs of PyTorch's own bags of embeddings, which read table rows where they lie: no gathered copy of rows exists in
+memory. A weighted bag is a sum of table rows per token; the gradient of a bag's weights is a dot product for every routed row;
+the gradient of its table is a sum per table row in sorted order. Half precision is computed on float32 copies of the tables,
+so that it rounds once.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedonemoe.ops.activation import PLAIN, Activation, activate, activate_backward
+from fusedonemoe.ops.plan import in_range
+
+_SUM = 0  # embedding_bag's mode
+
+
+class NeuronNeeds(NamedTuple):
+    """Which gradients of :func:`experts_neurons` are wanted; what is not wanted costs nothing."""
+
+    x: bool
+    weights: bool
+    down: bool
+    up: bool
+
+
+class ValueNeeds(NamedTuple):
+    """Which gradients of :func:`experts_values` are wanted."""
+
+    weights: bool
+    table: bool
+
+
+class _Bags:
+    """A routing as bags of table rows: one bag a token.
+
+    An id out of range becomes that of the token's first expert in range (0, if it has none) with weight 0: it reads no row that
+    the token does not read anyway, so a row that holds no numbers reaches nobody it was not routed to.
+    """
+
+    def __init__(self, experts_TK: Tensor, num_experts: int) -> None:
+        T, K = experts_TK.shape
+        self.num_experts = num_experts
+        self.routed_TK = in_range(experts_TK, num_experts)
+        first_T1 = self.routed_TK.to(torch.int32).argmax(1, keepdim=True)
+        own_TK = experts_TK.to(torch.int64)
+        stand_in_T1 = own_TK.gather(1, first_T1)
+        self.any_T1 = self.routed_TK.gather(1, first_T1)
+        ids_TK = torch.where(self.routed_TK, own_TK, torch.where(self.any_T1, stand_in_T1, 0))
+        self.ids = ids_TK.reshape(-1)
+        self.offsets = torch.arange(T, device=experts_TK.device) * K
+        self.token = torch.arange(T * K, device=experts_TK.device) // K
+
+    def masked(self, values_TK: Tensor) -> Tensor:
+        """``[T, K]`` with zeros where there is no expert, whatever stands there."""
+        return torch.where(self.routed_TK, values_TK, 0)
+
+    def sums(self, coefficients_TK: Tensor, table_ED: Tensor) -> Tensor:
+        """``out_t = sum_j c_tj table_e``; zeros for a token without experts. ``[T, D]``."""
+        if self.ids.shape[0] == 0:
+            return table_ED.new_zeros(self.offsets.shape[0], table_ED.shape[1])
+        coefficients = self.masked(coefficients_TK).to(table_ED.dtype).reshape(-1)
+        out_TD = torch.ops.aten._embedding_bag_forward_only(table_ED, self.ids, self.offsets, False, _SUM, False, coefficients)[0]
+        return torch.where(self.any_T1, out_TD, 0)
+
+    def dots(self, rows_TD: Tensor, table_ED: Tensor) -> Tensor:
+        """``out_tj = <rows_t, table_e>``. ``[T, K]``."""
+        if self.ids.shape[0] == 0:
+            return rows_TD.new_zeros(self.routed_TK.shape)
+        gradient = torch.ops.aten._embedding_bag_per_sample_weights_backward
+        out = gradient(rows_TD, table_ED, self.ids, self.offsets, self.token, _SUM)
+        return self.masked(out.view(self.routed_TK.shape))
+
+    def table_gradient(self, coefficients_TK: Tensor, rows_TD: Tensor) -> Tensor:
+        """``out_e = sum c_tj rows_t`` over the rows of ``e``. ``[E, D]``."""
+        if self.ids.shape[0] == 0:
+            return rows_TD.new_zeros(self.num_experts, rows_TD.shape[1])
+        coefficients = self.masked(coefficients_TK).to(rows_TD.dtype)
+        rows_TD = torch.where(self.any_T1, rows_TD, 0)  # 0 * inf would be NaN in row 0, which stands in
+        bag_size = torch.full_like(self.offsets, self.routed_TK.shape[1])
+        empty = self.offsets.new_empty(0)
+        return torch.ops.aten._embedding_bag_dense_backward(
+            rows_TD, self.ids, self.token, bag_size, empty, self.num_experts, False, _SUM, coefficients.reshape(-1)
+        )
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _act(activation: str) -> Activation:
+    return Activation(activation, PLAIN, 0.0, 0.0)
+
+
+def experts_neurons(
+    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, down_ED: Tensor, up_ED: Tensor, activation: str
+) -> tuple[Tensor, Tensor]:
+    """``s_tj = <x_t, down_e>``, ``y_t = sum_j act(s_tj) w_tj up_e``.
+
+    Returns:
+        ``y_TD`` and ``s_TK`` in float32 (float64 for float64), 0 where an id is out of range.
+    """
+    bags = _Bags(experts_TK, up_ED.shape[0])
+    s_TK = bags.dots(_wide(x_TD), _wide(down_ED))
+    c_TK = activate(s_TK, _act(activation)) * weights_TK.to(s_TK.dtype)
+    return bags.sums(c_TK, _wide(up_ED)).to(x_TD.dtype), s_TK
+
+
+def experts_neurons_backward(
+    dy_TD: Tensor,
+    s_TK: Tensor,
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    down_ED: Tensor,
+    up_ED: Tensor,
+    activation: str,
+    needs: NeuronNeeds,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients that are needed; the others come back as tensors of size zero.
+
+    With ``q = <dy, up_e>``: ``dw = q act(s)``, ``ds = q w act'(s)``, ``dx = sum_j ds down_e``, ``ddown_e = sum ds x`` and
+    ``dup_e = sum w act(s) dy``.
+    """
+    bags, act = _Bags(experts_TK, up_ED.shape[0]), _act(activation)
+    dx = dweights = ddown = dup = x_TD.new_empty(0)
+    dy_TD, w_TK = _wide(dy_TD), weights_TK.to(s_TK.dtype)
+    h_TK = activate(s_TK, act)
+    if needs.x or needs.weights or needs.down:
+        q_TK = bags.dots(dy_TD, _wide(up_ED))
+        ds_TK = activate_backward(q_TK * w_TK, s_TK, act)
+        if needs.weights:
+            dweights = bags.masked(q_TK * h_TK).to(weights_TK.dtype)
+        if needs.x:
+            dx = bags.sums(ds_TK, _wide(down_ED)).to(x_TD.dtype)
+        if needs.down:
+            ddown = bags.table_gradient(ds_TK, _wide(x_TD)).to(down_ED.dtype)
+    if needs.up:
+        dup = bags.table_gradient(w_TK * h_TK, dy_TD).to(up_ED.dtype)
+    return dx, dweights, ddown, dup
+
+
+def experts_values(experts_TK: Tensor, weights_TK: Tensor, table_ED: Tensor) -> Tensor:
+    """``y_t = sum_j w_tj table_e``. ``[T, D]`` in the dtype of the table."""
+    return _Bags(experts_TK, table_ED.shape[0]).sums(weights_TK, _wide(table_ED)).to(table_ED.dtype)
+
+
+def experts_values_backward(
+    dy_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, table_ED: Tensor, needs: ValueNeeds
+) -> tuple[Tensor, Tensor]:
+    """``dw = <dy, table_e>`` and ``dtable_e = sum w dy``, or tensors of size zero."""
+    bags = _Bags(experts_TK, table_ED.shape[0])
+    dweights = dtable = dy_TD.new_empty(0)
+    dy_TD = _wide(dy_TD)
+    if needs.weights:
+        dweights = bags.dots(dy_TD, _wide(table_ED)).to(weights_TK.dtype)
+    if needs.table:
+        dtable = bags.table_gradient(weights_TK, dy_TD).to(table_ED.dtype)
+    return dweights, dtable
+
+
+def _weights_of_all(experts_TK: Tensor, weights_TK: Tensor, num_experts: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``[T, E]``: the summed weight of each expert for each token, and the mask of those that are routed."""
+    hit_TKE = experts_TK.to(torch.int64)[:, :, None] == torch.arange(num_experts, device=experts_TK.device)
+    return torch.where(hit_TKE, weights_TK.to(dtype)[:, :, None], 0).sum(1), hit_TKE.any(1)
+
+
+def experts_neurons_dense(
+    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, down_ED: Tensor, up_ED: Tensor, activation: str
+) -> Tensor:
+    """As :func:`experts_neurons`, every expert computed for every token, ``[T, K, E]`` masks and all: for small E."""
+    x_wide = _wide(x_TD)
+    weights_TE, routed_TE = _weights_of_all(experts_TK, weights_TK, up_ED.shape[0], x_wide.dtype)
+    s_TE = torch.where(routed_TE, x_wide @ _wide(down_ED).t(), 0)
+    return ((activate(s_TE, _act(activation)) * weights_TE) @ _wide(up_ED)).to(x_TD.dtype)
+
+
+def experts_values_dense(experts_TK: Tensor, weights_TK: Tensor, table_ED: Tensor) -> Tensor:
+    """As :func:`experts_values`, one product of all weights with the table."""
+    table = _wide(table_ED)
+    return (_weights_of_all(experts_TK, weights_TK, table_ED.shape[0], table.dtype)[0] @ table).to(table_ED.dtype)
