@@ -22,9 +22,7 @@ from torch.library import wrap_triton
 from fusedonemoe.ops import plan as torch_plan
 from fusedonemoe.ops.triton import rules
 from fusedonemoe.ops.triton.plan import MAX_EXPERTS, make_plan
-from fusedonemoe.ops.triton.tiles import act_value
 
-NO_ACTIVATION = "none"
 WARP = 32
 VECTORS = 8  # of 16 bytes, that a thread loads at once
 # Segments enough for every multiprocessor, and few enough for their float32 rows to stay small beside the table.
@@ -47,21 +45,19 @@ def rows_plan(experts_TK: Tensor, num_experts: int) -> torch_plan.Plan:
 @triton.jit
 def sum_of_pairs(
     rows_ptr,  # [T, D]
-    weights_ptr,  # [T, K]
-    scores_ptr,  # [T, K]
+    factors_ptr,  # [T, K]
     order_ptr,  # [N]
     begin,  # [ABREAST * LISTS]
     end,  # [ABREAST * LISTS]
     column,  # [BLOCK_D]
     D,
     K: tl.constexpr,
-    ACT: tl.constexpr,
     EVEN_D: tl.constexpr,
     LISTS: tl.constexpr,
     ABREAST: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """LISTS sums, each over sorted positions of its own, ABREAST at a time. Lane ``i`` of begin and end is of list ``i % LISTS``."""
+    """LISTS sums, each over its own sorted positions, ABREAST at a time. Lane ``i`` of begin and end is of list ``i % LISTS``."""
     lane = tl.arange(0, ABREAST * LISTS) // LISTS
     acc = tl.zeros((LISTS, BLOCK_D), tl.float32)
     for first in range(0, tl.max(end - begin, 0), ABREAST):
@@ -70,25 +66,21 @@ def sum_of_pairs(
         pair = tl.load(order_ptr + position, mask=here, other=0)
         loaded = here[:, None] if EVEN_D else here[:, None] & (column < D)[None, :]
         rows = tl.load(rows_ptr + (pair // K).to(tl.int64)[:, None] * D + column[None, :], mask=loaded, other=0.0)
-        weight = tl.load(weights_ptr + pair, mask=here, other=0.0).to(tl.float32)
-        if ACT != "none":
-            weight *= act_value(tl.load(scores_ptr + pair, mask=here, other=0.0), ACT)
-        acc += tl.sum(tl.reshape(rows.to(tl.float32) * weight[:, None], (ABREAST, LISTS, BLOCK_D)), 0)
+        factor = tl.load(factors_ptr + pair, mask=here, other=0.0).to(tl.float32)
+        acc += tl.sum(tl.reshape(rows.to(tl.float32) * factor[:, None], (ABREAST, LISTS, BLOCK_D)), 0)
     return acc
 
 
 @triton.jit
 def experts_kernel(
     rows_ptr,  # [T, D]
-    weights_ptr,  # [T, K]
-    scores_ptr,  # [T, K]
+    factors_ptr,  # [T, K]
     order_ptr,  # [N]
     offsets_ptr,  # [E + 1]
     out_ptr,  # [E, D]
     E,
     D,
     K: tl.constexpr,
-    ACT: tl.constexpr,
     EVEN_D: tl.constexpr,
     SEGMENT: tl.constexpr,
     LISTS: tl.constexpr,
@@ -102,9 +94,7 @@ def experts_kernel(
     begin = tl.load(offsets_ptr + of_lane, mask=of_lane < E, other=0)
     end = tl.load(offsets_ptr + of_lane + 1, mask=of_lane < E, other=0)
     end = tl.where(end - begin > SEGMENT, begin, end)
-    acc = sum_of_pairs(
-        rows_ptr, weights_ptr, scores_ptr, order_ptr, begin, end, column, D, K, ACT, EVEN_D, LISTS, ABREAST, BLOCK_D
-    )
+    acc = sum_of_pairs(rows_ptr, factors_ptr, order_ptr, begin, end, column, D, K, EVEN_D, LISTS, ABREAST, BLOCK_D)
     expert = first + tl.arange(0, LISTS)
     pairs = tl.load(offsets_ptr + expert + 1, mask=expert < E, other=0) - tl.load(offsets_ptr + expert, mask=expert < E, other=0)
     stored = ((expert < E) & (pairs <= SEGMENT))[:, None] & (column < D)[None, :]
@@ -115,15 +105,13 @@ def experts_kernel(
 def segments_kernel(
     rows_ptr,  # [T, D]
     experts_ptr,  # [T, K]
-    weights_ptr,  # [T, K]
-    scores_ptr,  # [T, K]
+    factors_ptr,  # [T, K]
     order_ptr,  # [N]
     offsets_ptr,  # [E + 1]
     partial_ptr,  # [2 * windows, D]
     E,
     D,
     K: tl.constexpr,
-    ACT: tl.constexpr,
     EVEN_D: tl.constexpr,
     SEGMENT: tl.constexpr,
     LISTS: tl.constexpr,
@@ -147,9 +135,7 @@ def segments_kernel(
     part_begin = begin + tl.arange(0, ABREAST * LISTS) % LISTS * part
     part_end = tl.minimum(part_begin + part, end)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    acc = sum_of_pairs(
-        rows_ptr, weights_ptr, scores_ptr, order_ptr, part_begin, part_end, column, D, K, ACT, EVEN_D, LISTS, ABREAST, BLOCK_D
-    )
+    acc = sum_of_pairs(rows_ptr, factors_ptr, order_ptr, part_begin, part_end, column, D, K, EVEN_D, LISTS, ABREAST, BLOCK_D)
     tl.store(partial_ptr + slot.to(tl.int64) * D + column, tl.sum(acc, 0), mask=column < D)
 
 
@@ -189,20 +175,16 @@ def add_segments_kernel(
 def table_gradient(
     rows_TD: Tensor,
     experts_TK: Tensor,
-    weights_TK: Tensor,
-    scores_TK: Tensor | None,
-    activation: str,
+    factors_TK: Tensor,
     plan: torch_plan.Plan,
     dtype: torch.dtype,
 ) -> Tensor:
-    """``out_e = sum_tj w_tj act(s_tj) rows_t`` over the pairs whose id is ``e``, in float32 and a fixed order, rounded once.
+    """``out_e = sum_tj c_tj rows_t`` over the pairs whose id is ``e``, in float32 and a fixed order, rounded once.
 
     Args:
         rows_TD: ``[T, D]``, contiguous like all others.
         experts_TK: any integer dtype.
-        weights_TK: any floating dtype.
-        scores_TK: float32, or None with :data:`NO_ACTIVATION`: then the weight alone is the factor.
-        activation: of the scores.
+        factors_TK: any floating dtype.
         plan: of :func:`rows_plan`.
         dtype: of the result.
 
@@ -214,7 +196,6 @@ def table_gradient(
     E, N = plan.offsets.shape[0] - 1, plan.order.shape[0]
     pairs = rules.hint(N)
     segment = segment_length(pairs)
-    scores_TK = weights_TK if scores_TK is None else scores_TK
     out_ED = torch.empty((E, D), dtype=dtype, device=rows_TD.device)
 
     vector = 16 // rows_TD.element_size()
@@ -225,15 +206,13 @@ def table_gradient(
     shared = (triton.cdiv(D, BLOCK_D),)
     wrap_triton(experts_kernel)[(triton.cdiv(E, lists * narrow), *shared)](
         rows_TD,
-        weights_TK,
-        scores_TK,
+        factors_TK,
         plan.order,
         plan.offsets,
         out_ED,
         E,
         D,
         K=K,
-        ACT=activation,
         EVEN_D=D % BLOCK_D == 0,
         SEGMENT=segment,
         LISTS=lists * narrow,
@@ -242,8 +221,8 @@ def table_gradient(
         num_warps=1,
         num_stages=1,
     )
-    if isinstance(N, int) and N <= segment:
-        return out_ED  # no expert can be hot; where N is symbolic nobody may ask
+    if isinstance(N, int) and segment >= N:
+        return out_ED  # no expert can be hot; of a symbolic N nobody may ask
 
     windows = N // segment + 1
     # Flat, as torch asks of a matrix whether it has one row, which would guard on a symbolic number of windows.
@@ -251,15 +230,13 @@ def table_gradient(
     wrap_triton(segments_kernel)[(2 * windows, *shared)](
         rows_TD,
         experts_TK,
-        weights_TK,
-        scores_TK,
+        factors_TK,
         plan.order,
         plan.offsets,
         partial,
         E,
         D,
         K=K,
-        ACT=activation,
         EVEN_D=D % BLOCK_D == 0,
         SEGMENT=segment,
         LISTS=4 * narrow,
