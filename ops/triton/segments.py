@@ -29,6 +29,11 @@ VECTORS = 8  # of 16 bytes, that a thread loads at once
 SHORTEST_SEGMENT, SEGMENTS = 64, 2048
 
 
+def vectors_at_once(length: int) -> int:
+    """Vectors that a thread loads at once; fewer of rows that begin anywhere, each element of which has an address of its own."""
+    return VECTORS // 2 if length % 16 else VECTORS
+
+
 def segment_length(pairs: int) -> int:
     """The power of two that cuts ``pairs`` into about SEGMENTS segments."""
     return max(SHORTEST_SEGMENT, triton.next_power_of_2(triton.cdiv(pairs, SEGMENTS)))
@@ -216,7 +221,7 @@ def table_gradient(
         EVEN_D=D % BLOCK_D == 0,
         SEGMENT=segment,
         LISTS=lists * narrow,
-        ABREAST=VECTORS // lists,
+        ABREAST=vectors_at_once(D) // lists,
         BLOCK_D=BLOCK_D,
         num_warps=1,
         num_stages=1,
@@ -240,7 +245,7 @@ def table_gradient(
         EVEN_D=D % BLOCK_D == 0,
         SEGMENT=segment,
         LISTS=4 * narrow,
-        ABREAST=VECTORS,
+        ABREAST=vectors_at_once(D),
         BLOCK_D=BLOCK_D,
         num_warps=4,
         num_stages=1,

@@ -3,9 +3,9 @@
     s_tj = x_t . table[experts_tj],      y_t = sum_j c_tj table[experts_tj]
 
 Both stream rows from memory to registers: nothing of size ``[T, K, D]`` exists, no token waits for a sort, and each thread asks
-for 8 vectors of 16 bytes at once. They are two launches also where there are tokens enough for one: together they read no row
-twice, and one table at a time has twice the chance to stay in the L2 cache; the sums of a block of columns, which all tokens
-compute before the next is begun, need only these columns of it.
+for 8 vectors of 16 bytes at once, or half as many elements where rows are not aligned. They are two launches also where there
+are tokens enough for one: together they read no row twice, and one table at a time has twice the chance to stay in the L2
+cache; the sums of a block of columns, which all tokens compute before the next is begun, need only these columns of it.
 """
 
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from fusedonemoe.ops.triton import rules
-from fusedonemoe.ops.triton.segments import VECTORS, WARP
+from fusedonemoe.ops.triton.segments import WARP, vectors_at_once
 from fusedonemoe.ops.triton.tiles import act_slope, act_value
 
 # Memory answers in about a microsecond, so a GPU of 132 multiprocessors and 4.8 TB/s must have about 5 MB under way.
@@ -45,7 +45,7 @@ def cut_dots(pairs: int, top_k: int, length: int, itemsize: int) -> Cut:
     vector = 16 // itemsize
     longest = max(triton.next_power_of_2(length), 16)
     columns = min(WARP * vector, longest)
-    choices = VECTORS * WARP * vector // columns
+    choices = vectors_at_once(length) * WARP * vector // columns
     while columns < longest and choices > 1 and pairs * columns * itemsize < BYTES_IN_FLIGHT:
         columns, choices = 2 * columns, choices // 2
     return Cut(min(choices, triton.next_power_of_2(top_k)), columns, 1)
@@ -60,14 +60,14 @@ def cut_sums(tokens: int, top_k: int, length: int, itemsize: int) -> Cut:
         length: ``D``.
         itemsize: bytes of an element of the table.
     """
-    vector = 16 // itemsize
+    vector, vectors = 16 // itemsize, vectors_at_once(length)
     columns, warps = min(WARP * vector, max(triton.next_power_of_2(length), 16)), 1
     most = triton.next_power_of_2(top_k)
 
     def choices() -> int:
-        return VECTORS * WARP * warps * vector // columns
+        return vectors * WARP * warps * vector // columns
 
-    while choices() < most and tokens * triton.cdiv(length, columns) * VECTORS * WARP * warps * 16 < BYTES_IN_FLIGHT:
+    while choices() < most and tokens * triton.cdiv(length, columns) * vectors * WARP * warps * 16 < BYTES_IN_FLIGHT:
         if columns > 4 * vector:  # 64 bytes, the least that memory hands out without waste
             columns //= 2
         elif warps < MOST_WARPS:
@@ -352,7 +352,7 @@ def sums(experts_TK: Tensor, factors_TK: Tensor, table_ED: Tensor, dtype: torch.
         D,
         table_ED.stride(0),
         K=K,
-        FOLD=min(VECTORS, cut.choices),
+        FOLD=min(vectors_at_once(D), cut.choices),
         EVEN_D=D % cut.columns == 0,
         BLOCK_J=cut.choices,
         BLOCK_D=cut.columns,
