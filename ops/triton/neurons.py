@@ -1,0 +1,120 @@
+"""Single-neuron experts and value memory: experts that are rows of tables ``[E, D]``, with E up to a million.
+
+With ``e = experts_tj`` and ``c_tj = act(s_tj) w_tj``:
+
+    s_tj = x_t . down[e],      y_t = sum_j c_tj up[e]
+    q_tj = dy_t . up[e],       dw_tj = q_tj act(s_tj),       ds_tj = q_tj w_tj act'(s_tj)
+    dx_t = sum_j ds_tj down[e],   ddown_e = sum_tj ds_tj x_t,   dup_e = sum_tj c_tj dy_t
+
+A value memory has one table and no scores, ``y_t = sum_j w_tj table[e]``. All of it is made of the dot products of a token with
+its rows, the sum of a token's rows (both in :mod:`.token_rows`) and the sum of a row's tokens (in :mod:`.segments`).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fusedonemoe.ops.triton.segments import rows_plan, table_gradient
+from fusedonemoe.ops.triton.token_rows import scores, scores_backward, sums
+
+
+def experts_neurons(
+    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, down_ED: Tensor, up_ED: Tensor, activation: str
+) -> tuple[Tensor, Tensor]:
+    """``y_t = sum_j act(s_tj) w_tj up[e]`` with ``s_tj = x_t . down[e]``.
+
+    Args:
+        x_TD: bfloat16, float16 or float32.
+        experts_TK: any integer dtype; a choice whose id lies outside ``[0, E)`` adds nothing and reads no row.
+        weights_TK: any floating dtype.
+        down_ED: the rows that x is multiplied with.
+        up_ED: the rows that are added.
+        activation: one that :func:`.tiles.act_value` knows.
+
+    Returns:
+        ``y [T, D]`` in the dtype of x, and ``s [T, K]`` float32, which the backward wants: 0 for an id outside ``[0, E)``.
+    """
+    x_TD, experts_TK, weights_TK = x_TD.contiguous(), experts_TK.contiguous(), weights_TK.contiguous()
+    s_TK, factors_TK = scores(x_TD, experts_TK, down_ED, torch.float32, weights_TK, activation)
+    return sums(experts_TK, factors_TK, up_ED, x_TD.dtype), s_TK
+
+
+def experts_neurons_backward(
+    dy_TD: Tensor,
+    s_TK: Tensor,
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    down_ED: Tensor,
+    up_ED: Tensor,
+    activation: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of :func:`experts_neurons`.
+
+    Args:
+        dy_TD: gradient of y.
+        s_TK: of the forward.
+        x_TD: as in the forward.
+        experts_TK: as in the forward.
+        weights_TK: as in the forward.
+        down_ED: as in the forward.
+        up_ED: as in the forward.
+        activation: as in the forward.
+        needs: whether ``dx``, ``dweights``, ``ddown`` and ``dup`` are wanted.
+
+    Returns:
+        ``(dx, dweights, ddown, dup)``, each in the dtype of its argument, without elements where it is not wanted.
+    """
+    need_x, need_weights, need_down, need_up = needs
+    dy_TD, s_TK, x_TD, experts_TK, weights_TK = (t.contiguous() for t in (dy_TD, s_TK, x_TD, experts_TK, weights_TK))
+    dx_TD, ddown_ED, dup_ED = (t.new_empty(0) for t in (x_TD, down_ED, up_ED))
+    wanted = (need_weights, need_x or need_down, need_up)
+    dweights_TK, ds_TK, factors_TK = scores_backward(dy_TD, s_TK, experts_TK, weights_TK, up_ED, activation, wanted)
+    if need_x:
+        dx_TD = sums(experts_TK, ds_TK, down_ED, x_TD.dtype)
+    if need_down or need_up:
+        plan = rows_plan(experts_TK, down_ED.shape[0])
+        if need_down:
+            ddown_ED = table_gradient(x_TD, experts_TK, ds_TK, plan, down_ED.dtype)
+        if need_up:
+            dup_ED = table_gradient(dy_TD, experts_TK, factors_TK, plan, up_ED.dtype)
+    return dx_TD, dweights_TK, ddown_ED, dup_ED
+
+
+def experts_values(experts_TK: Tensor, weights_TK: Tensor, table_ED: Tensor) -> Tensor:
+    """``y_t = sum_j w_tj table[experts_tj]``, ``[T, D]`` in the dtype of the table.
+
+    Args:
+        experts_TK: any integer dtype; ids outside ``[0, E)`` add nothing.
+        weights_TK: any floating dtype.
+        table_ED: bfloat16, float16 or float32.
+    """
+    return sums(experts_TK.contiguous(), weights_TK.contiguous(), table_ED, table_ED.dtype)
+
+
+def experts_values_backward(
+    dy_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, table_ED: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`experts_values`: ``dw_tj = dy_t . table[e]`` and ``dtable_e = sum_tj w_tj dy_t``.
+
+    Args:
+        dy_TD: gradient of y.
+        experts_TK: as in the forward.
+        weights_TK: as in the forward.
+        table_ED: as in the forward.
+        needs: whether ``dweights`` and ``dtable`` are wanted.
+
+    Returns:
+        ``(dweights, dtable)``, each in the dtype of its argument, without elements where it is not wanted.
+    """
+    need_weights, need_table = needs
+    dy_TD, experts_TK, weights_TK = dy_TD.contiguous(), experts_TK.contiguous(), weights_TK.contiguous()
+    dweights_TK, dtable_ED = weights_TK.new_empty(0), table_ED.new_empty(0)
+    if need_weights:
+        dweights_TK, _ = scores(dy_TD, experts_TK, table_ED, weights_TK.dtype)
+    if need_table:
+        plan = rows_plan(experts_TK, table_ED.shape[0])
+        dtable_ED = table_gradient(dy_TD, experts_TK, weights_TK, plan, table_ED.dtype)
+    return dweights_TK, dtable_ED
