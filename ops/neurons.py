@@ -125,7 +125,7 @@ def experts_neurons_backward(
     ``dup_e = sum w act(s) dy``.
     """
     bags, act = _Bags(experts_TK, up_ED.shape[0]), _act(activation)
-    dx = dweights = ddown = dup = x_TD.new_empty(0)
+    dx, dweights, ddown, dup = (x_TD.new_empty(0) for _ in range(4))
     dy_TD, w_TK = _wide(dy_TD), weights_TK.to(s_TK.dtype)
     h_TK = activate(s_TK, act)
     if needs.x or needs.weights or needs.down:
@@ -152,7 +152,7 @@ def experts_values_backward(
 ) -> tuple[Tensor, Tensor]:
     """``dw = <dy, table_e>`` and ``dtable_e = sum w dy``, or tensors of size zero."""
     bags = _Bags(experts_TK, table_ED.shape[0])
-    dweights = dtable = dy_TD.new_empty(0)
+    dweights, dtable = dy_TD.new_empty(0), dy_TD.new_empty(0)
     dy_TD = _wide(dy_TD)
     if needs.weights:
         dweights = bags.dots(dy_TD, _wide(table_ED)).to(weights_TK.dtype)

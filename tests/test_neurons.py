@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fusedonemoe import functional as F
 from fusedonemoe.ops import library, reference_neurons
+from fusedonemoe.ops import neurons as formulation
 from fusedonemoe.ops.cpu import native
 from fusedonemoe.testing import assert_within_budget, exact_float64, make_experts
 
@@ -293,8 +294,8 @@ def test_no_tensor_of_gathered_rows_exists():
     inputs = make_inputs(64, 128, 200, 64)
     ids, weights = inputs.experts, inputs.weights
     with Largest() as seen:
-        _, s = library.neurons.neurons.experts_neurons(inputs.x, ids, weights, inputs.down_table, inputs.up_table, "silu")
-        library.neurons.neurons.experts_neurons_backward(
+        _, s = formulation.experts_neurons(inputs.x, ids, weights, inputs.down_table, inputs.up_table, "silu")
+        formulation.experts_neurons_backward(
             inputs.x,
             s,
             inputs.x,
@@ -303,7 +304,7 @@ def test_no_tensor_of_gathered_rows_exists():
             inputs.down_table,
             inputs.up_table,
             "silu",
-            library.neurons.NeuronNeeds(*[True] * 4),
+            formulation.NeuronNeeds(*[True] * 4),
         )
     assert 0 < seen.elements <= 200 * 128
 

@@ -39,7 +39,7 @@ def test_tables_of_many_cache_blocks_equal_the_formulation(dtype):
         actual, plain = both(inputs, "cpu"), both(inputs, "grouped")
         for name, tensor in actual.items():
             error, scale = (tensor.double() - plain[name].double()).norm(), plain[name].double().norm()
-            assert 0 < scale and error <= 4 * torch.finfo(dtype).eps * scale, name
+            assert scale > 0 and error <= 4 * torch.finfo(dtype).eps * scale, name
         hit = torch.zeros(E, dtype=torch.bool)
         hit[inputs.experts[(inputs.experts >= 0) & (inputs.experts < E)]] = True
         for name in ("down_table", "up_table", "values of up_table"):
