@@ -142,3 +142,27 @@ def test_tuning_measures_the_layer_itself(device, monkeypatch, tmp_path):
     assert rules.tiles_for(found.layer.arch, torch.float32, 20 * 2 / 6, 40, 24, gated=True) == found.tiles
     with pytest.raises(ValueError, match=r"^tokens must be more than 3 for this layer: so few take the path without tiles$"):
         tune(block, 3, backward=False)
+
+
+@pytest.mark.parametrize("T", [1, 19])
+def test_single_neuron_experts_with_all_gradients(T, device):
+    torch.manual_seed(0)
+    x, down, up, weights = (torch.randn(*shape, device=device) for shape in ((T, 24), (30, 24), (30, 24), (T, 5)))
+    experts = torch.randint(-1, 31, (T, 5), device=device)
+    leaves = [t.requires_grad_() for t in (x, weights, down, up)]
+
+    def call(impl):
+        return F.experts_neurons(x, experts, weights, down, up, impl=impl)
+
+    assert_close(gradients(lambda: call("triton"), leaves), gradients(lambda: call("dense"), leaves))
+
+
+def test_the_value_memory_with_all_gradients(device):
+    torch.manual_seed(0)
+    table, weights = torch.randn(30, 24, device=device, requires_grad=True), torch.randn(9, 5, device=device, requires_grad=True)
+    experts = torch.randint(-1, 31, (9, 5), device=device)
+
+    def call(impl):
+        return F.experts_values(experts, weights, table, impl=impl)
+
+    assert_close(gradients(lambda: call("triton"), [weights, table]), gradients(lambda: call("dense"), [weights, table]))
