@@ -3,6 +3,8 @@
 Nothing is listed by hand, so a kernel or a configuration that the library can launch is compiled here or nowhere.
 """
 
+import itertools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusedonemoe.ops import library
-from fusedonemoe.ops.library import merged, mlp, routing
+from fusedonemoe.ops.library import merged, mlp, neurons, product_keys, routing
 from tests.triton.fake_gpu import Launch, fake_gpu, recorded_launches
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -36,6 +38,11 @@ class Layer:
     route: tuple[Any, ...] = ("softmax", True, True, 1.0, 1, 1, "top2_sum")
 
 
+# Experts of one neuron each, picked by product keys: F is not used.
+FINE_LAYERS = {
+    "flashmoe": Layer(1024, 0, 16_384, 64),
+    "peer": Layer(256, 0, 102_400, 512, activation="gelu"),
+}
 LAYERS = {
     "qwen3": Layer(2048, 768, 128, 8),
     "gpt_oss": Layer(2880, 2880, 32, 4, "interleaved", "swiglu_oai", bias=True, transposed=True, save_percent=50),
@@ -117,7 +124,29 @@ def _merged(layer: Layer, dtype: torch.dtype, tokens: int) -> None:
     _forward_and_backward(torch.ops.fusedonemoe.experts_merged, save, grad, args)
 
 
+def _neurons(layer: Layer, dtype: torch.dtype, tokens: int) -> None:
+    tables = (_tensor(layer.E, layer.D, dtype=dtype) for _ in range(2))
+    args = (*_routed(layer, dtype, tokens), *tables, layer.activation, library.BUILD, "triton")
+    _forward_and_backward(torch.ops.fusedonemoe.experts_neurons, neurons._neurons_save, neurons._neurons_grad, args)
+
+
+def _values(layer: Layer, dtype: torch.dtype, tokens: int) -> None:
+    _, experts, weights = _routed(layer, dtype, tokens)
+    args = (experts, weights, _tensor(layer.E, layer.D, dtype=dtype), library.BUILD, "triton")
+    y = torch.ops.fusedonemoe.experts_values(*args)
+    context = _Context([isinstance(arg, Tensor) and arg.is_floating_point() for arg in args])
+    neurons._values_save(context, args, y)
+    neurons._values_grad(context, torch.empty_like(y))
+
+
+def _product_keys(layer: Layer, dtype: torch.dtype, tokens: int) -> None:
+    args = (_tensor(tokens, 2, math.isqrt(layer.E), dtype=dtype), layer.K, False, library.BUILD)
+    save, grad = product_keys._route_save, product_keys._route_grad
+    _forward_and_backward(torch.ops.fusedonemoe.route_product_key, save, grad, args)
+
+
 OPERATORS = {"route": _route, "experts_mlp": _mlp, "inference": _inference, "experts_merged": _merged}
+FINE_OPERATORS = {"product_keys": _product_keys, "neurons": _neurons, "values": _values}
 
 
 def tokens_for(layer: Layer, rows: str) -> int:
@@ -131,4 +160,13 @@ def launches(arch: str, layer: str, dtype: str, rows: str, operators: Iterable[s
     with fake_gpu(arch), FakeTensorMode(), torch.no_grad(), recorded_launches() as recorded:
         for operator in operators:
             OPERATORS[operator](chosen, DTYPES[dtype], tokens_for(chosen, rows))
+    return list({launch.key: launch for launch in recorded}.values())
+
+
+def fine_launches(arch: str, layer: str, dtype: str) -> list[Launch]:
+    """The same of the fine-grained experts and their router, for one token and for many."""
+    chosen = FINE_LAYERS[layer]
+    with fake_gpu(arch), FakeTensorMode(), torch.no_grad(), recorded_launches() as recorded:
+        for operator, tokens in itertools.product(FINE_OPERATORS.values(), (1, 2049)):
+            operator(chosen, DTYPES[dtype], tokens)
     return list({launch.key: launch for launch in recorded}.values())

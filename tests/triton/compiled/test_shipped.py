@@ -6,7 +6,7 @@ import pytest
 
 from fusedonemoe.ops.triton import rules
 from tests.triton.compiled.gates import problems
-from tests.triton.compiled.layers import DTYPES, LAYERS, ROWS, launches, tokens_for
+from tests.triton.compiled.layers import DTYPES, LAYERS, ROWS, fine_launches, launches, tokens_for
 from tests.triton.compiled.machine_code import examine
 from tests.triton.fake_gpu import TARGETS
 
@@ -28,6 +28,21 @@ def test_machine_code(arch, dtype, layer, rows, reports):
     found = []
     for launch in launches(arch, layer, dtype, rows):
         found += problems(launch, examine(launch, arch, reports), arch, aligned=layer != "odd")
+    assert found == []
+
+
+FINE_CASES = [
+    *itertools.product(["sm90", "sm80"], ["bf16", "fp32"], ["flashmoe"]),
+    ("sm90", "bf16", "peer"),
+    *itertools.product(["sm100", "gfx942"], ["bf16"], ["flashmoe"]),
+]
+
+
+@pytest.mark.parametrize(("arch", "dtype", "layer"), FINE_CASES)
+def test_machine_code_of_fine_grained_experts(arch, dtype, layer, reports):
+    found = []
+    for launch in fine_launches(arch, layer, dtype):
+        found += problems(launch, examine(launch, arch, reports), arch)
     assert found == []
 
 
