@@ -58,7 +58,7 @@ def python_blocks(page: Path) -> list[Fence]:
     return [fence for fence in fences(page) if fence.language == "python"]
 
 
-@pytest.mark.parametrize("page", filter(python_blocks, PAGES), ids=lambda page: page.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("page", list(filter(python_blocks, PAGES)), ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = types.ModuleType("page").__dict__
