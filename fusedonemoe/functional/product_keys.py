@@ -53,7 +53,7 @@ def route_product_key(
         raise ValueError(f"logits must have shape [..., 2, G] with G >= 1, got {tuple(logits.shape)}")
     check_one_of("impl", impl, ("auto", "dense"))
     check_integer("top_k", top_k)
-    G = logits.shape[-1]
+    G = int(logits.shape[-1])  # the candidates are listed in Python: the number of keys is no symbol of a compiled graph
     if not 1 <= top_k <= G * G:
         raise ValueError(f"top_k must be from 1 to {G * G}, the pairs of {G} keys, got {top_k}")
     if impl != "dense":

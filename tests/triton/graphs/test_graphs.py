@@ -16,6 +16,7 @@ from fusedonemoe.ops.library import registration
 ROOT = Path(__file__).resolve().parents[3]
 # All that runs, in order. The plan of few rows is one kernel, of many rows three; which one it is, the traced T decides.
 PLAN = {"False": ["plan_one_tile_kernel"], "True": ["count_kernel", "scan_kernel", "place_kernel"]}
+TABLE_GRADIENT = ["experts_kernel", "segments_kernel", "add_segments_kernel"]
 KERNELS = {
     "route": {"forward": ["_route_kernel"], "backward": ["_route_backward_kernel"]},
     "experts_mlp": {
@@ -44,6 +45,14 @@ KERNELS = {
             "_route_backward_kernel",
         ],
     },
+    "experts_neurons": {
+        "forward": ["_route_kernel", "scores_kernel", "sums_kernel"],
+        "backward": ["scores_backward_kernel", "sums_kernel", "PLAN", *TABLE_GRADIENT * 2, "_route_backward_kernel"],
+    },
+    "experts_values": {
+        "forward": ["_route_kernel", "sums_kernel"],
+        "backward": ["scores_kernel", "PLAN", *TABLE_GRADIENT, "_route_backward_kernel"],
+    },
 }
 
 pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build has an accelerator library of its own")
@@ -59,7 +68,7 @@ def traced(case):
     return json.loads(run.stdout.splitlines()[-1])
 
 
-@pytest.fixture(params=["route", "experts_mlp", "experts_merged"])
+@pytest.fixture(params=KERNELS)
 def case(request):
     return request.param
 

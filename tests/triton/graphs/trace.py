@@ -84,7 +84,38 @@ class Route(nn.Module):
         return functional.route(logits, top_k=K)[0]
 
 
-CASES: dict[str, type[nn.Module]] = {"route": Route, "experts_mlp": MLP, "experts_merged": Merged}
+class Neurons(nn.Module):
+    """Product keys and experts of one neuron each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        options: Any = {"dtype": torch.bfloat16, "device": "cuda"}
+        self.down, self.up = (nn.Parameter(torch.empty(64, D, **options)) for _ in range(2))
+
+    def forward(self, x: Tensor, logits: Tensor) -> Tensor:
+        weights, experts = functional.route_product_key(logits.view(-1, 2, E // 2), top_k=K)
+        return functional.experts_neurons(x, experts, weights, self.down, self.up, impl="triton")
+
+
+class Values(nn.Module):
+    """The value memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(E, D, dtype=torch.bfloat16, device="cuda"))
+
+    def forward(self, x: Tensor, logits: Tensor) -> Tensor:
+        weights, experts = functional.route(logits, top_k=K)
+        return functional.experts_values(experts, weights, self.table, impl="triton")
+
+
+CASES: dict[str, type[nn.Module]] = {
+    "route": Route,
+    "experts_mlp": MLP,
+    "experts_merged": Merged,
+    "experts_neurons": Neurons,
+    "experts_values": Values,
+}
 
 
 def _is_kernel(node: Node) -> bool:
@@ -164,6 +195,8 @@ def trace(case: str, dynamic: bool) -> dict[str, Any]:
         for tokens in TOKENS if dynamic else TOKENS[:1]:
             x = torch.empty(tokens, D, dtype=torch.bfloat16, device="cuda", requires_grad=True)
             logits = torch.empty(tokens, E, device="cuda", requires_grad=True)
+            if case == "experts_neurons":  # in a layer a parameter fixes the number of keys
+                torch._dynamo.mark_static(logits, 1)
             compiled(x, logits).sum().backward()
     return graphs
 
