@@ -51,7 +51,7 @@ lib = torch.library.Library(NAMESPACE, "FRAGMENT")
 @contextmanager
 def without_triton_warning() -> Iterator[None]:
     """Registering a ``triton_op`` logs a warning where Triton is not installed; the CPU bodies need none."""
-    logger = logging.getLogger("torch.library.triton")
+    logger = logging.getLogger("torch._library.triton")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
