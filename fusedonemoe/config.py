@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from fusedonemoe.checks import check_count, check_number, check_one_of
 from fusedonemoe.ops.activation import ACTIVATIONS, GATE_UP_LAYOUTS
 from fusedonemoe.ops.choice import IMPLEMENTATIONS
 from fusedonemoe.ops.route import GROUP_SCORES, SCORINGS
@@ -77,21 +78,21 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "intermediate_size", "num_experts", "n_group", "topk_group"):
-            self._check_count(name, 1)
+            check_count(name, getattr(self, name))
         if self.shared_intermediate_size is not None:
-            self._check_count("shared_intermediate_size", 1)
+            check_count("shared_intermediate_size", self.shared_intermediate_size)
         elif self.shared_gate:
             raise ValueError("shared_gate needs a shared branch: set shared_intermediate_size")
         for name in ("gated", "bias", "score_first", "norm_topk_prob", "router_bias", "selection_bias", "shared_gate"):
             self._check_flag(name)
         for name in ("swiglu_alpha", "swiglu_limit", "routed_scaling_factor"):
             self._check_factor(name)
-        self._check_one_of("activation", ACTIVATIONS)
-        self._check_one_of("gate_up_layout", GATE_UP_LAYOUTS)
-        self._check_one_of("scoring", SCORINGS)
-        self._check_one_of("group_score", GROUP_SCORES)
-        self._check_one_of("impl", ("auto", *IMPLEMENTATIONS))
-        self._check_count("save_percent", 0)
+        check_one_of("activation", self.activation, ACTIVATIONS)
+        check_one_of("gate_up_layout", self.gate_up_layout, GATE_UP_LAYOUTS)
+        check_one_of("scoring", self.scoring, SCORINGS)
+        check_one_of("group_score", self.group_score, GROUP_SCORES)
+        check_one_of("impl", self.impl, ("auto", *IMPLEMENTATIONS))
+        check_count("save_percent", self.save_percent, 0)
         if self.save_percent > 100:
             raise ValueError(f"save_percent must be an integer from 0 to 100, got {self.save_percent}")
         if self.activation == "swiglu_oai" and not self.gated:
@@ -104,19 +105,12 @@ class MoEConfig:
             if self.n_group > 1 or self.selection_bias:
                 raise ValueError("top_k=None selects every expert: n_group must be 1 and selection_bias False")
         else:
-            self._check_count("top_k", 1)
+            check_count("top_k", self.top_k)
             selectable = self.num_experts // self.n_group * self.topk_group
             if self.top_k > selectable:
                 raise ValueError(
                     f"top_k must be from 1 to {selectable}, the experts that can be picked, or None, got {self.top_k}"
                 )
-
-    def _check_count(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an integer, got {value!r}")
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
 
     def _check_flag(self, name: str) -> None:
         value = getattr(self, name)
@@ -125,15 +119,9 @@ class MoEConfig:
 
     def _check_factor(self, name: str) -> None:
         value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"{name} must be a number, got {value!r}")
+        check_number(name, value)
         if not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{name} must be positive and finite, got {value}")
-
-    def _check_one_of(self, name: str, allowed: tuple[str, ...]) -> None:
-        value = getattr(self, name)
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
 
     @property
     def up_rows(self) -> int:

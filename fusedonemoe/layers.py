@@ -1,6 +1,5 @@
 """The modules: parameters, their initialisation, and a forward that is one call into :mod:`fusedonemoe.functional`."""
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, overload
 
@@ -8,14 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from fusedonemoe import functional as F
+from fusedonemoe.checks import check_last_dim
 from fusedonemoe.config import MoEConfig
+from fusedonemoe.linear import uniform_by_fan_in
 from fusedonemoe.routers import TopKRouter
-
-
-def _uniform_by_fan_in(parameter: Tensor, fan_in: int) -> None:
-    """What ``nn.Linear`` would give each expert."""
-    bound = 1 / math.sqrt(fan_in)
-    nn.init.uniform_(parameter, -bound, bound)
 
 
 class MoEOutput(NamedTuple):
@@ -74,7 +69,7 @@ class Experts(nn.Module):
         """Initialise every expert as ``nn.Linear`` does: uniform within ``1 / sqrt(fan_in)``."""
         for name, parameter in self.named_parameters():
             up = name.startswith(self._up_name)
-            _uniform_by_fan_in(parameter, self.config.hidden_size if up else self.config.intermediate_size)
+            uniform_by_fan_in(parameter, self.config.hidden_size if up else self.config.intermediate_size)
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """Run each row of ``x`` through its experts and sum by weight."""
@@ -261,8 +256,7 @@ class MoE(nn.Module):
             x: ``[..., D]``.
             return_routing: return a :class:`MoEOutput` instead of the output alone.
         """
-        if x.shape[-1:] != (self.config.hidden_size,):
-            raise ValueError(f"x must have shape [..., {self.config.hidden_size}], got {tuple(x.shape)}")
+        check_last_dim("x", x, self.config.hidden_size)
         logits, weights, experts = self.gate(x)
         y: Tensor = self.experts(x, experts, weights)
         if self.shared_expert is not None:
@@ -355,16 +349,15 @@ class FusedOneMoE(nn.Module):
         """Initialise as ``nn.Linear`` does: uniform within ``1 / sqrt(fan_in)``."""
         self.gate.reset_parameters()
         F_, D = self.down.shape
-        _uniform_by_fan_in(self.proj, D)
-        _uniform_by_fan_in(self.down, F_)
+        uniform_by_fan_in(self.proj, D)
+        uniform_by_fan_in(self.down, F_)
         if self.up_bias is not None and self.down_bias is not None:
-            _uniform_by_fan_in(self.up_bias, D)
-            _uniform_by_fan_in(self.down_bias, F_)
+            uniform_by_fan_in(self.up_bias, D)
+            uniform_by_fan_in(self.down_bias, F_)
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the block on ``x`` ``[..., D]``."""
-        if x.shape[-1:] != self.down.shape[1:]:
-            raise ValueError(f"x must have shape [..., {self.down.shape[1]}], got {tuple(x.shape)}")
+        check_last_dim("x", x, self.down.shape[1])
         _, weights, experts = self.gate(x)
         h = F.experts_merged(x, experts, weights, self.proj, impl=self.impl)
         if self.up_bias is not None:

@@ -15,7 +15,7 @@ rounding error ``e`` second compares the real sums. Knuth's TwoSum gives ``e``, 
 import torch
 from torch import Tensor
 
-from fusedonemoe.ops.route import _routing_dtype, _select
+from fusedonemoe.ops.route import _select, routing_dtype
 
 SCATTERS = ("cpu",)  # devices that add up a scatter in a fixed order; others do it with atomics
 EXACT_INTEGERS = 1 << 24  # up to here a float32 holds every integer
@@ -142,7 +142,7 @@ def route_product_key(logits: Tensor, top_k: int, norm_topk_prob: bool, opaque: 
     Returns:
         ``[T, K]`` weights (float32, or float64 for float64 logits) and ``[T, K]`` int64 ids.
     """
-    logits = logits.to(_routing_dtype(logits))
+    logits = logits.to(routing_dtype(logits.dtype))
     experts = select_pairs(logits, top_k, opaque)
     return _weigh(logits, experts, norm_topk_prob)[0], experts
 
@@ -156,7 +156,7 @@ def route_product_key_backward(dweights: Tensor, logits: Tensor, experts: Tensor
     Returns:
         ``[T, 2, G]`` in the dtype of ``logits``.
     """
-    wide = logits.to(_routing_dtype(logits))
+    wide = logits.to(routing_dtype(logits.dtype))
     G = wide.shape[-1]
     weights, i, j = _weigh(wide, experts, norm_topk_prob)
     dscore = dweights.to(wide.dtype) * weights

@@ -39,8 +39,9 @@ class RouteRule(NamedTuple):
     group_score: str
 
 
-def _routing_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+def routing_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What routing computes in, given the dtype of its input."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _score(logits: Tensor, scoring: str) -> Tensor:
@@ -122,7 +123,7 @@ def route(logits: Tensor, selection_bias: Tensor | None, rule: RouteRule, opaque
     Returns:
         ``[T, K]`` weights (float32, or float64 for float64 logits) and ``[T, K]`` int64 ids.
     """
-    if logits.dtype != (dtype := _routing_dtype(logits)):  # a conversion to the same costs a microsecond
+    if logits.dtype != (dtype := routing_dtype(logits.dtype)):  # a conversion to the same costs a microsecond
         logits = logits.to(dtype)
     experts = select_experts(logits, selection_bias, rule, opaque)
     picked = logits.gather(-1, experts)
@@ -141,7 +142,7 @@ def route_backward(dweights: Tensor, logits: Tensor, experts: Tensor, rule: Rout
     Returns:
         ``[T, E]`` in the dtype of ``logits``.
     """
-    dtype = _routing_dtype(logits)
+    dtype = routing_dtype(logits.dtype)
     wide = logits.to(dtype)
     picked = wide.gather(-1, experts)
     dscore = dweights.to(dtype) * rule.scale

@@ -31,7 +31,7 @@ FLOORS = [
     ],
     ["ops.dense", "ops.grouped", "ops.neurons", "ops.cpu", "ops.cuda", "ops.triton"],
     ["ops.library", "ops.shortcut", "ops.choice", "ops"],
-    ["checks"],
+    ["checks", "linear"],
     ["functional", "config"],
     ["balance", "usage", "routers", "layers", "fine_grained"],
     ["compat", "integrations", "explanation", "tuning", "bench", "demo", "doctor", "testing", "__main__", ""],

@@ -16,8 +16,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fusedonemoe import functional as F
 from fusedonemoe.balance import update_selection_bias
-from fusedonemoe.checks import check_float, check_same_device, check_save_percent, check_shape, check_tensor
-from fusedonemoe.compat.arguments import check_count, check_last, check_number, router_logits, uniform_by_fan_in
+from fusedonemoe.checks import check_count, check_float, check_same_device, check_save_percent, check_shape, check_tensor
+from fusedonemoe.compat.arguments import check_finite, check_last, router_logits
+from fusedonemoe.linear import uniform_by_fan_in
 
 
 def _home(
@@ -301,7 +302,7 @@ class MoE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_number("bias_update_rate", bias_update_rate, least=0)
+        check_finite("bias_update_rate", bias_update_rate, least=0)
         self.bias_update_rate = bias_update_rate
         home = {"device": device, "dtype": dtype}
         sizes = (num_experts, num_chosen_experts)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from fusedonemoe.checks import (
+    check_choices,
     check_dim,
     check_float,
-    check_ids,
     check_like_x,
     check_one_of,
     check_routing,
@@ -142,12 +142,10 @@ def experts_values(experts: Tensor, weights: Tensor, table: Tensor, *, impl: str
         >>> F.experts_values(experts, weights, torch.tensor([[1.0, 0.0], [9.0, 9.0], [0.0, 4.0]]))
         tensor([[2., 2.]])
     """
-    check_ids(experts)
+    check_choices(experts)
     check_float("weights", weights)
     check_float("table", table)
     _check_table("table", table)
-    if experts.dim() < 1 or experts.shape[-1] < 1:
-        raise ValueError(f"experts must have shape [..., K] with K >= 1, got {tuple(experts.shape)}")
     check_shape("weights", weights, tuple(experts.shape))
     check_same_device("experts", experts, "table", table.device)
     check_same_device("weights", weights, "table", table.device)

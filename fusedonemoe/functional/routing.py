@@ -4,13 +4,12 @@ import torch
 from torch import Tensor
 
 from fusedonemoe.checks import (
-    check_float,
+    check_count,
     check_ids,
     check_integer,
-    check_num_experts,
+    check_logits,
     check_one_of,
-    check_same_device,
-    check_shape,
+    check_selection_bias,
 )
 from fusedonemoe.functional.calls import as_rows, refuse_transforms, with_leading
 from fusedonemoe.ops import library
@@ -71,9 +70,7 @@ def route(
         >>> weights
         tensor([[0.5000, 0.5000]])
     """
-    check_float("logits", logits)
-    if logits.dim() < 1 or logits.shape[-1] < 1:
-        raise ValueError(f"logits must have shape [..., E] with E >= 1, got {tuple(logits.shape)}")
+    check_logits(logits)
     E = logits.shape[-1]
     check_one_of("scoring", scoring, SCORINGS)
     check_one_of("group_score", group_score, GROUP_SCORES)
@@ -92,9 +89,7 @@ def route(
     if top_k is not None and not 1 <= top_k <= selectable:
         raise ValueError(f"top_k must be from 1 to {selectable}, the experts that can be picked, got {top_k}")
     if selection_bias is not None:
-        check_float("selection_bias", selection_bias)
-        check_shape("selection_bias", selection_bias, (E,))
-        check_same_device("selection_bias", selection_bias, "logits", logits.device)
+        check_selection_bias(selection_bias, logits)
     if impl != "dense":
         refuse_transforms()
     op = torch.ops.fusedonemoe.route_dense if impl == "dense" else library.route
@@ -136,7 +131,7 @@ def plan(experts: Tensor, num_experts: int) -> Plan:
         Plan(order=tensor([1, 0, 2, 3], dtype=torch.int32), offsets=tensor([0, 1, 3], dtype=torch.int32))
     """
     check_ids(experts)
-    check_num_experts(num_experts)
+    check_count("num_experts", num_experts)
     return make_plan(experts, num_experts)
 
 
@@ -161,5 +156,5 @@ def tokens_per_expert(experts: Tensor, num_experts: int) -> Tensor:
         tensor([1, 2, 0])
     """
     check_ids(experts)
-    check_num_experts(num_experts)
+    check_count("num_experts", num_experts)
     return _count_tokens(experts, num_experts)
