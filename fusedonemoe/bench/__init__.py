@@ -120,11 +120,10 @@ def _misused(args: argparse.Namespace) -> str:
 
 def _run_cells(cells: list[Cell], args: argparse.Namespace) -> int:
     # Here, not at the top: this module is imported whenever the command line is, to read the options.
-    import torch
-
     from fusedonemoe.bench import report
     from fusedonemoe.bench.libraries import line_up
     from fusedonemoe.bench.peers import PEERS
+    from fusedonemoe.bench.runner import threads
 
     isolated = args.suite in ISOLATED_SUITES
     names = {peer.name for cell in cells for peer in (line_up(cell) if isolated else PEERS[cell.operator])}
@@ -132,10 +131,7 @@ def _run_cells(cells: list[Cell], args: argparse.Namespace) -> int:
         print(f"--peers {args.peers.pattern!r} matches none of\n  " + "\n  ".join(sorted(names)), file=sys.stderr)
         return EXIT_USAGE
 
-    threads = torch.get_num_threads()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    try:
+    with threads(args.threads):
         settings = report.describe_run(suite=args.suite)
         report.print_heading(settings)
         measure = _in_processes(args) if isolated else _in_this_process(args)
@@ -149,8 +145,6 @@ def _run_cells(cells: list[Cell], args: argparse.Namespace) -> int:
                 results.append(measure(cell))
                 keep()
                 report.print_cell(results[-1])
-    finally:
-        torch.set_num_threads(threads)
     if isolated:
         report.print_summary(results)
     if args.json:
