@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from fusedonemoe import functional as F
-from fusedonemoe.ops import library, reference_neurons
+from fusedonemoe.ops import library, reference
 from fusedonemoe.ops import neurons as formulation
 from fusedonemoe.ops.cpu import native
+from fusedonemoe.ops.reference import neurons as reference_neurons
 from fusedonemoe.testing import assert_within_budget, exact_float64, make_experts
 
 _REFUSAL = native.refusal(torch.float32, True)
@@ -104,7 +105,7 @@ def assert_equals_the_oracle(inputs, impl, activation="silu"):
 # Values and gradients
 
 
-@pytest.mark.parametrize("activation", reference_neurons.ACTIVATIONS)
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @every_impl
 def test_every_activation_equals_the_oracle(activation, dtype, impl):

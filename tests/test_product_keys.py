@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from fusedonemoe import ProductKeyRouter
 from fusedonemoe import functional as F
 from fusedonemoe.ops import library, product_keys
-from fusedonemoe.ops import reference_product_keys as reference
+from fusedonemoe.ops.reference import product_keys as reference
 from fusedonemoe.testing import assert_within_budget, exact_float64, make_logits
 
 IMPLS = ("auto", "dense")
