@@ -15,10 +15,9 @@ from torch.library import wrap_triton
 
 from fusedonemoe.ops.activation import Activation
 from fusedonemoe.ops.triton import rules
-from fusedonemoe.ops.triton.tiles import act_value, gated_value
+from fusedonemoe.ops.triton.rules import BYTES_IN_FLIGHT
+from fusedonemoe.ops.triton.tiles import act_value, experts_of_choices, gated_value
 
-# Memory answers in about a microsecond, so a GPU of 132 multiprocessors and 4.8 TB/s must have about 5 MB under way.
-BYTES_IN_FLIGHT = 132 * 40 * 1024
 NUM_WARPS = 4
 NUM_STAGES = 3
 # The weights of one step of a program: 8 vectors of 16 bytes a thread. Copied asynchronously, NUM_STAGES - 1 steps are under way
@@ -144,14 +143,6 @@ def _up_kernel(
 
 
 @triton.jit
-def _expert(experts_ptr, token, j, E, K: tl.constexpr):
-    """Experts of a token's choices, and which may be read: h of an id outside ``[0, E)`` was never written."""
-    expert = tl.load(experts_ptr + token * K + j, mask=j < K, other=-1).to(tl.int64)
-    here = (j < K) & (expert >= 0) & (expert < E)
-    return tl.where(here, expert, 0), here
-
-
-@triton.jit
 def _down_kernel(
     h_ptr,  # [N, F]
     experts_ptr,  # [T, K]
@@ -182,14 +173,14 @@ def _down_kernel(
     y = tl.zeros((BLOCK_D,), tl.float32)
     for first in range(0, K, BLOCK_J):
         j = first + tl.arange(0, BLOCK_J)
-        expert, here = _expert(experts_ptr, token, j, E, K)
+        expert, here = experts_of_choices(experts_ptr, token, j, E, K)
         weight = tl.load(weights_ptr + token * K + j, mask=here, other=0.0).to(tl.float32)
         h_rows_ptr = h_ptr + (token * K + j) * F
         # The weights are read as a matrix, the choice the lower part of its row: the layout of a tensor of three axes, and with
         # it how often h is read and whether a fold stays within a thread, differs between versions of Triton.
         if ALONG_F:
             row = tl.arange(0, BLOCK_D * BLOCK_J)
-            row_expert, in_rows = _expert(experts_ptr, token, first + row % BLOCK_J, E, K)
+            row_expert, in_rows = experts_of_choices(experts_ptr, token, first + row % BLOCK_J, E, K)
             row_d = tl.program_id(1) * BLOCK_D + row // BLOCK_J
             in_rows = in_rows & (row_d < D)
             down_rows_ptr = down_ptr + row_expert * stride_de + row_d.to(tl.int64) * stride_dd
@@ -205,7 +196,7 @@ def _down_kernel(
             rows = tl.trans(tl.sum(acc, 2))
         else:
             row = tl.arange(0, BLOCK_F * BLOCK_J)
-            row_expert, in_rows = _expert(experts_ptr, token, first + row % BLOCK_J, E, K)
+            row_expert, in_rows = experts_of_choices(experts_ptr, token, first + row % BLOCK_J, E, K)
             row_f = row // BLOCK_J
             down_rows_ptr = down_ptr + row_expert * stride_de
             in_tile = in_rows[:, None] & in_d[None, :]

@@ -16,7 +16,7 @@ from torch.library import wrap_triton
 from fusedonemoe.ops.activation import Activation
 from fusedonemoe.ops.triton.plan import RowPlan
 from fusedonemoe.ops.triton.rules import Tile
-from fusedonemoe.ops.triton.tiles import act_slope, act_value, dot_precision, gated_slopes, gated_value, swizzled
+from fusedonemoe.ops.triton.tiles import act_slope, act_value, dot_precision, gated_slopes, gated_value, multiply_rows, swizzled
 
 
 @triton.jit
@@ -139,26 +139,13 @@ def dh_kernel(
     f = column * BLOCK_N + tl.arange(0, BLOCK_N)
     in_columns = f < F
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if WITH_DZ or WITH_PARTIAL:
-        d = tl.arange(0, BLOCK_K)
-        dy_ptrs = dy_ptr + (source // TOP_K).to(tl.int64)[:, None] * D + d[None, :]
-        down_ptrs = down_ptr + expert.to(tl.int64) * stride_we
-        down_ptrs += d.to(tl.int64)[:, None] * stride_wd + f.to(tl.int64)[None, :] * stride_wf
-        for k in range(0, D, BLOCK_K):
-            if EVEN_K:
-                dy = tl.load(dy_ptrs)
-            else:
-                dy = tl.load(dy_ptrs, mask=(d < D - k)[None, :], other=0.0)
-            if EVEN_K and EVEN_N:
-                down = tl.load(down_ptrs)
-            elif EVEN_K:
-                down = tl.load(down_ptrs, mask=in_columns[None, :], other=0.0)
-            else:
-                down = tl.load(down_ptrs, mask=(d < D - k)[:, None] & in_columns[None, :], other=0.0)
-            acc = tl.dot(dy, down, acc, input_precision=PRECISION)
-            dy_ptrs += BLOCK_K
-            down_ptrs += BLOCK_K * stride_wd
+        down_ptr += expert.to(tl.int64) * stride_we
+        acc = multiply_rows(
+            dy_ptr, down_ptr, source // TOP_K, f, in_columns, D, stride_wd, stride_wf, EVEN_K, EVEN_N, PRECISION, BLOCK_K
+        )
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
 
     weight = tl.load(weights_ptr + source, mask=in_rows, other=0.0).to(tl.float32)
     # From here on the block's first row is the origin, so that offsets within the block fit 32 bits, and half the registers.
@@ -250,13 +237,8 @@ def hidden_gradient(
         EVEN_K=D % tile.BLOCK_K == 0,
         EVEN_N=F % tile.BLOCK_N == 0,
         PRECISION=dot_precision(dy_TD.dtype),
-        BLOCK_M=tile.BLOCK_M,
-        BLOCK_N=tile.BLOCK_N,
-        BLOCK_K=tile.BLOCK_K,
-        GROUP_M=tile.GROUP_M,
         # Eight values of each thread at once: with more, one program's registers fill half of an SM and none runs beside it.
         CHUNK=max(16, 256 * tile.num_warps // tile.BLOCK_M),
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **tile._asdict(),
     )
     return HiddenGradient(dz_NG, weighted_NF, partial_NC)

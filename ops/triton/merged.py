@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from fusedonemoe.ops.grouped import MergedNeeds
+from fusedonemoe.ops.plan import Plan
 from fusedonemoe.ops.triton import rules
 from fusedonemoe.ops.triton.combine import combine
+from fusedonemoe.ops.triton.outer import grouped_outer
 from fusedonemoe.ops.triton.plan import RowPlan, from_saved, make_plan
 from fusedonemoe.ops.triton.rows import grouped_rows
-from fusedonemoe.ops.triton.tiles import dot_precision, swizzled
 
 
 def _tiles(experts_TK: Tensor, proj_EDF: Tensor) -> rules.Tiles:
@@ -97,97 +98,6 @@ def routing_gradient(q_ND: Tensor, x_TD: Tensor, plan: RowPlan, top_k: int, dtyp
     return dweights_TK
 
 
-@triton.jit
-def weighted_outer_kernel(
-    left_ptr,  # [T, A]
-    right_ptr,  # [T, B]
-    weights_ptr,  # [T, K]
-    out_ptr,  # [E, A, B]
-    order_ptr,  # [N]
-    offsets_ptr,  # [E + 1]
-    A,
-    B,
-    TOP_K: tl.constexpr,
-    EVEN_A: tl.constexpr,
-    EVEN_B: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
-    """One tile of ``out[e] = sum_i (w_i left[token_i])^T right[token_i]`` over the sorted rows of an expert."""
-    blocks_a = tl.cdiv(A, BLOCK_M)
-    blocks_b = tl.cdiv(B, BLOCK_N)
-    pid = tl.program_id(0)
-    expert = pid // (blocks_a * blocks_b)
-    block_a, block_b = swizzled(pid % (blocks_a * blocks_b), blocks_a, blocks_b, GROUP_M)
-    a = block_a * BLOCK_M + tl.arange(0, BLOCK_M)
-    b = block_b * BLOCK_N + tl.arange(0, BLOCK_N)
-    start = tl.load(offsets_ptr + expert)
-    end = tl.load(offsets_ptr + expert + 1)
-
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for first in range(start, end, BLOCK_K):
-        position = first + tl.arange(0, BLOCK_K)
-        in_rows = position < end
-        row = tl.load(order_ptr + position, mask=in_rows, other=0)
-        weight = tl.load(weights_ptr + row, mask=in_rows, other=0.0).to(tl.float32)
-        token = (row // TOP_K).to(tl.int64)
-        # Both operands are zero behind the expert's last row: what stands there may be NaN, which times zero is NaN.
-        in_left = in_rows[:, None] if EVEN_A else in_rows[:, None] & (a < A)[None, :]
-        in_right = in_rows[:, None] if EVEN_B else in_rows[:, None] & (b < B)[None, :]
-        left = tl.load(left_ptr + token[:, None] * A + a[None, :], mask=in_left, other=0.0)
-        right = tl.load(right_ptr + token[:, None] * B + b[None, :], mask=in_right, other=0.0)
-        weighted = (tl.trans(left).to(tl.float32) * weight[None, :]).to(right.dtype)
-        acc = tl.dot(weighted, right, acc, input_precision=PRECISION)
-
-    out_ptrs = out_ptr + (expert.to(tl.int64) * A + a[:, None]) * B + b[None, :]
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(a < A)[:, None] & (b < B)[None, :])
-
-
-def weighted_outer(
-    left_TA: Tensor, right_TB: Tensor, weights_TK: Tensor, order: Tensor, offsets: Tensor, tile: rules.Tile
-) -> Tensor:
-    """``out[e] = sum (w_tj left_t)^T right_t`` over the pairs of expert ``e``, in their sorted order.
-
-    Args:
-        left_TA: contiguous; its weighted rows are rounded to its dtype before the product.
-        right_TB: contiguous, of the same dtype.
-        weights_TK: contiguous, floating.
-        order: of the plan.
-        offsets: of the plan.
-        tile: BLOCK_M columns of left by BLOCK_N columns of right, BLOCK_K rows at a time.
-
-    Returns:
-        ``[E, A, B]`` in the dtype of left, summed in float32; zeros for an expert without rows.
-    """
-    A, B, E = left_TA.shape[1], right_TB.shape[1], offsets.shape[0] - 1
-    out_EAB = left_TA.new_empty((E, A, B))
-    grid = (E * triton.cdiv(A, tile.BLOCK_M) * triton.cdiv(B, tile.BLOCK_N),)
-    wrap_triton(weighted_outer_kernel)[grid](
-        left_TA,
-        right_TB,
-        weights_TK,
-        out_EAB,
-        order,
-        offsets,
-        A,
-        B,
-        TOP_K=weights_TK.shape[1],
-        EVEN_A=A % tile.BLOCK_M == 0,
-        EVEN_B=B % tile.BLOCK_N == 0,
-        PRECISION=dot_precision(left_TA.dtype),
-        BLOCK_M=tile.BLOCK_M,
-        BLOCK_N=tile.BLOCK_N,
-        BLOCK_K=tile.BLOCK_K,
-        GROUP_M=tile.GROUP_M,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
-    return out_EAB
-
-
 def experts_merged_backward(
     dh_TF: Tensor,
     order: Tensor,
@@ -214,9 +124,7 @@ def experts_merged_backward(
     dh_TF, x_TD, weights_TK = dh_TF.contiguous(), x_TD.contiguous(), weights_TK.contiguous()
     dx, dweights, dproj = (x_TD.new_empty(0) for _ in range(3))
     if needs.proj:
-        # The rows are weighted in registers, which leaves none for a wider tile.
-        tile = tiles.dup._replace(BLOCK_N=min(tiles.dup.BLOCK_N, 128), num_stages=min(tiles.dup.num_stages, 3))
-        dproj = weighted_outer(x_TD, dh_TF, weights_TK, order, offsets, tile)
+        dproj = grouped_outer(x_TD, dh_TF, Plan(order, offsets), tiles.dup, gather_left=K, gather_right=K, weights_TK=weights_TK)
     if needs.x or needs.weights:
         plan = from_saved(order, offsets, tiles.dx.BLOCK_M)
         q_ND = grouped_rows(dh_TF, proj_EDF.transpose(1, 2), plan, tiles.dx, top_k=K)

@@ -1,4 +1,4 @@
-"""Weight gradients: ``out[e] = sum_i left[i]^T right[i]`` over the sorted rows ``i`` of expert ``e``.
+"""Weight gradients: ``out[e] = sum_i (w_i left[i])^T right[i]`` over the sorted rows ``i`` of expert ``e``, weighted or not.
 
 Each program owns one tile of one expert's gradient and walks that expert's rows, so every element is written once, an expert
 without rows writes its zeros here, and the order of summation is fixed. A gathered operand stays per token in memory and is
@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
+from fusedonemoe.ops.plan import Plan
 from fusedonemoe.ops.triton.plan import RowPlan
 from fusedonemoe.ops.triton.rules import Tile
 from fusedonemoe.ops.triton.tiles import dot_precision, swizzled
@@ -30,6 +31,7 @@ def _source(rows, in_rows, order_ptr, TOP_K: tl.constexpr):
 def outer_kernel(
     left_ptr,  # [N, A], or [T, A] where gathered
     right_ptr,  # [N, B], or [T, B] where gathered
+    weights_ptr,  # [T * K]
     out_ptr,  # [E, A, B]
     order_ptr,  # [N]
     offsets_ptr,  # [E + 1]
@@ -37,6 +39,7 @@ def outer_kernel(
     B,
     TOP_K_LEFT: tl.constexpr,
     TOP_K_RIGHT: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     EVEN_A: tl.constexpr,
     EVEN_B: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -67,7 +70,12 @@ def outer_kernel(
         in_right = in_rows[:, None] if EVEN_B else in_rows[:, None] & (b < B)[None, :]
         left = tl.load(left_ptr + left_rows[:, None] * A + a[None, :], mask=in_left, other=0.0)
         right = tl.load(right_ptr + right_rows[:, None] * B + b[None, :], mask=in_right, other=0.0)
-        acc = tl.dot(tl.trans(left), right, acc, input_precision=PRECISION)
+        left = tl.trans(left)
+        if WEIGHTED:
+            row = tl.load(order_ptr + rows, mask=in_rows, other=0)
+            weight = tl.load(weights_ptr + row, mask=in_rows, other=0.0).to(tl.float32)
+            left = (left.to(tl.float32) * weight[None, :]).to(right.dtype)
+        acc = tl.dot(left, right, acc, input_precision=PRECISION)
 
     out_ptrs = out_ptr + (expert.to(tl.int64) * A + a[:, None]) * B + b[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(a < A)[:, None] & (b < B)[None, :])
@@ -76,14 +84,15 @@ def outer_kernel(
 def grouped_outer(
     left: Tensor,
     right: Tensor,
-    plan: RowPlan,
+    plan: Plan | RowPlan,
     tile: Tile,
     *,
     gather_left: int | None = None,
     gather_right: int | None = None,
+    weights_TK: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``out[e] = sum_i left[i]^T right[i]`` over the sorted rows of each expert, summed in float32.
+    """``out[e] = sum_i (w_i left[i])^T right[i]`` over the sorted rows of each expert, summed in float32.
 
     Args:
         left: ``[N, A]`` in sorted order, or ``[T, A]`` with ``gather_left``; contiguous.
@@ -92,17 +101,22 @@ def grouped_outer(
         tile: BLOCK_M columns of left by BLOCK_N columns of right, BLOCK_K rows at a time.
         gather_left: K where left holds tokens.
         gather_right: K where right holds tokens.
+        weights_TK: contiguous, floating; the weighted rows are rounded to their dtype before the product. None for no weights.
         dtype: of the result, by default that of ``left``.
 
     Returns:
         ``[E, A, B]``, zeros for an expert without rows.
     """
     A, B, E = left.shape[1], right.shape[1], plan.offsets.shape[0] - 1
+    if weights_TK is not None:
+        # The rows are weighted in registers, which leaves none for a wider tile.
+        tile = tile._replace(BLOCK_N=min(tile.BLOCK_N, 128), num_stages=min(tile.num_stages, 3))
     out_EAB = torch.empty((E, A, B), dtype=dtype or left.dtype, device=left.device)
     grid = (E * triton.cdiv(A, tile.BLOCK_M) * triton.cdiv(B, tile.BLOCK_N),)
     wrap_triton(outer_kernel)[grid](
         left,
         right,
+        left if weights_TK is None else weights_TK,
         out_EAB,
         plan.order,
         plan.offsets,
@@ -110,14 +124,10 @@ def grouped_outer(
         B,
         TOP_K_LEFT=gather_left or 0,
         TOP_K_RIGHT=gather_right or 0,
+        WEIGHTED=weights_TK is not None,
         EVEN_A=A % tile.BLOCK_M == 0,
         EVEN_B=B % tile.BLOCK_N == 0,
         PRECISION=dot_precision(left.dtype),
-        BLOCK_M=tile.BLOCK_M,
-        BLOCK_N=tile.BLOCK_N,
-        BLOCK_K=tile.BLOCK_K,
-        GROUP_M=tile.GROUP_M,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **tile._asdict(),
     )
     return out_EAB

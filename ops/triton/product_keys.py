@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from fusedonemoe.ops.triton.routing import FAR, LOWEST, MAX_ROUNDS, _tokens_and_warps, best_of, in_order
+from fusedonemoe.ops.triton.routing import FAR, LOWEST, MAX_ROUNDS, best_of, in_order, tokens_and_warps
 
 MAX_KEYS = 4096  # of a half; both are held in registers
 MAX_CANDIDATES = 1024  # every round of the selection passes over all of them; K = 128 has 645
@@ -233,7 +233,7 @@ def route_product_key(logits_T2G: Tensor, top_k: int, norm_topk_prob: bool) -> t
     C = count_candidates(top_k, G)
     BLOCK_G = triton.next_power_of_2(G)
     BLOCK_C = triton.next_power_of_2(C)
-    BLOCK_T, num_warps = _tokens_and_warps(max(2 * BLOCK_G, BLOCK_C))
+    BLOCK_T, num_warps = tokens_and_warps(max(2 * BLOCK_G, BLOCK_C))
     weights_TK = logits_T2G.new_empty((T, top_k), dtype=torch.float32)
     experts_TK = logits_T2G.new_empty((T, top_k), dtype=torch.int64)
     wrap_triton(_route_kernel)[(torch.sym_max(triton.cdiv(T, BLOCK_T), 1),)](
@@ -266,7 +266,7 @@ def route_product_key_backward(dweights_TK: Tensor, logits_T2G: Tensor, experts_
     """
     T, _, G = logits_T2G.shape
     BLOCK_G = triton.next_power_of_2(G)
-    BLOCK_T, num_warps = _tokens_and_warps(2 * BLOCK_G)
+    BLOCK_T, num_warps = tokens_and_warps(2 * BLOCK_G)
     dlogits_T2G = logits_T2G.new_empty((T, 2, G))
     wrap_triton(_route_backward_kernel)[(torch.sym_max(triton.cdiv(T, BLOCK_T), 1),)](
         dweights_TK,

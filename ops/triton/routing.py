@@ -253,7 +253,7 @@ def refusal(dtype: torch.dtype, num_experts: int, n_group: int = 1) -> str | Non
     return None
 
 
-def _tokens_and_warps(lanes: int) -> tuple[int, int]:
+def tokens_and_warps(lanes: int) -> tuple[int, int]:
     """BLOCK_T and num_warps for rows of so many lanes: tiles of about 1024 lanes, 8 in a thread, until one row is more."""
     if INTERPRETED:
         return min(max(512 // lanes, 1), 16), 4
@@ -276,7 +276,7 @@ def route(logits_TE: Tensor, selection_bias_E: Tensor | None, rule: RouteRule) -
     BLOCK_G = triton.next_power_of_2(rule.n_group)
     BLOCK_S = triton.next_power_of_2(E // rule.n_group)
     BLOCK_K = triton.next_power_of_2(K)
-    BLOCK_T, num_warps = _tokens_and_warps(BLOCK_G * BLOCK_S)
+    BLOCK_T, num_warps = tokens_and_warps(BLOCK_G * BLOCK_S)
     weights_TK = logits_TE.new_empty((T, K), dtype=torch.float32)
     experts_TK = logits_TE.new_empty((T, K), dtype=torch.int64)
     has_bias = selection_bias_E is not None
@@ -320,7 +320,7 @@ def route_backward(dweights_TK: Tensor, logits_TE: Tensor, experts_TK: Tensor, r
     """
     T, E = logits_TE.shape
     BLOCK_E = triton.next_power_of_2(E)
-    BLOCK_T, num_warps = _tokens_and_warps(BLOCK_E)
+    BLOCK_T, num_warps = tokens_and_warps(BLOCK_E)
     dlogits_TE = logits_TE.new_empty((T, E))
     wrap_triton(_route_backward_kernel)[(torch.sym_max(triton.cdiv(T, BLOCK_T), 1),)](
         dweights_TK,

@@ -10,7 +10,7 @@ from torch.library import wrap_triton
 
 from fusedonemoe.ops.triton.plan import RowPlan
 from fusedonemoe.ops.triton.rules import Tile
-from fusedonemoe.ops.triton.tiles import dot_precision, swizzled
+from fusedonemoe.ops.triton.tiles import dot_precision, multiply_rows, swizzled
 
 
 @triton.jit
@@ -54,26 +54,10 @@ def rows_kernel(
         source = tl.load(order_ptr + source) // top_k
     column = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
     in_columns = column < B
-    depth = tl.arange(0, BLOCK_K)
-    rows_ptrs = rows_ptr + source.to(tl.int64)[:, None] * A + depth[None, :]
-    weights_ptrs = weights_ptr + expert.to(tl.int64) * stride_we
-    weights_ptrs += depth.to(tl.int64)[:, None] * stride_wa + column.to(tl.int64)[None, :] * stride_wb
-
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(0, A, BLOCK_K):
-        if EVEN_A:
-            rows = tl.load(rows_ptrs)
-        else:
-            rows = tl.load(rows_ptrs, mask=depth[None, :] < A - k, other=0.0)
-        if EVEN_A and EVEN_B:
-            weights = tl.load(weights_ptrs)
-        elif EVEN_A:
-            weights = tl.load(weights_ptrs, mask=in_columns[None, :], other=0.0)
-        else:
-            weights = tl.load(weights_ptrs, mask=(depth[:, None] < A - k) & in_columns[None, :], other=0.0)
-        acc = tl.dot(rows, weights, acc, input_precision=PRECISION)
-        rows_ptrs += BLOCK_K
-        weights_ptrs += BLOCK_K * stride_wa
+    weights_ptr += expert.to(tl.int64) * stride_we
+    acc = multiply_rows(
+        rows_ptr, weights_ptr, source, column, in_columns, A, stride_wa, stride_wb, EVEN_A, EVEN_B, PRECISION, BLOCK_K
+    )
 
     if HAS_BIAS:
         acc += tl.load(bias_ptr + expert.to(tl.int64) * B + column, mask=in_columns, other=0.0).to(tl.float32)[None, :]
@@ -127,11 +111,6 @@ def grouped_rows(
         EVEN_A=A % tile.BLOCK_K == 0,
         EVEN_B=B % tile.BLOCK_N == 0,
         PRECISION=dot_precision(rows.dtype),
-        BLOCK_M=tile.BLOCK_M,
-        BLOCK_N=tile.BLOCK_N,
-        BLOCK_K=tile.BLOCK_K,
-        GROUP_M=tile.GROUP_M,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **tile._asdict(),
     )
     return out_NB

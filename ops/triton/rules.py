@@ -20,7 +20,10 @@ from fusedonemoe.ops.triton import INTERPRETED
 
 
 class Tile(NamedTuple):
-    """How one launch is cut: BLOCK_M rows by BLOCK_N columns of output, BLOCK_K of the sum at a time."""
+    """How one launch is cut: BLOCK_M rows by BLOCK_N columns of output, BLOCK_K of the sum at a time.
+
+    The fields bear the names of a kernel's arguments, so a launch takes ``**tile._asdict()``.
+    """
 
     BLOCK_M: int
     BLOCK_N: int
@@ -91,6 +94,8 @@ def architecture(device: torch.device) -> str:
 # times, the repeats mostly from the L2 cache; more would cost more than the plan saved. Beyond 32 rows the tensor cores have work
 # enough, unless nearly all rows have an expert of their own (N <= E / 4).
 FEW_ROWS = 32
+# Memory answers in about a microsecond, so a GPU of 132 multiprocessors and 4.8 TB/s must have about 5 MB under way.
+BYTES_IN_FLIGHT = 132 * 40 * 1024
 
 
 def few_rows(rows: int, num_experts: int) -> bool:

@@ -25,6 +25,54 @@ def swizzled(pid, num_blocks, num_columns, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def multiply_rows(
+    rows_ptr,  # [., length]
+    weights_ptr,  # [length, .], an expert's
+    source,  # [BLOCK_M]
+    column,  # [BLOCK_N]
+    in_columns,
+    length,
+    stride_wk,
+    stride_wn,
+    EVEN_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``rows[source] @ weights[:, column]`` in float32; zeros in columns that do not exist.
+
+    EVEN_K: ``length`` is a multiple of BLOCK_K. EVEN_N: all columns exist. Either saves a mask in the loop.
+    """
+    depth = tl.arange(0, BLOCK_K)
+    rows_ptrs = rows_ptr + source.to(tl.int64)[:, None] * length + depth[None, :]
+    weights_ptrs = weights_ptr + depth.to(tl.int64)[:, None] * stride_wk + column.to(tl.int64)[None, :] * stride_wn
+    acc = tl.zeros((source.shape[0], column.shape[0]), tl.float32)
+    for k in range(0, length, BLOCK_K):
+        if EVEN_K:
+            rows = tl.load(rows_ptrs)
+        else:
+            rows = tl.load(rows_ptrs, mask=depth[None, :] < length - k, other=0.0)
+        if EVEN_K and EVEN_N:
+            weights = tl.load(weights_ptrs)
+        elif EVEN_K:
+            weights = tl.load(weights_ptrs, mask=in_columns[None, :], other=0.0)
+        else:
+            weights = tl.load(weights_ptrs, mask=(depth[:, None] < length - k) & in_columns[None, :], other=0.0)
+        acc = tl.dot(rows, weights, acc, input_precision=PRECISION)
+        rows_ptrs += BLOCK_K
+        weights_ptrs += BLOCK_K * stride_wk
+    return acc
+
+
+@triton.jit
+def experts_of_choices(experts_ptr, token, j, E, K: tl.constexpr):
+    """Experts of a token's choices ``j``, 0 where there is none, and which choices have one."""
+    expert = tl.load(experts_ptr + token * K + j, mask=j < K, other=-1).to(tl.int64)
+    here = (j < K) & (expert >= 0) & (expert < E)
+    return tl.where(here, expert, 0), here
+
+
+@triton.jit
 def sigmoid(v):
     """``1 / (1 + exp(-v))`` of a float32."""
     return 1.0 / (1.0 + tl.exp(-v))

@@ -17,11 +17,10 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from fusedonemoe.ops.triton import rules
+from fusedonemoe.ops.triton.rules import BYTES_IN_FLIGHT
 from fusedonemoe.ops.triton.segments import WARP, vectors_at_once
-from fusedonemoe.ops.triton.tiles import act_slope, act_value
+from fusedonemoe.ops.triton.tiles import act_slope, act_value, experts_of_choices
 
-# Memory answers in about a microsecond, so a GPU of 132 multiprocessors and 4.8 TB/s must have about 5 MB under way.
-BYTES_IN_FLIGHT = 132 * 40 * 1024
 MOST_WARPS = 4
 
 
@@ -124,9 +123,8 @@ def scores_kernel(
     token = (tl.program_id(0) // CHUNKS).to(tl.int64)
     j = tl.program_id(0) % CHUNKS * BLOCK_J + tl.arange(0, BLOCK_J)
     pair = token * K + j
-    expert = tl.load(experts_ptr + pair, mask=j < K, other=-1).to(tl.int64)
-    here = (j < K) & (expert >= 0) & (expert < E)
-    table_rows_ptr = table_ptr + tl.where(here, expert, 0) * stride_te
+    expert, here = experts_of_choices(experts_ptr, token, j, E, K)
+    table_rows_ptr = table_ptr + expert * stride_te
     scores = dots_of_rows(rows_ptr + token * D, table_rows_ptr, here, D, FOLD, EVEN_D, BLOCK_J, BLOCK_D)
     tl.store(scores_ptr + pair, scores.to(scores_ptr.dtype.element_ty), mask=j < K)
     if ACT != "none":
@@ -162,10 +160,9 @@ def scores_backward_kernel(
     token = (tl.program_id(0) // CHUNKS).to(tl.int64)
     j = tl.program_id(0) % CHUNKS * BLOCK_J + tl.arange(0, BLOCK_J)
     pair = token * K + j
-    expert = tl.load(experts_ptr + pair, mask=j < K, other=-1).to(tl.int64)
-    here = (j < K) & (expert >= 0) & (expert < E)
+    expert, here = experts_of_choices(experts_ptr, token, j, E, K)
     if NEED_DWEIGHTS or NEED_DSCORES:
-        table_rows_ptr = table_ptr + tl.where(here, expert, 0) * stride_te
+        table_rows_ptr = table_ptr + expert * stride_te
         q = dots_of_rows(rows_ptr + token * D, table_rows_ptr, here, D, FOLD, EVEN_D, BLOCK_J, BLOCK_D)
     score = tl.load(scores_ptr + pair, mask=here, other=0.0)  # only now: they would take registers from the rows under way
     weight = tl.load(weights_ptr + pair, mask=here, other=0.0).to(tl.float32)
@@ -199,9 +196,8 @@ def sums_kernel(
     for first in range(0, K, BLOCK_J):
         j = first + tl.arange(0, BLOCK_J)
         pair = token * K + j
-        expert = tl.load(experts_ptr + pair, mask=j < K, other=-1).to(tl.int64)
-        here = (j < K) & (expert >= 0) & (expert < E)
-        table_rows_ptr = table_ptr + tl.where(here, expert, 0) * stride_te
+        expert, here = experts_of_choices(experts_ptr, token, j, E, K)
+        table_rows_ptr = table_ptr + expert * stride_te
         loaded = here[:, None] if EVEN_D else here[:, None] & (d < D)[None, :]
         rows = tl.load(table_rows_ptr[:, None] + d[None, :], mask=loaded, other=0.0)
         factor = tl.load(factors_ptr + pair, mask=here, other=0.0).to(tl.float32)

@@ -12,7 +12,7 @@ from torch.library import wrap_triton
 from fusedonemoe.ops.activation import PLAIN, Activation
 from fusedonemoe.ops.triton.plan import RowPlan
 from fusedonemoe.ops.triton.rules import Tile
-from fusedonemoe.ops.triton.tiles import act_value, dot_precision, gated_value, swizzled
+from fusedonemoe.ops.triton.tiles import act_value, dot_precision, gated_value, multiply_rows, swizzled
 
 
 @triton.jit
@@ -85,26 +85,8 @@ def up_kernel(
         h_column = column_block * BLOCK_N + tile_column % BLOCK_N
         z_column = h_column + tile_column // BLOCK_N * F
         in_columns = h_column < F
-    depth = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + token.to(tl.int64)[:, None] * D + depth[None, :]
-    up_ptrs = up_ptr + expert.to(tl.int64) * stride_we
-    up_ptrs += depth.to(tl.int64)[:, None] * stride_wk + z_column.to(tl.int64)[None, :] * stride_wn
-
-    z = tl.zeros((BLOCK_M, GATED * BLOCK_N), tl.float32)
-    for k in range(0, D, BLOCK_K):
-        if EVEN_D:
-            x = tl.load(x_ptrs)
-        else:
-            x = tl.load(x_ptrs, mask=depth[None, :] < D - k, other=0.0)
-        if EVEN_D and EVEN_F:
-            up_weights = tl.load(up_ptrs)
-        elif EVEN_D:
-            up_weights = tl.load(up_ptrs, mask=in_columns[None, :], other=0.0)
-        else:
-            up_weights = tl.load(up_ptrs, mask=(depth[:, None] < D - k) & in_columns[None, :], other=0.0)
-        z = tl.dot(x, up_weights, z, input_precision=PRECISION)
-        x_ptrs += BLOCK_K
-        up_ptrs += BLOCK_K * stride_wk
+    up_ptr += expert.to(tl.int64) * stride_we
+    z = multiply_rows(x_ptr, up_ptr, token, z_column, in_columns, D, stride_wk, stride_wn, EVEN_D, EVEN_F, PRECISION, BLOCK_K)
 
     if HAS_BIAS:
         bias_ptrs = bias_ptr + expert.to(tl.int64) * (GATED * F) + z_column
@@ -172,12 +154,7 @@ def _launch(
         EVEN_D=D % tile.BLOCK_K == 0,
         EVEN_F=F % tile.BLOCK_N == 0,
         PRECISION=dot_precision(x_TD.dtype),
-        BLOCK_M=tile.BLOCK_M,
-        BLOCK_N=tile.BLOCK_N,
-        BLOCK_K=tile.BLOCK_K,
-        GROUP_M=tile.GROUP_M,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **tile._asdict(),
     )
 
 

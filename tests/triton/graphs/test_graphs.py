@@ -37,7 +37,7 @@ KERNELS = {
     "experts_merged": {
         "forward": ["_route_kernel", "PLAN", "rows_kernel", "combine_kernel"],
         "backward": [
-            "weighted_outer_kernel",
+            "outer_kernel",
             "restore_kernel",
             "rows_kernel",
             "routing_gradient_kernel",
