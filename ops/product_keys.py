@@ -15,7 +15,7 @@ rounding error ``e`` second compares the real sums. Knuth's TwoSum gives ``e``, 
 import torch
 from torch import Tensor
 
-from fusedonemoe.ops.route import _select, routing_dtype
+from fusedonemoe.ops.route import routing_dtype, select_largest
 
 SCATTERS = ("cpu",)  # devices that add up a scatter in a fixed order; others do it with atomics
 EXACT_INTEGERS = 1 << 24  # up to here a float32 holds every integer
@@ -52,7 +52,7 @@ def _best_keys(logits: Tensor, top_k: int, opaque: bool) -> tuple[Tensor, Tensor
     """Indices and values of the best ``min(top_k, G)`` logits of each half, best first; ``[T, 2, R]``."""
     T, _, G = logits.shape
     ranks = min(top_k, G)
-    keys = _select(logits.reshape(2 * T, G), ranks, opaque).reshape(T, 2, ranks)
+    keys = select_largest(logits.reshape(2 * T, G), ranks, opaque).reshape(T, 2, ranks)
     return keys, logits.gather(-1, keys)
 
 
@@ -65,9 +65,9 @@ def _select_exactly(keys: Tensor, values: Tensor, top_k: int, num_keys: int, opa
     # rounding errors, then the ids.
     C = ids.shape[1]
     by_id = ids.to(torch.float32 if num_keys * num_keys <= EXACT_INTEGERS else torch.float64).neg()
-    order = _select(by_id, C, opaque)
-    order = order.gather(1, _select(error.gather(1, order), C, opaque))
-    order = order.gather(1, _select(total.gather(1, order), top_k, opaque))
+    order = select_largest(by_id, C, opaque)
+    order = order.gather(1, select_largest(error.gather(1, order), C, opaque))
+    order = order.gather(1, select_largest(total.gather(1, order), top_k, opaque))
     return ids.gather(1, order)
 
 
@@ -81,7 +81,7 @@ def select_pairs_on_cpu(logits: Tensor, top_k: int) -> Tensor:
     first, second = candidates(top_k, G, logits.device)
     halved = 0.5 * values
     total = halved[:, 0].index_select(1, first) + halved[:, 1].index_select(1, second)
-    chosen = _select(total, min(top_k + 1, total.shape[1]), True)
+    chosen = select_largest(total, min(top_k + 1, total.shape[1]), True)
     best = total.gather(1, chosen)
     chosen = chosen[:, :top_k]
     ids = keys[:, 0].gather(1, first[chosen]) * G + keys[:, 1].gather(1, second[chosen])

@@ -63,7 +63,7 @@ def select(keys: Tensor, k: int) -> Tensor:
     return last - (torch.topk(packed, k, dim=-1).values & 0xFFFFFFFF)
 
 
-def _select(keys: Tensor, k: int, opaque: bool) -> Tensor:
+def select_largest(keys: Tensor, k: int, opaque: bool) -> Tensor:
     """:func:`select`, or the operator that has a kernel for it; an exported graph keeps to torch's own operators."""
     if opaque and keys.dtype == torch.float32 and keys.device.type == "cpu" and not torch.compiler.is_exporting():
         return torch.ops.fusedonemoe.select_experts.default(keys, k)
@@ -75,7 +75,7 @@ def _close_groups(keys: Tensor, rule: RouteRule, opaque: bool) -> Tensor:
     grouped = keys.unflatten(-1, (rule.n_group, -1))
     best = min(2 if rule.group_score == "top2_sum" else 1, grouped.shape[-1])
     value = grouped.topk(best, dim=-1).values.sum(-1)
-    kept = _select(value, rule.topk_group, opaque)
+    kept = select_largest(value, rule.topk_group, opaque)
     is_open = (kept[:, :, None] == torch.arange(rule.n_group, device=keys.device)).any(1)
     # An open group's own minus infinity must still beat a closed group.
     open_keys = grouped.clamp(min=torch.finfo(grouped.dtype).min)
@@ -106,7 +106,7 @@ def select_experts(logits: Tensor, selection_bias: Tensor | None, rule: RouteRul
         keys = keys + selection_bias.detach().to(keys.dtype)
     if rule.n_group > 1:
         keys = _close_groups(keys, rule, opaque)
-    return _select(keys, rule.top_k, opaque)
+    return select_largest(keys, rule.top_k, opaque)
 
 
 def _softmax_over_all(rule: RouteRule) -> bool:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fusedonemoe import MoE, TopKRouter, balance
 from fusedonemoe.balance import LossFreeBalance
-from fusedonemoe.ops import reference_balance
+from fusedonemoe.ops.reference import balance as reference_balance
 
 D, E, K = 16, 8, 2
 

@@ -9,7 +9,8 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
 from fusedonemoe import functional as F
-from fusedonemoe.ops import reference, reference_balance
+from fusedonemoe.ops import reference
+from fusedonemoe.ops.reference import balance as reference_balance
 from fusedonemoe.testing import assert_within_budget, exact_float64, make_logits, make_mlp_inputs
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
