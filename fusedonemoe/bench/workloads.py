@@ -74,6 +74,20 @@ class Cell:
         return self.E * (3 * self.D * self.F + self.D) * self.dtype.itemsize
 
     @property
+    def parameters(self) -> int:
+        """All weights that a call may read."""
+        if self.operator == "merged":
+            return self.E * self.D * self.F
+        return self.E * (3 * self.D * self.F + self.D)
+
+    @property
+    def active_parameters(self) -> int:
+        """The weights that one token is multiplied with."""
+        if self.operator == "merged":
+            return self.K * self.D * self.F
+        return self.K * 3 * self.D * self.F + self.E * self.D
+
+    @property
     def promised_bytes(self) -> int:
         """What a forward without gradients may allocate beside its input and output: ``3 N (F + D)`` elements, N = TK."""
         return 3 * self.T * self.K * (self.F + self.D) * self.dtype.itemsize
