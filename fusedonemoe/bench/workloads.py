@@ -180,15 +180,19 @@ def make_inputs(cell: Cell) -> Inputs:
             tuple(d.x for d in draws), tuple(d.experts for d in draws), tuple(d.weights for d in draws), first.proj
         )
     mlp = make_mlp_inputs(*sizes, dtype=cell.dtype)
-    xs, experts, router = _unambiguous_tokens(cell)
+    xs, experts, router = unambiguous_tokens(cell)
     generator = torch.Generator().manual_seed(8)
     count = cell.rotation if cell.mode == "training" else 0
     dys = tuple(torch.randn(cell.T, cell.D, generator=generator).to(cell.dtype) for _ in range(count))
     return BlockInputs(xs, router, mlp.up_proj, mlp.down_proj, experts, dys)
 
 
-def _unambiguous_tokens(cell: Cell) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
-    """Tokens whose top K is the same in float64, float32 and bfloat16 arithmetic; their experts; and the router."""
+def unambiguous_tokens(cell: Cell) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
+    """Tokens whose top K is the same in float64, float32 and bfloat16 arithmetic; their experts; and the router.
+
+    Args:
+        cell: a block's; ``rotation`` of ``[T, D]`` and of ``[T, K]`` are drawn, and one ``[E, D]``.
+    """
     generator = torch.Generator().manual_seed(7)
     wanted = cell.rotation * cell.T
     router_ED = (torch.randn(cell.E, cell.D, generator=generator) * cell.D**-0.5).to(cell.dtype)
