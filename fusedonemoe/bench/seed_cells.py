@@ -167,21 +167,14 @@ def _momoe() -> list[SeedCell]:
 
 def _moekernel() -> list[SeedCell]:
     """Its comparison with NumPy and PyTorch, and the smallest of its layer's configurations."""
-    small = "T 16384, F unpublished"
-    sizes = [(1024, 256, 1024, 4, 2, "", "comparison"), (1024, 1024, 2048, 8, 2, small, "small")]
-    return [
-        SeedCell(
-            "moekernel",
-            *row,
-            F32,
-            label=f"moekernel-{label}",
-            system="MoeKernel",
-            published=published,
-            activation="relu",
-            gated=False,
-        )
-        for *row, published, label in sizes
-    ]
+    cells = []
+    for T, D, F, E, published, label in (
+        (1024, 256, 1024, 4, "", "comparison"),
+        (1024, 1024, 2048, 8, "T 16384, F unpublished", "small"),
+    ):
+        options: dict[str, Any] = {"activation": "relu", "gated": False, "published": published}
+        cells.append(SeedCell("moekernel", T, D, F, E, 2, F32, label=f"moekernel-{label}", system="MoeKernel", **options))
+    return cells
 
 
 def _flashmoe() -> list[SeedCell]:

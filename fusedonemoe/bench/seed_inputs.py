@@ -1,7 +1,7 @@
 """Inputs of the rows of the reference systems, and their answers in float64."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ GATHERED = 1 << 26
 OUTPUT, IDS = "outputs", "ids"
 Answer = dict[str, Tensor]
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": nn.functional.silu,
     "gelu": nn.functional.gelu,
     "relu": nn.functional.relu,
@@ -91,13 +91,13 @@ def _route(cell: SeedCell, logits: Tensor) -> tuple[Tensor, Tensor]:
     if cell.operator == "product-keys":
         a, b = logits.log_softmax(-1).unbind(-2)
         G = logits.shape[-1]
-        weights, ids = [], []
+        parts = []
         for part_a, part_b in zip(a.split(max(GATHERED // (G * G), 1)), b.split(max(GATHERED // (G * G), 1)), strict=True):
             scores = (part_a[:, :, None] + part_b[:, None, :]).flatten(1)
             best = scores.topk(cell.K, dim=1)
-            weights.append(best.values.exp())
-            ids.append(best.indices)
-        return torch.cat(weights), torch.cat(ids)
+            parts.append((best.values.exp(), best.indices))
+        weights, experts = zip(*parts, strict=True)
+        return torch.cat(weights), torch.cat(experts)
     if cell.operator == "original":
         picked, ids = logits.topk(cell.K, dim=1)
         return picked.sigmoid(), ids

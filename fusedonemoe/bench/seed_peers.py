@@ -101,7 +101,7 @@ def _our_topk(cell: SeedCell, weights: Weights) -> Forward:
 
 
 def _torch_topk(cell: SeedCell, weights: Weights) -> Forward:
-    return lambda logits: tuple(logits.softmax(-1).topk(cell.K, dim=-1))  # type: ignore[return-value]
+    return lambda logits: tuple(logits.softmax(-1).topk(cell.K, dim=-1))
 
 
 def _sorted_topk(cell: SeedCell, weights: Weights) -> Forward:
