@@ -91,13 +91,13 @@ def _route(cell: SeedCell, logits: Tensor) -> tuple[Tensor, Tensor]:
     if cell.operator == "product-keys":
         a, b = logits.log_softmax(-1).unbind(-2)
         G = logits.shape[-1]
-        parts = []
-        for part_a, part_b in zip(a.split(max(GATHERED // (G * G), 1)), b.split(max(GATHERED // (G * G), 1)), strict=True):
-            scores = (part_a[:, :, None] + part_b[:, None, :]).flatten(1)
-            best = scores.topk(cell.K, dim=1)
-            parts.append((best.values.exp(), best.indices))
-        weights, experts = zip(*parts, strict=True)
-        return torch.cat(weights), torch.cat(experts)
+        if cell.T * cell.E <= GATHERED:
+            best = (a[:, :, None] + b[:, None, :]).flatten(1).topk(cell.K, dim=1)
+            return best.values.exp(), best.indices
+        # Of more pairs, those of the best K keys of each half: each of the others is beaten by K pairs that share a key with it.
+        (a, i), (b, j) = (half.topk(min(cell.K, G), dim=1) for half in (a, b))
+        best = (a[:, :, None] + b[:, None, :]).flatten(1).topk(cell.K, dim=1)
+        return best.values.exp(), (i[:, :, None] * G + j[:, None, :]).flatten(1).gather(1, best.indices)
     if cell.operator == "original":
         picked, ids = logits.topk(cell.K, dim=1)
         return picked.sigmoid(), ids

@@ -20,7 +20,7 @@ from fusedonemoe.bench.seed_inputs import IDS, OUTPUT, Answer, SeedInputs, exact
 from fusedonemoe.bench.seed_peers import Forward, SeedPeer, line_up
 from fusedonemoe.bench.workloads import floor_of
 
-ROUNDS = 4
+ROUNDS = 3
 SECONDS_PER_PEER = 0.25
 # Scores that are equal in float32 are not in float64: of so many tokens a peer may pick another expert. Ours may of none.
 TIED = 1e-3

@@ -6,11 +6,12 @@ from itertools import count
 
 from fusedonemoe.bench.peers import OURS, is_ours
 from fusedonemoe.report.runs import Cell, Row, Run, compared, families, peers_of, title_of
-from fusedonemoe.report.svg import FLOOR_COLOUR, Axis, Line, Style, chart, legend, style_of
+from fusedonemoe.report.svg import COLOURS, FLOOR_COLOUR, Axis, Line, Style, chart, legend, style_of
 
 # Of many pictures the first stand open, and the others are a click away.
 SHOWN = 8
 FLOOR = Style(FLOOR_COLOUR, width=1.6, dashes="6 4")
+LOAD = Style(COLOURS[0], width=2.0)
 EVEN = Style(FLOOR_COLOUR, width=1.2, dashes="2 3")
 MILLISECONDS = Axis("time in ms", show=lambda value: f"{value:g}")
 
@@ -165,7 +166,7 @@ def usage(album: Album, run: Run) -> list[Figure]:
     figures = []
     for load, cell in seen.items():
         points = tuple((100 * rank / (len(load) - 1), value) for rank, value in enumerate(load))
-        lines = [Line("rows of an expert", points, style_of(0, ours=False)), Line("even", ((0.0, 1.0), (100.0, 1.0)), EVEN)]
+        lines = [Line("rows of an expert", points, LOAD), Line("even", ((0.0, 1.0), (100.0, 1.0)), EVEN)]
         title = f"{cell['name']}: {cell.get('experts_hit', 0):.0f} of {cell['E']} experts hit"
         middle = load[len(load) // 2]
         told = f"Times the mean: the busiest expert {load[0]:.2f}, the middle one {middle:.2f}, the idlest {load[-1]:.2f}."

@@ -126,8 +126,8 @@ class _Scale:
             # A line along the edge would be half a line, and a single value has no span.
             pad = max((self.high / self.low) ** 0.04, 1.05)
             self.low, self.high = self.low / pad, self.high * pad
-        elif self.high <= 0:
-            self.high = 1.0
+        else:
+            self.high = self.high * (1.0 if axis.at else 1.06) or 1.0
 
     def __call__(self, value: float) -> float:
         if self.axis.logarithmic:
