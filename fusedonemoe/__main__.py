@@ -14,7 +14,7 @@ COMMANDS = {
     "demo": "train a small compiled MoE here",
     "doctor": "check this machine, and every operator on it",
     "bench": "time this library beside its peers, here",
-    "report": "make one page of pictures and tables of bench's results",
+    "report": "make one page of pictures of what bench measured",
 }
 
 

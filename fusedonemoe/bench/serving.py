@@ -1,7 +1,8 @@
 """The suite ``serving``: requests of mixed lengths to a small compiled model, one by one and from several clients at once.
 
 The clients are threads in a closed loop: each sends its next request when it has the answer to its last. Latency is what a
-client waits. A request succeeds when its answer is that of float64; answers are compared when the clock has stopped.
+client waits; torch's threads are shared out among the clients. A request succeeds when its answer is that of float64; answers
+are compared when the clock has stopped.
 """
 
 import argparse
@@ -197,7 +198,7 @@ def run_cell(
         peers: who.
         targets: milliseconds within which 95 of 100 requests are to be answered, and tokens in a second.
         dry: a small model, few requests, and no times kept.
-        real_time: ask for real-time priority while requests are answered.
+        real_time: ask for real-time priority while the requests of a single client are answered.
     """
     asked = cell
     if dry:
@@ -216,13 +217,17 @@ def run_cell(
             exact.append(wide(x.double()))
             block = Cell("block", x.shape[0], cell.D, cell.F, cell.E, cell.K, torch.float32)
             works.append([least_work(block, experts_hit=layer.hit) for layer in layers])
+    # Of torch's pool, for each client; compiled graphs are of one number of threads.
+    each = max(torch.get_num_threads() // cell.clients, 1)
     rows: dict[str, ServingRow] = {}
     models: dict[str, Callable[[Tensor], Tensor]] = {}
     for peer in peers:
         try:
             models[peer.name] = peer.build(cell, blocks)
             # Every length once, untimed: compilation and first allocations are no request's latency.
-            rows[peer.name] = _row_of(peer.name, serve(models[peer.name], xs, range(DISTINCT), 1)[0], 1.0, exact, targets)
+            with threads(each):
+                answered, _ = serve(models[peer.name], xs, range(DISTINCT), 1)
+            rows[peer.name] = _row_of(peer.name, answered, 1.0, exact, targets)
         except UnavailableError as reason:
             rows[peer.name] = ServingRow(peer.name, note=f"skipped: {reason}")
         except Exception as error:  # A peer is other people's code: its failure is a result, and the others still run.
@@ -239,7 +244,8 @@ def run_cell(
         share = order[turn * len(order) // rounds : (turn + 1) * len(order) // rounds]
         for name in order_of_round(list(models), turn):
             time.sleep(PAUSE_SECONDS)
-            with RealTime(real_time):
+            # More threads than cores at real-time priority would spend their slices waiting for one another.
+            with RealTime(real_time and cell.clients == 1), threads(each):
                 answered, wall = serve(models[name], xs, share, cell.clients)
             sent[name] += answered
             walls[name] += wall
