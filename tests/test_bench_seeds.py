@@ -139,8 +139,8 @@ def test_a_wrong_gradient_fails(cell):
         def build(cell, weights):
             def forward(*draw):
                 halved = {name: Halved.apply(w) if name == which else w for name, w in weights.items()}
-                draw = [Halved.apply(t) if which == f"input {n}" else t for n, t in enumerate(draw)]
-                return peers.LINE_UP[cell.operator][0].build(cell, halved)(*draw)
+                given = [Halved.apply(t) if which == f"input {n}" else t for n, t in enumerate(draw)]
+                return peers.LINE_UP[cell.operator][0].build(cell, halved)(*given)
 
             return forward
 

@@ -47,7 +47,8 @@ def loop_then(change):
 
 
 def test_every_request_is_sent_once_by_one_of_the_clients():
-    seen, threads = [], set()
+    seen: list[int] = []
+    threads: set[int] = set()
     together = threading.Barrier(3, timeout=20)
 
     def model(x):

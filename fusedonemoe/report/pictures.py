@@ -145,6 +145,9 @@ def _dial(album: Album, title: str, rows: Sequence[Row], peers: Sequence[Row]) -
     for index, peer in enumerate(peers):
         style = style_of(index, ours=False)
         lines.append(Line(f"{peer['peer']}, held", tuple((p, peer["held_bytes"] / 1e6) for p in (0.0, 100.0)), style))
+        if peak := peer.get("peak_bytes"):
+            dotted = Style(style.colour, style.marker, 1.4, "3 3")
+            lines.append(Line(f"{peer['peer']}, peak of the step", ((0.0, peak / 1e6), (100.0, peak / 1e6)), dotted))
     lines = [line for line in lines if line.points]
     told = "; ".join(f"{line.name} {line.points[0][1]:.3g} MB at 0 %, {line.points[-1][1]:.3g} MB at 100 %" for line in lines)
     x = Axis("save_percent", logarithmic=False, at=(0.0, 25.0, 50.0, 75.0, 100.0))
