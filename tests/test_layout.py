@@ -29,7 +29,7 @@ FLOORS = [
         "ops.reference_neurons",
         "ops.product_keys",
     ],
-    ["ops.dense", "ops.grouped", "ops.neurons", "ops.cpu", "ops.cuda", "ops.triton"],
+    ["ops.dense", "ops.grouped", "ops.neurons", "ops.quantized", "ops.cpu", "ops.cuda", "ops.triton"],
     ["ops.library", "ops.shortcut", "ops.choice", "ops"],
     ["checks"],
     ["functional", "config"],
