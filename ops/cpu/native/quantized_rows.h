@@ -1,11 +1,38 @@
 // Rows of quantised weights: how four of them at a time become float32, and their products with tokens.
 #pragma once
+#if defined(__SSE4_1__)
+#include <immintrin.h>
+#endif
 #include "panel.h"
 
 constexpr int QUAD = 4;
-typedef int8_t vb __attribute__((vector_size(LANES)));
-typedef uint8_t vub __attribute__((vector_size(LANES)));
 typedef float v4 __attribute__((vector_size(16)));
+
+// LANES bytes as integers: of the vector extension's own conversion, gcc makes one instruction for every byte.
+static INLINE vi widen_signed(const uint8_t* p) {
+#if defined(__AVX512F__)
+    return (vi)_mm512_cvtepi8_epi32(load<__m128i>(p));
+#elif defined(__AVX2__)
+    return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#elif defined(__SSE4_1__) && !defined(__AVX__)
+    return (vi)_mm_cvtepi8_epi32(_mm_cvtsi32_si128(load<int32_t>(p)));
+#else
+    typedef int8_t vb __attribute__((vector_size(LANES)));
+    return __builtin_convertvector(load<vb>(p), vi);
+#endif
+}
+static INLINE vi widen_unsigned(const uint8_t* p) {
+#if defined(__AVX512F__)
+    return (vi)_mm512_cvtepu8_epi32(load<__m128i>(p));
+#elif defined(__AVX2__)
+    return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#elif defined(__SSE4_1__) && !defined(__AVX__)
+    return (vi)_mm_cvtepu8_epi32(_mm_cvtsi32_si128(load<int32_t>(p)));
+#else
+    typedef uint8_t vb __attribute__((vector_size(LANES)));
+    return __builtin_convertvector(load<vb>(p), vi);
+#endif
+}
 
 // Values, scales, zero points, as Python has them.
 struct QuantizedWords {
@@ -51,14 +78,13 @@ struct Int8Rows {
     int vectors() const { return (k + LANES - 1) / LANES; }
     struct Span {
         const Int8Rows& rows;
-        INLINE void load(int c, int step, vf (&w)[1]) const { w[0] = widened(::load<vb>(rows.row[c] + step * LANES)); }
+        INLINE void load(int c, int step, vf (&w)[1]) const { w[0] = __builtin_convertvector(widen_signed(rows.row[c] + step * LANES), vf); }
     };
     INLINE Span enter(int) const { return {*this}; }
-    static INLINE vf widened(vb v) { return __builtin_convertvector(__builtin_convertvector(v, vi), vf); }
     INLINE vf load_last(int c) const {
-        vb v = {};
-        memcpy(&v, row[c] + k - left(), left());
-        return widened(v);
+        uint8_t rest[LANES] = {};
+        memcpy(rest, row[c] + k - left(), left());
+        return __builtin_convertvector(widen_signed(rest), vf);
     }
     INLINE void look_ahead(int byte) const {
         if (byte % 64 == 0)
@@ -99,7 +125,7 @@ struct Int4Rows {
             table[c] = (ascending - splat(zero)) * splat(scale);
         }
         INLINE void load(int c, int step, vf (&w)[2]) const {
-            const __m512i q = _mm512_cvtepu8_epi32(::load<__m128i>(rows.row[c] + byte + step * LANES));
+            const __m512i q = (__m512i)widen_unsigned(rows.row[c] + byte + step * LANES);
             w[0] = (vf)_mm512_permutexvar_ps(q, (__m512)table[c]);
             w[1] = (vf)_mm512_permutexvar_ps(_mm512_srli_epi32(q, 4), (__m512)table[c]);
         }
@@ -107,7 +133,7 @@ struct Int4Rows {
         float scale[QUAD], zero[QUAD];
         INLINE void start(int c, float s, float z) { scale[c] = s, zero[c] = z; }
         INLINE void load(int c, int step, vf (&w)[2]) const {
-            const vi q = __builtin_convertvector(::load<vub>(rows.row[c] + byte + step * LANES), vi);
+            const vi q = widen_unsigned(rows.row[c] + byte + step * LANES);
             w[0] = (__builtin_convertvector(q & 15, vf) - splat(zero[c])) * splat(scale[c]);
             w[1] = (__builtin_convertvector(q >> 4, vf) - splat(zero[c])) * splat(scale[c]);
         }
