@@ -39,7 +39,8 @@ template <class T, class Rows> class QuantizedForwardPass {
     };
     int first(int e) const { return std::max<int>(a.offsets[e], a.first_row); }
 
-    // About 64 KiB of weights a task, so that threads end together; less where there are few tasks.
+    // About 64 KiB of weights a task: that much is asked for while the one before is computed, and stays in the second cache.
+    // Less where there are few tasks.
     std::vector<Task> make_tasks(int columns, int rows_per_column, size_t row_bytes) const {
         std::vector<Task> tasks;
         int64_t hit = 0;
@@ -54,30 +55,31 @@ template <class T, class Rows> class QuantizedForwardPass {
     }
 
     // sums[i][...]: QUAD dot products of each of n tokens.
-    void dots(const Rows& quad, const float* const* token, int n, float* made, float (*sums)[2][LANES], int half, int column) const {
-        auto go = [&]<int R>(const auto& source, int first) {
+    void dots(const Rows& quad, const float* const* token, int n, float* made, float (*sums)[2][LANES], int half, int column, LinesAhead& ahead) const {
+        auto go = [&]<int R>(const auto& source, int first, auto& ahead) {
             vf acc[R][QUAD];
             const float* p[R];
             for (int r = 0; r < R; r++) p[r] = token[first + r];
-            multiply_quad<R>(source, p, acc);
+            multiply_quad<R>(source, p, ahead, acc);
             for (int r = 0; r < R; r++) store(sums[first + r][half] + column, lane_sums(acc[r]));
         };
         if (n <= FEW) {
-            if (n == 1) go.template operator()<1>(quad, 0);
-            else if (n == 2) go.template operator()<2>(quad, 0);
-            else if (n == 3) go.template operator()<3>(quad, 0);
-            else if constexpr (TILE >= 4) go.template operator()<4>(quad, 0);
-            else go.template operator()<2>(quad, 0), go.template operator()<2>(quad, 2);
+            if (n == 1) go.template operator()<1>(quad, 0, ahead);
+            else if (n == 2) go.template operator()<2>(quad, 0, ahead);
+            else if (n == 3) go.template operator()<3>(quad, 0, ahead);
+            else if constexpr (TILE >= 4) go.template operator()<4>(quad, 0, ahead);
+            else go.template operator()<2>(quad, 0, ahead), go.template operator()<2>(quad, 2, ahead);
             return;
         }
-        const MadeQuad source = make_quad(quad, made);
+        const MadeQuad source = make_quad(quad, ahead, made);
+        NothingAhead nothing;
         for (int i = 0; i < n; i += TILE) switch (std::min(TILE, n - i)) {
-            case 1: go.template operator()<1>(source, i); break;
-            case 2: go.template operator()<2>(source, i); break;
-            case 3: go.template operator()<std::min(3, TILE)>(source, i); break;
-            case 4: go.template operator()<std::min(4, TILE)>(source, i); break;
-            case 5: go.template operator()<std::min(5, TILE)>(source, i); break;
-            default: go.template operator()<TILE>(source, i);
+            case 1: go.template operator()<1>(source, i, nothing); break;
+            case 2: go.template operator()<2>(source, i, nothing); break;
+            case 3: go.template operator()<std::min(3, TILE)>(source, i, nothing); break;
+            case 4: go.template operator()<std::min(4, TILE)>(source, i, nothing); break;
+            case 5: go.template operator()<std::min(5, TILE)>(source, i, nothing); break;
+            default: go.template operator()<TILE>(source, i, nothing);
         }
     }
 
@@ -121,8 +123,20 @@ template <class T, class Rows> class QuantizedForwardPass {
         }
     }
 
-    template <bool UP> void run_task(const Task& t, float* made) const {
+    LinesAhead weights_of(const Task& t, bool of_up) const {
+        LinesAhead ahead;
+        const int n = t.end - t.begin;
+        if (!of_up) down.look_ahead(t.expert, t.begin, n, ahead);
+        else if (at.step == 2) up.look_ahead(t.expert, t.begin * 2, 2 * n, ahead);
+        else {
+            up.look_ahead(t.expert, at.gate + t.begin, n, ahead);
+            if (a.gated) up.look_ahead(t.expert, at.up + t.begin, n, ahead);
+        }
+        return ahead;
+    }
+    template <bool UP> void run_task(const Task& t, float* made, LinesAhead ahead) const {
         const int e = t.expert, end = a.offsets[e + 1];
+        ahead.over((int64_t)(t.end - t.begin) * (UP ? halves * up.row_bytes : down.row_bytes) / (QUAD * LANES));
         alignas(64) float sums[CHUNK][2][LANES];
         const float* token[CHUNK];
         for (int c = t.begin; c < t.end; c += LANES)
@@ -136,7 +150,7 @@ template <class T, class Rows> class QuantizedForwardPass {
                             const int column = std::min(c + q + i, (UP ? F : D) - 1);
                             return UP ? (half ? at.up : at.gate) + column * at.step : column;
                         };
-                        dots((UP ? up : down).quad(e, row_of), token, n, made, sums, half, q);
+                        dots((UP ? up : down).quad(e, row_of), token, n, made, sums, half, q, ahead);
                     }
                 if constexpr (UP) finish_up(e, row, c, n, sums);
                 else finish_down(e, row, c, n, sums);
@@ -163,6 +177,11 @@ template <class T, class Rows> class QuantizedForwardPass {
         float* made = scratch.take<float>(0);
         invert(plan, N, position);
         const std::vector<Task> up_tasks = make_tasks(F, halves, up.row_bytes), down_tasks = make_tasks(D, 1, down.row_bytes);
+        const int64_t up_count = up_tasks.size(), down_count = down_tasks.size();
+        auto ahead_of = [&](int64_t task) {
+            if (task < up_count) return weights_of(up_tasks[task], true);
+            return a.y && task - up_count < down_count ? weights_of(down_tasks[task - up_count], false) : LinesAhead();
+        };
         Tasks gathering, up_work, down_work, combining;
         std::atomic<int> thread_count{0};
 #pragma omp parallel num_threads(a.threads)
@@ -170,10 +189,10 @@ template <class T, class Rows> class QuantizedForwardPass {
             float* own = made + thread_count++ * bytes(made_size, 4) / 4;
             gathering.run(a.tokens, [&](int64_t t) { Rows::unpack_like((const T*)a.x + t * D, D, x + t * x_stride); });
 #pragma omp barrier
-            up_work.run(up_tasks.size(), [&](int64_t i) { run_task<true>(up_tasks[i], own); });
+            up_work.run_with_next(up_count, [&](int64_t i, int64_t next) { run_task<true>(up_tasks[i], own, ahead_of(next)); });
             if (a.y) {
 #pragma omp barrier
-                down_work.run(down_tasks.size(), [&](int64_t i) { run_task<false>(down_tasks[i], own); });
+                down_work.run_with_next(down_count, [&](int64_t i, int64_t next) { run_task<false>(down_tasks[i], own, ahead_of(up_count + next)); });
 #pragma omp barrier
                 combining.run(a.tokens, [&](int64_t t) {
                     combine<T>(rows, position, a.experts, a.weights, (const T*)a.down_bias, (int)t, a.top_k, D, (T*)a.y);

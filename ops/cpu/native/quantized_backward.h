@@ -21,10 +21,6 @@ struct QuantizedBackward {
     double alpha, limit;
 };
 
-struct NothingAhead {
-    void step() const {}
-};
-
 // finish(r, n, block) for rows r .. r + n of m: block = row(r ..) . the rows k of a block of columns, which fill(k0, k, panel)
 // widens. Sums of chunks of k are added in order, for however many rows.
 template <class Row, class Fill, class Finish>

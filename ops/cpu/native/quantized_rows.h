@@ -59,7 +59,6 @@ struct Int8Rows {
     static constexpr bool GROUPED = false;
     const uint8_t* row[QUAD];
     int k;
-    size_t next;  // bytes from these rows to the next four
 
     static constexpr int place(int i) { return i; }
     static size_t stride_of(int k) { return (((size_t)k + LANES - 1) / LANES * LANES * 4 / 64 | 1) * 64 / 4; }
@@ -86,10 +85,6 @@ struct Int8Rows {
         memcpy(rest, row[c] + k - left(), left());
         return __builtin_convertvector(widen_signed(rest), vf);
     }
-    INLINE void look_ahead(int byte) const {
-        if (byte % 64 == 0)
-            for (int c = 0; c < QUAD; c++) __builtin_prefetch(row[c] + next + byte, 0, 2);
-    }
 };
 
 // Four rows of values of four bits, two in a byte, the even one in the lower half; a scale and perhaps a zero point for every
@@ -102,7 +97,6 @@ struct Int4Rows {
     const float* scale[QUAD];
     const uint8_t* zero[QUAD];  // all null, or none
     int k, group;
-    size_t next;
 
     static constexpr int place(int i) { return i / STEP * STEP + i % 2 * LANES + i % STEP / 2; }
     static size_t stride_of(int k) { return ((size_t)k * 4 / 64 | 1) * 64 / 4; }
@@ -145,10 +139,34 @@ struct Int4Rows {
         return s;
     }
     INLINE vf load_last(int) const { return vf{}; }
-    INLINE void look_ahead(int byte) const {
-        if (byte % 64 == 0)
-            for (int c = 0; c < QUAD; c++) __builtin_prefetch(row[c] + next + byte, 0, 2);
+};
+
+// Memory that is read next, asked for a line or two at a time, at each of the steps before.
+class LinesAhead {
+    static constexpr int MOST = 4;
+    const char* run[MOST] = {};
+    ptrdiff_t left[MOST] = {};
+    int runs = 0, at = 0, lines = 1;
+
+  public:
+    void add(const void* first, size_t bytes) {
+        if (bytes) run[runs] = (const char*)first, left[runs++] = (ptrdiff_t)bytes;
     }
+    void over(int64_t steps) {
+        int64_t all = 0;
+        for (int i = 0; i < runs; i++) all += left[i] / 64 + 1;
+        lines = (int)((all + steps - 1) / std::max<int64_t>(steps, 1));
+    }
+    INLINE void step() {
+        for (int i = 0; i < lines && at < runs; i++) {
+            __builtin_prefetch(run[at], 0, 2);
+            run[at] += 64, left[at] -= 64;
+            if (left[at] <= 0) at++;
+        }
+    }
+};
+struct NothingAhead {
+    void step() const {}
 };
 
 // Four rows that were widened before: vectors of each in turns, in the order in which they are multiplied.
@@ -166,18 +184,19 @@ struct MadeQuad {
     };
     INLINE Span enter(int) const { return {made}; }
     INLINE vf load_last(int) const { return vf{}; }
-    static INLINE void look_ahead(int) {}
 };
-template <class Rows> static inline MadeQuad make_quad(const Rows& quad, float* made) {
+template <class Rows, class Ahead> static inline MadeQuad make_quad(const Rows& quad, Ahead& ahead, float* made) {
     MadeQuad to{made, quad.vectors()};
     for (int span = 0; span < quad.spans(); span++) {
         const auto here = quad.enter(span);
-        for (int step = 0; step < quad.steps(); step++, made += Rows::VECTORS * QUAD * LANES)
+        for (int step = 0; step < quad.steps(); step++, made += Rows::VECTORS * QUAD * LANES) {
+            ahead.step();
             for (int c = 0; c < QUAD; c++) {
                 vf w[Rows::VECTORS];
                 here.load(c, step, w);
                 for (int v = 0; v < Rows::VECTORS; v++) store(made + (v * QUAD + c) * LANES, w[v]);
             }
+        }
     }
     if (quad.left())
         for (int c = 0; c < QUAD; c++) store(made + c * LANES, quad.load_last(c));
@@ -185,7 +204,8 @@ template <class Rows> static inline MadeQuad make_quad(const Rows& quad, float* 
 }
 
 // acc[r][c] = token r times row c, lane by lane.
-template <int R, class Source> static INLINE void multiply_quad(const Source& source, const float* const (&token)[R], vf (&acc)[R][QUAD]) {
+template <int R, class Source, class Ahead>
+static INLINE void multiply_quad(const Source& source, const float* const (&token)[R], Ahead& ahead, vf (&acc)[R][QUAD]) {
     constexpr int V = Source::VECTORS;
     vf sum[R][QUAD];  // not acc itself: what a caller can see does not stay in registers
 #pragma GCC unroll 8
@@ -196,7 +216,7 @@ template <int R, class Source> static INLINE void multiply_quad(const Source& so
     for (int span = 0; span < source.spans(); span++) {
         const auto here = source.enter(span);
         for (int step = 0; step < source.steps(); step++, at += V) {
-            source.look_ahead(at / V * LANES);
+            ahead.step();
             vf w[QUAD][V];
 #pragma GCC unroll 4
             for (int c = 0; c < QUAD; c++) here.load(c, step, w[c]);
@@ -244,8 +264,12 @@ template <class Rows> struct QuantizedWeights {
             }
         }
         if constexpr (Rows::GROUPED) rows.group = group;
-        rows.next = (rows.row[1] - rows.row[0]) * QUAD;
         return rows;
+    }
+    // `n` rows that lie side by side, to be read ahead.
+    void look_ahead(int e, ptrdiff_t row, int n, LinesAhead& ahead) const {
+        ahead.add(values(e, row), n * row_bytes);
+        if constexpr (Rows::GROUPED) ahead.add(words.scales + ((size_t)e * count + row) * (k / group), (size_t)n * (k / group) * sizeof(float));
     }
     // What the sums of some rows are multiplied by: scales that groups have of their own are in the values already.
     template <class RowOf> vf scales_of_rows(int e, RowOf row_of, int n) const {
