@@ -5,6 +5,8 @@ from fusedonemoe.config import MoEConfig
 from fusedonemoe.explanation import Explanation, explain
 from fusedonemoe.fine_grained import FineGrainedMoE, FineGrainedOutput
 from fusedonemoe.layers import Experts, FusedOneMoE, MoE, MoEOutput
+from fusedonemoe.quantization import QuantizationReport, QuantizedLayer, quantize_
+from fusedonemoe.quantized import QuantizedExperts
 from fusedonemoe.routers import ProductKeyRouter, RouterOutput, TopKRouter
 from fusedonemoe.tuning import Tuned, tune
 
@@ -20,6 +22,9 @@ __all__ = [
     "MoEConfig",
     "MoEOutput",
     "ProductKeyRouter",
+    "QuantizationReport",
+    "QuantizedExperts",
+    "QuantizedLayer",
     "RouterOutput",
     "TopKRouter",
     "Tuned",
@@ -28,5 +33,6 @@ __all__ = [
     "explain",
     "functional",
     "ops",
+    "quantize_",
     "tune",
 ]

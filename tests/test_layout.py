@@ -33,7 +33,7 @@ FLOORS = [
     ["ops.library", "ops.shortcut", "ops.choice", "ops"],
     ["checks"],
     ["functional", "config"],
-    ["balance", "usage", "routers", "layers", "fine_grained"],
+    ["balance", "usage", "routers", "layers", "fine_grained", "quantized", "quantization"],
     ["compat", "integrations", "explanation", "tuning", "bench", "demo", "doctor", "testing", "__main__", ""],
 ]
 FLOOR_OF = {f"fusedonemoe.{name}".rstrip("."): floor for floor, names in enumerate(FLOORS) for name in names}

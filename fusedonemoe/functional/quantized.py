@@ -18,19 +18,27 @@ from fusedonemoe.functional.calls import as_rows, choose_impl, records_gradients
 from fusedonemoe.ops import library
 from fusedonemoe.ops.activation import ACTIVATIONS, GATE_UP_LAYOUTS, PLAIN
 from fusedonemoe.ops.choice import refusal
+from fusedonemoe.ops.cpu.quantized import new_weight as new_weight  # for the modules above
 from fusedonemoe.ops.quantized import GROUP_SIZES, QuantizedWeight, dequantize, quantize_int4, quantize_int8
 
 _ops = torch.ops.fusedonemoe
 FORMATS = ("int8", "int4")
 
 
-def _check_group_size(group_size: int, width: int, name: str) -> None:
+def check_group_size(group_size: int, width: int, name: str) -> None:
+    """Rows of this width divide into groups."""
     if group_size not in GROUP_SIZES:
         raise ValueError(f"group_size must be one of {GROUP_SIZES}, got {group_size!r}")
     if width % group_size:
         raise ValueError(
             f"{name} must have rows of a multiple of group_size={group_size} inputs for int4, got {width}; int8 takes any number"
         )
+
+
+def check_finite(name: str, weight: Tensor) -> None:
+    """No infinities, no NaNs."""
+    if not bool(weight.isfinite().all()):
+        raise ValueError(f"{name} must be finite to be quantised, got infinities or NaNs")
 
 
 def quantize_weight(weight: Tensor, dtype: str = "int8", *, group_size: int = 128, symmetric: bool = True) -> QuantizedWeight:
@@ -68,11 +76,16 @@ def quantize_weight(weight: Tensor, dtype: str = "int8", *, group_size: int = 12
     check_one_of("dtype", dtype, FORMATS)
     check_dim("weight", weight, "E, O, I")
     if dtype == "int4":
-        _check_group_size(group_size, weight.shape[2], "weight")
-    if not bool(weight.isfinite().all()):
-        raise ValueError("weight must be finite to be quantised, got infinities or NaNs")
-    weight = weight.detach()
-    return quantize_int8(weight) if dtype == "int8" else quantize_int4(weight, group_size, symmetric)
+        check_group_size(group_size, weight.shape[2], "weight")
+    check_finite("weight", weight)
+    E, rows, width = weight.shape
+    made = new_weight((E, rows, width), dtype, group_size, symmetric, weight.device)
+    for expert, like in enumerate(weight.detach().split(1)):  # one after the other: rounding takes several float32 copies
+        rounded = quantize_int8(like) if dtype == "int8" else quantize_int4(like, group_size, symmetric)
+        for whole, part in zip(made, rounded, strict=True):
+            if whole is not None and part is not None:
+                whole[expert].copy_(part[0])
+    return made
 
 
 def _check_quantized(name: str, weight: QuantizedWeight) -> None:

@@ -11,6 +11,25 @@ from fusedonemoe.ops.grouped import saved_rows
 from fusedonemoe.ops.quantized import QuantizedNeeds, QuantizedWeight
 
 
+def _new(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised tensor; on CPU one of the kernels' pool, whose large pages are read faster than torch's small ones."""
+    if device.type != "cpu" or native.refusal(torch.float32, True) is not None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    return native._new(shape, dtype)
+
+
+def new_weight(
+    shape: tuple[int, int, int], dtype: str, group_size: int, symmetric: bool, device: torch.device
+) -> QuantizedWeight:
+    """The tensors of a weight ``[E, O, I]``, uninitialised."""
+    *rows, width = shape
+    if dtype == "int8":
+        return QuantizedWeight(_new(shape, torch.int8, device), _new((*rows,), torch.float32, device))
+    groups = (*rows, width // group_size)
+    zero_point = None if symmetric else _new(groups, torch.uint8, device)
+    return QuantizedWeight(_new((*rows, width // 2), torch.uint8, device), _new(groups, torch.float32, device), zero_point)
+
+
 def _sizes(experts_TK: Tensor, up: QuantizedWeight, down: QuantizedWeight, act: Activation) -> tuple[int, ...]:
     E, G, D = up.shape
     F = down.shape[2]

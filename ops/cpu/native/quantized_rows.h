@@ -159,7 +159,7 @@ class LinesAhead {
     }
     INLINE void step() {
         for (int i = 0; i < lines && at < runs; i++) {
-            __builtin_prefetch(run[at], 0, 2);
+            __builtin_prefetch(run[at], 0, 3);
             run[at] += 64, left[at] -= 64;
             if (left[at] <= 0) at++;
         }
