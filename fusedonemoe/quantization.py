@@ -1,6 +1,6 @@
 """Quantising the experts of a model in place, and what that changes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,31 +113,53 @@ def _random_call(module: Experts) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(tensor.to(weight.device) for tensor in tensors)  # type: ignore[return-value]
 
 
-class _Recorded:
-    """The first tokens that each module of experts is called with, while a model runs."""
+def _experts_of(model: nn.Module) -> tuple[dict[str, Experts], dict[str, list[tuple[nn.Module, str]]]]:
+    """A model's modules of experts, and everywhere that each of them stands: its parent and its name there."""
+    modules: dict[str, Experts] = {}
+    places: dict[str, list[tuple[nn.Module, str]]] = {}
+    names: dict[int, str] = {}
+    for prefix, parent in model.named_modules():
+        for child_name, child in parent._modules.items():
+            if isinstance(child, Experts):
+                name = names.setdefault(id(child), f"{prefix}.{child_name}" if prefix else child_name)
+                modules[name] = child
+                places.setdefault(name, []).append((parent, child_name))
+    return modules, places
 
-    def __init__(self, modules: dict[str, Experts]) -> None:
-        self.calls: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-        self.hooks = [module.register_forward_pre_hook(self._hook(name)) for name, module in modules.items()]
 
-    def _hook(self, name: str) -> Callable[..., None]:
+def _put(module: nn.Module, places: list[tuple[nn.Module, str]]) -> None:
+    for parent, name in places:
+        setattr(parent, name, module)
+
+
+def _calls(
+    model: nn.Module, inputs: tuple[Any, ...], modules: dict[str, Experts], places: dict[str, list[tuple[nn.Module, str]]]
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """The first tokens that each module of experts is called with when the model runs on ``inputs``."""
+    calls: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def recorder(name: str) -> Callable[..., None]:
         def record(_: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> None:
             x, experts, weights = (tensor.detach().reshape(-1, tensor.shape[-1])[:TOKENS] for tensor in args)
-            self.calls.setdefault(name, (x, experts, weights))
+            calls.setdefault(name, (x, experts, weights))
 
         return record
 
-    def remove(self) -> None:
-        for hook in self.hooks:
+    hooks = []
+    try:
+        for name, module in modules.items():
+            runs: nn.Module = module
+            if unwrapped("down_proj", module.down_proj) is not None:  # Experts cannot compute with tensors of that class
+                runs = QuantizedExperts.from_experts(module)
+                _put(runs, places[name])
+            hooks.append(runs.register_forward_pre_hook(recorder(name)))
+        model(*inputs)
+    finally:
+        for hook in hooks:
             hook.remove()
-
-
-def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Experts]]:
-    """Everywhere in a model that a module of experts stands: its parent, its name there, its full name, itself."""
-    for prefix, parent in model.named_modules():
-        for name, child in parent._modules.items():
-            if isinstance(child, Experts):
-                yield parent, name, f"{prefix}.{name}" if prefix else name, child
+        for name, module in modules.items():
+            _put(module, places[name])
+    return calls
 
 
 @torch.no_grad()
@@ -180,28 +202,19 @@ def quantize_(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, Experts):
         raise TypeError("model must hold Experts, not be one, to have them replaced in place; see QuantizedExperts.from_experts")
-    places = list(_places(model))
-    if not places:
+    modules, places = _experts_of(model)
+    if not modules:
         raise ValueError(f"model must hold Experts to quantise; there are none in this {type(model).__name__}")
-    modules: dict[str, Experts] = {}
-    for _, _, name, module in places:
-        if all(module is not other for other in modules.values()):
-            modules[name] = module
+    options: dict[str, Any] = {"group_size": group_size, "symmetric": symmetric}
     for module in modules.values():  # what would fail fails now, before anything is replaced
-        QuantizedExperts(module.config, dtype, group_size=group_size, symmetric=symmetric, device="meta")
-        for name in (module._up_name, "down_proj"):
-            check_source(name, getattr(module, name), dtype)
-    calls: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-    if inputs is not None:
-        recorded = _Recorded(modules)
-        try:
-            model(*(inputs if isinstance(inputs, tuple) else (inputs,)))
-        finally:
-            recorded.remove()
-        calls = recorded.calls
+        QuantizedExperts(module.config, dtype, **options, device="meta")
+        for weight in (module._up_name, "down_proj"):
+            check_source(weight, getattr(module, weight), dtype)
+    calls = {} if inputs is None else _calls(model, inputs if isinstance(inputs, tuple) else (inputs,), modules, places)
     layers = []
-    for name, module in modules.items():
-        quantized = QuantizedExperts.from_experts(module, dtype, group_size=group_size, symmetric=symmetric)
+    for name in list(modules):
+        module = modules.pop(name)  # whose weights nothing holds any more, once they are replaced
+        quantized = QuantizedExperts.from_experts(module, dtype, **options)
         call = calls.get(name) or _random_call(module)
         exact, actual = _exact_output(module, *call), quantized(*call).double()
         before = (getattr(module, module._up_name), module.down_proj)
@@ -209,7 +222,5 @@ def quantize_(
         output_error = _relative_rms(float((actual - exact).square().sum()), float(exact.square().sum()))
         size = sum(weight.numel() * weight.dtype.itemsize for weight in before)
         layers.append(QuantizedLayer(name, up_error, down_error, output_error, size, quantized.nbytes))
-        for parent, child_name, _, child in places:
-            if child is module:
-                setattr(parent, child_name, quantized)
+        _put(quantized, places[name])
     return QuantizationReport(dtype, tuple(layers))

@@ -94,9 +94,7 @@ class QuantizedExperts(nn.Module):
         for name, rows, width in ((self._up_name, G, D), ("down_proj", D, F_)):
             if dtype == "int4":
                 check_group_size(group_size, width, name)
-            weight = new_weight(
-                (E, rows, width), dtype, group_size, symmetric, torch.device(device or torch.get_default_device())
-            )
+            weight = new_weight((E, rows, width), dtype, group_size, symmetric, where)
             for part, tensor in zip(_PARTS, weight, strict=True):
                 self.register_buffer(name + part, tensor)
 

@@ -314,7 +314,7 @@ def test_the_pages_around_a_tensor_are_guarded():
 
 
 def run_the_kernels_tests(**environment):
-    files = [f"tests/test_{name}.py" for name in ("cpu_kernels", "cpu_precision", "packed", "select")]
+    files = [f"tests/test_{name}.py" for name in ("cpu_kernels", "cpu_precision", "packed", "quantized_kernels", "select")]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", *files]
     done = subprocess.run(
         command, env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True, check=False, timeout=1200
