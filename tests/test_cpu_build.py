@@ -238,7 +238,8 @@ def test_a_process_without_kernels_says_so_and_works():
 
 GUARDED = """
     import ctypes, itertools, math, mmap, sys, torch
-    from fusedonemoe.ops.cpu import native, selection
+    from fusedonemoe.functional import QuantizedWeight, quantize_weight
+    from fusedonemoe.ops.cpu import native, quantized, selection
     from fusedonemoe.testing import make_merged_inputs, make_mlp_inputs
 
     libc, PAGE, kept = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE, []
@@ -257,10 +258,12 @@ GUARDED = """
         return torch.frombuffer((ctypes.c_char * size).from_address(first), dtype=dtype).view(shape)
 
     def guard(tensor):
+        if isinstance(tensor, QuantizedWeight):
+            return QuantizedWeight(*map(guard, tensor))
         return None if tensor is None else empty(tuple(tensor.shape), tensor.dtype).copy_(tensor)
 
-    def check(name, needs, arguments, *rest):
-        forward, backward = (getattr(native, name + suffix) for suffix in ("", "_backward"))
+    def check(name, needs, arguments, *rest, module=native):
+        forward, backward = (getattr(module, name + suffix) for suffix in ("", "_backward"))
         y, *saved = forward(*arguments, *rest)
         dy = torch.ones_like(y)
         before = [y, *backward(dy, *saved, *arguments, *rest[:1], [True] * needs)]
@@ -282,6 +285,13 @@ GUARDED = """
             for save_percent in (100, 30):
                 check("experts_mlp", 6, vars(inputs).values(), act, save_percent)
         check("experts_merged", 3, vars(make_merged_inputs(T, D, F, 3, 2, dtype=dtype)).values())
+    for (D, F), T, layout in itertools.product([*widths, (32, 64), (160, 96)], (1, 7, 40), ("gate_up", "interleaved", "plain")):
+        inputs = make_mlp_inputs(T, D, F, 3, 2, dtype=torch.bfloat16, gated=layout != "plain", bias=True)
+        forms = [{}, *({"dtype": "int4", "group_size": 32, "symmetric": s} for s in (True, False) if D % 32 == F % 32 == 0)]
+        for form in forms:
+            weights = [quantize_weight(weight, **form) for weight in (inputs.up_proj, inputs.down_proj)]
+            arguments = [inputs.x, inputs.experts, inputs.weights, *weights, inputs.up_bias, inputs.down_bias]
+            check("experts_mlp", 4, arguments, native.Activation("silu", layout, 1.0, 1.0), 30, module=quantized)
     plain_empty = torch.empty
     for T, (E, K) in itertools.product((1, 3), [(1, 1), (5, 2), (8, 8), (16, 1), (33, 8), (64, 3), (1030, 70)]):
         keys = torch.randn(T, E)

@@ -105,8 +105,9 @@ def test_every_number_of_tokens_equals_the_oracle(T, form, dtype):
 @pytest.mark.parametrize("widths", [(1, 1), (1, 37), (37, 1), (17, 33), (33, 17), (64, 48), (130, 515), (515, 130)], ids=str)
 @every_dtype
 def test_every_width_of_int8_equals_the_oracle(widths, dtype):
+    D, inner = widths
     for T, gated in ((3, True), (9, False)):
-        inputs = make_mlp_inputs(T, *widths, 3, 2, dtype=dtype, gated=gated, bias=True)
+        inputs = make_mlp_inputs(T, D, inner, 3, 2, dtype=dtype, gated=gated, bias=True)
         assert_exact(inputs, quantized(inputs, "int8"), gated=gated)
 
 

@@ -161,8 +161,8 @@ def quantised_by_torchao(moe: Any, int8_tensor: Any, **options: Any) -> Any:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_int8_tensors_of_torchao_are_unwrapped_as_they_are(int8_tensor, dtype):
-    moe, x = MoE(config(bias=False), dtype=dtype), torch.randn(9, 64, dtype=dtype)
-    wide = copy.deepcopy(quantised_by_torchao(moe, int8_tensor))
+    moe = quantised_by_torchao(MoE(config(bias=False), dtype=dtype), int8_tensor)
+    wide, x = copy.deepcopy(moe), torch.randn(9, 64, dtype=dtype)
     held: Any = moe.experts.gate_up_proj
     for name in ("gate_up_proj", "down_proj"):
         setattr(wide.experts, name, torch.nn.Parameter(getattr(wide.experts, name).dequantize()))

@@ -61,7 +61,7 @@ struct Int8Rows {
     int k;
 
     static constexpr int place(int i) { return i; }
-    static size_t stride_of(int k) { return (((size_t)k + LANES - 1) / LANES * LANES * 4 / 64 | 1) * 64 / 4; }
+    static size_t stride_of(int k) { return ((((size_t)k + LANES - 1) / LANES * LANES * 4 + 63) / 64 | 1) * 64 / 4; }
     template <class T> static void unpack_like(const T* from, int k, float* to) {
         int i = 0;
         for (; i + LANES <= k; i += LANES) store(to + i, load_wide(from + i));
