@@ -1,5 +1,6 @@
 """The benchmark of quantised experts, at a size that takes no time."""
 
+import importlib
 import json
 from typing import Any
 
@@ -10,9 +11,7 @@ from fusedonemoe.__main__ import main
 from fusedonemoe.ops.cpu import native
 
 pytest.importorskip("rich")
-
-from fusedonemoe.bench import quantized
-from fusedonemoe.bench.ceilings import Ceilings
+quantized: Any = importlib.import_module("fusedonemoe.bench.quantized")
 
 _REFUSAL = native.refusal(torch.bfloat16, True)
 pytestmark = pytest.mark.skipif(_REFUSAL is not None, reason=f"no CPU kernels: {_REFUSAL}")
@@ -23,9 +22,12 @@ def small(monkeypatch):
     monkeypatch.setattr(quantized, "SIZES", (128, 256, 8, 2))
     monkeypatch.setattr(quantized, "TOKENS", (1, 5))
     monkeypatch.setattr(quantized, "ROUNDS", 4)
-    monkeypatch.setattr(
-        Ceilings, "sampler", lambda self, dtype: lambda: vars(self).update(flops_per_s={dtype: 1e11}, bytes_per_s=1e10)
-    )
+
+    def sampler(self, dtype):
+        self.flops_per_s, self.bytes_per_s = {dtype: 1e11}, 1e10
+        return lambda: None
+
+    monkeypatch.setattr(quantized.Ceilings, "sampler", sampler)
 
 
 def test_every_form_is_timed_and_bytes_are_those_of_the_experts_that_are_hit(small):
@@ -45,9 +47,11 @@ def test_every_form_is_timed_and_bytes_are_those_of_the_experts_that_are_hit(sma
 
 def test_a_wrong_output_gets_no_time_and_fails_the_command(small, monkeypatch, capsys):
     right = quantized.F.experts_mlp_quantized
-    monkeypatch.setattr(
-        quantized.F, "experts_mlp_quantized", lambda *a, impl="auto": right(*a) * (1.0 if impl == "grouped" else 1.1)
-    )
+
+    def wrong(*arguments, impl="auto"):
+        return right(*arguments) * (1.0 if impl == "grouped" else 1.1)
+
+    monkeypatch.setattr(quantized.F, "experts_mlp_quantized", wrong)
     assert main(["bench", "--suite", "quantized", "--no-rt"]) == 1
     assert "int8: off by" in capsys.readouterr().err
 
