@@ -9,6 +9,18 @@ from fusedonemoe.ops.activation import ACTIVATIONS, GATE_UP_LAYOUTS
 from fusedonemoe.ops.choice import IMPLEMENTATIONS
 from fusedonemoe.ops.route import GROUP_SCORES, SCORINGS
 
+_FLAGS = (
+    "gated",
+    "transposed",
+    "bias",
+    "output_bias",
+    "score_first",
+    "norm_topk_prob",
+    "router_bias",
+    "selection_bias",
+    "shared_gate",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
@@ -22,7 +34,9 @@ class MoEConfig:
         activation: ``silu``, ``gelu``, ``gelu_tanh``, ``relu``, ``relu2``, ``sigmoid``, ``identity`` or ``swiglu_oai``.
         gated: gate and up projections (SwiGLU and kin) or an up projection only.
         gate_up_layout: rows of ``gate_up_proj``: ``gate_up``, ``up_gate`` or ``interleaved``.
+        transposed: keep the expert weights as ``[E, D, 2F]`` and ``[E, F, D]`` (GPT-OSS), read as views.
         bias: expert biases.
+        output_bias: one bias ``[D]`` of the block, added to each token's sum once (megablocks).
         swiglu_alpha: slope of ``swiglu_oai``.
         swiglu_limit: clamp of ``swiglu_oai``.
         scoring: ``softmax`` or ``sigmoid``.
@@ -34,7 +48,8 @@ class MoEConfig:
         n_group: contiguous expert groups.
         topk_group: groups that stay open for selection.
         group_score: ``top2_sum`` or ``max``.
-        shared_intermediate_size: ``F`` of a shared dense branch that every token takes; None for no such branch.
+        shared_intermediate_size: ``F`` of a shared dense branch that every token takes, gated and activated as the experts are;
+            None for no such branch.
         shared_gate: scale the shared branch by ``sigmoid(x . w_s)`` (Qwen2-MoE).
         save_percent: share of pre-activation rows kept for the backward, an integer from 0 to 100.
         impl: ``auto``, ``dense``, ``grouped``, ``cpu`` or ``triton``.
@@ -58,7 +73,9 @@ class MoEConfig:
     activation: str = "silu"
     gated: bool = True
     gate_up_layout: str = "gate_up"
+    transposed: bool = False
     bias: bool = False
+    output_bias: bool = False
     swiglu_alpha: float = 1.702
     swiglu_limit: float = 7.0
     scoring: str = "softmax"
@@ -82,7 +99,7 @@ class MoEConfig:
             self._check_count("shared_intermediate_size", 1)
         elif self.shared_gate:
             raise ValueError("shared_gate needs a shared branch: set shared_intermediate_size")
-        for name in ("gated", "bias", "score_first", "norm_topk_prob", "router_bias", "selection_bias", "shared_gate"):
+        for name in _FLAGS:
             self._check_flag(name)
         for name in ("swiglu_alpha", "swiglu_limit", "routed_scaling_factor"):
             self._check_factor(name)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fusedonemoe import functional as F
 from fusedonemoe.config import MoEConfig
+from fusedonemoe.ops.activation import PLAIN, Activation, activate
 from fusedonemoe.routers import TopKRouter
 
 
@@ -40,7 +41,8 @@ class Experts(nn.Module):
     """The experts of a block: stacked weights, expert axis first, under Hugging Face's names.
 
     Parameters ``gate_up_proj`` ``[E, 2F, D]`` (``up_proj`` ``[E, F, D]`` when plain), ``down_proj`` ``[E, D, F]`` and, with
-    biases, ``gate_up_proj_bias`` ``[E, 2F]`` (``up_proj_bias``) and ``down_proj_bias`` ``[E, D]``.
+    biases, ``gate_up_proj_bias`` ``[E, 2F]`` (``up_proj_bias``) and ``down_proj_bias`` ``[E, D]``. With ``transposed`` the two
+    weights are ``[E, D, 2F]`` (``[E, D, F]``) and ``[E, F, D]``, and the kernels that need contiguous rows cannot take them.
 
     Args:
         config: the block's configuration.
@@ -63,8 +65,8 @@ class Experts(nn.Module):
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
 
-        self.register_parameter(self._up_name, parameter(E, G, D))
-        self.down_proj = parameter(E, D, F_)
+        self.register_parameter(self._up_name, parameter(E, D, G) if config.transposed else parameter(E, G, D))
+        self.down_proj = parameter(E, F_, D) if config.transposed else parameter(E, D, F_)
         self.register_parameter(f"{self._up_name}_bias", parameter(E, G) if config.bias else None)
         self.register_parameter("down_proj_bias", parameter(E, D) if config.bias else None)
         self._packed: F.PackedExperts | None = None
@@ -90,6 +92,7 @@ class Experts(nn.Module):
             activation=config.activation,
             gated=config.gated,
             gate_up_layout=config.gate_up_layout,
+            transposed=config.transposed,
             swiglu_alpha=config.swiglu_alpha,
             swiglu_limit=config.swiglu_limit,
             save_percent=config.save_percent,
@@ -108,10 +111,13 @@ class Experts(nn.Module):
             ValueError: there are no CPU kernels for these weights here; the message says why.
             RuntimeError: ``impl`` names another implementation.
         """
-        if self.config.impl not in ("auto", "cpu"):
-            raise RuntimeError(f"packed weights are for impl='auto' or 'cpu', got impl={self.config.impl!r}")
+        config = self.config
+        if config.impl not in ("auto", "cpu"):
+            raise RuntimeError(f"packed weights are for impl='auto' or 'cpu', got impl={config.impl!r}")
+        if config.transposed:
+            raise ValueError("transposed weights cannot be packed: the CPU kernels read contiguous rows")
         self._packed = F.pack_experts(
-            getattr(self, self._up_name), self.down_proj, gated=self.config.gated, gate_up_layout=self.config.gate_up_layout
+            getattr(self, self._up_name), self.down_proj, gated=config.gated, gate_up_layout=config.gate_up_layout
         )
 
     def unpack(self) -> None:
@@ -140,10 +146,10 @@ class Experts(nn.Module):
 
 
 class SharedExpert(nn.Module):
-    """The dense branch that every token takes: ``(silu(x Wg) * (x Wu)) Wd``.
+    """The dense branch that every token takes: ``(act(x Wg) * (x Wu)) Wd``, or ``act(x Wu) Wd`` when plain.
 
     Args:
-        hidden_size: ``D``.
+        config: the block's configuration.
         intermediate_size: ``F`` of this branch.
         device: of the parameters.
         dtype: of the parameters.
@@ -151,29 +157,43 @@ class SharedExpert(nn.Module):
 
     def __init__(
         self,
-        hidden_size: int,
+        config: MoEConfig,
         intermediate_size: int,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False, device=device, dtype=dtype)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False, device=device, dtype=dtype)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False, device=device, dtype=dtype)
+
+        def linear(in_features: int, out_features: int) -> nn.Linear:
+            return nn.Linear(in_features, out_features, bias=False, device=device, dtype=dtype)
+
+        self._activation = Activation(
+            config.activation, "gate_up" if config.gated else PLAIN, config.swiglu_alpha, config.swiglu_limit
+        )
+        self.gate_proj = linear(config.hidden_size, intermediate_size) if config.gated else None
+        self.up_proj = linear(config.hidden_size, intermediate_size)
+        self.down_proj = linear(intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., D]`` to ``[..., D]``."""
-        out: Tensor = self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        z: Tensor = self.up_proj(x)
+        if self.gate_proj is None:
+            h = activate(z, self._activation)
+        elif self._activation.name == "silu":  # the usual one, without joining gate and up
+            h = nn.functional.silu(self.gate_proj(x)) * z
+        else:
+            h = activate(torch.cat((self.gate_proj(x), z), dim=-1), self._activation)
+        out: Tensor = self.down_proj(h)
         return out
 
 
 class MoE(nn.Module):
     """A mixture-of-experts block: router, experts, and optionally a shared dense branch.
 
-    ``y = experts(x, route(x)) [+ shared(x) [* sigmoid(x . w_s)]]``. Parameters are plain and carry Hugging Face's names:
+    ``y = experts(x, route(x)) [+ b] [+ shared(x) [* sigmoid(x . w_s)]]``. Parameters are plain and carry Hugging Face's names:
     ``gate.weight`` ``[E, D]``, ``experts.gate_up_proj`` ``[E, 2F, D]``, ``experts.down_proj`` ``[E, D, F]``,
-    ``shared_expert.{gate,up,down}_proj.weight``, ``shared_expert_gate.weight``.
+    ``shared_expert.{gate,up,down}_proj.weight``, ``shared_expert_gate.weight``, ``output_bias``.
 
     Args:
         config: a :class:`MoEConfig`; or give its fields as keywords.
@@ -231,12 +251,17 @@ class MoE(nn.Module):
         self.shared_expert: SharedExpert | None = None
         self.shared_expert_gate: nn.Linear | None = None
         if config.shared_intermediate_size is not None:
-            self.shared_expert = SharedExpert(config.hidden_size, config.shared_intermediate_size, device=device, dtype=dtype)
+            self.shared_expert = SharedExpert(config, config.shared_intermediate_size, device=device, dtype=dtype)
             if config.shared_gate:
                 self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False, device=device, dtype=dtype)
+        self.output_bias: nn.Parameter | None = None
+        if config.output_bias:
+            self.output_bias = nn.Parameter(torch.zeros(config.hidden_size, device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
         """Initialise every part again, as after ``to_empty`` of a block that was built on the meta device."""
+        if self.output_bias is not None:
+            nn.init.zeros_(self.output_bias)
         for part in self.modules():
             if isinstance(part, TopKRouter | Experts | nn.Linear):
                 part.reset_parameters()
@@ -265,6 +290,8 @@ class MoE(nn.Module):
             raise ValueError(f"x must have shape [..., {self.config.hidden_size}], got {tuple(x.shape)}")
         logits, weights, experts = self.gate(x)
         y: Tensor = self.experts(x, experts, weights)
+        if self.output_bias is not None:
+            y = y + self.output_bias.to(y.dtype)  # under autocast y is not the parameter's
         if self.shared_expert is not None:
             shared = self.shared_expert(x)
             if self.shared_expert_gate is not None:

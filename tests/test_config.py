@@ -67,6 +67,8 @@ INVALID = [
     ({"impl": "fast"}, ValueError, "impl must be one of ('auto', 'dense', 'grouped', 'cpu', 'triton'), got 'fast'"),
     ({"activation": "swiglu_oai", "gated": False}, ValueError, "activation 'swiglu_oai' is gated by definition, got gated=False"),
     ({"gated": "no"}, TypeError, "gated must be a bool, got 'no'"),
+    ({"transposed": None}, TypeError, "transposed must be a bool, got None"),
+    ({"output_bias": "yes"}, TypeError, "output_bias must be a bool, got 'yes'"),
     ({"selection_bias": 1}, TypeError, "selection_bias must be a bool, got 1"),
     ({"routed_scaling_factor": "2"}, TypeError, "routed_scaling_factor must be a number, got '2'"),
     ({"routed_scaling_factor": 0.0}, ValueError, "routed_scaling_factor must be positive and finite, got 0.0"),
@@ -220,6 +222,18 @@ def test_fused_one_moe_checks_its_sizes(fields, error, message):
                 "experts.up_proj": (8, 6, 8),
                 "experts.up_proj_bias": (8, 6),
                 "experts.down_proj_bias": (8, 8),
+            },
+        ),
+        (
+            {"transposed": True, "output_bias": True},
+            {"experts.gate_up_proj": (8, 8, 12), "experts.down_proj": (8, 6, 8), "output_bias": (8,)},
+        ),
+        (
+            {"gated": False, "shared_intermediate_size": 5},
+            {
+                "experts.up_proj": (8, 6, 8),
+                "shared_expert.up_proj.weight": (5, 8),
+                "shared_expert.down_proj.weight": (8, 5),
             },
         ),
         (
