@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from fusedonemoe.hf import fields_of
 from fusedonemoe.ops.activation import ACTIVATIONS, GATE_UP_LAYOUTS
 from fusedonemoe.ops.choice import IMPLEMENTATIONS
 from fusedonemoe.ops.route import GROUP_SCORES, SCORINGS
@@ -161,6 +162,31 @@ class MoEConfig:
     def experts_per_token(self) -> int:
         """``K``, with ``top_k=None`` counted as every expert."""
         return self.num_experts if self.top_k is None else self.top_k
+
+    @classmethod
+    def from_hf(cls, config: Any, *, layer: int | None = None, **changes: Any) -> "MoEConfig":
+        """The block of a Hugging Face model's configuration.
+
+        A shared branch that stands outside the block, as Granite's does, is not part of it.
+
+        Args:
+            config: a configuration of transformers, or any object with the same attributes. Of a model of several towers, the
+                text model's own is taken.
+            layer: whose block, where the configuration has ``per_layer_config``.
+            **changes: fields to set beside those that the configuration says: ``impl``, ``save_percent`` and so on.
+
+        Raises:
+            ValueError: the family is not known, or its block does what the fields here do not say; the message says what.
+
+        Example:
+            >>> from types import SimpleNamespace
+            >>> from fusedonemoe import MoEConfig
+            >>> sizes = {"hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 16, "num_experts_per_tok": 4}
+            >>> qwen3 = SimpleNamespace(model_type="qwen3_moe", hidden_act="silu", norm_topk_prob=True, **sizes)
+            >>> MoEConfig.from_hf(qwen3) == MoEConfig(hidden_size=64, intermediate_size=32, num_experts=16, top_k=4)
+            True
+        """
+        return cls(**(fields_of(config, layer) | changes))
 
     def replace(self, **changes: Any) -> "MoEConfig":
         """A copy with some fields changed, validated again."""

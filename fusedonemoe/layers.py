@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from fusedonemoe import functional as F
 from fusedonemoe.config import MoEConfig
-from fusedonemoe.ops.activation import PLAIN, Activation, activate
+from fusedonemoe.hf import config_of, tensors_of
 from fusedonemoe.routers import TopKRouter
+from fusedonemoe.shared_expert import SharedExpert
 
 
 def _uniform_by_fan_in(parameter: Tensor, fan_in: int) -> None:
@@ -145,49 +146,6 @@ class Experts(nn.Module):
         )
 
 
-class SharedExpert(nn.Module):
-    """The dense branch that every token takes: ``(act(x Wg) * (x Wu)) Wd``, or ``act(x Wu) Wd`` when plain.
-
-    Args:
-        config: the block's configuration.
-        intermediate_size: ``F`` of this branch.
-        device: of the parameters.
-        dtype: of the parameters.
-    """
-
-    def __init__(
-        self,
-        config: MoEConfig,
-        intermediate_size: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-
-        def linear(in_features: int, out_features: int) -> nn.Linear:
-            return nn.Linear(in_features, out_features, bias=False, device=device, dtype=dtype)
-
-        self._activation = Activation(
-            config.activation, "gate_up" if config.gated else PLAIN, config.swiglu_alpha, config.swiglu_limit
-        )
-        self.gate_proj = linear(config.hidden_size, intermediate_size) if config.gated else None
-        self.up_proj = linear(config.hidden_size, intermediate_size)
-        self.down_proj = linear(intermediate_size, config.hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., D]`` to ``[..., D]``."""
-        z: Tensor = self.up_proj(x)
-        if self.gate_proj is None:
-            h = activate(z, self._activation)
-        elif self._activation.name == "silu":  # the usual one, without joining gate and up
-            h = nn.functional.silu(self.gate_proj(x)) * z
-        else:
-            h = activate(torch.cat((self.gate_proj(x), z), dim=-1), self._activation)
-        out: Tensor = self.down_proj(h)
-        return out
-
-
 class MoE(nn.Module):
     """A mixture-of-experts block: router, experts, and optionally a shared dense branch.
 
@@ -257,6 +215,43 @@ class MoE(nn.Module):
         self.output_bias: nn.Parameter | None = None
         if config.output_bias:
             self.output_bias = nn.Parameter(torch.zeros(config.hidden_size, device=device, dtype=dtype))
+
+    @classmethod
+    def from_hf(cls, module: nn.Module, config: MoEConfig | None = None) -> "MoE":
+        """A block over the parameters of a transformers sparse block, which are shared and not copied.
+
+        The parameters are the same objects: values, gradients and optimizer states are common, and training either trains both.
+        A selection bias shares its storage only, and moving or casting either module later would part the two. The block is in
+        the module's mode, training or evaluation.
+
+        Args:
+            module: the block: router, experts and what stands beside them, as transformers 5 has them in memory.
+            config: how it routes; None reads the configuration that the module keeps.
+
+        Raises:
+            TypeError: ``module`` is no module.
+            ValueError: the family is not known; the block does what a MoE does not; or its weights are cut in other tensors
+                (DBRX's flat matrices, a shared branch with gate and up in one), which cannot be shared but can be copied, by
+                :func:`fusedonemoe.integrations.checkpoints.load_experts`.
+
+        Example:
+            >>> import torch
+            >>> from fusedonemoe import MoE
+            >>> block = MoE(hidden_size=16, intermediate_size=32, num_experts=4, top_k=2)  # any block with these names
+            >>> shared = MoE.from_hf(block, config=block.config)
+            >>> shared.experts.down_proj is block.experts.down_proj
+            True
+        """
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+        if config is None:
+            config = MoEConfig.from_hf(config_of(module))
+        moe = cls(config, device="meta")
+        expected = {name: tuple(tensor.shape) for name, tensor in moe.state_dict().items()}
+        for name, tensor in tensors_of(module, expected).items():
+            owner, _, leaf = name.rpartition(".")
+            setattr(moe.get_submodule(owner), leaf, tensor)
+        return moe.train(module.training)
 
     def reset_parameters(self) -> None:
         """Initialise every part again, as after ``to_empty`` of a block that was built on the meta device."""

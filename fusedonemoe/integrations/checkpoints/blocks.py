@@ -5,7 +5,8 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import cache
 
-from fusedonemoe.integrations.checkpoints.layouts import BLOCK_NAMES, LAYOUT_OF_MODEL_TYPE, LAYOUTS, Layout, Part
+from fusedonemoe.hf import BLOCK_NAMES
+from fusedonemoe.integrations.checkpoints.layouts import LAYOUT_OF_MODEL_TYPE, LAYOUTS, Layout, Part
 from fusedonemoe.integrations.checkpoints.sources import Source
 
 _NUMBER = r"(?P<expert>\d+)"

@@ -147,35 +147,5 @@ LAYOUTS: dict[str, Layout] = {
     ),
 }
 
-# Names in memory of what stands beside the experts, each with the names that checkpoints have for it. Reading accepts them
-# all; writing takes the layout's own, or the first.
-BLOCK_NAMES: dict[str, tuple[str, ...]] = {
-    "gate.weight": ("gate.weight", "router.weight", "router.layer.weight", "router.gate.weight", "gate.wg.weight"),
-    "gate.bias": ("gate.bias", "router.bias", "router.layer.bias", "router.gate.bias"),
-    "gate.e_score_correction_bias": (
-        "gate.e_score_correction_bias",
-        "e_score_correction_bias",
-        "router.e_score_correction_bias",
-        "gate.expert_bias",
-        "expert_bias",
-        "expert_bias_E",
-    ),
-    "output_bias": ("experts.bias", "bias"),
-    "shared_expert_gate.weight": ("shared_expert_gate.weight",),
-    **{
-        f"shared_expert.{ours}.weight": tuple(
-            f"{module}.{name}.weight"
-            for module, name in (
-                ("shared_expert", ours),
-                ("shared_experts", ours),
-                ("shared_mlp", ours),
-                ("shared_expert", theirs),
-                ("shared_experts", theirs),
-            )
-        )
-        for ours, theirs in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2"))
-    },
-}
-
 # Same names, same shapes, another order of rows: only the model's type tells them apart.
 LAYOUT_OF_MODEL_TYPE = {"gpt_oss": "gpt_oss", "openai_privacy_filter": "hf_transposed"}

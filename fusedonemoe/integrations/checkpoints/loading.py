@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from fusedonemoe.checks import check_integer, check_one_of
+from fusedonemoe.hf import BLOCK_NAMES
 from fusedonemoe.integrations.checkpoints.blocks import Block, find_blocks
-from fusedonemoe.integrations.checkpoints.layouts import BLOCK_NAMES, LAYOUTS, Part
+from fusedonemoe.integrations.checkpoints.layouts import LAYOUTS, Part
 from fusedonemoe.integrations.checkpoints.mxfp4 import dequantize_mxfp4
 from fusedonemoe.integrations.checkpoints.sources import Checkpoint, Source
 from fusedonemoe.integrations.checkpoints.weights import ExpertWeights, pieces, weights_of

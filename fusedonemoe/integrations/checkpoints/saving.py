@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fusedonemoe.checks import check_one_of
-from fusedonemoe.integrations.checkpoints.layouts import BLOCK_NAMES, LAYOUTS, Layout, Part
+from fusedonemoe.hf import BLOCK_NAMES
+from fusedonemoe.integrations.checkpoints.layouts import LAYOUTS, Layout, Part
 from fusedonemoe.integrations.checkpoints.weights import ExpertWeights, pieces, weights_of
 from fusedonemoe.layers import Experts, MoE
 
