@@ -199,8 +199,12 @@ def test_tensors_that_need_no_change_are_the_modules_own():
 
 def test_block_names_are_those_asked_for():
     moe = MoE(hidden_size=6, intermediate_size=4, num_experts=3, top_k=1, selection_bias=True)
-    named = to_state_dict(moe, "hf", prefix="m", block_names={"gate.e_score_correction_bias": "moe_statics.bias"})
-    assert {"m.gate.weight", "m.moe_statics.bias"} <= named.keys()
+    ernie = {"gate.e_score_correction_bias": "moe_statics.e_score_correction_bias"}
+    named = to_state_dict(moe, "hf", prefix="m", block_names=ernie)
+    assert named["m.moe_statics.e_score_correction_bias"].shape == (1, 3) and "m.gate.weight" in named
+    assert list_blocks(named)[0].block_names == {"gate.weight": "gate.weight"} | ernie
+    assert same(to_state_dict(load_experts(named)), named)
+    assert same(to_state_dict(load_experts(named, into=MoE(moe.config)), "hf", prefix="m", block_names=ernie), named)
     with pytest.raises(ValueError, match=r"block_names must be of \['gate.weight'\], got \['gate.bias'\]"):
         to_state_dict(MoE(hidden_size=6, intermediate_size=4, num_experts=3, top_k=1), "hf", block_names={"gate.bias": "b"})
 

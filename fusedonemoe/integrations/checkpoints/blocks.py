@@ -26,6 +26,8 @@ class Block:
         gated: whether the experts have a gate.
         bias: whether the experts have biases.
         names: the names below the prefix of the experts' tensors, by part; those of one per expert with ``{}``.
+        block_names: the names below the prefix of what stands beside the experts, by :class:`~fusedonemoe.MoE`'s names;
+            :func:`to_state_dict` takes them to write a block under the names that it had.
     """
 
     prefix: str
@@ -36,6 +38,7 @@ class Block:
     gated: bool
     bias: bool
     names: tuple[str, ...] = field(repr=False, compare=False)
+    block_names: dict[str, str] = field(repr=False, compare=False)
 
     @property
     def layer(self) -> int | None:
@@ -202,7 +205,19 @@ def _choose(source: Source, prefix: str, complete: dict[str, _Found], given: int
     E, (D, F) = fitting[layout]
     names = tuple(complete[layout].experts)
     bias = any(part.target.endswith("bias") and part.names()[0] in names for part in LAYOUTS[layout].parts)
-    return Block(prefix, layout, E, D, F, LAYOUTS[layout].gated, bias, names)
+    return Block(prefix, layout, E, D, F, LAYOUTS[layout].gated, bias, names, _block_names(source, prefix, layout))
+
+
+def _block_names(source: Source, prefix: str, layout: str) -> dict[str, str]:
+    """What stands beside the experts: our name to the checkpoint's."""
+    own = dict(LAYOUTS[layout].block_names)
+    names = {}
+    for ours, aliases in BLOCK_NAMES.items():
+        tried = (own[ours], *aliases) if ours in own else aliases
+        here = next((name for name in tried if _key(prefix, name) in source), None)
+        if here is not None:
+            names[ours] = here
+    return names
 
 
 def find_blocks(source: Source, layout: str, num_experts: int | None) -> tuple[list[Block], list[Misfit]]:

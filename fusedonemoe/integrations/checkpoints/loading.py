@@ -136,7 +136,7 @@ def load_experts(
         block = _pick(source, layout, num_experts, prefix, layer)
         parts = _present_parts(block)
         _check_shapes(source, block, parts)
-        names = _block_names(source, block)
+        names = block.block_names
         _check_names(source, block, names, into)
         if into is None:
             home = _allocate(source, block, parts, names, dtype, device)
@@ -148,7 +148,7 @@ def load_experts(
         _check_beside(source, beside, home)
         _copy(source, block, parts, home)
         for ours, key in beside.items():
-            home.block[ours].copy_(source.read(key))
+            home.block[ours].copy_(source.read(key).reshape(home.block[ours].shape))
     return home if into is None else into
 
 
@@ -209,18 +209,6 @@ def _check_shapes(source: Source, block: Block, parts: list[Part]) -> None:
                 )
 
 
-def _block_names(source: Source, block: Block) -> dict[str, str]:
-    """What stands beside the experts: our name to the checkpoint's."""
-    own = dict(LAYOUTS[block.layout].block_names)
-    names = {}
-    for ours, aliases in BLOCK_NAMES.items():
-        tried = (own[ours], *aliases) if ours in own else aliases
-        here = next((name for name in tried if block.key(name) in source), None)
-        if here is not None:
-            names[ours] = here
-    return names
-
-
 def _check_names(source: Source, block: Block, names: dict[str, str], into: Experts | MoE | None) -> None:
     """Nothing is missing and nothing is left over."""
     used = {key for part in _present_parts(block) for key in _keys(block, part)}
@@ -262,8 +250,9 @@ def _check_module(block: Block, into: Experts | MoE) -> None:
 def _check_beside(source: Source, beside: dict[str, str], home: ExpertWeights) -> None:
     """What stands beside the experts has the module's shapes."""
     for ours, key in beside.items():
-        if source.shape(key) != tuple(home.block[ours].shape):
-            raise ValueError(f"{key} must have shape {tuple(home.block[ours].shape)}, as {ours} has, got {source.shape(key)}")
+        # Ernie's selection bias has a leading axis of one.
+        if source.shape(key) not in (shape := tuple(home.block[ours].shape), (1, *shape)):
+            raise ValueError(f"{key} must have shape {shape}, as {ours} has, got {source.shape(key)}")
 
 
 def _check_dtypes(source: Source, block: Block, parts: list[Part]) -> None:

@@ -32,7 +32,8 @@ def to_state_dict(
         layout: a name of :data:`LAYOUTS`; None for the one that the weights were read in.
         prefix: put before each name, with a dot; None for what the weights were read with, nothing for a module.
         block_names: names below the prefix for what stands beside the experts, by :class:`~fusedonemoe.MoE`'s names, where they
-            differ from the layout's: ``{"gate.weight": "router.weight"}``.
+            differ from the layout's: ``{"gate.weight": "router.weight"}``. Those of a checkpoint are the ``block_names`` of what
+            :func:`list_blocks` found.
 
     Returns:
         Contiguous tensors by name.
@@ -66,7 +67,10 @@ def to_state_dict(
     with torch.no_grad():
         for part in parts:
             written |= _write(weights, part, rule.rows)
-        written |= {theirs: weights.block[ours].contiguous() for ours, theirs in named.items()}
+        for ours, theirs in named.items():
+            tensor = weights.block[ours].contiguous()
+            # Ernie's selection bias has a leading axis of one.
+            written[theirs] = tensor[None] if theirs.startswith("moe_statics.") and tensor.dim() == 1 else tensor
     before = weights.prefix if prefix is None else prefix.removesuffix(".")
     return {f"{before}.{key}" if before else key: tensor for key, tensor in written.items()}
 
