@@ -5,10 +5,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from fusedonemoe.checks import check_norm_eps
 from fusedonemoe.hf import fields_of
 from fusedonemoe.ops.activation import ACTIVATIONS, GATE_UP_LAYOUTS
 from fusedonemoe.ops.choice import IMPLEMENTATIONS
-from fusedonemoe.ops.route import GROUP_SCORES, SCORINGS
+from fusedonemoe.ops.route import GROUP_SCORES, NORM_EPS, SCORINGS
 
 _FLAGS = (
     "gated",
@@ -49,6 +50,7 @@ class MoEConfig:
         n_group: contiguous expert groups.
         topk_group: groups that stay open for selection.
         group_score: ``top2_sum`` or ``max``.
+        norm_eps: added to the sum of sigmoids that normalises them (LFM2 has 1e-6).
         shared_intermediate_size: ``F`` of a shared dense branch that every token takes, gated and activated as the experts are;
             None for no such branch.
         shared_gate: scale the shared branch by ``sigmoid(x . w_s)`` (Qwen2-MoE).
@@ -88,6 +90,7 @@ class MoEConfig:
     n_group: int = 1
     topk_group: int = 1
     group_score: str = "top2_sum"
+    norm_eps: float = NORM_EPS
     shared_intermediate_size: int | None = None
     shared_gate: bool = False
     save_percent: int = 100
@@ -108,6 +111,7 @@ class MoEConfig:
         self._check_one_of("gate_up_layout", GATE_UP_LAYOUTS)
         self._check_one_of("scoring", SCORINGS)
         self._check_one_of("group_score", GROUP_SCORES)
+        check_norm_eps(self.norm_eps, self.scoring)
         self._check_one_of("impl", ("auto", *IMPLEMENTATIONS))
         self._check_count("save_percent", 0)
         if self.save_percent > 100:

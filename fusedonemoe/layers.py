@@ -201,6 +201,7 @@ class MoE(nn.Module):
             n_group=config.n_group,
             topk_group=config.topk_group,
             group_score=config.group_score,
+            norm_eps=config.norm_eps,
             impl="dense" if config.impl == "dense" else "auto",
             device=device,
             dtype=dtype,
@@ -221,8 +222,7 @@ class MoE(nn.Module):
         """A block over the parameters of a transformers sparse block, which are shared and not copied.
 
         The parameters are the same objects: values, gradients and optimizer states are common, and training either trains both.
-        A selection bias shares its storage only, and moving or casting either module later would part the two. The block is in
-        the module's mode, training or evaluation.
+        A selection bias shares its storage only: moving or casting either module later parts the two.
 
         Args:
             module: the block: router, experts and what stands beside them, as transformers 5 has them in memory.
@@ -231,8 +231,7 @@ class MoE(nn.Module):
         Raises:
             TypeError: ``module`` is no module.
             ValueError: the family is not known; the block does what a MoE does not; or its weights are cut in other tensors
-                (DBRX's flat matrices, a shared branch with gate and up in one), which cannot be shared but can be copied, by
-                :func:`fusedonemoe.integrations.checkpoints.load_experts`.
+                (DBRX's flat matrices, a shared branch with gate and up in one), which cannot be shared.
 
         Example:
             >>> import torch

@@ -30,7 +30,6 @@ REFUSED = {
     "HYV4Config": "clamped before its SiLU",
     "Inkling2TextConfig": "soft-capped",
     "InklingTextConfig": "the shared experts take part in the normalisation",
-    "Lfm2MoeConfig": "their sum plus 1e-6",
     "Llama4TextConfig": "scales an expert's input",
     "LongcatFlashConfig": "identities without weights",
     "MuseSparkTextConfig": "latent space",

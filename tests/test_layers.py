@@ -35,6 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen2": {"shared_intermediate_size": 5, "shared_gate": True, "norm_topk_prob": False},
     "every_expert": {"top_k": None, "scoring": "sigmoid", "norm_topk_prob": False},
     "save_half": {"save_percent": 50},
+    "lfm2": {"scoring": "sigmoid", "selection_bias": True, "norm_eps": 0.3},
     "nemotron_h": GROUPS | {"gated": False, "activation": "relu2", "shared_intermediate_size": 5},
     "megablocks": {"gated": False, "activation": "gelu", "norm_topk_prob": False, "output_bias": True},
     "minimax_m3": {
@@ -81,6 +82,7 @@ def oracle_router(gate, x_TD):
         n_group=gate.n_group,
         topk_group=gate.topk_group,
         group_score=gate.group_score,
+        norm_eps=gate.norm_eps,
     )
     return logits, weights, experts
 

@@ -105,12 +105,11 @@ def _laguna(config: Any) -> Fields:
 
 
 def _lfm2(config: Any) -> Fields:
-    if get(config, "norm_topk_prob"):
-        raise refuse(config, "weights are divided by their sum plus 1e-6, here by their sum alone (norm_topk_prob)")
     return {
         "scoring": "sigmoid",
         "selection_bias": bool(get(config, "use_expert_bias")),
-        "norm_topk_prob": False,
+        "norm_topk_prob": bool(get(config, "norm_topk_prob")),
+        "norm_eps": 1e-6,
         "routed_scaling_factor": float(get(config, "routed_scaling_factor")),
     }
 
