@@ -71,6 +71,11 @@ def _transposed(s: State, x: Tensor, e: int, E: int) -> Tensor:
     return (silu(gate) * up) @ s["experts.down_proj"][e]
 
 
+def _aria(s: State, x: Tensor, e: int, E: int) -> Tensor:
+    gate, up = (x @ s["experts.fc1.weight"][e]).chunk(2, dim=-1)
+    return (silu(gate) * up) @ s["experts.fc2.weight"][e]
+
+
 def _gpt_oss(s: State, x: Tensor, e: int, E: int) -> Tensor:
     z = x @ s["experts.gate_up_proj"][e] + s["experts.gate_up_proj_bias"][e]
     gate, up = z[..., ::2].clamp(max=7.0), z[..., 1::2].clamp(-7.0, 7.0)
@@ -155,6 +160,18 @@ LAYOUTS: dict[str, Written] = {
         },
         _gpt_oss,
         "swiglu_oai",
+    ),
+    "aria": Written(
+        "language_model.model.layers.1.mlp",
+        lambda random, E, D, F: {
+            "experts.fc1.weight": random(E, D, 2 * F),
+            "experts.fc2.weight": random(E, F, D),
+            "router.weight": random(E, D),
+            "shared_experts.gate_proj.weight": random(F, D),
+            "shared_experts.up_proj.weight": random(F, D),
+            "shared_experts.down_proj.weight": random(D, F),
+        },
+        _aria,
     ),
     "granite": Written(
         "model.layers.1.block_sparse_moe",

@@ -28,6 +28,7 @@ BLOCK_FIELDS: dict[str, dict[str, Any]] = {
     "hf_stacked_plain": {"gated": False, "activation": "relu2"},
     "gpt_oss": {"bias": True, "router_bias": True, "activation": "swiglu_oai", "score_first": False},
     "megablocks": {"gated": False, "activation": "gelu", "output_bias": True},
+    "aria": {"score_first": False, "shared_intermediate_size": 4},
     "torchtitan": {"selection_bias": True, "scoring": "sigmoid", "shared_intermediate_size": 4},
 }
 
@@ -445,6 +446,15 @@ def test_experts_alone_leave_the_router_and_refuse_a_bias_of_the_block():
     plain = Experts(_moe(gated=False).config)
     with pytest.raises(ValueError, match=r"encoder.layers.1.mlp.experts.bias is a bias of the whole block"):
         load_experts(make("megablocks", 3, 5, 4), into=plain)
+
+
+def test_block_that_is_the_layer_itself_leaves_the_layers_other_tensors_alone():
+    state = make("mixtral", 3, 5, 4, prefix="layers.7") | {"layers.7.attention.wq.weight": torch.ones(5, 5)}
+    assert load_experts(state, into=_moe()).config.num_experts == 3
+    with pytest.raises(ValueError, match=r"unexpected \['layers.7.gate.extra'\]"):
+        load_experts(state | {"layers.7.gate.extra": torch.ones(5)}, into=_moe())
+    with pytest.raises(ValueError, match=r"unexpected \['layers.7.shared_experts.w1.weight'\]"):
+        load_experts(state | {"layers.7.shared_experts.w1.weight": torch.ones(4, 5)}, into=_moe())
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], str, str]] = {
     "Mixtral": (LOCAL, "model.layers.1.block_sparse_moe", "mixtral"),
     "MiniMaxM2": (LOCAL | {"head_dim": 8}, "model.layers.1.block_sparse_moe", "mixtral"),
     "Lfm2Moe": (
-        FINE | {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"], "norm_topk_prob": False},
+        FINE | {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
         "model.layers.1.feed_forward",
         "lfm2",
     ),

@@ -198,9 +198,8 @@ def test_setting_that_moe_lacks_is_named(name, fields, message):
 
 
 def test_layers_that_differ_are_told_apart_by_number():
-    config = transformers.models.dots3_note.configuration_dots3_note.Dots3NoteVisionConfig(
-        num_hidden_layers=3, pyramid_num_routed=[0, 4, 8]
-    )
+    vision: Any = config_class("Dots3NoteVisionConfig")
+    config = vision(num_hidden_layers=3, pyramid_num_routed=[0, 4, 8])
     with pytest.raises(ValueError, match="differs between layers: give layer"):
         MoEConfig.from_hf(config)
     assert [MoEConfig.from_hf(config, layer=i).num_experts for i in (1, 2)] == [4, 8]

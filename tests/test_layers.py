@@ -190,6 +190,22 @@ def test_strided_input_gives_the_same_bits(impl):
     assert torch.equal(moe(x), moe(x.contiguous()))
 
 
+@pytest.mark.parametrize("variant", ["nemotron_h", "megablocks", "minimax_m3", "privacy_filter", "lfm2"])
+def test_variant_compiles_into_one_graph_and_runs_under_autocast(variant):
+    moe = make_moe(dtype=torch.float32, **VARIANTS[variant])
+    x = torch.randn(11, 8)
+    torch._dynamo.reset()
+    compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), moe(x))
+    expected = torch.autograd.grad(moe(x).square().sum(), list(moe.parameters()))
+    actual = torch.autograd.grad(compiled(x).square().sum(), list(moe.parameters()))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        lower = moe(x)
+    assert lower.dtype == torch.bfloat16
+    torch.testing.assert_close(lower.float(), moe(x), rtol=0.1, atol=0.1 * float(moe(x).detach().abs().max()))
+
+
 @pytest.mark.parametrize("impl", ["dense", "grouped"])
 @pytest.mark.parametrize("gated", [False, True])
 def test_transposed_weights_are_other_storage_of_the_same_block(gated, impl):

@@ -22,6 +22,7 @@ BLOCK_NAMES: dict[str, tuple[str, ...]] = {
         "router.e_score_correction_bias",
         "gate.moe_statics.e_score_correction_bias",
         "moe_statics.e_score_correction_bias",
+        "experts.e_score_correction_bias",
         "gate.expert_bias",
         "expert_bias",
         "expert_bias_E",

@@ -115,6 +115,13 @@ LAYOUTS: dict[str, Layout] = {
         block_names=(("gate.weight", "router.weight"), ("gate.bias", "router.bias")),
         writable=False,
     ),
+    "aria": Layout(
+        (
+            Part("gate_up", "experts.fc1.weight", "stack", transposed=True),
+            Part("down", "experts.fc2.weight", "stack", transposed=True),
+        ),
+        block_names=(("gate.weight", "router.weight"), *_shared("shared_experts")),
+    ),
     "granite": Layout(
         (Part("gate_up", "input_linear.weight", "stack"), Part("down", "output_linear.weight", "stack")),
         block_names=_ROUTER_LAYER,

@@ -219,7 +219,10 @@ def _check_names(source: Source, block: Block, names: dict[str, str], into: Expe
         has = {key for key in into.state_dict() if not key.startswith("experts.")}
         missing = [block.key(BLOCK_NAMES[ours][0]) for ours in sorted(has - names.keys())]
         used -= {block.key(theirs) for ours, theirs in names.items() if ours not in has}
-        scopes = {block.key("")}
+        # Where the block has no module of its own, its neighbours in the layer are none of its tensors.
+        is_layer = block.prefix.rpartition(".")[2].isdigit()
+        modules = {alias.partition(".")[0] for aliases in BLOCK_NAMES.values() for alias in aliases if "." in alias}
+        scopes |= {block.key(module) + "." for module in modules} if is_layer else {block.key("")}
     elif isinstance(into, Experts) and "output_bias" in names:
         raise ValueError(
             f"{block.key(names['output_bias'])} is a bias of the whole block, which Experts does not have: load into a MoE with "
