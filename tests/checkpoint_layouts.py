@@ -1,14 +1,17 @@
 """Random checkpoints in every layout, and for each the layout's own formula, written from its model's definition.
 
-Nothing here is shared with what is tested: names are spelt out, and no formula goes through the library's home form.
+The formulas share nothing with what is tested: names are spelt out, and none goes through the library's home form.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, relu, silu
+
+from fusedonemoe.integrations.checkpoints import ExpertWeights, load_experts
 
 State = dict[str, Tensor]
 
@@ -248,3 +251,29 @@ def output(layout: str, state: State, x: Tensor, experts: Tensor, weights: Tenso
         row = sum(weights[t, j] * written.expert(local, x[t], int(experts[t, j]), E) for j in range(experts.shape[1]))
         rows.append(row + local["experts.bias"] if "experts.bias" in local else row)
     return torch.stack(rows)
+
+
+# What nothing but the layout's name can tell from it, so that "auto" has to be told.
+AMBIGUOUS = {"gpt_oss"}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Names, shapes, dtypes and every bit."""
+    if a.keys() != b.keys():
+        return False
+    return all(
+        a[name].shape == b[name].shape
+        and a[name].dtype == b[name].dtype
+        and torch.equal(a[name].reshape(-1).view(torch.uint8), b[name].reshape(-1).view(torch.uint8))
+        for name in a
+    )
+
+
+def loaded(state: Any, layout: str, **kwargs: Any) -> ExpertWeights:
+    return load_experts(state, layout if layout in AMBIGUOUS else "auto", **kwargs)
+
+
+def two_layers() -> State:
+    """Two blocks of one model, and what stands around them."""
+    first, second = (make("hf", 3, 5, 4, seed=s, dtype=torch.bfloat16, prefix=f"model.layers.{s}.mlp") for s in (0, 1))
+    return first | second | {"model.embed_tokens.weight": torch.randn(7, 5), "lm_head.weight": torch.randn(7, 5)}

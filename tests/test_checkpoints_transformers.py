@@ -13,7 +13,7 @@ import transformers
 
 from fusedonemoe import MoE, MoEConfig
 from fusedonemoe.integrations.checkpoints import ExpertWeights, list_blocks, load_experts, to_state_dict
-from tests.test_checkpoints import same
+from tests.checkpoint_layouts import same
 
 BASE = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
