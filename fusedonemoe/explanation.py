@@ -107,6 +107,7 @@ def explain(
             triton        0.002 GFLOP       0.39 MB of expert weights...
     """
     widths: tuple[int, ...]
+    transposed = False
     if isinstance(layer, FusedOneMoE):
         operator, impl = "experts_merged", layer.impl
         E, D, F = layer.proj.shape
@@ -118,6 +119,7 @@ def explain(
         E, K = config.num_experts, config.experts_per_token
         D, F, G = config.hidden_size, config.intermediate_size, config.up_rows
         widths, weight_numel, gated = (D, G, F), E * D * (G + F), config.gated
+        transposed = config.transposed
     else:
         raise TypeError(f"layer must be a MoE, Experts, FusedOneMoE or MoEConfig, got {type(layer).__name__}")
     like = x if x is not None else next(layer.parameters()) if isinstance(layer, torch.nn.Module) else None
@@ -126,7 +128,7 @@ def explain(
     if x is not None:
         tokens = x.numel() // D
     parameters = layer.parameters() if isinstance(layer, torch.nn.Module) else ()
-    contiguous = all(p.is_contiguous() for p in parameters)
+    contiguous = all(p.is_contiguous() for p in parameters) and not transposed
     chosen = choose(
         operator, impl, top_k=K, num_experts=E, device_type=device_type, dtype=dtype, widths=widths, contiguous=contiguous
     )

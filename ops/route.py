@@ -27,6 +27,7 @@ class RouteRule(NamedTuple):
         n_group: number of contiguous expert groups; 1 for none.
         topk_group: groups that stay open for selection.
         group_score: a group's value is the sum of its best two keys (``top2_sum``, DeepSeek-V3) or its best (``max``).
+        norm_eps: added to the sum of sigmoids that divides them; a softmax over the picked needs none.
     """
 
     top_k: int
@@ -37,6 +38,7 @@ class RouteRule(NamedTuple):
     n_group: int
     topk_group: int
     group_score: str
+    norm_eps: float = NORM_EPS
 
 
 def routing_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -132,7 +134,7 @@ def route(logits: Tensor, selection_bias: Tensor | None, rule: RouteRule, opaque
     else:
         weights = _score(picked, rule.scoring)
         if rule.scoring == "sigmoid" and rule.norm_topk_prob:
-            weights = weights / (weights.sum(-1, keepdim=True) + NORM_EPS)
+            weights = weights / (weights.sum(-1, keepdim=True) + rule.norm_eps)
     return weights * rule.scale if rule.scale != 1.0 else weights, experts
 
 
@@ -155,7 +157,7 @@ def route_backward(dweights: Tensor, logits: Tensor, experts: Tensor, rule: Rout
         dpicked = score * (dscore - (dscore * score).sum(-1, keepdim=True))
     else:
         if rule.norm_topk_prob:
-            total = score.sum(-1, keepdim=True) + NORM_EPS
+            total = score.sum(-1, keepdim=True) + rule.norm_eps
             dscore = (dscore - (dscore * score).sum(-1, keepdim=True) / total) / total
         dpicked = dscore * score * (1 - score)
     return torch.zeros_like(wide).scatter(-1, experts, dpicked).to(logits.dtype)

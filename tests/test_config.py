@@ -64,9 +64,14 @@ INVALID = [
     ),
     ({"scoring": "relu"}, ValueError, "scoring must be one of ('softmax', 'sigmoid'), got 'relu'"),
     ({"group_score": "sum"}, ValueError, "group_score must be one of ('top2_sum', 'max'), got 'sum'"),
+    ({"scoring": "sigmoid", "norm_eps": -1e-6}, ValueError, "norm_eps must be positive and finite, got -1e-06"),
+    ({"norm_eps": None}, TypeError, "norm_eps must be a number, got None"),
+    ({"norm_eps": 1e-6}, ValueError, "norm_eps is for scoring 'sigmoid', a softmax is divided without one, got 1e-06"),
     ({"impl": "fast"}, ValueError, "impl must be one of ('auto', 'dense', 'grouped', 'cpu', 'triton'), got 'fast'"),
     ({"activation": "swiglu_oai", "gated": False}, ValueError, "activation 'swiglu_oai' is gated by definition, got gated=False"),
     ({"gated": "no"}, TypeError, "gated must be a bool, got 'no'"),
+    ({"transposed": None}, TypeError, "transposed must be a bool, got None"),
+    ({"output_bias": "yes"}, TypeError, "output_bias must be a bool, got 'yes'"),
     ({"selection_bias": 1}, TypeError, "selection_bias must be a bool, got 1"),
     ({"routed_scaling_factor": "2"}, TypeError, "routed_scaling_factor must be a number, got '2'"),
     ({"routed_scaling_factor": 0.0}, ValueError, "routed_scaling_factor must be positive and finite, got 0.0"),
@@ -220,6 +225,18 @@ def test_fused_one_moe_checks_its_sizes(fields, error, message):
                 "experts.up_proj": (8, 6, 8),
                 "experts.up_proj_bias": (8, 6),
                 "experts.down_proj_bias": (8, 8),
+            },
+        ),
+        (
+            {"transposed": True, "output_bias": True},
+            {"experts.gate_up_proj": (8, 8, 12), "experts.down_proj": (8, 6, 8), "output_bias": (8,)},
+        ),
+        (
+            {"gated": False, "shared_intermediate_size": 5},
+            {
+                "experts.up_proj": (8, 6, 8),
+                "shared_expert.up_proj.weight": (5, 8),
+                "shared_expert.down_proj.weight": (8, 5),
             },
         ),
         (

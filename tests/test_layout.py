@@ -23,8 +23,8 @@ FLOORS = [
     ["ops.dense", "ops.grouped", "ops.neurons", "ops.cpu", "ops.cuda", "ops.triton"],
     ["ops.library", "ops.shortcut", "ops.choice", "ops"],
     ["checks", "linear"],
-    ["functional", "config"],
-    ["balance", "usage", "routers", "layers", "fine_grained"],
+    ["functional", "config", "hf"],
+    ["balance", "usage", "routers", "layers", "shared_expert", "fine_grained"],
     ["compat", "integrations", "explanation", "tuning", "bench", "demo", "doctor", "testing", "__main__", ""],
 ]
 FLOOR_OF = {f"fusedonemoe.{name}".rstrip("."): floor for floor, names in enumerate(FLOORS) for name in names}

@@ -8,6 +8,7 @@ from fusedonemoe.checks import (
     check_ids,
     check_integer,
     check_logits,
+    check_norm_eps,
     check_one_of,
     check_selection_bias,
 )
@@ -15,7 +16,7 @@ from fusedonemoe.functional.calls import as_rows, refuse_transforms, with_leadin
 from fusedonemoe.ops import library
 from fusedonemoe.ops.plan import Plan, make_plan
 from fusedonemoe.ops.plan import tokens_per_expert as _count_tokens
-from fusedonemoe.ops.route import GROUP_SCORES, SCORINGS
+from fusedonemoe.ops.route import GROUP_SCORES, NORM_EPS, SCORINGS
 
 
 def route(
@@ -30,13 +31,14 @@ def route(
     n_group: int = 1,
     topk_group: int = 1,
     group_score: str = "top2_sum",
+    norm_eps: float = NORM_EPS,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Turn router logits into the weights and ids of each token's experts.
 
     ``score_first``: ``s = scoring(l)``, pick ``TopK(s + b)``, ``w = s[picked]``. Otherwise: pick ``TopK(l + b)``,
-    ``w = scoring(l[picked])``. Then ``w / sum(w)`` if ``norm_topk_prob``, times ``routed_scaling_factor``. Equal keys go to
-    the lower id. The gradient is exact, the selection being a constant.
+    ``w = scoring(l[picked])``. Then ``w / (sum(w) + norm_eps)`` if ``norm_topk_prob``, times ``routed_scaling_factor``. Equal
+    keys go to the lower id. The gradient is exact, the selection being a constant.
 
     Args:
         logits: ``[..., E]`` float64, float32, bfloat16 or float16.
@@ -49,6 +51,7 @@ def route(
         n_group: experts stand in this many contiguous groups of equal size.
         topk_group: only experts of the best ``topk_group`` groups can be picked.
         group_score: a group's value: ``"top2_sum"`` of its keys (DeepSeek-V3) or ``"max"`` (DeepSeek-V2).
+        norm_eps: keeps the division of sigmoids from zero (LFM2 has 1e-6); a softmax has a sum without it.
         impl: ``"auto"``, or ``"dense"`` for a composite with derivatives of every order, for ``torch.func``.
 
     Returns:
@@ -85,6 +88,7 @@ def route(
         raise ValueError(f"topk_group must be from 1 to n_group ({n_group}), got {topk_group}")
     if top_k is None and (n_group > 1 or selection_bias is not None):
         raise ValueError("top_k=None selects every expert: n_group must be 1 and selection_bias None")
+    check_norm_eps(norm_eps, scoring)
     selectable = E // n_group * topk_group
     if top_k is not None and not 1 <= top_k <= selectable:
         raise ValueError(f"top_k must be from 1 to {selectable}, the experts that can be picked, got {top_k}")
@@ -104,6 +108,7 @@ def route(
         n_group,
         topk_group,
         group_score,
+        float(norm_eps),
         library.BUILD,
     )
     return with_leading(weights, logits), with_leading(experts, logits)

@@ -35,7 +35,7 @@ class Layer:
     bias: bool = False
     transposed: bool = False
     save_percent: int = 100
-    route: tuple[Any, ...] = ("softmax", True, True, 1.0, 1, 1, "top2_sum")
+    route: tuple[Any, ...] = ("softmax", True, True, 1.0, 1, 1, "top2_sum", 1e-20)
 
 
 # Experts of one neuron each, picked by product keys: F is not used.
@@ -46,8 +46,8 @@ FINE_LAYERS = {
 LAYERS = {
     "qwen3": Layer(2048, 768, 128, 8),
     "gpt_oss": Layer(2880, 2880, 32, 4, "interleaved", "swiglu_oai", bias=True, transposed=True, save_percent=50),
-    "deepseek": Layer(2048, 1408, 64, 6, "up_gate", route=("sigmoid", True, True, 2.5, 8, 4, "top2_sum")),
-    "nomic": Layer(768, 3072, 8, 2, "plain", "gelu", save_percent=0, route=("softmax", True, False, 1.0, 1, 1, "max")),
+    "deepseek": Layer(2048, 1408, 64, 6, "up_gate", route=("sigmoid", True, True, 2.5, 8, 4, "top2_sum", 1e-20)),
+    "nomic": Layer(768, 3072, 8, 2, "plain", "gelu", save_percent=0, route=("softmax", True, False, 1.0, 1, 1, "max", 1e-20)),
     "odd": Layer(1001, 301, 6, 3, bias=True, save_percent=33),
 }
 
