@@ -29,11 +29,11 @@ FLOORS = [
         "ops.reference_neurons",
         "ops.product_keys",
     ],
-    ["ops.dense", "ops.grouped", "ops.neurons", "ops.cpu", "ops.cuda", "ops.triton"],
+    ["ops.dense", "ops.grouped", "ops.lora", "ops.neurons", "ops.cpu", "ops.cuda", "ops.triton"],
     ["ops.library", "ops.shortcut", "ops.choice", "ops"],
     ["checks"],
     ["functional", "config"],
-    ["balance", "usage", "routers", "layers", "fine_grained"],
+    ["balance", "usage", "routers", "layers", "lora", "fine_grained"],
     ["compat", "integrations", "explanation", "tuning", "bench", "demo", "doctor", "testing", "__main__", ""],
 ]
 FLOOR_OF = {f"fusedonemoe.{name}".rstrip("."): floor for floor, names in enumerate(FLOORS) for name in names}
