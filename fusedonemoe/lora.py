@@ -56,7 +56,8 @@ class ExpertsForm:
         return self.up if target == "gate_up" else self.down
 
 
-def _form_of(experts: Experts) -> ExpertsForm:
+def form_of(experts: Experts) -> ExpertsForm:
+    """How to read an :class:`Experts`."""
     config, up = experts.config, "gate_up_proj" if experts.config.gated else "up_proj"
     return ExpertsForm(
         up=up,
@@ -142,7 +143,7 @@ class LoRAExperts(nn.Module):
         if form is None:
             if not isinstance(base, Experts):
                 raise TypeError(f"base must be an Experts, or come with a form=, got {type(base).__name__}")
-            form = _form_of(base)
+            form = form_of(base)
         if isinstance(targets, str) or not targets or set(targets) - set(TARGETS) or len(set(targets)) != len(targets):
             raise ValueError(f"targets must be some of {TARGETS}, each once, got {targets!r}")
         self.form = form
@@ -316,7 +317,7 @@ def _refuse_merged(module: nn.Module, *_: Any) -> None:
         raise RuntimeError("the base holds the adapters, which would count twice: call unmerge() first")
 
 
-def _pattern_value(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+def pattern_value(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
     """The value of the first key that is ``name`` or, as a regular expression, the end of it behind a dot."""
     for key, value in (pattern or {}).items():
         if re.fullmatch(rf"(.*\.)?({key})", name):
@@ -334,7 +335,7 @@ def add_lora(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     dtype: torch.dtype | None = None,
-    form_of: Callable[[nn.Module], ExpertsForm | None] | None = None,
+    read: Callable[[nn.Module], ExpertsForm | None] | None = None,
 ) -> dict[str, LoRAExperts]:
     """Put a :class:`LoRAExperts` in the place of each module of experts in a model, and freeze all else.
 
@@ -348,7 +349,7 @@ def add_lora(
             a regular expression for that, as in PEFT. The first that fits counts.
         alpha_pattern: other values of ``alpha``, likewise.
         dtype: see :class:`LoRAExperts`.
-        form_of: how to read a module, None for one that is left alone; by default each :class:`Experts` is adapted.
+        read: how to read a module, None for one that is left alone; by default each :class:`Experts` is adapted.
 
     Returns:
         The new modules by name.
@@ -366,18 +367,18 @@ def add_lora(
     if any(isinstance(module, LoRAExperts) for module in model.modules()):
         raise ValueError("model must have no adapters yet, got one with LoRAExperts in it")
 
-    def default_form(module: nn.Module) -> ExpertsForm | None:
-        return _form_of(module) if isinstance(module, Experts) else None
+    def default(module: nn.Module) -> ExpertsForm | None:
+        return form_of(module) if isinstance(module, Experts) else None
 
-    forms = {name: form for name, module in model.named_modules() if (form := (form_of or default_form)(module)) is not None}
+    forms = {name: form for name, module in model.named_modules() if (form := (read or default)(module)) is not None}
     if not forms:
         raise ValueError(f"model must hold experts that can be adapted, got {type(model).__name__} without any")
     if "" in forms:
         raise ValueError("model must hold its experts as a module inside; for experts alone call LoRAExperts")
     added = {}
     for name, form in forms.items():
-        ranks = {t: _pattern_value(rank_pattern, f"{name}.{form.name(t)}", r) for t in targets}
-        alphas = {t: _pattern_value(alpha_pattern, f"{name}.{form.name(t)}", alpha) for t in targets}
+        ranks = {t: pattern_value(rank_pattern, f"{name}.{form.name(t)}", r) for t in targets}
+        alphas = {t: pattern_value(alpha_pattern, f"{name}.{form.name(t)}", alpha) for t in targets}
         base = model.get_submodule(name)
         added[name] = LoRAExperts(
             base, r=ranks, alpha=alphas, targets=targets, use_rslora=use_rslora, form=form, dtype=dtype

@@ -41,9 +41,7 @@ class Adapted:
         i = dataclasses.replace(self.base, **{name: values[name] for name in BASE if name in values})
         factors = {name: values[name] for name in self.factors}
         biases = {"gate_up_bias": i.up_bias, "down_bias": i.down_bias}
-        return F.experts_mlp_lora(
-            i.x, i.experts, i.weights, i.up_proj, i.down_proj, **factors, **biases, **{**SCALES, **options}
-        )
+        return F.experts_mlp_lora(i.x, i.experts, i.weights, i.up_proj, i.down_proj, **factors, **biases, **{**SCALES, **options})
 
 
 def make(T=5, D=6, F_=3, E=4, K=2, *, ranks=(3, 2), dtype=torch.float64, requires_grad=True, **options) -> Adapted:
@@ -286,9 +284,9 @@ def test_autocast_equals_casting_by_hand(save_percent):
         y = adapted(save_percent=save_percent)
     i = adapted.base
     cast = {name: getattr(i, name).bfloat16() for name in ("x", "up_proj", "down_proj", "up_bias", "down_bias")}
-    by_hand = Adapted(
-        dataclasses.replace(i, **cast), {name: factor.bfloat16() for name, factor in adapted.factors.items()}
-    )(save_percent=save_percent)
+    by_hand = Adapted(dataclasses.replace(i, **cast), {name: factor.bfloat16() for name, factor in adapted.factors.items()})(
+        save_percent=save_percent
+    )
     assert y.dtype == torch.bfloat16 and torch.equal(y, by_hand)
     for got, wanted in zip(gradients(y, adapted.leaves).items(), gradients(by_hand, adapted.leaves).items(), strict=True):
         assert got[1].dtype == torch.float32 and torch.equal(got[1], wanted[1]), got[0]
