@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ class Adapted:
 def make(T=5, D=6, F_=3, E=4, K=2, *, ranks=(3, 2), dtype=torch.float64, requires_grad=True, **options) -> Adapted:
     base = make_mlp_inputs(T, D, F_, E, K, **{"dtype": dtype, "bias": True, "requires_grad": requires_grad, **options})
     generator = torch.Generator().manual_seed(7)
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, rank, like in (("gate_up", ranks[0], base.up_proj), ("down", ranks[1], base.down_proj)):
         if rank:
             shapes |= {f"{name}_A": (E, rank, like.shape[2]), f"{name}_B": (E, like.shape[1], rank)}
@@ -85,7 +85,7 @@ def test_equals_the_merged_weights(impl, ranks, routing):
     got, wanted = gradients(y, adapted.leaves), gradients(expected, adapted.leaves)
     assert got.keys() == wanted.keys() and {"gate_up_B", "down_B"} & got.keys()
     for name, gradient in wanted.items():
-        assert_close(got[name], gradient, msg=lambda text, name=name: f"d{name}: {text}")
+        assert_close(got[name], gradient, msg=name)
 
 
 FORMS = [
@@ -186,13 +186,13 @@ def test_a_frozen_base_costs_no_tensor_of_its_size(save_percent):
     adapted = frozen(make(T=13, D=16, F_=12, E=8, ranks=(3, 3), dtype=torch.float32, bias=False))
     sizes = {adapted.base.up_proj.numel(), adapted.base.down_proj.numel()}
     i, f = adapted.base, adapted.factors
-    tensors = (i.x, i.experts, i.weights, i.up_proj, i.down_proj, None, None, *f.values())
-    numbers = (0.5, 1.0, "silu", "gate_up", 1.7, 7.0)
+    tensors: Any = (i.x, i.experts, i.weights, i.up_proj, i.down_proj, None, None, *f.values())
+    numbers: Any = (0.5, 1.0, "silu", "gate_up", 1.7, 7.0)
     with torch.no_grad(), Outputs() as forward:
-        y, *saved = library.lora._experts_mlp_lora(*tensors, *numbers, save_percent, library.BUILD)
+        y, *saved = cast(Any, library.lora._experts_mlp_lora)(*tensors, *numbers, save_percent, library.BUILD)
     needs = [True, True, False, False, False, False, True, True, True, True]
     with torch.no_grad(), Outputs() as backward:
-        grads = library.lora._experts_mlp_lora_backward(
+        grads = cast(Any, library.lora._experts_mlp_lora_backward)(
             torch.ones_like(y), *saved, *tensors, *numbers, save_percent, needs, library.BUILD
         )
     made = forward.made + backward.made

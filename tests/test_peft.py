@@ -1,7 +1,7 @@
 """Adapters between this library, PEFT and vLLM's layout, on tiny transformers models: values, gradients, files, messages."""
 
 import json
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -265,7 +265,7 @@ def test_mixtral_names_and_our_own_experts():
             tensors[f"0.experts.{e}.{proj}.lora_A.weight"] = torch.randn(2, inner)
             tensors[f"0.experts.{e}.{proj}.lora_B.weight"] = torch.randn(out, 2)
     (module,) = adapters.load_adapter(moe, tensors, config={"r": 2, "lora_alpha": 2}).values()
-    x, base = torch.randn(6, D), module.base
+    x, base = torch.randn(6, D), cast(Any, module.base)
     y = moe(x)
     gate_up, down = [], []
     for e in range(E):

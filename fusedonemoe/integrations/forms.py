@@ -62,10 +62,10 @@ def form_of(module: nn.Module) -> ExpertsForm | None:
         "gated": gated,
         "gate_up_layout": "gate_up" if getattr(module, "is_concatenated", True) else "interleaved",
     }
-    from transformers.integrations.moe import _default_apply_gate  # type: ignore[attr-defined]
+    from transformers.integrations.moe import _default_apply_gate
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-    gate: Any = type(module)._apply_gate
+    gate = getattr(type(module), "_apply_gate", None)
     if gated and gate is GptOssExperts._apply_gate:
         alpha, limit = float(module.alpha), float(module.limit)  # type: ignore[arg-type]
         form |= {"activation": "swiglu_oai", "gate_up_layout": "interleaved", "swiglu_alpha": alpha, "swiglu_limit": limit}

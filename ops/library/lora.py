@@ -127,10 +127,11 @@ def _experts_mlp_lora_grad(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, .
     if dy is None:
         return (None,) * count
     # A factor of rank 0 has a gradient without elements, which needs no computing.
-    factors = (need and like.numel() > 0 for need, like in zip(ctx.needs_input_grad[7:11], ctx.saved_tensors[10:], strict=True))
+    saved = ctx.saved_tensors  # once: checkpointing refuses to give them twice
+    factors = (need and like.numel() > 0 for need, like in zip(ctx.needs_input_grad[7:11], saved[10:], strict=True))
     needs = LoRANeeds(ctx.needs_input_grad[0], *ctx.needs_input_grad[2:7], *factors)
     grads = torch.ops.fusedonemoe.experts_mlp_lora_backward(
-        dy, *ctx.saved_tensors, *ctx.scales_activation_and_percent, needs, BUILD, ctx.impl
+        dy, *saved, *ctx.scales_activation_and_percent, needs, BUILD, ctx.impl
     )
     dx, *rest = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
     return dx, None, *rest, *(None for _ in range(count - _TENSORS))
