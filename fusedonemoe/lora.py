@@ -76,11 +76,11 @@ def form_of(experts: Experts) -> ExpertsForm:
 
 def _per_target(name: str, value: Any, targets: Sequence[str], kind: type | tuple[type, ...]) -> dict[str, Any]:
     """The value of each target, from one for all of them or a mapping."""
-    values: dict[str, Any] = dict(value) if isinstance(value, Mapping) else dict.fromkeys(targets, value)
+    values: dict[str, Any] = {**value} if isinstance(value, Mapping) else dict.fromkeys(targets, value)
     if set(values) != set(targets):
         raise ValueError(f"{name} must have a value for each of {tuple(targets)}, got {value!r}")
     for number in values.values():
-        if isinstance(number, bool) or not isinstance(number, kind) or not 0 < number < math.inf:
+        if isinstance(number, bool) or not isinstance(number, kind) or not 0 < number < math.inf:  # type: ignore[operator]
             raise ValueError(f"{name} must be {'an integer' if kind is int else 'a number'} above 0, got {value!r}")
     return values
 

@@ -81,7 +81,7 @@ def test_parameters_and_their_names():
     assert "gate_up: r=3, scale=2" in repr(module) and "not merged" in repr(module)
     half = make(dtype=torch.bfloat16)
     assert half.gate_up_lora_A.dtype == torch.float32 and half(*routed(dtype=torch.bfloat16)).dtype == torch.bfloat16
-    same = LoRAExperts(Experts(MoEConfig(**SIZES), dtype=torch.bfloat16), dtype=torch.bfloat16)
+    same: Any = LoRAExperts(Experts(MoEConfig(**SIZES), dtype=torch.bfloat16), dtype=torch.bfloat16)
     assert same.down_lora_B.dtype == torch.bfloat16
 
 
