@@ -29,7 +29,7 @@ def test_every_line_has_its_bytes_and_its_share_of_pefts_time():
     # PEFT adds a delta to all of the weights, and keeps the sum.
     assert lines["peft"].peak_bytes > frozen and lines["peft"].share > 1
     for name in ("fusedonemoe", "fusedonemoe, compiled"):
-        assert lines[name].share < lines["peft"].share - 1 and lines[name].seconds > 0 and lines[name].relative > 0
+        assert lines[name].share < lines["peft"].share - 0.8 and lines[name].seconds > 0 and lines[name].relative > 0
     assert lines["peft"].relative == 1 and not any(line.note for line in lines.values())
 
 

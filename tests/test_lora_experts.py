@@ -270,6 +270,14 @@ def test_compiles_whole_with_one_static_and_one_dynamic_graph(save_percent):
     assert counter.frame_count == 2
 
 
+def test_a_symbolic_scale_is_no_break():
+    # dynamic=True makes a symbol of every number, a default argument's too.
+    torch._dynamo.reset()
+    module, inputs = make(targets=("down",)), routed()
+    fast = torch.compile(module, fullgraph=True, backend="eager", dynamic=True)
+    torch.testing.assert_close(fast(*inputs), module(*inputs))
+
+
 def test_autocast_computes_in_half_and_trains_in_float32():
     model = adapted_model()
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -26,7 +26,7 @@ def _factors(
     name: str, A: Tensor | None, B: Tensor | None, scale: float, like: Tensor, x: Tensor
 ) -> tuple[Tensor, Tensor, float]:
     """The checked factors of an adapter of ``like`` ``[E, out, in]``, in the dtype of x; of rank 0 where there is none."""
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not -math.inf < scale < math.inf:
         raise ValueError(f"{name}_scale must be a finite number, got {scale!r}")
     E, out, inner = like.shape
     if A is None or B is None:

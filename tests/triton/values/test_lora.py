@@ -29,9 +29,8 @@ def make(T, ranks, device, *, dtype=torch.float32, **options):
 
 
 def call(inputs, factors, impl, **options):
-    biases = {"gate_up_bias": inputs.up_bias, "down_bias": inputs.down_bias}
-    arguments = (inputs.x, inputs.experts, inputs.weights, inputs.up_proj, inputs.down_proj)
-    return F.experts_mlp_lora(*arguments, **factors, **biases, **SCALES, impl=impl, **options)
+    named = {"gate_up_bias": inputs.up_bias, "down_bias": inputs.down_bias, **factors, **SCALES, **options}
+    return F.experts_mlp_lora(inputs.x, inputs.experts, inputs.weights, inputs.up_proj, inputs.down_proj, **named, impl=impl)
 
 
 def results(inputs, factors, impl, **options):
