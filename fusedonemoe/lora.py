@@ -268,7 +268,7 @@ class LoRAExperts(nn.Module):
             parameter = getattr(self.base, name)
             self._originals[name] = parameter.data
             parameter.data = merged
-        self._drop_packed()
+        self.unpack()
 
     def unmerge(self) -> None:
         """Put the original weights back, the very same tensors.
@@ -281,7 +281,7 @@ class LoRAExperts(nn.Module):
         for name, original in self._originals.items():
             getattr(self.base, name).data = original
         self._originals = {}
-        self._drop_packed()
+        self.unpack()
 
     def unload(self, *, merge: bool = True) -> nn.Module:
         """The base without adapters, to put in this module's place.
@@ -295,10 +295,19 @@ class LoRAExperts(nn.Module):
             for target in self.targets:
                 weight = getattr(self.base, self.form.name(target)).data
                 self._merge_into(target, weight, weight)
-            self._drop_packed()
+            self.unpack()
         return self.base
 
-    def _drop_packed(self) -> None:
+    def prepack(self) -> None:
+        """Refused: packed weights are of plain experts.
+
+        Raises:
+            RuntimeError: always, saying what to do instead.
+        """
+        raise RuntimeError("packed weights are of plain experts: put unload() in this module's place, then prepack()")
+
+    def unpack(self) -> None:
+        """Drop what the base had packed before it was adapted."""
         if isinstance(self.base, Experts):
             self.base.unpack()
 

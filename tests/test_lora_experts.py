@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from fusedonemoe import Experts, ExpertsForm, LoRAExperts, MoE, MoEConfig, add_lora
+from fusedonemoe import Experts, ExpertsForm, LoRAExperts, MoE, MoEConfig, add_lora, explain
 
 D, F_, E, K = 16, 12, 6, 2
 SIZES: dict[str, Any] = {"hidden_size": D, "intermediate_size": F_, "num_experts": E, "top_k": K}
@@ -293,6 +293,24 @@ def test_autocast_computes_in_half_and_trains_in_float32():
 def test_a_named_cpu_base_runs_where_its_adapters_can():
     module, inputs = make(fields={"impl": "cpu"}), routed()
     torch.testing.assert_close(module(*inputs), make()(*inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_explain_names_the_operator_that_runs():
+    moe: Any = adapted_model()[0]  # type: ignore[index]
+    found = explain(moe)
+    assert (found.operator, found.impl) == ("experts_mlp_lora", "grouped")
+    assert {c.impl: c.refusal for c in found.candidates}[
+        "cpu"
+    ] == "the compiled CPU kernels have no adapters, impl='grouped' has them"
+    moe.experts.merge()
+    assert explain(moe).operator == "experts_mlp"
+
+
+def test_packing_is_for_plain_experts():
+    moe: Any = adapted_model()[0]  # type: ignore[index]
+    with pytest.raises(RuntimeError, match=r"packed weights are of plain experts: put unload\(\) in this module's place"):
+        moe.prepack()
+    moe.unpack()
 
 
 # Messages

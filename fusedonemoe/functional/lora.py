@@ -15,8 +15,8 @@ from fusedonemoe.checks import (
     check_save_percent,
     check_shape,
 )
-from fusedonemoe.functional.calls import as_rows, compute_dtype, records_gradients, refuse_transforms, with_leading
-from fusedonemoe.ops import choose, library
+from fusedonemoe.functional.calls import as_rows, choose_impl, records_gradients, refuse_transforms, with_leading
+from fusedonemoe.ops import library
 from fusedonemoe.ops.activation import ACTIVATIONS, GATE_UP_LAYOUTS, PLAIN
 
 _ops = torch.ops.fusedonemoe
@@ -44,25 +44,6 @@ def _factors(
     check_shape(f"{name}_A", A, (E, rank, inner))
     check_shape(f"{name}_B", B, (E, out, rank))
     return A.to(x.dtype), B.to(x.dtype), float(scale)
-
-
-def _choose(impl: str, x: Tensor, experts: Tensor, widths: tuple[int, ...], num_experts: int) -> str:
-    """The implementation that runs a call; raises where a named one cannot."""
-    device_type = x.device.type
-    if impl == "cpu":
-        raise ValueError("impl='cpu' cannot run here: the compiled CPU kernels have no adapters, impl='grouped' has them")
-    if impl == "auto" and device_type == "cpu":
-        return "grouped"
-    return choose(
-        "experts_mlp",
-        impl,
-        top_k=experts.shape[-1],
-        num_experts=num_experts,
-        device_type=device_type,
-        dtype=compute_dtype(x.dtype, device_type),
-        widths=widths,
-        portable=torch.compiler.is_exporting(),
-    ).impl
 
 
 def experts_mlp_lora(
@@ -167,7 +148,7 @@ def experts_mlp_lora(
             check_shape(name, bias, (E, width))
     up = _factors("gate_up", gate_up_A, gate_up_B, gate_up_scale, up_EGD, x)
     down = _factors("down", down_A, down_B, down_scale, down_EDF, x)
-    chosen = _choose(impl, x, experts, (D, G, F), E)
+    chosen = choose_impl("experts_mlp_lora", impl, x, experts, (D, G, F), up_EGD, down_EDF)
     flat = (as_rows(x), as_rows(experts), as_rows(weights))
     parameters = (up_EGD, down_EDF, gate_up_bias, down_bias, *up[:2], *down[:2])
     numbers = (up[2], down[2], activation, gate_up_layout if gated else PLAIN, float(swiglu_alpha), float(swiglu_limit))
