@@ -212,15 +212,12 @@ class LoRAExperts(nn.Module):
             "save_percent": form.save_percent,
             "impl": form.impl,
         }
-        projections = (getattr(base, form.up), getattr(base, form.down))
+        arguments = (x, experts, weights, getattr(base, form.up), getattr(base, form.down))
         if self._originals:
-            return F.experts_mlp(x, experts, weights, *projections, **options)
+            return F.experts_mlp(*arguments, **options)
         scale = self.scale
         return F.experts_mlp_lora(
-            x,
-            experts,
-            weights,
-            *projections,
+            *arguments,
             gate_up_A=self.gate_up_lora_A,
             gate_up_B=self.gate_up_lora_B,
             down_A=self.down_lora_A,
