@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fusedonemoe.config import MoEConfig
 from fusedonemoe.layers import Experts, FusedOneMoE, MoE
+from fusedonemoe.lora import LoRAExperts
 from fusedonemoe.ops import IMPLEMENTATIONS, Work, choose, count_work
 from fusedonemoe.ops.choice import refusal
 from fusedonemoe.ops.triton.rules import architecture, describe
@@ -32,7 +33,7 @@ class Explanation:
     """What :func:`~fusedonemoe.explain` returns; ``str()`` is a small table.
 
     Attributes:
-        operator: the operator that the layer calls, ``experts_mlp`` or ``experts_merged``.
+        operator: the operator that the layer calls: ``experts_mlp``, ``experts_mlp_lora`` or ``experts_merged``.
         impl: the implementation that runs.
         reason: why, in one sentence.
         tokens: the number of tokens that the work is counted for.
@@ -122,6 +123,10 @@ def explain(
         transposed = config.transposed
     else:
         raise TypeError(f"layer must be a MoE, Experts, FusedOneMoE or MoEConfig, got {type(layer).__name__}")
+    experts = layer.experts if isinstance(layer, MoE) else layer
+    if isinstance(experts, LoRAExperts):
+        # Merged, it is the plain layer again.
+        operator, impl = operator if experts.merged else "experts_mlp_lora", experts.form.impl
     like = x if x is not None else next(layer.parameters()) if isinstance(layer, torch.nn.Module) else None
     dtype = dtype or (torch.float32 if like is None else like.dtype)
     device_type = torch.device(device or ("cpu" if like is None else like.device)).type
@@ -136,11 +141,10 @@ def explain(
         Candidate(
             name,
             count_work(name, tokens=tokens, top_k=K, num_experts=E, weight_numel=weight_numel, itemsize=dtype.itemsize),
-            refusal(name, device_type=device_type, dtype=dtype, widths=widths, contiguous=contiguous),
+            refusal(name, device_type=device_type, dtype=dtype, widths=widths, contiguous=contiguous, operator=operator),
         )
         for name in IMPLEMENTATIONS
     )
-    experts = layer.experts if isinstance(layer, MoE) else layer
     packed_bytes = experts.packed_bytes if isinstance(experts, Experts) else 0
     configuration = ""
     if chosen.impl == "triton" and (arch := architecture(torch.device(device or device_type))):

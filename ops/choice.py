@@ -1,6 +1,7 @@
 """Which implementation runs an expert layer, by counted work; the choice depends on E, K, dtype and device, never on T."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -10,7 +11,9 @@ from fusedonemoe.ops.cpu import native
 IMPLEMENTATIONS = ("dense", "grouped", "cpu", "triton")
 # The largest E/K at which dense was measured faster on CPU (float32 and bfloat16, forward and backward, at 1, 1.5, 2 and 4).
 # Its merged projection is one plain matmul. Its MLP writes and masks [E, T, 2F] and lost at every ratio, 1 included.
-DENSE_UP_TO = {"experts_mlp": 0, "experts_merged": 1}
+DENSE_UP_TO = {"experts_mlp": 0, "experts_mlp_lora": 0, "experts_merged": 1}
+# What the compiled CPU kernels do not do of an operator's work.
+NO_CPU_KERNELS = {"experts_mlp_lora": "the compiled CPU kernels have no adapters, impl='grouped' has them"}
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,15 @@ def count_work(impl: str, *, tokens: int, top_k: int, num_experts: int, weight_n
     return Work(flops=2 * rows * per_expert, weight_bytes=touched * per_expert * itemsize)
 
 
-def refusal(impl: str, *, device_type: str, dtype: torch.dtype, widths: tuple[int, ...], contiguous: bool = True) -> str | None:
+def refusal(
+    impl: str,
+    *,
+    device_type: str,
+    dtype: torch.dtype,
+    widths: tuple[int, ...],
+    contiguous: bool = True,
+    operator: str = "experts_mlp",
+) -> str | None:
     """Why ``impl`` cannot run on such tensors; None when it can.
 
     Args:
@@ -69,10 +80,13 @@ def refusal(impl: str, *, device_type: str, dtype: torch.dtype, widths: tuple[in
         dtype: of x and the expert weights.
         widths: the row lengths of the grouped GEMMs.
         contiguous: whether the expert weights are.
+        operator: as for :func:`choose`.
     """
     if impl == "dense":
         return None
     if impl == "cpu":
+        if operator in NO_CPU_KERNELS:
+            return NO_CPU_KERNELS[operator]
         if device_type != "cpu":
             return f"the CPU kernels do not run on device {device_type!r}"
         return native.refusal(dtype, contiguous)
@@ -105,7 +119,7 @@ def choose(
     """Resolve ``impl="auto"``, or check that a named implementation can run.
 
     Args:
-        operator: ``"experts_mlp"`` or ``"experts_merged"``.
+        operator: ``"experts_mlp"``, ``"experts_mlp_lora"`` or ``"experts_merged"``.
         impl: ``"auto"`` or one of :data:`IMPLEMENTATIONS`.
         top_k: ``K``.
         num_experts: ``E``.
@@ -123,13 +137,15 @@ def choose(
     """
     if impl not in _NAMES:
         raise ValueError(f"impl must be one of {_NAMES}, got {impl!r}")
-    if impl == "auto" and device_type == "cpu" and not portable and native.refusal(dtype, contiguous) is None:
+    has_kernels = operator not in NO_CPU_KERNELS and not portable
+    if impl == "auto" and device_type == "cpu" and has_kernels and native.refusal(dtype, contiguous) is None:
         return _CPU_KERNELS
     if impl == "auto" and device_type != "cpu" and triton.refusal(dtype, device_type) is None:
         return _GPU_KERNELS
 
     def why_not(name: str) -> str | None:
-        return refusal(name, device_type=device_type, dtype=dtype, widths=widths, contiguous=contiguous)
+        sizes: dict[str, Any] = {"widths": widths, "contiguous": contiguous, "operator": operator}
+        return refusal(name, device_type=device_type, dtype=dtype, **sizes)
 
     if impl != "auto":
         if reason := why_not(impl):

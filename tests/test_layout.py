@@ -20,11 +20,11 @@ PACKAGE_ROOTS = {"fusedonemoe": ROOT / "fusedonemoe", "fusedonemoe.ops": ROOT / 
 # A module imports from its own floor and from those below.
 FLOORS = [
     ["ops.reference", "ops.plan", "ops.activation", "ops.route", "ops.product_keys"],
-    ["ops.dense", "ops.grouped", "ops.neurons", "ops.cpu", "ops.cuda", "ops.triton"],
+    ["ops.dense", "ops.grouped", "ops.lora", "ops.neurons", "ops.cpu", "ops.cuda", "ops.triton"],
     ["ops.library", "ops.shortcut", "ops.choice", "ops"],
     ["checks", "linear"],
     ["functional", "config", "hf"],
-    ["balance", "usage", "routers", "layers", "shared_expert", "fine_grained"],
+    ["balance", "usage", "routers", "layers", "lora", "shared_expert", "fine_grained"],
     ["compat", "integrations", "explanation", "tuning", "bench", "demo", "doctor", "testing", "__main__", ""],
 ]
 FLOOR_OF = {f"fusedonemoe.{name}".rstrip("."): floor for floor, names in enumerate(FLOORS) for name in names}

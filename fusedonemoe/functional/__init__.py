@@ -2,6 +2,7 @@
 
 from fusedonemoe.functional.capacity import apply_capacity
 from fusedonemoe.functional.experts import experts_merged, experts_mlp
+from fusedonemoe.functional.lora import experts_mlp_lora
 from fusedonemoe.functional.neurons import experts_neurons, experts_values
 from fusedonemoe.functional.product_keys import route_product_key
 from fusedonemoe.functional.routing import plan, route, tokens_per_expert
@@ -17,6 +18,7 @@ __all__ = [
     "apply_capacity",
     "experts_merged",
     "experts_mlp",
+    "experts_mlp_lora",
     "experts_neurons",
     "experts_values",
     "pack_experts",
