@@ -63,6 +63,7 @@ def form_of(experts: Experts) -> ExpertsForm:
         up=up,
         up_bias=f"{up}_bias" if config.bias else None,
         down_bias="down_proj_bias" if config.bias else None,
+        transposed=config.transposed,
         activation=config.activation,
         gated=config.gated,
         gate_up_layout=config.gate_up_layout,

@@ -125,13 +125,14 @@ def _misused(args: argparse.Namespace) -> str:
 
 def _run_cells(cells: list[Cell], args: argparse.Namespace) -> int:
     # Here, not at the top: this module is imported whenever the command line is, to read the options.
-    from fusedonemoe.bench import report
+    from fusedonemoe.bench import fine_grained, report
     from fusedonemoe.bench.libraries import line_up
     from fusedonemoe.bench.peers import PEERS
     from fusedonemoe.bench.runner import threads
 
+    contenders = PEERS | fine_grained.PEERS
     isolated = args.suite in ISOLATED_SUITES
-    names = {peer.name for cell in cells for peer in (line_up(cell) if isolated else PEERS[cell.operator])}
+    names = {peer.name for cell in cells for peer in (line_up(cell) if isolated else contenders[cell.operator])}
     if args.peers and not any(map(args.peers.search, names)):
         print(f"--peers {args.peers.pattern!r} matches none of\n  " + "\n  ".join(sorted(names)), file=sys.stderr)
         return EXIT_USAGE
@@ -162,12 +163,13 @@ def _run_cells(cells: list[Cell], args: argparse.Namespace) -> int:
 
 
 def _in_this_process(args: argparse.Namespace) -> "Callable[[Cell], CellResult]":
-    from fusedonemoe.bench import runner
+    from fusedonemoe.bench import fine_grained, runner
     from fusedonemoe.bench.ceilings import Ceilings
     from fusedonemoe.bench.peers import PEERS, chosen
 
+    contenders = PEERS | fine_grained.PEERS
     measure = partial(runner.run_cell, ceilings=Ceilings(), real_time=not args.no_rt)
-    return lambda cell: measure(cell, peers=chosen(PEERS[cell.operator], args.peers))
+    return lambda cell: measure(cell, peers=chosen(contenders[cell.operator], args.peers))
 
 
 def _in_processes(args: argparse.Namespace) -> "Callable[[Cell], CellResult]":

@@ -4,7 +4,8 @@
 #include "merged.h"
 #include "mlp_backward.h"
 #include "mlp_forward.h"
-#include "neurons.h"
+#include "neurons_backward.h"
+#include "neurons_forward.h"
 #include "select.h"
 
 template <class Pass, class Args> static int run(const void* args) {
