@@ -10,6 +10,11 @@ from fusedonemoe.checks import check_count
 from fusedonemoe.linear import in_dtype, in_routing_dtype, outside_autocast, routing_linear, uniform_by_fan_in
 
 
+def routing_impl(impl: str) -> str:
+    """The ``impl`` of the router beside experts of this one."""
+    return impl if impl in ("dense", "portable") else "auto"
+
+
 class RouterOutput(NamedTuple):
     """What a router returns.
 
@@ -44,7 +49,7 @@ class TopKRouter(nn.Module):
         n_group: contiguous expert groups.
         topk_group: groups that stay open.
         group_score: ``top2_sum`` or ``max``.
-        impl: ``auto``, or ``dense`` for derivatives of every order.
+        impl: ``auto``, ``dense`` for derivatives of every order, or ``portable`` for export.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -150,7 +155,7 @@ class ProductKeyRouter(nn.Module):
         input_norm: ``"batch"`` for BatchNorm over the tokens (FlashMoE, PEER), ``"rms"`` for RMSNorm over D, None for none;
             both have a trained scale for each of the D features, BatchNorm a shift too. BatchNorm in training takes 2 tokens.
         bias: whether the linear map has one.
-        impl: ``auto``, or ``dense`` for derivatives of every order.
+        impl: ``auto``, ``dense`` for derivatives of every order, or ``portable`` for export.
         device: of the parameters.
         dtype: of the parameters.
 

@@ -7,7 +7,7 @@ import torch
 from fusedonemoe.ops import cuda, triton
 from fusedonemoe.ops.cpu import native
 
-IMPLEMENTATIONS = ("dense", "grouped", "cpu", "triton")
+IMPLEMENTATIONS = ("dense", "grouped", "cpu", "triton", "portable")
 # The largest E/K at which dense was measured faster on CPU (float32 and bfloat16, forward and backward, at 1, 1.5, 2 and 4).
 # Its merged projection is one plain matmul. Its MLP writes and masks [E, T, 2F] and lost at every ratio, 1 included.
 DENSE_UP_TO = {"experts_mlp": 0, "experts_merged": 1}
@@ -70,7 +70,7 @@ def refusal(impl: str, *, device_type: str, dtype: torch.dtype, widths: tuple[in
         widths: the row lengths of the grouped GEMMs.
         contiguous: whether the expert weights are.
     """
-    if impl == "dense":
+    if impl in ("dense", "portable"):
         return None
     if impl == "cpu":
         if device_type != "cpu":
@@ -88,6 +88,19 @@ def refusal(impl: str, *, device_type: str, dtype: torch.dtype, widths: tuple[in
 _NAMES = ("auto", *IMPLEMENTATIONS)
 _CPU_KERNELS = Choice("cpu", "kernels compiled for this machine")
 _GPU_KERNELS = Choice("triton", "Triton kernels")
+
+
+def exporting_to_onnx() -> bool:
+    """Whether torch.onnx.export is at work, whose graphs hold no operator of this library."""
+    return torch.compiler.is_exporting() and bool(torch.onnx.is_in_onnx_export())
+
+
+exporting_to_onnx.__dict__["_dynamo_marked_constant"] = True  # see ops/cpu/native.py
+
+
+def no_onnx_form(impl: str) -> str:
+    """What to say of an implementation that was asked for while torch.onnx.export is at work."""
+    return f"impl={impl!r} has no ONNX form: set impl='portable', or export inside `with fusedonemoe.export.portable(model):`"
 
 
 def choose(
@@ -123,6 +136,10 @@ def choose(
     """
     if impl not in _NAMES:
         raise ValueError(f"impl must be one of {_NAMES}, got {impl!r}")
+    if exporting_to_onnx():
+        if impl not in ("auto", "portable"):
+            raise ValueError(no_onnx_form(impl))
+        return Choice("portable", "ONNX has no other form")
     if impl == "auto" and device_type == "cpu" and not portable and native.refusal(dtype, contiguous) is None:
         return _CPU_KERNELS
     if impl == "auto" and device_type != "cpu" and triton.refusal(dtype, device_type) is None:

@@ -116,7 +116,7 @@ def test_where_the_gpu_kernels_can_run(installed, device_type, dtype, reason, mo
 
 
 def test_an_unknown_implementation_is_refused_everywhere():
-    message = r"^impl must be one of \('auto', 'dense', 'grouped', 'cpu', 'triton'\), got 'fast'$"
+    message = r"^impl must be one of \('auto', 'dense', 'grouped', 'cpu', 'triton', 'portable'\), got 'fast'$"
     mlp, merged = make_mlp_inputs(2, 4, 3, 4, 1), make_merged_inputs(2, 4, 3, 4, 1)
     for call in (
         lambda: choose_on(impl="fast"),

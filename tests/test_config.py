@@ -64,7 +64,7 @@ INVALID = [
     ),
     ({"scoring": "relu"}, ValueError, "scoring must be one of ('softmax', 'sigmoid'), got 'relu'"),
     ({"group_score": "sum"}, ValueError, "group_score must be one of ('top2_sum', 'max'), got 'sum'"),
-    ({"impl": "fast"}, ValueError, "impl must be one of ('auto', 'dense', 'grouped', 'cpu', 'triton'), got 'fast'"),
+    ({"impl": "fast"}, ValueError, "impl must be one of ('auto', 'dense', 'grouped', 'cpu', 'triton', 'portable'), got 'fast'"),
     ({"activation": "swiglu_oai", "gated": False}, ValueError, "activation 'swiglu_oai' is gated by definition, got gated=False"),
     ({"gated": "no"}, TypeError, "gated must be a bool, got 'no'"),
     ({"selection_bias": 1}, TypeError, "selection_bias must be a bool, got 1"),
@@ -187,7 +187,11 @@ def test_module_passes_the_fields_through_validation():
         ({"hidden_size": 0}, ValueError, "hidden_size must be at least 1, got 0"),
         ({"intermediate_size": 2.5}, TypeError, "intermediate_size must be an integer, got 2.5"),
         ({"is_sparse": True, "topk": 5}, ValueError, "top_k must be from 1 to 4, the experts that can be picked, or None, got 5"),
-        ({"impl": "fast"}, ValueError, "impl must be one of ('auto', 'dense', 'grouped', 'cpu', 'triton'), got 'fast'"),
+        (
+            {"impl": "fast"},
+            ValueError,
+            "impl must be one of ('auto', 'dense', 'grouped', 'cpu', 'triton', 'portable'), got 'fast'",
+        ),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

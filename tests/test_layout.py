@@ -29,12 +29,12 @@ FLOORS = [
         "ops.reference_neurons",
         "ops.product_keys",
     ],
-    ["ops.dense", "ops.grouped", "ops.neurons", "ops.cpu", "ops.cuda", "ops.triton"],
+    ["ops.dense", "ops.grouped", "ops.neurons", "ops.cpu", "ops.cuda", "ops.triton", "ops.portable"],
     ["ops.library", "ops.shortcut", "ops.choice", "ops"],
     ["checks", "linear"],
     ["functional", "config"],
     ["balance", "usage", "routers", "layers", "fine_grained"],
-    ["compat", "integrations", "explanation", "tuning", "bench", "demo", "doctor", "testing", "__main__", ""],
+    ["compat", "integrations", "explanation", "export", "tuning", "bench", "demo", "doctor", "testing", "__main__", ""],
 ]
 FLOOR_OF = {f"fusedonemoe.{name}".rstrip("."): floor for floor, names in enumerate(FLOORS) for name in names}
 KERNEL_PACKAGES = [f"fusedonemoe.{name}" for name in FLOORS[1]]

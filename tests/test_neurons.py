@@ -319,7 +319,11 @@ def test_messages():
         return F.experts_neurons(**{**good, **changed})
 
     for changed, error, message in [
-        ({"impl": "fast"}, ValueError, "impl must be one of ('auto', 'dense', 'grouped', 'cpu', 'triton'), got 'fast'"),
+        (
+            {"impl": "fast"},
+            ValueError,
+            "impl must be one of ('auto', 'dense', 'grouped', 'cpu', 'triton', 'portable'), got 'fast'",
+        ),
         ({"activation": "swiglu_oai"}, ValueError, "activation must be one of ('silu', "),
         ({"down_table": torch.zeros(6, 7)}, ValueError, "up_table must have shape (6, 7), got (6, 8)"),
         ({"down_table": torch.zeros(6)}, ValueError, "down_table must have 2 dimensions [E, D], got shape (6,)"),
