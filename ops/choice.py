@@ -6,6 +6,7 @@ import torch
 
 from fusedonemoe.ops import cuda, triton
 from fusedonemoe.ops.cpu import native
+from fusedonemoe.ops.portable import few_rows
 
 IMPLEMENTATIONS = ("dense", "grouped", "cpu", "triton", "portable")
 # The largest E/K at which dense was measured faster on CPU (float32 and bfloat16, forward and backward, at 1, 1.5, 2 and 4).
@@ -52,11 +53,14 @@ def count_work(impl: str, *, tokens: int, top_k: int, num_experts: int, weight_n
 
     Returns:
         The :class:`Work`: two operations per weight and routed row (dense routes every token to every expert), and the
-        weights of the experts that can be hit.
+        weights of the experts that can be hit. Of portable, for experts that are evenly used: it gives all of them as many
+        rows as the fullest has, and reads all their weights, unless there are few rows.
     """
     per_expert = weight_numel // num_experts
     rows = tokens * (num_experts if impl == "dense" else top_k)
     touched = num_experts if impl == "dense" else min(num_experts, rows)
+    if impl == "portable" and not few_rows(rows, num_experts):
+        rows, touched = num_experts * max(2, -(-rows // num_experts)), num_experts
     return Work(flops=2 * rows * per_expert, weight_bytes=touched * per_expert * itemsize)
 
 
@@ -70,8 +74,10 @@ def refusal(impl: str, *, device_type: str, dtype: torch.dtype, widths: tuple[in
         widths: the row lengths of the grouped GEMMs.
         contiguous: whether the expert weights are.
     """
-    if impl in ("dense", "portable"):
+    if impl == "dense":
         return None
+    if impl == "portable":
+        return "it reads a number from the data, and meta tensors have none" if device_type == "meta" else None
     if impl == "cpu":
         if device_type != "cpu":
             return f"the CPU kernels do not run on device {device_type!r}"

@@ -21,6 +21,11 @@ from fusedonemoe.ops.dense import experts_merged_dense
 from fusedonemoe.ops.plan import in_range
 
 
+def few_rows(rows: int, num_experts: int) -> bool:
+    """Whether ``rows = T * K`` rows bring their experts' weights; a condition of the graph where rows is a symbol."""
+    return 2 * rows <= num_experts
+
+
 class _Slots(NamedTuple):
     """Every expert's rows side by side, with room in each for those of the fullest.
 
@@ -54,7 +59,7 @@ def _make_slots(experts_TK: Tensor, num_experts: int) -> _Slots:
 
 
 def _with_zero_row(rows: Tensor) -> Tensor:
-    """What stands beyond the end is zero: an empty slot must not hold what could overflow, in the output or in a gradient."""
+    """Zeros beyond the end, for empty slots."""
     return torch.cat((rows, rows.new_zeros(1, rows.shape[1])))
 
 
@@ -68,8 +73,10 @@ def _rows_of_tokens(x_TD: Tensor, experts_TK: Tensor, num_experts: int) -> tuple
 def _summed(out_TKD: Tensor, experts_TK: Tensor, weights_TK: Tensor, num_experts: int, dtype: torch.dtype) -> Tensor:
     """``sum_j w_tj out_tj``, in float32 at least, over the ids in range."""
     wide = torch.promote_types(torch.promote_types(weights_TK.dtype, dtype), torch.float32)
+    weights_TK1 = weights_TK[:, :, None].to(wide)
     routed_TK1 = in_range(experts_TK, num_experts)[:, :, None]
-    return torch.where(routed_TK1, weights_TK[:, :, None].to(wide) * out_TKD.to(wide), 0).sum(1).to(dtype)
+    # Both factors are masked: each is the gradient of the other.
+    return (torch.where(routed_TK1, weights_TK1, 0) * torch.where(routed_TK1, out_TKD.to(wide), 0)).sum(1).to(dtype)
 
 
 def _mix(
@@ -78,7 +85,8 @@ def _mix(
     """``sum_j w_tj apply(x_t, parameters of expert e_tj)``.
 
     Args:
-        apply: of rows ``[B, C, D]`` and B experts' parameters.
+        apply: of rows ``[B, C, D]``, the mask ``[B, C, 1]`` of those that are routed, the others being zero, and B experts'
+            parameters.
         x_TD: tokens.
         experts_TK: ids.
         weights_TK: routing weights.
@@ -88,20 +96,22 @@ def _mix(
 
     def few(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, *parameters: Tensor) -> Tensor:
         rows_N1D, ids = _rows_of_tokens(x_TD, experts_TK, E)
-        out_N1D = apply(rows_N1D, *(parameter.index_select(0, ids) for parameter in parameters))
+        routed_N11 = in_range(experts_TK, E).reshape(-1, 1, 1)
+        out_N1D = apply(rows_N1D, routed_N11, *(parameter.index_select(0, ids) for parameter in parameters))
         out_TKD = out_N1D.reshape(*experts_TK.shape, out_N1D.shape[2])
         return _summed(out_TKD, experts_TK, weights_TK, E, x_TD.dtype)
 
     def many(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, *parameters: Tensor) -> Tensor:
         slots = _make_slots(experts_TK, E)
         rows_ECD = _with_zero_row(x_TD).index_select(0, slots.token).reshape(E, -1, x_TD.shape[1])
-        out_ECD = apply(rows_ECD, *parameters)
+        routed_EC1 = (slots.token < x_TD.shape[0]).reshape(E, -1, 1)
+        out_ECD = apply(rows_ECD, routed_EC1, *parameters)
         out_SD = _with_zero_row(out_ECD.reshape(-1, out_ECD.shape[2]))
         out_TKD = out_SD.index_select(0, slots.slot).reshape(*experts_TK.shape, out_SD.shape[1])
         return _summed(out_TKD, experts_TK, weights_TK, E, x_TD.dtype)
 
     operands = (x_TD, experts_TK, weights_TK, *parameters)
-    are_few = 2 * experts_TK.shape[0] * experts_TK.shape[1] <= E
+    are_few = few_rows(experts_TK.shape[0] * experts_TK.shape[1], E)
     if torch.compiler.is_exporting() and (torch.compiler.is_dynamo_compiling() or not isinstance(are_few, bool)):
         result: Tensor = torch.cond(are_few, few, many, operands)
         return result
@@ -118,13 +128,17 @@ def experts_mlp_portable(
     down_bias_ED: Tensor | None,
     act: Activation,
 ) -> Tensor:
-    """``y_t = sum_j w_tj (act(x_t Wup_e + bup_e) Wdown_e + bdown_e)``, ``e = experts_tj``. ``[T, D]`` in the dtype of x."""
+    """``y_t = sum_j w_tj (act(x_t Wup_e + bup_e) Wdown_e + bdown_e)``, ``e = experts_tj``. ``[T, D]`` in the dtype of x.
+
+    Pre-activations are 0 where nothing is routed, as in :mod:`fusedonemoe.ops.dense`: a bias that overflows in the activation
+    must not turn ``0 * inf`` into NaN in a gradient.
+    """
     has_up_bias, has_down_bias = up_bias_EG is not None, down_bias_ED is not None
 
-    def apply(rows_BCD: Tensor, up_BGD: Tensor, down_BDF: Tensor, *biases: Tensor) -> Tensor:
+    def apply(rows_BCD: Tensor, routed_BC1: Tensor, up_BGD: Tensor, down_BDF: Tensor, *biases: Tensor) -> Tensor:
         z_BCG = torch.bmm(rows_BCD, up_BGD.transpose(1, 2))
         if has_up_bias:
-            z_BCG = z_BCG + biases[0][:, None, :]
+            z_BCG = torch.where(routed_BC1, z_BCG + biases[0][:, None, :], 0)
         out_BCD = torch.bmm(activate(z_BCG, act).to(rows_BCD.dtype), down_BDF.transpose(1, 2))
         return out_BCD + biases[-1][:, None, :] if has_down_bias else out_BCD
 
@@ -136,7 +150,11 @@ def experts_merged_portable(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor
     """``h_t = sum_j w_tj (x_t W_e)``. ``[T, F]``; one plain product where a token takes all experts."""
     if proj_EDF.shape[0] <= experts_TK.shape[1]:
         return experts_merged_dense(x_TD, experts_TK, weights_TK, proj_EDF)
-    return _mix(torch.bmm, x_TD, experts_TK, weights_TK, (proj_EDF,))
+
+    def apply(rows_BCD: Tensor, _: Tensor, proj_BDF: Tensor) -> Tensor:
+        return torch.bmm(rows_BCD, proj_BDF)
+
+    return _mix(apply, x_TD, experts_TK, weights_TK, (proj_EDF,))
 
 
 def _table_rows(experts_TK: Tensor, table_ED: Tensor) -> Tensor:
@@ -155,15 +173,16 @@ def experts_neurons_portable(
     down_TKD = _table_rows(experts_TK, down_ED)
     s_TK = torch.bmm(down_TKD, x_TD.to(down_TKD.dtype)[:, :, None])[:, :, 0]
     h_TK = activate(s_TK, Activation(activation, PLAIN, 0.0, 0.0))
-    return _weighted_rows(h_TK * weights_TK.to(h_TK.dtype), experts_TK, up_ED).to(x_TD.dtype)
+    weights_TK = torch.where(in_range(experts_TK, up_ED.shape[0]), weights_TK, 0).to(h_TK.dtype)
+    return _weighted_rows(h_TK * weights_TK, experts_TK, up_ED).to(x_TD.dtype)
 
 
 def experts_values_portable(experts_TK: Tensor, weights_TK: Tensor, table_ED: Tensor) -> Tensor:
     """``y_t = sum_j w_tj v_e``, from a gathered copy of the rows."""
+    weights_TK = torch.where(in_range(experts_TK, table_ED.shape[0]), weights_TK, 0)
     return _weighted_rows(weights_TK, experts_TK, table_ED).to(table_ED.dtype)
 
 
 def _weighted_rows(coefficients_TK: Tensor, experts_TK: Tensor, table_ED: Tensor) -> Tensor:
     rows_TKD = _table_rows(experts_TK, table_ED)
-    coefficients_TK = torch.where(in_range(experts_TK, table_ED.shape[0]), coefficients_TK, 0)
     return torch.bmm(coefficients_TK.to(rows_TKD.dtype)[:, None, :], rows_TKD)[:, 0]

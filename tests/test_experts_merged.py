@@ -16,7 +16,7 @@ from fusedonemoe.ops import grouped, library, reference
 from fusedonemoe.testing import ROUTINGS, assert_within_budget, exact_float64, make_merged_inputs
 from tests.strategies import merged_inputs
 
-IMPLS = ("dense", "grouped")
+IMPLS = ("dense", "grouped", "portable")
 every_impl = pytest.mark.parametrize("impl", IMPLS)
 TENSORS = ("x", "weights", "proj")
 EXACT = {"rtol": 1e-10, "atol": 1e-12}

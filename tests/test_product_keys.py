@@ -503,7 +503,7 @@ def test_the_router_names_its_sizes():
         ({"top_k": 10}, ValueError, r"^top_k must be from 1 to 9, the pairs of 3 keys, got 10$"),
         ({"top_k": 2.0}, TypeError, r"^top_k must be an integer, got 2.0$"),
         ({"top_k": True}, TypeError, r"^top_k must be an integer, got True$"),
-        ({"impl": "cpu"}, ValueError, r"^impl must be one of \('auto', 'dense'\), got 'cpu'$"),
+        ({"impl": "cpu"}, ValueError, r"^impl must be one of \('auto', 'dense', 'portable'\), got 'cpu'$"),
     ],
 )
 def test_bad_arguments_are_named(changes, error, message):

@@ -327,7 +327,7 @@ def test_opcheck_backward(scoring):
         ({"logits": torch.zeros(3, 0)}, ValueError, r"^logits must have shape \[..., E\] with E >= 1, got \(3, 0\)$"),
         ({"scoring": "tanh"}, ValueError, r"^scoring must be one of \('softmax', 'sigmoid'\), got 'tanh'$"),
         ({"group_score": "mean"}, ValueError, r"^group_score must be one of \('top2_sum', 'max'\), got 'mean'$"),
-        ({"impl": "grouped"}, ValueError, r"^impl must be one of \('auto', 'dense'\), got 'grouped'$"),
+        ({"impl": "grouped"}, ValueError, r"^impl must be one of \('auto', 'dense', 'portable'\), got 'grouped'$"),
         ({"n_group": 4}, ValueError, r"^n_group must divide the number of experts \(6\), got 4$"),
         ({"n_group": 0}, ValueError, r"^n_group must divide the number of experts \(6\), got 0$"),
         ({"n_group": 2, "topk_group": 3}, ValueError, r"^topk_group must be from 1 to n_group \(2\), got 3$"),
