@@ -11,7 +11,7 @@ The number of tokens may be a symbol of the graph, which then holds both ways. A
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ def _make_slots(experts_TK: Tensor, num_experts: int) -> _Slots:
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=device).scatter_add(0, ids, torch.ones_like(ids))
     starts = counts.cumsum(0) - counts
     # Two at least: compilers ask of a size whether it is 1, and of this one they can know it.
-    capacity = int(counts[:num_experts].max().clamp(min=2).item())
+    capacity: Any = counts[:num_experts].max().clamp(min=2).item()  # a symbol while it is traced
     torch._check(capacity >= 2)
     sorted_slot = sorted_ids * capacity + position - starts.index_select(0, sorted_ids)
     end = num_experts * capacity
