@@ -36,7 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "every_expert": {"top_k": None, "scoring": "sigmoid", "norm_topk_prob": False},
     "save_half": {"save_percent": 50},
 }
-IMPLS = ("auto", "dense", "grouped")
+IMPLS = ("auto", "dense", "grouped", "portable")
 MODULES: dict[str, Any] = {
     "moe": lambda **kw: MoE(**SIZES, bias=True, selection_bias=True, shared_intermediate_size=5, shared_gate=True, **kw),
     "fused_one_moe": lambda **kw: FusedOneMoE(8, 6, 5, is_sparse=True, topk=2, bias=True, **kw),

@@ -14,7 +14,7 @@ from fusedonemoe.ops import library, product_keys
 from fusedonemoe.ops import reference_product_keys as reference
 from fusedonemoe.testing import assert_within_budget, exact_float64, make_logits
 
-IMPLS = ("auto", "dense")
+IMPLS = ("auto", "dense", "portable")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [(1, 1), (2, 1), (2, 4), (3, 2), (3, 9), (5, 7), (10, 1), (10, 16), (7, 49), (40, 30)]  # G, K
 every_impl = pytest.mark.parametrize("impl", IMPLS)

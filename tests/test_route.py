@@ -15,7 +15,7 @@ from fusedonemoe import functional as F
 from fusedonemoe.ops import library, reference
 from fusedonemoe.testing import assert_within_budget, exact_float64, make_logits
 
-IMPLS = ("auto", "dense")
+IMPLS = ("auto", "dense", "portable")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BIAS = [0.3, -0.2, 0.05, 0.0, -0.4, 0.25, 0.1, -0.1, 0.0, 0.15, -0.3, 0.2]
 
