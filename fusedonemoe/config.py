@@ -55,7 +55,7 @@ class MoEConfig:
             None for no such branch.
         shared_gate: scale the shared branch by ``sigmoid(x . w_s)`` (Qwen2-MoE).
         save_percent: share of pre-activation rows kept for the backward, an integer from 0 to 100.
-        impl: ``auto``, ``dense``, ``grouped``, ``cpu`` or ``triton``.
+        impl: ``auto``, ``dense``, ``grouped``, ``cpu``, ``triton`` or ``portable``.
 
     Raises:
         TypeError: a size that is not an integer, a flag that is not a bool, a factor that is not a number.

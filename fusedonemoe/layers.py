@@ -11,7 +11,7 @@ from fusedonemoe.checks import check_last_dim
 from fusedonemoe.config import MoEConfig
 from fusedonemoe.hf import config_of, tensors_of
 from fusedonemoe.linear import uniform_by_fan_in
-from fusedonemoe.routers import TopKRouter
+from fusedonemoe.routers import TopKRouter, routing_impl
 from fusedonemoe.shared_expert import SharedExpert
 
 
@@ -197,7 +197,7 @@ class MoE(nn.Module):
             topk_group=config.topk_group,
             group_score=config.group_score,
             norm_eps=config.norm_eps,
-            impl="dense" if config.impl == "dense" else "auto",
+            impl=routing_impl(config.impl),
             device=device,
             dtype=dtype,
         )
@@ -308,7 +308,7 @@ class FusedOneMoE(nn.Module):
         is_sparse: route each token to its ``topk`` experts; otherwise to all.
         topk: ``K`` when sparse.
         bias: ``b_up`` and ``b_down``.
-        impl: ``auto``, ``dense``, ``grouped``, ``cpu`` or ``triton``.
+        impl: ``auto``, ``dense``, ``grouped``, ``cpu``, ``triton`` or ``portable``.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -352,7 +352,7 @@ class FusedOneMoE(nn.Module):
             topk if is_sparse else None,
             scoring="sigmoid",
             norm_topk_prob=False,
-            impl="dense" if impl == "dense" else "auto",
+            impl=routing_impl(impl),
             device=device,
             dtype=dtype,
         )

@@ -11,6 +11,11 @@ from fusedonemoe.linear import in_dtype, in_routing_dtype, outside_autocast, rou
 from fusedonemoe.ops.route import NORM_EPS
 
 
+def routing_impl(impl: str) -> str:
+    """The ``impl`` of the router beside experts of this one."""
+    return impl if impl in ("dense", "portable") else "auto"
+
+
 class RouterOutput(NamedTuple):
     """What a router returns.
 
@@ -46,7 +51,7 @@ class TopKRouter(nn.Module):
         topk_group: groups that stay open.
         group_score: ``top2_sum`` or ``max``.
         norm_eps: added to the sum of sigmoids that normalises them.
-        impl: ``auto``, or ``dense`` for derivatives of every order.
+        impl: ``auto``, ``dense`` for derivatives of every order, or ``portable`` for export.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -155,7 +160,7 @@ class ProductKeyRouter(nn.Module):
         input_norm: ``"batch"`` for BatchNorm over the tokens (FlashMoE, PEER), ``"rms"`` for RMSNorm over D, None for none;
             both have a trained scale for each of the D features, BatchNorm a shift too. BatchNorm in training takes 2 tokens.
         bias: whether the linear map has one.
-        impl: ``auto``, or ``dense`` for derivatives of every order.
+        impl: ``auto``, ``dense`` for derivatives of every order, or ``portable`` for export.
         device: of the parameters.
         dtype: of the parameters.
 

@@ -65,9 +65,26 @@ def select(keys: Tensor, k: int) -> Tensor:
     return last - (torch.topk(packed, k, dim=-1).values & 0xFFFFFFFF)
 
 
+def select_for_export(keys: Tensor, k: int) -> Tensor:
+    """:func:`select` of float32 keys for formats that cannot look at a number's bits, such as ONNX.
+
+    A float64 has room for the order of equal keys: each key is moved down by its id's share of less than a quarter of the
+    distance to the next float32. Zeros have no such distance of their own and get one, infinities become numbers.
+    """
+    last = keys.shape[-1] - 1
+    share = torch.arange(last + 1, device=keys.device).to(torch.float64) * 2.0 ** -(26 + last.bit_length())
+    # Built from factors that a float32 can hold: ONNX's exporter makes float32 of numbers on their way.
+    one = torch.ones(1, dtype=torch.float64, device=keys.device)
+    beyond, least = one * 2.0**100 * 2.0**100, one * 2.0**-100 * 2.0**-100 * 2.0**-100
+    wide = torch.maximum(torch.minimum(keys.to(torch.float64), beyond), -beyond)
+    return torch.topk(wide - (wide.abs() + least) * share, k, dim=-1).indices
+
+
 def select_largest(keys: Tensor, k: int, opaque: bool) -> Tensor:
     """:func:`select`, or the operator that has a kernel for it; an exported graph keeps to torch's own operators."""
-    if opaque and keys.dtype == torch.float32 and keys.device.type == "cpu" and not torch.compiler.is_exporting():
+    if keys.dtype == torch.float32 and torch.compiler.is_exporting():
+        return select_for_export(keys, k)
+    if opaque and keys.dtype == torch.float32 and keys.device.type == "cpu":
         return torch.ops.fusedonemoe.select_experts.default(keys, k)
     return select(keys, k)
 

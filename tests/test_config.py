@@ -67,7 +67,7 @@ INVALID = [
     ({"scoring": "sigmoid", "norm_eps": -1e-6}, ValueError, "norm_eps must be positive and finite, got -1e-06"),
     ({"norm_eps": None}, TypeError, "norm_eps must be a number, got None"),
     ({"norm_eps": 1e-6}, ValueError, "norm_eps is for scoring 'sigmoid', a softmax is divided without one, got 1e-06"),
-    ({"impl": "fast"}, ValueError, "impl must be one of ('auto', 'dense', 'grouped', 'cpu', 'triton'), got 'fast'"),
+    ({"impl": "fast"}, ValueError, "impl must be one of ('auto', 'dense', 'grouped', 'cpu', 'triton', 'portable'), got 'fast'"),
     ({"activation": "swiglu_oai", "gated": False}, ValueError, "activation 'swiglu_oai' is gated by definition, got gated=False"),
     ({"gated": "no"}, TypeError, "gated must be a bool, got 'no'"),
     ({"transposed": None}, TypeError, "transposed must be a bool, got None"),
@@ -192,7 +192,11 @@ def test_module_passes_the_fields_through_validation():
         ({"hidden_size": 0}, ValueError, "hidden_size must be at least 1, got 0"),
         ({"intermediate_size": 2.5}, TypeError, "intermediate_size must be an integer, got 2.5"),
         ({"is_sparse": True, "topk": 5}, ValueError, "top_k must be from 1 to 4, the experts that can be picked, or None, got 5"),
-        ({"impl": "fast"}, ValueError, "impl must be one of ('auto', 'dense', 'grouped', 'cpu', 'triton'), got 'fast'"),
+        (
+            {"impl": "fast"},
+            ValueError,
+            "impl must be one of ('auto', 'dense', 'grouped', 'cpu', 'triton', 'portable'), got 'fast'",
+        ),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

@@ -47,7 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "privacy_filter": {"activation": "swiglu_oai", "bias": True, "transposed": True, "swiglu_limit": 0.5},
 }
-IMPLS = ("auto", "dense", "grouped")
+IMPLS = ("auto", "dense", "grouped", "portable")
 MODULES: dict[str, Any] = {
     "moe": lambda **kw: MoE(**SIZES, bias=True, selection_bias=True, shared_intermediate_size=5, shared_gate=True, **kw),
     "fused_one_moe": lambda **kw: FusedOneMoE(8, 6, 5, is_sparse=True, topk=2, bias=True, **kw),

@@ -15,7 +15,7 @@ from fusedonemoe import functional as F
 from fusedonemoe.ops import library, reference
 from fusedonemoe.testing import assert_within_budget, exact_float64, make_logits
 
-IMPLS = ("auto", "dense")
+IMPLS = ("auto", "dense", "portable")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BIAS = [0.3, -0.2, 0.05, 0.0, -0.4, 0.25, 0.1, -0.1, 0.0, 0.15, -0.3, 0.2]
 
@@ -334,7 +334,7 @@ def test_opcheck_backward(scoring):
         ({"norm_eps": "1e-6"}, TypeError, r"^norm_eps must be a number, got '1e-6'$"),
         ({"scoring": "sigmoid", "norm_eps": 0.0}, ValueError, r"^norm_eps must be positive and finite, got 0.0$"),
         ({"norm_eps": 1e-6}, ValueError, r"^norm_eps is for scoring 'sigmoid', a softmax is divided without one, got 1e-06$"),
-        ({"impl": "grouped"}, ValueError, r"^impl must be one of \('auto', 'dense'\), got 'grouped'$"),
+        ({"impl": "grouped"}, ValueError, r"^impl must be one of \('auto', 'dense', 'portable'\), got 'grouped'$"),
         ({"n_group": 4}, ValueError, r"^n_group must divide the number of experts \(6\), got 4$"),
         ({"n_group": 0}, ValueError, r"^n_group must divide the number of experts \(6\), got 0$"),
         ({"n_group": 2, "topk_group": 3}, ValueError, r"^topk_group must be from 1 to n_group \(2\), got 3$"),

@@ -12,11 +12,12 @@ from fusedonemoe.checks import (
     check_one_of,
     check_selection_bias,
 )
-from fusedonemoe.functional.calls import as_rows, refuse_transforms, with_leading
+from fusedonemoe.functional.calls import as_rows, choose_routing, refuse_transforms, with_leading
 from fusedonemoe.ops import library
 from fusedonemoe.ops.plan import Plan, make_plan
 from fusedonemoe.ops.plan import tokens_per_expert as _count_tokens
-from fusedonemoe.ops.route import GROUP_SCORES, NORM_EPS, SCORINGS
+from fusedonemoe.ops.route import GROUP_SCORES, NORM_EPS, SCORINGS, RouteRule
+from fusedonemoe.ops.route import route as _route_portably
 
 
 def route(
@@ -52,7 +53,8 @@ def route(
         topk_group: only experts of the best ``topk_group`` groups can be picked.
         group_score: a group's value: ``"top2_sum"`` of its keys (DeepSeek-V3) or ``"max"`` (DeepSeek-V2).
         norm_eps: keeps the division of sigmoids from zero (LFM2 has 1e-6); a softmax has a sum without it.
-        impl: ``"auto"``, or ``"dense"`` for a composite with derivatives of every order, for ``torch.func``.
+        impl: ``"auto"``, ``"dense"`` for a composite with derivatives of every order, for ``torch.func``, or ``"portable"``
+            for export, without an operator of this library.
 
     Returns:
         ``weights`` ``[..., K]`` float32 (float64 for float64 logits) and ``experts`` ``[..., K]`` int64.
@@ -77,7 +79,7 @@ def route(
     E = logits.shape[-1]
     check_one_of("scoring", scoring, SCORINGS)
     check_one_of("group_score", group_score, GROUP_SCORES)
-    check_one_of("impl", impl, ("auto", "dense"))
+    impl = choose_routing(impl)
     check_integer("n_group", n_group)
     check_integer("topk_group", topk_group)
     if top_k is not None:
@@ -94,23 +96,15 @@ def route(
         raise ValueError(f"top_k must be from 1 to {selectable}, the experts that can be picked, got {top_k}")
     if selection_bias is not None:
         check_selection_bias(selection_bias, logits)
-    if impl != "dense":
-        refuse_transforms()
-    op = torch.ops.fusedonemoe.route_dense if impl == "dense" else library.route
-    weights, experts = op(
-        as_rows(logits),
-        selection_bias,
-        top_k or 0,
-        scoring,
-        score_first,
-        norm_topk_prob,
-        float(routed_scaling_factor),
-        n_group,
-        topk_group,
-        group_score,
-        float(norm_eps),
-        library.BUILD,
-    )
+    factor = float(routed_scaling_factor)
+    rule = RouteRule(top_k or 0, scoring, score_first, norm_topk_prob, factor, n_group, topk_group, group_score, float(norm_eps))
+    if impl == "portable":
+        weights, experts = _route_portably(as_rows(logits), selection_bias, rule)
+    else:
+        if impl == "auto":
+            refuse_transforms()
+        op = torch.ops.fusedonemoe.route_dense if impl == "dense" else library.route
+        weights, experts = op(as_rows(logits), selection_bias, *rule, library.BUILD)
     return with_leading(weights, logits), with_leading(experts, logits)
 
 
