@@ -7,8 +7,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-pytest.importorskip("transformers")
-
 from fusedonemoe.integrations.transformers import apply, enable, unapply
 from fusedonemoe.testing import assert_within_budget, make_experts
 from tests.transformers_families import VOCABULARY, build, experts_of, families
@@ -35,6 +33,7 @@ each_family = pytest.mark.parametrize("family", families())
 
 
 def use_eager(model: nn.Module) -> None:
+    experts: Any
     for experts in experts_of(model).values():
         experts.config._experts_implementation_internal = "eager"
 

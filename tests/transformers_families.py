@@ -7,14 +7,13 @@ it, causal language models first, that has experts when it is built from its own
 import functools
 import importlib
 import inspect
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fusedonemoe.integrations.transformers.registry import interface_of
@@ -146,6 +145,14 @@ def build(family: str, **fields: Any) -> PreTrainedModel:
         except Exception as error:
             tried.append(f"{cls.__name__}: {type(error).__name__}: {str(error)[:300]}")
     raise RuntimeError(f"{family}: " + "; ".join(tried))
+
+
+def tiny_of(family: str, **fields: Any) -> PreTrainedModel:
+    """A tiny model of a family whose experts ask nothing: its first class that its small configuration builds."""
+    for cls in _model_classes(family):
+        if "Vision" not in cls.__name__:
+            return cls(small_config(cls.config_class, **fields))
+    raise RuntimeError(f"{family} has no model")
 
 
 def randomised(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""The experts function that transformers calls: its contract on one side, :func:`fusedonemoe.functional.experts_mlp` on the other."""
+"""The experts function that transformers calls: its contract outside, :func:`fusedonemoe.functional.experts_mlp` inside."""
 
 from typing import Any
 

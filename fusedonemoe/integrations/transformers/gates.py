@@ -72,9 +72,15 @@ def _agrees(gate: Callable[[Tensor], Tensor], z: Tensor, candidate: Activation) 
     return bool(((actual - expected).abs() <= _TOLERANCE * scale).all())
 
 
-@torch.compiler.assume_constant_result
-@lru_cache(maxsize=256)
+@torch.compiler.assume_constant_result  # not on a cached function, which torch.compile looks through
 def _gate_by_numbers(
+    gate: Callable[..., Tensor], act_name: str | None, numbers: tuple[float | None, ...]
+) -> tuple[str, str, float, float] | None:
+    return _compared(gate, act_name, numbers)
+
+
+@lru_cache(maxsize=256)
+def _compared(
     gate: Callable[..., Tensor], act_name: str | None, numbers: tuple[float | None, ...]
 ) -> tuple[str, str, float, float] | None:
     """The :class:`Activation` that a gate of its own computes, by comparing the two on numbers; None for one of none.
@@ -100,7 +106,7 @@ def _gate_by_numbers(
             found = next((c for c in candidates if _agrees(lambda v: gate(stand_in, v), z, c)), None)
     except Exception:  # Somebody else's code, called on what it may not expect: whatever it raises, it is unknown to us.
         return None
-    return None if found is None else tuple(found)
+    return None if found is None else (found.name, found.layout, found.alpha, found.limit)
 
 
 def activation_of(experts: nn.Module) -> Activation | None:

@@ -54,11 +54,11 @@ def find_layers(model: nn.Module) -> list[FoundLayer]:
         around = any(not name or t.startswith(f"{name}.") for t in asking)
         if not inside and not around and _stands_for_experts(name, module) and not _is_whole_model(module):
             others.append(name)
-    # Several in one parent are the projections, or the router and the experts, of one layer.
+    # Several in one parent are the projections, or the router and the experts, of one layer; in a list they are layers.
     parents = [_parent_name(name) for name in others]
-    merged = dict.fromkeys(parent if parents.count(parent) > 1 else name for name, parent in zip(others, parents, strict=True))
-    for name in merged:
-        found.append(FoundLayer(name, modules[name], modules.get(_parent_name(name)), _NO_REGISTRY))
+    blocks = {p for p in parents if parents.count(p) > 1 and not isinstance(modules[p], nn.ModuleList | nn.ModuleDict)}
+    merged = dict.fromkeys(parent if parent in blocks else name for name, parent in zip(others, parents, strict=True))
+    found += [FoundLayer(name, modules[name], modules.get(_parent_name(name)), _NO_REGISTRY) for name in merged]
     return sorted(found, key=lambda layer: order[layer.name])
 
 

@@ -23,7 +23,7 @@ def _import(module: str) -> Any:
 
 
 def activations() -> Any:
-    """transformers' module of activation functions."""
+    """The module of transformers' activation functions."""
     return _import("transformers.activations")
 
 
@@ -77,7 +77,7 @@ def unregister() -> None:
 def interface_of(module: nn.Module) -> Any:
     """The registry that a module's forward asks; None for a module that asks none."""
     for owner in type(module).__mro__:
-        forward = owner.__dict__.get("forward")
+        forward: Any = owner.__dict__.get("forward")
         code = getattr(forward, "__code__", None)
         if code is not None and "experts_interface" in code.co_freevars:
             return forward.__closure__[code.co_freevars.index("experts_interface")].cell_contents

@@ -225,8 +225,8 @@ def _candidates(router: nn.Module, linear: str, takes_bias: bool, num_experts: i
 
 
 def _dense(weights: Tensor, experts: Tensor, num_experts: int) -> Tensor:
-    """``[T, E]``: the order of a token's experts has no meaning."""
-    return torch.zeros(weights.shape[0], num_experts).scatter(1, experts, weights.float())
+    """``[..., E]``: the order of a token's experts has no meaning."""
+    return torch.zeros(*weights.shape[:-1], num_experts).scatter(-1, experts, weights.float())
 
 
 def _same_routing(plan: RouterPlan, probe: _Probe, own: tuple[Tensor, ...]) -> bool:
@@ -234,10 +234,10 @@ def _same_routing(plan: RouterPlan, probe: _Probe, own: tuple[Tensor, ...]) -> b
     bias = getattr(probe.router, _BIAS_BUFFER) if plan.bias == "buffer" else None
     bias = probe.arguments[0] if plan.bias == "argument" else bias
     try:
-        ours = _dense(*(part.flatten(0, -2) for part in _route(plan, logits, bias)), logits.shape[-1])
+        ours = _dense(*_route(plan, logits, bias), logits.shape[-1])
     except ValueError:  # a rule that these sizes do not have
         return False
-    theirs = _dense(weights.flatten(0, -2), experts.flatten(0, -2), logits.shape[-1])
+    theirs = _dense(weights, experts, logits.shape[-1])
     return bool(((ours - theirs).abs() <= _RELATIVE_ERROR * theirs).all())
 
 
@@ -297,7 +297,7 @@ def _matched(probe: _Probe, linear: str, takes_bias: bool) -> RouterPlan | str:
         return "none of this library's rules gives the weights that its forward gives"
     plan = plan._replace(flattens=own[0][0].dim() == 2 and (probe.x.dim() == 3 or _own(probe, x=probe.x[None])[0].dim() == 2))
     # Three views of what the dtypes are: float32, bfloat16 where the router can compute in it, and autocast.
-    seen = [(probe, own[-1], False), (probe, _own(probe, autocast=True), True)]
+    seen = [*((probe, outputs, False) for outputs in own), (probe, _own(probe, autocast=True), True)]
     half = probe.to(torch.bfloat16)
     with suppress(RuntimeError):
         seen.append((half, _own(half), False))
