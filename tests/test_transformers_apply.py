@@ -12,7 +12,8 @@ import transformers
 from torch import nn
 from transformers.integrations import moe as hf_moe
 
-from fusedonemoe.integrations.transformers import Report, apply, disable, enable, unapply
+from fusedonemoe import functional
+from fusedonemoe.integrations.transformers import Report, apply, disable, enable, routers, unapply
 from fusedonemoe.integrations.transformers.routers import find_router
 from tests.transformers_families import build, experts_of, small_config, tiny_of
 
@@ -20,7 +21,8 @@ IDS = torch.arange(18).view(2, 9) + 3
 
 
 @pytest.fixture(autouse=True)
-def left_as_found():
+def left_as_found(monkeypatch):
+    monkeypatch.setattr(routers, "FEWEST_LOGITS", 0)  # route here at every size
     yield
     disable()
 
@@ -50,7 +52,12 @@ def test_from_pretrained_takes_the_name(tmp_path, monkeypatch):
     build("qwen3_moe").save_pretrained(tmp_path)
     enable()
     called = []
-    monkeypatch.setattr("fusedonemoe.functional.experts_mlp", lambda x, *_, **__: called.append(1) or x)
+
+    def experts_mlp(x, *_, **__):
+        called.append(1)
+        return x
+
+    monkeypatch.setattr(functional, "experts_mlp", experts_mlp)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="fusedonemoe")
     logits(model)
     assert len(called) == 2
@@ -59,7 +66,7 @@ def test_from_pretrained_takes_the_name(tmp_path, monkeypatch):
 def test_every_copy_of_the_registry_is_entered(monkeypatch):
     # transformers' lazy imports can leave two modules; a class asks the copy of its own decorator.
     class Other(hf_moe.ExpertsInterface):
-        _global_mapping: ClassVar[dict[str, Any]] = {}
+        _global_mapping: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
 
     other = Other()
 
@@ -190,9 +197,25 @@ def test_a_dense_model_has_nothing_to_replace():
     assert apply(nn.Linear(2, 2)) == Report(())
 
 
+@pytest.mark.parametrize(("tokens", "routed_here"), [(3, False), (5, True)])
+def test_few_tokens_on_cpu_are_routed_by_the_routers_own_forward(tokens, routed_here, monkeypatch):
+    monkeypatch.setattr(routers, "FEWEST_LOGITS", 4 * 8)
+    model: Any = build("qwen3_moe")
+    apply(model)
+    called, real = [], functional.route
+
+    def route(*args, **named):
+        called.append(1)
+        return real(*args, **named)
+
+    monkeypatch.setattr(functional, "route", route)
+    model.model.layers[0].mlp.gate(torch.randn(tokens, 32))
+    assert bool(called) == routed_here
+
+
 def test_apply_wants_a_module():
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
-        apply("qwen")  # type: ignore[arg-type]
+        apply("qwen")
 
 
 def test_quantised_experts_are_reported():

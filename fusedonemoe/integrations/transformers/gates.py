@@ -135,6 +135,11 @@ def activation_of(experts: nn.Module) -> Activation | None:
 
 @torch.compiler.assume_constant_result
 def _is_default(gate: Any) -> bool:
+    return _is_a_default(gate)
+
+
+@lru_cache(maxsize=256)
+def _is_a_default(gate: Any) -> bool:
     return gate in default_gates()
 
 

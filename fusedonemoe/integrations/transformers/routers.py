@@ -25,6 +25,9 @@ _SCALES = ("routed_scaling_factor", "router_scaling_factor", "route_scale")
 _BIAS_BUFFER = "e_score_correction_bias"
 _TOKENS = 96
 _RELATIVE_ERROR = 1e-4
+# On CPU, outside a graph, the half dozen operators of a router's own forward were measured faster than the checks and calls of
+# this library's below about so many logits: 256 tokens and 64 experts. The two compute the same, so either may be taken.
+FEWEST_LOGITS = 1 << 14
 
 
 class RouterPlan(NamedTuple):
@@ -32,7 +35,9 @@ class RouterPlan(NamedTuple):
 
     Attributes:
         linear: name of the child that makes the logits; empty for the router's own ``weight`` and ``bias``.
+        has_bias: whether there is a ``bias`` of the router's own; to ask a module for what it has not is slow.
         bias: where the selection bias comes from: ``""``, ``"buffer"`` or ``"argument"``.
+        num_experts: how many logits a token has.
         top_k: to ``group_score``: the arguments of :func:`fusedonemoe.functional.route`.
         wide: whether the logits are a float32 product, whatever the dtype of the input.
         autocast: whether autocast may lower that product.
@@ -42,7 +47,9 @@ class RouterPlan(NamedTuple):
     """
 
     linear: str
+    has_bias: bool
     bias: str
+    num_experts: int
     top_k: int
     scoring: str
     score_first: bool
@@ -73,7 +80,7 @@ def _logits(plan: RouterPlan, router: Any, x: Tensor) -> Tensor:
         child = getattr(router, plan.linear)
         logits = child(x if x.dtype == child.weight.dtype else x.to(child.weight.dtype))
     else:
-        weight, bias = router.weight, getattr(router, "bias", None)
+        weight, bias = router.weight, router.bias if plan.has_bias else None
         if plan.wide:
             x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
         if plan.autocast:
@@ -100,7 +107,8 @@ def _route(plan: RouterPlan, logits: Tensor, selection_bias: Tensor | None) -> t
 
 
 def _outputs(plan: RouterPlan, router: Any, hidden_states: Tensor, *arguments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    x = hidden_states.reshape(-1, hidden_states.shape[-1]) if plan.flattens else hidden_states
+    flatten = plan.flattens and hidden_states.dim() != 2
+    x = hidden_states.reshape(-1, hidden_states.shape[-1]) if flatten else hidden_states
     logits = _logits(plan, router, x)
     bias = None
     if plan.bias:
@@ -115,7 +123,11 @@ def _outputs(plan: RouterPlan, router: Any, hidden_states: Tensor, *arguments: T
 
 def _fused_forward(self: Any, hidden_states: Tensor, *arguments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Router logits, weights and ids, by this library's routing; bound to the router in place of its own forward."""
-    return _outputs(getattr(self, _PLAN), self, hidden_states, *arguments)
+    plan = self._fusedonemoe_plan
+    logits = hidden_states.numel() // hidden_states.shape[-1] * plan.num_experts
+    if not torch.compiler.is_compiling() and logits < FEWEST_LOGITS and hidden_states.device.type == "cpu":
+        return type(self).forward(self, hidden_states, *arguments)
+    return _outputs(plan, self, hidden_states, *arguments)
 
 
 def fuse_router(router: nn.Module, plan: RouterPlan) -> None:
@@ -216,12 +228,13 @@ def _candidates(router: nn.Module, linear: str, takes_bias: bool, num_experts: i
     group_rules = [(1, 1, "max")]
     if groups > 1 and isinstance(kept, int) and num_experts % groups == 0:
         group_rules = [(groups, kept, score) for score in ("top2_sum", "max")] + group_rules
+    has_bias = not linear and isinstance(getattr(router, "bias", None), Tensor)
     biases = ["argument"] if takes_bias else []
     biases += ["buffer"] if isinstance(getattr(router, _BIAS_BUFFER, None), Tensor) else []
     for group, bias, scoring, first, normalise, factor in itertools.product(
         group_rules, [*biases, ""], ("softmax", "sigmoid"), (True, False), (*norms, False, True), (scale, scale / top_k, 1.0)
     ):
-        yield RouterPlan(linear, bias, top_k, scoring, first, normalise, factor, *group)
+        yield RouterPlan(linear, has_bias, bias, num_experts, top_k, scoring, first, normalise, factor, *group)
 
 
 def _dense(weights: Tensor, experts: Tensor, num_experts: int) -> Tensor:
