@@ -23,6 +23,7 @@ __all__ = ["add_arguments", "run"]
 EXIT_DISAGREE = 1
 EXIT_USAGE = 2
 DIAL = "dial"  # what a training step holds at each save_percent, and what that costs
+MODEL = "transformers"  # a whole model of transformers, with its experts and with ours
 
 
 def _regex(text: str) -> re.Pattern[str]:
@@ -56,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
-        "--suite", choices=sorted([*SUITES, GPU, DIAL]), default="quick", help="which set of cells (default: %(default)s)"
+        "--suite", choices=sorted([*SUITES, GPU, DIAL, MODEL]), default="quick", help="which set of cells (default: %(default)s)"
     )
     which.add_argument("--quick", action="store_const", dest="suite", const="quick", help="short for --suite quick")
     parser.add_argument("--cells", type=_regex, metavar="REGEX", help="only the cells whose name matches, as in 'block-.*E32-'")
@@ -99,6 +100,10 @@ def run(args: argparse.Namespace) -> int:
         from fusedonemoe.bench import dial
 
         return dial.run(args)
+    if args.suite == MODEL:
+        from fusedonemoe.bench import hf_model
+
+        return hf_model.run(args)
     cells = [cell for cell in SUITES[args.suite] if args.cells is None or args.cells.search(cell.name)]
     if not cells:
         names = "\n  ".join(cell.name for cell in SUITES[args.suite])
@@ -111,8 +116,8 @@ def _misused(args: argparse.Namespace) -> str:
     """What is wrong with options that are each right."""
     if args.suite != GPU and (args.dry or args.resume):
         return f"--dry and --resume go with --suite {GPU}"
-    if args.suite == DIAL and (args.cells or args.peers or args.picture):
-        return f"--suite {DIAL} is one table, without --cells, --peers and --picture"
+    if args.suite in (DIAL, MODEL) and (args.cells or args.peers or args.picture):
+        return f"--suite {args.suite} is one table, without --cells, --peers and --picture"
     if args.resume and not args.json:
         return "--resume needs the file of --json"
     return "--picture shows times, and --dry has none" if args.dry and args.picture else ""
