@@ -131,6 +131,15 @@ def test_a_copy_of_an_applied_model_has_its_own_parameters():
     assert torch.equal(logits(twin), expected)
 
 
+def test_an_applied_model_pickles(tmp_path):
+    model = build("qwen3_moe")
+    apply(model)
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    torch.testing.assert_close(logits(again), logits(model))
+    assert apply(again).used == 2
+
+
 # Models that have experts and no registry to ask, and what shows where they are.
 IGNORING: dict[str, tuple[int, dict[str, Any]]] = {
     "dbrx": (

@@ -121,8 +121,12 @@ def _outputs(plan: RouterPlan, router: Any, hidden_states: Tensor, *arguments: T
     return logits, weights if weights.dtype == dtype else weights.to(dtype), experts
 
 
-def _fused_forward(self: Any, hidden_states: Tensor, *arguments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Router logits, weights and ids, by this library's routing; bound to the router in place of its own forward."""
+def forward(self: Any, hidden_states: Tensor, *arguments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Router logits, weights and ids, by this library's routing; bound to the router in place of its own forward.
+
+    By this name, a pickled router comes back with its own: a bound method is pickled as "the object's attribute of the
+    function's name". No ``functools.partial``, which torch.compile guards on the identity of.
+    """
     plan = self._fusedonemoe_plan
     logits = hidden_states.numel() // hidden_states.shape[-1] * plan.num_experts
     if not torch.compiler.is_compiling() and logits < FEWEST_LOGITS and hidden_states.device.type == "cpu":
@@ -133,7 +137,7 @@ def _fused_forward(self: Any, hidden_states: Tensor, *arguments: Tensor | None) 
 def fuse_router(router: nn.Module, plan: RouterPlan) -> None:
     """Replace the forward of this one router."""
     setattr(router, _PLAN, plan)
-    router.forward = types.MethodType(_fused_forward, router)
+    router.forward = types.MethodType(forward, router)
 
 
 def unfuse_router(router: nn.Module) -> None:
@@ -286,13 +290,13 @@ def _plan_of(router: nn.Module) -> RouterPlan | str:
     if takes_bias is None or linear is None:
         return "its forward takes more than hidden states and a selection bias"
     with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast("cpu", enabled=False):
-        probe = _make_probe(router, takes_bias)
-        for x in (probe.x, probe.x[None]):  # some unpack three dimensions, as their block gives them
+        for dimensions in (2, 3):  # some unpack three, as their block gives them
             try:
-                return _matched(probe._replace(x=x), linear, takes_bias)
+                probe = _make_probe(router, takes_bias)
+                return _matched(probe if dimensions == 2 else probe._replace(x=probe.x[None]), linear, takes_bias)
             except Exception as raised:  # Other people's code, called as it may not expect: it keeps its forward.
                 error = raised
-        return f"its forward raised {type(error).__name__} on random input"
+        return f"a copy of it raised {type(error).__name__} on random input"
 
 
 def _matched(probe: _Probe, linear: str, takes_bias: bool) -> RouterPlan | str:
