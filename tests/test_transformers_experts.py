@@ -147,6 +147,15 @@ def test_transposed_weights_are_not_copied(family, monkeypatch):
     assert [w.data_ptr() for w in seen[3:5]] == [experts.gate_up_proj.data_ptr(), experts.down_proj.data_ptr()]
 
 
+def test_gradients_of_transposed_weights_have_their_layout():
+    # Otherwise autograd copies each of them once more, as large as all experts.
+    experts = make("gpt_oss")
+    x, ids, weights = inputs(experts)
+    y = experts_forward(experts, x, ids, weights)
+    leaves = (experts.gate_up_proj, experts.down_proj)
+    assert all(gradient.is_contiguous() for gradient in torch.autograd.grad(y.sum(), leaves))
+
+
 class Config:
     _experts_implementation = "eager"
 
