@@ -73,9 +73,10 @@ def make_model(dtype: torch.dtype, sizes: dict[str, int]) -> Any:
     """
     from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
+    settings: dict[str, Any] = {**sizes, "norm_topk_prob": True}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: Any = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**sizes, norm_topk_prob=True))
+        model: Any = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**settings))
     return model.to(dtype).eval()
 
 
