@@ -14,7 +14,7 @@ import torch
 
 import fusedonemoe
 from fusedonemoe import export, functional, ops, testing
-from fusedonemoe.integrations import checkpoints
+from fusedonemoe.integrations import checkpoints, transformers
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -152,7 +152,7 @@ def entries() -> set[str]:
     return set(re.findall(r"^\.\. (?:auto\w+|py:data):: (\S+)", text, flags=re.MULTILINE))
 
 
-MODULES = [fusedonemoe, export, functional, testing, ops, checkpoints]
+MODULES = [fusedonemoe, export, functional, testing, ops, checkpoints, transformers]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)

@@ -24,6 +24,7 @@ EXIT_DISAGREE = 1
 EXIT_USAGE = 2
 DIAL = "dial"  # what a training step holds at each save_percent, and what that costs
 LORA = "lora"  # a training step of adapters on experts, beside PEFT's
+MODEL = "transformers"  # a whole model of transformers, with its experts and with ours
 
 
 def _regex(text: str) -> re.Pattern[str]:
@@ -57,7 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
-        "--suite", choices=sorted([*SUITES, GPU, DIAL, LORA]), default="quick", help="which set of cells (default: %(default)s)"
+        "--suite",
+        choices=sorted([*SUITES, GPU, DIAL, LORA, MODEL]),
+        default="quick",
+        help="which set of cells (default: %(default)s)",
     )
     which.add_argument("--quick", action="store_const", dest="suite", const="quick", help="short for --suite quick")
     parser.add_argument("--cells", type=_regex, metavar="REGEX", help="only the cells whose name matches, as in 'block-.*E32-'")
@@ -104,6 +108,10 @@ def run(args: argparse.Namespace) -> int:
         from fusedonemoe.bench import lora
 
         return lora.run(args)
+    if args.suite == MODEL:
+        from fusedonemoe.bench import hf_model
+
+        return hf_model.run(args)
     cells = [cell for cell in SUITES[args.suite] if args.cells is None or args.cells.search(cell.name)]
     if not cells:
         names = "\n  ".join(cell.name for cell in SUITES[args.suite])
@@ -116,7 +124,7 @@ def _misused(args: argparse.Namespace) -> str:
     """What is wrong with options that are each right."""
     if args.suite != GPU and (args.dry or args.resume):
         return f"--dry and --resume go with --suite {GPU}"
-    if args.suite in (DIAL, LORA) and (args.cells or args.peers or args.picture):
+    if args.suite in (DIAL, LORA, MODEL) and (args.cells or args.peers or args.picture):
         return f"--suite {args.suite} is one table, without --cells, --peers and --picture"
     if args.resume and not args.json:
         return "--resume needs the file of --json"
