@@ -18,6 +18,19 @@ def _uniform_by_fan_in(parameter: Tensor, fan_in: int) -> None:
     nn.init.uniform_(parameter, -bound, bound)
 
 
+def _whole(name: str, parameter: Tensor | None) -> Tensor | None:
+    """The tensor that an operator can read: of a ``DTensor``, the local one, if that is all of it."""
+    if parameter is None or not hasattr(parameter, "to_local"):  # asking for the type would import torch.distributed.tensor
+        return parameter
+    if not all(placement.is_replicate() for placement in parameter.placements):  # type: ignore[attr-defined]
+        raise RuntimeError(
+            f"{name} is sharded over processes, {parameter.placements}; apply "  # type: ignore[attr-defined]
+            "fusedonemoe.integrations.distributed.ExpertParallel or TensorParallel instead of placing it by hand"
+        )
+    local: Tensor = parameter.to_local()
+    return local
+
+
 class MoEOutput(NamedTuple):
     """What :class:`MoE` returns with ``return_routing=True``.
 
@@ -68,6 +81,8 @@ class Experts(nn.Module):
         self.register_parameter(f"{self._up_name}_bias", parameter(E, G) if config.bias else None)
         self.register_parameter("down_proj_bias", parameter(E, D) if config.bias else None)
         self._packed: F.PackedExperts | None = None
+        # How rows reach experts that other processes hold; integrations.distributed sets it, None where all are here.
+        self.exchange: Callable[[Experts, Tensor, Tensor, Tensor], Tensor] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -78,15 +93,41 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """Run each row of ``x`` through its experts and sum by weight."""
+        if self.exchange is not None:
+            return self.exchange(self, x, experts, weights)
+        return self.compute(x, experts, weights, *self.whole_weights())
+
+    def whole_weights(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Up- and down-projection and their biases, whole: a ``DTensor`` counts as its local tensor where it is replicated.
+
+        Raises:
+            RuntimeError: a parameter is a shard, and nothing says how rows reach the others.
+        """
+        names = (self._up_name, "down_proj", f"{self._up_name}_bias", "down_proj_bias")
+        up, down, up_bias, down_bias = (_whole(name, getattr(self, name)) for name in names)
+        assert up is not None and down is not None
+        return up, down, up_bias, down_bias
+
+    def compute(
+        self,
+        x: Tensor,
+        experts: Tensor,
+        weights: Tensor,
+        up_proj: Tensor,
+        down_proj: Tensor,
+        up_bias: Tensor | None,
+        down_bias: Tensor | None,
+    ) -> Tensor:
+        """The forward with weights of the caller's, whose ids ``experts`` are: all of them or some, whole or slices of F."""
         config = self.config
         return F.experts_mlp(
             x,
             experts,
             weights,
-            getattr(self, self._up_name),
-            self.down_proj,
-            gate_up_bias=getattr(self, f"{self._up_name}_bias"),
-            down_bias=self.down_proj_bias,
+            up_proj,
+            down_proj,
+            gate_up_bias=up_bias,
+            down_bias=down_bias,
             activation=config.activation,
             gated=config.gated,
             gate_up_layout=config.gate_up_layout,
