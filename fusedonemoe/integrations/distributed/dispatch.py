@@ -83,9 +83,10 @@ class _Dispatcher:
 def _compact(marked: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Of a flat mask: which entries are marked, ``[length]``, as many as there are; and each entry's number among them.
 
-    The number of an unmarked entry is ``length``.
+    The number of an unmarked entry is ``length``, taken from the device: what the host read is for shapes alone. (Inductor
+    may place a kernel that has such a number for an argument before the line that reads it.)
     """
-    number = torch.where(marked, marked.to(torch.int64).cumsum(0) - 1, length)
+    number = torch.where(marked, marked.to(torch.int64).cumsum(0) - 1, marked.sum())
     slot = torch.where(marked, number, marked.shape[0])
     entries = torch.arange(marked.shape[0], device=marked.device)
     which = entries.new_zeros(marked.shape[0] + 1).scatter(0, slot, entries)
@@ -161,7 +162,7 @@ class AllToAll(_Dispatcher):
         token_N = flat_N % max(T, 1)
         rank_N = self._rank_at(flat_N // max(T, 1))
         place_TK = self._place(owner_TK).clamp(max=W - 1)
-        position_TK = torch.where(is_first_TK, number_WT.view(W, T).T.gather(1, place_TK), N)
+        position_TK = torch.where(is_first_TK, number_WT.view(W, T).T.gather(1, place_TK), picked_TW.sum())
 
         here_NK = owner_TK.index_select(0, token_N) == rank_N[:, None]
         local_NK = experts_TK.index_select(0, token_N).to(torch.int64) - (rank_N * self.block)[:, None]

@@ -89,7 +89,7 @@ class ExpertExchange:
         else:  # more ranks than experts: no row comes here, but the others wait for this rank's part in the backward
             nothing = sum(w.sum() for w in (up, down, *biases) if w is not None)
             y = (dispatched.x * dispatched.weights + nothing).to(rows.dtype)
-        return dispatched.combine(y).reshape(*x.shape[:-1], -1)
+        return dispatched.combine(y).reshape(x.shape)
 
     def __deepcopy__(self, memo: object) -> "ExpertExchange":
         return self
