@@ -11,24 +11,18 @@ from fusedonemoe import functional as F
 from fusedonemoe.config import MoEConfig
 from fusedonemoe.routers import TopKRouter
 
+# torch without torch.distributed has no such tensors. (Where it has, torch._dynamo has imported them already.)
+_DTENSOR: tuple[type[Any], ...] = ()
+if torch.distributed.is_available():
+    from torch.distributed.tensor import DTensor
+
+    _DTENSOR = (DTensor,)
+
 
 def _uniform_by_fan_in(parameter: Tensor, fan_in: int) -> None:
     """What ``nn.Linear`` would give each expert."""
     bound = 1 / math.sqrt(fan_in)
     nn.init.uniform_(parameter, -bound, bound)
-
-
-def _whole(name: str, parameter: Tensor | None) -> Tensor | None:
-    """The tensor that an operator can read: of a ``DTensor``, the local one, if that is all of it."""
-    if parameter is None or not hasattr(parameter, "to_local"):  # asking for the type would import torch.distributed.tensor
-        return parameter
-    if not all(placement.is_replicate() for placement in parameter.placements):  # type: ignore[attr-defined]
-        raise RuntimeError(
-            f"{name} is sharded over processes, {parameter.placements}; apply "  # type: ignore[attr-defined]
-            "fusedonemoe.integrations.distributed.ExpertParallel or TensorParallel instead of placing it by hand"
-        )
-    local: Tensor = parameter.to_local()
-    return local
 
 
 class MoEOutput(NamedTuple):
@@ -95,17 +89,27 @@ class Experts(nn.Module):
         """Run each row of ``x`` through its experts and sum by weight."""
         if self.exchange is not None:
             return self.exchange(self, x, experts, weights)
-        return self.compute(x, experts, weights, *self.whole_weights())
+        return self.compute(x, experts, weights, *self.local_weights())
 
-    def whole_weights(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Up- and down-projection and their biases, whole: a ``DTensor`` counts as its local tensor where it is replicated.
+    def local_weights(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Up- and down-projection and their biases, as tensors that an operator can read: this process's, of a ``DTensor``.
 
         Raises:
             RuntimeError: a parameter is a shard, and nothing says how rows reach the others.
         """
         names = (self._up_name, "down_proj", f"{self._up_name}_bias", "down_proj_bias")
-        up, down, up_bias, down_bias = (_whole(name, getattr(self, name)) for name in names)
-        assert up is not None and down is not None
+        if self.exchange is None:
+            for name in names:
+                parameter = getattr(self, name)
+                if isinstance(parameter, _DTENSOR) and not all(p.is_replicate() for p in parameter.placements):
+                    raise RuntimeError(
+                        f"{name} is sharded over processes: {parameter.placements}; it takes "
+                        "fusedonemoe.integrations.distributed.ExpertParallel or TensorParallel to compute with shards"
+                    )
+        up, down, up_bias, down_bias = (
+            parameter.to_local() if isinstance(parameter, _DTENSOR) else parameter
+            for parameter in (getattr(self, name) for name in names)
+        )
         return up, down, up_bias, down_bias
 
     def compute(
@@ -151,9 +155,8 @@ class Experts(nn.Module):
         """
         if self.config.impl not in ("auto", "cpu"):
             raise RuntimeError(f"packed weights are for impl='auto' or 'cpu', got impl={self.config.impl!r}")
-        self._packed = F.pack_experts(
-            getattr(self, self._up_name), self.down_proj, gated=self.config.gated, gate_up_layout=self.config.gate_up_layout
-        )
+        up, down, *_ = self.local_weights()
+        self._packed = F.pack_experts(up, down, gated=self.config.gated, gate_up_layout=self.config.gate_up_layout)
 
     def unpack(self) -> None:
         """Drop the copy that :meth:`prepack` made."""

@@ -252,6 +252,10 @@ class FixedCapacity(_Dispatcher):
     def dispatch(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Dispatched:
         """Bring rows of all ranks to their experts; a collective call. See :meth:`AllToAll.dispatch`."""
         (T, K), W, device = experts_TK.shape, self.world, x_TD.device
+        if T == 0 and self.capacity is not None:  # the others have tokens: a row that goes nowhere stands for this rank's
+            tensors = (torch.cat((t, t.new_zeros(1, t.shape[1]))) for t in (x_TD, weights_TK))
+            padded = self.dispatch(next(tensors), torch.full((1, K), -1, device=device), next(tensors))
+            return padded._replace(combine=lambda y_RD: padded.combine(y_RD)[:0])
         choices = T * K
         S = self._slots(choices)
         owner_TK = self._owners(experts_TK)

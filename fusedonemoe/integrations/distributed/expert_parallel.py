@@ -19,7 +19,7 @@ def as_mesh(where: DeviceMesh | ProcessGroup | None, device_type: str) -> Device
     if isinstance(where, DeviceMesh):
         if where.ndim != 1:
             raise ValueError(
-                f"mesh must have one dimension, got {where.ndim} ({where.mesh_dim_names}); take one of them: mesh['name']"
+                f"mesh must have one dimension, got {where.ndim}: {where.mesh_dim_names}; take one of them, mesh['name']"
             )
         return where
     if where is not None and not isinstance(where, ProcessGroup):
@@ -52,18 +52,6 @@ def place(experts: Experts, mesh: DeviceMesh, placements: dict[str, Placement]) 
         experts.register_parameter(name, nn.Parameter(placed, requires_grad=parameter.requires_grad))
 
 
-def local_weights(experts: Experts) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """This process's part of up, down and their biases."""
-    up_name = experts._up_name
-    names = (up_name, "down_proj", f"{up_name}_bias", "down_proj_bias")
-    up, down, up_bias, down_bias = (
-        parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        for parameter in (getattr(experts, name) for name in names)
-    )
-    assert up is not None and down is not None
-    return up, down, up_bias, down_bias
-
-
 class ExpertExchange:
     """What :class:`ExpertParallel` hangs on an :class:`~fusedonemoe.Experts`: its forward over the group."""
 
@@ -81,7 +69,7 @@ class ExpertExchange:
         dispatched = self.dispatcher.dispatch(rows, ids.reshape(-1, K), weights.reshape(-1, K))
         up, down, *biases = (
             None if w is None else with_divided_gradient(w, self.divisor) if self.divisor > 1 else w
-            for w in local_weights(experts)
+            for w in experts.local_weights()
         )
         assert up is not None and down is not None
         if up.shape[0]:
