@@ -1,55 +1,62 @@
 """State dicts that :mod:`torch.distributed.checkpoint` stores and loads at any number of processes."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 
-class _Piece:
+def _pairs(placement: Placement) -> bool:
+    return isinstance(placement, _StridedShard) and placement.dim == 1 and placement.split_factor == 2
+
+
+class _Piece(NamedTuple):
     """A view of a process's tensor, and where it belongs in the whole."""
 
-    def __init__(self, view: Tensor, offsets: tuple[int, ...]) -> None:
-        self.view = view
-        self.chunk = ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=view.shape)
+    view: Tensor
+    chunk: ChunkStorageMetadata
 
 
-class PairedShard:
+class PairedShard(Tensor):
     """A process's halves of a tensor of gate and up rows, as two pieces of the whole.
 
     A rank of tensor parallelism has its part of the gate rows and its part of the up rows, one behind the other.
-    ``torch.distributed.checkpoint`` takes what a rank has for one box of the whole tensor and would mix up the rows.
-
-    Args:
-        tensor: sharded so along dimension 1, and maybe plainly along others.
+    ``torch.distributed.checkpoint`` takes what a rank has of a ``DTensor`` for one box of the whole, and would mix up the rows.
+    Of a tensor with the three methods below it takes several boxes. There is nothing else to do with this one.
     """
 
-    def __init__(self, tensor: DTensor) -> None:
-        self.tensor = tensor
-        self.shape = tensor.shape
-        mesh, local = tensor.device_mesh, tensor.to_local()
-        coordinate = mesh.get_coordinate()
+    pieces: list[_Piece]
+
+    @staticmethod
+    def __new__(cls, tensor: DTensor) -> "PairedShard":
+        """From a tensor sharded so along dimension 1, and maybe plainly along others."""
+        self: PairedShard = Tensor._make_wrapper_subclass(cls, tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        mesh, coordinate = tensor.device_mesh, tensor.device_mesh.get_coordinate()
         assert coordinate is not None
+        half = tensor.shape[1] // 2
         offsets = [0] * tensor.ndim
         for axis, (placement, place) in enumerate(zip(tensor.placements, coordinate, strict=True)):
-            if isinstance(placement, _StridedShard):
-                paired, offsets[1] = placement.dim, place * (tensor.shape[1] // 2 // mesh.size(axis))
-                assert paired == 1 and placement.split_factor == 2
+            if _pairs(placement):
+                offsets[1] = place * (half // mesh.size(axis))
             elif isinstance(placement, Shard):
-                assert placement.dim != 1
                 offsets[placement.dim] = place * -(-tensor.shape[placement.dim] // mesh.size(axis))
         self.pieces = []
-        for half, view in enumerate(local.detach().chunk(2, dim=1)):
-            first = offsets[1] + half * (tensor.shape[1] // 2)
-            self.pieces.append(_Piece(view, (offsets[0], first, *offsets[2:])))
+        for first, view in zip((0, half), tensor.to_local().detach().chunk(2, dim=1), strict=True):
+            place_in_whole = torch.Size((offsets[0], first + offsets[1], *offsets[2:]))
+            self.pieces.append(_Piece(view, ChunkStorageMetadata(offsets=place_in_whole, sizes=view.shape)))
+        return self
 
-    def size(self) -> torch.Size:
-        """Of the whole tensor; a loader compares it with what was saved."""
-        return self.shape
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Nothing is computed with it."""
+        raise NotImplementedError(f"this tensor is for torch.distributed.checkpoint.save and load alone, not for {function}")
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"PairedShard({tuple(self.shape)}, at {[tuple(piece.chunk.offsets) for piece in self.pieces]})"
 
     def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:  # noqa: A002 (the protocol's name)
         return [
@@ -71,10 +78,7 @@ class PairedShard:
 
 
 def _is_paired(value: object) -> bool:
-    return isinstance(value, DTensor) and any(
-        isinstance(placement, _StridedShard) and placement.dim == 1 and placement.split_factor == 2
-        for placement in value.placements
-    )
+    return isinstance(value, DTensor) and any(_pairs(placement) for placement in value.placements)
 
 
 def checkpointable(state: Any) -> Any:

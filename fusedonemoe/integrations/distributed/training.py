@@ -16,11 +16,12 @@ from fusedonemoe.layers import Experts
 
 
 def expert_placement(model: nn.Module, mesh: DeviceMesh) -> Callable[[nn.Parameter], Any]:
-    """The ``shard_placement_fn`` that lets ``fully_shard`` cut the experts of a block over a mesh of their own.
+    """The ``shard_placement_fn`` that lets ``fully_shard`` cut the experts of a block along, and over, what suits them.
 
-    Under expert parallelism the experts stand on ``W`` ranks already; what is left of the data-parallel ranks, ``mesh``, holds
-    copies of them. They are cut along dimension 1 where the mesh divides it (G of the up-, D of the down-projection): so it
-    works with more ranks than experts, and stores as whole boxes. Otherwise along the experts.
+    Under expert parallelism the experts stand on some ranks already; ``mesh`` is what is left of the data-parallel ranks, those
+    that hold copies of the same experts. They are cut along dimension 1 where the mesh divides it (the rows of the up-, the
+    outputs of the down-projection): that works with more ranks than experts, and is stored as it stands. Otherwise along the
+    experts.
 
     Args:
         model: the block that is given to ``fully_shard``, after :meth:`ExpertParallel.apply`.
@@ -55,10 +56,15 @@ def expert_placement(model: nn.Module, mesh: DeviceMesh) -> Callable[[nn.Paramet
         raise TypeError(f"mesh must be a DeviceMesh, got {type(mesh).__name__}")
     if mesh.ndim != 1:
         raise ValueError(f"mesh must have one dimension, got {mesh.ndim} ({mesh.mesh_dim_names})")
-    ours = {parameter for module in model.modules() if isinstance(module, Experts) for parameter in module.parameters()}
+    ours = {
+        parameter: isinstance(module.exchange, ExpertExchange)
+        for module in model.modules()
+        if isinstance(module, Experts)
+        for parameter in module.parameters()
+    }
     if not ours:
         raise ValueError("model has no fusedonemoe.Experts in it")
-    if not hasattr(fsdp, "ShardPlacementResult"):
+    if any(ours.values()) and not hasattr(fsdp, "ShardPlacementResult"):
         raise RuntimeError(
             "a mesh for single parameters needs torch 2.12; before, give the experts to fully_shard first: "
             "fully_shard(moe.experts, mesh=mesh), then fully_shard(block)"
@@ -69,8 +75,9 @@ def expert_placement(model: nn.Module, mesh: DeviceMesh) -> Callable[[nn.Paramet
         if parameter not in ours:
             return None
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        dim = 1 if local.shape[1] % mesh.size() == 0 else 0
-        return fsdp.ShardPlacementResult(Shard(dim), info)
+        taken = isinstance(parameter, DTensor) and any(getattr(p, "dim", None) == 1 for p in parameter.placements)
+        along = Shard(0 if taken or local.shape[1] % mesh.size() else 1)
+        return fsdp.ShardPlacementResult(along, info) if ours[parameter] else along
 
     return place
 
@@ -207,6 +214,7 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
         return torch.zeros(())
+    dtype = torch.float64 if any(gradient.dtype == torch.float64 for gradient in gradients) else torch.float32
     by_mesh: dict[Any, list[Tensor]] = {}
     for gradient in gradients:
         placed = (gradient.device_mesh, gradient.placements) if isinstance(gradient, DTensor) else None
@@ -214,7 +222,7 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     squares = []
     for placed, some in by_mesh.items():
         local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in some]
-        square = torch.stack(torch._foreach_norm(local, 2.0, torch.float32)).square().sum()
+        square = torch.stack([torch.linalg.vector_norm(part, dtype=dtype) for part in local]).square().sum()
         if placed is not None:
             mesh, placements = placed
             for axis, placement in enumerate(placements):
