@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -517,8 +517,10 @@ def test_what_cannot_be_parallel(alone):
 
 
 def test_a_shard_without_an_exchange_is_refused(alone):
-    moe = ExpertParallel().apply(make_moe())
-    moe.experts.exchange = None
+    moe = make_moe()
+    mesh = init_device_mesh("cpu", (1,))
+    placed = distribute_tensor(moe.experts.gate_up_proj.detach(), mesh, [Shard(0)])
+    moe.experts.gate_up_proj = nn.Parameter(placed)
     with pytest.raises(RuntimeError, match=r"gate_up_proj is sharded over processes: \(Shard\(dim=0\),\)"):
         moe(torch.randn(3, D, dtype=torch.float64))
 

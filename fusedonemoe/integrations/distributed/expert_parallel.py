@@ -45,8 +45,10 @@ def experts_of(model: nn.Module) -> dict[str, Experts]:
 
 
 def place(experts: Experts, mesh: DeviceMesh, placements: dict[str, Placement]) -> None:
-    """Make each parameter a ``DTensor`` of the mesh, from the values of the first rank."""
+    """Make each parameter a ``DTensor`` of the mesh, from the values of the first rank; one process has them whole anyway."""
     experts.unpack()
+    if mesh.size() == 1:
+        return
     for name, parameter in list(experts.named_parameters(recurse=False)):
         placed = distribute_tensor(parameter.detach(), mesh, [placements[name]])
         experts.register_parameter(name, nn.Parameter(placed, requires_grad=parameter.requires_grad))

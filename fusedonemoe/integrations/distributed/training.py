@@ -47,7 +47,7 @@ def expert_placement(model: nn.Module, mesh: DeviceMesh) -> Callable[[nn.Paramet
         >>> everyone = init_device_mesh("cpu", (1,), mesh_dim_names=("everyone",))
         >>> moe = fully_shard(moe, mesh=everyone, shard_placement_fn=expert_placement(moe, mesh["copies"]))
         >>> moe.experts.down_proj.placements
-        (Shard(dim=1), Shard(dim=0))
+        (Shard(dim=1),)
         >>> dist.destroy_process_group()
     """
     from torch.distributed.fsdp._fully_shard import _fsdp_common as fsdp
@@ -57,7 +57,7 @@ def expert_placement(model: nn.Module, mesh: DeviceMesh) -> Callable[[nn.Paramet
     if mesh.ndim != 1:
         raise ValueError(f"mesh must have one dimension, got {mesh.ndim} ({mesh.mesh_dim_names})")
     ours = {
-        parameter: isinstance(module.exchange, ExpertExchange)
+        parameter: isinstance(parameter, DTensor) and isinstance(module.exchange, ExpertExchange)
         for module in model.modules()
         if isinstance(module, Experts)
         for parameter in module.parameters()
