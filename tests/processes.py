@@ -47,17 +47,15 @@ def run_in_processes(module: str, names: list[str], world: int, folder: Path, ti
 
 
 def _process(rank: int, module_name: str, world: int, folder: Path, names: list[str]) -> int:
-    import datetime
+    import datetime as dt
 
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     module = importlib.import_module(module_name)
-    timeout = datetime.timedelta(seconds=getattr(module, "GROUP_TIMEOUT", 60))
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=timeout
-    )
+    timeout = dt.timedelta(seconds=getattr(module, "GROUP_TIMEOUT", 60))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=timeout)
     report: dict[str, str] = {}
     for name in names:
         start = time.perf_counter()

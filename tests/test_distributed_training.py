@@ -1,18 +1,17 @@
 """FSDP2, tensor parallelism and DDP against one process; checkpoints at another size; clipping, optimizers, counts."""
 
-import subprocess
-import sys
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 
 from fusedonemoe import MoE
@@ -28,7 +27,7 @@ from fusedonemoe.integrations.distributed import (
     parameter_groups,
 )
 from tests.processes import run_in_processes
-from tests.test_distributed import EXACT, D, F, batch, compare, make_moe, whole
+from tests.test_distributed import EXACT, D, F, batch, make_moe, whole
 
 E = 6
 
@@ -183,12 +182,12 @@ def tensor_parallel_training(rank, world, folder):
 
 def save(model, optimizer, path):
     state, optimizer_state = get_state_dict(model, optimizer)
-    dcp.save(checkpointable({"model": state, "optimizer": optimizer_state}), checkpoint_id=path)
+    save_shards(checkpointable({"model": state, "optimizer": optimizer_state}), checkpoint_id=path)
 
 
 def load(model, optimizer, path):
     state, optimizer_state = get_state_dict(model, optimizer)
-    dcp.load(checkpointable({"model": state, "optimizer": optimizer_state}), checkpoint_id=path)
+    load_shards(checkpointable({"model": state, "optimizer": optimizer_state}), checkpoint_id=path)
     set_state_dict(model, optimizer, model_state_dict=state, optim_state_dict=optimizer_state)
 
 
@@ -215,14 +214,12 @@ def checkpoints_are_saved(rank, world, folder):
         model = make_parallel(make_model(), world)
         x = tokens(world) if way != "width" else batch([12])[0]
         mine = x if way == "width" else x.chunk(world)[rank]
-        synchronise = (lambda: average_gradients(model)) if way == "experts" else lambda: None
+        synchronise = (partial(average_gradients, model)) if way == "experts" else lambda: None
         _, optimizer = train(model, mine, 2, synchronise=synchronise)
         save(model, optimizer, folder / way)
         # What the whole model is, for the readers.
         parameters = {name: whole(p).detach().clone() for name, p in model.named_parameters()}
-        moments = {
-            name: whole(optimizer.state[p]["exp_avg"]).clone() for name, p in model.named_parameters()
-        }
+        moments = {name: whole(optimizer.state[p]["exp_avg"]).clone() for name, p in model.named_parameters()}
         if rank == 0:
             torch.save((parameters, moments), folder / f"{way}.pt")
 

@@ -103,6 +103,9 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
     settings = QUICK if args.quick else FULL
     if args.steps:
         settings = dataclasses.replace(settings, steps=args.steps, validations=min(settings.validations, args.steps))
+    if settings.batch % processes.world:
+        print(f"The demo cannot run here: {processes.world} processes do not divide a batch of {settings.batch}", file=sys.stderr)
+        return 2
     compiled = not args.no_compile
     console = Console(quiet=processes.rank > 0)
     watch = Stopwatch()

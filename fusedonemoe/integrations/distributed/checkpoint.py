@@ -51,7 +51,7 @@ class PairedShard(Tensor):
         return self
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Nothing is computed with it."""
         raise NotImplementedError(f"this tensor is for torch.distributed.checkpoint.save and load alone, not for {function}")
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -13,6 +14,19 @@ _collectives = torch.ops._c10d_functional
 
 
 def _all_to_all(rows: Tensor, receive: list[int], send: list[int], group_name: str) -> Tensor:
+    if torch.compiler.is_compiling():
+        return _waited_all_to_all(rows, receive, send, group_name)
+    try:
+        return _waited_all_to_all(rows, receive, send, group_name)
+    except RuntimeError as error:
+        # The backend names a socket at best; who reads this wants to know what was going on.
+        raise RuntimeError(
+            f"expert parallelism over {len(send)} ranks failed on rank {dist.get_rank()} while rows were exchanged; another "
+            f"rank has died, or did not come within the group's timeout: {error}"
+        ) from error
+
+
+def _waited_all_to_all(rows: Tensor, receive: list[int], send: list[int], group_name: str) -> Tensor:
     out = _collectives.all_to_all_single(rows.contiguous(), receive, send, group_name)
     # Before a kernel reads it: until then there may be no memory behind it.
     return _collectives.wait_tensor(out)
@@ -25,7 +39,7 @@ class _AllToAll(torch.autograd.Function):
         return _all_to_all(rows, receive, send, group_name)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return _all_to_all(grad, ctx.send, ctx.receive, ctx.group_name), None, None, None
 
 
@@ -42,7 +56,7 @@ class _AllReduce(torch.autograd.Function):
         return _collectives.wait_tensor(_collectives.all_reduce(partial.contiguous(), "sum", group_name))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
@@ -55,7 +69,7 @@ class _AllReduceGradient(torch.autograd.Function):
         return shared.view_as(shared)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _collectives.wait_tensor(_collectives.all_reduce(grad.contiguous(), "sum", ctx.group_name)), None
 
 
@@ -76,7 +90,7 @@ class _Divide(torch.autograd.Function):
         return parameter.view_as(parameter)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad / ctx.divisor, None
 
 
@@ -104,7 +118,7 @@ class _Gather(torch.autograd.Function):
         return values_AB.index_select(0, index_N)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (position_AP,) = ctx.saved_tensors
         return _gather_sum(grad, position_AP), None, None
 
@@ -116,7 +130,7 @@ class _GatherSum(torch.autograd.Function):
         return _gather_sum(rows_NB, position_AP)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (index_N,) = ctx.saved_tensors
         return grad.index_select(0, index_N), None, None
 

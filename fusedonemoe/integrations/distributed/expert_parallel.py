@@ -1,17 +1,21 @@
 """Expert parallelism: each process of a group holds a part of the experts, and rows go where their experts are."""
 
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
+from torch.distributed.tensor import Placement, Shard, distribute_tensor
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
+from fusedonemoe.checks import check_routing
+from fusedonemoe.functional.calls import as_rows, with_leading
 from fusedonemoe.integrations.distributed.collectives import in_autocast_dtype, with_divided_gradient
 from fusedonemoe.integrations.distributed.dispatch import AllToAll, FixedCapacity, check_capacity
 from fusedonemoe.layers import Experts
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 def as_mesh(where: DeviceMesh | ProcessGroup | None, device_type: str) -> DeviceMesh:
@@ -63,12 +67,11 @@ class ExpertExchange:
 
     def __call__(self, experts: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The forward of ``experts``, for the tokens of this process."""
-        check = experts.config
-        if x.shape[-1:] != (check.hidden_size,):
-            raise ValueError(f"x must have shape [..., {check.hidden_size}], got {tuple(x.shape)}")
-        rows = in_autocast_dtype(x.reshape(-1, x.shape[-1]))
-        K = ids.shape[-1]
-        dispatched = self.dispatcher.dispatch(rows, ids.reshape(-1, K), weights.reshape(-1, K))
+        check_routing(x, ids, weights)
+        if x.shape[-1] != experts.config.hidden_size:
+            raise ValueError(f"x must have shape [..., {experts.config.hidden_size}], got {tuple(x.shape)}")
+        rows = in_autocast_dtype(as_rows(x))
+        dispatched = self.dispatcher.dispatch(rows, as_rows(ids), as_rows(weights))
         up, down, *biases = (
             None if w is None else with_divided_gradient(w, self.divisor) if self.divisor > 1 else w
             for w in experts.local_weights()
@@ -79,7 +82,7 @@ class ExpertExchange:
         else:  # more ranks than experts: no row comes here, but the others wait for this rank's part in the backward
             nothing = sum(w.sum() for w in (up, down, *biases) if w is not None)
             y = (dispatched.x * dispatched.weights + nothing).to(rows.dtype)
-        return dispatched.combine(y).reshape(x.shape)
+        return with_leading(dispatched.combine(y), x)
 
     def __deepcopy__(self, memo: object) -> "ExpertExchange":
         return self
@@ -144,7 +147,7 @@ class ExpertParallel(ParallelStyle):
         self.capacity = capacity
         self.gradients = gradients
 
-    def apply(self, model: nn.Module) -> nn.Module:
+    def apply(self, model: AnyModule) -> AnyModule:
         """Shard every :class:`~fusedonemoe.Experts` of the model, in place; a collective call.
 
         The weights of the group's first rank are the ones that count. A model on the meta device is sharded without them.
@@ -214,4 +217,3 @@ def dropped_rows(model: nn.Module, *, reset: bool = False) -> dict[str, Tensor]:
                 if reset:
                     dropped.zero_()
     return counts
-

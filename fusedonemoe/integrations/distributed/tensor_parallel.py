@@ -9,7 +9,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from fusedonemoe.config import MoEConfig
 from fusedonemoe.integrations.distributed.collectives import in_autocast_dtype, sum_of_parts, with_summed_gradient
-from fusedonemoe.integrations.distributed.expert_parallel import as_mesh, experts_of, place
+from fusedonemoe.integrations.distributed.expert_parallel import AnyModule, as_mesh, experts_of, place
 from fusedonemoe.layers import Experts
 
 
@@ -82,7 +82,7 @@ class TensorParallel(ParallelStyle):
             raise TypeError(f"group must be a ProcessGroup or a DeviceMesh, got {type(group).__name__}")
         self.group = group
 
-    def apply(self, model: nn.Module) -> nn.Module:
+    def apply(self, model: AnyModule) -> AnyModule:
         """Cut every :class:`~fusedonemoe.Experts` of the model, in place; a collective call.
 
         The weights of the group's first rank are the ones that count. A model on the meta device is cut without them.
@@ -110,9 +110,8 @@ class TensorParallel(ParallelStyle):
         return module
 
     def _cut(self, experts: Experts, mesh: DeviceMesh) -> None:
-        if experts.config.intermediate_size % mesh.size():
-            raise ValueError(
-                f"the group's size must divide the intermediate size ({experts.config.intermediate_size}), got {mesh.size()} ranks"
-            )
+        width = experts.config.intermediate_size
+        if width % mesh.size():
+            raise ValueError(f"the group's size must divide the intermediate size ({width}), got {mesh.size()} ranks")
         place(experts, mesh, _placements(experts.config))
         experts.exchange = TensorExchange(mesh.get_group())

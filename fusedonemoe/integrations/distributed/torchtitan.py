@@ -73,12 +73,12 @@ class GroupedExperts(nn.Module):
         self.init_weights(0.02)
 
     @property
-    def w1_EFD(self) -> Tensor:  # noqa: N802 (torchtitan's name)
+    def w1_EFD(self) -> Tensor:
         """The gate's weights, a view."""
         return self.w13_EF2D[:, :, 0]
 
     @property
-    def w3_EFD(self) -> Tensor:  # noqa: N802 (torchtitan's name)
+    def w3_EFD(self) -> Tensor:
         """The up-projection's weights, a view."""
         return self.w13_EF2D[:, :, 1]
 

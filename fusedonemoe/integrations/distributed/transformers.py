@@ -47,7 +47,7 @@ def _implementation() -> type[Any]:
     from fusedonemoe.integrations.distributed.collectives import sum_of_parts, with_summed_gradient
     from fusedonemoe.integrations.distributed.dispatch import AllToAll
 
-    class FusedOneMoEExpertParallel(EPImplementation):  # type: ignore[misc]
+    class FusedOneMoEExpertParallel(EPImplementation):
         """One instance for each experts module."""
 
         def __init__(self, experts: Any, ep_mesh: Any, tp_mesh: Any) -> None:
