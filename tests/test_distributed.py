@@ -5,20 +5,19 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from fusedonemoe import Experts, MoE, MoEConfig
-from fusedonemoe.integrations.distributed import AllToAll, ExpertParallel, FixedCapacity, dropped_rows
+from fusedonemoe import MoE
+from fusedonemoe.integrations.distributed import ExpertParallel, dropped_rows
 from fusedonemoe.ops.cpu.native import refusal
 from fusedonemoe.testing import assert_within_budget
 from tests.processes import run_in_processes
+from tests.traffic import Reads, Traffic
 
 D, F = 16, 12
 EXACT = {"rtol": 1e-12, "atol": 1e-13}  # float64, where sums are taken in another order
@@ -195,7 +194,7 @@ def half_precision_is_within_the_budget(rank, world, folder):
     # Under autocast rows travel as what the operator casts them to.
     moe = make_moe(dtype=torch.float32)
     ExpertParallel().apply(moe)
-    with Traffic(rank) as traffic, torch.autocast("cpu", torch.bfloat16):
+    with Traffic(rank, D) as traffic, torch.autocast("cpu", torch.bfloat16):
         y = moe(torch.randn(5, D))
     assert y.dtype == make_autocast_dtype() and torch.bfloat16 in traffic.dtypes and D in traffic.widths[torch.bfloat16]
 
@@ -203,55 +202,6 @@ def half_precision_is_within_the_budget(rank, world, folder):
 def make_autocast_dtype():
     with torch.autocast("cpu", torch.bfloat16):
         return make_moe(dtype=torch.float32)(torch.randn(5, D)).dtype
-
-
-class Traffic(TorchDispatchMode):
-    """Bytes and rows that leave this process, as the collective itself is told."""
-
-    def __init__(self, rank: int) -> None:
-        super().__init__()
-        self.rank = rank
-        self.bytes = self.rows = self.own = 0
-        self.dtypes: set[torch.dtype] = set()
-        self.widths: dict[torch.dtype, set[int]] = {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops._c10d_functional.all_to_all_single.default:
-            tensor, _, sizes, _ = args
-            row_bytes = tensor[:1].nbytes if tensor.shape[0] else tensor.new_empty(1, *tensor.shape[1:]).nbytes
-            assert sum(sizes) == tensor.shape[0]
-            if tensor.dtype != torch.int64:  # the counts
-                self.own += sizes[self.rank]
-                self.bytes += sum(sizes) * row_bytes
-                if tensor.shape[1] == D:
-                    self.rows += sum(sizes)
-                self.dtypes.add(tensor.dtype)
-                self.widths.setdefault(tensor.dtype, set()).add(tensor.shape[1])
-        return function(*args, **(kwargs or {}))
-
-
-class Reads:
-    """Counts how often a tensor's values come to the host."""
-
-    WAYS = ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "numpy", "cpu")
-
-    def __enter__(self):
-        self.count, self.originals = 0, {way: getattr(Tensor, way) for way in self.WAYS}
-
-        def counting(original):
-            def read(*args, **kwargs):
-                self.count += 1
-                return original(*args, **kwargs)
-
-            return read
-
-        for way, original in self.originals.items():
-            setattr(Tensor, way, counting(original))
-        return self
-
-    def __exit__(self, *_):
-        for way, original in self.originals.items():
-            setattr(Tensor, way, original)
 
 
 def only_rows_that_leave_are_sent(rank, world, folder):
@@ -266,14 +216,14 @@ def only_rows_that_leave_are_sent(rank, world, folder):
     dist.all_to_all_single(arrive, arrive.clone())
     come = int(arrive.sum() - arrive[rank])
     assert 0 < leave < T * K
-    with Traffic(rank) as traffic, Reads() as reads:
+    with Traffic(rank, D) as traffic, Reads() as reads:
         y = moe(x)
     row, routing = D * 4, K * (4 + 4)  # a float32 row; its ids and weights, four bytes each
     assert traffic.own == 0
     assert traffic.rows == leave + come  # there, and the results of the others' rows back
     assert traffic.bytes == leave * (row + routing) + come * row
     assert reads.count == 1, reads.count
-    with Traffic(rank) as traffic, Reads() as reads:
+    with Traffic(rank, D) as traffic, Reads() as reads:
         y.sum().backward()
     assert traffic.own == 0 and reads.count == 0
     # The gradient of a returned row goes the way of the row; those of x and of the weights come back.
@@ -285,7 +235,7 @@ def fixed_capacity_reads_nothing_on_the_host(rank, world, folder):
     moe = make_moe(8, 2, dtype=torch.float32, impl="dense")
     ExpertParallel(capacity=S).apply(moe)
     x = torch.randn(T, D, requires_grad=True)
-    with Traffic(rank) as traffic, Reads() as reads:
+    with Traffic(rank, D) as traffic, Reads() as reads:
         y = moe(x)
         y.sum().backward()
     assert reads.count == 0, reads.count
@@ -295,7 +245,7 @@ def fixed_capacity_reads_nothing_on_the_host(rank, world, folder):
 
 
 def one_graph_for_every_routing(rank, world, folder):
-    for options in ({"capacity_factor": math.inf}, {}):
+    for options, lengths in (({"capacity_factor": math.inf}, (7, 12)), ({}, (7, 12, 1, 0, 9))):
         torch._dynamo.reset()
         # A size that depends on the routing needs this; a fixed one does not.
         with torch._dynamo.config.patch(capture_scalar_outputs=not options):
@@ -303,7 +253,7 @@ def one_graph_for_every_routing(rank, world, folder):
             ExpertParallel(**options).apply(moe)
             counter = CompileCounterWithBackend("aot_eager")
             compiled = torch.compile(moe, fullgraph=True, backend=counter)
-            for T in (7, 12, 1, 30, 0, 9):
+            for T in lengths:
                 x, dy = torch.randn(2, T, D)
                 y, dx, dw = gradients(compiled, x, dy)
                 expected_y, expected_dx, expected_dw = gradients(moe, x, dy)
@@ -463,84 +413,3 @@ def test_in_processes(failures, world, name):
 def test_inductor(tmp_path):
     (failure,) = run_in_processes("tests.test_distributed", ["inductor_compiles_it_whole"], 2, tmp_path, 400).values()
     assert not failure, failure
-
-
-# Messages, in this process
-
-
-@pytest.fixture
-def alone():
-    """A group of this process alone."""
-    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def test_a_group_of_one_is_the_block_itself(alone):
-    moe, reference = make_moe(K=3), make_moe(K=3)
-    ExpertParallel().apply(moe)
-    compare(moe, reference, [6], 0)
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"group": "experts"}, TypeError, "group must be a ProcessGroup or a DeviceMesh, got str"),
-        ({"capacity": 0}, ValueError, "capacity must be at least 1, got 0"),
-        ({"capacity": 1.5}, TypeError, r"capacity must be an integer, got 1\.5"),
-        ({"capacity_factor": 0}, ValueError, "capacity_factor must be above 0, got 0"),
-        ({"capacity_factor": math.nan}, ValueError, "capacity_factor must be above 0, got nan"),
-        ({"capacity_factor": True}, TypeError, "capacity_factor must be a number, got True"),
-        ({"capacity_factor": 1.0, "capacity": 3}, ValueError, r"give capacity_factor or capacity, got both: 1\.0 and 3"),
-        ({"gradients": "average"}, ValueError, "gradients must be 'mean' or 'sum', got 'average'"),
-    ],
-)
-def test_options_are_checked(options, error, message):
-    with pytest.raises(error, match=message):
-        ExpertParallel(**options)
-
-
-def test_without_a_group_it_says_so():
-    with pytest.raises(RuntimeError, match=r"call torch\.distributed\.init_process_group first"):
-        ExpertParallel().apply(make_moe())
-
-
-def test_what_cannot_be_parallel(alone):
-    with pytest.raises(ValueError, match=r"model has no fusedonemoe\.Experts in it"):
-        ExpertParallel().apply(nn.Linear(2, 2))
-    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got list"):
-        ExpertParallel().apply([])  # type: ignore[type-var]
-    moe = ExpertParallel().apply(make_moe())
-    with pytest.raises(ValueError, match="experts is parallel already: AllToAll over 1 ranks"):
-        ExpertParallel().apply(moe)
-    with pytest.raises(ValueError, match=r"x must have shape \[\.\.\., 16\], got \(3, 5\)"):
-        moe.experts(torch.randn(3, 5), torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2))
-
-
-def test_a_shard_without_an_exchange_is_refused(alone):
-    moe = make_moe()
-    mesh = init_device_mesh("cpu", (1,))
-    placed = distribute_tensor(moe.experts.gate_up_proj.detach(), mesh, [Shard(0)])
-    moe.experts.gate_up_proj = nn.Parameter(placed)
-    with pytest.raises(RuntimeError, match=r"gate_up_proj is sharded over processes: \(Shard\(dim=0\),\)"):
-        moe(torch.randn(3, D, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("make", [AllToAll, FixedCapacity])
-def test_dispatchers_check_their_experts(make, alone):
-    with pytest.raises(ValueError, match="num_experts must be at least 1, got 0"):
-        make(dist.group.WORLD, 0)
-
-
-def test_capacity_is_the_fraction_that_is_written(alone):
-    dispatcher = FixedCapacity(dist.group.WORLD, 4, capacity_factor=1.1)
-    dispatcher.world = 4
-    assert [dispatcher._slots(n) for n in (40, 41, 4, 1, 0)] == [11, 12, 2, 1, 0]
-    assert FixedCapacity(dist.group.WORLD, 4, capacity_factor=9)._slots(40) == 40
-
-
-def test_plain_experts_are_as_before():
-    experts = Experts(MoEConfig(hidden_size=D, intermediate_size=F, num_experts=4, top_k=2))
-    assert experts.exchange is None
-    assert list(experts.state_dict()) == ["gate_up_proj", "down_proj"]
-    assert isinstance(experts.local_weights()[0], Tensor)
