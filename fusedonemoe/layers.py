@@ -1,5 +1,6 @@
 """The modules: parameters, their initialisation, and a forward that is one call into :mod:`fusedonemoe.functional`."""
 
+import sys
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, overload
 
@@ -13,6 +14,15 @@ from fusedonemoe.hf import config_of, tensors_of
 from fusedonemoe.linear import uniform_by_fan_in
 from fusedonemoe.routers import TopKRouter, routing_impl
 from fusedonemoe.shared_expert import SharedExpert
+
+
+def _dtensors() -> tuple[type[Any], ...]:
+    """The class of sharded parameters, if anything has imported it: its import takes as long as torch's own."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return () if module is None else (module.DTensor,)
+
+
+_dtensors.__dict__["_dynamo_marked_constant"] = True  # see ops/cpu/native.py
 
 
 class MoEOutput(NamedTuple):
@@ -66,6 +76,8 @@ class Experts(nn.Module):
         self.register_parameter(f"{self._up_name}_bias", parameter(E, G) if config.bias else None)
         self.register_parameter("down_proj_bias", parameter(E, D) if config.bias else None)
         self._packed: F.PackedExperts | None = None
+        # How rows reach experts that other processes hold; integrations.distributed sets it, None where all are here.
+        self.exchange: Callable[[Experts, Tensor, Tensor, Tensor], Tensor] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -76,15 +88,51 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """Run each row of ``x`` through its experts and sum by weight."""
+        if self.exchange is not None:
+            return self.exchange(self, x, experts, weights)
+        return self.compute(x, experts, weights, *self.local_weights())
+
+    def local_weights(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Up- and down-projection and their biases, as tensors that an operator can read: this process's, of a ``DTensor``.
+
+        Raises:
+            RuntimeError: a parameter is a shard, and nothing says how rows reach the others.
+        """
+        names = (self._up_name, "down_proj", f"{self._up_name}_bias", "down_proj_bias")
+        if self.exchange is None:
+            for name in names:
+                parameter = getattr(self, name)
+                if isinstance(parameter, _dtensors()) and not all(p.is_replicate() for p in parameter.placements):
+                    raise RuntimeError(
+                        f"{name} is sharded over processes: {parameter.placements}; it takes "
+                        "fusedonemoe.integrations.distributed.ExpertParallel or TensorParallel to compute with shards"
+                    )
+        up, down, up_bias, down_bias = (
+            parameter.to_local() if isinstance(parameter, _dtensors()) else parameter
+            for parameter in (getattr(self, name) for name in names)
+        )
+        return up, down, up_bias, down_bias
+
+    def compute(
+        self,
+        x: Tensor,
+        experts: Tensor,
+        weights: Tensor,
+        up_proj: Tensor,
+        down_proj: Tensor,
+        up_bias: Tensor | None,
+        down_bias: Tensor | None,
+    ) -> Tensor:
+        """The forward with weights of the caller's, whose ids ``experts`` are: all of them or some, whole or slices of F."""
         config = self.config
         return F.experts_mlp(
             x,
             experts,
             weights,
-            getattr(self, self._up_name),
-            self.down_proj,
-            gate_up_bias=getattr(self, f"{self._up_name}_bias"),
-            down_bias=self.down_proj_bias,
+            up_proj,
+            down_proj,
+            gate_up_bias=up_bias,
+            down_bias=down_bias,
             activation=config.activation,
             gated=config.gated,
             gate_up_layout=config.gate_up_layout,
@@ -112,9 +160,8 @@ class Experts(nn.Module):
             raise RuntimeError(f"packed weights are for impl='auto' or 'cpu', got impl={config.impl!r}")
         if config.transposed:
             raise ValueError("transposed weights cannot be packed: the CPU kernels read contiguous rows")
-        self._packed = F.pack_experts(
-            getattr(self, self._up_name), self.down_proj, gated=config.gated, gate_up_layout=config.gate_up_layout
-        )
+        up, down, *_ = self.local_weights()
+        self._packed = F.pack_experts(up, down, gated=config.gated, gate_up_layout=config.gate_up_layout)
 
     def unpack(self) -> None:
         """Drop the copy that :meth:`prepack` made."""
