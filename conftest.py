@@ -1,5 +1,6 @@
 """Collection rules for the whole repository."""
 
+import gc
 import importlib.util
 import os
 
@@ -31,6 +32,15 @@ def packed_uses(monkeypatch):
 
     monkeypatch.setattr(native, "experts_mlp_output", watched)
     return seen
+
+
+@pytest.fixture(scope="module")
+def quick_collections():
+    """The memory meter collects garbage, which takes long while all of torch's modules are looked at each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(items):

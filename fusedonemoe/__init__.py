@@ -5,6 +5,7 @@ from fusedonemoe.config import MoEConfig
 from fusedonemoe.explanation import Explanation, explain
 from fusedonemoe.fine_grained import FineGrainedMoE, FineGrainedOutput
 from fusedonemoe.layers import Experts, FusedOneMoE, MoE, MoEOutput
+from fusedonemoe.lora import ExpertsForm, LoRAExperts, add_lora
 from fusedonemoe.quantization import QuantizationReport, QuantizedLayer, quantize_
 from fusedonemoe.quantized import QuantizedExperts
 from fusedonemoe.routers import ProductKeyRouter, RouterOutput, TopKRouter
@@ -14,10 +15,12 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "Experts",
+    "ExpertsForm",
     "Explanation",
     "FineGrainedMoE",
     "FineGrainedOutput",
     "FusedOneMoE",
+    "LoRAExperts",
     "MoE",
     "MoEConfig",
     "MoEOutput",
@@ -29,6 +32,7 @@ __all__ = [
     "TopKRouter",
     "Tuned",
     "__version__",
+    "add_lora",
     "balance",
     "explain",
     "functional",

@@ -10,16 +10,19 @@ from torch import Tensor, nn
 
 from fusedonemoe import functional as F
 from fusedonemoe.checks import (
+    check_choices,
+    check_count,
     check_float,
-    check_ids,
-    check_num_experts,
+    check_logits,
+    check_number,
     check_one_of,
     check_same_device,
     check_shape,
     check_tensor,
 )
+from fusedonemoe.linear import in_routing_dtype
 from fusedonemoe.routers import TopKRouter
-from fusedonemoe.usage import Usage, UsageMeter, check_counts, check_module, count_routers, usage
+from fusedonemoe.usage import Usage, UsageMeter, check_counts, check_module, count_routers, process_group, usage
 
 __all__ = [
     "LossFreeBalance",
@@ -34,19 +37,13 @@ __all__ = [
 SCORINGS = ("softmax", "sigmoid", "given")
 
 
-def _check_logits(logits: Tensor) -> None:
-    check_float("logits", logits)
-    if logits.dim() < 1 or logits.shape[-1] < 1:
-        raise ValueError(f"logits must have shape [..., E] with E >= 1, got {tuple(logits.shape)}")
-
-
 def _tokens(logits: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | int]:
     """Logits ``[T, E]`` in the routing dtype, which tokens count ``[T]`` (None for all), and how many, at least 1.
 
     What stands in the logits of padding is replaced: were it not a number, so would be its gradient, mask or no mask.
     """
     rows = logits.reshape(-1, logits.shape[-1])
-    rows = rows if rows.dtype == torch.float64 else rows.to(torch.float32)
+    rows = in_routing_dtype(rows)
     if attention_mask is None:
         return rows, None, max(rows.shape[0], 1)
     check_tensor("attention_mask", attention_mask)
@@ -107,14 +104,12 @@ def load_balancing_loss(
         >>> load_balancing_loss(torch.zeros(4, 4), torch.tensor([[0], [1], [2], [3]]), num_experts=4)
         tensor(1.)
     """
-    _check_logits(logits)
-    check_ids(experts)
-    check_num_experts(num_experts)
+    check_logits(logits)
+    check_choices(experts)
+    check_count("num_experts", num_experts)
     check_one_of("scoring", scoring, SCORINGS)
     if logits.shape[-1] != num_experts:
         raise ValueError(f"logits must have num_experts ({num_experts}) columns, got shape {tuple(logits.shape)}")
-    if experts.dim() < 1 or experts.shape[-1] < 1:
-        raise ValueError(f"experts must have shape [..., K] with K >= 1, got {tuple(experts.shape)}")
     check_shape("experts", experts, (*logits.shape[:-1], experts.shape[-1]))
     check_same_device("experts", experts, "logits", logits.device)
     rows, counted, T = _tokens(logits, attention_mask)
@@ -155,7 +150,7 @@ def router_z_loss(logits: Tensor, *, attention_mask: Tensor | None = None) -> Te
         >>> router_z_loss(torch.zeros(3, 1) + 2.0)
         tensor(4.)
     """
-    _check_logits(logits)
+    check_logits(logits)
     rows, counted, T = _tokens(logits, attention_mask)
     squares = rows.logsumexp(-1).square()
     if counted is not None:
@@ -205,9 +200,8 @@ def update_selection_bias(bias: Tensor, counts: Tensor, rate: float, *, num_shar
     return bias
 
 
-def _check_rate(rate: object) -> None:
-    if isinstance(rate, bool) or not isinstance(rate, int | float):
-        raise TypeError(f"rate must be a number, got {rate!r}")
+def _check_rate(rate: float) -> None:
+    check_number("rate", rate)
     if not 0 <= rate < math.inf:
         raise ValueError(f"rate must be at least 0 and finite, got {rate}")
 
@@ -228,11 +222,12 @@ class LossFreeBalance:
         model: with at least one router that has a selection bias; wrapped by DistributedDataParallel or not.
         optimizer: whose steps are followed.
         rate: of the update; an attribute, which may be changed between steps.
-        group: the process group of the data-parallel ranks, which must all step; the default group if None.
+        group: the process group, or the one-dimensional device mesh, of the ranks that have tokens of their own, which must all
+            step; the default group if None. Under expert parallelism too that is every data-parallel rank.
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: ``model`` has no such router, or ``rate`` is negative.
+        ValueError: ``model`` has no such router, ``rate`` is negative, or ``group`` has several dimensions.
 
     Source:
         Wang et al. 2024 (arXiv 2408.15664); DeepSeek-V3 (arXiv 2412.19437) section 2.1.2.
@@ -258,7 +253,7 @@ class LossFreeBalance:
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         _check_rate(rate)
         self.rate = rate
-        self.group = group
+        self.group = None if group is None else process_group(group)
         self._routers = {
             name: module
             for name, module in model.named_modules()

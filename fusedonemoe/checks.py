@@ -1,9 +1,12 @@
 """What the public functions ask of their arguments; the messages name the argument, what was expected and what came."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from fusedonemoe.ops import library
+from fusedonemoe.ops.route import NORM_EPS
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -39,18 +42,34 @@ def check_integer(name: str, value: object) -> None:
         raise TypeError(f"{name} must be an integer, got {value!r}")
 
 
-def check_ids(experts: Tensor) -> None:
+def check_count(name: str, value: int, least: int = 1, most: int | None = None, most_is: str = "") -> None:
+    """A whole number from ``least`` to ``most``; ``most_is`` names what sets the upper end."""
+    check_integer(name, value)
+    if value >= least and (most is None or value <= most):
+        return
+    upper = f"{most_is} ({most})" if most_is else most
+    expected = f"at least {least}" if most is None else f"from {least} to {upper}"
+    raise ValueError(f"{name} must be {expected}, got {value}")
+
+
+def check_number(name: str, value: object) -> None:
+    """An integer or a float; no bool."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def check_ids(experts: Tensor, name: str = "experts") -> None:
     """Expert ids of an integer dtype."""
-    check_tensor("experts", experts)
+    check_tensor(name, experts)
     if experts.is_floating_point() or experts.is_complex() or experts.dtype == torch.bool:
-        raise TypeError(f"experts must have an integer dtype, got {experts.dtype}")
+        raise TypeError(f"{name} must have an integer dtype, got {experts.dtype}")
 
 
-def check_num_experts(num_experts: int) -> None:
-    """A whole number from 1."""
-    check_integer("num_experts", num_experts)
-    if num_experts < 1:
-        raise ValueError(f"num_experts must be at least 1, got {num_experts}")
+def check_choices(experts: Tensor) -> None:
+    """Expert ids ``[..., K]``, at least one for each token."""
+    check_ids(experts)
+    if experts.dim() < 1 or experts.shape[-1] < 1:
+        raise ValueError(f"experts must have shape [..., K] with K >= 1, got {tuple(experts.shape)}")
 
 
 def check_same_device(name: str, tensor: Tensor, owner: str, device: torch.device) -> None:
@@ -64,6 +83,26 @@ def check_float(name: str, tensor: Tensor) -> None:
     check_tensor(name, tensor)
     if tensor.dtype not in _FLOATS:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}")
+
+
+def check_logits(logits: Tensor) -> None:
+    """Router logits ``[..., E]``, of at least one expert."""
+    check_float("logits", logits)
+    if logits.dim() < 1 or logits.shape[-1] < 1:
+        raise ValueError(f"logits must have shape [..., E] with E >= 1, got {tuple(logits.shape)}")
+
+
+def check_selection_bias(selection_bias: Tensor, logits: Tensor) -> None:
+    """One entry for each expert."""
+    check_float("selection_bias", selection_bias)
+    check_shape("selection_bias", selection_bias, logits.shape[-1:])
+    check_same_device("selection_bias", selection_bias, "logits", logits.device)
+
+
+def check_last_dim(name: str, tensor: Tensor, size: int) -> None:
+    """A tensor ``[..., size]``."""
+    if tensor.shape[-1:] != (size,):
+        raise ValueError(f"{name} must have shape [..., {size}], got {tuple(tensor.shape)}")
 
 
 def check_like_x(name: str, tensor: Tensor, x: Tensor) -> None:
@@ -88,6 +127,15 @@ def check_routing(x: Tensor, experts: Tensor, weights: Tensor) -> None:
     check_shape("weights", weights, experts_shape)
     check_same_device("experts", experts, "x", device)
     check_same_device("weights", weights, "x", device)
+
+
+def check_norm_eps(norm_eps: float, scoring: str) -> None:
+    """A small positive number, for sigmoids."""
+    check_number("norm_eps", norm_eps)
+    if not 0 < norm_eps < math.inf:
+        raise ValueError(f"norm_eps must be positive and finite, got {norm_eps}")
+    if scoring == "softmax" and norm_eps != NORM_EPS:
+        raise ValueError(f"norm_eps is for scoring 'sigmoid', a softmax is divided without one, got {norm_eps}")
 
 
 def check_save_percent(save_percent: int) -> None:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fusedonemoe import functional as F
-from fusedonemoe.checks import check_integer, check_one_of
-from fusedonemoe.routers import ProductKeyRouter
+from fusedonemoe.checks import check_integer, check_last_dim, check_one_of
+from fusedonemoe.linear import uniform_by_fan_in
+from fusedonemoe.routers import ProductKeyRouter, routing_impl
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": nn.functional.silu,
@@ -110,7 +111,7 @@ class FineGrainedMoE(nn.Module):
             num_heads=num_heads,
             norm_topk_prob=norm_topk_prob,
             input_norm=input_norm,
-            impl="dense" if impl == "dense" else "auto",
+            impl=routing_impl(impl),
             device=device,
             dtype=dtype,
         )
@@ -129,17 +130,14 @@ class FineGrainedMoE(nn.Module):
         """Initialise by fan-in: D for ``down_embed``, the ``H * K`` experts of a token for ``up_embed``; the parts as theirs."""
         D = self.down_embed.shape[1]
         for table, fan_in in ((self.down_embed, D), (self.up_embed, self.gate.num_heads * self.gate.top_k)):
-            bound = 1 / math.sqrt(fan_in)
-            nn.init.uniform_(table, -bound, bound)
+            uniform_by_fan_in(table, fan_in)
         for part in (self.gate, self.gate_proj, self.up_proj, self.down_proj):
             if part is not None:
                 part.reset_parameters()
 
     def forward(self, x: Tensor) -> FineGrainedOutput:
         """Run the block on ``x`` ``[..., D]``."""
-        D = self.down_embed.shape[1]
-        if x.shape[-1:] != (D,):
-            raise ValueError(f"x must have shape [..., {D}], got {tuple(x.shape)}")
+        check_last_dim("x", x, self.down_embed.shape[1])
         logits, weights, experts = self.gate(x)
         y = F.experts_neurons(x, experts, weights, self.down_embed, self.up_embed, activation=self.activation, impl=self.impl)
         if self.gate_proj is not None and self.up_proj is not None and self.down_proj is not None:

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from fusedonemoe import functional as F
 from fusedonemoe.layers import Experts
+from fusedonemoe.lora import LoRAExperts
 from fusedonemoe.ops.activation import PLAIN, Activation, activate
 from fusedonemoe.ops.plan import in_range
-from fusedonemoe.quantized import QuantizedExperts, check_source, unwrapped
+from fusedonemoe.quantized import QuantizedExperts, check_source, rows_of, unwrapped
 
 TOKENS = 16  # whose outputs are compared with float64
 
@@ -94,9 +95,9 @@ def _exact_output(module: Experts, x: Tensor, experts: Tensor, weights: Tensor) 
     routed = experts[in_range(experts, config.num_experts)]
     for expert in map(int, routed.unique()):
         token, choice = (experts == expert).nonzero(as_tuple=True)
-        z = x[token].double() @ _exact_weight(getattr(module, module._up_name), expert).t()
+        z = x[token].double() @ _exact_weight(rows_of(module, module._up_name), expert).t()
         h = activate(z if up_bias is None else z + up_bias[expert].double(), act)
-        rows = h @ _exact_weight(module.down_proj, expert).t()
+        rows = h @ _exact_weight(rows_of(module, "down_proj"), expert).t()
         rows = rows if down_bias is None else rows + down_bias[expert].double()
         y.index_add_(0, token, rows * weights[token, choice, None].double())
     return y
@@ -121,6 +122,8 @@ def _experts_of(model: nn.Module) -> tuple[dict[str, Experts], dict[str, list[tu
     for prefix, parent in model.named_modules():
         for child_name, child in parent._modules.items():
             if isinstance(child, Experts):
+                if isinstance(parent, LoRAExperts):
+                    raise ValueError(f"{prefix} must not be adapters, which read plain weights: merge and unload them first")
                 name = names.setdefault(id(child), f"{prefix}.{child_name}" if prefix else child_name)
                 modules[name] = child
                 places.setdefault(name, []).append((parent, child_name))
@@ -209,7 +212,7 @@ def quantize_(
     for module in modules.values():  # what would fail fails now, before anything is replaced
         QuantizedExperts(module.config, dtype, **options, device="meta")
         for weight in (module._up_name, "down_proj"):
-            check_source(weight, getattr(module, weight), dtype)
+            check_source(module, weight, dtype)
     calls = {} if inputs is None else _calls(model, inputs if isinstance(inputs, tuple) else (inputs,), modules, places)
     layers = []
     for name in list(modules):
@@ -217,7 +220,7 @@ def quantize_(
         quantized = QuantizedExperts.from_experts(module, dtype, **options)
         call = calls.get(name) or _random_call(module)
         exact, actual = _exact_output(module, *call), quantized(*call).double()
-        before = (getattr(module, module._up_name), module.down_proj)
+        before = (rows_of(module, module._up_name), rows_of(module, "down_proj"))
         up_error, down_error = map(_weight_error, before, quantized.quantized_weights())
         output_error = _relative_rms(float((actual - exact).square().sum()), float(exact.square().sum()))
         size = sum(weight.numel() * weight.dtype.itemsize for weight in before)

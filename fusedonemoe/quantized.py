@@ -34,8 +34,23 @@ def unwrapped(name: str, weight: Tensor) -> F.QuantizedWeight | None:
     return F.QuantizedWeight(values.contiguous(), scale.squeeze(-1).to(torch.float32).contiguous())
 
 
-def check_source(name: str, weight: Tensor, dtype: str) -> None:
+def rows_of(experts: Experts, name: str) -> Tensor:
+    """A weight of a module as ``[E, O, I]``, whichever way round it is kept."""
+    weight: Tensor = getattr(experts, name)
+    if not experts.config.transposed:
+        return weight
+    if unwrapped(name, weight) is not None:
+        raise ValueError(
+            f"{name} must be kept as [E, O, I] where it is torchao's Int8Tensor, but the configuration has transposed=True"
+        )
+    return weight.transpose(1, 2)
+
+
+def check_source(experts: Experts, name: str, dtype: str) -> None:
     """The weight can become one of ``dtype``."""
+    if experts.exchange is not None:
+        raise ValueError("experts must all be held by this process to be quantised, but an exchange brings rows to others")
+    weight = rows_of(experts, name)
     if unwrapped(name, weight) is None:
         check_finite(name, weight)
     elif dtype != "int8":
@@ -129,8 +144,8 @@ class QuantizedExperts(nn.Module):
         options: dict[str, Any] = {"group_size": group_size, "symmetric": symmetric}
         module = cls(experts.config, dtype, device="meta", **options)
         for name in (module._up_name, "down_proj"):
-            weight = getattr(experts, name)
-            check_source(name, weight, dtype)
+            check_source(experts, name, dtype)
+            weight = rows_of(experts, name)
             quantized = unwrapped(name, weight) or F.quantize_weight(weight, dtype, **options)
             for part, tensor in zip(_PARTS, quantized, strict=True):
                 module._buffers[name + part] = tensor

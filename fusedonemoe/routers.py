@@ -1,19 +1,19 @@
 """Router modules: from hidden states to routing weights and expert ids."""
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fusedonemoe import functional as F
-from fusedonemoe.checks import check_integer
-from fusedonemoe.ops.library import autocast_dtype
+from fusedonemoe.checks import check_count
+from fusedonemoe.linear import in_dtype, in_routing_dtype, outside_autocast, routing_linear, uniform_by_fan_in
+from fusedonemoe.ops.route import NORM_EPS
 
 
-def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor.to(dtype)``, which costs ten times the question when there is nothing to do."""
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+def routing_impl(impl: str) -> str:
+    """The ``impl`` of the router beside experts of this one."""
+    return impl if impl in ("dense", "portable") else "auto"
 
 
 class RouterOutput(NamedTuple):
@@ -50,7 +50,8 @@ class TopKRouter(nn.Module):
         n_group: contiguous expert groups.
         topk_group: groups that stay open.
         group_score: ``top2_sum`` or ``max``.
-        impl: ``auto``, or ``dense`` for derivatives of every order.
+        norm_eps: added to the sum of sigmoids that normalises them.
+        impl: ``auto``, ``dense`` for derivatives of every order, or ``portable`` for export.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -83,6 +84,7 @@ class TopKRouter(nn.Module):
         n_group: int = 1,
         topk_group: int = 1,
         group_score: str = "top2_sum",
+        norm_eps: float = NORM_EPS,
         impl: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -96,6 +98,7 @@ class TopKRouter(nn.Module):
         self.n_group = n_group
         self.topk_group = topk_group
         self.group_score = group_score
+        self.norm_eps = norm_eps
         self.impl = impl
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype)) if bias else None
@@ -106,26 +109,18 @@ class TopKRouter(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise as ``nn.Linear`` does: uniform within ``1 / sqrt(D)``; the selection bias to zero."""
-        bound = 1 / math.sqrt(self.weight.shape[1])
-        nn.init.uniform_(self.weight, -bound, bound)
-        if self.bias is not None:
-            nn.init.uniform_(self.bias, -bound, bound)
+        for parameter in (self.weight, self.bias):
+            if parameter is not None:
+                uniform_by_fan_in(parameter, self.weight.shape[1])
         if self.e_score_correction_bias is not None:
             nn.init.zeros_(self.e_score_correction_bias)
 
     def _logits(self, x: Tensor) -> Tensor:
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        bias = None if self.bias is None else _in_dtype(self.bias, dtype)
-        return nn.functional.linear(_in_dtype(x, dtype), _in_dtype(self.weight, dtype), bias)
+        return routing_linear(x, self.weight, self.bias)
 
     def forward(self, x: Tensor) -> RouterOutput:
         """Route ``x`` ``[..., D]``."""
-        device = x.device.type
-        if autocast_dtype(device) is None:
-            logits = self._logits(x)
-        else:
-            with torch.autocast(device, enabled=False):
-                logits = self._logits(x)
+        logits = outside_autocast(self._logits, x)
         weights, experts = F.route(
             logits,
             self.top_k,
@@ -137,6 +132,7 @@ class TopKRouter(nn.Module):
             n_group=self.n_group,
             topk_group=self.topk_group,
             group_score=self.group_score,
+            norm_eps=self.norm_eps,
             impl=self.impl,
         )
         return RouterOutput(logits, weights, experts)
@@ -164,7 +160,7 @@ class ProductKeyRouter(nn.Module):
         input_norm: ``"batch"`` for BatchNorm over the tokens (FlashMoE, PEER), ``"rms"`` for RMSNorm over D, None for none;
             both have a trained scale for each of the D features, BatchNorm a shift too. BatchNorm in training takes 2 tokens.
         bias: whether the linear map has one.
-        impl: ``auto``, or ``dense`` for derivatives of every order.
+        impl: ``auto``, ``dense`` for derivatives of every order, or ``portable`` for export.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -203,9 +199,7 @@ class ProductKeyRouter(nn.Module):
         super().__init__()
         sizes = {"hidden_size": hidden_size, "num_keys": num_keys, "top_k": top_k, "num_heads": num_heads}
         for name, size in sizes.items():
-            check_integer(name, size)
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+            check_count(name, size)
         if top_k > num_keys * num_keys:
             raise ValueError(f"top_k must be at most {num_keys * num_keys}, the pairs of {num_keys} keys, got {top_k}")
         if input_norm not in (None, "batch", "rms"):
@@ -228,10 +222,9 @@ class ProductKeyRouter(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise as ``nn.Linear`` does: uniform within ``1 / sqrt(D)``; the norm as torch does, statistics included."""
-        bound = 1 / math.sqrt(self.weight.shape[1])
-        nn.init.uniform_(self.weight, -bound, bound)
-        if self.bias is not None:
-            nn.init.uniform_(self.bias, -bound, bound)
+        for parameter in (self.weight, self.bias):
+            if parameter is not None:
+                uniform_by_fan_in(parameter, self.weight.shape[1])
         if self.norm is not None:
             self.norm.reset_parameters()
 
@@ -242,8 +235,8 @@ class ProductKeyRouter(nn.Module):
         if self.training and not x.shape[0]:
             return x  # no token, no statistics
         stored = (norm.running_mean, norm.running_var)
-        mean, variance = (_in_dtype(statistic, x.dtype) for statistic in stored)
-        scale, shift = _in_dtype(norm.weight, x.dtype), _in_dtype(norm.bias, x.dtype)
+        mean, variance = (in_dtype(statistic, x.dtype) for statistic in stored)
+        scale, shift = in_dtype(norm.weight, x.dtype), in_dtype(norm.bias, x.dtype)
         y = nn.functional.batch_norm(x, mean, variance, scale, shift, self.training, norm.momentum or 0.0, norm.eps)
         if self.training:
             norm.num_batches_tracked.add_(1)
@@ -253,24 +246,16 @@ class ProductKeyRouter(nn.Module):
         return y
 
     def _logits(self, x: Tensor) -> Tensor:
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        x = _in_dtype(x, dtype)
+        x = in_routing_dtype(x)
         if isinstance(self.norm, nn.BatchNorm1d):
             x = self._batch_norm(self.norm, x.reshape(-1, x.shape[-1])).reshape(x.shape)
         elif self.norm is not None:
-            x = nn.functional.rms_norm(x, x.shape[-1:], _in_dtype(self.norm.weight, dtype), self.norm.eps)
-        bias = None if self.bias is None else _in_dtype(self.bias, dtype)
-        logits = nn.functional.linear(x, _in_dtype(self.weight, dtype), bias)
-        return logits.reshape(*x.shape[:-1], self.num_heads, 2, self.num_keys)
+            x = nn.functional.rms_norm(x, x.shape[-1:], in_dtype(self.norm.weight, x.dtype), self.norm.eps)
+        return routing_linear(x, self.weight, self.bias).reshape(*x.shape[:-1], self.num_heads, 2, self.num_keys)
 
     def forward(self, x: Tensor) -> RouterOutput:
         """Route ``x`` ``[..., D]``."""
-        device = x.device.type
-        if autocast_dtype(device) is None:
-            logits = self._logits(x)
-        else:
-            with torch.autocast(device, enabled=False):
-                logits = self._logits(x)
+        logits = outside_autocast(self._logits, x)
         weights, experts = F.route_product_key(logits, self.top_k, norm_topk_prob=self.norm_topk_prob, impl=self.impl)
         leading, chosen = x.shape[:-1], self.num_heads * self.top_k
         return RouterOutput(logits, weights.reshape(*leading, chosen), experts.reshape(*leading, chosen))

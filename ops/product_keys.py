@@ -15,7 +15,7 @@ rounding error ``e`` second compares the real sums. Knuth's TwoSum gives ``e``, 
 import torch
 from torch import Tensor
 
-from fusedonemoe.ops.route import _routing_dtype, _select
+from fusedonemoe.ops.route import routing_dtype, select_largest
 
 SCATTERS = ("cpu",)  # devices that add up a scatter in a fixed order; others do it with atomics
 EXACT_INTEGERS = 1 << 24  # up to here a float32 holds every integer
@@ -24,9 +24,13 @@ EXACT_INTEGERS = 1 << 24  # up to here a float32 holds every integer
 def candidates(top_k: int, num_keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Ranks ``(r, s)`` with ``(r + 1) (s + 1) <= top_k``, both below ``num_keys``; each ``[C]`` int64.
 
-    Arithmetic on the device: a list copied from the host would not go into a CUDA graph.
+    Arithmetic on the device: a list copied from the host would not go into a CUDA graph. An exported graph holds the lists.
     """
     ranks = min(top_k, num_keys)
+    if torch.compiler.is_exporting():
+        pairs = [(r, s) for r in range(ranks) for s in range(min(top_k // (r + 1), num_keys))]
+        first, second = torch.tensor(pairs, device=device).unbind(1)
+        return first, second
     C = sum(min(top_k // (r + 1), num_keys) for r in range(ranks))
     partners = torch.div(top_k, torch.arange(1, ranks + 1, device=device), rounding_mode="floor").clamp(max=num_keys)
     ends = partners.cumsum(0)
@@ -52,7 +56,7 @@ def _best_keys(logits: Tensor, top_k: int, opaque: bool) -> tuple[Tensor, Tensor
     """Indices and values of the best ``min(top_k, G)`` logits of each half, best first; ``[T, 2, R]``."""
     T, _, G = logits.shape
     ranks = min(top_k, G)
-    keys = _select(logits.reshape(2 * T, G), ranks, opaque).reshape(T, 2, ranks)
+    keys = select_largest(logits.reshape(2 * T, G), ranks, opaque).reshape(T, 2, ranks)
     return keys, logits.gather(-1, keys)
 
 
@@ -65,9 +69,9 @@ def _select_exactly(keys: Tensor, values: Tensor, top_k: int, num_keys: int, opa
     # rounding errors, then the ids.
     C = ids.shape[1]
     by_id = ids.to(torch.float32 if num_keys * num_keys <= EXACT_INTEGERS else torch.float64).neg()
-    order = _select(by_id, C, opaque)
-    order = order.gather(1, _select(error.gather(1, order), C, opaque))
-    order = order.gather(1, _select(total.gather(1, order), top_k, opaque))
+    order = select_largest(by_id, C, opaque)
+    order = order.gather(1, select_largest(error.gather(1, order), C, opaque))
+    order = order.gather(1, select_largest(total.gather(1, order), top_k, opaque))
     return ids.gather(1, order)
 
 
@@ -81,7 +85,7 @@ def select_pairs_on_cpu(logits: Tensor, top_k: int) -> Tensor:
     first, second = candidates(top_k, G, logits.device)
     halved = 0.5 * values
     total = halved[:, 0].index_select(1, first) + halved[:, 1].index_select(1, second)
-    chosen = _select(total, min(top_k + 1, total.shape[1]), True)
+    chosen = select_largest(total, min(top_k + 1, total.shape[1]), True)
     best = total.gather(1, chosen)
     chosen = chosen[:, :top_k]
     ids = keys[:, 0].gather(1, first[chosen]) * G + keys[:, 1].gather(1, second[chosen])
@@ -142,7 +146,7 @@ def route_product_key(logits: Tensor, top_k: int, norm_topk_prob: bool, opaque: 
     Returns:
         ``[T, K]`` weights (float32, or float64 for float64 logits) and ``[T, K]`` int64 ids.
     """
-    logits = logits.to(_routing_dtype(logits))
+    logits = logits.to(routing_dtype(logits.dtype))
     experts = select_pairs(logits, top_k, opaque)
     return _weigh(logits, experts, norm_topk_prob)[0], experts
 
@@ -156,7 +160,7 @@ def route_product_key_backward(dweights: Tensor, logits: Tensor, experts: Tensor
     Returns:
         ``[T, 2, G]`` in the dtype of ``logits``.
     """
-    wide = logits.to(_routing_dtype(logits))
+    wide = logits.to(routing_dtype(logits.dtype))
     G = wide.shape[-1]
     weights, i, j = _weigh(wide, experts, norm_topk_prob)
     dscore = dweights.to(wide.dtype) * weights

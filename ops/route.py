@@ -27,6 +27,7 @@ class RouteRule(NamedTuple):
         n_group: number of contiguous expert groups; 1 for none.
         topk_group: groups that stay open for selection.
         group_score: a group's value is the sum of its best two keys (``top2_sum``, DeepSeek-V3) or its best (``max``).
+        norm_eps: added to the sum of sigmoids that divides them; a softmax over the picked needs none.
     """
 
     top_k: int
@@ -37,10 +38,12 @@ class RouteRule(NamedTuple):
     n_group: int
     topk_group: int
     group_score: str
+    norm_eps: float = NORM_EPS
 
 
-def _routing_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+def routing_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What routing computes in, given the dtype of its input."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _score(logits: Tensor, scoring: str) -> Tensor:
@@ -62,9 +65,26 @@ def select(keys: Tensor, k: int) -> Tensor:
     return last - (torch.topk(packed, k, dim=-1).values & 0xFFFFFFFF)
 
 
-def _select(keys: Tensor, k: int, opaque: bool) -> Tensor:
+def select_for_export(keys: Tensor, k: int) -> Tensor:
+    """:func:`select` of float32 keys for formats that cannot look at a number's bits, such as ONNX.
+
+    A float64 has room for the order of equal keys: each key is moved down by its id's share of less than a quarter of the
+    distance to the next float32. Zeros have no such distance of their own and get one, infinities become numbers.
+    """
+    last = keys.shape[-1] - 1
+    share = torch.arange(last + 1, device=keys.device).to(torch.float64) * 2.0 ** -(26 + last.bit_length())
+    # Built from factors that a float32 can hold: ONNX's exporter makes float32 of numbers on their way.
+    one = torch.ones(1, dtype=torch.float64, device=keys.device)
+    beyond, least = one * 2.0**100 * 2.0**100, one * 2.0**-100 * 2.0**-100 * 2.0**-100
+    wide = torch.maximum(torch.minimum(keys.to(torch.float64), beyond), -beyond)
+    return torch.topk(wide - (wide.abs() + least) * share, k, dim=-1).indices
+
+
+def select_largest(keys: Tensor, k: int, opaque: bool) -> Tensor:
     """:func:`select`, or the operator that has a kernel for it; an exported graph keeps to torch's own operators."""
-    if opaque and keys.dtype == torch.float32 and keys.device.type == "cpu" and not torch.compiler.is_exporting():
+    if keys.dtype == torch.float32 and torch.compiler.is_exporting():
+        return select_for_export(keys, k)
+    if opaque and keys.dtype == torch.float32 and keys.device.type == "cpu":
         return torch.ops.fusedonemoe.select_experts.default(keys, k)
     return select(keys, k)
 
@@ -74,7 +94,7 @@ def _close_groups(keys: Tensor, rule: RouteRule, opaque: bool) -> Tensor:
     grouped = keys.unflatten(-1, (rule.n_group, -1))
     best = min(2 if rule.group_score == "top2_sum" else 1, grouped.shape[-1])
     value = grouped.topk(best, dim=-1).values.sum(-1)
-    kept = _select(value, rule.topk_group, opaque)
+    kept = select_largest(value, rule.topk_group, opaque)
     is_open = (kept[:, :, None] == torch.arange(rule.n_group, device=keys.device)).any(1)
     # An open group's own minus infinity must still beat a closed group.
     open_keys = grouped.clamp(min=torch.finfo(grouped.dtype).min)
@@ -105,7 +125,7 @@ def select_experts(logits: Tensor, selection_bias: Tensor | None, rule: RouteRul
         keys = keys + selection_bias.detach().to(keys.dtype)
     if rule.n_group > 1:
         keys = _close_groups(keys, rule, opaque)
-    return _select(keys, rule.top_k, opaque)
+    return select_largest(keys, rule.top_k, opaque)
 
 
 def _softmax_over_all(rule: RouteRule) -> bool:
@@ -122,7 +142,7 @@ def route(logits: Tensor, selection_bias: Tensor | None, rule: RouteRule, opaque
     Returns:
         ``[T, K]`` weights (float32, or float64 for float64 logits) and ``[T, K]`` int64 ids.
     """
-    if logits.dtype != (dtype := _routing_dtype(logits)):  # a conversion to the same costs a microsecond
+    if logits.dtype != (dtype := routing_dtype(logits.dtype)):  # a conversion to the same costs a microsecond
         logits = logits.to(dtype)
     experts = select_experts(logits, selection_bias, rule, opaque)
     picked = logits.gather(-1, experts)
@@ -131,7 +151,7 @@ def route(logits: Tensor, selection_bias: Tensor | None, rule: RouteRule, opaque
     else:
         weights = _score(picked, rule.scoring)
         if rule.scoring == "sigmoid" and rule.norm_topk_prob:
-            weights = weights / (weights.sum(-1, keepdim=True) + NORM_EPS)
+            weights = weights / (weights.sum(-1, keepdim=True) + rule.norm_eps)
     return weights * rule.scale if rule.scale != 1.0 else weights, experts
 
 
@@ -141,7 +161,7 @@ def route_backward(dweights: Tensor, logits: Tensor, experts: Tensor, rule: Rout
     Returns:
         ``[T, E]`` in the dtype of ``logits``.
     """
-    dtype = _routing_dtype(logits)
+    dtype = routing_dtype(logits.dtype)
     wide = logits.to(dtype)
     picked = wide.gather(-1, experts)
     dscore = dweights.to(dtype) * rule.scale
@@ -154,7 +174,7 @@ def route_backward(dweights: Tensor, logits: Tensor, experts: Tensor, rule: Rout
         dpicked = score * (dscore - (dscore * score).sum(-1, keepdim=True))
     else:
         if rule.norm_topk_prob:
-            total = score.sum(-1, keepdim=True) + NORM_EPS
+            total = score.sum(-1, keepdim=True) + rule.norm_eps
             dscore = (dscore - (dscore * score).sum(-1, keepdim=True) / total) / total
         dpicked = dscore * score * (1 - score)
     return torch.zeros_like(wide).scatter(-1, experts, dpicked).to(logits.dtype)

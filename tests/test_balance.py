@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from fusedonemoe import balance
 from fusedonemoe import functional as F
 from fusedonemoe.balance import load_balancing_loss, router_z_loss, update_selection_bias
-from fusedonemoe.ops import reference_balance
+from fusedonemoe.ops.reference import balance as reference_balance
 from fusedonemoe.testing import assert_within_budget, exact_float64, make_experts, make_logits
 
 D, E, K = 16, 8, 2

@@ -1,8 +1,5 @@
 """Peers of the suite for GPUs: a check in float64 tells right from wrong, and wrappers hand libraries what they take."""
 
-import argparse
-import gc
-import importlib
 import re
 import sys
 from dataclasses import replace
@@ -12,52 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from fusedonemoe import bench
 from fusedonemoe.bench import gpu_libraries, gpu_peers
-from fusedonemoe.bench.gpu_cells import CELLS, MODES, shrunk
+from fusedonemoe.bench.gpu_cells import MODES, shrunk
 from fusedonemoe.bench.gpu_exact import OUTPUT, exact_answer
 from fusedonemoe.bench.gpu_inputs import make_inputs, sampled_tokens
 from fusedonemoe.bench.gpu_libraries import LIBRARIES, line_up
 from fusedonemoe.bench.gpu_peers import TORCH_LINE_UP, GpuPeer
 from fusedonemoe.bench.peers import GROUPED, OURS, PLAIN, UnavailableError
+from tests.gpu_suite import CPU, GPT_OSS, MERGED, NAMED, OUR_EXPERTS, QWEN, ROUTER, TRAINING, measure, row_of, runner, timing
 
-pytest.importorskip("rich")
-suite = importlib.import_module("fusedonemoe.bench.gpu_suite")
-runner = importlib.import_module("fusedonemoe.bench.gpu_runner")
-timing = importlib.import_module("fusedonemoe.bench.gpu_timing")
-report = importlib.import_module("fusedonemoe.bench.report")
-
-CPU = torch.device("cpu")
-NAMED = {cell.name: cell for cell in CELLS}
-QWEN = shrunk(NAMED["qwen3-30b-T512-bfloat16-forward"])
-TRAINING = replace(QWEN, mode="training", dtype=torch.float32)
-GPT_OSS = shrunk(NAMED["gpt-oss-20b-T4096-bfloat16-training"])
-MERGED = shrunk(NAMED["merged-E32-bfloat16-training"])
-ROUTER = shrunk(NAMED["router-T512-E8-float32-forward"])
-OUR_EXPERTS = TORCH_LINE_UP["experts"][0]
-
-
-def arguments(*argv):
-    parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
-    return parser.parse_args(["--suite", "gpu", *argv])
-
-
-def measure(cell, peers, **options):
-    return runner.run_cell(cell, timing.Timer(CPU), peers=peers, rounds=2, seconds=0.001, **options)
-
-
-def row_of(result, peer):
-    return next(row for row in result.rows if row.peer == peer)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_collections():
-    """The meter collects garbage, which takes long while all of torch's modules are looked at each time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("quick_collections")
 
 
 def test_skewed_routing_is_skewed_and_the_same_for_every_dtype():

@@ -12,7 +12,7 @@ from torch.autograd import gradcheck
 from torch.testing import assert_close
 
 from fusedonemoe import functional as F
-from fusedonemoe.ops import reference_balance
+from fusedonemoe.ops.reference import balance as reference_balance
 from fusedonemoe.testing import ROUTINGS, exact_float64, make_experts
 
 SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)

@@ -11,9 +11,9 @@ from torch.testing import assert_close
 from fusedonemoe import functional as F
 from fusedonemoe.compat.candle import NOMIC, QWEN3, Activation, FusedMoE, apply_topk_softmax_inplace
 from fusedonemoe.testing import assert_within_budget, make_logits
+from tests.exact import EXACT, best, gradients, randn
 
 T, D, FF, E, K = 9, 10, 6, 5, 2
-EXACT = {"rtol": 1e-10, "atol": 1e-12}
 PLAIN_ACTIVATIONS = {
     "silu": lambda z: z * torch.sigmoid(z),
     "gelu": lambda z: z / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3))),
@@ -21,21 +21,7 @@ PLAIN_ACTIVATIONS = {
 }
 
 
-def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def gradients(y, leaves, retain_graph=True):
-    return torch.autograd.grad(y, leaves, randn(*y.shape, seed=9).to(y.dtype), retain_graph=retain_graph)
-
-
 # The router
-
-
-def best(row, count):
-    """Ids of the largest, descending, ties to the lower id."""
-    values = row.tolist()
-    return sorted(range(len(values)), key=lambda e: (-values[e], e))[:count]
 
 
 def plain_topk_softmax(logits, top_k):

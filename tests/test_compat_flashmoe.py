@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from fusedonemoe.compat.flashmoe import FlashMoE, FlashMoEConfig
 from fusedonemoe.fine_grained import FineGrainedMoE
+from tests.exact import best, gradients, randn
 
 B, S, D, FF, G, K = 2, 7, 12, 6, 5, 4
 E = G * G
@@ -31,14 +32,6 @@ PLAIN_ACTIVATIONS = {
     "identity": lambda z: z,
 }
 THEIR_NAMES = {"swish": "silu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "linear": "identity"}
-
-
-def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def gradients(y, leaves, retain_graph=True):
-    return torch.autograd.grad(y, leaves, randn(*y.shape, seed=9).to(y.dtype), retain_graph=retain_graph)
 
 
 def make(dtype=torch.float64, impl="auto", **changes):
@@ -66,8 +59,7 @@ def plain_fine_grained(x_TD, moe, normal_TD):
         y_D = torch.zeros_like(x_D)
         for half in halves:
             scores = (half[0][:, None] + half[1][None, :]).flatten()
-            values = scores.tolist()
-            picked = sorted(range(G * G), key=lambda e, values=values: (-values[e], e))[:K]  # type: ignore[misc]
+            picked = best(scores, K)
             weights = scores[picked].exp()
             weights = weights / weights.sum() if moe.gate.norm_topk_prob else weights
             for w, e in zip(weights, picked, strict=True):

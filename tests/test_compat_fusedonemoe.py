@@ -1,5 +1,6 @@
 """The original FusedOneMoE's class against its formula in float64: three routings, gradients, noise, checkpoints, messages."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,20 +12,19 @@ from torch.testing import assert_close
 import fusedonemoe
 from fusedonemoe.compat.fusedonemoe import FusedOneMoE
 from fusedonemoe.testing import assert_within_budget
+from tests import exact as in_float64
+from tests.exact import EXACT, best, randn
 
 B, S, D, FF, E, K = 2, 7, 10, 6, 8, 3
-EXACT = {"rtol": 1e-10, "atol": 1e-12}
 ROUTINGS: dict[str, dict[str, Any]] = {
     "soft": {"is_sparse": False},
     "top_k": {"is_sparse": True, "topk": K},
     "top_p": {"is_sparse": True, "is_indefinacy": True, "topp": 0.15, "temperature": 0.5},
     "top_p_that_keeps_none": {"is_sparse": True, "is_indefinacy": True, "topp": 0.9, "temperature": 3.0},
 }
+# Where no expert is kept, parameters have no gradient.
+gradients = partial(in_float64.gradients, materialize_grads=True)
 each_routing = pytest.mark.parametrize("routing", ROUTINGS)
-
-
-def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def make(routing, dtype=torch.float64, **options):
@@ -35,12 +35,6 @@ def make(routing, dtype=torch.float64, **options):
     with torch.no_grad():
         layer.gate.weight.mul_(3)  # probabilities on both sides of topp
     return layer
-
-
-def best(row, count):
-    """Ids of the largest, descending, ties to the lower id."""
-    values = row.tolist()
-    return sorted(range(len(values)), key=lambda e: (-values[e], e))[:count]
 
 
 def plain(layer, x, noise_TE=None):
@@ -63,10 +57,6 @@ def plain(layer, x, noise_TE=None):
     h = torch.stack(mixed).to(x.dtype) + (0 if layer.up_bias is None else layer.up_bias)
     y = torch.relu(h).square() @ layer.down
     return (y if layer.down_bias is None else y + layer.down_bias).reshape(x.shape)
-
-
-def gradients(y, leaves, retain_graph=True):
-    return torch.autograd.grad(y, leaves, randn(*y.shape, seed=9).to(y.dtype), retain_graph=retain_graph, materialize_grads=True)
 
 
 @each_routing

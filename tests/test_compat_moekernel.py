@@ -12,25 +12,15 @@ from torch.testing import assert_close
 from fusedonemoe import functional as F
 from fusedonemoe.compat.moekernel import MOEConfig, moe_expert_computation, moe_gating_forward
 from fusedonemoe.testing import assert_within_budget
+from tests.exact import EXACT, best, gradients, randn
 
 B, S, D, FF, E, K = 2, 9, 10, 6, 4, 2
 CONFIG = MOEConfig(num_experts=E, top_k=K, hidden_dim=D, expert_dim=FF)
 P = D * FF + FF * D + FF + D
-EXACT = {"rtol": 1e-10, "atol": 1e-12}
-
-
-def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def make_params(dtype=torch.float64):
     return [(randn(P, seed=10 + e) / D**0.5).to(dtype) for e in range(E)]
-
-
-def best(row, count):
-    """Ids of the largest, descending, ties to the lower id."""
-    values = row.tolist()
-    return sorted(range(len(values)), key=lambda e: (-values[e], e))[:count]
 
 
 def plain_gating(x, gate_DE, top_k=K):
@@ -62,10 +52,6 @@ def plain_experts(x, weights, indices, params, config=CONFIG):
             y_D = y_D + (weights[t, j] * (torch.relu(x_D @ W1 + b1) @ W2 + b2)).to(y_D.dtype)
         rows.append(y_D)
     return torch.stack(rows).reshape(x.shape)
-
-
-def gradients(y, leaves, retain_graph=True):
-    return torch.autograd.grad(y, leaves, randn(*y.shape, seed=9).to(y.dtype), retain_graph=retain_graph)
 
 
 # Gating

@@ -14,13 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from fusedonemoe import functional as F
 from fusedonemoe.compat.momoe import MoE, MoMoE, TopKRouter
 from fusedonemoe.testing import assert_within_budget
+from tests.exact import EXACT, best, gradients, randn
 
 B, S, D, H, N, K, KS = 2, 7, 12, 6, 6, 3, 1
-EXACT = {"rtol": 1e-10, "atol": 1e-12}
-
-
-def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def make_mask(M, *, seed=0):
@@ -52,17 +48,12 @@ def plain_router(x_BSD, Wg_DN, biases_N, Ks=KS):
     for x_D in x_BSD.reshape(-1, x_BSD.shape[-1]):
         logits = x_D @ Wg_DN
         p = torch.softmax(logits[: N - Ks], 0)
-        keys = (p + biases_N[: N - Ks]).tolist()
-        picked = sorted(range(N - Ks), key=lambda n: (-keys[n], n))[: K - Ks]
+        picked = best(p + biases_N[: N - Ks], K - Ks)
         kept = torch.zeros_like(p)
         kept[picked] = 1
         rows_s.append(torch.cat((p * kept / (p * kept).sum() if Ks < K else p * kept, torch.softmax(logits[N - Ks :], 0))))
         rows_mask.append(torch.cat((kept, torch.ones(Ks))).int())
     return torch.stack(rows_mask, 1), torch.stack(rows_s, 1)
-
-
-def gradients(y, leaves, retain_graph=True):
-    return torch.autograd.grad(y, leaves, randn(*y.shape, seed=9).to(y.dtype), retain_graph=retain_graph)
 
 
 # MoMoE

@@ -234,97 +234,14 @@ def test_a_process_without_kernels_says_so_and_works():
     assert out == "impl='cpu' cannot run here: FUSEDONEMOE_CPU_KERNELS=0 turns them off" and "compiling" not in err
 
 
-# Memory: each tensor stands between two pages that nobody may touch
-
-GUARDED = """
-    import ctypes, itertools, math, mmap, sys, torch
-    from fusedonemoe.functional import QuantizedWeight, quantize_weight
-    from fusedonemoe.ops.cpu import native, quantized, selection
-    from fusedonemoe.testing import make_merged_inputs, make_mlp_inputs
-
-    libc, PAGE, kept = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE, []
-
-    def empty(shape, dtype):
-        size = math.prod(shape) * dtype.itemsize
-        if size == 0:
-            return torch.empty(shape, dtype=dtype)
-        inside = -(-size // PAGE) * PAGE
-        memory = mmap.mmap(-1, inside + 2 * PAGE)
-        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        for page in (start, start + PAGE + inside):
-            assert libc.mprotect(ctypes.c_void_p(page), ctypes.c_size_t(PAGE), 0) == 0
-        kept.append(memory)
-        first = start + PAGE + (0 if sys.argv[1] == "start" else inside - size)
-        return torch.frombuffer((ctypes.c_char * size).from_address(first), dtype=dtype).view(shape)
-
-    def guard(tensor):
-        if isinstance(tensor, QuantizedWeight):
-            return QuantizedWeight(*map(guard, tensor))
-        return None if tensor is None else empty(tuple(tensor.shape), tensor.dtype).copy_(tensor)
-
-    def check(name, needs, arguments, *rest, module=native):
-        forward, backward = (getattr(module, name + suffix) for suffix in ("", "_backward"))
-        y, *saved = forward(*arguments, *rest)
-        dy = torch.ones_like(y)
-        before = [y, *backward(dy, *saved, *arguments, *rest[:1], [True] * needs)]
-        real, native._new = native._new, empty
-        arguments = [guard(a) for a in arguments]
-        y, *saved = forward(*arguments, *rest)
-        after = [y, *backward(guard(dy), *map(guard, saved), *arguments, *rest[:1], [True] * needs)]
-        native._new = real
-        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-        kept.clear()
-
-    if sys.argv[1] == "touch":
-        ctypes.memset(empty((4,), torch.float32).data_ptr() + 16, 0, 1)
-    widths = [(1, 1), (17, 33), (33, 17), (64, 48), (100, 37), (130, 131)]
-    for (D, F), T, dtype in itertools.product(widths, (1, 7, 40), (torch.float32, torch.bfloat16)):
-        for layout in ("gate_up", "interleaved", "plain"):
-            act = native.Activation("silu", layout, 1.0, 1.0)
-            inputs = make_mlp_inputs(T, D, F, 3, 2, dtype=dtype, gated=layout != "plain", bias=True)
-            for save_percent in (100, 30):
-                check("experts_mlp", 6, vars(inputs).values(), act, save_percent)
-        check("experts_merged", 3, vars(make_merged_inputs(T, D, F, 3, 2, dtype=dtype)).values())
-    for (D, F), T, layout in itertools.product([*widths, (32, 64), (160, 96)], (1, 7, 40), ("gate_up", "interleaved", "plain")):
-        inputs = make_mlp_inputs(T, D, F, 3, 2, dtype=torch.bfloat16, gated=layout != "plain", bias=True)
-        forms = [{}, *({"dtype": "int4", "group_size": 32, "symmetric": s} for s in (True, False) if D % 32 == F % 32 == 0)]
-        for form in forms:
-            weights = [quantize_weight(weight, **form) for weight in (inputs.up_proj, inputs.down_proj)]
-            arguments = [inputs.x, inputs.experts, inputs.weights, *weights, inputs.up_bias, inputs.down_bias]
-            check("experts_mlp", 4, arguments, native.Activation("silu", layout, 1.0, 1.0), 30, module=quantized)
-    plain_empty = torch.empty
-    for T, (E, K) in itertools.product((1, 3), [(1, 1), (5, 2), (8, 8), (16, 1), (33, 8), (64, 3), (1030, 70)]):
-        keys = torch.randn(T, E)
-        before, keys = selection.select(keys, K), guard(keys)
-        torch.empty = empty
-        after = selection.select(keys, K)
-        torch.empty = plain_empty
-        assert torch.equal(before, after)
-        kept.clear()
-    print("checked")
-"""
-
-
-@needs_kernels
-@pytest.mark.skipif(sys.platform != "linux", reason="mprotect as on Linux")
-@pytest.mark.parametrize("side", ["start", "end"])
-def test_nothing_is_read_or_written_outside_of_a_tensor(side):
-    assert finished(process(GUARDED, side))[0] == "checked"
-
-
-@needs_kernels
-@pytest.mark.skipif(sys.platform != "linux", reason="mprotect as on Linux")
-def test_the_pages_around_a_tensor_are_guarded():
-    touching = process(GUARDED, "touch")
-    touching.communicate(timeout=600)
-    assert touching.returncode < 0
-
-
 # Other machines, sanitizers: the tests of the kernels once more, with kernels compiled otherwise
 
 
 def run_the_kernels_tests(**environment):
-    files = [f"tests/test_{name}.py" for name in ("cpu_kernels", "cpu_precision", "packed", "quantized_kernels", "select")]
+    files = [
+        f"tests/test_{name}.py"
+        for name in ("cpu_kernels", "cpu_precision", "packed", "select", "neurons_cpu", "quantized_kernels")
+    ]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", *files]
     done = subprocess.run(
         command, env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True, check=False, timeout=1200

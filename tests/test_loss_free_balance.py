@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fusedonemoe import MoE, TopKRouter, balance
 from fusedonemoe.balance import LossFreeBalance
-from fusedonemoe.ops import reference_balance
+from fusedonemoe.ops.reference import balance as reference_balance
 
 D, E, K = 16, 8, 2
 
@@ -224,8 +224,7 @@ def test_hooks_that_come_after_compilation_are_reported():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     balancer = LossFreeBalance(model, optimizer)
     run(x).sum().backward()
-    if int(balancer.tokens_per_expert()["0.gate"].sum()) > 0:
-        pytest.skip("this torch.compile looks for hooks that come later")
+    assert int(balancer.tokens_per_expert()["0.gate"].sum()) == 0
     with pytest.warns(UserWarning, match="counted nothing before the first step"):
         optimizer.step()
     with warnings.catch_warnings():

@@ -10,6 +10,7 @@ from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 from fusedonemoe import functional as F
+from fusedonemoe.bench.memory import held_bytes
 from fusedonemoe.testing import MLPInputs, make_merged_inputs, make_mlp_inputs
 
 T, K = 512, 8
@@ -118,25 +119,9 @@ def test_merged_inference_needs_at_most_three_copies_of_the_routed_rows(D, inter
     assert used.peak - used.kept <= 3 * N * (intermediate + D) * dtype.itemsize
 
 
-def bytes_saved(call: Callable[[], Tensor], parameters: list[Tensor]) -> int:
-    """Bytes of the storages that autograd holds between forward and backward, each once, parameters left out."""
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = call()
-    del result
-    own = {p.untyped_storage().data_ptr() for p in parameters}
-    return sum(nbytes for address, nbytes in storages.items() if address not in own)
-
-
 def test_saved_bytes_count_a_storage_once_and_parameters_never():
     w, x = torch.rand(100, requires_grad=True), torch.rand(100, requires_grad=True)
-    assert bytes_saved(lambda: (w * x) * x[:50].repeat(2), [w]) == 3 * 400  # x, w * x and the repeated half
+    assert held_bytes(lambda: (w * x) * x[:50].repeat(2), [w])[0] == 3 * 400  # x, w * x and the repeated half
 
 
 @pytest.mark.parametrize("save_percent", [0, 1, 50, 99, 100])
@@ -149,7 +134,7 @@ def test_backward_keeps_x_routing_and_the_chosen_share_of_pre_activations(bias, 
         T, D, intermediate, E, K, dtype=dtype, gated=gated, bias=bias, routing="distinct", requires_grad=True
     )
     parameters = [p for p in (inputs.up_proj, inputs.down_proj, inputs.up_bias, inputs.down_bias) if p is not None]
-    saved = bytes_saved(lambda: mlp_call(inputs, gated=gated, save_percent=save_percent), parameters)
+    saved, _ = held_bytes(lambda: mlp_call(inputs, gated=gated, save_percent=save_percent), parameters)
     routing = inputs.experts.nbytes + inputs.weights.nbytes + 4 * N + 4 * (E + 1)  # ids, weights, order and offsets
     pre_activations = N * save_percent // 100 * (2 if gated else 1) * intermediate * dtype.itemsize
     assert saved == pytest.approx(inputs.x.nbytes + routing + pre_activations, rel=0.02)
@@ -157,7 +142,7 @@ def test_backward_keeps_x_routing_and_the_chosen_share_of_pre_activations(bias, 
 
 def test_merged_backward_keeps_x_and_routing_only():
     inputs = make_merged_inputs(T, 64, 96, 32, K, routing="distinct", requires_grad=True)
-    saved = bytes_saved(
+    saved, _ = held_bytes(
         lambda: F.experts_merged(inputs.x, inputs.experts, inputs.weights, inputs.proj, impl="grouped"), [inputs.proj]
     )
     assert saved == pytest.approx(inputs.x.nbytes + inputs.experts.nbytes + inputs.weights.nbytes + 4 * N + 4 * 33, rel=0.02)
@@ -165,7 +150,7 @@ def test_merged_backward_keeps_x_and_routing_only():
 
 def test_recorded_forward_without_any_gradient_keeps_nothing():
     inputs = make_mlp_inputs(T, 64, 96, 32, K, routing="distinct")
-    assert bytes_saved(lambda: mlp_call(inputs), []) == 0
+    assert held_bytes(lambda: mlp_call(inputs), [])[0] == 0
 
 
 @pytest.mark.parametrize("save_percent", [0, 100])

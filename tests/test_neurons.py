@@ -1,5 +1,6 @@
 """Single-neuron experts and value memory: values and gradients against the oracle, registration, compilation, edges, messages."""
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,16 +9,20 @@ import torch
 from torch import Tensor
 
 from fusedonemoe import functional as F
-from fusedonemoe.ops import library, reference_neurons
+from fusedonemoe.ops import library, reference
 from fusedonemoe.ops import neurons as formulation
 from fusedonemoe.ops.cpu import native
+from fusedonemoe.ops.reference import neurons as reference_neurons
 from fusedonemoe.testing import assert_within_budget, exact_float64, make_experts
 
 _REFUSAL = native.refusal(torch.float32, True)
-IMPLS = ("dense", "grouped", "cpu")
+IMPLS = ("dense", "grouped", "portable", "cpu")
 NAMES = ("x", "weights", "down_table", "up_table")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-every_impl = pytest.mark.parametrize("impl", IMPLS)
+needs_kernels = pytest.mark.skipif(_REFUSAL is not None, reason=f"no CPU kernels: {_REFUSAL}")
+CPU = pytest.param("cpu", marks=needs_kernels)
+every_impl = pytest.mark.parametrize("impl", ["dense", "grouped", CPU])
+every_operator = pytest.mark.parametrize("impl", ["grouped", CPU])
 
 
 @dataclass
@@ -41,11 +46,6 @@ def make_inputs(T, D, E, K, *, dtype=torch.float32, weights_dtype=None, routing=
     weights_dtype = weights_dtype or (torch.float64 if dtype == torch.float64 else torch.float32)
     experts = make_experts(T, E, K, routing=routing, seed=seed + 1)
     return Inputs(normal(T, D), experts, weights.to(weights_dtype), normal(E, D, scale=D**-0.5), normal(E, D))
-
-
-def skip_without_kernels(impl):
-    if impl == "cpu" and _REFUSAL is not None:
-        pytest.skip(f"no CPU kernels: {_REFUSAL}")
 
 
 def neurons(inputs, impl, activation="silu"):
@@ -104,13 +104,16 @@ def assert_equals_the_oracle(inputs, impl, activation="silu"):
 # Values and gradients
 
 
-@pytest.mark.parametrize("activation", reference_neurons.ACTIVATIONS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@every_impl
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("impl", "dtype"),
+    [
+        *itertools.product(("dense", "grouped"), DTYPES),
+        *(pytest.param("cpu", dtype, marks=needs_kernels) for dtype in DTYPES if dtype != torch.float64),  # the kernels have none
+    ],
+    ids=str,
+)
 def test_every_activation_equals_the_oracle(activation, dtype, impl):
-    skip_without_kernels(impl)
-    if impl == "cpu" and dtype == torch.float64:
-        pytest.skip("the CPU kernels have no float64")
     assert_equals_the_oracle(make_inputs(13, 21, 9, 4, dtype=dtype, routing="out_of_range"), impl, activation)
 
 
@@ -118,7 +121,6 @@ def test_every_activation_equals_the_oracle(activation, dtype, impl):
 @pytest.mark.parametrize("routing", ["uniform", "one_expert"])
 @every_impl
 def test_every_shape_equals_the_oracle(shape, routing, impl):
-    skip_without_kernels(impl)
     if routing == "one_expert" and shape[3] > 1:
         routing = "skewed"
     assert_equals_the_oracle(make_inputs(*shape, routing=routing), impl)
@@ -126,14 +128,12 @@ def test_every_shape_equals_the_oracle(shape, routing, impl):
 
 @every_impl
 def test_an_expert_twice_in_a_token_counts_twice(impl):
-    skip_without_kernels(impl)
     inputs = replace(make_inputs(3, 7, 5, 3), experts=torch.tensor([[2, 2, 2], [0, 4, 0], [-1, 1, 1]]))
     assert_equals_the_oracle(inputs, impl)
 
 
 @every_impl
 def test_no_token_and_no_expert_in_range_give_zeros(impl):
-    skip_without_kernels(impl)
     empty = both(make_inputs(0, 6, 5, 2), impl)
     assert empty["output"].shape == (0, 6) and empty["weights"].shape == (0, 2) and empty["x"].shape == (0, 6)
     assert empty["down_table"].shape == (5, 6) and not empty["down_table"].any() and not empty["up_table"].any()
@@ -146,7 +146,6 @@ def test_no_token_and_no_expert_in_range_give_zeros(impl):
 @pytest.mark.parametrize("id_dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.uint32], ids=str)
 @every_impl
 def test_any_integer_dtype_of_ids(id_dtype, impl):
-    skip_without_kernels(impl)
     inputs = replace(make_inputs(2, 5, 200, 3), experts=torch.tensor([[0, 100, 127], [3, 3, 20]]))
     expected = both(inputs, impl)
     for name, tensor in both(replace(inputs, experts=inputs.experts.to(id_dtype)), impl).items():
@@ -154,9 +153,8 @@ def test_any_integer_dtype_of_ids(id_dtype, impl):
 
 
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
-@pytest.mark.parametrize("impl", ["grouped", "cpu"])
+@every_operator
 def test_a_row_without_numbers_reaches_nobody_it_was_not_routed_to(value, impl):
-    skip_without_kernels(impl)
     inputs = replace(make_inputs(4, 9, 6, 2), experts=torch.tensor([[1, 3], [-1, 6], [3, -1], [9, 5]]))
     clean = both(inputs, impl)
     for table in (inputs.down_table, inputs.up_table):
@@ -171,7 +169,6 @@ def test_a_row_without_numbers_reaches_nobody_it_was_not_routed_to(value, impl):
 @pytest.mark.parametrize("weights_dtype", [torch.float64, torch.bfloat16], ids=str)
 @every_impl
 def test_routing_weights_of_another_dtype(weights_dtype, impl):
-    skip_without_kernels(impl)
     inputs = make_inputs(5, 8, 6, 3, weights_dtype=weights_dtype)
     actual, exact = both(inputs, impl), oracle(inputs)
     assert actual["weights"].dtype == weights_dtype and actual["output"].dtype == torch.float32
@@ -182,7 +179,6 @@ def test_routing_weights_of_another_dtype(weights_dtype, impl):
 
 @every_impl
 def test_leading_dimensions_and_strides(impl):
-    skip_without_kernels(impl)
     inputs = make_inputs(6, 8, 5, 2)
     expected = both(inputs, impl)
     shaped = replace(
@@ -196,9 +192,8 @@ def test_leading_dimensions_and_strides(impl):
     torch.testing.assert_close(values(shaped, impl).reshape(6, 8), expected["values of output"])
 
 
-@pytest.mark.parametrize("impl", ["grouped", "cpu"])
+@every_operator
 def test_each_wanted_gradient_gets_the_bits_of_all(impl):
-    skip_without_kernels(impl)
     inputs = make_inputs(7, 9, 5, 3)
     everything = both(inputs, impl)
     for name in NAMES:
@@ -228,10 +223,9 @@ def test_gradcheck(impl):
         grad.sum().backward()
 
 
-@pytest.mark.parametrize("impl", ["grouped", "cpu"])
+@every_operator
 @pytest.mark.parametrize("T", [0, 5])
 def test_opcheck(impl, T):
-    skip_without_kernels(impl)
     inputs = make_inputs(T, 6, 5, 3)
     for name in NAMES:
         getattr(inputs, name).requires_grad_()
@@ -248,8 +242,6 @@ def test_opcheck(impl, T):
 
 @every_impl
 def test_compiles_without_breaks_and_for_any_number_of_tokens(impl):
-    skip_without_kernels(impl)
-
     def run(x, experts, weights, down, up):
         y = F.experts_neurons(x, experts, weights, down, up, impl=impl)
         return y + F.experts_values(experts, weights, up, impl=impl)
@@ -270,7 +262,7 @@ def test_compiles_without_breaks_and_for_any_number_of_tokens(impl):
 def test_autocast_computes_in_its_dtype():
     inputs = make_inputs(5, 8, 6, 3)
     half = replace(inputs, **{name: getattr(inputs, name).bfloat16() for name in ("x", "down_table", "up_table")})
-    for impl in IMPLS if _REFUSAL is None else IMPLS[:2]:
+    for impl in IMPLS if _REFUSAL is None else IMPLS[:-1]:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             y, v = neurons(inputs, impl), values(inputs, impl)
         assert y.dtype == v.dtype == torch.bfloat16
@@ -319,7 +311,11 @@ def test_messages():
         return F.experts_neurons(**{**good, **changed})
 
     for changed, error, message in [
-        ({"impl": "fast"}, ValueError, "impl must be one of ('auto', 'dense', 'grouped', 'cpu', 'triton'), got 'fast'"),
+        (
+            {"impl": "fast"},
+            ValueError,
+            "impl must be one of ('auto', 'dense', 'grouped', 'cpu', 'triton', 'portable'), got 'fast'",
+        ),
         ({"activation": "swiglu_oai"}, ValueError, "activation must be one of ('silu', "),
         ({"down_table": torch.zeros(6, 7)}, ValueError, "up_table must have shape (6, 7), got (6, 8)"),
         ({"down_table": torch.zeros(6)}, ValueError, "down_table must have 2 dimensions [E, D], got shape (6,)"),

@@ -1,15 +1,14 @@
-"""The compiled kernels of single-neuron experts and value memory: widths, cache blocks, promises about bits, guarded memory."""
+"""The compiled kernels of single-neuron experts and value memory: widths, cache blocks, promises about bits.
 
-import platform
-import subprocess
-import sys
+tests/test_cpu_build.py runs this file again, for other instruction sets and under sanitizers.
+"""
+
 from dataclasses import replace
 
 import pytest
 import torch
 
-from fusedonemoe.ops.cpu import build, native
-from tests.test_cpu_build import GUARDED, ROOT, features, finished, process
+from fusedonemoe.ops.cpu import native
 from tests.test_neurons import assert_equals_the_oracle, both, gradients, make_inputs, neurons, oracle, values
 
 _REFUSAL = native.refusal(torch.float32, True)
@@ -98,70 +97,3 @@ def test_activations_are_finite_and_right_far_from_zero(value, activation):
     for name, tensor in actual.items():
         expected = torch.from_numpy(exact[name])
         torch.testing.assert_close(tensor.double(), expected, rtol=4e-6, atol=1e-6 * value, msg=f"{name}: ".__add__)
-
-
-# Memory, as in test_cpu_build: each tensor between two pages that nobody may touch
-
-NEURONS_GUARDED = (
-    GUARDED[: GUARDED.index("    def check(")].replace(
-        "from fusedonemoe.testing", "from fusedonemoe.ops.cpu import neurons\n    from fusedonemoe.testing"
-    )
-    + """
-    def results(x, ids, w, down, up, dy):
-        y, s = neurons.experts_neurons(x, ids, w, down, up, "silu")
-        out = [y, s, *neurons.experts_neurons_backward(dy, s, x, ids, w, down, up, "silu", (True,) * 4)]
-        return [*out, neurons.experts_values(ids, w, up), *neurons.experts_values_backward(dy, ids, w, up, (True,) * 2)]
-
-    for D, T, dtype in itertools.product((1, 17, 33, 64, 100, 256, 270), (1, 9), (torch.float32, torch.bfloat16, torch.float16)):
-        ids = torch.randint(-1, 12, (T, 5))
-        x, down, up, dy = (torch.randn(n, D).to(dtype) for n in (T, 11, 11, T))
-        arguments = (x, ids, torch.rand(T, 5), down, up, dy)
-        before = results(*arguments)
-        real, native._new = native._new, empty
-        after = results(*map(guard, arguments))
-        native._new = real
-        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-        kept.clear()
-    print("checked")
-"""
-)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="mprotect as on Linux")
-@pytest.mark.parametrize("side", ["start", "end"])
-def test_nothing_is_read_or_written_outside_of_a_tensor(side):
-    assert finished(process(NEURONS_GUARDED, side))[0] == "checked"
-
-
-# Other machines, sanitizers: this file's values once more, with kernels compiled otherwise
-
-
-def run_the_values_tests(**environment):
-    command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_neurons_cpu.py", "-k", "width or bits or blocks"]
-    script = f"import subprocess, sys; sys.exit(subprocess.run([sys.executable, *{command!r}]).returncode)"
-    out, _ = finished(process(script, **environment))
-    assert " passed" in out and "skipped" not in out, out
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="levels of x86-64")
-@pytest.mark.parametrize(("level", "feature"), [("v2", "sse4_2"), ("v3", "avx2"), ("v4", "avx512vl")])
-def test_every_instruction_set_computes_the_same(level, feature, tmp_path):
-    if feature not in features():
-        pytest.skip(f"this machine has no {feature}")
-    run_the_values_tests(FUSEDONEMOE_CXXFLAGS=f"-march=x86-64-{level}", FUSEDONEMOE_CACHE_DIR=str(tmp_path))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="preloads gcc's libraries")
-def test_sanitizers_find_nothing(tmp_path):
-    compiler = build._compiler()
-    found = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
-    if "clang" in compiler or not found.startswith("/"):
-        pytest.skip("no libasan of gcc")
-    flags = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1"
-    environment = {"FUSEDONEMOE_CXXFLAGS": flags, "FUSEDONEMOE_CACHE_DIR": str(tmp_path), "ASAN_OPTIONS": "detect_leaks=0"}
-    # Compiles; then refuses to load, the sanitizer not being preloaded.
-    process("from fusedonemoe.ops.cpu import build; build.load()", **environment).communicate(timeout=600)
-    assert len(list(tmp_path.iterdir())) == 1 and ROOT
-    run_the_values_tests(**environment, LD_PRELOAD=found)

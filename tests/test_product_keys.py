@@ -1,4 +1,4 @@
-"""Product keys against a full sort in rational arithmetic: ids, values, gradients, a million rows, the module, refusals."""
+"""The routing of product keys: ids, values and gradients against the oracle, edges, derivatives, compilation, refusals."""
 
 from typing import Any
 
@@ -8,13 +8,12 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
-from fusedonemoe import ProductKeyRouter
 from fusedonemoe import functional as F
 from fusedonemoe.ops import library, product_keys
-from fusedonemoe.ops import reference_product_keys as reference
+from fusedonemoe.ops.reference import product_keys as reference
 from fusedonemoe.testing import assert_within_budget, exact_float64, make_logits
 
-IMPLS = ("auto", "dense")
+IMPLS = ("auto", "dense", "portable")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [(1, 1), (2, 1), (2, 4), (3, 2), (3, 9), (5, 7), (10, 1), (10, 16), (7, 49), (40, 30)]  # G, K
 every_impl = pytest.mark.parametrize("impl", IMPLS)
@@ -87,137 +86,6 @@ def test_low_precision_is_as_good_as_plain_pytorch(dtype, norm):
 def plain_experts(logits, K):
     la, lb = logits.float().log_softmax(-1).unbind(1)
     return (la[:, :, None] + lb[:, None, :]).flatten(1).topk(K).indices
-
-
-# Order
-
-
-def is_the_full_sort(logits, experts):
-    """Whether each row of ``experts`` is the beginning of a full sort of all pairs by (exact sum, lower id).
-
-    Equivalent, without the sort: the picks are in strictly descending order, and no more pairs than K stand at or before the
-    last one. A float64 sum of two float32 is monotone in the real sum; where two are equal, the errors of the additions
-    decide, and then the ids.
-    """
-    G = logits.shape[-1]
-    K = experts.shape[1]
-    a, b = logits.double().unbind(1)
-
-    def key(x, y):
-        total = x + y
-        from_y = total - x
-        return total, (x - (total - from_y)) + (y - from_y)
-
-    def before(first, second):
-        (s, e, i), (t, f, j) = first, second
-        return (s > t) | ((s == t) & ((e > f) | ((e == f) & (i <= j))))
-
-    picked = (*key(a.gather(1, experts // G), b.gather(1, experts % G)), experts)
-    descending = before([v[:, :-1] for v in picked], [v[:, 1:] for v in picked]).all(1)
-    descending &= (experts[:, 1:] != experts[:, :-1]).all(1)
-    last = [v[:, -1] for v in picked]
-    sums = (a[:, :, None] + b[:, None, :]).flatten(1)
-    at_or_before = (sums > last[0][:, None]).sum(1)
-    row, expert = (sums == last[0][:, None]).nonzero().unbind(1)
-    tied = (*key(a[row, expert // G], b[row, expert % G]), expert)
-    at_or_before.index_add_(0, row, before(tied, [v[row] for v in last]).long())
-    return descending & (at_or_before == K)
-
-
-KINDS = {
-    "normal": lambda shape, g: torch.randn(shape, generator=g),
-    "integers": lambda shape, g: torch.randint(-4, 5, shape, generator=g).float(),
-    "duplicated": lambda shape, g: torch.randn(shape, generator=g)[..., torch.randint(shape[-1], (shape[-1],), generator=g)],
-    "bfloat16": lambda shape, g: torch.randn(shape, generator=g).bfloat16().float(),
-    "magnitudes": lambda shape, g: torch.randn(shape, generator=g) * 10.0 ** torch.randint(-20, 20, shape, generator=g),
-}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    ("G", "rows", "chunk", "ks"),
-    [
-        (1, 20_000, 20_000, [1]),
-        (3, 80_000, 10_000, [1, 2, 4, 9]),
-        (10, 93_600, 7_800, [1, 8, 16, 100]),
-        (128, 4_800, 240, [16, 64]),
-        (320, 1_600, 40, [1, 32, 128]),
-    ],
-)
-def test_a_million_rows_are_those_of_a_full_sort(G, rows, chunk, ks, kind):
-    # Five kinds of 200,000 rows.
-    generator = torch.Generator().manual_seed(G)
-    for n in range(rows // chunk):
-        logits, K = KINDS[kind]((chunk, 2, G), generator), ks[n % len(ks)]
-        assert is_the_full_sort(logits, F.route_product_key(logits, K)[1]).all()
-
-
-def test_the_check_above_sees_a_wrong_selection():
-    logits = halves(50, 6, ties=True)
-    _, experts = F.route_product_key(logits, 8)
-    assert is_the_full_sort(logits, experts).all()
-    for wrong in (experts[:, torch.tensor([0, 1, 2, 3, 4, 5, 7, 6])], experts.clamp(max=30), experts[:, 1:]):
-        assert not is_the_full_sort(logits, wrong).all()
-
-
-def test_the_check_above_is_the_oracle():
-    logits = KINDS["magnitudes"]((200, 2, 5), torch.Generator().manual_seed(1))
-    _, exact = reference.route_product_key(exact_float64(logits), 7)
-    assert is_the_full_sort(logits, torch.from_numpy(exact)).all()
-
-
-@every_impl
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_sums_that_round_to_one_float_are_still_ordered(impl, dtype):
-    tiny = torch.finfo(dtype).eps / 8
-    # 1 + tiny * n are all 1 in floating point; the last two pairs differ in the other half.
-    logits = torch.tensor([[[1.0, 1.0 + 16 * tiny, 1.0], [0.0, tiny, 2 * tiny]]], dtype=dtype)
-    logits = torch.cat((logits, logits.flip(1), -logits))
-    _, experts = F.route_product_key(logits, 9, impl=impl)
-    np.testing.assert_array_equal(experts, reference.route_product_key(logits, 9)[1])
-    assert experts[0].tolist() == [5, 4, 3, 2, 8, 1, 7, 0, 6]
-
-
-@every_impl
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_infinities_and_the_greatest_numbers(impl, dtype):
-    inf, big = torch.inf, torch.finfo(dtype).max
-    logits = torch.tensor(
-        [
-            [[0.0, -inf, 1.0, -inf], [2.0, -inf, 0.0, 1.0]],
-            [[-inf, -inf, 3.0, -inf], [1.0, 2.0, 0.0, 4.0]],
-            [[0.0, -big, 1.0, -big], [2.0, -big, 0.0, -inf]],
-            [[big, -big, 1.0, 0.0], [big, big, 0.0, 1.0]],
-            [[-0.0, 0.0, -0.0, 0.0], [0.0, -0.0, 0.0, -0.0]],
-        ],
-        dtype=dtype,
-    ).requires_grad_()
-    for K in (1, 3, 5, 16):
-        weights, experts = F.route_product_key(logits, K, impl=impl)
-        exact_weights, exact = reference.route_product_key(exact_float64(logits), K)
-        np.testing.assert_array_equal(experts, exact)
-        assert_close(weights.double(), torch.from_numpy(exact_weights), rtol=1e-6, atol=0)
-        (grad,) = torch.autograd.grad(weights.sum(), logits)
-        assert torch.isfinite(grad).all()
-
-
-def test_ids_are_exact_where_a_float32_is_not():
-    # 4097 ** 2 > 2 ** 24: rounded to float32, neighbouring ids would be equal.
-    G = 4097
-    logits = torch.zeros(1, 2, G)
-    logits[0, :, -3:] = 1.0
-    expected = [(G - 3 + i) * G + G - 3 + j for i in range(3) for j in range(3)]
-    for impl in IMPLS:
-        assert F.route_product_key(logits, 9, impl=impl)[1].tolist() == [expected]
-
-
-@pytest.mark.parametrize(("K", "count"), [(8, 20), (16, 50), (32, 119), (64, 280), (128, 645)])
-def test_the_candidates_are_as_few_as_the_rule_says(K, count):
-    first, second = (ranks.tolist() for ranks in product_keys.candidates(K, 1000, torch.device("cpu")))
-    expected = {(r, s) for r in range(K) for s in range(K) if (r + 1) * (s + 1) <= K}
-    assert set(zip(first, second, strict=True)) == expected
-    assert len(first) == count
-    assert len(product_keys.candidates(K, 3, torch.device("cpu"))[0]) <= 9
 
 
 # Shapes, dtypes, edges
@@ -398,96 +266,6 @@ def test_an_exported_graph_keeps_to_operators_of_torch_and_the_routing():
         assert_close(got, expected)
 
 
-# The module
-
-
-@pytest.mark.parametrize("input_norm", [None, "batch", "rms"])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_the_router_is_its_formula(input_norm, bias, dtype):
-    torch.manual_seed(0)
-    D, G, K, H = 12, 5, 3, 2
-    router = ProductKeyRouter(D, G, K, num_heads=H, input_norm=input_norm, bias=bias, norm_topk_prob=True, dtype=dtype)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    if router.norm is not None:
-        torch.nn.init.normal_(router.norm.weight)
-    x = torch.randn(2, 7, D).to(dtype)
-    for training in (True, False):
-        router.train(training)
-        flat = x.to(wide).reshape(-1, D)
-        norm: Any = router.norm
-        if input_norm == "batch":
-            mean = flat.mean(0) if training else norm.running_mean.to(wide)
-            variance = flat.var(0, unbiased=False) if training else norm.running_var.to(wide)
-            before = norm.running_mean.clone()
-            flat = (flat - mean) / (variance + norm.eps).sqrt() * norm.weight.to(wide) + norm.bias.to(wide)
-        elif input_norm == "rms":
-            flat = flat / (flat.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight.to(wide)
-        expected = flat @ router.weight.to(wide).t() + (0 if router.bias is None else router.bias.to(wide))
-        logits, weights, experts = router(x)
-        assert logits.shape == (2, 7, H, 2, G) and weights.shape == experts.shape == (2, 7, H * K)
-        assert_close(logits, expected.reshape(logits.shape))
-        assert logits.dtype == weights.dtype == wide
-        per_head, ids = F.route_product_key(logits, K, norm_topk_prob=True)
-        assert torch.equal(weights, per_head.flatten(-2)) and torch.equal(experts, ids.flatten(-2))
-        if input_norm == "batch":
-            if training:
-                updated = (0.9 * before.to(wide) + 0.1 * mean).to(dtype)
-                assert_close(norm.running_mean, updated)
-                assert norm.num_batches_tracked.item() == 1
-            else:
-                assert torch.equal(norm.running_mean, before)
-
-
-@pytest.mark.parametrize("input_norm", [None, "batch", "rms"])
-def test_every_parameter_of_the_router_gets_a_gradient(input_norm):
-    torch.manual_seed(0)
-    router = ProductKeyRouter(8, 6, 4, input_norm=input_norm, bias=True)
-    x = torch.randn(9, 8, requires_grad=True)
-    (router(x).weights * torch.randn(9, 4)).sum().backward()
-    for name, parameter in [("x", x), *router.named_parameters()]:
-        assert parameter.grad is not None and parameter.grad.abs().max() > 1e-6, name
-
-
-@pytest.mark.parametrize("input_norm", [None, "batch", "rms"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_router_compiles(input_norm, dtype):
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    routers = [ProductKeyRouter(8, 6, 4, num_heads=2, input_norm=input_norm, dtype=dtype) for _ in range(2)]
-    routers[1].load_state_dict(routers[0].state_dict())
-    compiled = torch.compile(routers[1], fullgraph=True, dynamic=True)
-    for T in (9, 4):
-        x = torch.randn(T, 8).to(dtype)
-        eager, fast = routers[0](x), compiled(x)
-        assert torch.equal(eager.experts, fast.experts)
-        assert_close(eager.weights, fast.weights)
-    for name, value in routers[0].state_dict().items():
-        assert_close(routers[1].state_dict()[name], value, msg=name)
-
-
-def test_the_router_under_autocast_stays_in_float32():
-    torch.manual_seed(0)
-    router, x = ProductKeyRouter(8, 6, 4, input_norm="batch").eval(), torch.randn(9, 8)
-    expected = router(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        for got, value in zip(router(x), expected, strict=True):
-            assert torch.equal(got, value)
-
-
-@pytest.mark.parametrize("input_norm", [None, "batch", "rms"])
-def test_no_token_leaves_the_statistics_alone(input_norm):
-    router = ProductKeyRouter(8, 6, 4, input_norm=input_norm)
-    before = {name: value.clone() for name, value in router.state_dict().items()}
-    assert router(torch.empty(0, 8)).experts.shape == (0, 4)
-    for name, value in router.state_dict().items():
-        assert torch.equal(value, before[name]), name
-
-
-def test_the_router_names_its_sizes():
-    assert "hidden_size=8, num_keys=6, top_k=4, num_heads=2" in repr(ProductKeyRouter(8, 6, 4, num_heads=2))
-
-
 # Refusals
 
 
@@ -503,26 +281,10 @@ def test_the_router_names_its_sizes():
         ({"top_k": 10}, ValueError, r"^top_k must be from 1 to 9, the pairs of 3 keys, got 10$"),
         ({"top_k": 2.0}, TypeError, r"^top_k must be an integer, got 2.0$"),
         ({"top_k": True}, TypeError, r"^top_k must be an integer, got True$"),
-        ({"impl": "cpu"}, ValueError, r"^impl must be one of \('auto', 'dense'\), got 'cpu'$"),
+        ({"impl": "cpu"}, ValueError, r"^impl must be one of \('auto', 'dense', 'portable'\), got 'cpu'$"),
     ],
 )
 def test_bad_arguments_are_named(changes, error, message):
     arguments: dict[str, Any] = {"logits": torch.zeros(2, 3), "top_k": 2, **changes}
     with pytest.raises(error, match=message):
         F.route_product_key(**arguments)
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"hidden_size": 0}, ValueError, r"^hidden_size must be at least 1, got 0$"),
-        ({"num_keys": 2.0}, TypeError, r"^num_keys must be an integer, got 2.0$"),
-        ({"num_heads": 0}, ValueError, r"^num_heads must be at least 1, got 0$"),
-        ({"top_k": 10}, ValueError, r"^top_k must be at most 9, the pairs of 3 keys, got 10$"),
-        ({"input_norm": "layer"}, ValueError, r"^input_norm must be None, 'batch' or 'rms', got 'layer'$"),
-    ],
-)
-def test_a_bad_router_is_refused(changes, error, message):
-    arguments: dict[str, Any] = {"hidden_size": 4, "num_keys": 3, "top_k": 2, **changes}
-    with pytest.raises(error, match=message):
-        ProductKeyRouter(**arguments)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from fusedonemoe import Experts, MoE, MoEConfig, QuantizedExperts, quantize_
+from fusedonemoe import Experts, MoE, MoEConfig, QuantizedExperts, add_lora, quantize_
 from fusedonemoe import functional as F
+from fusedonemoe.integrations.checkpoints import to_state_dict
 from fusedonemoe.testing import make_mlp_inputs
 
 
@@ -103,6 +104,11 @@ def _wrong(name, **parts):
         ),
         (lambda given: {"x": torch.ones(2, 31)}, ValueError, r"x must have shape \[..., 32\] to fit gate_up_proj, got \(2, 31\)"),
         (
+            lambda given: {"impl": "portable"},
+            ValueError,
+            "impl='portable' cannot run here: quantised weights have no portable form",
+        ),
+        (
             lambda given: {"impl": "triton"},
             ValueError,
             "impl='triton' cannot run here: there are no Triton kernels for quantised weights",
@@ -131,6 +137,25 @@ def test_int8_has_a_scale_per_output_and_no_zero_points():
             F.experts_mlp_quantized(inputs.x, inputs.experts, inputs.weights, wrong, down)
 
 
+def adapted():
+    moe = model()
+    add_lora(moe, r=2)
+    return moe
+
+
+def exchanged():
+    moe = model()
+    moe[1].experts.exchange = lambda module, x, experts, weights: x
+    return moe
+
+
+def test_checkpoints_of_plain_layouts_refuse_quantised_experts():
+    moe = MoE(config())
+    quantize_(moe)
+    with pytest.raises(TypeError, match=r"experts must be Experts, with the plain weights .* got QuantizedExperts"):
+        to_state_dict(moe, "torchtitan")
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -152,6 +177,8 @@ def test_int8_has_a_scale_per_output_and_no_zero_points():
             ValueError,
             "multiple of group_size=32 inputs .* got 65",
         ),
+        (lambda: quantize_(adapted()), ValueError, "0.experts must not be adapters, which read plain weights: merge"),
+        (lambda: quantize_(exchanged()), ValueError, "experts must all be held by this process to be quantised"),
         (lambda: QuantizedExperts(config(), "int2"), ValueError, "dtype must be one of"),
         (lambda: QuantizedExperts.from_experts(model()), TypeError, "experts must be an Experts module, got Sequential"),
     ],

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fusedonemoe import Experts, MoE, MoEConfig, QuantizedExperts, quantize_
+from fusedonemoe import Experts, MoE, MoEConfig, QuantizedExperts, explain, quantize_
 from fusedonemoe import functional as F
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -52,7 +52,8 @@ def test_quantize_replaces_experts_in_place_and_says_what_that_cost(form):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"gated": False}, {"top_k": None}, {"activation": "swiglu_oai", "gate_up_layout": "interleaved"}]
+    "changes",
+    [{"gated": False}, {"top_k": None}, {"transposed": True}, {"activation": "swiglu_oai", "gate_up_layout": "interleaved"}],
 )
 def test_quantize_without_inputs_takes_random_tokens(changes):
     moe = MoE(config(bias=False, **changes))
@@ -123,6 +124,27 @@ def test_what_stands_before_quantised_experts_is_trained_through_them(save_perce
         assert first.weight.grad is not None and first.weight.grad.abs().sum() > 0
         assert all(p.grad is not None and p.grad.isfinite().all() for p in moe.parameters())
         assert not any(buffer.requires_grad for buffer in moe.buffers())
+
+
+def test_transposed_weights_are_turned_round():
+    straight, turned = (MoE(config(transposed=transposed)) for transposed in (False, True))
+    turned.load_state_dict(
+        {name: t.transpose(1, 2) if name.endswith("_proj") else t for name, t in straight.state_dict().items()}
+    )
+    quantize_(straight)
+    quantize_(turned)
+    x = torch.randn(4, 64)
+    assert torch.equal(turned(x), straight(x))
+
+
+def test_explain_knows_quantised_experts():
+    moe = MoE(config(bias=False))
+    quantize_(moe)
+    explanation = explain(moe, tokens=1)
+    assert explanation.impl in ("cpu", "grouped")
+    reasons = {candidate.impl: str(candidate.refusal) for candidate in explanation.candidates}
+    assert "no Triton kernels for quantised weights" in reasons["triton"] and "no portable form" in reasons["portable"]
+    assert explanation.candidates[0].work.weight_bytes == moe.experts.nbytes  # dense, which reads all
 
 
 def test_there_is_nothing_to_pack():

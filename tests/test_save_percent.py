@@ -4,11 +4,11 @@ import functools
 
 import pytest
 import torch
-from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fusedonemoe import MoE
 from fusedonemoe import functional as F
+from fusedonemoe.bench.memory import held_bytes
 from fusedonemoe.ops.cpu import native
 from fusedonemoe.testing import MLPInputs, make_merged_inputs, make_mlp_inputs
 
@@ -25,24 +25,6 @@ def fresh_dynamo():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def held(call, parameters):
-    """The call's result, and the bytes that autograd holds for its backward: storages once and whole, parameters never."""
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = call()
-    # torch.compile keeps some tensors beside those that the hooks see.
-    for tensor in getattr(y.grad_fn, "_tensors_no_vc_check", ()):
-        pack(tensor)
-    own = {p.untyped_storage().data_ptr() for p in parameters if p is not None}
-    return y, sum(nbytes for address, nbytes in storages.items() if address not in own)
 
 
 def make(**options) -> MLPInputs:
@@ -90,7 +72,7 @@ def assert_close(actual, expected, dtype):
 
 def test_the_meter_counts_a_view_as_all_of_its_storage():
     x = torch.rand(100, requires_grad=True)
-    y, size = held(lambda: (x * 2).exp()[:10] * x[:10], [])
+    size, y = held_bytes(lambda: (x * 2).exp()[:10] * x[:10], [])
     assert size == 2 * 400 and y.shape == (10,)  # x, and the result of exp, of which the product needs ten values
 
 
@@ -103,7 +85,7 @@ def test_the_meter_counts_a_view_as_all_of_its_storage():
 def test_what_is_held_is_the_formula(gated, bias, dtype, routing, save_percent, impl):
     inputs = make(gated=gated, bias=bias, dtype=dtype, routing=routing)
     call, arguments = layer(inputs, gated=gated, save_percent=save_percent, impl=impl)
-    _, size = held(lambda: call(*arguments), parameters_of(inputs))
+    size, _ = held_bytes(lambda: call(*arguments), parameters_of(inputs))
     assert size == formula(inputs, save_percent)
 
 
@@ -140,9 +122,9 @@ def test_compiled_holds_what_eager_holds(backend, dynamic, options, save_percent
     inputs = make(gated=gated, bias=bias)
     form = {name: value for name, value in options.items() if name != "bias"}
     call, arguments = layer(inputs, **form, save_percent=save_percent, impl=impl)
-    y, size = held(lambda: call(*arguments), parameters_of(inputs))
+    size, y = held_bytes(lambda: call(*arguments), parameters_of(inputs))
     fast = torch.compile(call, fullgraph=True, dynamic=dynamic, backend=backend)
-    fast_y, fast_size = held(lambda: fast(*arguments), parameters_of(inputs))
+    fast_size, fast_y = held_bytes(lambda: fast(*arguments), parameters_of(inputs))
     assert size == formula(inputs, save_percent)
     assert 0.9 * size < fast_size <= 1.005 * size + (8 * T * K if bias and save_percent == 100 else 0)
     assert_close([fast_y, *gradients(fast_y, inputs)], [y, *gradients(y, inputs)], torch.float32)
@@ -155,8 +137,8 @@ def test_the_compiled_merged_projection_holds_no_gathered_rows(backend):
     def call():
         return F.experts_merged(inputs.x, inputs.experts, inputs.weights, inputs.proj, impl="grouped")
 
-    y, size = held(call, [inputs.proj])
-    fast_y, fast_size = held(torch.compile(call, fullgraph=True, backend=backend), [inputs.proj])
+    size, y = held_bytes(call, [inputs.proj])
+    fast_size, fast_y = held_bytes(torch.compile(call, fullgraph=True, backend=backend), [inputs.proj])
     assert 0.9 * size < fast_size <= 1.005 * size
     leaves = [inputs.x, inputs.weights, inputs.proj]
     ours, plain = (torch.autograd.grad(result, leaves, torch.ones_like(result)) for result in (fast_y, y))
@@ -171,7 +153,7 @@ def test_a_compiled_block_holds_less_by_exactly_the_rows_not_kept(impl):
         block = MoE(hidden_size=D, intermediate_size=INNER, num_experts=E, top_k=K, save_percent=save_percent, impl=impl)
         x = torch.randn(T, D, requires_grad=True)
         fast = torch.compile(block, fullgraph=True, backend="aot_eager")
-        _, sizes[save_percent] = held(functools.partial(fast, x), list(block.parameters()))
+        sizes[save_percent], _ = held_bytes(functools.partial(fast, x), list(block.parameters()))
     row = 2 * INNER * 4
     assert sizes[37] - sizes[0] == T * K * 37 // 100 * row
     assert sizes[100] - sizes[0] == T * K * row
@@ -183,7 +165,7 @@ def test_a_compiled_block_holds_less_by_exactly_the_rows_not_kept(impl):
 def test_checkpointing_holds_the_arguments_and_gives_the_same_bits(use_reentrant, save_percent, impl):
     inputs = make(bias=True)
     call, arguments = layer(inputs, save_percent=save_percent, impl=impl)
-    y, size = held(lambda: checkpoint(call, *arguments, use_reentrant=use_reentrant), parameters_of(inputs))
+    size, y = held_bytes(lambda: checkpoint(call, *arguments, use_reentrant=use_reentrant), parameters_of(inputs))
     assert size <= inputs.x.nbytes + inputs.experts.nbytes + inputs.weights.nbytes
     leaves = leaves_of(inputs)
     found = []
@@ -201,7 +183,7 @@ def test_a_checkpoint_inside_a_compiled_graph(save_percent, impl):
     inputs = make()
     call, arguments = layer(inputs, save_percent=save_percent, impl=impl)
     fast = torch.compile(lambda *a: checkpoint(call, *a, use_reentrant=False), fullgraph=True, backend="aot_eager")
-    y, size = held(lambda: fast(*arguments), parameters_of(inputs))
+    size, y = held_bytes(lambda: fast(*arguments), parameters_of(inputs))
     assert size <= formula(inputs, 0)
     plain = call(*arguments)
     assert_close([y, *gradients(y, inputs)], [plain, *gradients(plain, inputs)], torch.float32)

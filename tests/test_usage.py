@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from fusedonemoe import FusedOneMoE, MoE, balance
 from fusedonemoe import functional as F
 from fusedonemoe.balance import Usage, UsageMeter, usage
-from fusedonemoe.ops import reference_balance
+from fusedonemoe.ops.reference import balance as reference_balance
 from fusedonemoe.testing import ROUTINGS, make_experts
 from tests.test_loss_free_balance import ReadsOfTheDevice
 

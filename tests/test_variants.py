@@ -9,7 +9,8 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
 from fusedonemoe import functional as F
-from fusedonemoe.ops import reference, reference_balance
+from fusedonemoe.ops import reference
+from fusedonemoe.ops.reference import balance as reference_balance
 from fusedonemoe.testing import assert_within_budget, exact_float64, make_logits, make_mlp_inputs
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -321,7 +322,7 @@ def test_autocast_leaves_routing_in_float32():
             ValueError,
             r"^selection_bias must be on the device of logits \(cpu\), got meta$",
         ),
-        ("shared", {"impl": "grouped"}, ValueError, r"^impl must be one of \('auto', 'dense'\), got 'grouped'$"),
+        ("shared", {"impl": "grouped"}, ValueError, r"^impl must be one of \('auto', 'dense', 'portable'\), got 'grouped'$"),
         ("topk", {"top_k": 7}, ValueError, r"^top_k must be from 1 to 6, .* got 7$"),
         ("topk", {"top_k": None}, TypeError, r"^top_k must be an integer, got None$"),
         ("topk", {"logits": [1.0]}, TypeError, r"^logits must be a torch.Tensor, got list$"),

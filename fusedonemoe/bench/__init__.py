@@ -23,6 +23,8 @@ __all__ = ["add_arguments", "run"]
 EXIT_DISAGREE = 1
 EXIT_USAGE = 2
 DIAL = "dial"  # what a training step holds at each save_percent, and what that costs
+LORA = "lora"  # a training step of adapters on experts, beside PEFT's
+MODEL = "transformers"  # a whole model of transformers, with its experts and with ours
 QUANTIZED = "quantized"  # weights of 8 and 4 bits beside those of 16
 
 
@@ -58,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--suite",
-        choices=sorted([*SUITES, GPU, DIAL, QUANTIZED]),
+        choices=sorted([*SUITES, GPU, DIAL, LORA, MODEL, QUANTIZED]),
         default="quick",
         help="which set of cells (default: %(default)s)",
     )
@@ -103,6 +105,14 @@ def run(args: argparse.Namespace) -> int:
         from fusedonemoe.bench import dial
 
         return dial.run(args)
+    if args.suite == LORA:
+        from fusedonemoe.bench import lora
+
+        return lora.run(args)
+    if args.suite == MODEL:
+        from fusedonemoe.bench import hf_model
+
+        return hf_model.run(args)
     if args.suite == QUANTIZED:
         from fusedonemoe.bench import quantized
 
@@ -119,8 +129,8 @@ def _misused(args: argparse.Namespace) -> str:
     """What is wrong with options that are each right."""
     if args.suite != GPU and (args.dry or args.resume):
         return f"--dry and --resume go with --suite {GPU}"
-    if args.suite in (DIAL, QUANTIZED) and (args.cells or args.peers or args.picture):
-        return f"--suite {args.suite} is tables of its own, without --cells, --peers and --picture"
+    if args.suite in (DIAL, LORA, MODEL, QUANTIZED) and (args.cells or args.peers or args.picture):
+        return f"--suite {args.suite} is a table of its own, without --cells, --peers and --picture"
     if args.resume and not args.json:
         return "--resume needs the file of --json"
     return "--picture shows times, and --dry has none" if args.dry and args.picture else ""
@@ -128,22 +138,19 @@ def _misused(args: argparse.Namespace) -> str:
 
 def _run_cells(cells: list[Cell], args: argparse.Namespace) -> int:
     # Here, not at the top: this module is imported whenever the command line is, to read the options.
-    import torch
-
-    from fusedonemoe.bench import report
+    from fusedonemoe.bench import fine_grained, report
     from fusedonemoe.bench.libraries import line_up
     from fusedonemoe.bench.peers import PEERS
+    from fusedonemoe.bench.runner import threads
 
+    contenders = PEERS | fine_grained.PEERS
     isolated = args.suite in ISOLATED_SUITES
-    names = {peer.name for cell in cells for peer in (line_up(cell) if isolated else PEERS[cell.operator])}
+    names = {peer.name for cell in cells for peer in (line_up(cell) if isolated else contenders[cell.operator])}
     if args.peers and not any(map(args.peers.search, names)):
         print(f"--peers {args.peers.pattern!r} matches none of\n  " + "\n  ".join(sorted(names)), file=sys.stderr)
         return EXIT_USAGE
 
-    threads = torch.get_num_threads()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    try:
+    with threads(args.threads):
         settings = report.describe_run(suite=args.suite)
         report.print_heading(settings)
         measure = _in_processes(args) if isolated else _in_this_process(args)
@@ -157,8 +164,6 @@ def _run_cells(cells: list[Cell], args: argparse.Namespace) -> int:
                 results.append(measure(cell))
                 keep()
                 report.print_cell(results[-1])
-    finally:
-        torch.set_num_threads(threads)
     if isolated:
         report.print_summary(results)
     if args.json:
@@ -171,12 +176,13 @@ def _run_cells(cells: list[Cell], args: argparse.Namespace) -> int:
 
 
 def _in_this_process(args: argparse.Namespace) -> "Callable[[Cell], CellResult]":
-    from fusedonemoe.bench import runner
+    from fusedonemoe.bench import fine_grained, runner
     from fusedonemoe.bench.ceilings import Ceilings
     from fusedonemoe.bench.peers import PEERS, chosen
 
+    contenders = PEERS | fine_grained.PEERS
     measure = partial(runner.run_cell, ceilings=Ceilings(), real_time=not args.no_rt)
-    return lambda cell: measure(cell, peers=chosen(PEERS[cell.operator], args.peers))
+    return lambda cell: measure(cell, peers=chosen(contenders[cell.operator], args.peers))
 
 
 def _in_processes(args: argparse.Namespace) -> "Callable[[Cell], CellResult]":

@@ -8,8 +8,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 from fusedonemoe import functional as F
 from fusedonemoe.bench import report
+from fusedonemoe.bench.memory import held_bytes
 from fusedonemoe.bench.peers import BUDGET, OURS, TRANSFORMERS, relative_error
 from fusedonemoe.bench.priority import RealTime
-from fusedonemoe.bench.runner import order_of_round
+from fusedonemoe.bench.results import quartiles
+from fusedonemoe.bench.runner import order_of_round, threads
 from fusedonemoe.testing import MLPInputs, make_mlp_inputs
 
 PERCENTS = (100, 75, 50, 25, 0)
@@ -55,28 +57,6 @@ class Line:
     relative: float | None = None
     quartiles: tuple[float, float] | None = None
     note: str = ""
-
-
-def held_bytes(call: Callable[[], Tensor], parameters: Iterable[Tensor | None]) -> tuple[int, Tensor]:
-    """Bytes that autograd holds for the backward of a call, each storage once and whole, and the call's result.
-
-    Args:
-        call: the forward; compiled or not.
-        parameters: whose storages do not count.
-    """
-    held: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        held[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = call()
-    for parameter in parameters:
-        if parameter is not None:
-            held.pop(parameter.untyped_storage().data_ptr(), None)
-    return sum(held.values()), result
 
 
 def formula_bytes(inputs: MLPInputs, save_percent: int) -> int:
@@ -177,10 +157,8 @@ def measure(
 def _with_times(line: Line, times: list[float] | None, first: list[float]) -> Line:
     if not times:
         return line
-    shares = sorted(mine / its for mine, its in zip(times, first, strict=True))
-    quartiles = (shares[len(shares) // 4], shares[(3 * len(shares)) // 4])
-    timed = {"seconds": median(times), "relative": median(shares), "quartiles": quartiles}
-    return Line(**{**asdict(line), **timed})
+    shares = [mine / its for mine, its in zip(times, first, strict=True)]
+    return replace(line, seconds=median(times), relative=median(shares), quartiles=quartiles(shares))
 
 
 def table_of(title: str, lines: Sequence[Line]) -> Table:
@@ -217,10 +195,7 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         The exit status: 0; 1 when somebody's output or gradients were off, or ours held something else than the formula says.
     """
-    threads = torch.get_num_threads()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    try:
+    with threads(args.threads):
         settings = report.describe_run(suite=args.suite)
         report.print_heading(settings)
         tables = {}
@@ -228,8 +203,6 @@ def run(args: argparse.Namespace) -> int:
             name = "-".join(f"{letter}{n}" for letter, n in zip("TDFEK", SIZES, strict=True)) + "-" + str(dtype)[6:]
             tables[name] = measure(SIZES, dtype, rounds=ROUNDS, real_time=not args.no_rt)
             report.console().print(table_of(name, tables[name]), highlight=False)
-    finally:
-        torch.set_num_threads(threads)
     if args.json:
         result = {"schema": 1, **settings, "tables": {name: list(map(asdict, lines)) for name, lines in tables.items()}}
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -266,7 +266,7 @@ def run_cell(
         ran = {name: replace(rows[name], note=RAN, peak_bytes=None) for name in times if name in rows}
         return GpuResult(asked, tuple((rows | ran).values()), None, 0.0, 0.0, hit, None)
     for name in rows.keys() & times.keys():
-        rows[name] = _with_times(rows[name], times[name], times.get(OURS))
+        rows[name] = rows[name].timed(times[name], times.get(OURS))
     dense, copy = (median(times[name]) if name in times else None for name in (DENSE, COPY))
     assert copy is not None
     floor = Floor(dense, "flops") if dense and dense >= copy else Floor(copy, "bytes")
@@ -281,10 +281,3 @@ def run_cell(
         dense,
         copy,
     )
-
-
-def _with_times(row: Row, samples: list[float], ours: list[float] | None) -> Row:
-    ordered = sorted(samples)
-    quartiles = (ordered[len(ordered) // 4], ordered[(3 * len(ordered)) // 4])
-    paired = median(ours) if ours else None
-    return replace(row, seconds=median(ordered), spread=quartiles, calls=len(ordered), paired_seconds=paired)

@@ -1,4 +1,4 @@
-"""Peak memory of a call on the CPU, to the byte."""
+"""Memory of a call, to the byte: its peak on the CPU, and what it holds for its backward."""
 
 import gc
 import os
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedonemoe.ops.cpu.native import pool_peak, pooled_size
+from fusedonemoe.ops.cpu.native import pool_peak, pooled_size, trim
 
 
 def peak_extra_bytes(call: Callable[[], Tensor | Iterable[Tensor | None]]) -> int:
@@ -29,6 +29,8 @@ def peak_extra_bytes(call: Callable[[], Tensor | Iterable[Tensor | None]]) -> in
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     # A cycle of an earlier call that is collected during this one would be counted as its release.
     gc.collect()
+    # An idle block may be handed out that is twice as large as what is asked for.
+    trim()
     pool_peak()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = call()
@@ -62,3 +64,28 @@ def _replay(allocations: list[tuple[int, int]], kept: set[int]) -> int:
         held += size
         peak = max(peak, held)
     return peak
+
+
+def held_bytes(call: Callable[[], Tensor], parameters: Iterable[Tensor | None]) -> tuple[int, Tensor]:
+    """Bytes that autograd holds for the backward of a call, each storage once and whole, and the call's result.
+
+    Args:
+        call: the forward; compiled or not.
+        parameters: whose storages do not count.
+    """
+    held: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = call()
+    # torch.compile keeps some tensors beside those that the hooks see.
+    for tensor in getattr(result.grad_fn, "_tensors_no_vc_check", ()):
+        pack(tensor)
+    for parameter in parameters:
+        if parameter is not None:
+            held.pop(parameter.untyped_storage().data_ptr(), None)
+    return sum(held.values()), result

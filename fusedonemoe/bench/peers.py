@@ -225,7 +225,17 @@ PEERS: dict[str, tuple[Peer, ...]] = {
 PLAIN = "torch grouped_mm"
 TORCH_ROUTER = "torch softmax, topk"
 # Whose time each row's "times faster" is relative to; experts alone and routers alone are cells of the suite for GPUs.
-YARDSTICK = {"block": TRANSFORMERS, "merged": "original einsum", "experts": PLAIN, "router": TORCH_ROUTER}
+GATHER = "torch gather"
+ALL_PAIRS = "torch topk of all sums"
+YARDSTICK = {
+    "block": TRANSFORMERS,
+    "merged": "original einsum",
+    "experts": PLAIN,
+    "router": TORCH_ROUTER,
+    "neurons": GATHER,
+    "values": GATHER,
+    "keys": ALL_PAIRS,
+}
 
 _BOTH = ("forward", "training")
 # Everyone in torch who computes the whole block.

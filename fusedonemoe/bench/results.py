@@ -1,9 +1,20 @@
 """What came of a cell, and how its rows compare."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import median
 
 from fusedonemoe.bench.peers import GROUPED, YARDSTICK, is_ours
 from fusedonemoe.bench.workloads import Cell, Floor
+
+
+def quartiles(samples: list[float]) -> tuple[float, float]:
+    """The lower and the upper one.
+
+    Args:
+        samples: at least one, in any order.
+    """
+    ordered = sorted(samples)
+    return ordered[len(ordered) // 4], ordered[(3 * len(ordered)) // 4]
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,16 @@ class Row:
     peak_bytes: int | None = None
     comparable: bool = True
     paired_seconds: float | None = None
+
+    def timed(self, samples: list[float], ours: list[float] | None) -> "Row":
+        """The row with its times.
+
+        Args:
+            samples: seconds of its calls.
+            ours: seconds of ours, timed in turns with them.
+        """
+        paired = median(ours) if ours else None
+        return replace(self, seconds=median(samples), spread=quartiles(samples), calls=len(samples), paired_seconds=paired)
 
     @property
     def is_absent(self) -> bool:

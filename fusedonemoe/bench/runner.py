@@ -3,10 +3,10 @@
 import gc
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from statistics import median
 
 import torch
 from torch import Tensor
@@ -24,8 +24,10 @@ ROUNDS = 5
 # Of timed calls per peer, over all rounds; a call that takes longer than its share of it is still timed once a round.
 SECONDS_PER_PEER = 0.4
 MOST_CALLS_PER_ROUND = 20
-# A call this long needs no untimed one before it, and a peer's memory is not metered: that would be a call more.
+# A call this long needs no untimed one before it.
 LONG_SECONDS = 0.5
+# Where a peer's first call takes this long, its memory is not metered: that would be a call more.
+METERED_SECONDS = 2.0
 # The worker threads of the peer before spin for a while after their last task.
 PAUSE_SECONDS = 0.06
 # Peers that keep copies of the weights are built in groups that fit into this share of the machine's memory. The rest is for
@@ -37,6 +39,18 @@ def order_of_round(names: Sequence[str], round_index: int) -> list[str]:
     """Every peer once, starting one further along each round, so that none always runs behind the same other."""
     start = round_index % len(names) if names else 0
     return [*names[start:], *names[:start]]
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Give torch's pool so many threads for a while; None leaves it alone."""
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def time_interleaved(
@@ -104,7 +118,7 @@ def _checked(peer: Peer, cell: Cell, inputs: Inputs, exact: Exact) -> tuple[Row,
         if unwritten:
             note = f"leaves the gradients of up to {unwritten} unused experts unwritten"
             row = replace(row, note=note, comparable=False)
-        if peer.metered and (peer.is_ours or seconds < LONG_SECONDS):
+        if peer.metered and (peer.is_ours or seconds < METERED_SECONDS):
             row = replace(row, peak_bytes=peak_extra_bytes(partial(_tensors_of, call)))
         return row, call
     except UnavailableError as reason:
@@ -115,6 +129,8 @@ def _checked(peer: Peer, cell: Cell, inputs: Inputs, exact: Exact) -> tuple[Row,
 
 def _tensors_of(call: Call) -> list[Tensor]:
     answer = call(0)
+    if isinstance(answer, dict):
+        return list(answer.values())
     return answer.tensors() if isinstance(answer, Step) else [answer]
 
 
@@ -214,19 +230,12 @@ def run_cell(
             for name, seconds_of_call in times.items():
                 samples.setdefault(name, []).extend(seconds_of_call)
                 if not is_ours(name):
-                    rows[name] = _with_times(rows[name], seconds_of_call, times.get(OURS))
+                    rows[name] = rows[name].timed(seconds_of_call, times.get(OURS))
     for name in samples:
         if is_ours(name):
-            rows[name] = _with_times(rows[name], samples[name], samples.get(OURS))
+            rows[name] = rows[name].timed(samples[name], samples.get(OURS))
     hit = sum(experts.unique().numel() for experts in inputs.experts) / len(inputs.experts)
     work = least_work(cell, experts_hit=round(hit))
     rate, bandwidth = ceilings.flops_per_s[cell.dtype], ceilings.bytes_per_s
     floor = floor_of(work, flops_per_s=rate, bytes_per_s=bandwidth)
     return CellResult(cell, tuple(rows[peer.name] for peer in peers), floor, rate, bandwidth, hit, granted)
-
-
-def _with_times(row: Row, samples: list[float], ours: list[float] | None) -> Row:
-    ordered = sorted(samples)
-    quartiles = (ordered[len(ordered) // 4], ordered[(3 * len(ordered)) // 4])
-    paired = median(ours) if ours else None
-    return replace(row, seconds=median(ordered), spread=quartiles, calls=len(ordered), paired_seconds=paired)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fusedonemoe import functional as F
-from fusedonemoe.checks import check_dim, check_float, check_same_device, check_shape
-from fusedonemoe.compat.arguments import check_count, check_ids_like, check_like_input
+from fusedonemoe.checks import check_count, check_dim, check_float, check_same_device, check_shape
+from fusedonemoe.compat.arguments import check_ids_like, check_like_input
 
 QWEN3, NOMIC = 0, 1
 

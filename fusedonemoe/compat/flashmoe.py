@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusedonemoe.compat.arguments import check_count, check_flag
+from fusedonemoe.checks import check_count, check_last_dim
+from fusedonemoe.compat.arguments import check_flag
 from fusedonemoe.fine_grained import FineGrainedMoE
 
 # transformers' names of the activations.
@@ -113,9 +114,7 @@ class FlashMoE(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Run the block on ``x`` ``[..., D]``."""
-        D = self.config.hidden_size
-        if x.shape[-1:] != (D,):
-            raise ValueError(f"x must have shape [..., {D}], got {tuple(x.shape)}")
+        check_last_dim("x", x, self.config.hidden_size)
         y, logits = self.moe(x)
         return y, logits.reshape(-1, 2, logits.shape[-1]).transpose(0, 1)
 

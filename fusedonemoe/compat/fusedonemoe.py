@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fusedonemoe import functional as F
-from fusedonemoe.compat.arguments import check_count, check_flag, check_number
+from fusedonemoe.checks import check_count, check_last_dim
+from fusedonemoe.compat.arguments import check_finite, check_flag
 from fusedonemoe.layers import FusedOneMoE as _FusedOneMoE
 
 _ORIGINAL_NAMES = {"WG": "gate.weight", "Wi": "proj"}
@@ -41,7 +42,7 @@ class FusedOneMoE(_FusedOneMoE):
         bias: ``b_up`` and ``b_down``.
         device: of the parameters.
         dtype: of the parameters.
-        impl: ``auto``, ``dense``, ``grouped``, ``cpu`` or ``triton``.
+        impl: ``auto``, ``dense``, ``grouped``, ``cpu``, ``triton`` or ``portable``.
 
     Shape:
         ``[..., D]`` to ``[..., D]``.
@@ -76,11 +77,11 @@ class FusedOneMoE(_FusedOneMoE):
             check_flag(name, flag)
         check_count("groups", groups)
         check_count("topk", topk, 1, groups, "groups")
-        check_number("topp", topp, least=0)
+        check_finite("topp", topp, least=0)
         if topp >= 1:
             raise ValueError(f"topp must be below 1, where no expert can be kept, got {topp!r}")
-        check_number("temperature", temperature, above=0)
-        check_number("noise", noise, least=0)
+        check_finite("temperature", temperature, above=0)
+        check_finite("noise", noise, least=0)
         super().__init__(hidden_size, intermediate_size, groups, is_sparse, topk, bias, impl=impl, device=device, dtype=dtype)
         self.is_sparse, self.is_indefinacy = is_sparse, is_indefinacy
         self.topp, self.temperature, self.noise = topp, temperature, noise
@@ -98,8 +99,7 @@ class FusedOneMoE(_FusedOneMoE):
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the block on ``x`` ``[..., D]``."""
-        if x.shape[-1:] != self.down.shape[1:]:
-            raise ValueError(f"x must have shape [..., {self.down.shape[1]}], got {tuple(x.shape)}")
+        check_last_dim("x", x, self.down.shape[1])
         weights, experts = self._route(x)
         h = F.experts_merged(x, experts, weights, self.proj, impl=self.impl)
         if self.up_bias is not None:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fusedonemoe import functional as F
 from fusedonemoe.balance import load_balancing_loss
-from fusedonemoe.checks import check_float, check_same_device, check_shape
-from fusedonemoe.compat.arguments import check_count, check_ids_like, check_last, check_like_input, check_number, router_logits
+from fusedonemoe.checks import check_count, check_float, check_same_device, check_shape
+from fusedonemoe.compat.arguments import check_finite, check_ids_like, check_last, check_like_input, router_logits
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class MOEConfig:
         check_count("top_k", self.top_k, 1, self.num_experts, "num_experts")
         check_count("hidden_dim", self.hidden_dim)
         check_count("expert_dim", self.expert_dim)
-        check_number("capacity_factor", self.capacity_factor, least=1)
+        check_finite("capacity_factor", self.capacity_factor, least=1)
 
     @property
     def parameters_per_expert(self) -> int:

@@ -2,6 +2,7 @@
 
 from fusedonemoe.functional.capacity import apply_capacity
 from fusedonemoe.functional.experts import experts_merged, experts_mlp
+from fusedonemoe.functional.lora import experts_mlp_lora
 from fusedonemoe.functional.neurons import experts_neurons, experts_values
 from fusedonemoe.functional.product_keys import route_product_key
 from fusedonemoe.functional.quantized import dequantize_weight, experts_mlp_quantized, quantize_weight
@@ -21,6 +22,7 @@ __all__ = [
     "dequantize_weight",
     "experts_merged",
     "experts_mlp",
+    "experts_mlp_lora",
     "experts_mlp_quantized",
     "experts_neurons",
     "experts_values",

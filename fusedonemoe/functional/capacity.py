@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from fusedonemoe.checks import check_float, check_ids, check_num_experts, check_same_device, check_shape
+from fusedonemoe.checks import check_choices, check_count, check_float, check_number, check_same_device, check_shape
 from fusedonemoe.ops.plan import in_range, inverse_order, make_plan
 
 # 1.1 * 110 is 121 and a bit in floating point: a part as small as this of the whole is rounding, and makes no further row.
@@ -43,15 +43,12 @@ def apply_capacity(experts: Tensor, weights: Tensor, num_experts: int, capacity_
         >>> experts.flatten(), weights.flatten(), dropped
         (tensor([ 0,  0, -1,  1]), tensor([1., 1., 0., 1.]), tensor(1))
     """
-    check_ids(experts)
+    check_choices(experts)
     check_float("weights", weights)
-    check_num_experts(num_experts)
-    if experts.dim() < 1 or experts.shape[-1] < 1:
-        raise ValueError(f"experts must have shape [..., K] with K >= 1, got {tuple(experts.shape)}")
+    check_count("num_experts", num_experts)
     check_shape("weights", weights, tuple(experts.shape))
     check_same_device("weights", weights, "experts", experts.device)
-    if isinstance(capacity_factor, bool) or not isinstance(capacity_factor, int | float):
-        raise TypeError(f"capacity_factor must be a number, got {capacity_factor!r}")
+    check_number("capacity_factor", capacity_factor)
     if not 0 < capacity_factor < math.inf:
         raise ValueError(f"capacity_factor must be above 0 and finite, got {capacity_factor}")
     capacity = math.ceil(capacity_factor * experts.numel() / num_experts * (1 - _ROUNDING))

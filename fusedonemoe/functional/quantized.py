@@ -17,7 +17,6 @@ from fusedonemoe.checks import (
 from fusedonemoe.functional.calls import as_rows, choose_impl, records_gradients, refuse_transforms, with_leading
 from fusedonemoe.ops import library
 from fusedonemoe.ops.activation import ACTIVATIONS, GATE_UP_LAYOUTS, PLAIN
-from fusedonemoe.ops.choice import refusal
 from fusedonemoe.ops.cpu.quantized import new_weight as new_weight  # for the modules above
 from fusedonemoe.ops.quantized import GROUP_SIZES, QuantizedWeight, dequantize, quantize_int4, quantize_int8
 
@@ -144,18 +143,6 @@ def dequantize_weight(weight: QuantizedWeight, dtype: torch.dtype = torch.float3
     return dequantize(weight, dtype)
 
 
-def _choose(
-    impl: str, x: Tensor, experts: Tensor, widths: tuple[int, ...], gate_up_proj: QuantizedWeight, down_proj: QuantizedWeight
-) -> str:
-    if impl == "triton":
-        raise ValueError("impl='triton' cannot run here: there are no Triton kernels for quantised weights")
-    if impl == "auto" and x.device.type != "cpu":  # where "auto" would mean triton
-        reason = refusal("grouped", device_type=x.device.type, dtype=x.dtype, widths=widths)
-        impl = "grouped" if reason is None else "dense"
-    read = [tensor for weight in (gate_up_proj, down_proj) for tensor in weight if tensor is not None]
-    return choose_impl("experts_mlp", impl, x, experts, widths, *read)
-
-
 def experts_mlp_quantized(
     x: Tensor,
     experts: Tensor,
@@ -195,7 +182,7 @@ def experts_mlp_quantized(
         save_percent: 0 to 100, the share of pre-activation rows kept for the backward; the rest is computed again there.
         impl: ``"cpu"`` (compiled kernels; contiguous weights, no float64), ``"grouped"`` or ``"dense"`` (all weights are
             widened to the dtype of x for the time of the call, then as in :func:`experts_mlp`), or ``"auto"``: the kernels
-            where there are some, else grouped. There are no Triton kernels yet.
+            where there are some, else grouped. There are no Triton kernels and no portable form yet.
 
     Returns:
         ``[..., D]`` in the dtype of x.
@@ -247,7 +234,8 @@ def experts_mlp_quantized(
     if down_bias is not None:
         check_like_x("down_bias", down_bias, x)
         check_shape("down_bias", down_bias, (E, D))
-    chosen = _choose(impl, x, experts, (D, G, F), gate_up_proj, down_proj)
+    read = [tensor for weight in (gate_up_proj, down_proj) for tensor in weight if tensor is not None]
+    chosen = choose_impl("experts_mlp_quantized", impl, x, experts, (D, G, F), *read)
     flat = (as_rows(x), as_rows(experts), as_rows(weights))
     parameters = (*gate_up_proj, *down_proj, gate_up_bias, down_bias)
     act = (activation, gate_up_layout if gated else PLAIN, float(swiglu_alpha), float(swiglu_limit))

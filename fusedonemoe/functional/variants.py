@@ -6,8 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedonemoe.checks import check_float, check_integer, check_one_of, check_same_device, check_shape
+from fusedonemoe.checks import check_count, check_integer, check_logits, check_number, check_selection_bias
+from fusedonemoe.functional.calls import choose_routing
 from fusedonemoe.functional.routing import route
+from fusedonemoe.linear import in_routing_dtype
 
 
 class TopKSoftmax(NamedTuple):
@@ -23,21 +25,6 @@ class TopKSoftmax(NamedTuple):
     weights: Tensor
     experts: Tensor
     token_expert_indices: Tensor
-
-
-def _check_logits(logits: Tensor) -> None:
-    check_float("logits", logits)
-    if logits.dim() < 1 or logits.shape[-1] < 1:
-        raise ValueError(f"logits must have shape [..., E] with E >= 1, got {tuple(logits.shape)}")
-
-
-def _check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-
-
-def _in_routing_dtype(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.to(torch.float32)
 
 
 def route_top_p(
@@ -84,16 +71,16 @@ def route_top_p(
         >>> weights
         tensor([[0.0000, 0.8808, 0.8808, 0.0000]])
     """
-    _check_logits(logits)
+    check_logits(logits)
     for name, value in (("top_p", top_p), ("temperature", temperature), ("noise", noise)):
-        _check_number(name, value)
+        check_number(name, value)
     if not 0 <= top_p < 1:
         raise ValueError(f"top_p must be from 0 to below 1, got {top_p}")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be above 0 and finite, got {temperature}")
     if not 0 <= noise < math.inf:
         raise ValueError(f"noise must be at least 0 and finite, got {noise}")
-    wide = _in_routing_dtype(logits)
+    wide = in_routing_dtype(logits)
     probabilities = (wide.detach() / temperature).softmax(-1)
     if training and noise > 0:
         draw = torch.randn(wide.shape, dtype=wide.dtype, device=wide.device, generator=generator)
@@ -147,26 +134,20 @@ def route_with_shared(
         >>> weights
         tensor([[0.5000, 0.5000, 0.5000, 0.5000]])
     """
-    _check_logits(logits)
-    check_integer("top_k", top_k)
-    check_integer("num_shared_experts", num_shared_experts)
-    check_one_of("impl", impl, ("auto", "dense"))
+    check_logits(logits)
+    choose_routing(impl)  # says what is wrong with it where no expert is routed
     E, S = logits.shape[-1], num_shared_experts
-    if not 1 <= top_k <= E:
-        raise ValueError(f"top_k must be from 1 to the number of experts ({E}), got {top_k}")
-    if not 0 <= S <= top_k:
-        raise ValueError(f"num_shared_experts must be from 0 to top_k ({top_k}), got {S}")
+    check_count("top_k", top_k, 1, E, "the number of experts")
+    check_count("num_shared_experts", S, 0, top_k, "top_k")
     if selection_bias is not None:
-        check_float("selection_bias", selection_bias)
-        check_shape("selection_bias", selection_bias, (E,))
-        check_same_device("selection_bias", selection_bias, "logits", logits.device)
+        check_selection_bias(selection_bias, logits)
     R, parts = E - S, []
     if top_k > S:
         bias = None if selection_bias is None else selection_bias[:R]
         parts.append(route(logits[..., :R], top_k - S, norm_topk_prob=norm_topk_prob, selection_bias=bias, impl=impl))
     if S > 0:
         shared = torch.arange(R, E, device=logits.device).expand(*logits.shape[:-1], S)
-        parts.append((_in_routing_dtype(logits[..., R:]).softmax(-1), shared))
+        parts.append((in_routing_dtype(logits[..., R:]).softmax(-1), shared))
     weights, experts = zip(*parts, strict=True)
     return torch.cat(weights, -1), torch.cat(experts, -1)
 

@@ -1,5 +1,6 @@
 """The CPU kernels as functions of tensors: argument blocks, output buffers, and when they apply."""
 
+import contextlib
 import ctypes
 import math
 import struct
@@ -21,7 +22,6 @@ PRODUCTS_PER_THREAD = 1 << 18
 POOLED_BYTES = 1 << 20
 
 
-@torch.compiler.assume_constant_result  # a graph is compiled for the machine it is traced on
 def refusal(dtype: torch.dtype, contiguous: bool) -> str | None:
     """Why the kernels cannot run for such weights; None when they can."""
     if dtype not in _SUFFIX:
@@ -33,6 +33,11 @@ def refusal(dtype: torch.dtype, contiguous: bool) -> str | None:
     except build.Unavailable as error:
         return str(error)
     return None
+
+
+# A graph is compiled for the machine it is traced on. torch.compiler.assume_constant_result sets this too, but imports dynamo,
+# which takes as long as importing torch.
+refusal.__dict__["_dynamo_marked_constant"] = True
 
 
 @cache
@@ -76,6 +81,12 @@ def pool_peak() -> int:
         return 0
     peak.restype = ctypes.c_int64
     return int(peak())
+
+
+def trim() -> None:
+    """Give the pool's idle memory back to the system."""
+    with contextlib.suppress(build.Unavailable):
+        build.load().fusedonemoe_trim()
 
 
 def _addresses(*tensors: Tensor | None) -> list[int]:

@@ -4,7 +4,7 @@
 them all.
 """
 
-from fusedonemoe.ops.library import counting, opaque
+from fusedonemoe.ops.library import counting, lora, opaque
 from fusedonemoe.ops.library.merged import experts_merged, experts_merged_backward
 from fusedonemoe.ops.library.mlp import experts_mlp, experts_mlp_backward, experts_mlp_packed, pack
 from fusedonemoe.ops.library.neurons import (
@@ -34,6 +34,7 @@ __all__ = [
     "experts_neurons_backward",
     "experts_values",
     "experts_values_backward",
+    "lora",
     "opaque",
     "pack",
     "route",

@@ -12,7 +12,6 @@ graph makes the new one a different graph.
 
 import hashlib
 import importlib
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,20 +48,27 @@ lib = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 @contextmanager
-def without_triton_warning() -> Iterator[None]:
-    """Registering a ``triton_op`` logs a warning where Triton is not installed; the CPU bodies need none."""
-    logger = logging.getLogger("torch._library.triton")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def without_source_search() -> Iterator[None]:
+    """Keep ``triton_op`` from reading the bodies' source for kernels.
+
+    It would tell torch.compile's cache of them, which the fingerprint does. And it imports inductor for that, which takes as
+    long as importing torch, or logs a warning where Triton is not installed, without which the CPU bodies do.
+    """
+    search = "get_inner_triton_kernels"
+    found = getattr(torch._library.triton, search, None)
+    if found is None:  # private, so it may go
+        yield
+        return
+    setattr(torch._library.triton, search, lambda body: [])
     try:
         yield
     finally:
-        logger.setLevel(level)
+        setattr(torch._library.triton, search, found)
 
 
 def operator(name: str, body: Callable[..., Any]) -> Any:
     """Register an operator with an opaque eager body that compilation inlines; the schema is read off its annotations."""
-    with without_triton_warning():
+    with without_source_search():
         return triton_op(f"{NAMESPACE}::{name}", body, mutates_args=())
 
 

@@ -30,6 +30,7 @@ from tests.triton.fake_gpu import fake_gpu
 
 D, F, E, K = 256, 128, 16, 4
 TOKENS = (64, 100, 7, 2, 3000)  # 0 and 1 are graphs of their own: torch always specialises on them
+FEW_TOKENS = (4, 100, 2)  # traced with T * K <= E
 # Views and allocations, which launch nothing.
 FREE = re.compile(
     r"((new_)?empty(_like|_strided)?|view|_unsafe_view|reshape|t|transpose|permute|slice|select|(un)?squeeze|expand|detach|alias|as_strided|unbind|split"
@@ -56,6 +57,30 @@ class MLP(nn.Module):
             weights,
             self.up,
             self.down,
+            gate_up_bias=self.up_bias,
+            down_bias=self.down_bias,
+            gate_up_layout="interleaved",
+            activation="swiglu_oai",
+            transposed=True,
+            impl="triton",
+        )
+
+
+class LoRA(MLP):
+    """The gated MLP, frozen, with adapters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requires_grad_(False)
+        shapes = {"gate_up_A": (E, 8, D), "gate_up_B": (E, 2 * F, 8), "down_A": (E, 8, F), "down_B": (E, D, 8)}
+        options: Any = {"dtype": torch.bfloat16, "device": "cuda"}
+        self.factors = nn.ParameterDict({name: torch.empty(shape, **options) for name, shape in shapes.items()})
+
+    def forward(self, x: Tensor, logits: Tensor) -> Tensor:
+        weights, experts = functional.route(logits, top_k=K)
+        return functional.experts_mlp_lora(
+            *(x, experts, weights, self.up, self.down),
+            **self.factors,
             gate_up_bias=self.up_bias,
             down_bias=self.down_bias,
             gate_up_layout="interleaved",
@@ -112,10 +137,16 @@ class Values(nn.Module):
 CASES: dict[str, type[nn.Module]] = {
     "route": Route,
     "experts_mlp": MLP,
+    "inference": MLP,
+    "decode": MLP,
+    "experts_mlp_lora": LoRA,
     "experts_merged": Merged,
     "experts_neurons": Neurons,
     "experts_values": Values,
 }
+
+
+WITHOUT_GRADIENTS = ("inference", "decode")
 
 
 def _is_kernel(node: Node) -> bool:
@@ -177,7 +208,7 @@ def describe(graph: GraphModule) -> dict[str, Any]:
 
 
 def trace(case: str, dynamic: bool) -> dict[str, Any]:
-    """Compile a case and run it forward and backward for several numbers of tokens."""
+    """Compile a case and run it forward and, if it records gradients, backward for several numbers of tokens."""
     graphs: dict[str, list[dict[str, Any]]] = {"forward": [], "backward": []}
 
     def compiler(direction: str) -> Callable[..., Any]:
@@ -192,12 +223,17 @@ def trace(case: str, dynamic: bool) -> dict[str, Any]:
         module = CASES[case]()
         backend = aot_autograd(fw_compiler=compiler("forward"), bw_compiler=compiler("backward"))
         compiled = torch.compile(module, backend=backend, fullgraph=True, dynamic=dynamic)
-        for tokens in TOKENS if dynamic else TOKENS[:1]:
+        numbers = FEW_TOKENS if case == "decode" else TOKENS
+        for tokens in numbers if dynamic else numbers[:1]:
             x = torch.empty(tokens, D, dtype=torch.bfloat16, device="cuda", requires_grad=True)
             logits = torch.empty(tokens, E, device="cuda", requires_grad=True)
             if case == "experts_neurons":  # in a layer a parameter fixes the number of keys
                 torch._dynamo.mark_static(logits, 1)
-            compiled(x, logits).sum().backward()
+            if case in WITHOUT_GRADIENTS:
+                with torch.no_grad():
+                    compiled(x, logits)
+            else:
+                compiled(x, logits).sum().backward()
     return graphs
 
 

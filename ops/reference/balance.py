@@ -1,19 +1,16 @@
-"""The oracle of the other routing rules, of capacity, of the balance losses and of the usage report: naive NumPy loops.
-
-As in :mod:`fusedonemoe.ops.reference`: arrays go in, float64 and int64 arrays come out, and nothing here shares code with what
-it is compared to.
+"""The other routing rules, capacity, the balance losses and the usage report.
 
 Shape legend: T tokens, E experts, K experts per token, S shared experts among the E.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fusedonemoe.ops import reference
-from fusedonemoe.ops.reference import FloatArray, IntArray
+from fusedonemoe.ops.reference.arrays import FloatArray, IntArray, float64, sigmoid, softmax
+from fusedonemoe.ops.reference.routing import route
 
 
 class UsageNumbers(NamedTuple):
@@ -25,15 +22,6 @@ class UsageNumbers(NamedTuple):
     dead: int
 
 
-def _softmax(row: FloatArray) -> FloatArray:
-    powers = np.exp(row - row.max())
-    return powers / powers.sum()
-
-
-def _sigmoid(value: Any) -> float:
-    return 1 / (1 + math.exp(-value)) if value >= 0 else math.exp(value) / (1 + math.exp(value))
-
-
 def route_top_p(
     logits: ArrayLike, top_p: float, *, temperature: float = 1.0, noise: ArrayLike | None = None
 ) -> tuple[FloatArray, IntArray]:
@@ -41,26 +29,22 @@ def route_top_p(
 
     ``noise`` ``[T, E]`` is what is added, drawn and scaled by the caller.
     """
-    rows = np.asarray(logits, dtype=np.float64)
-    added = np.zeros_like(rows) if noise is None else np.asarray(noise, dtype=np.float64)
+    rows = float64(logits)
+    added = np.zeros_like(rows) if noise is None else float64(noise)
     weights, experts = np.zeros_like(rows), np.full(rows.shape, -1, dtype=np.int64)
     for t, row in enumerate(rows):
-        probabilities = _softmax(row / temperature)
-        for e, logit in enumerate(row):
+        probabilities, scores = softmax(row / temperature), sigmoid(row)
+        for e in range(len(row)):
             if probabilities[e] + added[t, e] > top_p:
-                weights[t, e], experts[t, e] = _sigmoid(logit), e
+                weights[t, e], experts[t, e] = scores[e], e
     return weights, experts
 
 
 def route_top_p_backward(dweights: ArrayLike, logits: ArrayLike, experts: ArrayLike) -> FloatArray:
     """Gradient of the logits: that of the sigmoid where an expert was kept."""
-    grad, rows, ids = (np.asarray(a, dtype=np.float64) for a in (dweights, logits, experts))
-    dlogits = np.zeros_like(rows)
-    for place in np.ndindex(rows.shape):
-        if ids[place] >= 0:
-            score = _sigmoid(rows[place])
-            dlogits[place] = grad[place] * score * (1 - score)
-    return dlogits
+    grad, rows, ids = (float64(a) for a in (dweights, logits, experts))
+    score = sigmoid(rows)
+    return np.where(ids >= 0, grad * score * (1 - score), 0.0)
 
 
 def route_with_shared(
@@ -72,19 +56,19 @@ def route_with_shared(
     norm_topk_prob: bool = True,
 ) -> tuple[FloatArray, IntArray]:
     """The ``K - S`` best of the first ``E - S`` experts by a softmax of their own, then the last ``S`` by theirs."""
-    rows = np.asarray(logits, dtype=np.float64)
+    rows = float64(logits)
     (T, E), S = rows.shape, num_shared_experts
-    bias = np.zeros(E) if selection_bias is None else np.asarray(selection_bias, dtype=np.float64)
+    bias = np.zeros(E) if selection_bias is None else float64(selection_bias)
     weights, experts = np.zeros((T, top_k)), np.zeros((T, top_k), dtype=np.int64)
     for t, row in enumerate(rows):
         picked: list[int] = []
         if top_k > S:
-            routed = _softmax(row[: E - S])
+            routed = softmax(row[: E - S])
             picked = sorted(range(E - S), key=lambda e: (-(routed[e] + bias[e]), e))[: top_k - S]
             total = sum(routed[e] for e in picked) if norm_topk_prob else 1.0
             weights[t, : top_k - S] = [routed[e] / total for e in picked]
         if S:
-            weights[t, top_k - S :] = _softmax(row[E - S :])
+            weights[t, top_k - S :] = softmax(row[E - S :])
         experts[t] = [*picked, *range(E - S, E)]
     return weights, experts
 
@@ -93,7 +77,7 @@ def route_with_shared_backward(
     dweights: ArrayLike, logits: ArrayLike, experts: ArrayLike, num_shared_experts: int, *, norm_topk_prob: bool = True
 ) -> FloatArray:
     """Gradient of the logits, through one Jacobian for the routed experts and one for the shared."""
-    grad, rows = np.asarray(dweights, dtype=np.float64), np.asarray(logits, dtype=np.float64)
+    grad, rows = float64(dweights), float64(logits)
     ids, S = np.asarray(experts), num_shared_experts
     (T, E), R = rows.shape, ids.shape[1] - S
     dlogits = np.zeros_like(rows)
@@ -102,19 +86,19 @@ def route_with_shared_backward(
         if R:
             # A softmax over all, divided by the sum of the picked, is the softmax over the picked.
             over = picked if norm_topk_prob else np.arange(E - S)
-            score, upstream = _softmax(rows[t, over]), np.zeros(len(over))
+            score, upstream = softmax(rows[t, over]), np.zeros(len(over))
             for j, e in enumerate(picked):
                 upstream[list(over).index(e)] = grad[t, j]
             dlogits[t, over] = score * (upstream - upstream @ score)
         if S:
-            score = _softmax(rows[t, E - S :])
+            score = softmax(rows[t, E - S :])
             dlogits[t, E - S :] = score * (grad[t, R:] - grad[t, R:] @ score)
     return dlogits
 
 
 def topk_softmax(logits: ArrayLike, top_k: int) -> tuple[FloatArray, IntArray, IntArray]:
     """Softmax, the best K, and ``j * T + t``."""
-    weights, experts = reference.route(logits, top_k, norm_topk_prob=False)
+    weights, experts = route(logits, top_k, norm_topk_prob=False)
     T = len(weights)
     rows = [[j * T + t for j in range(top_k)] for t in range(T)]
     return weights, experts, np.array(rows, dtype=np.int64).reshape(T, top_k)
@@ -122,7 +106,7 @@ def topk_softmax(logits: ArrayLike, top_k: int) -> tuple[FloatArray, IntArray, I
 
 def apply_capacity(experts: ArrayLike, weights: ArrayLike, num_experts: int, capacity: int) -> tuple[IntArray, FloatArray, int]:
     """The first ``capacity`` rows of each expert stay, in token order; the others get weight 0 and id -1."""
-    ids, kept_weights = np.asarray(experts, dtype=np.int64).copy(), np.asarray(weights, dtype=np.float64).copy()
+    ids, kept_weights = np.asarray(experts, dtype=np.int64).copy(), float64(weights).copy()
     taken, dropped = [0] * num_experts, 0
     for t, j in np.ndindex(ids.shape):
         e = ids[t, j]
@@ -137,9 +121,9 @@ def apply_capacity(experts: ArrayLike, weights: ArrayLike, num_experts: int, cap
 
 def _probabilities(row: FloatArray, scoring: str) -> FloatArray:
     if scoring == "softmax":
-        return _softmax(row)
+        return softmax(row)
     if scoring == "sigmoid":
-        scores = np.array([_sigmoid(value) for value in row])
+        scores = sigmoid(row)
         return scores / scores.sum()
     return row
 
@@ -152,7 +136,7 @@ def load_balancing_loss(
     logits: ArrayLike, experts: ArrayLike, *, scoring: str = "softmax", attention_mask: ArrayLike | None = None
 ) -> tuple[float, FloatArray]:
     """``E * sum_i f_i P_i`` over the tokens that count, and its gradient in the logits."""
-    rows, ids = np.asarray(logits, dtype=np.float64), np.asarray(experts)
+    rows, ids = float64(logits), np.asarray(experts)
     (T, E), K = rows.shape, ids.shape[1]
     tokens = _tokens(T, attention_mask)
     if not tokens:
@@ -166,7 +150,7 @@ def load_balancing_loss(
         if scoring == "softmax":
             dlogits[t] = p * (dp - dp @ p)
         elif scoring == "sigmoid":
-            s = np.array([_sigmoid(value) for value in rows[t]])
+            s = sigmoid(rows[t])
             dlogits[t] = (dp - dp @ p) / s.sum() * s * (1 - s)
         else:
             dlogits[t] = dp
@@ -175,19 +159,19 @@ def load_balancing_loss(
 
 def router_z_loss(logits: ArrayLike, *, attention_mask: ArrayLike | None = None) -> tuple[float, FloatArray]:
     """``mean_t logsumexp(l_t)^2`` over the tokens that count, and its gradient."""
-    rows = np.asarray(logits, dtype=np.float64)
+    rows = float64(logits)
     loss, dlogits = 0.0, np.zeros_like(rows)
     tokens = _tokens(len(rows), attention_mask)
     for t in tokens:
         lse = rows[t].max() + math.log(np.exp(rows[t] - rows[t].max()).sum())
         loss += lse**2 / len(tokens)
-        dlogits[t] = 2 * lse * _softmax(rows[t]) / len(tokens)
+        dlogits[t] = 2 * lse * softmax(rows[t]) / len(tokens)
     return loss, dlogits
 
 
 def update_selection_bias(bias: ArrayLike, counts: ArrayLike, rate: float, *, num_shared_experts: int = 0) -> FloatArray:
     """``b_i + rate * sign(mean(c) - c_i)`` for the routed experts."""
-    moved, rows = np.asarray(bias, dtype=np.float64).copy(), [int(c) for c in np.asarray(counts)]
+    moved, rows = float64(bias).copy(), [int(c) for c in np.asarray(counts)]
     routed = len(rows) - num_shared_experts
     mean = sum(rows[:routed]) / routed
     for e in range(routed):

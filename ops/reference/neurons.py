@@ -1,19 +1,12 @@
-"""The oracle of single-neuron experts and value memory: naive NumPy float64 loops, as in :mod:`fusedonemoe.ops.reference`.
+"""Single-neuron experts and value memory."""
 
-Nothing here shares code with an operator. Expert ids outside ``[0, E)`` contribute zero and receive zero gradients.
-
-Shape legend: T tokens, D hidden size, E experts, K experts per token.
-"""
-
-import math
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-FloatArray = NDArray[np.float64]
-
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "identity")
+from fusedonemoe.ops.reference.arrays import FloatArray, float64
+from fusedonemoe.ops.reference.experts import activate, activate_backward
 
 
 @dataclass(frozen=True)
@@ -34,42 +27,6 @@ class ValueGradients:
     table: FloatArray
 
 
-def _sigmoid(s: float) -> float:
-    return 1 / (1 + math.exp(-s)) if s >= 0 else math.exp(s) / (1 + math.exp(s))
-
-
-def activation_and_slope(s: float, name: str) -> tuple[float, float]:
-    """``act(s)`` and ``act'(s)``.
-
-    Args:
-        s: one number.
-        name: one of :data:`ACTIVATIONS`.
-    """
-    if name == "silu":
-        p = _sigmoid(s)
-        return s * p, p + s * p * (1 - p)
-    if name == "gelu":
-        phi = math.erfc(-s / math.sqrt(2)) / 2
-        return s * phi, phi + s * math.exp(-s * s / 2) / math.sqrt(2 * math.pi)
-    if name == "gelu_tanh":
-        root = math.sqrt(2 / math.pi)
-        t = math.tanh(root * (s + 0.044715 * s**3))
-        return s * (1 + t) / 2, (1 + t) / 2 + s * (1 - t * t) / 2 * root * (1 + 3 * 0.044715 * s * s)
-    if name == "relu":
-        return max(s, 0.0), float(s > 0)
-    if name == "relu2":
-        return max(s, 0.0) ** 2, 2 * max(s, 0.0)
-    if name == "sigmoid":
-        p = _sigmoid(s)
-        return p, p * (1 - p)
-    assert name == "identity", name
-    return s, 1.0
-
-
-def _float64(array: ArrayLike) -> FloatArray:
-    return np.asarray(array, dtype=np.float64)
-
-
 def experts_neurons(
     x: ArrayLike, experts: ArrayLike, weights: ArrayLike, down_table: ArrayLike, up_table: ArrayLike, *, activation: str = "silu"
 ) -> FloatArray:
@@ -81,15 +38,15 @@ def experts_neurons(
         weights: ``[T, K]``.
         down_table: ``[E, D]``.
         up_table: ``[E, D]``.
-        activation: one of :data:`ACTIVATIONS`.
+        activation: one of ``ACTIVATIONS``.
     """
-    x_TD, weights_TK, down_ED, up_ED = map(_float64, (x, weights, down_table, up_table))
+    x_TD, weights_TK, down_ED, up_ED = map(float64, (x, weights, down_table, up_table))
     experts_TK = np.asarray(experts, dtype=np.int64)
     y_TD = np.zeros_like(x_TD)
     for t, j in np.ndindex(*experts_TK.shape):
         e = experts_TK[t, j]
         if 0 <= e < len(up_ED):
-            y_TD[t] += activation_and_slope(float(x_TD[t] @ down_ED[e]), activation)[0] * weights_TK[t, j] * up_ED[e]
+            y_TD[t] += activate(activation, x_TD[t] @ down_ED[e]) * weights_TK[t, j] * up_ED[e]
     return y_TD
 
 
@@ -108,19 +65,20 @@ def experts_neurons_backward(
     Args:
         dy: ``[T, D]``; the other arguments are those of ``experts_neurons``.
     """
-    dy_TD, x_TD, weights_TK, down_ED, up_ED = map(_float64, (dy, x, weights, down_table, up_table))
+    dy_TD, x_TD, weights_TK, down_ED, up_ED = map(float64, (dy, x, weights, down_table, up_table))
     experts_TK = np.asarray(experts, dtype=np.int64)
     dx_TD, dweights_TK, ddown_ED, dup_ED = (np.zeros_like(array) for array in (x_TD, weights_TK, down_ED, up_ED))
     for t, j in np.ndindex(*experts_TK.shape):
         e, w = experts_TK[t, j], weights_TK[t, j]
         if not 0 <= e < len(up_ED):
             continue
-        value, slope = activation_and_slope(float(x_TD[t] @ down_ED[e]), activation)
-        q = dy_TD[t] @ up_ED[e]
-        dweights_TK[t, j] = q * value
-        dx_TD[t] += q * w * slope * down_ED[e]
-        ddown_ED[e] += q * w * slope * x_TD[t]
-        dup_ED[e] += w * value * dy_TD[t]
+        s, q = x_TD[t] @ down_ED[e], dy_TD[t] @ up_ED[e]
+        h = activate(activation, s)
+        ds, _ = activate_backward(activation, q * w, s)
+        dweights_TK[t, j] = q * h
+        dx_TD[t] += ds * down_ED[e]
+        ddown_ED[e] += ds * x_TD[t]
+        dup_ED[e] += w * h * dy_TD[t]
     return NeuronGradients(x=dx_TD, weights=dweights_TK, down_table=ddown_ED, up_table=dup_ED)
 
 
@@ -132,7 +90,7 @@ def experts_values(experts: ArrayLike, weights: ArrayLike, table: ArrayLike) -> 
         weights: ``[T, K]``.
         table: ``[E, D]``.
     """
-    weights_TK, table_ED = _float64(weights), _float64(table)
+    weights_TK, table_ED = float64(weights), float64(table)
     experts_TK = np.asarray(experts, dtype=np.int64)
     y_TD = np.zeros((len(experts_TK), table_ED.shape[1]))
     for t, j in np.ndindex(*experts_TK.shape):
@@ -147,7 +105,7 @@ def experts_values_backward(dy: ArrayLike, experts: ArrayLike, weights: ArrayLik
     Args:
         dy: ``[T, D]``; the other arguments are those of ``experts_values``.
     """
-    dy_TD, weights_TK, table_ED = map(_float64, (dy, weights, table))
+    dy_TD, weights_TK, table_ED = map(float64, (dy, weights, table))
     experts_TK = np.asarray(experts, dtype=np.int64)
     dweights_TK, dtable_ED = np.zeros_like(weights_TK), np.zeros_like(table_ED)
     for t, j in np.ndindex(*experts_TK.shape):

@@ -1,15 +1,12 @@
-"""The oracle of product keys: a full sort of all G * G pairs by their sums in exact rational arithmetic.
-
-As :mod:`fusedonemoe.ops.reference`, written to be read beside the formulas; it shares no code with an operator.
-"""
+"""Product keys: a full sort of all G * G pairs by their sums in exact rational arithmetic."""
 
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from fusedonemoe.ops.reference import FloatArray, IntArray
+from fusedonemoe.ops.reference.arrays import FloatArray, IntArray, float64
 
 
 def _key(*terms: float) -> tuple[int, Fraction]:
@@ -39,7 +36,7 @@ def route_product_key(logits: ArrayLike, top_k: int, *, norm_topk_prob: bool = F
     Returns:
         weights ``[T, K]`` and experts ``[T, K]``, in descending order of the score, ties to the lower id.
     """
-    logits_T2G = np.asarray(logits, dtype=np.float64)
+    logits_T2G = float64(logits)
     T, _, G = logits_T2G.shape
     weights_TK = np.zeros((T, top_k))
     experts_TK = np.zeros((T, top_k), dtype=np.int64)
@@ -54,7 +51,7 @@ def route_product_key(logits: ArrayLike, top_k: int, *, norm_topk_prob: bool = F
 
 
 def route_product_key_backward(
-    dweights: ArrayLike, logits: ArrayLike, experts: NDArray[np.int64], *, norm_topk_prob: bool = False
+    dweights: ArrayLike, logits: ArrayLike, experts: IntArray, *, norm_topk_prob: bool = False
 ) -> FloatArray:
     """Gradient of ``sum(dweights * weights)`` with respect to the logits, the selection held constant.
 
@@ -70,7 +67,7 @@ def route_product_key_backward(
     Returns:
         dlogits ``[T, 2, G]``.
     """
-    dweights_TK, logits_T2G = np.asarray(dweights, dtype=np.float64), np.asarray(logits, dtype=np.float64)
+    dweights_TK, logits_T2G = float64(dweights), float64(logits)
     G = logits_T2G.shape[-1]
     dlogits_T2G = np.zeros_like(logits_T2G)
     for t, (a, b) in enumerate(logits_T2G):

@@ -1,22 +1,12 @@
-"""The oracle: routing and expert layers as naive NumPy float64 loops, written to be read beside the formulas.
-
-Nothing here shares code with an operator, so that agreement between the two is evidence. Speed is no concern.
-
-Arrays go in (anything ``numpy.asarray`` takes), float64 and int64 arrays come out. Expert ids outside ``[0, E)``
-mean "not on this rank": they contribute zero and receive zero gradients.
-
-Shape legend: T tokens, D hidden size, F intermediate size, E experts, K experts per token, N = T * K routed rows.
-"""
+"""Activations, the gated and the plain MLP, and the merged projection."""
 
 import math
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-FloatArray: TypeAlias = NDArray[np.float64]
-IntArray: TypeAlias = NDArray[np.int64]
+from fusedonemoe.ops.reference.arrays import FloatArray, float64, sigmoid
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "identity")
 GATED_ACTIVATIONS = (*ACTIVATIONS, "swiglu_oai")
@@ -46,203 +36,22 @@ class MergedGradients:
     proj: FloatArray
 
 
-def _float64(array: ArrayLike) -> FloatArray:
-    return np.asarray(array, dtype=np.float64)
-
-
-def _sigmoid(z: FloatArray) -> FloatArray:
-    # 1 / (1 + exp(-z)) without overflow at either end.
-    return np.exp(-np.logaddexp(0.0, -z))
-
-
-def _score(logits: FloatArray, scoring: str) -> FloatArray:
-    if scoring == "softmax":
-        powers = np.exp(logits - logits.max())
-        return powers / powers.sum()
-    if scoring == "sigmoid":
-        return _sigmoid(logits)
-    raise ValueError(f'scoring must be "softmax" or "sigmoid", got {scoring!r}')
-
-
-def _score_backward(dscore: FloatArray, score: FloatArray, logits: FloatArray, scoring: str) -> FloatArray:
-    if scoring == "softmax":
-        return score * (dscore - (dscore * score).sum())
-    return dscore * score * _sigmoid(-logits)
-
-
-def _best(keys: list[tuple[float, int]], count: int) -> list[int]:
-    """Ids of the ``count`` largest of (key, id) pairs, descending, ties to the lower id."""
-    return [i for _, i in sorted(keys, key=lambda pair: (-pair[0], pair[1]))[:count]]
-
-
-def _select(key_E: FloatArray, top_k: int, n_group: int, topk_group: int, group_score: str) -> list[int]:
-    num_experts = len(key_E)
-    if num_experts % n_group or not 1 <= topk_group <= n_group:
-        raise ValueError(f"no {topk_group} of {n_group} equal groups in {num_experts} experts")
-    size = num_experts // n_group
-    if not 1 <= top_k <= topk_group * size:
-        raise ValueError(f"top_k must be in [1, {topk_group * size}], got {top_k}")
-    if group_score not in ("top2_sum", "max"):
-        raise ValueError(f'group_score must be "top2_sum" or "max", got {group_score!r}')
-
-    group_values = []
-    for group in range(n_group):
-        best_first = sorted(key_E[group * size : (group + 1) * size], reverse=True)
-        counted = best_first[:2] if group_score == "top2_sum" else best_first[:1]
-        group_values.append((float(sum(counted)), group))
-    kept_groups = _best(group_values, topk_group)
-
-    eligible = [(float(key_E[e]), e) for e in range(num_experts) if e // size in kept_groups]
-    return _best(eligible, top_k)
-
-
-def route(
-    logits: ArrayLike,
-    top_k: int | None,
-    *,
-    scoring: str = "softmax",
-    score_first: bool = True,
-    norm_topk_prob: bool = True,
-    routed_scaling_factor: float = 1.0,
-    selection_bias: ArrayLike | None = None,
-    n_group: int = 1,
-    topk_group: int = 1,
-    group_score: str = "top2_sum",
-) -> tuple[FloatArray, IntArray]:
-    """Chooses the experts of every token and their weights.
-
-    ``score_first``: ``s = score(l)``, ``picked = TopK(s + b)``, ``p = s[picked]``; otherwise
-    ``picked = TopK(l + b)``, ``p = score(l[picked])``. Then ``w = factor * p / (sum(p) + 1e-20)``, the division
-    only with ``norm_topk_prob``. The bias b decides who is picked and never enters a weight.
-
-    Args:
-        logits: ``[T, E]``.
-        top_k: K, or None for every expert in id order without selection.
-        scoring: "softmax" or "sigmoid".
-        score_first: Score all E logits and then select, or select on logits and score the K picked ones.
-        norm_topk_prob: Divide the picked scores by their sum.
-        routed_scaling_factor: Multiplies every weight.
-        selection_bias: b, ``[E]``.
-        n_group: Contiguous groups of E / n_group experts each.
-        topk_group: Groups that stay eligible.
-        group_score: A group's value: "top2_sum", the sum of its best two keys (one when it has one), or "max".
-
-    Returns:
-        weights ``[T, K]`` and experts ``[T, K]``, in descending order of the key, ties to the lower id.
-    """
-    logits_TE = _float64(logits)
-    T, E = logits_TE.shape
-    bias_E = np.zeros(E) if selection_bias is None else _float64(selection_bias)
-    K = E if top_k is None else top_k
-    weights_TK = np.zeros((T, K))
-    experts_TK = np.zeros((T, K), dtype=np.int64)
-    for t in range(T):
-        if top_k is None:
-            picked = list(range(E))
-        else:
-            key_E = (_score(logits_TE[t], scoring) if score_first else logits_TE[t]) + bias_E
-            picked = _select(key_E, top_k, n_group, topk_group, group_score)
-        if score_first:
-            weights_K = _score(logits_TE[t], scoring)[picked]
-        else:
-            weights_K = _score(logits_TE[t, picked], scoring)
-        if norm_topk_prob:
-            weights_K = weights_K / (weights_K.sum() + 1e-20)
-        weights_TK[t] = weights_K * routed_scaling_factor
-        experts_TK[t] = picked
-    return weights_TK, experts_TK
-
-
-def route_backward(
-    dweights: ArrayLike,
-    logits: ArrayLike,
-    top_k: int | None,
-    *,
-    scoring: str = "softmax",
-    score_first: bool = True,
-    norm_topk_prob: bool = True,
-    routed_scaling_factor: float = 1.0,
-    selection_bias: ArrayLike | None = None,
-    n_group: int = 1,
-    topk_group: int = 1,
-    group_score: str = "top2_sum",
-) -> FloatArray:
-    """Gradient of ``sum(dweights * weights)`` with respect to the logits, the selection held constant.
-
-    With ``S = sum(p) + 1e-20``: ``dp_j = (dw_j - sum_i dw_i p_i / S) / S`` when normalised. A softmax over all E
-    gives every logit a gradient through its denominator; one over the picked logits gives the others none.
-
-    Args:
-        dweights: ``[T, K]``; the other arguments are those of ``route``.
-
-    Returns:
-        dlogits ``[T, E]``.
-    """
-    dweights_TK, logits_TE = _float64(dweights), _float64(logits)
-    _, experts_TK = route(
-        logits_TE,
-        top_k,
-        scoring=scoring,
-        score_first=score_first,
-        selection_bias=selection_bias,
-        n_group=n_group,
-        topk_group=topk_group,
-        group_score=group_score,
-    )
-    dlogits_TE = np.zeros_like(logits_TE)
-    for t, picked in enumerate(experts_TK):
-        score_E = _score(logits_TE[t], scoring)
-        p_K = score_E[picked] if score_first else _score(logits_TE[t, picked], scoring)
-        dp_K = dweights_TK[t] * routed_scaling_factor
-        if norm_topk_prob:
-            total = p_K.sum() + 1e-20
-            dp_K = (dp_K - (dp_K * p_K).sum() / total) / total
-        if score_first:
-            dscore_E = np.zeros_like(score_E)
-            dscore_E[picked] = dp_K
-            dlogits_TE[t] = _score_backward(dscore_E, score_E, logits_TE[t], scoring)
-        else:
-            dlogits_TE[t, picked] = _score_backward(dp_K, p_K, logits_TE[t, picked], scoring)
-    return dlogits_TE
-
-
-def plan(experts: ArrayLike, num_experts: int) -> tuple[IntArray, IntArray]:
-    """Sorts the N = T * K routed rows (row ``t * K + j``) by expert, stably, out-of-range ids last.
-
-    Args:
-        experts: Ids, ``[T, K]``.
-        num_experts: E.
-
-    Returns:
-        order ``[N]`` and offsets ``[E + 1]``: expert e owns ``order[offsets[e]:offsets[e + 1]]``; ``offsets[E]``
-        is the number of in-range rows.
-    """
-    flat_N = np.asarray(experts, dtype=np.int64).reshape(-1)
-    order: list[int] = []
-    offsets = [0]
-    for e in range(num_experts):
-        order += [n for n, expert in enumerate(flat_N) if expert == e]
-        offsets.append(len(order))
-    order += [n for n, expert in enumerate(flat_N) if not 0 <= expert < num_experts]
-    return np.array(order, dtype=np.int64), np.array(offsets, dtype=np.int64)
-
-
 def _act(name: str, z: FloatArray) -> FloatArray:
     match name:
         case "silu":
-            return z * _sigmoid(z)
+            return z * sigmoid(z)
         case "gelu":
             # Phi(z) = erfc(-z / sqrt 2) / 2; (1 + erf) would cancel for negative z.
             return z * 0.5 * _erfc(-z / math.sqrt(2.0))
         case "gelu_tanh":
             # (1 + tanh(y)) / 2 = sigmoid(2 y)
-            return z * _sigmoid(2.0 * math.sqrt(2.0 / math.pi) * (z + 0.044715 * z**3))
+            return z * sigmoid(2.0 * math.sqrt(2.0 / math.pi) * (z + 0.044715 * z**3))
         case "relu":
             return np.maximum(z, 0.0)
         case "relu2":
             return np.maximum(z, 0.0) ** 2
         case "sigmoid":
-            return _sigmoid(z)
+            return sigmoid(z)
         case "identity":
             return z.copy()
     raise ValueError(f"activation must be one of {ACTIVATIONS}, got {name!r}")
@@ -251,19 +60,19 @@ def _act(name: str, z: FloatArray) -> FloatArray:
 def _act_derivative(name: str, z: FloatArray) -> FloatArray:
     match name:
         case "silu":
-            return _sigmoid(z) + z * _sigmoid(z) * _sigmoid(-z)
+            return sigmoid(z) + z * sigmoid(z) * sigmoid(-z)
         case "gelu":
             return 0.5 * _erfc(-z / math.sqrt(2.0)) + z * np.exp(-(z**2) / 2.0) / math.sqrt(2.0 * math.pi)
         case "gelu_tanh":
             slope = 2.0 * math.sqrt(2.0 / math.pi)
             y = slope * (z + 0.044715 * z**3)
-            return _sigmoid(y) + z * _sigmoid(y) * _sigmoid(-y) * slope * (1.0 + 3 * 0.044715 * z**2)
+            return sigmoid(y) + z * sigmoid(y) * sigmoid(-y) * slope * (1.0 + 3 * 0.044715 * z**2)
         case "relu":
             return np.where(z > 0, 1.0, 0.0)
         case "relu2":
             return 2.0 * np.maximum(z, 0.0)
         case "sigmoid":
-            return _sigmoid(z) * _sigmoid(-z)
+            return sigmoid(z) * sigmoid(-z)
         case "identity":
             return np.ones_like(z)
     raise ValueError(f"activation must be one of {ACTIVATIONS}, got {name!r}")
@@ -285,14 +94,14 @@ def activate(name: str, gate: ArrayLike, up: ArrayLike | None = None, *, alpha: 
     Returns:
         The shape of gate.
     """
-    g = _float64(gate)
+    g = float64(gate)
     if name == "swiglu_oai":
         if up is None:
             raise ValueError("swiglu_oai needs up: it has no plain form")
         g = np.minimum(g, limit)
-        u = np.clip(_float64(up), -limit, limit)
-        return (u + 1.0) * g * _sigmoid(alpha * g)
-    return _act(name, g) if up is None else _act(name, g) * _float64(up)
+        u = np.clip(float64(up), -limit, limit)
+        return (u + 1.0) * g * sigmoid(alpha * g)
+    return _act(name, g) if up is None else _act(name, g) * float64(up)
 
 
 def activate_backward(
@@ -312,19 +121,19 @@ def activate_backward(
     Returns:
         dgate and dup, dup None when up is None.
     """
-    da, g = _float64(da), _float64(gate)
+    da, g = float64(da), float64(gate)
     if name == "swiglu_oai":
         if up is None:
             raise ValueError("swiglu_oai needs up: it has no plain form")
-        u = _float64(up)
+        u = float64(up)
         clamped_g, clamped_u = np.minimum(g, limit), np.clip(u, -limit, limit)
-        sig = _sigmoid(alpha * clamped_g)
-        dg = da * (clamped_u + 1.0) * (sig + clamped_g * alpha * sig * _sigmoid(-alpha * clamped_g))
+        sig = sigmoid(alpha * clamped_g)
+        dg = da * (clamped_u + 1.0) * (sig + clamped_g * alpha * sig * sigmoid(-alpha * clamped_g))
         du = da * clamped_g * sig
         return np.where(g <= limit, dg, 0.0), np.where(np.abs(u) <= limit, du, 0.0)
     if up is None:
         return da * _act_derivative(name, g), None
-    return da * _act_derivative(name, g) * _float64(up), da * _act(name, g)
+    return da * _act_derivative(name, g) * float64(up), da * _act(name, g)
 
 
 def split_gate_up(z: FloatArray, layout: str) -> tuple[FloatArray, FloatArray]:
@@ -377,8 +186,8 @@ def experts_mlp(
     Returns:
         y ``[T, D]``.
     """
-    x_TD, weights_TK = _float64(x), _float64(weights)
-    up_EHD, down_EDF = _float64(up_proj), _float64(down_proj)  # H = 2F when gated, F when plain
+    x_TD, weights_TK = float64(x), float64(weights)
+    up_EHD, down_EDF = float64(up_proj), float64(down_proj)  # H = 2F when gated, F when plain
     experts_TK = np.asarray(experts, dtype=np.int64)
     y_TD = np.zeros_like(x_TD)
     for t, j in np.ndindex(*experts_TK.shape):
@@ -387,12 +196,12 @@ def experts_mlp(
             continue
         z_H = up_EHD[e] @ x_TD[t]
         if up_bias is not None:
-            z_H = z_H + _float64(up_bias)[e]
+            z_H = z_H + float64(up_bias)[e]
         gate_F, up_F = split_gate_up(z_H, gate_up_layout) if gated else (z_H, None)
         a_F = activate(activation, gate_F, up_F, alpha=swiglu_alpha, limit=swiglu_limit)
         out_D = down_EDF[e] @ a_F
         if down_bias is not None:
-            out_D = out_D + _float64(down_bias)[e]
+            out_D = out_D + float64(down_bias)[e]
         y_TD[t] += weights_TK[t, j] * out_D
     return y_TD
 
@@ -424,8 +233,8 @@ def experts_mlp_backward(
     Returns:
         The gradients, each of its argument's shape.
     """
-    dy_TD, x_TD, weights_TK = _float64(dy), _float64(x), _float64(weights)
-    up_EHD, down_EDF = _float64(up_proj), _float64(down_proj)
+    dy_TD, x_TD, weights_TK = float64(dy), float64(x), float64(weights)
+    up_EHD, down_EDF = float64(up_proj), float64(down_proj)
     experts_TK = np.asarray(experts, dtype=np.int64)
     dx_TD, dweights_TK = np.zeros_like(x_TD), np.zeros_like(weights_TK)
     dup_EHD, ddown_EDF = np.zeros_like(up_EHD), np.zeros_like(down_EDF)
@@ -436,12 +245,12 @@ def experts_mlp_backward(
             continue
         z_H = up_EHD[e] @ x_TD[t]
         if up_bias is not None:
-            z_H = z_H + _float64(up_bias)[e]
+            z_H = z_H + float64(up_bias)[e]
         gate_F, up_F = split_gate_up(z_H, gate_up_layout) if gated else (z_H, None)
         a_F = activate(activation, gate_F, up_F, alpha=swiglu_alpha, limit=swiglu_limit)
         out_D = down_EDF[e] @ a_F
         if down_bias is not None:
-            out_D = out_D + _float64(down_bias)[e]
+            out_D = out_D + float64(down_bias)[e]
 
         dweights_TK[t, j] = dy_TD[t] @ out_D
         dout_D = w * dy_TD[t]
@@ -479,7 +288,7 @@ def experts_merged(x: ArrayLike, experts: ArrayLike, weights: ArrayLike, proj: A
     Returns:
         h ``[T, F]``.
     """
-    x_TD, weights_TK, proj_EDF = _float64(x), _float64(weights), _float64(proj)
+    x_TD, weights_TK, proj_EDF = float64(x), float64(weights), float64(proj)
     experts_TK = np.asarray(experts, dtype=np.int64)
     h_TF = np.zeros((len(x_TD), proj_EDF.shape[2]))
     for t, j in np.ndindex(*experts_TK.shape):
@@ -502,7 +311,7 @@ def experts_merged_backward(
     Returns:
         The gradients, each of its argument's shape.
     """
-    dh_TF, x_TD, weights_TK, proj_EDF = _float64(dh), _float64(x), _float64(weights), _float64(proj)
+    dh_TF, x_TD, weights_TK, proj_EDF = float64(dh), float64(x), float64(weights), float64(proj)
     experts_TK = np.asarray(experts, dtype=np.int64)
     dx_TD, dweights_TK, dproj_EDF = (np.zeros_like(array) for array in (x_TD, weights_TK, proj_EDF))
     for t, j in np.ndindex(*experts_TK.shape):
