@@ -1,6 +1,7 @@
 """FSDP2, tensor parallelism and DDP against one process; checkpoints at another size; clipping, optimizers, counts."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from fusedonemoe.integrations.distributed import (
     expert_placement,
     parameter_groups,
 )
+from fusedonemoe.integrations.distributed.checkpoint import PairedShard
 from tests.processes import run_in_processes
 from tests.test_distributed import EXACT, D, F, batch, make_moe, whole
 
@@ -135,11 +137,22 @@ def experts_parallel_and_the_rest_replicated(rank, world, folder):
             data_parallel(ExpertParallel(grid["experts"]).apply(make_model()))
 
 
+def assert_stored_in_place(moe, reference):
+    """What torch.distributed.checkpoint is told of slices of gate and up rows is where they are."""
+    for parameter, whole_one in zip(moe.parameters(), reference.parameters(), strict=True):
+        stored = checkpointable([parameter])[0]
+        assert not isinstance(stored, PairedShard) or len(stored.pieces) == 2
+        for view, chunk in stored.pieces if isinstance(stored, PairedShard) else ():
+            box = tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
+            assert torch.equal(whole_one[box], view)
+
+
 def cut_along_the_intermediate_width(rank, world, folder):
-    kinds = [
+    kinds: list[dict[str, Any]] = [
         {},
         {"gate_up_layout": "up_gate", "bias": False},
         {"gate_up_layout": "interleaved", "activation": "swiglu_oai"},
+        {"transposed": True},
         {"gated": False, "activation": "relu2"},
         {"shared_intermediate_size": 6, "save_percent": 50, "scoring": "sigmoid"},
     ]
@@ -147,7 +160,8 @@ def cut_along_the_intermediate_width(rank, world, folder):
     for kind in kinds:
         reference, moe = make_moe(**kind), TensorParallel().apply(make_moe(**kind))
         assert moe.state_dict().keys() == reference.state_dict().keys()
-        assert moe.experts.down_proj.to_local().shape == (8, D, F // world)
+        assert moe.experts.down_proj.to_local().shape == ((8, F // world, D) if "transposed" in kind else (8, D, F // world))
+        assert_stored_in_place(moe, reference)
         for block in (reference, moe):
             block.zero_grad()
         mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()

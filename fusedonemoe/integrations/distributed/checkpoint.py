@@ -11,7 +11,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 
 def _pairs(placement: Placement) -> bool:
-    return isinstance(placement, _StridedShard) and placement.dim == 1 and placement.split_factor == 2
+    return isinstance(placement, _StridedShard) and placement.split_factor == 2
 
 
 class _Piece(NamedTuple):
@@ -33,21 +33,23 @@ class PairedShard(Tensor):
 
     @staticmethod
     def __new__(cls, tensor: DTensor) -> "PairedShard":
-        """From a tensor sharded so along dimension 1, and maybe plainly along others."""
+        """From a tensor sharded so along one dimension, and maybe plainly along others."""
         self: PairedShard = Tensor._make_wrapper_subclass(cls, tensor.shape, dtype=tensor.dtype, device=tensor.device)
         mesh, coordinate = tensor.device_mesh, tensor.device_mesh.get_coordinate()
         assert coordinate is not None
-        half = tensor.shape[1] // 2
+        paired = next(placement.dim for placement in tensor.placements if _pairs(placement))  # type: ignore[attr-defined]
+        half = tensor.shape[paired] // 2
         offsets = [0] * tensor.ndim
         for axis, (placement, place) in enumerate(zip(tensor.placements, coordinate, strict=True)):
             if _pairs(placement):
-                offsets[1] = place * (half // mesh.size(axis))
+                offsets[paired] = place * (half // mesh.size(axis))
             elif isinstance(placement, Shard):
                 offsets[placement.dim] = place * -(-tensor.shape[placement.dim] // mesh.size(axis))
         self.pieces = []
-        for first, view in zip((0, half), tensor.to_local().detach().chunk(2, dim=1), strict=True):
-            place_in_whole = torch.Size((offsets[0], first + offsets[1], *offsets[2:]))
-            self.pieces.append(_Piece(view, ChunkStorageMetadata(offsets=place_in_whole, sizes=view.shape)))
+        for first, view in zip((0, half), tensor.to_local().detach().chunk(2, dim=paired), strict=True):
+            place_in_whole = [*offsets]
+            place_in_whole[paired] += first
+            self.pieces.append(_Piece(view, ChunkStorageMetadata(offsets=torch.Size(place_in_whole), sizes=view.shape)))
         return self
 
     @classmethod

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from fusedonemoe.checks import check_num_experts
+from fusedonemoe.checks import check_count
 from fusedonemoe.integrations.distributed.collectives import all_to_all, gather, gather_sum
 from fusedonemoe.ops.plan import in_range, inverse_order, make_plan
 
@@ -41,7 +41,7 @@ class _Dispatcher:
     """A group, and where in it the experts are: rank ``r`` has ``[r * block, (r + 1) * block)``."""
 
     def __init__(self, group: ProcessGroup, num_experts: int) -> None:
-        check_num_experts(num_experts)
+        check_count("num_experts", num_experts)
         self.group = group
         self.num_experts = num_experts
         self.world, self.rank = group.size(), group.rank()

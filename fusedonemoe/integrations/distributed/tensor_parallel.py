@@ -20,10 +20,14 @@ def _placements(config: MoEConfig) -> dict[str, Placement]:
     both halves. Interleaved rows are in pairs already.
     """
     paired = config.gated and config.gate_up_layout != "interleaved"
-    # A rank's part of each of two pieces along the axis, one behind the other.
-    rows: Placement = _StridedShard(1, split_factor=2) if paired else Shard(1)
+
+    def rows(axis: int) -> Placement:
+        # A rank's part of each of two pieces along the axis, one behind the other.
+        return _StridedShard(axis, split_factor=2) if paired else Shard(axis)
+
     up_name = "gate_up_proj" if config.gated else "up_proj"
-    return {up_name: rows, f"{up_name}_bias": rows, "down_proj": Shard(2), "down_proj_bias": Replicate()}
+    up, down = (2, 1) if config.transposed else (1, 2)
+    return {up_name: rows(up), f"{up_name}_bias": rows(1), "down_proj": Shard(down), "down_proj_bias": Replicate()}
 
 
 class TensorExchange:
