@@ -22,7 +22,7 @@ from fusedonemoe.checks import (
 )
 from fusedonemoe.linear import in_routing_dtype
 from fusedonemoe.routers import TopKRouter
-from fusedonemoe.usage import Usage, UsageMeter, check_counts, check_module, count_routers, usage
+from fusedonemoe.usage import Usage, UsageMeter, check_counts, check_module, count_routers, process_group, usage
 
 __all__ = [
     "LossFreeBalance",
@@ -222,11 +222,12 @@ class LossFreeBalance:
         model: with at least one router that has a selection bias; wrapped by DistributedDataParallel or not.
         optimizer: whose steps are followed.
         rate: of the update; an attribute, which may be changed between steps.
-        group: the process group of the data-parallel ranks, which must all step; the default group if None.
+        group: the process group, or the one-dimensional device mesh, of the ranks that have tokens of their own, which must all
+            step; the default group if None. Under expert parallelism too that is every data-parallel rank.
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: ``model`` has no such router, or ``rate`` is negative.
+        ValueError: ``model`` has no such router, ``rate`` is negative, or ``group`` has several dimensions.
 
     Source:
         Wang et al. 2024 (arXiv 2408.15664); DeepSeek-V3 (arXiv 2412.19437) section 2.1.2.
@@ -252,7 +253,7 @@ class LossFreeBalance:
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         _check_rate(rate)
         self.rate = rate
-        self.group = group
+        self.group = None if group is None else process_group(group)
         self._routers = {
             name: module
             for name, module in model.named_modules()

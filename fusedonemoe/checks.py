@@ -1,9 +1,12 @@
 """What the public functions ask of their arguments; the messages name the argument, what was expected and what came."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from fusedonemoe.ops import library
+from fusedonemoe.ops.route import NORM_EPS
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -124,6 +127,15 @@ def check_routing(x: Tensor, experts: Tensor, weights: Tensor) -> None:
     check_shape("weights", weights, experts_shape)
     check_same_device("experts", experts, "x", device)
     check_same_device("weights", weights, "x", device)
+
+
+def check_norm_eps(norm_eps: float, scoring: str) -> None:
+    """A small positive number, for sigmoids."""
+    check_number("norm_eps", norm_eps)
+    if not 0 < norm_eps < math.inf:
+        raise ValueError(f"norm_eps must be positive and finite, got {norm_eps}")
+    if scoring == "softmax" and norm_eps != NORM_EPS:
+        raise ValueError(f"norm_eps is for scoring 'sigmoid', a softmax is divided without one, got {norm_eps}")
 
 
 def check_save_percent(save_percent: int) -> None:

@@ -5,10 +5,23 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from fusedonemoe.checks import check_count, check_number, check_one_of
+from fusedonemoe.checks import check_count, check_norm_eps, check_number, check_one_of
+from fusedonemoe.hf import fields_of
 from fusedonemoe.ops.activation import ACTIVATIONS, GATE_UP_LAYOUTS
 from fusedonemoe.ops.choice import IMPLEMENTATIONS
-from fusedonemoe.ops.route import GROUP_SCORES, SCORINGS
+from fusedonemoe.ops.route import GROUP_SCORES, NORM_EPS, SCORINGS
+
+_FLAGS = (
+    "gated",
+    "transposed",
+    "bias",
+    "output_bias",
+    "score_first",
+    "norm_topk_prob",
+    "router_bias",
+    "selection_bias",
+    "shared_gate",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +36,9 @@ class MoEConfig:
         activation: ``silu``, ``gelu``, ``gelu_tanh``, ``relu``, ``relu2``, ``sigmoid``, ``identity`` or ``swiglu_oai``.
         gated: gate and up projections (SwiGLU and kin) or an up projection only.
         gate_up_layout: rows of ``gate_up_proj``: ``gate_up``, ``up_gate`` or ``interleaved``.
+        transposed: keep the expert weights as ``[E, D, 2F]`` and ``[E, F, D]`` (GPT-OSS), read as views.
         bias: expert biases.
+        output_bias: one bias ``[D]`` of the block, added to each token's sum once (megablocks).
         swiglu_alpha: slope of ``swiglu_oai``.
         swiglu_limit: clamp of ``swiglu_oai``.
         scoring: ``softmax`` or ``sigmoid``.
@@ -35,10 +50,12 @@ class MoEConfig:
         n_group: contiguous expert groups.
         topk_group: groups that stay open for selection.
         group_score: ``top2_sum`` or ``max``.
-        shared_intermediate_size: ``F`` of a shared dense branch that every token takes; None for no such branch.
+        norm_eps: added to the sum of sigmoids that normalises them (LFM2 has 1e-6).
+        shared_intermediate_size: ``F`` of a shared dense branch that every token takes, gated and activated as the experts are;
+            None for no such branch.
         shared_gate: scale the shared branch by ``sigmoid(x . w_s)`` (Qwen2-MoE).
         save_percent: share of pre-activation rows kept for the backward, an integer from 0 to 100.
-        impl: ``auto``, ``dense``, ``grouped``, ``cpu`` or ``triton``.
+        impl: ``auto``, ``dense``, ``grouped``, ``cpu``, ``triton`` or ``portable``.
 
     Raises:
         TypeError: a size that is not an integer, a flag that is not a bool, a factor that is not a number.
@@ -59,7 +76,9 @@ class MoEConfig:
     activation: str = "silu"
     gated: bool = True
     gate_up_layout: str = "gate_up"
+    transposed: bool = False
     bias: bool = False
+    output_bias: bool = False
     swiglu_alpha: float = 1.702
     swiglu_limit: float = 7.0
     scoring: str = "softmax"
@@ -71,6 +90,7 @@ class MoEConfig:
     n_group: int = 1
     topk_group: int = 1
     group_score: str = "top2_sum"
+    norm_eps: float = NORM_EPS
     shared_intermediate_size: int | None = None
     shared_gate: bool = False
     save_percent: int = 100
@@ -83,7 +103,7 @@ class MoEConfig:
             check_count("shared_intermediate_size", self.shared_intermediate_size)
         elif self.shared_gate:
             raise ValueError("shared_gate needs a shared branch: set shared_intermediate_size")
-        for name in ("gated", "bias", "score_first", "norm_topk_prob", "router_bias", "selection_bias", "shared_gate"):
+        for name in _FLAGS:
             self._check_flag(name)
         for name in ("swiglu_alpha", "swiglu_limit", "routed_scaling_factor"):
             self._check_factor(name)
@@ -91,6 +111,7 @@ class MoEConfig:
         check_one_of("gate_up_layout", self.gate_up_layout, GATE_UP_LAYOUTS)
         check_one_of("scoring", self.scoring, SCORINGS)
         check_one_of("group_score", self.group_score, GROUP_SCORES)
+        check_norm_eps(self.norm_eps, self.scoring)
         check_one_of("impl", self.impl, ("auto", *IMPLEMENTATIONS))
         check_count("save_percent", self.save_percent, 0)
         if self.save_percent > 100:
@@ -132,6 +153,31 @@ class MoEConfig:
     def experts_per_token(self) -> int:
         """``K``, with ``top_k=None`` counted as every expert."""
         return self.num_experts if self.top_k is None else self.top_k
+
+    @classmethod
+    def from_hf(cls, config: Any, *, layer: int | None = None, **changes: Any) -> "MoEConfig":
+        """The block of a Hugging Face model's configuration.
+
+        A shared branch that stands outside the block, as Granite's does, is not part of it.
+
+        Args:
+            config: a configuration of transformers, or any object with the same attributes. Of a model of several towers, the
+                text model's own is taken.
+            layer: whose block, where the configuration has ``per_layer_config``.
+            **changes: fields to set beside those that the configuration says: ``impl``, ``save_percent`` and so on.
+
+        Raises:
+            ValueError: the family is not known, or its block does what the fields here do not say; the message says what.
+
+        Example:
+            >>> from types import SimpleNamespace
+            >>> from fusedonemoe import MoEConfig
+            >>> sizes = {"hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 16, "num_experts_per_tok": 4}
+            >>> qwen3 = SimpleNamespace(model_type="qwen3_moe", hidden_act="silu", norm_topk_prob=True, **sizes)
+            >>> MoEConfig.from_hf(qwen3) == MoEConfig(hidden_size=64, intermediate_size=32, num_experts=16, top_k=4)
+            True
+        """
+        return cls(**(fields_of(config, layer) | changes))
 
     def replace(self, **changes: Any) -> "MoEConfig":
         """A copy with some fields changed, validated again."""

@@ -7,9 +7,11 @@ from torch import Tensor
 
 from fusedonemoe.config import MoEConfig
 from fusedonemoe.layers import Experts, FusedOneMoE, MoE
+from fusedonemoe.lora import LoRAExperts
 from fusedonemoe.ops import IMPLEMENTATIONS, Work, choose, count_work
 from fusedonemoe.ops.choice import refusal
 from fusedonemoe.ops.triton.rules import architecture, describe
+from fusedonemoe.quantized import QuantizedExperts
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Explanation:
     """What :func:`~fusedonemoe.explain` returns; ``str()`` is a small table.
 
     Attributes:
-        operator: the operator that the layer calls, ``experts_mlp`` or ``experts_merged``.
+        operator: the operator that the layer calls: ``experts_mlp``, ``experts_mlp_lora`` or ``experts_merged``.
         impl: the implementation that runs.
         reason: why, in one sentence.
         tokens: the number of tokens that the work is counted for.
@@ -107,38 +109,46 @@ def explain(
             triton        0.002 GFLOP       0.39 MB of expert weights...
     """
     widths: tuple[int, ...]
+    transposed = False
     if isinstance(layer, FusedOneMoE):
         operator, impl = "experts_merged", layer.impl
         E, D, F = layer.proj.shape
         K = layer.gate.top_k or E
         widths, weight_numel, gated = (D, F), layer.proj.numel(), False
-    elif isinstance(layer, (MoE, Experts, MoEConfig)):
+    elif isinstance(layer, (MoE, Experts, QuantizedExperts, MoEConfig)):
         config = layer if isinstance(layer, MoEConfig) else layer.config
         operator, impl = "experts_mlp", config.impl
         E, K = config.num_experts, config.experts_per_token
         D, F, G = config.hidden_size, config.intermediate_size, config.up_rows
         widths, weight_numel, gated = (D, G, F), E * D * (G + F), config.gated
+        transposed = config.transposed
     else:
         raise TypeError(f"layer must be a MoE, Experts, FusedOneMoE or MoEConfig, got {type(layer).__name__}")
+    experts = layer.experts if isinstance(layer, MoE) else layer
+    if isinstance(experts, LoRAExperts):
+        # Merged, it is the plain layer again.
+        operator, impl = operator if experts.merged else "experts_mlp_lora", experts.form.impl
+    if isinstance(experts, QuantizedExperts):
+        operator = "experts_mlp_quantized"
     like = x if x is not None else next(layer.parameters()) if isinstance(layer, torch.nn.Module) else None
     dtype = dtype or (torch.float32 if like is None else like.dtype)
     device_type = torch.device(device or ("cpu" if like is None else like.device)).type
     if x is not None:
         tokens = x.numel() // D
     parameters = layer.parameters() if isinstance(layer, torch.nn.Module) else ()
-    contiguous = all(p.is_contiguous() for p in parameters)
+    contiguous = all(p.is_contiguous() for p in parameters) and not transposed
     chosen = choose(
         operator, impl, top_k=K, num_experts=E, device_type=device_type, dtype=dtype, widths=widths, contiguous=contiguous
     )
+    itemsize = experts.nbytes / weight_numel if isinstance(experts, QuantizedExperts) else dtype.itemsize
     candidates = tuple(
         Candidate(
             name,
-            count_work(name, tokens=tokens, top_k=K, num_experts=E, weight_numel=weight_numel, itemsize=dtype.itemsize),
-            refusal(name, device_type=device_type, dtype=dtype, widths=widths, contiguous=contiguous),
+            count_work(name, tokens=tokens, top_k=K, num_experts=E, weight_numel=weight_numel, itemsize=itemsize),
+            refusal(name, device_type=device_type, dtype=dtype, widths=widths, contiguous=contiguous, operator=operator),
         )
         for name in IMPLEMENTATIONS
     )
-    experts = layer.experts if isinstance(layer, MoE) else layer
     packed_bytes = experts.packed_bytes if isinstance(experts, Experts) else 0
     configuration = ""
     if chosen.impl == "triton" and (arch := architecture(torch.device(device or device_type))):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fusedonemoe import functional as F
 from fusedonemoe.checks import check_integer, check_last_dim, check_one_of
 from fusedonemoe.linear import uniform_by_fan_in
-from fusedonemoe.routers import ProductKeyRouter
+from fusedonemoe.routers import ProductKeyRouter, routing_impl
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": nn.functional.silu,
@@ -111,7 +111,7 @@ class FineGrainedMoE(nn.Module):
             num_heads=num_heads,
             norm_topk_prob=norm_topk_prob,
             input_norm=input_norm,
-            impl="dense" if impl == "dense" else "auto",
+            impl=routing_impl(impl),
             device=device,
             dtype=dtype,
         )

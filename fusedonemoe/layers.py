@@ -1,5 +1,6 @@
 """The modules: parameters, their initialisation, and a forward that is one call into :mod:`fusedonemoe.functional`."""
 
+import sys
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, overload
 
@@ -9,8 +10,19 @@ from torch import Tensor, nn
 from fusedonemoe import functional as F
 from fusedonemoe.checks import check_last_dim
 from fusedonemoe.config import MoEConfig
+from fusedonemoe.hf import config_of, tensors_of
 from fusedonemoe.linear import uniform_by_fan_in
-from fusedonemoe.routers import TopKRouter
+from fusedonemoe.routers import TopKRouter, routing_impl
+from fusedonemoe.shared_expert import SharedExpert
+
+
+def _dtensors() -> tuple[type[Any], ...]:
+    """The class of sharded parameters, if anything has imported it: its import takes as long as torch's own."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return () if module is None else (module.DTensor,)
+
+
+_dtensors.__dict__["_dynamo_marked_constant"] = True  # see ops/cpu/native.py
 
 
 class MoEOutput(NamedTuple):
@@ -35,7 +47,8 @@ class Experts(nn.Module):
     """The experts of a block: stacked weights, expert axis first, under Hugging Face's names.
 
     Parameters ``gate_up_proj`` ``[E, 2F, D]`` (``up_proj`` ``[E, F, D]`` when plain), ``down_proj`` ``[E, D, F]`` and, with
-    biases, ``gate_up_proj_bias`` ``[E, 2F]`` (``up_proj_bias``) and ``down_proj_bias`` ``[E, D]``.
+    biases, ``gate_up_proj_bias`` ``[E, 2F]`` (``up_proj_bias``) and ``down_proj_bias`` ``[E, D]``. With ``transposed`` the two
+    weights are ``[E, D, 2F]`` (``[E, D, F]``) and ``[E, F, D]``, and the kernels that need contiguous rows cannot take them.
 
     Args:
         config: the block's configuration.
@@ -58,11 +71,13 @@ class Experts(nn.Module):
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
 
-        self.register_parameter(self._up_name, parameter(E, G, D))
-        self.down_proj = parameter(E, D, F_)
+        self.register_parameter(self._up_name, parameter(E, D, G) if config.transposed else parameter(E, G, D))
+        self.down_proj = parameter(E, F_, D) if config.transposed else parameter(E, D, F_)
         self.register_parameter(f"{self._up_name}_bias", parameter(E, G) if config.bias else None)
         self.register_parameter("down_proj_bias", parameter(E, D) if config.bias else None)
         self._packed: F.PackedExperts | None = None
+        # How rows reach experts that other processes hold; integrations.distributed sets it, None where all are here.
+        self.exchange: Callable[[Experts, Tensor, Tensor, Tensor], Tensor] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -73,18 +88,55 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """Run each row of ``x`` through its experts and sum by weight."""
+        if self.exchange is not None:
+            return self.exchange(self, x, experts, weights)
+        return self.compute(x, experts, weights, *self.local_weights())
+
+    def local_weights(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Up- and down-projection and their biases, as tensors that an operator can read: this process's, of a ``DTensor``.
+
+        Raises:
+            RuntimeError: a parameter is a shard, and nothing says how rows reach the others.
+        """
+        names = (self._up_name, "down_proj", f"{self._up_name}_bias", "down_proj_bias")
+        if self.exchange is None:
+            for name in names:
+                parameter = getattr(self, name)
+                if isinstance(parameter, _dtensors()) and not all(p.is_replicate() for p in parameter.placements):
+                    raise RuntimeError(
+                        f"{name} is sharded over processes: {parameter.placements}; it takes "
+                        "fusedonemoe.integrations.distributed.ExpertParallel or TensorParallel to compute with shards"
+                    )
+        up, down, up_bias, down_bias = (
+            parameter.to_local() if isinstance(parameter, _dtensors()) else parameter
+            for parameter in (getattr(self, name) for name in names)
+        )
+        return up, down, up_bias, down_bias
+
+    def compute(
+        self,
+        x: Tensor,
+        experts: Tensor,
+        weights: Tensor,
+        up_proj: Tensor,
+        down_proj: Tensor,
+        up_bias: Tensor | None,
+        down_bias: Tensor | None,
+    ) -> Tensor:
+        """The forward with weights of the caller's, whose ids ``experts`` are: all of them or some, whole or slices of F."""
         config = self.config
         return F.experts_mlp(
             x,
             experts,
             weights,
-            getattr(self, self._up_name),
-            self.down_proj,
-            gate_up_bias=getattr(self, f"{self._up_name}_bias"),
-            down_bias=self.down_proj_bias,
+            up_proj,
+            down_proj,
+            gate_up_bias=up_bias,
+            down_bias=down_bias,
             activation=config.activation,
             gated=config.gated,
             gate_up_layout=config.gate_up_layout,
+            transposed=config.transposed,
             swiglu_alpha=config.swiglu_alpha,
             swiglu_limit=config.swiglu_limit,
             save_percent=config.save_percent,
@@ -103,11 +155,13 @@ class Experts(nn.Module):
             ValueError: there are no CPU kernels for these weights here; the message says why.
             RuntimeError: ``impl`` names another implementation.
         """
-        if self.config.impl not in ("auto", "cpu"):
-            raise RuntimeError(f"packed weights are for impl='auto' or 'cpu', got impl={self.config.impl!r}")
-        self._packed = F.pack_experts(
-            getattr(self, self._up_name), self.down_proj, gated=self.config.gated, gate_up_layout=self.config.gate_up_layout
-        )
+        config = self.config
+        if config.impl not in ("auto", "cpu"):
+            raise RuntimeError(f"packed weights are for impl='auto' or 'cpu', got impl={config.impl!r}")
+        if config.transposed:
+            raise ValueError("transposed weights cannot be packed: the CPU kernels read contiguous rows")
+        up, down, *_ = self.local_weights()
+        self._packed = F.pack_experts(up, down, gated=config.gated, gate_up_layout=config.gate_up_layout)
 
     def unpack(self) -> None:
         """Drop the copy that :meth:`prepack` made."""
@@ -134,41 +188,12 @@ class Experts(nn.Module):
         )
 
 
-class SharedExpert(nn.Module):
-    """The dense branch that every token takes: ``(silu(x Wg) * (x Wu)) Wd``.
-
-    Args:
-        hidden_size: ``D``.
-        intermediate_size: ``F`` of this branch.
-        device: of the parameters.
-        dtype: of the parameters.
-    """
-
-    def __init__(
-        self,
-        hidden_size: int,
-        intermediate_size: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False, device=device, dtype=dtype)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False, device=device, dtype=dtype)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., D]`` to ``[..., D]``."""
-        out: Tensor = self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
-        return out
-
-
 class MoE(nn.Module):
     """A mixture-of-experts block: router, experts, and optionally a shared dense branch.
 
-    ``y = experts(x, route(x)) [+ shared(x) [* sigmoid(x . w_s)]]``. Parameters are plain and carry Hugging Face's names:
+    ``y = experts(x, route(x)) [+ b] [+ shared(x) [* sigmoid(x . w_s)]]``. Parameters are plain and carry Hugging Face's names:
     ``gate.weight`` ``[E, D]``, ``experts.gate_up_proj`` ``[E, 2F, D]``, ``experts.down_proj`` ``[E, D, F]``,
-    ``shared_expert.{gate,up,down}_proj.weight``, ``shared_expert_gate.weight``.
+    ``shared_expert.{gate,up,down}_proj.weight``, ``shared_expert_gate.weight``, ``output_bias``.
 
     Args:
         config: a :class:`MoEConfig`; or give its fields as keywords.
@@ -218,7 +243,8 @@ class MoE(nn.Module):
             n_group=config.n_group,
             topk_group=config.topk_group,
             group_score=config.group_score,
-            impl="dense" if config.impl == "dense" else "auto",
+            norm_eps=config.norm_eps,
+            impl=routing_impl(config.impl),
             device=device,
             dtype=dtype,
         )
@@ -226,12 +252,52 @@ class MoE(nn.Module):
         self.shared_expert: SharedExpert | None = None
         self.shared_expert_gate: nn.Linear | None = None
         if config.shared_intermediate_size is not None:
-            self.shared_expert = SharedExpert(config.hidden_size, config.shared_intermediate_size, device=device, dtype=dtype)
+            self.shared_expert = SharedExpert(config, config.shared_intermediate_size, device=device, dtype=dtype)
             if config.shared_gate:
                 self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False, device=device, dtype=dtype)
+        self.output_bias: nn.Parameter | None = None
+        if config.output_bias:
+            self.output_bias = nn.Parameter(torch.zeros(config.hidden_size, device=device, dtype=dtype))
+
+    @classmethod
+    def from_hf(cls, module: nn.Module, config: MoEConfig | None = None) -> "MoE":
+        """A block over the parameters of a transformers sparse block, which are shared and not copied.
+
+        The parameters are the same objects: values, gradients and optimizer states are common, and training either trains both.
+        A selection bias shares its storage only: moving or casting either module later parts the two.
+
+        Args:
+            module: the block: router, experts and what stands beside them, as transformers 5 has them in memory.
+            config: how it routes; None reads the configuration that the module keeps.
+
+        Raises:
+            TypeError: ``module`` is no module.
+            ValueError: the family is not known; the block does what a MoE does not; or its weights are cut in other tensors
+                (DBRX's flat matrices, a shared branch with gate and up in one), which cannot be shared.
+
+        Example:
+            >>> import torch
+            >>> from fusedonemoe import MoE
+            >>> block = MoE(hidden_size=16, intermediate_size=32, num_experts=4, top_k=2)  # any block with these names
+            >>> shared = MoE.from_hf(block, config=block.config)
+            >>> shared.experts.down_proj is block.experts.down_proj
+            True
+        """
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+        if config is None:
+            config = MoEConfig.from_hf(config_of(module))
+        moe = cls(config, device="meta")
+        expected = {name: tuple(tensor.shape) for name, tensor in moe.state_dict().items()}
+        for name, tensor in tensors_of(module, expected).items():
+            owner, _, leaf = name.rpartition(".")
+            setattr(moe.get_submodule(owner), leaf, tensor)
+        return moe.train(module.training)
 
     def reset_parameters(self) -> None:
         """Initialise every part again, as after ``to_empty`` of a block that was built on the meta device."""
+        if self.output_bias is not None:
+            nn.init.zeros_(self.output_bias)
         for part in self.modules():
             if isinstance(part, TopKRouter | Experts | nn.Linear):
                 part.reset_parameters()
@@ -259,6 +325,8 @@ class MoE(nn.Module):
         check_last_dim("x", x, self.config.hidden_size)
         logits, weights, experts = self.gate(x)
         y: Tensor = self.experts(x, experts, weights)
+        if self.output_bias is not None:
+            y = y + self.output_bias.to(y.dtype)  # under autocast y is not the parameter's
         if self.shared_expert is not None:
             shared = self.shared_expert(x)
             if self.shared_expert_gate is not None:
@@ -287,7 +355,7 @@ class FusedOneMoE(nn.Module):
         is_sparse: route each token to its ``topk`` experts; otherwise to all.
         topk: ``K`` when sparse.
         bias: ``b_up`` and ``b_down``.
-        impl: ``auto``, ``dense``, ``grouped``, ``cpu`` or ``triton``.
+        impl: ``auto``, ``dense``, ``grouped``, ``cpu``, ``triton`` or ``portable``.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -331,7 +399,7 @@ class FusedOneMoE(nn.Module):
             topk if is_sparse else None,
             scoring="sigmoid",
             norm_topk_prob=False,
-            impl="dense" if impl == "dense" else "auto",
+            impl=routing_impl(impl),
             device=device,
             dtype=dtype,
         )

@@ -8,6 +8,12 @@ from torch import Tensor, nn
 from fusedonemoe import functional as F
 from fusedonemoe.checks import check_count
 from fusedonemoe.linear import in_dtype, in_routing_dtype, outside_autocast, routing_linear, uniform_by_fan_in
+from fusedonemoe.ops.route import NORM_EPS
+
+
+def routing_impl(impl: str) -> str:
+    """The ``impl`` of the router beside experts of this one."""
+    return impl if impl in ("dense", "portable") else "auto"
 
 
 class RouterOutput(NamedTuple):
@@ -44,7 +50,8 @@ class TopKRouter(nn.Module):
         n_group: contiguous expert groups.
         topk_group: groups that stay open.
         group_score: ``top2_sum`` or ``max``.
-        impl: ``auto``, or ``dense`` for derivatives of every order.
+        norm_eps: added to the sum of sigmoids that normalises them.
+        impl: ``auto``, ``dense`` for derivatives of every order, or ``portable`` for export.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -77,6 +84,7 @@ class TopKRouter(nn.Module):
         n_group: int = 1,
         topk_group: int = 1,
         group_score: str = "top2_sum",
+        norm_eps: float = NORM_EPS,
         impl: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -90,6 +98,7 @@ class TopKRouter(nn.Module):
         self.n_group = n_group
         self.topk_group = topk_group
         self.group_score = group_score
+        self.norm_eps = norm_eps
         self.impl = impl
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype)) if bias else None
@@ -123,6 +132,7 @@ class TopKRouter(nn.Module):
             n_group=self.n_group,
             topk_group=self.topk_group,
             group_score=self.group_score,
+            norm_eps=self.norm_eps,
             impl=self.impl,
         )
         return RouterOutput(logits, weights, experts)
@@ -150,7 +160,7 @@ class ProductKeyRouter(nn.Module):
         input_norm: ``"batch"`` for BatchNorm over the tokens (FlashMoE, PEER), ``"rms"`` for RMSNorm over D, None for none;
             both have a trained scale for each of the D features, BatchNorm a shift too. BatchNorm in training takes 2 tokens.
         bias: whether the linear map has one.
-        impl: ``auto``, or ``dense`` for derivatives of every order.
+        impl: ``auto``, ``dense`` for derivatives of every order, or ``portable`` for export.
         device: of the parameters.
         dtype: of the parameters.
 

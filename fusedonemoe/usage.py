@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -209,10 +210,12 @@ class UsageMeter:
 
     Args:
         model: with at least one :class:`~fusedonemoe.TopKRouter` in it.
+        group: a process group or a one-dimensional device mesh over which reports sum the counts, whose processes then all ask
+            for them; None for this process alone.
 
     Raises:
-        TypeError: ``model`` is no module.
-        ValueError: it has no router.
+        TypeError: ``model`` is no module, or ``group`` no group.
+        ValueError: it has no router, or ``group`` several dimensions.
 
     Example:
         >>> import torch
@@ -227,8 +230,9 @@ class UsageMeter:
         >>> meter.remove()
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, group: Any = None) -> None:
         check_module(model)
+        self._group = None if group is None else process_group(group)
         routers = {name: module for name, module in model.named_modules() if isinstance(module, TopKRouter)}
         if not routers:
             raise ValueError("model has no TopKRouter")
@@ -236,7 +240,12 @@ class UsageMeter:
 
     def usage(self) -> dict[str, Usage]:
         """What was counted since the start or the last :meth:`reset`, by the router's name in the model; reads nothing yet."""
-        return {name: Usage(hook.counts) for name, hook in self._hooks.items()}
+        counts = {name: hook.counts for name, hook in self._hooks.items()}
+        if self._group is not None:
+            total = torch.cat(list(counts.values()))  # one message for all layers
+            dist.all_reduce(total, group=self._group)
+            counts = dict(zip(counts, total.split([count.shape[0] for count in counts.values()]), strict=True))
+        return {name: Usage(count) for name, count in counts.items()}
 
     def reset(self) -> None:
         """Start again from zero."""
@@ -256,6 +265,17 @@ class UsageMeter:
         reports = self.usage()
         width = max(map(len, reports))
         return "\n".join(f"{name:<{width}}  {report._summary()}" for name, report in reports.items())
+
+
+def process_group(group: Any) -> Any:
+    """The process group of a group or of a device mesh of one dimension."""
+    if hasattr(group, "get_group"):
+        if group.ndim != 1:
+            raise ValueError(f"group must have one dimension, got {group.ndim}: {group.mesh_dim_names}")
+        return group.get_group()
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group must be a ProcessGroup or a DeviceMesh, got {type(group).__name__}")
+    return group
 
 
 def check_module(model: object) -> None:

@@ -1,16 +1,27 @@
 """Which implementation runs an expert layer, by counted work; the choice depends on E, K, dtype and device, never on T."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from fusedonemoe.ops import cuda, triton
 from fusedonemoe.ops.cpu import native
+from fusedonemoe.ops.portable import few_rows
 
-IMPLEMENTATIONS = ("dense", "grouped", "cpu", "triton")
+IMPLEMENTATIONS = ("dense", "grouped", "cpu", "triton", "portable")
 # The largest E/K at which dense was measured faster on CPU (float32 and bfloat16, forward and backward, at 1, 1.5, 2 and 4).
 # Its merged projection is one plain matmul. Its MLP writes and masks [E, T, 2F] and lost at every ratio, 1 included.
-DENSE_UP_TO = {"experts_mlp": 0, "experts_merged": 1}
+DENSE_UP_TO = {"experts_mlp": 0, "experts_mlp_lora": 0, "experts_mlp_quantized": 0, "experts_merged": 1}
+# What the compiled CPU kernels do not do of an operator's work.
+NO_CPU_KERNELS = {"experts_mlp_lora": "the compiled CPU kernels have no adapters, impl='grouped' has them"}
+# What the portable form does not do.
+NOT_PORTABLE = {
+    "experts_mlp_lora": "merge the adapters before exporting: they have no portable form",
+    "experts_mlp_quantized": "quantised weights have no portable form",
+}
+# What the Triton kernels do not do.
+NO_TRITON_KERNELS = {"experts_mlp_quantized": "there are no Triton kernels for quantised weights"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +50,7 @@ class Choice:
     reason: str
 
 
-def count_work(impl: str, *, tokens: int, top_k: int, num_experts: int, weight_numel: int, itemsize: int) -> Work:
+def count_work(impl: str, *, tokens: int, top_k: int, num_experts: int, weight_numel: int, itemsize: float) -> Work:
     """Count the work of one forward.
 
     Args:
@@ -48,19 +59,30 @@ def count_work(impl: str, *, tokens: int, top_k: int, num_experts: int, weight_n
         top_k: ``K``.
         num_experts: ``E``.
         weight_numel: elements of all expert weights together.
-        itemsize: bytes of one weight.
+        itemsize: bytes of one weight, with its share of a scale where it is quantised.
 
     Returns:
         The :class:`Work`: two operations per weight and routed row (dense routes every token to every expert), and the
-        weights of the experts that can be hit.
+        weights of the experts that can be hit. Of portable, for experts that are evenly used: it gives all of them as many
+        rows as the fullest has, and reads all their weights, unless there are few rows.
     """
     per_expert = weight_numel // num_experts
     rows = tokens * (num_experts if impl == "dense" else top_k)
     touched = num_experts if impl == "dense" else min(num_experts, rows)
-    return Work(flops=2 * rows * per_expert, weight_bytes=touched * per_expert * itemsize)
+    if impl == "portable" and not few_rows(rows, num_experts):
+        rows, touched = num_experts * max(2, -(-rows // num_experts)), num_experts
+    return Work(flops=2 * rows * per_expert, weight_bytes=round(touched * per_expert * itemsize))
 
 
-def refusal(impl: str, *, device_type: str, dtype: torch.dtype, widths: tuple[int, ...], contiguous: bool = True) -> str | None:
+def refusal(
+    impl: str,
+    *,
+    device_type: str,
+    dtype: torch.dtype,
+    widths: tuple[int, ...],
+    contiguous: bool = True,
+    operator: str = "experts_mlp",
+) -> str | None:
     """Why ``impl`` cannot run on such tensors; None when it can.
 
     Args:
@@ -69,14 +91,23 @@ def refusal(impl: str, *, device_type: str, dtype: torch.dtype, widths: tuple[in
         dtype: of x and the expert weights.
         widths: the row lengths of the grouped GEMMs.
         contiguous: whether the expert weights are.
+        operator: as for :func:`choose`.
     """
     if impl == "dense":
         return None
+    if impl == "portable":
+        if operator in NOT_PORTABLE:
+            return NOT_PORTABLE[operator]
+        return "it reads a number from the data, and meta tensors have none" if device_type == "meta" else None
     if impl == "cpu":
+        if operator in NO_CPU_KERNELS:
+            return NO_CPU_KERNELS[operator]
         if device_type != "cpu":
             return f"the CPU kernels do not run on device {device_type!r}"
         return native.refusal(dtype, contiguous)
     if impl == "triton":
+        if operator in NO_TRITON_KERNELS:
+            return NO_TRITON_KERNELS[operator]
         return triton.refusal(dtype, device_type)
     if device_type == "cpu":
         return None
@@ -88,6 +119,19 @@ def refusal(impl: str, *, device_type: str, dtype: torch.dtype, widths: tuple[in
 _NAMES = ("auto", *IMPLEMENTATIONS)
 _CPU_KERNELS = Choice("cpu", "kernels compiled for this machine")
 _GPU_KERNELS = Choice("triton", "Triton kernels")
+
+
+def exporting_to_onnx() -> bool:
+    """Whether torch.onnx.export is at work, whose graphs hold no operator of this library."""
+    return torch.compiler.is_exporting() and bool(torch.onnx.is_in_onnx_export())
+
+
+exporting_to_onnx.__dict__["_dynamo_marked_constant"] = True  # see ops/cpu/native.py
+
+
+def no_onnx_form(impl: str) -> str:
+    """What to say of an implementation that was asked for while torch.onnx.export is at work."""
+    return f"impl={impl!r} has no ONNX form: set impl='portable', or export inside `with fusedonemoe.export.portable(model):`"
 
 
 def choose(
@@ -105,7 +149,7 @@ def choose(
     """Resolve ``impl="auto"``, or check that a named implementation can run.
 
     Args:
-        operator: ``"experts_mlp"`` or ``"experts_merged"``.
+        operator: ``"experts_mlp"``, ``"experts_mlp_lora"``, ``"experts_mlp_quantized"`` or ``"experts_merged"``.
         impl: ``"auto"`` or one of :data:`IMPLEMENTATIONS`.
         top_k: ``K``.
         num_experts: ``E``.
@@ -123,13 +167,22 @@ def choose(
     """
     if impl not in _NAMES:
         raise ValueError(f"impl must be one of {_NAMES}, got {impl!r}")
-    if impl == "auto" and device_type == "cpu" and not portable and native.refusal(dtype, contiguous) is None:
+    has_kernels = operator not in NO_CPU_KERNELS and not portable
+    if exporting_to_onnx():
+        if impl not in ("auto", "portable"):
+            raise ValueError(no_onnx_form(impl))
+        if operator in NOT_PORTABLE:
+            raise ValueError(f"{operator} has no ONNX form: {NOT_PORTABLE[operator]}")
+        return Choice("portable", "ONNX has no other form")
+    if impl == "auto" and device_type == "cpu" and has_kernels and native.refusal(dtype, contiguous) is None:
         return _CPU_KERNELS
-    if impl == "auto" and device_type != "cpu" and triton.refusal(dtype, device_type) is None:
+    on_gpu = device_type != "cpu" and operator not in NO_TRITON_KERNELS
+    if impl == "auto" and on_gpu and triton.refusal(dtype, device_type) is None:
         return _GPU_KERNELS
 
     def why_not(name: str) -> str | None:
-        return refusal(name, device_type=device_type, dtype=dtype, widths=widths, contiguous=contiguous)
+        sizes: dict[str, Any] = {"widths": widths, "contiguous": contiguous, "operator": operator}
+        return refusal(name, device_type=device_type, dtype=dtype, **sizes)
 
     if impl != "auto":
         if reason := why_not(impl):

@@ -24,6 +24,13 @@ def grouped_outer(left_NA: Tensor, right_NB: Tensor, offsets: Tensor) -> Tensor:
     return torch.ops.fusedonemoe.grouped_outer(left_NA, right_NB, offsets)
 
 
+def _outer_laid_out_like(weights_EAB: Tensor, left_NA: Tensor, right_NB: Tensor, offsets: Tensor) -> Tensor:
+    """:func:`grouped_outer`, in the layout of the weights whose gradient it is: autograd would copy it into that."""
+    if weights_EAB.stride(1) < weights_EAB.stride(2):
+        return grouped_outer(right_NB, left_NA, offsets).transpose(1, 2)
+    return grouped_outer(left_NA, right_NB, offsets)
+
+
 class _Rows(NamedTuple):
     """What every operator needs to know of its sorted rows.
 
@@ -199,7 +206,7 @@ def experts_mlp_backward(
     # Operators may not return one tensor twice, so each unneeded gradient is an empty tensor of its own.
     dx, dweights, dup, ddown, dup_bias, ddown_bias = (x_TD.new_empty(0) for _ in range(6))
     if needs.down:
-        ddown = grouped_outer(dy_ND, (h_NF * rows.weight).to(h_NF.dtype), offsets)
+        ddown = _outer_laid_out_like(down_EDF, dy_ND, (h_NF * rows.weight).to(h_NF.dtype), offsets)
     if needs.down_bias:
         ddown_bias = _column_sums((dy_ND * rows.weight).to(dy_ND.dtype), offsets)
     if needs.x or needs.weights or needs.up or needs.up_bias:
@@ -215,7 +222,7 @@ def experts_mlp_backward(
     if needs.x or needs.up or needs.up_bias:
         dz_NG = activate_backward((dh_NF * rows.weight).to(dh_NF.dtype), z, act)
     if needs.up:
-        dup = grouped_outer(dz_NG, x_ND, offsets)
+        dup = _outer_laid_out_like(up_EGD, dz_NG, x_ND, offsets)
     if needs.up_bias:
         dup_bias = _column_sums(dz_NG, offsets)
     del x_ND

@@ -24,9 +24,13 @@ EXACT_INTEGERS = 1 << 24  # up to here a float32 holds every integer
 def candidates(top_k: int, num_keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Ranks ``(r, s)`` with ``(r + 1) (s + 1) <= top_k``, both below ``num_keys``; each ``[C]`` int64.
 
-    Arithmetic on the device: a list copied from the host would not go into a CUDA graph.
+    Arithmetic on the device: a list copied from the host would not go into a CUDA graph. An exported graph holds the lists.
     """
     ranks = min(top_k, num_keys)
+    if torch.compiler.is_exporting():
+        pairs = [(r, s) for r in range(ranks) for s in range(min(top_k // (r + 1), num_keys))]
+        first, second = torch.tensor(pairs, device=device).unbind(1)
+        return first, second
     C = sum(min(top_k // (r + 1), num_keys) for r in range(ranks))
     partners = torch.div(top_k, torch.arange(1, ranks + 1, device=device), rounding_mode="floor").clamp(max=num_keys)
     ends = partners.cumsum(0)

@@ -27,6 +27,7 @@ class RouteRule(NamedTuple):
         n_group: number of contiguous expert groups; 1 for none.
         topk_group: groups that stay open for selection.
         group_score: a group's value is the sum of its best two keys (``top2_sum``, DeepSeek-V3) or its best (``max``).
+        norm_eps: added to the sum of sigmoids that divides them; a softmax over the picked needs none.
     """
 
     top_k: int
@@ -37,6 +38,7 @@ class RouteRule(NamedTuple):
     n_group: int
     topk_group: int
     group_score: str
+    norm_eps: float = NORM_EPS
 
 
 def routing_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -63,9 +65,26 @@ def select(keys: Tensor, k: int) -> Tensor:
     return last - (torch.topk(packed, k, dim=-1).values & 0xFFFFFFFF)
 
 
+def select_for_export(keys: Tensor, k: int) -> Tensor:
+    """:func:`select` of float32 keys for formats that cannot look at a number's bits, such as ONNX.
+
+    A float64 has room for the order of equal keys: each key is moved down by its id's share of less than a quarter of the
+    distance to the next float32. Zeros have no such distance of their own and get one, infinities become numbers.
+    """
+    last = keys.shape[-1] - 1
+    share = torch.arange(last + 1, device=keys.device).to(torch.float64) * 2.0 ** -(26 + last.bit_length())
+    # Built from factors that a float32 can hold: ONNX's exporter makes float32 of numbers on their way.
+    one = torch.ones(1, dtype=torch.float64, device=keys.device)
+    beyond, least = one * 2.0**100 * 2.0**100, one * 2.0**-100 * 2.0**-100 * 2.0**-100
+    wide = torch.maximum(torch.minimum(keys.to(torch.float64), beyond), -beyond)
+    return torch.topk(wide - (wide.abs() + least) * share, k, dim=-1).indices
+
+
 def select_largest(keys: Tensor, k: int, opaque: bool) -> Tensor:
     """:func:`select`, or the operator that has a kernel for it; an exported graph keeps to torch's own operators."""
-    if opaque and keys.dtype == torch.float32 and keys.device.type == "cpu" and not torch.compiler.is_exporting():
+    if keys.dtype == torch.float32 and torch.compiler.is_exporting():
+        return select_for_export(keys, k)
+    if opaque and keys.dtype == torch.float32 and keys.device.type == "cpu":
         return torch.ops.fusedonemoe.select_experts.default(keys, k)
     return select(keys, k)
 
@@ -132,7 +151,7 @@ def route(logits: Tensor, selection_bias: Tensor | None, rule: RouteRule, opaque
     else:
         weights = _score(picked, rule.scoring)
         if rule.scoring == "sigmoid" and rule.norm_topk_prob:
-            weights = weights / (weights.sum(-1, keepdim=True) + NORM_EPS)
+            weights = weights / (weights.sum(-1, keepdim=True) + rule.norm_eps)
     return weights * rule.scale if rule.scale != 1.0 else weights, experts
 
 
@@ -155,7 +174,7 @@ def route_backward(dweights: Tensor, logits: Tensor, experts: Tensor, rule: Rout
         dpicked = score * (dscore - (dscore * score).sum(-1, keepdim=True))
     else:
         if rule.norm_topk_prob:
-            total = score.sum(-1, keepdim=True) + NORM_EPS
+            total = score.sum(-1, keepdim=True) + rule.norm_eps
             dscore = (dscore - (dscore * score).sum(-1, keepdim=True) / total) / total
         dpicked = dscore * score * (1 - score)
     return torch.zeros_like(wide).scatter(-1, experts, dpicked).to(logits.dtype)

@@ -11,7 +11,7 @@ from fusedonemoe import functional as F
 
 D = 16
 KINDS = ("moe", "fused_one_moe")
-IMPLS = ("dense", "grouped")
+IMPLS = ("dense", "grouped", "portable")
 
 
 def make_layer(kind: str, impl: str, **options: Any) -> Any:

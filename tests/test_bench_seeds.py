@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fusedonemoe import bench
-from fusedonemoe.bench.peers import OURS, YARDSTICK
+from fusedonemoe.bench.peers import ALL_PAIRS, OURS, YARDSTICK
 
 pytest.importorskip("rich")
 suite = importlib.import_module("fusedonemoe.bench.seed_suite")
@@ -161,7 +161,7 @@ def test_a_peer_that_raises_fails_and_one_that_is_too_large_is_a_note(monkeypatc
     monkeypatch.setattr(peers, "MOST_GATHERED_BYTES", 10)
     row = row_of(dry(TRAINING), "torch gather")
     assert row.note.startswith("skipped: gathers rows of") and not row.failed
-    assert row_of(dry(SMALL["product-keys-forward-gated-torch.float32"]), "torch, all pairs").is_absent
+    assert row_of(dry(SMALL["product-keys-forward-gated-torch.float32"]), ALL_PAIRS).is_absent
     monkeypatch.setattr(peers, "MOST_FLOPS", 10)
     assert row_of(dry(EXPERTS), "dense, masked").note.startswith("skipped: computes 4 times the work")
 

@@ -116,7 +116,7 @@ def test_where_the_gpu_kernels_can_run(installed, device_type, dtype, reason, mo
 
 
 def test_an_unknown_implementation_is_refused_everywhere():
-    message = r"^impl must be one of \('auto', 'dense', 'grouped', 'cpu', 'triton'\), got 'fast'$"
+    message = r"^impl must be one of \('auto', 'dense', 'grouped', 'cpu', 'triton', 'portable'\), got 'fast'$"
     mlp, merged = make_mlp_inputs(2, 4, 3, 4, 1), make_merged_inputs(2, 4, 3, 4, 1)
     for call in (
         lambda: choose_on(impl="fast"),
@@ -164,7 +164,7 @@ def test_counted_work_equals_a_direct_count(gated, T, E, K):
         return sum(D * up_rows + F_ * D for _ in expert_of_row)
 
     rows = {"dense": [e for _ in range(T) for e in range(E)], "grouped": [(t * K + j) % E for t in range(T) for j in range(K)]}
-    rows["cpu"] = rows["triton"] = rows["grouped"]
+    rows["cpu"] = rows["triton"] = rows["portable"] = rows["grouped"]
     for impl in IMPLEMENTATIONS:
         work = count_work(impl, tokens=T, top_k=K, num_experts=E, weight_numel=E * D * (up_rows + F_), itemsize=itemsize)
         assert work.flops == 2 * multiply_adds(rows[impl])
@@ -223,7 +223,11 @@ def test_explain_counts_the_weights_that_the_module_holds():
 def test_explain_the_merged_layer():
     told = explain(FusedOneMoE(16, 8, groups=6, is_sparse=True, topk=2), tokens=10)
     assert (told.operator, told.impl) == ("experts_merged", "grouped")
-    assert [c.work.flops for c in told.candidates] == [2 * 10 * 6 * 16 * 8, *[2 * 10 * 2 * 16 * 8] * 3]
+    assert [c.work.flops for c in told.candidates] == [
+        2 * 10 * 6 * 16 * 8,
+        *[2 * 10 * 2 * 16 * 8] * 3,
+        2 * 24 * 16 * 8,  # the fullest of 6 experts has 4 of the 20 rows, and so have all
+    ]
     told = explain(FusedOneMoE(16, 8, groups=6), tokens=10)  # every expert for every token
     assert told.impl == "dense"
     assert told.candidates[0].work == told.candidates[1].work
@@ -288,6 +292,7 @@ def test_explanation_as_text():
         "  * grouped       6.000 GFLOP     600.00 MB of expert weights",
         "    cpu           6.000 GFLOP     600.00 MB of expert weights  cannot run: no kernels here",
         "    triton        6.000 GFLOP     600.00 MB of expert weights  cannot run: triton is not installed",
+        "    portable      6.000 GFLOP     600.00 MB of expert weights",
     ]
     config = dataclasses.replace(config, impl="dense")
     lines = str(explain(config, tokens=2, device="meta", dtype=torch.bfloat16)).splitlines()
@@ -297,9 +302,17 @@ def test_explanation_as_text():
         "    grouped       0.060 GFLOP      60.00 MB of expert weights  cannot run: there is no grouped GEMM for device 'meta'",
         "    cpu           0.060 GFLOP      60.00 MB of expert weights  cannot run: the CPU kernels do not run on device 'meta'",
         "    triton        0.060 GFLOP      60.00 MB of expert weights  cannot run: triton is not installed",
+        "    portable      0.060 GFLOP      60.00 MB of expert weights  "
+        "cannot run: it reads a number from the data, and meta tensors have none",
     ]
 
 
 def test_explain_refuses_other_objects():
     with pytest.raises(TypeError, match=r"^layer must be a MoE, Experts, FusedOneMoE or MoEConfig, got Linear$"):
         explain(torch.nn.Linear(2, 2))
+
+
+def test_adapters_have_no_portable_form():
+    sizes: dict[str, Any] = {"top_k": 2, "num_experts": 6, "device_type": "cpu", "dtype": torch.float32, "widths": (16, 16)}
+    with pytest.raises(ValueError, match=r"^impl=.portable. cannot run here: merge the adapters before exporting"):
+        choose("experts_mlp_lora", "portable", **sizes)

@@ -64,9 +64,14 @@ INVALID = [
     ),
     ({"scoring": "relu"}, ValueError, "scoring must be one of ('softmax', 'sigmoid'), got 'relu'"),
     ({"group_score": "sum"}, ValueError, "group_score must be one of ('top2_sum', 'max'), got 'sum'"),
-    ({"impl": "fast"}, ValueError, "impl must be one of ('auto', 'dense', 'grouped', 'cpu', 'triton'), got 'fast'"),
+    ({"scoring": "sigmoid", "norm_eps": -1e-6}, ValueError, "norm_eps must be positive and finite, got -1e-06"),
+    ({"norm_eps": None}, TypeError, "norm_eps must be a number, got None"),
+    ({"norm_eps": 1e-6}, ValueError, "norm_eps is for scoring 'sigmoid', a softmax is divided without one, got 1e-06"),
+    ({"impl": "fast"}, ValueError, "impl must be one of ('auto', 'dense', 'grouped', 'cpu', 'triton', 'portable'), got 'fast'"),
     ({"activation": "swiglu_oai", "gated": False}, ValueError, "activation 'swiglu_oai' is gated by definition, got gated=False"),
     ({"gated": "no"}, TypeError, "gated must be a bool, got 'no'"),
+    ({"transposed": None}, TypeError, "transposed must be a bool, got None"),
+    ({"output_bias": "yes"}, TypeError, "output_bias must be a bool, got 'yes'"),
     ({"selection_bias": 1}, TypeError, "selection_bias must be a bool, got 1"),
     ({"routed_scaling_factor": "2"}, TypeError, "routed_scaling_factor must be a number, got '2'"),
     ({"routed_scaling_factor": 0.0}, ValueError, "routed_scaling_factor must be positive and finite, got 0.0"),
@@ -187,7 +192,11 @@ def test_module_passes_the_fields_through_validation():
         ({"hidden_size": 0}, ValueError, "hidden_size must be at least 1, got 0"),
         ({"intermediate_size": 2.5}, TypeError, "intermediate_size must be an integer, got 2.5"),
         ({"is_sparse": True, "topk": 5}, ValueError, "top_k must be from 1 to 4, the experts that can be picked, or None, got 5"),
-        ({"impl": "fast"}, ValueError, "impl must be one of ('auto', 'dense', 'grouped', 'cpu', 'triton'), got 'fast'"),
+        (
+            {"impl": "fast"},
+            ValueError,
+            "impl must be one of ('auto', 'dense', 'grouped', 'cpu', 'triton', 'portable'), got 'fast'",
+        ),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -220,6 +229,18 @@ def test_fused_one_moe_checks_its_sizes(fields, error, message):
                 "experts.up_proj": (8, 6, 8),
                 "experts.up_proj_bias": (8, 6),
                 "experts.down_proj_bias": (8, 8),
+            },
+        ),
+        (
+            {"transposed": True, "output_bias": True},
+            {"experts.gate_up_proj": (8, 8, 12), "experts.down_proj": (8, 6, 8), "output_bias": (8,)},
+        ),
+        (
+            {"gated": False, "shared_intermediate_size": 5},
+            {
+                "experts.up_proj": (8, 6, 8),
+                "shared_expert.up_proj.weight": (5, 8),
+                "shared_expert.down_proj.weight": (8, 5),
             },
         ),
         (

@@ -238,7 +238,10 @@ def test_a_process_without_kernels_says_so_and_works():
 
 
 def run_the_kernels_tests(**environment):
-    files = [f"tests/test_{name}.py" for name in ("cpu_kernels", "cpu_precision", "packed", "select", "neurons_cpu")]
+    files = [
+        f"tests/test_{name}.py"
+        for name in ("cpu_kernels", "cpu_precision", "packed", "select", "neurons_cpu", "quantized_kernels")
+    ]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", *files]
     done = subprocess.run(
         command, env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True, check=False, timeout=1200

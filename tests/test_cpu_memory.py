@@ -76,6 +76,34 @@ EXPERTS = """
     print("checked")
 """
 
+QUANTIZED = """
+    from fusedonemoe.functional import QuantizedWeight, quantize_weight
+    from fusedonemoe.ops.cpu import quantized
+
+    def guarded(argument):
+        return QuantizedWeight(*map(guard, argument)) if isinstance(argument, QuantizedWeight) else guard(argument)
+
+    def results(arguments, act, guard):
+        y, *saved = quantized.experts_mlp(*arguments, act, 30)
+        return [y, *quantized.experts_mlp_backward(guard(torch.ones_like(y)), *map(guard, saved), *arguments, act, [True] * 4)]
+
+    widths = [(1, 1), (17, 33), (33, 17), (64, 48), (100, 37), (130, 131), (32, 64), (160, 96)]
+    for (D, F), T, layout in itertools.product(widths, (1, 7, 40), ("gate_up", "interleaved", "plain")):
+        inputs = make_mlp_inputs(T, D, F, 3, 2, dtype=torch.bfloat16, gated=layout != "plain", bias=True)
+        act = native.Activation("silu", layout, 1.0, 1.0)
+        forms = [{}, *({"dtype": "int4", "group_size": 32, "symmetric": s} for s in (True, False) if D % 32 == F % 32 == 0)]
+        for form in forms:
+            weights = [quantize_weight(weight, **form) for weight in (inputs.up_proj, inputs.down_proj)]
+            arguments = [inputs.x, inputs.experts, inputs.weights, *weights, inputs.up_bias, inputs.down_bias]
+            before = results(arguments, act, lambda tensor: tensor)
+            real, native._new = native._new, empty
+            after = results([guarded(argument) for argument in arguments], act, guard)
+            native._new = real
+            assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+            kept.clear()
+    print("checked")
+"""
+
 NEURONS = """
     def results(x, ids, w, down, up, dy):
         y, s = neurons.experts_neurons(x, ids, w, down, up, "silu")
@@ -96,7 +124,7 @@ NEURONS = """
 """
 
 
-@pytest.mark.parametrize("kernels", [EXPERTS, NEURONS], ids=["experts", "neurons"])
+@pytest.mark.parametrize("kernels", [EXPERTS, QUANTIZED, NEURONS], ids=["experts", "quantized", "neurons"])
 @pytest.mark.parametrize("side", ["start", "end"])
 def test_nothing_is_read_or_written_outside_of_a_tensor(side, kernels):
     assert finished(process(GUARDED + kernels, side))[0] == "checked"

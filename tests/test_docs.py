@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import fusedonemoe
-from fusedonemoe import functional, ops, testing
+from fusedonemoe import export, functional, ops, testing
+from fusedonemoe.integrations import checkpoints, transformers
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -151,7 +152,10 @@ def entries() -> set[str]:
     return set(re.findall(r"^\.\. (?:auto\w+|py:data):: (\S+)", text, flags=re.MULTILINE))
 
 
-@pytest.mark.parametrize("module", [fusedonemoe, functional, testing, ops], ids=lambda module: module.__name__)
+MODULES = [fusedonemoe, export, functional, testing, ops, checkpoints, transformers]
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
 def test_every_public_name_has_an_entry(module):
     # The operators' package re-exports objects that stand under another name; a module has a page and no entry.
     described = [pkgutil.resolve_name(entry) for entry in sorted(entries())]

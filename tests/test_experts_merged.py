@@ -16,7 +16,7 @@ from fusedonemoe.ops import grouped, library, reference
 from fusedonemoe.testing import ROUTINGS, assert_within_budget, exact_float64, make_merged_inputs
 from tests.strategies import merged_inputs
 
-IMPLS = ("dense", "grouped")
+IMPLS = ("dense", "grouped", "portable")
 every_impl = pytest.mark.parametrize("impl", IMPLS)
 TENSORS = ("x", "weights", "proj")
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
@@ -333,7 +333,11 @@ def test_opcheck_backward(needs):
         ({"proj": torch.zeros(3, 4, 6)}, ValueError, r"^x must have shape \[..., 4\] to fit proj, got \(5, 6\)$"),
         ({"proj": torch.zeros(0, 6, 4)}, ValueError, "^proj must hold at least one expert, got E = 0$"),
         ({"proj": torch.zeros(3, 6, 4, device="meta")}, ValueError, r"^proj must be on the device of x \(cpu\), got meta$"),
-        ({"impl": "sparse"}, ValueError, r"^impl must be one of \('auto', 'dense', 'grouped', 'cpu', 'triton'\), got 'sparse'$"),
+        (
+            {"impl": "sparse"},
+            ValueError,
+            r"^impl must be one of \('auto', 'dense', 'grouped', 'cpu', 'triton', 'portable'\), got 'sparse'$",
+        ),
     ],
 )
 def test_bad_arguments_are_named(changes, error, message):

@@ -15,7 +15,7 @@ from fusedonemoe.ops import reference
 from fusedonemoe.testing import ROUTINGS, exact_float64, make_mlp_inputs
 from tests.strategies import activations, gate_up_layouts, mlp_inputs
 
-IMPLS = ("dense", "grouped")
+IMPLS = ("dense", "grouped", "portable")
 every_impl = pytest.mark.parametrize("impl", IMPLS)
 FORMS = [
     *((name, True, layout) for name, layout in itertools.product(reference.GATED_ACTIVATIONS, reference.GATE_UP_LAYOUTS)),

@@ -101,7 +101,7 @@ FLOATS = "float64, float32, bfloat16 or float16"
         (
             {"impl": "triton2"},
             ValueError,
-            r"^impl must be one of \('auto', 'dense', 'grouped', 'cpu', 'triton'\), got 'triton2'$",
+            r"^impl must be one of \('auto', 'dense', 'grouped', 'cpu', 'triton', 'portable'\), got 'triton2'$",
         ),
         ({"experts": long(T, K).to("meta")}, ValueError, r"^experts must be on the device of x \(cpu\), got meta$"),
         ({"weights": torch.zeros(T, K, device="meta")}, ValueError, r"^weights must be on the device of x \(cpu\), got meta$"),

@@ -11,7 +11,7 @@ from fusedonemoe import functional as F
 from fusedonemoe.ops import reference
 from fusedonemoe.testing import assert_within_budget, exact_float64, make_mlp_inputs
 
-IMPLS = ("dense", "grouped")
+IMPLS = ("dense", "grouped", "portable")
 LOW = (torch.float32, torch.bfloat16, torch.float16)
 ALPHA, LIMIT = 1.3, 0.8
 # Plain rounds z once, with its bias, and dw = <dy, y_e> once, from y_e. We round z again after adding the bias, and

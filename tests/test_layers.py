@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fusedonemoe import Experts, FusedOneMoE, MoE, MoEConfig, MoEOutput, RouterOutput, TopKRouter
+from fusedonemoe import Experts, FusedOneMoE, MoE, MoEConfig, MoEOutput, RouterOutput, TopKRouter, explain
 from fusedonemoe.ops import reference
 from fusedonemoe.testing import assert_within_budget, exact_float64
 
@@ -35,8 +35,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen2": {"shared_intermediate_size": 5, "shared_gate": True, "norm_topk_prob": False},
     "every_expert": {"top_k": None, "scoring": "sigmoid", "norm_topk_prob": False},
     "save_half": {"save_percent": 50},
+    "lfm2": {"scoring": "sigmoid", "selection_bias": True, "norm_eps": 0.3},
+    "nemotron_h": GROUPS | {"gated": False, "activation": "relu2", "shared_intermediate_size": 5},
+    "megablocks": {"gated": False, "activation": "gelu", "norm_topk_prob": False, "output_bias": True},
+    "minimax_m3": {
+        "scoring": "sigmoid",
+        "activation": "swiglu_oai",
+        "swiglu_limit": 0.5,
+        "shared_intermediate_size": 5,
+        "output_bias": True,
+    },
+    "privacy_filter": {"activation": "swiglu_oai", "bias": True, "transposed": True, "swiglu_limit": 0.5},
 }
-IMPLS = ("auto", "dense", "grouped")
+IMPLS = ("auto", "dense", "grouped", "portable")
 MODULES: dict[str, Any] = {
     "moe": lambda **kw: MoE(**SIZES, bias=True, selection_bias=True, shared_intermediate_size=5, shared_gate=True, **kw),
     "fused_one_moe": lambda **kw: FusedOneMoE(8, 6, 5, is_sparse=True, topk=2, bias=True, **kw),
@@ -51,6 +62,8 @@ def make_moe(*, dtype=torch.float64, seed=0, **fields):
     with torch.no_grad():
         if moe.gate.e_score_correction_bias is not None:
             moe.gate.e_score_correction_bias.normal_(std=0.1)
+        if moe.output_bias is not None:
+            moe.output_bias.normal_()
         moe.gate.weight.mul_(3)  # logits of order one, so that experts' weights differ
     return moe
 
@@ -69,6 +82,7 @@ def oracle_router(gate, x_TD):
         n_group=gate.n_group,
         topk_group=gate.topk_group,
         group_score=gate.group_score,
+        norm_eps=gate.norm_eps,
     )
     return logits, weights, experts
 
@@ -76,6 +90,8 @@ def oracle_router(gate, x_TD):
 def oracle_experts(layer, x_TD, experts, weights):
     config, name = layer.config, "gate_up_proj" if layer.config.gated else "up_proj"
     up, down, up_bias, down_bias = (getattr(layer, n) for n in (name, "down_proj", f"{name}_bias", "down_proj_bias"))
+    if config.transposed:
+        up, down = up.mT, down.mT
     return reference.experts_mlp(
         x_TD,
         experts,
@@ -97,11 +113,18 @@ def oracle_moe(moe, x):
     logits, weights, experts = oracle_router(moe.gate, x_TD)
     y = oracle_experts(moe.experts, x_TD, experts, weights)
     if moe.shared_expert is not None:
-        gate, up, down = exact_float64(*(getattr(moe.shared_expert, f"{n}_proj").weight for n in ("gate", "up", "down")))
-        shared = reference.activate("silu", x_TD @ gate.T, x_TD @ up.T) @ down.T
+        config, branch = moe.config, moe.shared_expert
+        up, down = exact_float64(branch.up_proj.weight, branch.down_proj.weight)
+        gate = x_TD @ exact_float64(branch.gate_proj.weight).T if config.gated else None
+        value = x_TD @ up.T
+        first, second = (value, None) if gate is None else (gate, value)
+        limits = {"alpha": config.swiglu_alpha, "limit": config.swiglu_limit}
+        shared = reference.activate(config.activation, first, second, **limits) @ down.T
         if moe.shared_expert_gate is not None:
             shared = shared / (1 + np.exp(-(x_TD @ exact_float64(moe.shared_expert_gate.weight).T)))
         y = y + shared
+    if moe.output_bias is not None:
+        y = y + exact_float64(moe.output_bias)
     return y, logits, weights, experts
 
 
@@ -165,6 +188,54 @@ def test_strided_input_gives_the_same_bits(impl):
     moe = make_moe(impl=impl)
     x = torch.randn(8, 5, 2, dtype=torch.float64).transpose(0, 2)
     assert torch.equal(moe(x), moe(x.contiguous()))
+
+
+@pytest.mark.parametrize("variant", ["nemotron_h", "megablocks", "minimax_m3", "privacy_filter", "lfm2"])
+def test_variant_compiles_into_one_graph_and_runs_under_autocast(variant):
+    moe = make_moe(dtype=torch.float32, **VARIANTS[variant])
+    x = torch.randn(11, 8)
+    torch._dynamo.reset()
+    compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), moe(x))
+    expected = torch.autograd.grad(moe(x).square().sum(), list(moe.parameters()))
+    actual = torch.autograd.grad(compiled(x).square().sum(), list(moe.parameters()))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        lower = moe(x)
+    assert lower.dtype == torch.bfloat16
+    torch.testing.assert_close(lower.float(), moe(x), rtol=0.1, atol=0.1 * float(moe(x).detach().abs().max()))
+
+
+@pytest.mark.parametrize("impl", ["dense", "grouped"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_transposed_weights_are_other_storage_of_the_same_block(gated, impl):
+    moe = make_moe(impl=impl, gated=gated)
+    other = MoE(moe.config.replace(transposed=True), dtype=torch.float64)
+    name = "experts.gate_up_proj" if gated else "experts.up_proj"
+    state = moe.state_dict()
+    other.load_state_dict(state | {k: state[k].mT.contiguous() for k in (name, "experts.down_proj")})
+    x = torch.randn(11, 8, dtype=torch.float64)
+    torch.testing.assert_close(other(x), moe(x), rtol=1e-12, atol=1e-12)
+    for module in (moe, other):
+        module(x).square().sum().backward()
+    for key in (name, "experts.down_proj"):
+        ours, theirs = other.get_parameter(key), moe.get_parameter(key)
+        assert ours.is_contiguous() and ours.grad is not None and theirs.grad is not None
+        torch.testing.assert_close(ours.grad, theirs.grad.mT, rtol=1e-10, atol=1e-10)
+
+
+def test_transposed_weights_are_never_packed_and_explain_says_what_runs():
+    moe = MoE(hidden_size=32, intermediate_size=32, num_experts=4, top_k=2, transposed=True)
+    with pytest.raises(ValueError, match="transposed weights cannot be packed"):
+        moe.prepack()
+    chosen = explain(moe, tokens=5).impl
+    assert chosen != "cpu" and chosen == explain(moe.config, tokens=5).impl
+    forced = MoE(moe.config.replace(impl=chosen))
+    forced.load_state_dict(moe.state_dict())
+    x = torch.randn(5, 32)
+    assert torch.equal(forced(x), moe(x))
+    with pytest.raises(ValueError, match="contiguous"):
+        MoE(moe.config.replace(impl="cpu"))(x)
 
 
 def test_return_routing_fields():

@@ -20,12 +20,12 @@ PACKAGE_ROOTS = {"fusedonemoe": ROOT / "fusedonemoe", "fusedonemoe.ops": ROOT / 
 # A module imports from its own floor and from those below.
 FLOORS = [
     ["ops.reference", "ops.plan", "ops.activation", "ops.route", "ops.product_keys"],
-    ["ops.dense", "ops.grouped", "ops.neurons", "ops.cpu", "ops.cuda", "ops.triton"],
+    ["ops.dense", "ops.grouped", "ops.lora", "ops.neurons", "ops.quantized", "ops.cpu", "ops.cuda", "ops.triton", "ops.portable"],
     ["ops.library", "ops.shortcut", "ops.choice", "ops"],
     ["checks", "linear"],
-    ["functional", "config"],
-    ["balance", "usage", "routers", "layers", "fine_grained"],
-    ["compat", "integrations", "explanation", "tuning", "bench", "report", "demo", "doctor", "testing", "__main__", ""],
+    ["functional", "config", "hf"],
+    ["balance", "usage", "routers", "layers", "lora", "shared_expert", "fine_grained", "quantized", "quantization"],
+    ["compat", "integrations", "explanation", "export", "tuning", "bench", "report", "demo", "doctor", "testing", "__main__", ""],
 ]
 FLOOR_OF = {f"fusedonemoe.{name}".rstrip("."): floor for floor, names in enumerate(FLOORS) for name in names}
 KERNEL_PACKAGES = [f"fusedonemoe.{name}" for name in FLOORS[1]]

@@ -13,7 +13,7 @@ from fusedonemoe.ops import library, product_keys
 from fusedonemoe.ops.reference import product_keys as reference
 from fusedonemoe.testing import assert_within_budget, exact_float64, make_logits
 
-IMPLS = ("auto", "dense")
+IMPLS = ("auto", "dense", "portable")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [(1, 1), (2, 1), (2, 4), (3, 2), (3, 9), (5, 7), (10, 1), (10, 16), (7, 49), (40, 30)]  # G, K
 every_impl = pytest.mark.parametrize("impl", IMPLS)
@@ -281,7 +281,7 @@ def test_an_exported_graph_keeps_to_operators_of_torch_and_the_routing():
         ({"top_k": 10}, ValueError, r"^top_k must be from 1 to 9, the pairs of 3 keys, got 10$"),
         ({"top_k": 2.0}, TypeError, r"^top_k must be an integer, got 2.0$"),
         ({"top_k": True}, TypeError, r"^top_k must be an integer, got True$"),
-        ({"impl": "cpu"}, ValueError, r"^impl must be one of \('auto', 'dense'\), got 'cpu'$"),
+        ({"impl": "cpu"}, ValueError, r"^impl must be one of \('auto', 'dense', 'portable'\), got 'cpu'$"),
     ],
 )
 def test_bad_arguments_are_named(changes, error, message):

@@ -77,3 +77,42 @@ def test_the_page_about_cpus_shows_the_committed_result(mode):
         assert f"{package} {CPU['versions'][package].partition('+')[0]}" in page
     assert f"{CPU['threads']} threads" in page and CPU["date"][:10] in page and CPU["cpu"] in page
     assert not [row for cell in CPU["cells"] for row in cell["rows"] if row["failed"]]
+
+
+def result_of(suite):
+    """A result that is committed with the page that shows it."""
+    file = ROOT / "docs" / "results" / f"{suite}.json"
+    if not file.exists():
+        pytest.skip(f"no docs/results/{suite}.json yet")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def expected_fine_grained_rows(result):
+    """A Markdown row per cell: who is how many times slower than ours, ours in multiples of the floor, and extra memory."""
+    for cell in result["cells"]:
+        rows = {row["peer"]: row for row in cell["rows"]}
+        ours, peer = rows["fusedonemoe"], rows[cell["yardstick"]]
+        memory = [f"{row['peak_bytes'] / 1e6:.1f}" if row["peak_bytes"] is not None else "" for row in (ours, peer)]
+        figures = [f"{ours['times_faster']:.1f}", f"{ours['seconds'] / cell['floor_seconds']:.2f}", *memory]
+        yield f"| {cell['label']} | {cell['dtype']} | {cell['mode']} | " + " | ".join(figures) + " |"
+
+
+def expected_dial_rows(result):
+    """A Markdown row per line: bytes held, in multiples of those at 0 % too, and the backward as a share of that at 100 %."""
+    for cell in result["cells"]:
+        least = next(row["held_bytes"] for row in cell["rows"] if row["save_percent"] == 0)
+        for row in cell["rows"]:
+            figures = [f"{row['held_bytes'] / 1e6:.2f}", f"{row['held_bytes'] / least:.2f}", f"{row['relative']:.2f}"]
+            yield f"| {row['peer']} | {cell['dtype']} | " + " | ".join(figures) + " |"
+
+
+@pytest.mark.parametrize(
+    ("suite", "page", "expected"),
+    [("fine-grained", "fine-grained-performance", expected_fine_grained_rows), ("dial", "memory", expected_dial_rows)],
+)
+def test_the_other_pages_show_the_committed_result(suite, page, expected):
+    result = result_of(suite)
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    assert [row for row in expected(result) if row not in text] == []
+    assert f"torch {result['versions']['torch'].partition('+')[0]}" in text
+    assert f"{result['threads']} threads" in text and result["date"][:10] in text and result["cpu"] in text

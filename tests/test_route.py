@@ -15,7 +15,7 @@ from fusedonemoe import functional as F
 from fusedonemoe.ops import library, reference
 from fusedonemoe.testing import assert_within_budget, exact_float64, make_logits
 
-IMPLS = ("auto", "dense")
+IMPLS = ("auto", "dense", "portable")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BIAS = [0.3, -0.2, 0.05, 0.0, -0.4, 0.25, 0.1, -0.1, 0.0, 0.15, -0.3, 0.2]
 
@@ -33,15 +33,17 @@ SELECTIONS: dict[str, dict[str, Any]] = {
     "groups": {"top_k": 3, "n_group": 4, "topk_group": 2},
     "groups_by_max": {"top_k": 3, "n_group": 4, "topk_group": 2, "group_score": "max"},
     "groups_of_one": {"top_k": 2, "n_group": 12, "topk_group": 5},
+    "eps": {"top_k": 3, "norm_eps": 0.3},  # of a size that shows; only sigmoids take one
     "groups_and_bias": {"top_k": 4, "n_group": 3, "topk_group": 2, "selection_bias": BIAS, "routed_scaling_factor": 0.5},
 }
 
 
 def parametrize_options(*selections):
+    cases = [(s, name) for s in SCORES for name in selections if name != "eps" or s["scoring"] == "sigmoid"]
     return pytest.mark.parametrize(
         "options",
-        [{**score, **SELECTIONS[name]} for score in SCORES for name in selections],
-        ids=["-".join(map(str, score.values())) + "-" + name for score in SCORES for name in selections],
+        [{**score, **SELECTIONS[name]} for score, name in cases],
+        ids=["-".join(map(str, score.values())) + "-" + name for score, name in cases],
     )
 
 
@@ -77,7 +79,9 @@ def test_values_and_gradient_equal_the_oracle(options, impl):
     assert_close(dlogits, torch.from_numpy(exact), rtol=1e-10, atol=1e-13)
 
 
-def plain_route(logits, top_k, scoring, score_first, norm_topk_prob, routed_scaling_factor=1.0, selection_bias=None, **groups):
+def plain_route(
+    logits, top_k, scoring, score_first, norm_topk_prob, routed_scaling_factor=1.0, selection_bias=None, norm_eps=0.0, **groups
+):
     """The formula in PyTorch, arithmetic in float32; the logits are far enough apart that no order is in doubt."""
 
     def score(values):
@@ -95,7 +99,7 @@ def plain_route(logits, top_k, scoring, score_first, norm_topk_prob, routed_scal
     picked = torch.arange(12).expand(len(wide), 12) if top_k is None else keys.topk(top_k).indices
     weights = score(wide).gather(1, picked) if score_first else score(wide.gather(1, picked))
     if norm_topk_prob:
-        weights = weights / weights.sum(-1, keepdim=True)
+        weights = weights / (weights.sum(-1, keepdim=True) + norm_eps)
     return weights * routed_scaling_factor
 
 
@@ -302,14 +306,14 @@ def test_the_selection_bias_has_no_gradient():
 @pytest.mark.parametrize("op", ["route", "route_dense"])
 def test_opcheck(op, requires_grad):
     logits = make_logits(3, 6, requires_grad=requires_grad)
-    arguments = (logits, torch.zeros(6), 2, "softmax", True, False, 2.5, 2, 1, "top2_sum", library.BUILD)
+    arguments = (logits, torch.zeros(6), 2, "softmax", True, False, 2.5, 2, 1, "top2_sum", 1e-20, library.BUILD)
     torch.library.opcheck(getattr(torch.ops.fusedonemoe, op).default, arguments)
 
 
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
 def test_opcheck_backward(scoring):
     logits = make_logits(3, 6)
-    rule = (2, scoring, True, scoring == "sigmoid", 2.5, 1, 1, "max")
+    rule = (2, scoring, True, scoring == "sigmoid", 2.5, 1, 1, "max", 1e-6)
     _, experts = torch.ops.fusedonemoe.route(logits, None, *rule, library.BUILD)
     op = torch.ops.fusedonemoe.route_backward.default
     torch.library.opcheck(op, (torch.randn(3, 2), logits, experts, *rule, library.BUILD))
@@ -327,7 +331,10 @@ def test_opcheck_backward(scoring):
         ({"logits": torch.zeros(3, 0)}, ValueError, r"^logits must have shape \[..., E\] with E >= 1, got \(3, 0\)$"),
         ({"scoring": "tanh"}, ValueError, r"^scoring must be one of \('softmax', 'sigmoid'\), got 'tanh'$"),
         ({"group_score": "mean"}, ValueError, r"^group_score must be one of \('top2_sum', 'max'\), got 'mean'$"),
-        ({"impl": "grouped"}, ValueError, r"^impl must be one of \('auto', 'dense'\), got 'grouped'$"),
+        ({"norm_eps": "1e-6"}, TypeError, r"^norm_eps must be a number, got '1e-6'$"),
+        ({"scoring": "sigmoid", "norm_eps": 0.0}, ValueError, r"^norm_eps must be positive and finite, got 0.0$"),
+        ({"norm_eps": 1e-6}, ValueError, r"^norm_eps is for scoring 'sigmoid', a softmax is divided without one, got 1e-06$"),
+        ({"impl": "grouped"}, ValueError, r"^impl must be one of \('auto', 'dense', 'portable'\), got 'grouped'$"),
         ({"n_group": 4}, ValueError, r"^n_group must divide the number of experts \(6\), got 4$"),
         ({"n_group": 0}, ValueError, r"^n_group must divide the number of experts \(6\), got 0$"),
         ({"n_group": 2, "topk_group": 3}, ValueError, r"^topk_group must be from 1 to n_group \(2\), got 3$"),

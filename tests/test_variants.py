@@ -322,7 +322,7 @@ def test_autocast_leaves_routing_in_float32():
             ValueError,
             r"^selection_bias must be on the device of logits \(cpu\), got meta$",
         ),
-        ("shared", {"impl": "grouped"}, ValueError, r"^impl must be one of \('auto', 'dense'\), got 'grouped'$"),
+        ("shared", {"impl": "grouped"}, ValueError, r"^impl must be one of \('auto', 'dense', 'portable'\), got 'grouped'$"),
         ("topk", {"top_k": 7}, ValueError, r"^top_k must be from 1 to 6, .* got 7$"),
         ("topk", {"top_k": None}, TypeError, r"^top_k must be an integer, got None$"),
         ("topk", {"logits": [1.0]}, TypeError, r"^logits must be a torch.Tensor, got list$"),

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from fusedonemoe.bench.peers import BUDGET, relative_error
-from fusedonemoe.bench.steps import ExpertGradients, Step
-from fusedonemoe.bench.workloads import BlockInputs, Cell, Inputs, MergedInputs
+from fusedonemoe.bench.steps import ExpertGradients, Named, Step
+from fusedonemoe.bench.workloads import BlockInputs, Cell, Inputs, KeyInputs, MergedInputs, NeuronInputs
+from fusedonemoe.ops import neurons
+from fusedonemoe.ops.neurons import NeuronNeeds, ValueNeeds
 
 OUTPUT = "outputs"
 # With one column, the rounding of a single token's gradient would be divided by a product that may be close to zero.
@@ -48,15 +50,44 @@ class ExactStep:
     random_FC: Tensor
 
 
-Exact = Tensor | ExactStep
+Exact = Tensor | ExactStep | Named
 
 
 def exact_answer(cell: Cell, inputs: Inputs) -> Exact:
     """The answer for the first input, from the weights as rounded to the cell's dtype."""
+    if isinstance(inputs, NeuronInputs):
+        return _exact_neurons(cell, inputs)
+    if isinstance(inputs, KeyInputs):
+        a, b = (half.double().gather(1, ids) for half, ids in zip(inputs.xs[0].unbind(1), _keys(cell, inputs), strict=True))
+        return {OUTPUT: (a + b).softmax(1), "experts": inputs.experts[0]}
     if cell.mode == "training":
         assert isinstance(inputs, BlockInputs)
         return exact_step(cell, inputs)
     return exact_output(cell, inputs)
+
+
+def _keys(cell: Cell, inputs: KeyInputs) -> tuple[Tensor, Tensor]:
+    keys = round(cell.E**0.5)
+    return inputs.experts[0] // keys, inputs.experts[0] % keys
+
+
+def _exact_neurons(cell: Cell, inputs: NeuronInputs) -> Named:
+    """By the formulation in float64, which the tests hold to the oracle."""
+    x, weights, dy = (stack[0].double() for stack in (inputs.xs, inputs.weights, inputs.dys))
+    experts, down, up = inputs.experts[0], inputs.down_table.double(), inputs.up_table.double()
+    names: tuple[str, ...] = ("weights", "up_table")
+    gradients: tuple[Tensor, ...] = ()
+    if cell.operator == "values":
+        y = neurons.experts_values(experts, weights, up)
+        if cell.mode == "training":
+            gradients = neurons.experts_values_backward(dy, experts, weights, up, ValueNeeds(True, True))
+    else:
+        names = ("x", "weights", "down_table", "up_table")
+        y, s = neurons.experts_neurons(x, experts, weights, down, up, "silu")
+        if cell.mode == "training":
+            needs = NeuronNeeds(True, True, True, True)
+            gradients = neurons.experts_neurons_backward(dy, s, x, experts, weights, down, up, "silu", needs)
+    return {OUTPUT: y} | {f"gradients of {name}": gradient for name, gradient in zip(names, gradients, strict=False)}
 
 
 def _experts_in_float64(*stacks: Tensor) -> Callable[[int], list[Tensor]]:
@@ -73,6 +104,7 @@ def exact_output(cell: Cell, inputs: Inputs) -> Tensor:
         weights_of = _experts_in_float64(inputs.proj)
         y = x_TD.new_zeros(cell.T, cell.F)
     else:
+        assert isinstance(inputs, BlockInputs)
         weights_TK = (x_TD @ inputs.router.double().t()).gather(1, experts_TK).softmax(1)
         weights_of = _experts_in_float64(inputs.gate_up_proj, inputs.down_proj)
         y = x_TD.new_zeros(cell.T, cell.D)
@@ -134,12 +166,18 @@ def _product(gradients: ExpertGradients, random: Tensor, exact: Tensor) -> Tenso
     return torch.stack([torch.zeros(exact.shape[1:]) if g is None else g.float() @ random for g in gradients])
 
 
-def errors_of(answer: Tensor | Step, exact: Exact) -> dict[str, float]:
-    """How far off an answer is: ``||v - v64|| / ||v64||`` of every tensor in it."""
+def errors_of(answer: Tensor | Step | Named, exact: Exact) -> dict[str, float]:
+    """How far off an answer is: ``||v - v64|| / ||v64||`` of every tensor in it; ids are equal, or infinitely far off."""
+    if isinstance(exact, dict):
+        given = answer if isinstance(answer, dict) else {}
+        return {name: _error(given[name], tensor) if name in given else float("inf") for name, tensor in exact.items()}
     if isinstance(exact, Tensor):
         return {OUTPUT: relative_error(answer, exact) if isinstance(answer, Tensor) else float("inf")}
-    if isinstance(answer, Tensor):
-        return {OUTPUT: relative_error(answer, exact.output), "gradients": float("inf")}
+    if not isinstance(answer, Step):
+        return {
+            OUTPUT: relative_error(answer, exact.output) if isinstance(answer, Tensor) else float("inf"),
+            "gradients": float("inf"),
+        }
     pairs = {
         OUTPUT: (answer.output, exact.output),
         "gradients of x": (answer.x, exact.x),
@@ -148,6 +186,12 @@ def errors_of(answer: Tensor | Step, exact: Exact) -> dict[str, float]:
         "gradients of down_proj": (_product(answer.down_proj, exact.random_FC, exact.down_proj), exact.down_proj),
     }
     return {name: relative_error(*pair) for name, pair in pairs.items()}
+
+
+def _error(actual: Tensor, exact: Tensor) -> float:
+    if exact.dtype.is_floating_point:
+        return relative_error(actual, exact)
+    return 0.0 if torch.equal(actual, exact) else float("inf")
 
 
 def disagreements(errors: dict[str, float], dtype: torch.dtype) -> list[str]:

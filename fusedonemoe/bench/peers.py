@@ -236,16 +236,24 @@ PEERS: dict[str, tuple[Peer, ...]] = {
 PLAIN = "torch grouped_mm"
 TORCH_ROUTER = "torch softmax, topk"
 # Whose time each row's "times faster" is relative to; experts alone and routers alone are cells of the suite for GPUs.
-YARDSTICK = {"block": TRANSFORMERS, "merged": "original einsum", "experts": PLAIN, "router": TORCH_ROUTER}
+GATHER = "torch gather"
+ALL_PAIRS = "torch topk of all sums"
+YARDSTICK = {
+    "block": TRANSFORMERS,
+    "merged": "original einsum",
+    "experts": PLAIN,
+    "router": TORCH_ROUTER,
+    "neurons": GATHER,
+    "values": GATHER,
+    "keys": ALL_PAIRS,
+}
 # Likewise of the suite for the tables of the reference systems: what those compare themselves with.
 YARDSTICK |= {
     "original": "original einsum",
     "topk": "softmax, sort, gather",
     "mlp": "per-expert loop",
     "moekernel": "NumPy, per expert",
-    "product-keys": "torch, all pairs",
-    "neurons": "torch gather",
-    "values": "torch gather",
+    "product-keys": ALL_PAIRS,
 }
 
 _BOTH = ("forward", "training")

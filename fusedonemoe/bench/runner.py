@@ -24,8 +24,10 @@ ROUNDS = 5
 # Of timed calls per peer, over all rounds; a call that takes longer than its share of it is still timed once a round.
 SECONDS_PER_PEER = 0.4
 MOST_CALLS_PER_ROUND = 20
-# A call this long needs no untimed one before it, and a peer's memory is not metered: that would be a call more.
+# A call this long needs no untimed one before it.
 LONG_SECONDS = 0.5
+# Where a peer's first call takes this long, its memory is not metered: that would be a call more.
+METERED_SECONDS = 2.0
 # The worker threads of the peer before spin for a while after their last task.
 PAUSE_SECONDS = 0.06
 # Peers that keep copies of the weights are built in groups that fit into this share of the machine's memory. The rest is for
@@ -116,7 +118,7 @@ def _checked(peer: Peer, cell: Cell, inputs: Inputs, exact: Exact) -> tuple[Row,
         if unwritten:
             note = f"leaves the gradients of up to {unwritten} unused experts unwritten"
             row = replace(row, note=note, comparable=False)
-        if peer.metered and (peer.is_ours or seconds < LONG_SECONDS):
+        if peer.metered and (peer.is_ours or seconds < METERED_SECONDS):
             row = replace(row, peak_bytes=peak_extra_bytes(partial(_tensors_of, call)))
         return row, call
     except UnavailableError as reason:
@@ -127,6 +129,8 @@ def _checked(peer: Peer, cell: Cell, inputs: Inputs, exact: Exact) -> tuple[Row,
 
 def _tensors_of(call: Call) -> list[Tensor]:
     answer = call(0)
+    if isinstance(answer, dict):
+        return list(answer.values())
     return answer.tensors() if isinstance(answer, Step) else [answer]
 
 

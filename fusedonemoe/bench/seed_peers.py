@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedonemoe import functional as F
-from fusedonemoe.bench.peers import OURS, UnavailableError, is_ours
+from fusedonemoe.bench.peers import ALL_PAIRS, GATHER, OURS, UnavailableError, is_ours
 from fusedonemoe.bench.seed_cells import SeedCell
 from fusedonemoe.bench.seed_inputs import ACTIVATIONS
 
@@ -317,13 +317,13 @@ LINE_UP: dict[str, tuple[SeedPeer, ...]] = {
     ),
     "product-keys": (
         SeedPeer(OURS, _our_product_keys),
-        SeedPeer("torch, all pairs", _all_pairs),
+        SeedPeer(ALL_PAIRS, _all_pairs),
         SeedPeer("torch, best of each half", _best_of_each_half),
     ),
-    "neurons": (SeedPeer(OURS, _our_neurons), SeedPeer("torch gather", _gathered_neurons)),
+    "neurons": (SeedPeer(OURS, _our_neurons), SeedPeer(GATHER, _gathered_neurons)),
     "values": (
         SeedPeer(OURS, _our_values),
-        SeedPeer("torch gather", _gathered_values),
+        SeedPeer(GATHER, _gathered_values),
         SeedPeer("torch embedding_bag", partial(_bag)),
     ),
 }

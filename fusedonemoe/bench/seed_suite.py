@@ -155,7 +155,7 @@ def run_cell(
         del exact
         between = ceilings.sampler(cell.dtype)
         times, granted = time_interleaved(
-            calls,  # type: ignore[arg-type]
+            calls,
             rounds=rounds,
             seconds=seconds,
             real_time=real_time,

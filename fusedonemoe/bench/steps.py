@@ -42,7 +42,9 @@ class Step(NamedTuple):
         return isinstance(self.gate_up_proj, Tensor) and isinstance(self.down_proj, Tensor)
 
 
-Call = Callable[[int], Tensor | Step]
+# What every tensor is called, of an answer that is no block's; "outputs" among them.
+Named = dict[str, Tensor]
+Call = Callable[[int], Tensor | Step | Named]
 
 
 class Weights(NamedTuple):

@@ -9,7 +9,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from fusedonemoe.testing import make_merged_inputs, make_mlp_inputs
+from fusedonemoe.testing import make_experts, make_merged_inputs, make_mlp_inputs
 
 DTYPES = (torch.float32, torch.bfloat16)
 # How a cell's process lets torch allocate, as settings of its environment. The CPU allocator keeps nothing between calls, so
@@ -20,6 +20,8 @@ ALLOCATORS: dict[str, dict[str, str]] = {"default": {}, "huge pages": {"THP_MEM_
 # unselected token they may rightly pick different experts, and whole blocks could not be compared.
 LEAST_GAP = 2.0
 CANDIDATES_PER_TOKEN = 8
+# How many rows of tables an expert is, by operator; those of product keys are not the router's.
+ROWS_OF_TABLES = {"keys": 0, "neurons": 2, "values": 1}
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,9 @@ class Cell:
     """One line of the benchmark: an operator at a shape.
 
     Attributes:
-        operator: ``"block"``, router and SwiGLU experts; or ``"merged"``, the merged up-projection of the original.
+        operator: ``"block"``, router and SwiGLU experts; ``"merged"``, the merged up-projection of the original; ``"neurons"``
+            and ``"values"``, experts of one neuron and of none; or ``"keys"``, the product-key router, whose two lists of
+            logits have ``G`` keys each: ``E = G * G``, and no ``D``. The last three have no ``F``.
         T: tokens.
         D: hidden size.
         F: intermediate size.
@@ -76,6 +80,8 @@ class Cell:
     @property
     def parameters(self) -> int:
         """All weights that a call may read."""
+        if self.operator in ROWS_OF_TABLES:
+            return ROWS_OF_TABLES[self.operator] * self.E * self.D
         if self.operator == "merged":
             return self.E * self.D * self.F
         return self.E * (3 * self.D * self.F + self.D)
@@ -83,6 +89,8 @@ class Cell:
     @property
     def active_parameters(self) -> int:
         """The weights that one token is multiplied with."""
+        if self.operator in ROWS_OF_TABLES:
+            return ROWS_OF_TABLES[self.operator] * self.K * self.D
         if self.operator == "merged":
             return self.K * self.D * self.F
         return self.K * 3 * self.D * self.F + self.E * self.D
@@ -109,6 +117,9 @@ _SHAPES = {
     "odd-33": (33, 520, 200, 12, 3),
     "odd-77": (77, 1000, 333, 60, 6),
 }
+# T, D, E, K of FlashMoE's two published sizes, with fewer tokens and columns.
+_FINE_GRAINED = ((1024, 256, 16384, 64), (128, 256, 102400, 512))
+KEYS = 128
 _USES = (("forward", "default"), *(("training", allocator) for allocator in ALLOCATORS))
 
 SUITES: dict[str, tuple[Cell, ...]] = {
@@ -119,6 +130,15 @@ SUITES: dict[str, tuple[Cell, ...]] = {
     "cpu": tuple(
         Cell("block", T, D, F, E, K, dtype, mode=mode, label=label, allocator=allocator)
         for (label, (T, D, F, E, K)), dtype, (mode, allocator) in product(_SHAPES.items(), DTYPES, _USES)
+    ),
+    "fine-grained": (
+        Cell("keys", 4096, 0, 0, KEYS * KEYS, 16, torch.float32, label="keys"),
+        *(
+            Cell(operator, T, D, 0, E, K, dtype, mode=mode, label=f"{operator}-{E}")
+            for operator, (T, D, E, K), dtype, mode in product(
+                ("neurons", "values"), _FINE_GRAINED, DTYPES, ("forward", "training")
+            )
+        ),
     ),
 }
 # Suites whose cells run in a process each.
@@ -163,7 +183,41 @@ class MergedInputs:
     proj: Tensor
 
 
-Inputs = BlockInputs | MergedInputs
+@dataclass(frozen=True)
+class NeuronInputs:
+    """Inputs of single-neuron experts, or of value memory, ``Cell.rotation`` of them over one pair of tables.
+
+    Attributes:
+        xs: ``[T, D]`` each.
+        experts: ``[T, K]`` ids each.
+        weights: ``[T, K]`` float32 each.
+        down_table: ``[E, D]``; of value memory, empty.
+        up_table: ``[E, D]``.
+        dys: ``[T, D]`` each, the gradients of the outputs.
+    """
+
+    xs: tuple[Tensor, ...]
+    experts: tuple[Tensor, ...]
+    weights: tuple[Tensor, ...]
+    down_table: Tensor
+    up_table: Tensor
+    dys: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class KeyInputs:
+    """Inputs of the product-key router.
+
+    Attributes:
+        xs: logits ``[T, 2, G]`` each.
+        experts: the best pairs, ``[T, K]`` ids each, best first.
+    """
+
+    xs: tuple[Tensor, ...]
+    experts: tuple[Tensor, ...]
+
+
+Inputs = BlockInputs | MergedInputs | NeuronInputs | KeyInputs
 
 
 def make_inputs(cell: Cell) -> Inputs:
@@ -179,6 +233,10 @@ def make_inputs(cell: Cell) -> Inputs:
         return MergedInputs(
             tuple(d.x for d in draws), tuple(d.experts for d in draws), tuple(d.weights for d in draws), first.proj
         )
+    if cell.operator in ("neurons", "values"):
+        return _neuron_inputs(cell)
+    if cell.operator == "keys":
+        return _key_inputs(cell)
     mlp = make_mlp_inputs(*sizes, dtype=cell.dtype)
     xs, experts, router = unambiguous_tokens(cell)
     generator = torch.Generator().manual_seed(8)
@@ -211,14 +269,48 @@ def unambiguous_tokens(cell: Cell) -> tuple[tuple[Tensor, ...], tuple[Tensor, ..
     return tuple(x.contiguous() for x in xs), tuple(e.contiguous() for e in experts), router_ED
 
 
+def _neuron_inputs(cell: Cell) -> NeuronInputs:
+    draw = torch.Generator().manual_seed(7)
+
+    def normal(rows: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(rows, cell.D, generator=draw) * scale).to(cell.dtype)
+
+    rotation = range(cell.rotation)
+    return NeuronInputs(
+        tuple(normal(cell.T) for _ in rotation),
+        tuple(make_experts(cell.T, cell.E, cell.K, routing="distinct", seed=seed) for seed in rotation),
+        tuple(torch.rand(cell.T, cell.K, generator=draw) for _ in rotation),
+        normal(cell.E if cell.operator == "neurons" else 0, cell.D**-0.5),
+        normal(cell.E),
+        tuple(normal(cell.T) for _ in rotation),
+    )
+
+
+def _key_inputs(cell: Cell) -> KeyInputs:
+    """Logits whose best K + 1 sums are further apart than they round in float32: who adds them otherwise picks the same."""
+    draw = torch.Generator().manual_seed(7)
+    tokens, found = cell.rotation * cell.T, 0
+    xs: list[Tensor] = []
+    experts: list[Tensor] = []
+    while found < tokens:
+        x = torch.randn(512, 2, round(cell.E**0.5), generator=draw)
+        best = (x[:, 0, :, None].double() + x[:, 1, None, :].double()).flatten(1).topk(min(cell.K + 1, cell.E))
+        clear = (best.values.diff() < -1e-5).all(1)
+        xs.append(x[clear])
+        experts.append(best.indices[clear, : cell.K])
+        found += int(clear.sum())
+    return KeyInputs(*(torch.cat(parts)[:tokens].split(cell.T) for parts in (xs, experts)))
+
+
 @dataclass(frozen=True)
 class LeastWork:
     """What a cell cannot do without.
 
     Attributes:
         flops: operations of the matrix products over the routed rows; a gradient has two products for each of the forward.
-        touched_bytes: forward, the weights of the experts hit, read once, and the input and output; training, those weights
-            read twice, the gradient of every weight of every expert written once, and the input and both its gradients.
+        touched_bytes: forward, the weights of the experts hit, read once, the input and output, and a routing that is an input;
+            training, those weights read twice, the gradient of every weight of every expert written once, and the input and
+            both its gradients.
     """
 
     flops: int
@@ -237,6 +329,15 @@ def least_work(cell: Cell, *, experts_hit: int) -> LeastWork:
         # The routing is an input here: an int64 id and a float32 weight for each row.
         moved = experts_hit * D * F + T * D + T * F
         return LeastWork(flops=2 * N * D * F, touched_bytes=moved * cell.dtype.itemsize + N * (8 + 4))
+    if cell.operator == "keys":  # both lists of logits in, an int64 id and a float32 weight for each pair out
+        return LeastWork(flops=0, touched_bytes=T * 2 * round(E**0.5) * cell.dtype.itemsize + N * (8 + 4))
+    if cell.operator in ("neurons", "values"):
+        tables = 2 if cell.operator == "neurons" else 1
+        rows = tables * experts_hit + tables * T  # of x and y; value memory has no x
+        if cell.mode == "training":
+            rows += tables * (experts_hit + E) + tables * T  # of dy and dx
+        moved = rows * D * cell.dtype.itemsize + N * (8 + 4)
+        return LeastWork(flops=2 * tables * N * D * (3 if cell.mode == "training" else 1), touched_bytes=moved)
     flops = 6 * N * D * F + 2 * T * D * E
     read = experts_hit * 3 * D * F + E * D
     if cell.mode == "training":

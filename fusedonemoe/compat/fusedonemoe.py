@@ -42,7 +42,7 @@ class FusedOneMoE(_FusedOneMoE):
         bias: ``b_up`` and ``b_down``.
         device: of the parameters.
         dtype: of the parameters.
-        impl: ``auto``, ``dense``, ``grouped``, ``cpu`` or ``triton``.
+        impl: ``auto``, ``dense``, ``grouped``, ``cpu``, ``triton`` or ``portable``.
 
     Shape:
         ``[..., D]`` to ``[..., D]``.

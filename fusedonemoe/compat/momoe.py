@@ -19,6 +19,7 @@ from fusedonemoe.balance import update_selection_bias
 from fusedonemoe.checks import check_count, check_float, check_same_device, check_save_percent, check_shape, check_tensor
 from fusedonemoe.compat.arguments import check_finite, check_last, router_logits
 from fusedonemoe.linear import uniform_by_fan_in
+from fusedonemoe.routers import routing_impl
 
 
 def _home(
@@ -180,6 +181,7 @@ class TopKRouter(nn.Module):
         num_chosen_experts: ``K``, shared ones included.
         num_shared_experts: ``Ks``.
         Wg_DN: ``[D, N]``, copied into the parameter; None draws it.
+        impl: as in :func:`fusedonemoe.functional.route`.
         device: of the parameter; by default that of ``Wg_DN``, or a GPU, or the CPU.
         dtype: of the parameter; by default that of ``Wg_DN``, or bfloat16.
 
@@ -205,6 +207,7 @@ class TopKRouter(nn.Module):
         num_shared_experts: int,
         Wg_DN: Tensor | None = None,
         *,
+        impl: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -214,6 +217,7 @@ class TopKRouter(nn.Module):
         if Wg_DN is not None:
             check_float("Wg_DN", Wg_DN)
         self.D, self.N, self.K, self.Ks = embedding_dim, num_experts, num_chosen_experts, num_shared_experts
+        self.impl = impl
         self.Wg_DN = _parameter("Wg_DN", Wg_DN, (self.D, self.N), self.D, _home(Wg_DN, device, dtype))
 
     def forward(self, x_BSD: Tensor, biases_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -240,7 +244,7 @@ class TopKRouter(nn.Module):
         check_shape("biases_N", biases_N, (self.N,))
         check_same_device("biases_N", biases_N, "x_BSD", x_BSD.device)
         logits_MN = router_logits(x_BSD.reshape(-1, self.D), self.Wg_DN)
-        return F.route_with_shared(logits_MN, self.K, self.Ks, selection_bias=biases_N)
+        return F.route_with_shared(logits_MN, self.K, self.Ks, selection_bias=biases_N, impl=self.impl)
 
     def extra_repr(self) -> str:
         """The sizes, for ``print(module)``."""
@@ -306,7 +310,8 @@ class MoE(nn.Module):
         self.bias_update_rate = bias_update_rate
         home = {"device": device, "dtype": dtype}
         sizes = (num_experts, num_chosen_experts)
-        self.router = TopKRouter(embedding_dim, *sizes, num_shared_experts, Wg_DN, **home)  # type: ignore[arg-type]
+        router_form = {"impl": routing_impl(impl), **home}
+        self.router = TopKRouter(embedding_dim, *sizes, num_shared_experts, Wg_DN, **router_form)  # type: ignore[arg-type]
         self.momoe = MoMoE(embedding_dim, intermediate_dim, *sizes, save_percent, Wl1_ND2H, Wl2_NHD, impl=impl, **home)  # type: ignore[arg-type]
         self.D, self.H, self.N, self.K, self.Ks = embedding_dim, intermediate_dim, *sizes, num_shared_experts
         self.save_percent = save_percent

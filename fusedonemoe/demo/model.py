@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fusedonemoe.demo.parallel import ALONE, Processes
 from fusedonemoe.demo.settings import Settings
 from fusedonemoe.demo.text import VOCABULARY
 from fusedonemoe.layers import MoE
@@ -109,14 +110,16 @@ class Block(nn.Module):
     Args:
         settings: the sizes.
         use_experts: a mixture of experts, or the dense baseline.
+        processes: that share each batch, over which experts are balanced.
     """
 
-    def __init__(self, settings: Settings, *, use_experts: bool) -> None:
+    def __init__(self, settings: Settings, *, use_experts: bool, processes: Processes = ALONE) -> None:
         super().__init__()
         D, F = settings.hidden_size, settings.intermediate_size
         self.attention_norm = nn.RMSNorm(D)
         self.attention = Attention(D, settings.num_heads, settings.window)
         self.mlp_norm = nn.RMSNorm(D)
+        self.processes = processes
         self.mlp: MoE | DenseMLP
         if use_experts:
             self.mlp = MoE(hidden_size=D, intermediate_size=F, num_experts=settings.num_experts, top_k=settings.top_k)
@@ -129,6 +132,7 @@ class Block(nn.Module):
         normed_BSD = self.mlp_norm(x_BSD)
         if isinstance(self.mlp, MoE):
             y_BSD, logits, _, _, tokens_per_expert = self.mlp(normed_BSD, return_routing=True)
+            tokens_per_expert = self.processes.sum(tokens_per_expert)
             return x_BSD + y_BSD, balance_loss(logits, tokens_per_expert), tokens_per_expert
         return x_BSD + self.mlp(normed_BSD), x_BSD.new_zeros(()), x_BSD.new_zeros(0, dtype=torch.int64)
 
@@ -139,13 +143,16 @@ class ByteTransformer(nn.Module):
     Args:
         settings: the sizes.
         use_experts: mixtures of experts, or the dense baseline with as many active parameters.
+        processes: that share each batch.
     """
 
-    def __init__(self, settings: Settings, *, use_experts: bool) -> None:
+    def __init__(self, settings: Settings, *, use_experts: bool, processes: Processes = ALONE) -> None:
         super().__init__()
         self.window = settings.window
         self.embedding = nn.Embedding(VOCABULARY, settings.hidden_size)
-        self.blocks = nn.ModuleList(Block(settings, use_experts=use_experts) for _ in range(settings.num_layers))
+        self.blocks = nn.ModuleList(
+            Block(settings, use_experts=use_experts, processes=processes) for _ in range(settings.num_layers)
+        )
         self.norm = nn.RMSNorm(settings.hidden_size)
         self.head = nn.Linear(settings.hidden_size, VOCABULARY, bias=False)
         nn.init.normal_(self.embedding.weight, std=1 / math.sqrt(settings.hidden_size))

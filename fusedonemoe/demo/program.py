@@ -8,12 +8,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
 from fusedonemoe.demo import picture, terminal
-from fusedonemoe.demo.model import ByteTransformer, count_parameters
+from fusedonemoe.demo.model import ByteTransformer, ParameterCount, count_parameters
+from fusedonemoe.demo.parallel import Processes, joined
 from fusedonemoe.demo.settings import FULL, QUICK, Settings
 from fusedonemoe.demo.text import load_corpus, training_batches
 from fusedonemoe.demo.throughput import PEERS, Measurement, compare
@@ -56,10 +58,13 @@ def _machine(device: torch.device) -> str:
     return f"{name}, Python {platform.python_version()}, torch {torch.__version__}"
 
 
-def _build_trainer(name: str, settings: Settings, *, seed: int, device: torch.device, compiled: bool) -> Trainer:
+def _build_trainer(
+    name: str, settings: Settings, *, seed: int, device: torch.device, compiled: bool, processes: Processes
+) -> tuple[Trainer, ParameterCount]:
     torch.manual_seed(seed)
-    model = ByteTransformer(settings, use_experts=name == MOE).to(device)
-    return Trainer(name, model, settings, compiled=compiled)
+    model = ByteTransformer(settings, use_experts=name == MOE, processes=processes).to(device)
+    count = count_parameters(model)  # while it is whole
+    return Trainer(name, model, settings, compiled=compiled, processes=processes), count
 
 
 def _compare_throughput(
@@ -82,6 +87,11 @@ def _compare_throughput(
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo; see :func:`fusedonemoe.demo.run`."""
+    with joined() as processes:
+        return _run(args, processes)
+
+
+def _run(args: argparse.Namespace, processes: Processes) -> int:
     try:
         device = _device(args.device)
         corpus = load_corpus()
@@ -93,15 +103,19 @@ def run(args: argparse.Namespace) -> int:
     settings = QUICK if args.quick else FULL
     if args.steps:
         settings = dataclasses.replace(settings, steps=args.steps, validations=min(settings.validations, args.steps))
+    if settings.batch % processes.world:
+        print(f"The demo cannot run here: {processes.world} processes do not divide a batch of {settings.batch}", file=sys.stderr)
+        return 2
     compiled = not args.no_compile
-    console = Console()
+    console = Console(quiet=processes.rank > 0)
     watch = Stopwatch()
 
-    moe, dense = trainers = [
-        _build_trainer(name, settings, seed=args.seed, device=device, compiled=compiled) for name in (MOE, DENSE)
-    ]
-    parameters = {trainer.name: count_parameters(trainer.model) for trainer in trainers}
-    terminal.show_header(console, settings, corpus, parameters, machine=_machine(device))
+    options: dict[str, Any] = {"seed": args.seed, "device": device, "compiled": compiled, "processes": processes}
+    built = [_build_trainer(name, settings, **options) for name in (MOE, DENSE)]
+    moe, dense = trainers = [trainer for trainer, _ in built]
+    parameters = {trainer.name: count for trainer, count in built}
+    machine = _machine(device) + (f", {processes.world} processes with a part of the experts each" if processes.world > 1 else "")
+    terminal.show_header(console, settings, corpus, parameters, machine=machine)
 
     shape = {"batch": settings.batch, "window": settings.window}
     with watch.measure("compiling both models" if compiled else "warm-up"):
@@ -116,6 +130,8 @@ def run(args: argparse.Namespace) -> int:
     with watch.measure("sample"), terminal.working(console, "Writing ..."):
         continuation = moe.model.generate(PROMPT, settings.sample_bytes, temperature=TEMPERATURE, seed=args.seed)
     terminal.show_sample(console, PROMPT, continuation, name=f"{MOE} model")
+    if processes.rank > 0:  # one layer is timed, and one picture drawn, in the first process
+        return 0
 
     with watch.measure("timing one layer"):
         measurements = _compare_throughput(console, settings, seed=args.seed, device=device, compiled=compiled)

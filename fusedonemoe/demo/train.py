@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedonemoe.demo.model import ByteTransformer, Loss
+from fusedonemoe.demo.parallel import ALONE, Processes
 from fusedonemoe.demo.settings import Settings
 from fusedonemoe.demo.text import Corpus, training_batches, validation_batches
 
@@ -68,25 +69,30 @@ class Trainer:
         model: on its device.
         settings: the sizes.
         compiled: whether to train through ``torch.compile(fullgraph=True)``.
+        processes: that take part, each with a part of every batch, and from here on of the experts.
     """
 
-    def __init__(self, name: str, model: ByteTransformer, settings: Settings, *, compiled: bool) -> None:
+    def __init__(
+        self, name: str, model: ByteTransformer, settings: Settings, *, compiled: bool, processes: Processes = ALONE
+    ) -> None:
         self.name = name
         self.model = model
         self.history = History()
         self._settings = settings
+        self._processes = processes
+        parameters = processes.share(model)
         self._forward: Callable[[Tensor, Tensor], Loss] = model
         if compiled:
             self._forward = torch.compile(model, fullgraph=True, dynamic=False)
         self._optimizer = torch.optim.AdamW(
-            model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+            parameters, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True
         )
 
     def _backward(self, batch: Batch) -> float:
         """Accumulate the gradients of a batch; its cross-entropy in nats."""
-        loss = self._forward(*batch)
+        loss = self._forward(*map(self._processes.part, batch))
         (loss.cross_entropy + self._settings.balance_weight * loss.balance).backward()
-        return float(loss.cross_entropy.detach())
+        return float(self._processes.mean(loss.cross_entropy))
 
     def warm_up(self, batch: Batch) -> None:
         """Compile, without learning anything."""
@@ -99,7 +105,7 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate_at(len(self.history.train), self._settings)
         cross_entropy = self._backward(batch)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self._processes.clip_gradients(self.model, 1.0)
         self._optimizer.step()
         self._optimizer.zero_grad()
         self.history.seconds += time.perf_counter() - start
@@ -111,8 +117,8 @@ class Trainer:
         counts: list[Tensor] = []
         for batch in batches:
             # With gradients on although none is wanted: a second graph without them would have to be compiled first.
-            loss = self._forward(*batch)
-            total += float(loss.cross_entropy.detach())
+            loss = self._forward(*map(self._processes.part, batch))
+            total += float(self._processes.mean(loss.cross_entropy))
             counts.append(loss.tokens_per_expert)
         self.history.val.append((len(self.history.train), total / len(batches) * BITS_PER_NAT))
         self.history.tokens_per_expert = torch.stack(counts).sum(0).cpu()

@@ -1,9 +1,14 @@
 """What the public functions share between validation and the operator."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from fusedonemoe.checks import check_one_of
 from fusedonemoe.ops import choose, library
+from fusedonemoe.ops.choice import exporting_to_onnx, no_onnx_form
 
 
 def records_gradients(*tensors: Tensor | None) -> bool:
@@ -30,6 +35,30 @@ def choose_impl(operator: str, impl: str, x: Tensor, experts: Tensor, widths: tu
         widths=widths,
         portable=torch.compiler.is_exporting(),
     ).impl
+
+
+def choose_routing(impl: str) -> str:
+    """``auto``, ``dense`` or ``portable``: which routing runs; while ONNX is exported, ``portable`` for ``auto``."""
+    check_one_of("impl", impl, ("auto", "dense", "portable"))
+    if not exporting_to_onnx():
+        return impl
+    if impl == "dense":
+        raise ValueError(no_onnx_form(impl))
+    return "portable"
+
+
+def run_portable(compute: Callable[..., Tensor], arguments: Sequence[Any], casts: Sequence[int]) -> Tensor:
+    """``compute(*arguments)``; autocast casts the tensors at ``casts`` and then leaves it alone, as it does the operators."""
+    device_type = next(argument for argument in arguments if isinstance(argument, Tensor)).device.type
+    dtype = library.autocast_dtype(device_type)
+    if dtype is None:
+        return compute(*arguments)
+    cast = [
+        argument.to(dtype) if i in casts and isinstance(argument, Tensor) and argument.dtype != torch.float64 else argument
+        for i, argument in enumerate(arguments)
+    ]
+    with torch.autocast(device_type, enabled=False):
+        return compute(*cast)
 
 
 def as_rows(tensor: Tensor) -> Tensor:

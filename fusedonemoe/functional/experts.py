@@ -15,9 +15,10 @@ from fusedonemoe.checks import (
     check_save_percent,
     check_shape,
 )
-from fusedonemoe.functional.calls import as_rows, choose_impl, records_gradients, refuse_transforms, with_leading
+from fusedonemoe.functional.calls import as_rows, choose_impl, records_gradients, refuse_transforms, run_portable, with_leading
 from fusedonemoe.ops import PackedExperts, library
-from fusedonemoe.ops.activation import ACTIVATIONS, GATE_UP_LAYOUTS, PLAIN
+from fusedonemoe.ops.activation import ACTIVATIONS, GATE_UP_LAYOUTS, PLAIN, Activation
+from fusedonemoe.ops.portable import experts_merged_portable, experts_mlp_portable
 
 _ops = torch.ops.fusedonemoe
 
@@ -75,8 +76,9 @@ def experts_mlp(
             gradients are recorded, no graph is exported and autocast is off; otherwise the weights themselves are. The same
             bits.
         impl: ``"auto"``, ``"dense"`` (masked batched matmul, derivatives of every order), ``"grouped"`` (sorted rows),
-            ``"cpu"`` (kernels that are compiled on first use; contiguous weights, no float64) or ``"triton"`` (GPU kernels;
-            no float64).
+            ``"cpu"`` (kernels that are compiled on first use; contiguous weights, no float64), ``"triton"`` (GPU kernels;
+            no float64) or ``"portable"`` (for export: torch's own operators only; reads a number back where many rows are
+            routed).
 
     Returns:
         ``[..., D]`` in the dtype of x. Products accumulate in float32 for half precision; each written tensor is rounded
@@ -131,6 +133,8 @@ def experts_mlp(
     act = (activation, gate_up_layout if gated else PLAIN, float(swiglu_alpha), float(swiglu_limit))
     if chosen == "dense":
         y = _ops.experts_mlp_dense(*flat, *parameters, *act, library.BUILD)
+    elif chosen == "portable":
+        y = run_portable(experts_mlp_portable, (*flat, *parameters, Activation(*act)), casts=(0, 3, 4, 5, 6))
     else:
         refuse_transforms()
         recording = records_gradients(x, weights, *parameters)
@@ -158,7 +162,7 @@ def experts_merged(x: Tensor, experts: Tensor, weights: Tensor, proj: Tensor, *,
         experts: ``[..., K]`` ids of any integer dtype; ids outside ``[0, E)`` contribute zero.
         weights: ``[..., K]`` routing weights of any float dtype.
         proj: ``[E, D, F]``, dtype of x.
-        impl: ``"auto"``, ``"dense"``, ``"grouped"``, ``"cpu"`` or ``"triton"``.
+        impl: ``"auto"``, ``"dense"``, ``"grouped"``, ``"cpu"``, ``"triton"`` or ``"portable"``.
 
     Returns:
         ``[..., F]`` in the dtype of x.
@@ -187,6 +191,8 @@ def experts_merged(x: Tensor, experts: Tensor, weights: Tensor, proj: Tensor, *,
     flat = (as_rows(x), as_rows(experts), as_rows(weights), proj)
     if chosen == "dense":
         h = _ops.experts_merged_dense(*flat, library.BUILD)
+    elif chosen == "portable":
+        h = run_portable(experts_merged_portable, flat, casts=(0, 3))
     else:
         refuse_transforms()
         h = library.experts_merged(*flat, library.BUILD, chosen)[0]

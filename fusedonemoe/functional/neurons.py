@@ -16,10 +16,11 @@ from fusedonemoe.checks import (
     check_same_device,
     check_shape,
 )
-from fusedonemoe.functional.calls import as_rows, compute_dtype, refuse_transforms
+from fusedonemoe.functional.calls import as_rows, compute_dtype, refuse_transforms, run_portable
 from fusedonemoe.ops import library
 from fusedonemoe.ops.activation import ACTIVATIONS
-from fusedonemoe.ops.choice import IMPLEMENTATIONS, refusal
+from fusedonemoe.ops.choice import IMPLEMENTATIONS, exporting_to_onnx, no_onnx_form, refusal
+from fusedonemoe.ops.portable import experts_neurons_portable, experts_values_portable
 
 _ops = torch.ops.fusedonemoe
 _PLAIN_ACTIVATIONS = tuple(name for name in ACTIVATIONS if name != "swiglu_oai")
@@ -39,6 +40,10 @@ def _choose(impl: str, device_type: str, dtype: torch.dtype, *tables: Tensor) ->
     def reason(name: str) -> str | None:
         return refusal(name, device_type=device_type, dtype=dtype, widths=(), contiguous=contiguous)
 
+    if exporting_to_onnx():
+        if impl not in ("auto", "portable"):
+            raise ValueError(no_onnx_form(impl))
+        return "portable"
     if impl == "auto":
         compiled = "cpu" if device_type == "cpu" else "triton"
         # What is compiled for this machine has no place in an exported graph.
@@ -73,7 +78,8 @@ def experts_neurons(
         activation: ``silu``, ``gelu`` (erf), ``gelu_tanh``, ``relu``, ``relu2``, ``sigmoid`` or ``identity``.
         impl: ``"auto"``, ``"dense"`` (all E experts for every token: derivatives of every order, for small E), ``"grouped"``
             (PyTorch's bags of embeddings; widens tables of half precision), ``"cpu"`` (kernels that are compiled on first
-            use; contiguous tables, no float64) or ``"triton"`` (GPU kernels; no float64).
+            use; contiguous tables, no float64), ``"triton"`` (GPU kernels; no float64) or ``"portable"`` (for export: gathers
+            the routed rows).
 
     Returns:
         ``[..., D]`` in the dtype of x. Dot products and sums are accumulated in float32 for half precision and rounded once,
@@ -107,6 +113,8 @@ def experts_neurons(
     flat = (as_rows(x), as_rows(experts), as_rows(weights), down_table, up_table, activation)
     if chosen == "dense":
         y = _ops.experts_neurons_dense(*flat, library.BUILD)
+    elif chosen == "portable":
+        y = run_portable(experts_neurons_portable, flat, casts=(0, 3, 4))
     else:
         refuse_transforms()
         y = library.experts_neurons(*flat, library.BUILD, chosen)[0]
@@ -153,6 +161,8 @@ def experts_values(experts: Tensor, weights: Tensor, table: Tensor, *, impl: str
     flat = (as_rows(experts), as_rows(weights), table)
     if chosen == "dense":
         y = _ops.experts_values_dense(*flat, library.BUILD)
+    elif chosen == "portable":
+        y = run_portable(experts_values_portable, flat, casts=(2,))
     else:
         refuse_transforms()
         y = library.experts_values(*flat, library.BUILD, chosen)

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from fusedonemoe.checks import check_float, check_integer, check_one_of
-from fusedonemoe.functional.calls import refuse_transforms
+from fusedonemoe.checks import check_float, check_integer
+from fusedonemoe.functional.calls import choose_routing, refuse_transforms
 from fusedonemoe.ops import library
+from fusedonemoe.ops.product_keys import route_product_key as _route_portably
 
 
 def route_product_key(
@@ -26,7 +27,8 @@ def route_product_key(
         logits: ``[..., 2, G]`` float64, float32, bfloat16 or float16: ``a`` and ``b``. Any ``G``. Minus infinity masks a key.
         top_k: ``K``, from 1 to ``G * G``; experts per token, best first.
         norm_topk_prob: whether a token's weights sum to 1.
-        impl: ``"auto"``, or ``"dense"`` for a composite with derivatives of every order, for ``torch.func``.
+        impl: ``"auto"``, ``"dense"`` for a composite with derivatives of every order, for ``torch.func``, or ``"portable"``
+            for export, without an operator of this library.
 
     Returns:
         ``weights`` ``[..., K]`` float32 (float64 for float64 logits) and ``experts`` ``[..., K]`` int64.
@@ -51,14 +53,18 @@ def route_product_key(
     check_float("logits", logits)
     if logits.dim() < 2 or logits.shape[-2] != 2 or logits.shape[-1] < 1:
         raise ValueError(f"logits must have shape [..., 2, G] with G >= 1, got {tuple(logits.shape)}")
-    check_one_of("impl", impl, ("auto", "dense"))
+    impl = choose_routing(impl)
     check_integer("top_k", top_k)
     G = int(logits.shape[-1])  # the candidates are listed in Python: the number of keys is no symbol of a compiled graph
     if not 1 <= top_k <= G * G:
         raise ValueError(f"top_k must be from 1 to {G * G}, the pairs of {G} keys, got {top_k}")
-    if impl != "dense":
-        refuse_transforms()
-    op = torch.ops.fusedonemoe.route_product_key_dense if impl == "dense" else library.route_product_key
-    weights, experts = op(logits.reshape(-1, 2, G), top_k, norm_topk_prob, library.BUILD)
+    pairs = logits.reshape(-1, 2, G)
+    if impl == "portable":
+        weights, experts = _route_portably(pairs, top_k, norm_topk_prob)
+    else:
+        if impl == "auto":
+            refuse_transforms()
+        op = torch.ops.fusedonemoe.route_product_key_dense if impl == "dense" else library.route_product_key
+        weights, experts = op(pairs, top_k, norm_topk_prob, library.BUILD)
     leading = logits.shape[:-2]
     return weights.reshape(*leading, top_k), experts.reshape(*leading, top_k)

@@ -8,14 +8,16 @@ from fusedonemoe.checks import (
     check_ids,
     check_integer,
     check_logits,
+    check_norm_eps,
     check_one_of,
     check_selection_bias,
 )
-from fusedonemoe.functional.calls import as_rows, refuse_transforms, with_leading
+from fusedonemoe.functional.calls import as_rows, choose_routing, refuse_transforms, with_leading
 from fusedonemoe.ops import library
 from fusedonemoe.ops.plan import Plan, make_plan
 from fusedonemoe.ops.plan import tokens_per_expert as _count_tokens
-from fusedonemoe.ops.route import GROUP_SCORES, SCORINGS
+from fusedonemoe.ops.route import GROUP_SCORES, NORM_EPS, SCORINGS, RouteRule
+from fusedonemoe.ops.route import route as _route_portably
 
 
 def route(
@@ -30,13 +32,14 @@ def route(
     n_group: int = 1,
     topk_group: int = 1,
     group_score: str = "top2_sum",
+    norm_eps: float = NORM_EPS,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Turn router logits into the weights and ids of each token's experts.
 
     ``score_first``: ``s = scoring(l)``, pick ``TopK(s + b)``, ``w = s[picked]``. Otherwise: pick ``TopK(l + b)``,
-    ``w = scoring(l[picked])``. Then ``w / sum(w)`` if ``norm_topk_prob``, times ``routed_scaling_factor``. Equal keys go to
-    the lower id. The gradient is exact, the selection being a constant.
+    ``w = scoring(l[picked])``. Then ``w / (sum(w) + norm_eps)`` if ``norm_topk_prob``, times ``routed_scaling_factor``. Equal
+    keys go to the lower id. The gradient is exact, the selection being a constant.
 
     Args:
         logits: ``[..., E]`` float64, float32, bfloat16 or float16.
@@ -49,7 +52,9 @@ def route(
         n_group: experts stand in this many contiguous groups of equal size.
         topk_group: only experts of the best ``topk_group`` groups can be picked.
         group_score: a group's value: ``"top2_sum"`` of its keys (DeepSeek-V3) or ``"max"`` (DeepSeek-V2).
-        impl: ``"auto"``, or ``"dense"`` for a composite with derivatives of every order, for ``torch.func``.
+        norm_eps: keeps the division of sigmoids from zero (LFM2 has 1e-6); a softmax has a sum without it.
+        impl: ``"auto"``, ``"dense"`` for a composite with derivatives of every order, for ``torch.func``, or ``"portable"``
+            for export, without an operator of this library.
 
     Returns:
         ``weights`` ``[..., K]`` float32 (float64 for float64 logits) and ``experts`` ``[..., K]`` int64.
@@ -74,7 +79,7 @@ def route(
     E = logits.shape[-1]
     check_one_of("scoring", scoring, SCORINGS)
     check_one_of("group_score", group_score, GROUP_SCORES)
-    check_one_of("impl", impl, ("auto", "dense"))
+    impl = choose_routing(impl)
     check_integer("n_group", n_group)
     check_integer("topk_group", topk_group)
     if top_k is not None:
@@ -85,27 +90,21 @@ def route(
         raise ValueError(f"topk_group must be from 1 to n_group ({n_group}), got {topk_group}")
     if top_k is None and (n_group > 1 or selection_bias is not None):
         raise ValueError("top_k=None selects every expert: n_group must be 1 and selection_bias None")
+    check_norm_eps(norm_eps, scoring)
     selectable = E // n_group * topk_group
     if top_k is not None and not 1 <= top_k <= selectable:
         raise ValueError(f"top_k must be from 1 to {selectable}, the experts that can be picked, got {top_k}")
     if selection_bias is not None:
         check_selection_bias(selection_bias, logits)
-    if impl != "dense":
-        refuse_transforms()
-    op = torch.ops.fusedonemoe.route_dense if impl == "dense" else library.route
-    weights, experts = op(
-        as_rows(logits),
-        selection_bias,
-        top_k or 0,
-        scoring,
-        score_first,
-        norm_topk_prob,
-        float(routed_scaling_factor),
-        n_group,
-        topk_group,
-        group_score,
-        library.BUILD,
-    )
+    factor = float(routed_scaling_factor)
+    rule = RouteRule(top_k or 0, scoring, score_first, norm_topk_prob, factor, n_group, topk_group, group_score, float(norm_eps))
+    if impl == "portable":
+        weights, experts = _route_portably(as_rows(logits), selection_bias, rule)
+    else:
+        if impl == "auto":
+            refuse_transforms()
+        op = torch.ops.fusedonemoe.route_dense if impl == "dense" else library.route
+        weights, experts = op(as_rows(logits), selection_bias, *rule, library.BUILD)
     return with_leading(weights, logits), with_leading(experts, logits)
 
 

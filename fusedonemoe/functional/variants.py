@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedonemoe.checks import check_count, check_integer, check_logits, check_number, check_one_of, check_selection_bias
+from fusedonemoe.checks import check_count, check_integer, check_logits, check_number, check_selection_bias
+from fusedonemoe.functional.calls import choose_routing
 from fusedonemoe.functional.routing import route
 from fusedonemoe.linear import in_routing_dtype
 
@@ -134,7 +135,7 @@ def route_with_shared(
         tensor([[0.5000, 0.5000, 0.5000, 0.5000]])
     """
     check_logits(logits)
-    check_one_of("impl", impl, ("auto", "dense"))
+    choose_routing(impl)  # says what is wrong with it where no expert is routed
     E, S = logits.shape[-1], num_shared_experts
     check_count("top_k", top_k, 1, E, "the number of experts")
     check_count("num_shared_experts", S, 0, top_k, "top_k")

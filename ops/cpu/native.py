@@ -1,5 +1,6 @@
 """The CPU kernels as functions of tensors: argument blocks, output buffers, and when they apply."""
 
+import contextlib
 import ctypes
 import math
 import struct
@@ -80,6 +81,12 @@ def pool_peak() -> int:
         return 0
     peak.restype = ctypes.c_int64
     return int(peak())
+
+
+def trim() -> None:
+    """Give the pool's idle memory back to the system."""
+    with contextlib.suppress(build.Unavailable):
+        build.load().fusedonemoe_trim()
 
 
 def _addresses(*tensors: Tensor | None) -> list[int]:

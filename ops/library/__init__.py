@@ -4,7 +4,7 @@
 them all.
 """
 
-from fusedonemoe.ops.library import counting, opaque
+from fusedonemoe.ops.library import counting, lora, opaque
 from fusedonemoe.ops.library.merged import experts_merged, experts_merged_backward
 from fusedonemoe.ops.library.mlp import experts_mlp, experts_mlp_backward, experts_mlp_packed, pack
 from fusedonemoe.ops.library.neurons import (
@@ -14,6 +14,7 @@ from fusedonemoe.ops.library.neurons import (
     experts_values_backward,
 )
 from fusedonemoe.ops.library.product_keys import route_product_key, route_product_key_backward
+from fusedonemoe.ops.library.quantized import experts_mlp_quantized, experts_mlp_quantized_backward
 from fusedonemoe.ops.library.registration import BUILD, NAMESPACE, autocast_dtype
 from fusedonemoe.ops.library.routing import route, route_backward
 
@@ -27,10 +28,13 @@ __all__ = [
     "experts_mlp",
     "experts_mlp_backward",
     "experts_mlp_packed",
+    "experts_mlp_quantized",
+    "experts_mlp_quantized_backward",
     "experts_neurons",
     "experts_neurons_backward",
     "experts_values",
     "experts_values_backward",
+    "lora",
     "opaque",
     "pack",
     "route",

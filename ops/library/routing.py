@@ -32,9 +32,10 @@ def _route_body(opaque: bool) -> Callable[..., tuple[Tensor, Tensor]]:
         n_group: int,
         topk_group: int,
         group_score: str,
+        norm_eps: float,
         build: int,
     ) -> tuple[Tensor, Tensor]:
-        rule = RouteRule(top_k, scoring, score_first, norm_topk_prob, scale, n_group, topk_group, group_score)
+        rule = RouteRule(top_k, scoring, score_first, norm_topk_prob, scale, n_group, topk_group, group_score, norm_eps)
         if opaque and (kernels := _gpu_routing(logits, n_group)):
             return kernels.route(logits, selection_bias, rule)
         return routing.route(logits, selection_bias, rule, opaque)
@@ -57,9 +58,10 @@ def _route_backward(
     n_group: int,
     topk_group: int,
     group_score: str,
+    norm_eps: float,
     build: int,
 ) -> Tensor:
-    rule = RouteRule(top_k, scoring, score_first, norm_topk_prob, scale, n_group, topk_group, group_score)
+    rule = RouteRule(top_k, scoring, score_first, norm_topk_prob, scale, n_group, topk_group, group_score, norm_eps)
     kernels = _gpu_routing(logits, n_group) or routing
     return kernels.route_backward(dweights, logits, experts, rule)
 

@@ -58,11 +58,12 @@ def route(
     n_group: int = 1,
     topk_group: int = 1,
     group_score: str = "top2_sum",
+    norm_eps: float = 1e-20,
 ) -> tuple[FloatArray, IntArray]:
     """Chooses the experts of every token and their weights.
 
     ``score_first``: ``s = score(l)``, ``picked = TopK(s + b)``, ``p = s[picked]``; otherwise
-    ``picked = TopK(l + b)``, ``p = score(l[picked])``. Then ``w = factor * p / (sum(p) + 1e-20)``, the division
+    ``picked = TopK(l + b)``, ``p = score(l[picked])``. Then ``w = factor * p / (sum(p) + norm_eps)``, the division
     only with ``norm_topk_prob``. The bias b decides who is picked and never enters a weight.
 
     Args:
@@ -76,6 +77,7 @@ def route(
         n_group: Contiguous groups of E / n_group experts each.
         topk_group: Groups that stay eligible.
         group_score: A group's value: "top2_sum", the sum of its best two keys (one when it has one), or "max".
+        norm_eps: Added to the sum that divides.
 
     Returns:
         weights ``[T, K]`` and experts ``[T, K]``, in descending order of the key, ties to the lower id.
@@ -97,7 +99,7 @@ def route(
         else:
             weights_K = _score(logits_TE[t, picked], scoring)
         if norm_topk_prob:
-            weights_K = weights_K / (weights_K.sum() + 1e-20)
+            weights_K = weights_K / (weights_K.sum() + norm_eps)
         weights_TK[t] = weights_K * routed_scaling_factor
         experts_TK[t] = picked
     return weights_TK, experts_TK
@@ -116,10 +118,11 @@ def route_backward(
     n_group: int = 1,
     topk_group: int = 1,
     group_score: str = "top2_sum",
+    norm_eps: float = 1e-20,
 ) -> FloatArray:
     """Gradient of ``sum(dweights * weights)`` with respect to the logits, the selection held constant.
 
-    With ``S = sum(p) + 1e-20``: ``dp_j = (dw_j - sum_i dw_i p_i / S) / S`` when normalised. A softmax over all E
+    With ``S = sum(p) + norm_eps``: ``dp_j = (dw_j - sum_i dw_i p_i / S) / S`` when normalised. A softmax over all E
     gives every logit a gradient through its denominator; one over the picked logits gives the others none.
 
     Args:
@@ -145,7 +148,7 @@ def route_backward(
         p_K = score_E[picked] if score_first else _score(logits_TE[t, picked], scoring)
         dp_K = dweights_TK[t] * routed_scaling_factor
         if norm_topk_prob:
-            total = p_K.sum() + 1e-20
+            total = p_K.sum() + norm_eps
             dp_K = (dp_K - (dp_K * p_K).sum() / total) / total
         if score_first:
             dscore_E = np.zeros_like(score_E)

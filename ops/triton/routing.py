@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from fusedonemoe.ops.route import NORM_EPS, RouteRule
+from fusedonemoe.ops.route import RouteRule
 from fusedonemoe.ops.triton.rules import INTERPRETED
 
 MAX_EXPERTS = 16384  # a row is held in registers; twice as many spill
@@ -26,7 +26,6 @@ MAX_SORTED = 2048
 LOWEST = tl.constexpr(-(2**31))  # of a lane that may no longer be picked
 MINUS_INFINITY = tl.constexpr(-0x7F800001)  # what in_order makes of it
 FAR = tl.constexpr(2**31 - 1)
-EPS = tl.constexpr(NORM_EPS)
 
 
 @triton.jit
@@ -112,6 +111,7 @@ def _route_kernel(
     SCORE_KEYS: tl.constexpr,
     OVER_ALL: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    EPS: tl.constexpr,
     SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     NUM_GROUPS: tl.constexpr,
@@ -199,6 +199,7 @@ def _route_backward_kernel(
     SIGMOID: tl.constexpr,
     OVER_ALL: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    EPS: tl.constexpr,
     SCALE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -298,6 +299,7 @@ def route(logits_TE: Tensor, selection_bias_E: Tensor | None, rule: RouteRule) -
         SCORE_KEYS=rule.score_first and (has_bias or rule.n_group > 1),
         OVER_ALL=_over_all(rule),
         NORMALIZE=rule.norm_topk_prob,
+        EPS=rule.norm_eps,
         SCALE=rule.scale,
         HAS_BIAS=has_bias,
         NUM_GROUPS=rule.n_group,
@@ -338,6 +340,7 @@ def route_backward(dweights_TK: Tensor, logits_TE: Tensor, experts_TK: Tensor, r
         SIGMOID=rule.scoring == "sigmoid",
         OVER_ALL=_over_all(rule),
         NORMALIZE=rule.norm_topk_prob,
+        EPS=rule.norm_eps,
         SCALE=rule.scale,
         BLOCK_T=BLOCK_T,
         BLOCK_E=BLOCK_E,

@@ -4,7 +4,10 @@
 #include "merged.h"
 #include "mlp_backward.h"
 #include "mlp_forward.h"
-#include "neurons.h"
+#include "neurons_backward.h"
+#include "neurons_forward.h"
+#include "quantized.h"
+#include "quantized_backward.h"
 #include "select.h"
 
 template <class Pass, class Args> static int run(const void* args) {
@@ -35,6 +38,8 @@ int ENTRY(merged_forward)(const void* args) { return run<MergedForwardPass<Mac>,
 int ENTRY(merged_backward)(const void* args) { return run<MergedBackwardPass<Mac>, MergedBackward>(args); }
 int ENTRY(neurons_forward)(const void* args) { return run<NeuronsForwardPass<Mac>, NeuronsForward>(args); }
 int ENTRY(neurons_backward)(const void* args) { return run<NeuronsBackwardPass<Mac>, NeuronsBackward>(args); }
+int ENTRY(quantized_forward)(const void* args) { return run<OfBits<Mac, QuantizedForwardPass, QuantizedForward>, QuantizedForward>(args); }
+int ENTRY(quantized_backward)(const void* args) { return run<OfBits<Mac, QuantizedBackwardPass, QuantizedBackward>, QuantizedBackward>(args); }
 int ENTRY(pack)(const void* args) { return run<PackingPass<Mac>, PackWeights>(args); }
 int ENTRY(elements_per_unit)() { return Mac::PER; }
 }

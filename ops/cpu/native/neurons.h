@@ -1,39 +1,27 @@
-// Experts of one neuron, and of none: y_t = sum_j act(x_t . down_e) w_tj up_e, and y_t = sum_j w_tj table_e.
+// What both directions of single-neuron experts (y_t = sum_j act(x_t . down_e) w_tj up_e) and of value memory (y_t = sum_j w_tj
+// table_e) do with a chunk of tokens.
 //
 // Every routed row reads whole rows of tables that may be larger than any cache. A thread takes a chunk of tokens and groups its
 // routed rows by blocks of experts whose table rows fit into a third cache together, in the order of tokens inside a block. In
 // this order it forms all dot products, then all sums: a table row comes from memory once a chunk, and from that cache for
-// whoever else needs it; what belongs to a token stays in the first cache or in registers for all its rows of a block. The blocks
-// depend on the tables alone, so an output's order of summation (blocks, then j) depends on no other token and on no number of
-// threads.
+// whoever else needs it; what belongs to a token stays in registers for all its rows of a block. What there is one number of for
+// a routed row stands at its place, t * K + j. The blocks depend on the tables alone, so an output's order of summation (blocks,
+// then j) depends on no other token and on no number of threads.
 //
-// Gradients of tables are sums over an expert's rows in the order of tokens, in registers, each row written by the one task
-// that owns its expert. The groups by blocks are those of the token pass; a task sorts its block by expert.
+// Sorted by expert, with a table row in registers and the tokens' rows in the second cache, it takes longer: 16-bit tables by a
+// quarter and more, for the float32 sums are then read and written for every routed row; tables of which a chunk needs hardly a
+// row twice by a fifth. Only where it needs every row several times, in float32, it was as fast.
 #pragma once
 #include "gradient.h"
 
-struct NeuronsForward {
-    const void *x, *down, *up;  // without x and down, the values: y = sum w up
-    const int64_t* experts;
-    const float* weights;
-    void* y;
-    float* s;  // null where not kept
-    int64_t tokens, top_k, num_experts, hidden, threads, activation;
-};
+#define INLINED __attribute__((always_inline))
 
-struct NeuronsBackward {
-    const void* dy;
-    const float* s;
-    const void *x, *down, *up;  // without s, x and down, the values
-    const int64_t* experts;
-    const float* weights;
-    void* dx;
-    float* dweights;
-    void *ddown, *dup;  // null where not needed
-    int64_t tokens, top_k, num_experts, hidden, threads, activation;
-};
+// Inlined before gcc looks for functions without effect: it takes one that only prefetches for such, and drops the calls.
+template <class T> static INLINE void prefetch_row(const T* row, int64_t width) {
+    for (size_t b = 0; b < width * sizeof(T); b += 64) __builtin_prefetch((const char*)row + b);
+}
 
-// The groups of experts. Measured from 4 KiB to 32 MiB: with small blocks what belongs to a token is read and written too often,
+// The groups of experts. Measured from 512 KiB to 32 MiB: with small blocks what belongs to a token is read and written too often,
 // and large ones do not stay in a third cache.
 struct ExpertBlocks {
     static constexpr size_t BYTES = size_t(4) << 20;
@@ -52,25 +40,25 @@ struct RoutedRow {
     uint32_t expert, place;
 };
 
-// The routed rows of some tokens in groups: begin[b] .. begin[b + 1] are those of block b. `missing` hears of every other.
+// The routed rows of some tokens in groups; returns how many there are. `missing` hears of every place without an expert. `next` has a
+// number for each block.
 template <class Missing>
-static inline void group_rows(const int64_t* ids, int64_t count, int64_t num_experts, const ExpertBlocks& blocks, RoutedRow* rows, uint32_t* begin,
-                              Missing missing) {
+static inline int64_t group_rows(const int64_t* ids, int64_t count, int64_t num_experts, const ExpertBlocks& blocks, RoutedRow* rows,
+                                 uint32_t* next, Missing missing) {
     auto known = [&](int64_t id) { return (uint64_t)id < (uint64_t)num_experts; };
-    std::fill(begin, begin + blocks.count + 1, 0);
+    std::fill(next, next + blocks.count, 0);
     for (int64_t n = 0; n < count; n++)
-        if (known(ids[n])) begin[ids[n] >> blocks.shift]++;
+        if (known(ids[n])) next[ids[n] >> blocks.shift]++;
         else missing(n);
     uint32_t sum = 0;
-    for (int64_t b = 0; b <= blocks.count; b++) {
-        const uint32_t here = begin[b];
-        begin[b] = sum;
+    for (int64_t b = 0; b < blocks.count; b++) {
+        const uint32_t here = next[b];
+        next[b] = sum;
         sum += here;
     }
     for (int64_t n = 0; n < count; n++)
-        if (known(ids[n])) rows[begin[ids[n] >> blocks.shift]++] = {(uint32_t)ids[n], (uint32_t)n};
-    for (int64_t b = blocks.count; b > 0; b--) begin[b] = begin[b - 1];  // each has become its own end
-    begin[0] = 0;
+        if (known(ids[n])) rows[next[ids[n] >> blocks.shift]++] = {(uint32_t)ids[n], (uint32_t)n};
+    return sum;
 }
 
 static INLINE float sum_of_lanes(vf v) {
@@ -85,37 +73,55 @@ static INLINE float sum_of_lanes(vf v) {
 #endif
 }
 
-// The elements that one step of a dot product takes, and the step.
+// A step of a dot product: WIDTH elements of each side.
 template <class T> struct DotStep {
     static constexpr int WIDTH = LANES;
-    static INLINE vf step(vf acc, const T* a, const T* b) { return acc + load_wide(a) * load_wide(b); }
+    using Some = vf;
+    static INLINE Some some(const T* p) { return load_wide(p); }
+    static INLINE vf step(vf acc, Some a, Some b) { return acc + a * b; }
 };
 #if defined(__AVX512BF16__)
 template <> struct DotStep<bf16> {
     static constexpr int WIDTH = 2 * LANES;
-    static INLINE vf step(vf acc, const bf16* a, const bf16* b) {
-        return (vf)_mm512_dpbf16_ps((__m512)acc, load<__m512bh>(a), load<__m512bh>(b));
-    }
+    using Some = __m512bh;
+    static INLINE Some some(const bf16* p) { return load<__m512bh>(p); }
+    static INLINE vf step(vf acc, Some a, Some b) { return (vf)_mm512_dpbf16_ps((__m512)acc, a, b); }
 };
 #endif
+constexpr int CHAINS = 4;  // of a dot product, in an order that is the same for every row
 
-// <a, b> in four chains, whose order is the same for every row.
 template <class T> static INLINE float dot_product(const T* a, const T* b, int64_t width) {
     using Step = DotStep<T>;
-    constexpr int W = Step::WIDTH, CHAINS = 4;
+    constexpr int W = Step::WIDTH;
     vf acc[CHAINS] = {};
     int64_t d = 0;
     for (; d + CHAINS * W <= width; d += CHAINS * W)
 #pragma GCC unroll 4
-        for (int c = 0; c < CHAINS; c++) acc[c] = Step::step(acc[c], a + d + c * W, b + d + c * W);
-    for (; d + W <= width; d += W) acc[0] = Step::step(acc[0], a + d, b + d);
+        for (int c = 0; c < CHAINS; c++) acc[c] = Step::step(acc[c], Step::some(a + d + c * W), Step::some(b + d + c * W));
+    for (; d + W <= width; d += W) acc[0] = Step::step(acc[0], Step::some(a + d), Step::some(b + d));
     if (d < width) {
         T some[2][W] = {};
         memcpy((void*)some[0], a + d, (width - d) * sizeof(T));
         memcpy((void*)some[1], b + d, (width - d) * sizeof(T));
-        acc[1] = Step::step(acc[1], some[0], some[1]);
+        acc[1] = Step::step(acc[1], Step::some(some[0]), Step::some(some[1]));
     }
     return sum_of_lanes((acc[0] + acc[1]) + (acc[2] + acc[3]));
+}
+
+// The same bits for every i < count, b in registers: its width is STEPS steps.
+template <class T, int STEPS, class Row, class Out> static INLINE void dot_products(Row a, const T* b, int64_t count, Out out) {
+    using Step = DotStep<T>;
+    constexpr int W = Step::WIDTH;
+    typename Step::Some held[STEPS];
+#pragma GCC unroll 16
+    for (int k = 0; k < STEPS; k++) held[k] = Step::some(b + k * W);
+    for (int64_t i = 0; i < count; i++) {
+        const T* row = a(i);
+        vf acc[CHAINS] = {};
+#pragma GCC unroll 16
+        for (int k = 0; k < STEPS; k++) acc[k % CHAINS] = Step::step(acc[k % CHAINS], Step::some(row + k * W), held[k]);
+        out(i) = sum_of_lanes((acc[0] + acc[1]) + (acc[2] + acc[3]));
+    }
 }
 
 // Two vectors of columns at once, 2 * LANES elements, of which a bfloat16 row gives the even and the odd ones: whole lines are
@@ -152,15 +158,10 @@ template <class T> static INLINE void store_some_of_two(TwoVectors v, T* p, int 
     memcpy((void*)p, some, count * sizeof(T));
 }
 
-// out[d ..] (+)= sum_r coefficient(r) * row(r)[d ..] over W times TWO columns, or over `part` of them where that is not 0.
-template <class T, int W, bool ONTO, class Row, class Coefficient, class Out>
-static INLINE void sum_columns(Row row, Coefficient coefficient, int64_t count, int64_t d, int part, Out* out, bool streamed) {
-    TwoVectors acc[W];
-#pragma GCC unroll 8
-    for (int w = 0; w < W; w++) {
-        if constexpr (ONTO) acc[w] = {load<vf>(out + d + w * TWO), load<vf>(out + d + w * TWO + LANES)};
-        else acc[w] = {vf{}, vf{}};
-    }
+// acc += sum_r coefficient(r) * row(r)[d ..] over W times TWO columns, or over `part` of them where that is not 0: each element one
+// chain in the order of r.
+template <class T, int W, class Row, class Coefficient>
+static INLINE void accumulate(Row row, Coefficient coefficient, int64_t count, int64_t d, int part, TwoVectors (&acc)[W]) {
     for (int64_t r = 0; r < count; r++) {
         const T* from = row(r, d) + d;
         const vf c = splat(coefficient(r));
@@ -170,26 +171,18 @@ static INLINE void sum_columns(Row row, Coefficient coefficient, int64_t count, 
             acc[w].first += c * v.first, acc[w].second += c * v.second;
         }
     }
-#pragma GCC unroll 8
-    for (int w = 0; w < W; w++) {
-        if constexpr (ONTO) store(out + d + w * TWO, acc[w].first), store(out + d + w * TWO + LANES, acc[w].second);
-        else if (part) store_some_of_two(acc[w], out + d, part);
-        else if (streamed) stream_two(acc[w], out + d + w * TWO);
-        else store_two(acc[w], out + d + w * TWO);
-    }
 }
 
-// out (+)= sum_r coefficient(r) * row(r), each element one chain in the order of r. What is added onto has a padded width.
-template <class T, bool ONTO, class Row, class Coefficient, class Out>
-static INLINE void sum_rows(Row row, Coefficient coefficient, int64_t count, int64_t width, Out* out, bool streamed = false) {
+// Calls columns<W>(d, part) for all columns: W times TWO of them from d on, or the last `part`.
+template <class Columns> static INLINE void over_columns(int64_t width, Columns columns) {
     constexpr int MOST = ACCUMULATORS >= 16 ? 8 : 4;
     int64_t d = 0;
-    for (; d + MOST * TWO <= width; d += MOST * TWO) sum_columns<T, MOST, ONTO>(row, coefficient, count, d, 0, out, streamed);
-    for (; d + TWO <= width; d += TWO) sum_columns<T, 1, ONTO>(row, coefficient, count, d, 0, out, streamed);
-    if (d < width) sum_columns<T, 1, ONTO>(row, coefficient, count, d, (int)(width - d), out, false);
+    for (; d + MOST * TWO <= width; d += MOST * TWO) columns.template operator()<MOST>(d, 0);
+    for (; d + TWO <= width; d += TWO) columns.template operator()<1>(d, 0);
+    if (d < width) columns.template operator()<1>(d, (int)(width - d));
 }
 
-// What both directions do with a chunk of tokens.
+// The routed rows of a chunk of tokens in groups.
 template <class T> class TokenChunk {
     const RoutedRow* rows;
     int64_t count;
@@ -197,10 +190,19 @@ template <class T> class TokenChunk {
     int64_t width;
     int64_t ahead;  // rows of a table that are asked for before their turn
 
-    void prefetch(const T* table, int64_t i) const {
-        if (i >= count) return;
-        const char* row = (const char*)(table + (size_t)rows[i].expert * width);
-        for (size_t b = 0; b < width * sizeof(T); b += 64) __builtin_prefetch(row + b);
+    INLINE void ask(const T* table, int64_t i) const {
+        if (i < count) prefetch_row(table + (size_t)rows[i].expert * width, width);
+    }
+    // Calls each(token, first, rows) for the rows of a token that stand side by side.
+    template <class Each> INLINE void tokens(const T* table, Each each) const {
+        for (int64_t i = 0; i < std::min(ahead, count); i++) ask(table, i);
+        for (int64_t i = 0; i < count;) {
+            const uint32_t token = rows[i].place / top_k;
+            int64_t end = i + 1;
+            for (; end < count && rows[end].place - token * top_k < top_k; end++) {}
+            each((size_t)token, i, end - i);
+            i = end;
+        }
     }
 
   public:
@@ -210,28 +212,44 @@ template <class T> class TokenChunk {
         : rows(rows), count(count), top_k((uint32_t)top_k), width(width),
           ahead(std::clamp<int64_t>(BYTES_AHEAD / (width * (int64_t)sizeof(T)), 1, 64)) {}
 
-    // out[i] = <token of row i, its expert's row of the table>
-    void dots(const T* tokens, const T* table, float* out) const {
-        for (int64_t i = 0; i < std::min(ahead, count); i++) prefetch(table, i);
-        for (int64_t i = 0; i < count; i++) {
-            prefetch(table, i + ahead);
-            out[i] = dot_product(tokens + (size_t)(rows[i].place / top_k) * width, table + (size_t)rows[i].expert * width, width);
-        }
-    }
-    // out[token of row i] += coefficient[i] * its expert's row of the table; rows of out have a padded width
-    void add(const float* coefficient, const T* table, float* out) const {
-        for (int64_t i = 0; i < std::min(ahead, count); i++) prefetch(table, i);
-        for (int64_t i = 0; i < count;) {
-            const uint32_t token = rows[i].place / top_k;
-            int64_t end = i + 1;
-            for (; end < count && rows[end].place - token * top_k < top_k; end++) {}
-            auto row = [&](int64_t r, int64_t d) {
-                if (d == 0) prefetch(table, i + r + ahead);
-                return table + (size_t)rows[i + r].expert * width;
+    // out[place] = <its token's row, its expert's row of the table>
+    void dots(const T* of_tokens, const T* table, float* out) const {
+        constexpr int GROUP = CHAINS * DotStep<T>::WIDTH, MOST = ACCUMULATORS >= 16 ? 4 : 2;
+        const int64_t groups = width % GROUP || width > MOST * GROUP ? 0 : width / GROUP;
+        tokens(table, [&](size_t token, int64_t first, int64_t some) INLINED {
+            const T* own = of_tokens + token * width;
+            auto row = [&](int64_t i) INLINED {
+                ask(table, first + i + ahead);
+                return table + (size_t)rows[first + i].expert * width;
             };
-            sum_rows<T, true>(row, [&](int64_t r) { return coefficient[i + r]; }, end - i, width, out + (size_t)token * padded_width(width));
-            i = end;
-        }
+            auto to = [&](int64_t i) INLINED -> float& { return out[rows[first + i].place]; };
+            switch (groups) {
+                case 1: return dot_products<T, CHAINS>(row, own, some, to);
+                case 2: return dot_products<T, 2 * CHAINS>(row, own, some, to);
+                case 3: return dot_products<T, 3 * CHAINS>(row, own, some, to);
+                case 4: return dot_products<T, 4 * CHAINS>(row, own, some, to);
+            }
+            for (int64_t i = 0; i < some; i++) to(i) = dot_product(own, row(i), width);
+        });
+    }
+    // out[token] += coefficient[place] * its expert's row of the table, for every place; rows of out have a padded width
+    void add(const float* coefficient, const T* table, float* out) const {
+        tokens(table, [&](size_t token, int64_t first, int64_t some) INLINED {
+            auto row = [&](int64_t i, int64_t d) INLINED {
+                if (d == 0) ask(table, first + i + ahead);
+                return table + (size_t)rows[first + i].expert * width;
+            };
+            auto c = [&](int64_t i) INLINED { return coefficient[rows[first + i].place]; };
+            float* sum = out + token * padded_width(width);
+            over_columns(width, [&]<int W>(int64_t d, int part) INLINED {
+                TwoVectors acc[W];
+#pragma GCC unroll 8
+                for (int w = 0; w < W; w++) acc[w] = {load<vf>(sum + d + w * TWO), load<vf>(sum + d + w * TWO + LANES)};
+                accumulate<T>(row, c, some, d, part, acc);
+#pragma GCC unroll 8
+                for (int w = 0; w < W; w++) store(sum + d + w * TWO, acc[w].first), store(sum + d + w * TWO + LANES, acc[w].second);
+            });
+        });
     }
 };
 
@@ -263,235 +281,3 @@ template <class T, class Body> static inline void in_float32(T* out, int64_t tok
             else store_some_of_two(v, out + d, (int)(width - d));
         }
 }
-
-template <class M> class NeuronsForwardPass {
-    using T = typename M::T;
-    const NeuronsForward& a;
-
-    // coefficient = act(s) w, in place of s.
-    template <int NAME> void activate(const RoutedRow* rows, int64_t count, const float* weights, float* s_out, float* s) const {
-        for (int64_t i = 0; i < count; i += LANES) {
-            const int n = (int)std::min<int64_t>(LANES, count - i);
-            float dots[LANES] = {}, w[LANES] = {};
-            for (int l = 0; l < n; l++) {
-                dots[l] = s[i + l], w[l] = weights[rows[i + l].place];
-                if (s_out) s_out[rows[i + l].place] = dots[l];
-            }
-            store(w, act_one<NAME>(load<vf>(dots)).value * load<vf>(w));
-            memcpy(s + i, w, n * sizeof(float));
-        }
-    }
-
-  public:
-    explicit NeuronsForwardPass(const NeuronsForward& a) : a(a) {}
-
-    void run() {
-        const int64_t D = a.hidden, K = a.top_k;
-        const ExpertBlocks blocks(a.num_experts, D * sizeof(T));
-        const Chunks chunks(a.tokens, K, D, a.threads);
-        const size_t most = chunks.tokens * K, sums = buffered<T>(chunks.tokens, D);
-        const size_t own = Scratch::padded(most * sizeof(RoutedRow)) + Scratch::padded(most * 4) + Scratch::padded(sums * 4) +
-                           Scratch::padded((blocks.count + 1) * 4);
-        Scratch scratch(own * a.threads);
-        struct Own {
-            RoutedRow* rows;
-            float *s, *sums;
-            uint32_t* begin;
-        };
-        std::vector<Own> owned(a.threads);
-        for (Own& o : owned) {
-            o.rows = scratch.take<RoutedRow>(most);
-            o.s = scratch.take<float>(most);
-            o.sums = scratch.take<float>(sums);
-            o.begin = scratch.take<uint32_t>(blocks.count + 1);
-        }
-        Tasks tasks;
-        auto work = [&](const Own& o) {
-            tasks.run(chunks.count, [&](int64_t chunk) {
-                const int64_t first = chunk * chunks.tokens, tokens = std::min(chunks.tokens, a.tokens - first);
-                const float* weights = a.weights + first * K;
-                float* s_out = a.s ? a.s + first * K : nullptr;
-                group_rows(a.experts + first * K, tokens * K, a.num_experts, blocks, o.rows, o.begin, [&](int64_t n) {
-                    if (s_out) s_out[n] = 0;
-                });
-                const int64_t count = o.begin[blocks.count];
-                const TokenChunk<T> rows(o.rows, count, K, D);
-                if (a.down) {
-                    rows.dots((const T*)a.x + first * D, (const T*)a.down, o.s);
-                    with_activation((int)a.activation, [&]<int NAME>() { activate<NAME>(o.rows, count, weights, s_out, o.s); });
-                } else {
-                    for (int64_t i = 0; i < count; i++) o.s[i] = weights[o.rows[i].place];
-                }
-                in_float32((T*)a.y + first * D, tokens, D, o.sums, [&](float* y) { rows.add(o.s, (const T*)a.up, y); });
-            });
-        };
-        std::atomic<int> threads{0};
-        if (a.threads == 1) return work(owned[0]);
-#pragma omp parallel num_threads(a.threads)
-        work(owned[threads++]);
-    }
-};
-
-template <class M> class NeuronsBackwardPass {
-    using T = typename M::T;
-    const NeuronsBackward& a;
-    const int64_t D, K;
-    const ExpertBlocks blocks;
-    const Chunks chunks;
-    const bool tables, needs_q;
-    // Of the whole routing, chunk by chunk, each in groups.
-    RoutedRow* rows = nullptr;
-    uint32_t* begins = nullptr;  // [chunks, blocks + 1]
-    float *ds = nullptr, *c = nullptr;
-
-    // From q: dw = q act(s), ds = q w act'(s) and c = w act(s), rows in groups.
-    template <int NAME>
-    void activate(const RoutedRow* group, int64_t count, const float* s, const float* weights, float* dweights, float* ds, float* c) const {
-        for (int64_t i = 0; i < count; i += LANES) {
-            const int n = (int)std::min<int64_t>(LANES, count - i);
-            float dots[LANES] = {}, w[LANES] = {}, q[LANES] = {};
-            for (int l = 0; l < n; l++) {
-                w[l] = weights[group[i + l].place];
-                if (s) dots[l] = s[group[i + l].place];
-                if (needs_q) q[l] = ds[i + l];
-            }
-            const vf vw = load<vf>(w), vq = load<vf>(q);
-            const ValueSlope act = s ? act_one<NAME>(load<vf>(dots)) : ValueSlope{splat(1.f), vf{}};
-            float out[3][LANES];
-            store(out[0], vq * act.value), store(out[1], vq * vw * act.slope), store(out[2], vw * act.value);
-            if (dweights)
-                for (int l = 0; l < n; l++) dweights[group[i + l].place] = out[0][l];
-            memcpy(ds + i, out[1], n * sizeof(float));
-            memcpy(c + i, out[2], n * sizeof(float));
-        }
-    }
-    void do_chunk(int64_t chunk, float* sums) const {
-        const int64_t first = chunk * chunks.tokens, tokens = std::min(chunks.tokens, a.tokens - first), at = first * K;
-        uint32_t* begin = begins + chunk * (blocks.count + 1);
-        float* dweights = a.dweights ? a.dweights + at : nullptr;
-        group_rows(a.experts + at, tokens * K, a.num_experts, blocks, rows + at, begin, [&](int64_t n) {
-            if (dweights) dweights[n] = 0;
-        });
-        const int64_t count = begin[blocks.count];
-        const TokenChunk<T> own(rows + at, count, K, D);
-        if (needs_q) own.dots((const T*)a.dy + first * D, (const T*)a.up, ds + at);
-        with_activation((int)a.activation, [&]<int NAME>() {
-            activate<NAME>(rows + at, count, a.s ? a.s + at : nullptr, a.weights + at, dweights, ds + at, c + at);
-        });
-        if (a.dx) in_float32((T*)a.dx + first * D, tokens, D, sums, [&](float* dx) { own.add(ds + at, (const T*)a.down, dx); });
-    }
-
-    // The rows of a task sorted by expert.
-    struct Sorted {
-        uint32_t* end;     // of each expert's rows
-        int64_t* token;
-        float *ds, *c;
-    };
-    // out[e] = sum of coefficient * row of its token, over the rows of experts `first` .. `last`.
-    void write(const T* tokens, const float* coefficient, const Sorted& s, int64_t first, int64_t last, bool streamed, T* out) const {
-        uint32_t i = 0;
-        const uint32_t all = s.end[last - first - 1];
-        for (int64_t e = first; e < last; e++) {
-            const uint32_t end = s.end[e - first];
-            for (uint32_t r = i; r < end; r++) {
-                if (r + 4 >= all) break;
-                const char* row = (const char*)(tokens + s.token[r + 4] * D);
-                for (size_t b = 0; b < D * sizeof(T); b += 64) __builtin_prefetch(row + b);
-            }
-            auto row = [&](int64_t r, int64_t) { return tokens + s.token[i + r] * D; };
-            sum_rows<T, false>(row, [&](int64_t r) { return coefficient[i + r]; }, end - i, D, out + e * D, streamed);
-            i = end;
-        }
-    }
-    void do_experts(int64_t block, int64_t first, int64_t last, const Sorted& s, bool stream_down, bool stream_up) const {
-        std::fill(s.end, s.end + (last - first), 0);
-        auto each = [&](auto body) {
-            for (int64_t chunk = 0; chunk < chunks.count; chunk++) {
-                const uint32_t* begin = begins + chunk * (blocks.count + 1) + block;
-                const int64_t at = chunk * chunks.tokens;
-                for (uint32_t i = begin[0]; i < begin[1]; i++) {
-                    const RoutedRow& row = rows[at * K + i];
-                    if (row.expert >= first && row.expert < last) body(row.expert - first, at * K + i, at + row.place / (uint32_t)K);
-                }
-            }
-        };
-        each([&](int64_t e, int64_t, int64_t) { s.end[e]++; });
-        uint32_t sum = 0;
-        for (int64_t e = 0; e < last - first; e++) {
-            const uint32_t here = s.end[e];
-            s.end[e] = sum;
-            sum += here;
-        }
-        each([&](int64_t e, int64_t i, int64_t token) {
-            const uint32_t to = s.end[e]++;
-            s.token[to] = token, s.ds[to] = ds[i], s.c[to] = c[i];
-        });
-        if (a.ddown) write((const T*)a.x, s.ds, s, first, last, stream_down, (T*)a.ddown);
-        if (a.dup) write((const T*)a.dy, s.c, s, first, last, stream_up, (T*)a.dup);
-    }
-
-  public:
-    explicit NeuronsBackwardPass(const NeuronsBackward& a)
-        : a(a), D(a.hidden), K(a.top_k), blocks(a.num_experts, D * sizeof(T)), chunks(a.tokens, K, D, a.threads), tables(a.ddown || a.dup),
-          needs_q(a.dx || a.dweights || a.ddown) {}
-
-    void run() {
-        const int64_t N = a.tokens * K;
-        const size_t sums = a.dx ? buffered<T>(chunks.tokens, D) : 0;
-        Scratch scratch(Scratch::padded(N * sizeof(RoutedRow)) + 2 * Scratch::padded(N * 4) +
-                        Scratch::padded(chunks.count * (blocks.count + 1) * 4) + a.threads * Scratch::padded(sums * 4));
-        rows = scratch.take<RoutedRow>(N);
-        ds = scratch.take<float>(N), c = scratch.take<float>(N);
-        begins = scratch.take<uint32_t>(chunks.count * (blocks.count + 1));
-        std::vector<float*> owned(a.threads);
-        for (float*& o : owned) o = scratch.take<float>(sums);
-        {
-            Tasks tasks;
-            std::atomic<int> threads{0};
-            auto work = [&] {
-                float* own = owned[threads++];
-                tasks.run(chunks.count, [&](int64_t chunk) { do_chunk(chunk, own); });
-            };
-            if (a.threads == 1) work();
-            else {
-#pragma omp parallel num_threads(a.threads)
-                work();
-            }
-        }
-        if (tables) gradients_of_tables();
-    }
-
-  private:
-    void gradients_of_tables() {
-        std::vector<int64_t> in_block(blocks.count, 0);
-        for (int64_t chunk = 0; chunk < chunks.count; chunk++)
-            for (int64_t b = 0; b < blocks.count; b++) in_block[b] += begins[chunk * (blocks.count + 1) + b + 1] - begins[chunk * (blocks.count + 1) + b];
-        const int64_t most = *std::max_element(in_block.begin(), in_block.end()), experts = int64_t(1) << blocks.shift;
-        // Where there are fewer blocks than tasks to share, each is done in parts.
-        const int64_t parts = std::min<int64_t>(experts, (4 * a.threads + blocks.count - 1) / blocks.count);
-        const size_t own = Scratch::padded(experts * 4) + Scratch::padded(most * 8) + 2 * Scratch::padded(most * 4);
-        Scratch scratch(own * a.threads);
-        std::vector<Sorted> owned(a.threads);
-        for (Sorted& s : owned) {
-            s.end = scratch.take<uint32_t>(experts);
-            s.token = scratch.take<int64_t>(most);
-            s.ds = scratch.take<float>(most), s.c = scratch.take<float>(most);
-        }
-        const bool stream_down = is_streamed((const T*)a.ddown, a.num_experts, (int)D);
-        const bool stream_up = is_streamed((const T*)a.dup, a.num_experts, (int)D);
-        Tasks tasks;
-        std::atomic<int> threads{0};
-        auto work = [&] {
-            const Sorted& s = owned[threads++];
-            tasks.run(blocks.count * parts, [&](int64_t task) {
-                const int64_t block = task / parts, from = block << blocks.shift, part = task % parts;
-                const int64_t first = from + experts * part / parts, last = std::min(from + experts * (part + 1) / parts, a.num_experts);
-                if (first < last) do_experts(block, first, last, s, stream_down, stream_up);
-            });
-            end_of_streams();
-        };
-        if (a.threads == 1) return work();
-#pragma omp parallel num_threads(a.threads)
-        work();
-    }
-};

@@ -14,10 +14,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusedonemoe.ops import library
-from fusedonemoe.ops.library import merged, mlp, neurons, product_keys, routing
+from fusedonemoe.ops.library import lora, merged, mlp, neurons, product_keys, routing
 from tests.triton.fake_gpu import Launch, fake_gpu, recorded_launches
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Of the adapter of the up-projection; the other's is twice that.
+RANK = 8
 # Rows per expert: one value from each line of ops/triton/rules.py.
 ROWS = {"few": 8, "mid": 48, "many": 512}
 
@@ -35,7 +37,7 @@ class Layer:
     bias: bool = False
     transposed: bool = False
     save_percent: int = 100
-    route: tuple[Any, ...] = ("softmax", True, True, 1.0, 1, 1, "top2_sum")
+    route: tuple[Any, ...] = ("softmax", True, True, 1.0, 1, 1, "top2_sum", 1e-20)
 
 
 # Experts of one neuron each, picked by product keys: F is not used.
@@ -46,8 +48,8 @@ FINE_LAYERS = {
 LAYERS = {
     "qwen3": Layer(2048, 768, 128, 8),
     "gpt_oss": Layer(2880, 2880, 32, 4, "interleaved", "swiglu_oai", bias=True, transposed=True, save_percent=50),
-    "deepseek": Layer(2048, 1408, 64, 6, "up_gate", route=("sigmoid", True, True, 2.5, 8, 4, "top2_sum")),
-    "nomic": Layer(768, 3072, 8, 2, "plain", "gelu", save_percent=0, route=("softmax", True, False, 1.0, 1, 1, "max")),
+    "deepseek": Layer(2048, 1408, 64, 6, "up_gate", route=("sigmoid", True, True, 2.5, 8, 4, "top2_sum", 1e-20)),
+    "nomic": Layer(768, 3072, 8, 2, "plain", "gelu", save_percent=0, route=("softmax", True, False, 1.0, 1, 1, "max", 1e-20)),
     "odd": Layer(1001, 301, 6, 3, bias=True, save_percent=33),
 }
 
@@ -145,7 +147,21 @@ def _product_keys(layer: Layer, dtype: torch.dtype, tokens: int) -> None:
     _forward_and_backward(torch.ops.fusedonemoe.route_product_key, save, grad, args)
 
 
+def _lora(layer: Layer, dtype: torch.dtype, tokens: int) -> None:
+    up, down, *rest = _parameters(layer, dtype)
+    factors = [
+        _tensor(*shape, dtype=dtype)
+        for weight, rank in ((up, RANK), (down, 2 * RANK))
+        for shape in ((layer.E, rank, weight.shape[2]), (layer.E, weight.shape[1], rank))
+    ]
+    numbers = (2.0, 1.0, *rest[2:], layer.save_percent, library.BUILD, "triton")
+    args = (*_routed(layer, dtype, tokens), up, down, *rest[:2], *factors, *numbers)
+    save, grad = lora._experts_mlp_lora_save, lora._experts_mlp_lora_grad
+    _forward_and_backward(torch.ops.fusedonemoe.experts_mlp_lora, save, grad, args)
+
+
 OPERATORS = {"route": _route, "experts_mlp": _mlp, "inference": _inference, "experts_merged": _merged}
+ADAPTED_OPERATORS = {"lora": _lora}
 FINE_OPERATORS = {"product_keys": _product_keys, "neurons": _neurons, "values": _values}
 
 
@@ -159,7 +175,7 @@ def launches(arch: str, layer: str, dtype: str, rows: str, operators: Iterable[s
     chosen = LAYERS[layer]
     with fake_gpu(arch), FakeTensorMode(), torch.no_grad(), recorded_launches() as recorded:
         for operator in operators:
-            OPERATORS[operator](chosen, DTYPES[dtype], tokens_for(chosen, rows))
+            (OPERATORS | ADAPTED_OPERATORS)[operator](chosen, DTYPES[dtype], tokens_for(chosen, rows))
     return list({launch.key: launch for launch in recorded}.values())
 
 

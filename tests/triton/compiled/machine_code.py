@@ -59,8 +59,11 @@ class Report:
         return bool(self.dots) and all(dtype in HALF for dtype, *_ in self.dots)
 
     def wants_wgmma(self) -> bool:
-        """Whether a Hopper can run all dots of the kernel as wgmma: half precision, at least 64 rows."""
-        return self.is_half() and all(rows >= 64 for _, rows, _ in self.dots)
+        """Whether a Hopper should run all dots of the kernel as wgmma: half precision, at least 64 rows.
+
+        A product of 16 columns, into an adapter's narrow space, waits for memory whatever multiplies it.
+        """
+        return self.is_half() and all(rows >= 64 and columns > 16 for _, rows, columns in self.dots)
 
 
 def _dots(ttir: str) -> list[tuple[str, int, int]]:

@@ -31,6 +31,23 @@ def test_machine_code(arch, dtype, layer, rows, reports):
     assert found == []
 
 
+ADAPTED_CASES = [
+    *itertools.product(["sm90"], ["bf16"], ["qwen3", "gpt_oss"], ROWS),
+    ("sm90", "bf16", "odd", "mid"),
+    *itertools.product(["sm80"], ["bf16"], ["qwen3"], ["few", "many"]),
+    *itertools.product(["sm90"], ["fp32"], ["qwen3"], ["many"]),
+    *itertools.product(["sm100", "gfx942"], ["bf16"], ["qwen3"], ["many"]),
+]
+
+
+@pytest.mark.parametrize(("arch", "dtype", "layer", "rows"), ADAPTED_CASES)
+def test_machine_code_of_adapted_experts(arch, dtype, layer, rows, reports):
+    found = []
+    for launch in launches(arch, layer, dtype, rows, ["lora"]):
+        found += problems(launch, examine(launch, arch, reports), arch, aligned=layer != "odd")
+    assert found == []
+
+
 FINE_CASES = [
     *itertools.product(["sm90", "sm80"], ["bf16", "fp32"], ["flashmoe"]),
     ("sm90", "bf16", "peer"),

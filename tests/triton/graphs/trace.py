@@ -66,6 +66,30 @@ class MLP(nn.Module):
         )
 
 
+class LoRA(MLP):
+    """The gated MLP, frozen, with adapters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requires_grad_(False)
+        shapes = {"gate_up_A": (E, 8, D), "gate_up_B": (E, 2 * F, 8), "down_A": (E, 8, F), "down_B": (E, D, 8)}
+        options: Any = {"dtype": torch.bfloat16, "device": "cuda"}
+        self.factors = nn.ParameterDict({name: torch.empty(shape, **options) for name, shape in shapes.items()})
+
+    def forward(self, x: Tensor, logits: Tensor) -> Tensor:
+        weights, experts = functional.route(logits, top_k=K)
+        return functional.experts_mlp_lora(
+            *(x, experts, weights, self.up, self.down),
+            **self.factors,
+            gate_up_bias=self.up_bias,
+            down_bias=self.down_bias,
+            gate_up_layout="interleaved",
+            activation="swiglu_oai",
+            transposed=True,
+            impl="triton",
+        )
+
+
 class Merged(nn.Module):
     """The merged up-projection behind a sigmoid router."""
 
@@ -115,6 +139,7 @@ CASES: dict[str, type[nn.Module]] = {
     "experts_mlp": MLP,
     "inference": MLP,
     "decode": MLP,
+    "experts_mlp_lora": LoRA,
     "experts_merged": Merged,
     "experts_neurons": Neurons,
     "experts_values": Values,

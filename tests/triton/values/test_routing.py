@@ -226,6 +226,14 @@ def test_equal_inputs_give_equal_bits(device):
         assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("score_first", [True, False])
+def test_the_sum_of_sigmoids_gets_its_eps(device, score_first):
+    rule = RouteRule(3, "sigmoid", score_first, True, 1.5, 1, 1, "max", norm_eps=0.3)
+    check(spread(9, 12), None, rule, device)
+    without = routing.route(spread(9, 12).to(device), None, rule._replace(norm_eps=1e-20))[0]
+    assert (without > 1.02 * routing.route(spread(9, 12).to(device), None, rule)[0]).all()
+
+
 @pytest.mark.parametrize("score", [("softmax", True, False), ("softmax", False, True), ("sigmoid", True, True)], ids=str)
 def test_the_gradient_is_the_slope_of_the_weights(device, score):
     logits, dweights, step = spread(2, 6), random(2, 3), 1e-2

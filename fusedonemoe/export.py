@@ -1,0 +1,64 @@
+"""Models for other runtimes: the implementation whose graph has none of this library's operators."""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from fusedonemoe.config import MoEConfig
+
+__all__ = ["portable"]
+
+
+def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any, Any]]:
+    """Where layers say which implementation they run: module, attribute, what stands there, and what is portable."""
+    for module in model.modules():
+        if isinstance(config := getattr(module, "config", None), MoEConfig):
+            yield module, "config", config, dataclasses.replace(config, impl="portable")
+        ours = any(kind.__module__.startswith("fusedonemoe.") for kind in type(module).__mro__)
+        if ours and isinstance(impl := getattr(module, "impl", None), str):
+            yield module, "impl", impl, "portable"
+
+
+@contextmanager
+def portable(model: nn.Module) -> Iterator[nn.Module]:
+    """Let every layer of this library in a model run ``impl="portable"`` for a while.
+
+    What is exported meanwhile holds torch's own operators only: it has a form in ONNX, and packages of AOTInductor run where
+    there is no Python. Afterwards every layer runs what it ran before. ``torch.onnx.export`` does this by itself for layers
+    with ``impl="auto"``.
+
+    Args:
+        model: a layer, or a module with layers of this library anywhere in it.
+
+    Yields:
+        The model.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: there is no layer of this library in it.
+
+    Example:
+        >>> import torch
+        >>> from fusedonemoe import MoE
+        >>> from fusedonemoe.export import portable
+        >>> moe = MoE(hidden_size=16, intermediate_size=8, num_experts=4, top_k=2, impl="cpu").eval()
+        >>> with portable(moe):
+        ...     program = torch.export.export(moe, (torch.randn(5, 16),), dynamic_shapes=({0: torch.export.Dim("T")},))
+        >>> any("fusedonemoe" in str(node.target) for node in program.graph.nodes), moe.config.impl
+        (False, 'cpu')
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    places = list(_places(model))
+    if not places:
+        raise ValueError(f"model must have a layer of this library in it, got a {type(model).__name__} without one")
+    for module, name, _, switched in places:
+        setattr(module, name, switched)
+    try:
+        yield model
+    finally:
+        for module, name, before, _ in places:
+            setattr(module, name, before)

@@ -1,0 +1,49 @@
+"""What Hugging Face's models say about their mixture-of-experts blocks, without importing transformers.
+
+Only attributes are read, so a configuration or a block of another library with the same names works as well.
+"""
+
+from typing import Any
+
+from fusedonemoe.hf.block import BLOCK_NAMES, config_of, tensors_of
+from fusedonemoe.hf.families import FAMILIES, UNSUPPORTED
+from fusedonemoe.hf.reading import NUM_EXPERTS, TOP_K, Fields, refuse, title, whole
+
+__all__ = ["BLOCK_NAMES", "FAMILIES", "UNSUPPORTED", "config_of", "fields_of", "tensors_of"]
+
+
+def fields_of(config: Any, layer: int | None = None) -> Fields:
+    """The fields of ``MoEConfig`` for the block of a Hugging Face configuration.
+
+    Args:
+        config: of a model, or of its text model.
+        layer: whose block, where layers differ.
+
+    Raises:
+        ValueError: the family is not known, or its block does something that the fields do not say.
+    """
+    if layer is not None:
+        config = getattr(config, "per_layer_config", {layer: config})[layer]
+    model_type = getattr(config, "model_type", None)
+    family = FAMILIES.get(model_type or "")
+    if model_type in UNSUPPORTED:
+        raise refuse(config, UNSUPPORTED[model_type])
+    if model_type == "dbrx":
+        config = config.ffn_config
+    if family is None:
+        # A model of several towers keeps its language model's configuration inside.
+        inner = getattr(config, "text_config", None)
+        if inner is not None and inner is not config:
+            return fields_of(inner, layer)
+        raise ValueError(
+            f"MoEConfig does not know the block of {title(config)}: give its fields yourself; known are {sorted(FAMILIES)}"
+        )
+    return {
+        "hidden_size": whole(config, "hidden_size"),
+        "intermediate_size": whole(config, *family.width),
+        "num_experts": whole(config, *NUM_EXPERTS),
+        "top_k": whole(config, *TOP_K),
+        **family.route(config),
+        **family.shared(config),
+        **family.experts(config),
+    }

@@ -1,0 +1,98 @@
+"""A Hugging Face block's own tensors, by the names that :class:`fusedonemoe.MoE` has for them."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+# What stands beside the experts: our name, and the names that models and checkpoints have for it. Reading accepts them all;
+# writing a checkpoint takes the layout's own, or the first.
+BLOCK_NAMES: dict[str, tuple[str, ...]] = {
+    "gate.weight": (
+        "gate.weight",
+        "router.weight",
+        "router.layer.weight",
+        "router.gate.weight",
+        "gate.wg.weight",
+        "router.classifier.weight",
+    ),
+    "gate.bias": ("gate.bias", "router.bias", "router.layer.bias", "router.gate.bias"),
+    "gate.e_score_correction_bias": (
+        "gate.e_score_correction_bias",
+        "e_score_correction_bias",
+        "router.e_score_correction_bias",
+        "gate.moe_statics.e_score_correction_bias",
+        "moe_statics.e_score_correction_bias",
+        "experts.e_score_correction_bias",
+        "gate.expert_bias",
+        "expert_bias",
+        "expert_bias_E",
+    ),
+    "output_bias": ("experts.bias", "bias"),
+    "shared_expert_gate.weight": ("shared_expert_gate.weight",),
+    **{
+        f"shared_expert.{ours}.weight": tuple(
+            f"{module}.{name}.weight"
+            for module, name in (
+                ("shared_expert", ours),
+                ("shared_experts", ours),
+                ("shared_mlp", ours),
+                ("shared_expert", theirs),
+                ("shared_experts", theirs),
+            )
+        )
+        for ours, theirs in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2"))
+    },
+}
+_EXPERT_NAMES: dict[str, tuple[str, ...]] = {
+    "experts.gate_up_proj": ("experts.gate_up_proj", "input_linear.weight"),
+    "experts.up_proj": ("experts.up_proj",),
+    "experts.down_proj": ("experts.down_proj", "output_linear.weight"),
+    "experts.gate_up_proj_bias": ("experts.gate_up_proj_bias",),
+    "experts.up_proj_bias": ("experts.up_proj_bias",),
+    "experts.down_proj_bias": ("experts.down_proj_bias",),
+}
+
+
+def config_of(block: nn.Module) -> Any:
+    """The configuration that a block, its experts or its router keep.
+
+    Raises:
+        ValueError: none of them does.
+    """
+    for module in (block, *(getattr(block, name, None) for name in ("experts", "gate", "router"))):
+        config = getattr(module, "config", None)
+        if config is not None:
+            return config
+    raise ValueError(f"module {type(block).__name__} keeps no configuration: give config, as MoEConfig.from_hf(model.config)")
+
+
+def tensors_of(block: nn.Module, expected: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The block's parameters and buffers themselves, by the names in a :class:`fusedonemoe.MoE`.
+
+    Args:
+        block: a sparse block of a transformers model.
+        expected: the names and shapes that the MoE has.
+
+    Raises:
+        ValueError: a tensor is missing, has another shape, or is left over.
+    """
+    held: dict[str, Tensor] = dict(block.named_parameters()) | dict(block.named_buffers())
+    found: dict[str, Tensor] = {}
+    names: dict[str, str] = {}
+    for ours, aliases in (_EXPERT_NAMES | BLOCK_NAMES).items():
+        for theirs in aliases:
+            if ours not in names and theirs in held:
+                names[ours], found[ours] = theirs, held[theirs]
+    missing = sorted(expected.keys() - found.keys())
+    unexpected = sorted(held.keys() - {names[ours] for ours in expected.keys() & names.keys()})
+    if missing or unexpected:
+        raise ValueError(
+            f"module {type(block).__name__} does not have the tensors of this MoE, so it cannot share them: "
+            f"missing {missing}, unexpected {unexpected}"
+        )
+    for ours, shape in expected.items():
+        if ours == "gate.e_score_correction_bias":  # Ernie's has a leading axis of one; no gradient flows through it
+            found[ours] = found[ours].detach().view(-1)
+        if tuple(found[ours].shape) != shape:
+            raise ValueError(f"{names[ours]} must have shape {shape} to be {ours}, got {tuple(found[ours].shape)}")
+    return {ours: found[ours] for ours in expected}

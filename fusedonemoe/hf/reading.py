@@ -1,0 +1,66 @@
+"""Reading a Hugging Face configuration: names that mean the same, and refusals that name the configuration."""
+
+from typing import Any
+
+Fields = dict[str, Any]
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu2",
+    "sigmoid": "sigmoid",
+    "linear": "identity",
+}
+NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+TOP_K = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts", "num_experts_per_token")
+ACTIVATION_NAMES = ("hidden_act", "hidden_activation", "mlp_hidden_act", "activation_function")
+
+
+def get(config: Any, *names: str) -> Any:
+    """The first of these attributes that is there and not None."""
+    for name in names:
+        try:
+            value = getattr(config, name, None)
+        except RuntimeError as error:  # transformers' answer where layers differ
+            raise ValueError(f"{name} of {title(config)} differs between layers: give layer") from error
+        if value is not None:
+            return value
+    raise ValueError(f"{title(config)} has no {' or '.join(names)}, or it is None")
+
+
+def title(config: Any) -> str:
+    """How messages call a configuration."""
+    return f"{type(config).__name__} (model_type {getattr(config, 'model_type', None)!r})"
+
+
+def refuse(config: Any, reason: str) -> ValueError:
+    """The error to raise: what the block does that MoEConfig does not say."""
+    return ValueError(f"MoEConfig cannot express the block of {title(config)}: {reason}")
+
+
+def whole(config: Any, *names: str) -> int:
+    """A whole number; where there is one for each layer, they have to be equal."""
+    value = get(config, *names)
+    if isinstance(value, list | tuple):
+        if len(set(value)) != 1:
+            raise refuse(config, f"{names[0]} differs between layers: {list(value)}")
+        value = value[0]
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{names[0]} of {title(config)} must be an integer, got {value!r}")
+    return value
+
+
+def activation(config: Any) -> str:
+    """The library's name of the configuration's activation."""
+    return known_activation(config, get(config, *ACTIVATION_NAMES))
+
+
+def known_activation(config: Any, name: str) -> str:
+    """The library's name of an activation."""
+    if name not in ACTIVATIONS:
+        raise refuse(config, f"activation {name!r} is none of {sorted(ACTIVATIONS)}")
+    return ACTIVATIONS[name]

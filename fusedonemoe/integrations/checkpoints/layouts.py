@@ -1,0 +1,158 @@
+"""How families of checkpoints lay out a block's experts, as a table.
+
+Home, to which every layout is read and from which it is written, is :class:`~fusedonemoe.Experts`' own form: per expert the
+up-projection's rows ``[2F, D]`` (``[F, D]`` when plain) and the down-projection ``[D, F]``.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Target = Literal["gate_up", "gate", "up", "down", "gate_up_bias", "gate_bias", "up_bias", "down_bias"]
+Form = Literal["each", "stack", "flat", "mxfp4"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of a layout, or one per expert.
+
+    Attributes:
+        target: what it holds; ``gate_up`` is both, in the layout's order of rows.
+        name: its name below the block; ``{}`` stands for the expert's number.
+        form: ``each``: one tensor per expert; ``stack``: the expert axis first; ``flat``: the experts' rows one below the other;
+            ``mxfp4``: a stack in two tensors, ``_blocks`` and ``_scales``.
+        transposed: whether an expert's matrix is the transpose of home's.
+        required: whether a block without it is no block of this layout.
+    """
+
+    target: Target
+    name: str
+    form: Form
+    transposed: bool = False
+    required: bool = True
+
+    def names(self) -> tuple[str, ...]:
+        """The names below the block, with ``{}`` left in."""
+        return (f"{self.name}_blocks", f"{self.name}_scales") if self.form == "mxfp4" else (self.name,)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A family's form of the experts.
+
+    Attributes:
+        parts: the experts' tensors.
+        rows: order of the rows of ``gate_up``, where there is such a part.
+        block_names: names of the other tensors of a block, as this family writes them, by :class:`~fusedonemoe.MoE`'s names.
+        writable: whether :func:`to_state_dict` can write it.
+    """
+
+    parts: tuple[Part, ...]
+    rows: str = "gate_up"
+    block_names: tuple[tuple[str, str], ...] = ()
+    writable: bool = True
+
+    @property
+    def gated(self) -> bool:
+        """Whether experts have a gate."""
+        return any(part.target in ("gate", "gate_up") for part in self.parts)
+
+
+def _per_expert(gate: str | None, up: str, down: str) -> tuple[Part, ...]:
+    names = (("gate", gate), ("up", up), ("down", down))
+    weights = tuple(Part(target, f"experts.{{}}.{name}.weight", "each") for target, name in names if name)  # type: ignore[arg-type]
+    biases = tuple(
+        Part(f"{target}_bias", f"experts.{{}}.{name}.bias", "each", required=False)  # type: ignore[arg-type]
+        for target, name in names
+        if name
+    )
+    return weights + biases
+
+
+def _stacked(up: str, transposed: bool, biases: Literal["none", "optional", "required"] = "optional") -> tuple[Part, ...]:
+    target: Target = "gate_up" if up == "gate_up_proj" else "up"
+    bias: Target = "gate_up_bias" if up == "gate_up_proj" else "up_bias"
+    required = biases == "required"
+    return (
+        Part(target, f"experts.{up}", "stack", transposed),
+        Part("down", "experts.down_proj", "stack", transposed),
+        Part(bias, f"experts.{up}_bias", "stack", required=required),
+        Part("down_bias", "experts.down_proj_bias", "stack", required=required),
+    )
+
+
+def _shared(module: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> tuple[tuple[str, str], ...]:
+    names = (("gate_proj", gate), ("up_proj", up), ("down_proj", down))
+    return tuple((f"shared_expert.{ours}.weight", f"{module}.{theirs}.weight") for ours, theirs in names)
+
+
+_ROUTER_LAYER = (("gate.weight", "router.layer.weight"), ("gate.bias", "router.layer.bias"))
+
+LAYOUTS: dict[str, Layout] = {
+    # Qwen, OLMoE, DeepSeek, GLM, Hunyuan and most others on disk.
+    "hf": Layout(_per_expert("gate_proj", "up_proj", "down_proj")),
+    "jamba": Layout(_per_expert("gate_proj", "up_proj", "down_proj"), block_names=(("gate.weight", "router.weight"),)),
+    "mixtral": Layout(_per_expert("w1", "w3", "w2"), block_names=(("gate.e_score_correction_bias", "e_score_correction_bias"),)),
+    "lfm2": Layout(_per_expert("w1", "w3", "w2"), block_names=(("gate.e_score_correction_bias", "expert_bias"),)),
+    "nemotron_h": Layout(_per_expert(None, "up_proj", "down_proj"), block_names=_shared("shared_experts")[1:]),
+    # The form that transformers has in memory.
+    "hf_stacked": Layout(_stacked("gate_up_proj", transposed=False)),
+    "hf_stacked_plain": Layout(_stacked("up_proj", transposed=False)),
+    # Qwen3-VL and Llama 4 on disk; with biases, OpenAI's privacy filter.
+    "hf_transposed": Layout(_stacked("gate_up_proj", transposed=True)),
+    "gpt_oss": Layout(
+        _stacked("gate_up_proj", transposed=True, biases="required"),
+        rows="interleaved",
+        block_names=(("gate.weight", "router.weight"), ("gate.bias", "router.bias")),
+    ),
+    "gpt_oss_mxfp4": Layout(
+        (
+            Part("gate_up", "experts.gate_up_proj", "mxfp4"),
+            Part("down", "experts.down_proj", "mxfp4"),
+            Part("gate_up_bias", "experts.gate_up_proj_bias", "stack"),
+            Part("down_bias", "experts.down_proj_bias", "stack"),
+        ),
+        rows="interleaved",
+        block_names=(("gate.weight", "router.weight"), ("gate.bias", "router.bias")),
+        writable=False,
+    ),
+    "aria": Layout(
+        (
+            Part("gate_up", "experts.fc1.weight", "stack", transposed=True),
+            Part("down", "experts.fc2.weight", "stack", transposed=True),
+        ),
+        block_names=(("gate.weight", "router.weight"), *_shared("shared_experts")),
+    ),
+    "granite": Layout(
+        (Part("gate_up", "input_linear.weight", "stack"), Part("down", "output_linear.weight", "stack")),
+        block_names=_ROUTER_LAYER,
+    ),
+    # nomic-embed-text-v2-moe. w2 has the rows of w1, so it is used untransposed; `experts.bias` is added once.
+    "megablocks": Layout(
+        (Part("up", "experts.mlp.w1", "flat"), Part("down", "experts.mlp.w2", "flat", transposed=True)),
+        block_names=(*_ROUTER_LAYER, ("output_bias", "experts.bias")),
+    ),
+    "dbrx": Layout(
+        (
+            Part("gate", "experts.mlp.w1", "flat"),
+            Part("up", "experts.mlp.v1", "flat"),
+            Part("down", "experts.mlp.w2", "flat", transposed=True),
+        ),
+        block_names=(*_ROUTER_LAYER, ("output_bias", "experts.bias")),
+    ),
+    "torchtitan": Layout(
+        (
+            Part("gate", "experts.w1_EFD", "stack"),
+            Part("up", "experts.w3_EFD", "stack"),
+            Part("down", "experts.w2_EDF", "stack"),
+        ),
+        block_names=(
+            ("gate.weight", "router.gate.weight"),
+            ("gate.bias", "router.gate.bias"),
+            ("gate.e_score_correction_bias", "expert_bias_E"),
+            *_shared("shared_experts", "w1", "w3", "w2"),
+        ),
+    ),
+}
+
+# Same names, same shapes, another order of rows: only the model's type tells them apart.
+LAYOUT_OF_MODEL_TYPE = {"gpt_oss": "gpt_oss", "openai_privacy_filter": "hf_transposed"}

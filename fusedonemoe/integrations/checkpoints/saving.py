@@ -1,0 +1,145 @@
+"""From a block's weights to the tensors of a layout."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fusedonemoe.checks import check_one_of
+from fusedonemoe.hf import BLOCK_NAMES
+from fusedonemoe.integrations.checkpoints.layouts import LAYOUTS, Layout, Part
+from fusedonemoe.integrations.checkpoints.weights import ExpertWeights, pieces, weights_of
+from fusedonemoe.layers import Experts, MoE
+
+_WRITABLE = tuple(name for name, layout in LAYOUTS.items() if layout.writable)
+
+
+def to_state_dict(
+    block: Experts | MoE | ExpertWeights,
+    layout: str | None = None,
+    *,
+    prefix: str | None = None,
+    block_names: Mapping[str, str] | None = None,
+) -> dict[str, Tensor]:
+    """Write a block's weights in a layout's names, order and orientation.
+
+    ``to_state_dict(load_experts(x)) == x``, bit for bit. A tensor that the layout stores as it is in memory is the module's
+    own, detached, as in ``state_dict()``; the others are copies.
+
+    Args:
+        block: a module, or what :func:`load_experts` returned. A :class:`~fusedonemoe.MoE` is written with its router and shared
+            branch, an :class:`~fusedonemoe.Experts` alone.
+        layout: a name of :data:`LAYOUTS`; None for the one that the weights were read in.
+        prefix: put before each name, with a dot; None for what the weights were read with, nothing for a module.
+        block_names: names below the prefix for what stands beside the experts, by :class:`~fusedonemoe.MoE`'s names, where they
+            differ from the layout's: ``{"gate.weight": "router.weight"}``. Those of a checkpoint are the ``block_names`` of what
+            :func:`list_blocks` found.
+
+    Returns:
+        Contiguous tensors by name.
+
+    Raises:
+        TypeError: ``block`` is none of these, or a module without a layout.
+        ValueError: a layout that is unknown, cannot be written, or has no place for what the block holds.
+
+    Example:
+        >>> from fusedonemoe import MoE
+        >>> from fusedonemoe.integrations.checkpoints import to_state_dict
+        >>> moe = MoE(hidden_size=16, intermediate_size=32, num_experts=4, top_k=2)
+        >>> {name: tuple(tensor.shape) for name, tensor in to_state_dict(moe, "torchtitan", prefix="layers.0.moe").items()}
+        {'layers.0.moe.experts.w1_EFD': (4, 32, 16), 'layers.0.moe.experts.w3_EFD': (4, 32, 16),
+         'layers.0.moe.experts.w2_EDF': (4, 16, 32), 'layers.0.moe.router.gate.weight': (4, 16)}
+    """
+    if isinstance(block, Experts | MoE):
+        if layout is None:
+            raise TypeError(f"layout must be one of {_WRITABLE}: a module does not say which")
+        weights = weights_of(block)
+    elif isinstance(block, ExpertWeights):
+        weights = block
+    else:
+        raise TypeError(f"block must be an Experts, a MoE or ExpertWeights, got {type(block).__name__}")
+    name = weights.layout if layout is None else layout
+    check_one_of("layout", name, _WRITABLE)
+    rule = LAYOUTS[name]
+    parts = _parts_for(weights, name, rule)
+    named = _names_for(weights, name, rule, dict(block_names or {}))
+    written: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for part in parts:
+            written |= _write(weights, part, rule.rows)
+        for ours, theirs in named.items():
+            tensor = weights.block[ours].contiguous()
+            # Ernie's selection bias has a leading axis of one.
+            written[theirs] = tensor[None] if theirs.startswith("moe_statics.") and tensor.dim() == 1 else tensor
+    before = weights.prefix if prefix is None else prefix.removesuffix(".")
+    return {f"{before}.{key}" if before else key: tensor for key, tensor in written.items()}
+
+
+def _parts_for(weights: ExpertWeights, name: str, rule: Layout) -> list[Part]:
+    if rule.gated != weights.gated:
+        kind = {True: "gated", False: "plain"}
+        raise ValueError(f"layout {name!r} is of {kind[rule.gated]} experts, the block's are {kind[weights.gated]}")
+    biases = [part for part in rule.parts if part.target.endswith("bias")]
+    if weights.down_bias is not None:
+        if not biases:
+            raise ValueError(f"layout {name!r} has no place for the experts' biases")
+        return list(rule.parts)
+    if any(part.required for part in biases):
+        raise ValueError(f"layout {name!r} has biases, the block's experts have none")
+    return [part for part in rule.parts if part not in biases]
+
+
+def _names_for(weights: ExpertWeights, name: str, rule: Layout, given: dict[str, str]) -> dict[str, str]:
+    """The names of what stands beside the experts."""
+    if unknown := sorted(given.keys() - weights.block.keys()):
+        raise ValueError(f"block_names must be of {sorted(weights.block)}, got {unknown}")
+    known = dict(rule.block_names) | (weights.block_names if name == weights.layout else {}) | given
+    if "output_bias" in weights.block and "output_bias" not in known:
+        raise ValueError(f"layout {name!r} has no place for output_bias: name it in block_names")
+    return {ours: known.get(ours, BLOCK_NAMES[ours][0]) for ours in weights.block}
+
+
+def _piece_shape(weights: ExpertWeights, part: Part) -> tuple[int, ...]:
+    """Shape of one expert's tensor, as the part has it."""
+    _, D, F = weights.down_proj.shape
+    shape = {"gate_up": (2 * F, D), "gate": (F, D), "up": (F, D), "down": (D, F)}[part.target.removesuffix("_bias")]
+    if part.target.endswith("_bias"):
+        return shape[:1]
+    return shape[::-1] if part.transposed else shape
+
+
+def _as_stored(weights: ExpertWeights, part: Part, order: str) -> Tensor | None:
+    """All experts of a part as a view of home, where home has them in the part's order and one after the other."""
+    stacks = {"down": weights.down_proj, "down_bias": weights.down_bias}
+    if not weights.gated:
+        stacks |= {"up": weights.gate_up_proj, "up_bias": weights.gate_up_bias}
+    elif order == weights.gate_up_layout:
+        stacks |= {"gate_up": weights.gate_up_proj, "gate_up_bias": weights.gate_up_bias}
+    stack = stacks.get(part.target)
+    if stack is None:
+        return None
+    view = stack.transpose(1, 2) if part.transposed else stack
+    return view if view.is_contiguous() else None
+
+
+def _write(weights: ExpertWeights, part: Part, order: str) -> dict[str, Tensor]:
+    """One part's tensors."""
+    E, shape = weights.num_experts, _piece_shape(weights, part)
+
+    def fill(piece: Tensor, expert: int) -> Tensor:
+        oriented = piece.T if part.transposed else piece
+        for ours, theirs in pieces(weights, oriented, part.target, expert, order):
+            theirs.copy_(ours)
+        return piece
+
+    owner = {"down": weights.down_proj, "down_bias": weights.down_bias, "up": weights.gate_up_proj}
+    like = owner.get(part.target, weights.gate_up_bias if part.target.endswith("_bias") else weights.gate_up_proj)
+    assert like is not None
+    if part.form == "each":
+        return {part.name.format(expert): fill(like.new_empty(shape), expert) for expert in range(E)}
+    stack = _as_stored(weights, part, order)
+    if stack is None:
+        stack = like.new_empty(E, *shape)
+        for expert in range(E):
+            fill(stack[expert], expert)
+    return {part.name: stack.flatten(0, 1) if part.form == "flat" else stack}

@@ -1,0 +1,111 @@
+"""A block's weights in home's form, and the view of one expert's rows that every layout is read into and written from."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from fusedonemoe.integrations.checkpoints.layouts import Target
+from fusedonemoe.layers import Experts, MoE
+
+
+def rows_of(up: Tensor, part: Target, rows: str) -> Tensor:
+    """The gate's or the up-projection's rows (first axis) of one expert, as a view."""
+    if part == "gate_up":
+        return up
+    first = part == "gate"
+    if rows == "interleaved":
+        return up[0::2] if first else up[1::2]
+    half = up.shape[0] // 2
+    return up[:half] if first == (rows == "gate_up") else up[half:]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ExpertWeights:
+    """A block's weights, as :func:`fusedonemoe.functional.experts_mlp` takes them.
+
+    Attributes:
+        gate_up_proj: ``[E, 2F, D]``, or the up rows ``[E, F, D]`` when plain.
+        down_proj: ``[E, D, F]``.
+        gate_up_bias: ``[E, 2F]``, ``[E, F]`` when plain, or None.
+        down_bias: ``[E, D]`` or None.
+        gated: whether ``gate_up_proj`` holds gate and up.
+        gate_up_layout: order of its rows.
+        block: what else the block has, by :class:`~fusedonemoe.MoE`'s names: ``gate.weight`` ``[E, D]``, ``gate.bias``,
+            ``gate.e_score_correction_bias``, ``shared_expert.*``, ``shared_expert_gate.weight``; and ``output_bias`` ``[D]``,
+            which is added to each token's sum once.
+        layout: the layout that they were read in.
+        prefix: what stood before their names.
+        block_names: the names below the prefix that the tensors of ``block`` had.
+    """
+
+    gate_up_proj: Tensor
+    down_proj: Tensor
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    gated: bool = True
+    gate_up_layout: str = "gate_up"
+    block: dict[str, Tensor] = field(default_factory=dict)
+    layout: str = "hf"
+    prefix: str = ""
+    block_names: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def num_experts(self) -> int:
+        """``E``."""
+        return self.down_proj.shape[0]
+
+    def rows(self, target: Target, expert: int, order: str) -> Tensor | None:
+        """One expert's matrix or bias as a view; both halves of ``gate_up`` only in the order that they are stored in."""
+        if target in ("down", "down_bias"):
+            stack = self.down_proj if target == "down" else self.down_bias
+            return None if stack is None else stack[expert]
+        stack = self.gate_up_bias if target.endswith("bias") else self.gate_up_proj
+        if stack is None:
+            return None
+        half: Target = target.removesuffix("_bias")  # type: ignore[assignment]
+        if not self.gated:
+            return stack[expert]
+        assert half != "gate_up" or order == self.gate_up_layout
+        return rows_of(stack[expert], half, self.gate_up_layout)
+
+
+def weights_of(module: Experts | MoE) -> ExpertWeights:
+    """A module's parameters, not copied and without autograd."""
+    experts = module.experts if isinstance(module, MoE) else module
+    if not isinstance(experts, Experts):
+        raise TypeError(f"experts must be Experts, with the plain weights that checkpoints hold, got {type(experts).__name__}")
+    config = experts.config
+    name = "gate_up_proj" if config.gated else "up_proj"
+    held = {key: value.detach() for key, value in experts.named_parameters()}
+    block = {}
+    if isinstance(module, MoE):
+        block = {key: value.detach() for key, value in module.state_dict().items() if not key.startswith("experts.")}
+    up, down = held[name], held["down_proj"]
+    return ExpertWeights(
+        gate_up_proj=up.transpose(1, 2) if config.transposed else up,
+        down_proj=down.transpose(1, 2) if config.transposed else down,
+        gate_up_bias=held.get(f"{name}_bias"),
+        down_bias=held.get("down_proj_bias"),
+        gated=config.gated,
+        gate_up_layout=config.gate_up_layout,
+        block=block,
+    )
+
+
+def pieces(home: ExpertWeights, piece: Tensor, target: Target, expert: int, order: str) -> list[tuple[Tensor, Tensor]]:
+    """Views that hold the same numbers, in home and in a checkpoint's piece of one expert.
+
+    Args:
+        home: the weights.
+        piece: ``[2F, D]`` and so on: the expert's tensor in home's orientation.
+        target: what it holds.
+        expert: whose.
+        order: of the rows of ``gate_up`` in the checkpoint.
+    """
+    suffix = "_bias" if target.endswith("_bias") else ""
+    if target.startswith("gate_up") and order != home.gate_up_layout:
+        halves: tuple[Target, Target] = ("gate", "up")
+        return [(home.rows(f"{half}{suffix}", expert, order), rows_of(piece, half, order)) for half in halves]  # type: ignore[arg-type, misc]
+    view = home.rows(target, expert, order)
+    assert view is not None
+    return [(view, piece)]

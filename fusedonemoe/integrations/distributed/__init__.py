@@ -1,0 +1,28 @@
+"""More than one process, on :mod:`torch.distributed`: gloo on CPUs, NCCL on GPUs."""
+
+from fusedonemoe.integrations.distributed.checkpoint import checkpointable
+from fusedonemoe.integrations.distributed.dispatch import AllToAll, Dispatched, FixedCapacity
+from fusedonemoe.integrations.distributed.expert_parallel import ExpertParallel, dropped_rows
+from fusedonemoe.integrations.distributed.tensor_parallel import TensorParallel
+from fusedonemoe.integrations.distributed.training import (
+    average_gradients,
+    clip_grad_norm_,
+    data_parallel,
+    expert_placement,
+    parameter_groups,
+)
+
+__all__ = [
+    "AllToAll",
+    "Dispatched",
+    "ExpertParallel",
+    "FixedCapacity",
+    "TensorParallel",
+    "average_gradients",
+    "checkpointable",
+    "clip_grad_norm_",
+    "data_parallel",
+    "dropped_rows",
+    "expert_placement",
+    "parameter_groups",
+]

@@ -1,0 +1,219 @@
+"""Expert parallelism: each process of a group holds a part of the experts, and rows go where their experts are."""
+
+from typing import Literal, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Placement, Shard, distribute_tensor
+from torch.distributed.tensor.parallel.style import ParallelStyle
+
+from fusedonemoe.checks import check_routing
+from fusedonemoe.functional.calls import as_rows, with_leading
+from fusedonemoe.integrations.distributed.collectives import in_autocast_dtype, with_divided_gradient
+from fusedonemoe.integrations.distributed.dispatch import AllToAll, FixedCapacity, check_capacity
+from fusedonemoe.layers import Experts
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+
+
+def as_mesh(where: DeviceMesh | ProcessGroup | None, device_type: str) -> DeviceMesh:
+    """A one-dimensional mesh over a group; the default group for None."""
+    if isinstance(where, DeviceMesh):
+        if where.ndim != 1:
+            raise ValueError(
+                f"mesh must have one dimension, got {where.ndim}: {where.mesh_dim_names}; take one of them, mesh['name']"
+            )
+        return where
+    if where is not None and not isinstance(where, ProcessGroup):
+        raise TypeError(f"group must be a ProcessGroup or a DeviceMesh, got {type(where).__name__}")
+    if not dist.is_initialized():
+        raise RuntimeError("torch.distributed is not initialised: call torch.distributed.init_process_group first")
+    group = dist.group.WORLD if where is None else where
+    assert group is not None
+    return DeviceMesh.from_group(group, device_type)
+
+
+def experts_of(model: nn.Module) -> dict[str, Experts]:
+    """The model's :class:`~fusedonemoe.Experts` by name."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    found = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+    if not found:
+        raise ValueError("model has no fusedonemoe.Experts in it")
+    for name, module in found.items():
+        if module.exchange is not None:
+            raise ValueError(f"{name or 'the model'} is parallel already: {module.exchange}")
+    return found
+
+
+def place(experts: Experts, mesh: DeviceMesh, placements: dict[str, Placement]) -> None:
+    """Make each parameter a ``DTensor`` of the mesh, from the values of the first rank; one process has them whole anyway."""
+    experts.unpack()
+    if mesh.size() == 1:
+        return
+    for name, parameter in list(experts.named_parameters(recurse=False)):
+        placed = distribute_tensor(parameter.detach(), mesh, [placements[name]])
+        experts.register_parameter(name, nn.Parameter(placed, requires_grad=parameter.requires_grad))
+
+
+class ExpertExchange:
+    """What :class:`ExpertParallel` hangs on an :class:`~fusedonemoe.Experts`: its forward over the group."""
+
+    def __init__(self, dispatcher: AllToAll | FixedCapacity, divisor: int) -> None:
+        self.dispatcher = dispatcher
+        self.divisor = divisor
+
+    def __call__(self, experts: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """The forward of ``experts``, for the tokens of this process."""
+        check_routing(x, ids, weights)
+        if x.shape[-1] != experts.config.hidden_size:
+            raise ValueError(f"x must have shape [..., {experts.config.hidden_size}], got {tuple(x.shape)}")
+        rows = in_autocast_dtype(as_rows(x))
+        dispatched = self.dispatcher.dispatch(rows, as_rows(ids), as_rows(weights))
+        up, down, *biases = (
+            None if w is None else with_divided_gradient(w, self.divisor) if self.divisor > 1 else w
+            for w in experts.local_weights()
+        )
+        assert up is not None and down is not None
+        if up.shape[0]:
+            y = experts.compute(dispatched.x, dispatched.experts, dispatched.weights, up, down, *biases)
+        else:  # more ranks than experts: no row comes here, but the others wait for this rank's part in the backward
+            nothing = sum(w.sum() for w in (up, down, *biases) if w is not None)
+            y = (dispatched.x * dispatched.weights + nothing).to(rows.dtype)
+        return with_leading(dispatched.combine(y), x)
+
+    def __deepcopy__(self, memo: object) -> "ExpertExchange":
+        return self
+
+    def __repr__(self) -> str:
+        return f"{type(self.dispatcher).__name__} over {self.dispatcher.world} ranks"
+
+
+class ExpertParallel(ParallelStyle):
+    """Shards the experts of a model over the processes of a group.
+
+    Rank ``r`` holds the ``r``-th block of ``ceil(E / W)`` experts, the last ranks fewer or none. Every process routes its own
+    tokens; each row goes to the ranks of its experts and comes back as their weighted sum. Routers and shared experts stay
+    whole in every process. Parameters keep their names and become ``DTensor``, sharded over the expert axis.
+
+    Without a capacity, as many rows travel as there are: each token once to every other rank that it needs
+    (:class:`AllToAll`). With one, the sizes are fixed and nothing is read on the host (:class:`FixedCapacity`).
+
+    Args:
+        group: a process group or a one-dimensional device mesh, each of whose processes has tokens of its own; the default
+            group if None.
+        capacity_factor: of :class:`FixedCapacity`; None for no limit.
+        capacity: of :class:`FixedCapacity`, in rows.
+        gradients: ``"mean"`` divides the gradient of the experts by ``W``, as data parallelism does with that of everything
+            else; ``"sum"`` leaves it the sum over the processes' losses.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: a mesh of several dimensions, a capacity that is no positive number, or an unknown name.
+
+    Source:
+        GShard (arXiv 2006.16668) section 3; sending a token once to a rank: DeepSeek-V3 (arXiv 2412.19437) section 3.2.2.
+
+    Example:
+        >>> import torch, torch.distributed as dist
+        >>> from fusedonemoe import MoE
+        >>> from fusedonemoe.integrations.distributed import ExpertParallel
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # under torchrun: no arguments
+        >>> moe = MoE(hidden_size=16, intermediate_size=8, num_experts=4, top_k=2)
+        >>> moe = ExpertParallel().apply(moe)
+        >>> moe(torch.randn(5, 16)).shape
+        torch.Size([5, 16])
+        >>> dist.destroy_process_group()
+    """
+
+    def __init__(
+        self,
+        group: ProcessGroup | DeviceMesh | None = None,
+        *,
+        capacity_factor: float | None = None,
+        capacity: int | None = None,
+        gradients: Literal["mean", "sum"] = "mean",
+    ) -> None:
+        super().__init__()
+        if group is not None and not isinstance(group, ProcessGroup | DeviceMesh):
+            raise TypeError(f"group must be a ProcessGroup or a DeviceMesh, got {type(group).__name__}")
+        check_capacity(capacity_factor, capacity)
+        if gradients not in ("mean", "sum"):
+            raise ValueError(f"gradients must be 'mean' or 'sum', got {gradients!r}")
+        self.group = group
+        self.capacity_factor = capacity_factor
+        self.capacity = capacity
+        self.gradients = gradients
+
+    def apply(self, model: AnyModule) -> AnyModule:
+        """Shard every :class:`~fusedonemoe.Experts` of the model, in place; a collective call.
+
+        The weights of the group's first rank are the ones that count. A model on the meta device is sharded without them.
+
+        Args:
+            model: a block, its experts, or a model with blocks in it.
+
+        Returns:
+            ``model``.
+
+        Raises:
+            TypeError: ``model`` is no module.
+            ValueError: it has no experts, or they are parallel already.
+            RuntimeError: :mod:`torch.distributed` is not initialised.
+        """
+        found = experts_of(model)
+        for experts in found.values():
+            device_type = next(experts.parameters()).device.type
+            self._shard(experts, as_mesh(self.group, "cpu" if device_type == "meta" else device_type))
+        return model
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        """What :func:`torch.distributed.tensor.parallel.parallelize_module` calls."""
+        for experts in experts_of(module).values():
+            self._shard(experts, as_mesh(device_mesh if self.group is None else self.group, device_mesh.device_type))
+        return module
+
+    def _shard(self, experts: Experts, mesh: DeviceMesh) -> None:
+        place(experts, mesh, {name: Shard(0) for name, _ in experts.named_parameters(recurse=False)})
+        group, E = mesh.get_group(), experts.config.num_experts
+        dispatcher: AllToAll | FixedCapacity
+        if self.capacity_factor is None and self.capacity is None:
+            dispatcher = AllToAll(group, E)
+        else:
+            dispatcher = FixedCapacity(group, E, capacity_factor=self.capacity_factor, capacity=self.capacity)
+        experts.exchange = ExpertExchange(dispatcher, group.size() if self.gradients == "mean" else 1)
+
+
+def dropped_rows(model: nn.Module, *, reset: bool = False) -> dict[str, Tensor]:
+    """What this process dropped for want of capacity, by the name of the experts; nothing waits for it.
+
+    Args:
+        model: whose experts are parallel with a capacity.
+        reset: start again from zero.
+
+    Returns:
+        0-dimensional int64 tensors, routed rows (choices) since the start or the last reset.
+
+    Example:
+        >>> import torch, torch.distributed as dist
+        >>> from fusedonemoe import MoE
+        >>> from fusedonemoe.integrations.distributed import ExpertParallel, dropped_rows
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> moe = MoE(hidden_size=16, intermediate_size=8, num_experts=4, top_k=2)
+        >>> moe = ExpertParallel(capacity_factor=1.25).apply(moe)
+        >>> y = moe(torch.randn(5, 16))
+        >>> dropped_rows(moe)
+        {'experts': tensor(0)}
+        >>> dist.destroy_process_group()
+    """
+    counts: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Experts) and isinstance(module.exchange, ExpertExchange):
+            dropped = getattr(module.exchange.dispatcher, "dropped", None)
+            if dropped is not None:
+                counts[name] = dropped[0].clone()
+                if reset:
+                    dropped.zero_()
+    return counts

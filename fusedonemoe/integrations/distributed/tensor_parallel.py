@@ -1,0 +1,121 @@
+"""Tensor parallelism: each process of a group holds a slice of every expert's intermediate width."""
+
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Placement, Replicate, Shard
+from torch.distributed.tensor.parallel.style import ParallelStyle
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from fusedonemoe.config import MoEConfig
+from fusedonemoe.integrations.distributed.collectives import in_autocast_dtype, sum_of_parts, with_summed_gradient
+from fusedonemoe.integrations.distributed.expert_parallel import AnyModule, as_mesh, experts_of, place
+from fusedonemoe.layers import Experts
+
+
+def _placements(config: MoEConfig) -> dict[str, Placement]:
+    """How each parameter is cut along F.
+
+    In a concatenation of gate and up rows an ordinary shard would give one rank gate rows only: each rank needs its part of
+    both halves. Interleaved rows are in pairs already.
+    """
+    paired = config.gated and config.gate_up_layout != "interleaved"
+
+    def rows(axis: int) -> Placement:
+        # A rank's part of each of two pieces along the axis, one behind the other.
+        return _StridedShard(axis, split_factor=2) if paired else Shard(axis)
+
+    up_name = "gate_up_proj" if config.gated else "up_proj"
+    up, down = (2, 1) if config.transposed else (1, 2)
+    return {up_name: rows(up), f"{up_name}_bias": rows(1), "down_proj": Shard(down), "down_proj_bias": Replicate()}
+
+
+class TensorExchange:
+    """What :class:`TensorParallel` hangs on an :class:`~fusedonemoe.Experts`: its forward over the group."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self.group = group
+
+    def __call__(self, experts: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """The forward of ``experts``, for tokens that all processes have."""
+        up, down, up_bias, down_bias = experts.local_weights()
+        if down_bias is not None:  # added once; the other ranks' zeros have zero gradients, which the sum then replaces
+            down_bias = with_summed_gradient(down_bias, self.group) * float(self.group.rank() == 0)
+        shared = with_summed_gradient(in_autocast_dtype(x), self.group)
+        y = experts.compute(shared, ids, with_summed_gradient(weights, self.group), up, down, up_bias, down_bias)
+        return sum_of_parts(y, self.group)
+
+    def __deepcopy__(self, memo: object) -> "TensorExchange":
+        return self
+
+    def __repr__(self) -> str:
+        return f"TensorParallel over {self.group.size()} ranks"
+
+
+class TensorParallel(ParallelStyle):
+    """Cuts every expert of a model along its intermediate width ``F``, over the processes of a group.
+
+    All processes have the same tokens and get the same output, the sum of their parts. Parameters keep their names and become
+    ``DTensor``. In a ``gate_up_proj`` of gate rows and then up rows each rank holds its part of both halves, which
+    :mod:`torch.distributed.checkpoint` cannot store by itself: give it :func:`checkpointable` of the state dict.
+
+    Args:
+        group: a process group or a one-dimensional device mesh; the default group if None. Its size must divide ``F``.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: a mesh of several dimensions.
+
+    Source:
+        Megatron-LM (arXiv 1909.08053) section 3, for each expert.
+
+    Example:
+        >>> import torch, torch.distributed as dist
+        >>> from fusedonemoe import MoE
+        >>> from fusedonemoe.integrations.distributed import TensorParallel
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # under torchrun: no arguments
+        >>> moe = TensorParallel().apply(MoE(hidden_size=16, intermediate_size=8, num_experts=4, top_k=2))
+        >>> moe(torch.randn(5, 16)).shape
+        torch.Size([5, 16])
+        >>> dist.destroy_process_group()
+    """
+
+    def __init__(self, group: ProcessGroup | DeviceMesh | None = None) -> None:
+        super().__init__()
+        if group is not None and not isinstance(group, ProcessGroup | DeviceMesh):
+            raise TypeError(f"group must be a ProcessGroup or a DeviceMesh, got {type(group).__name__}")
+        self.group = group
+
+    def apply(self, model: AnyModule) -> AnyModule:
+        """Cut every :class:`~fusedonemoe.Experts` of the model, in place; a collective call.
+
+        The weights of the group's first rank are the ones that count. A model on the meta device is cut without them.
+
+        Args:
+            model: a block, its experts, or a model with blocks in it.
+
+        Returns:
+            ``model``.
+
+        Raises:
+            TypeError: ``model`` is no module.
+            ValueError: it has no experts, they are parallel already, or the group's size does not divide ``F``.
+            RuntimeError: :mod:`torch.distributed` is not initialised.
+        """
+        for experts in experts_of(model).values():
+            device_type = next(experts.parameters()).device.type
+            self._cut(experts, as_mesh(self.group, "cpu" if device_type == "meta" else device_type))
+        return model
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        """What :func:`torch.distributed.tensor.parallel.parallelize_module` calls."""
+        for experts in experts_of(module).values():
+            self._cut(experts, as_mesh(device_mesh if self.group is None else self.group, device_mesh.device_type))
+        return module
+
+    def _cut(self, experts: Experts, mesh: DeviceMesh) -> None:
+        width = experts.config.intermediate_size
+        if width % mesh.size():
+            raise ValueError(f"the group's size must divide the intermediate size ({width}), got {mesh.size()} ranks")
+        place(experts, mesh, _placements(experts.config))
+        experts.exchange = TensorExchange(mesh.get_group())

@@ -1,0 +1,236 @@
+"""What the rest of a training loop needs to know of parameters that are not whole: FSDP2, DDP, optimizers, clipping."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn.parallel import DistributedDataParallel
+
+from fusedonemoe.integrations.distributed.expert_parallel import ExpertExchange
+from fusedonemoe.layers import Experts
+
+
+def expert_placement(model: nn.Module, mesh: DeviceMesh) -> Callable[[nn.Parameter], Any]:
+    """The ``shard_placement_fn`` that lets ``fully_shard`` cut the experts of a block along, and over, what suits them.
+
+    Under expert parallelism the experts stand on some ranks already; ``mesh`` is what is left of the data-parallel ranks, those
+    that hold copies of the same experts. They are cut along dimension 1 where the mesh divides it (the rows of the up-, the
+    outputs of the down-projection): that works with more ranks than experts, and is stored as it stands. Otherwise along the
+    experts.
+
+    Args:
+        model: the block that is given to ``fully_shard``, after :meth:`ExpertParallel.apply`.
+        mesh: one-dimensional, the ranks that hold the same experts. Without expert parallelism the mesh of ``fully_shard``.
+
+    Returns:
+        A function of a parameter.
+
+    Raises:
+        TypeError: ``mesh`` is no device mesh.
+        ValueError: ``mesh`` has several dimensions, or ``model`` no experts.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> from torch.distributed.device_mesh import init_device_mesh
+        >>> from torch.distributed.fsdp import fully_shard
+        >>> from fusedonemoe import MoE
+        >>> from fusedonemoe.integrations.distributed import ExpertParallel, expert_placement
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("copies", "experts"))
+        >>> moe = MoE(hidden_size=16, intermediate_size=8, num_experts=4, top_k=2)
+        >>> moe = ExpertParallel(mesh["experts"]).apply(moe)
+        >>> everyone = init_device_mesh("cpu", (1,), mesh_dim_names=("everyone",))
+        >>> moe = fully_shard(moe, mesh=everyone, shard_placement_fn=expert_placement(moe, mesh["copies"]))
+        >>> moe.experts.down_proj.placements
+        (Shard(dim=1),)
+        >>> dist.destroy_process_group()
+    """
+    from torch.distributed.fsdp._fully_shard import _fsdp_common as fsdp
+
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"mesh must be a DeviceMesh, got {type(mesh).__name__}")
+    if mesh.ndim != 1:
+        raise ValueError(f"mesh must have one dimension, got {mesh.ndim} ({mesh.mesh_dim_names})")
+    ours = {
+        parameter: isinstance(parameter, DTensor) and isinstance(module.exchange, ExpertExchange)
+        for module in model.modules()
+        if isinstance(module, Experts)
+        for parameter in module.parameters()
+    }
+    if not ours:
+        raise ValueError("model has no fusedonemoe.Experts in it")
+    if any(ours.values()) and not hasattr(fsdp, "ShardPlacementResult"):
+        raise RuntimeError(
+            "a mesh for single parameters needs torch 2.12; before, give the experts to fully_shard first: "
+            "fully_shard(moe.experts, mesh=mesh), then fully_shard(block)"
+        )
+    info = fsdp.FSDPMeshInfo(mesh, shard_mesh_dim=0)
+
+    def place(parameter: nn.Parameter) -> Any:
+        if parameter not in ours:
+            return None
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        taken = isinstance(parameter, DTensor) and any(getattr(p, "dim", None) == 1 for p in parameter.placements)
+        along = Shard(0 if taken or local.shape[1] % mesh.size() else 1)
+        return fsdp.ShardPlacementResult(along, info) if ours[parameter] else along
+
+    return place
+
+
+def data_parallel(model: nn.Module, **options: Any) -> DistributedDataParallel:
+    """``DistributedDataParallel`` around a model whose experts are parallel: it leaves the experts alone.
+
+    Their gradients are complete when they come out of the exchange, and no two ranks hold the same ones.
+
+    Args:
+        model: after :meth:`ExpertParallel.apply`, over the same processes and with ``gradients="mean"``.
+        **options: of ``DistributedDataParallel``.
+
+    Returns:
+        The wrapped model.
+
+    Raises:
+        ValueError: the experts are parallel over other processes than the rest, or their gradients are sums.
+
+    Example:
+        >>> import torch, torch.distributed as dist
+        >>> from fusedonemoe import MoE
+        >>> from fusedonemoe.integrations.distributed import ExpertParallel, data_parallel
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> moe = ExpertParallel().apply(MoE(hidden_size=16, intermediate_size=8, num_experts=4, top_k=2))
+        >>> model = data_parallel(moe)
+        >>> model(torch.randn(5, 16)).sum().backward()
+        >>> dist.destroy_process_group()
+    """
+    group: ProcessGroup | None = options.get("process_group") or dist.group.WORLD
+    assert group is not None
+    left_alone = []
+    for name, module in model.named_modules():
+        if not isinstance(module, Experts) or not isinstance(module.exchange, ExpertExchange):
+            continue
+        ranks = dist.get_process_group_ranks(module.exchange.dispatcher.group)
+        if ranks != dist.get_process_group_ranks(group):
+            raise ValueError(
+                f"{name} is parallel over ranks {ranks}, and the model over {dist.get_process_group_ranks(group)}: the copies of "
+                "an expert would drift apart; use fully_shard with expert_placement"
+            )
+        if module.exchange.divisor != group.size():
+            raise ValueError(f"{name} sums its gradients, and DistributedDataParallel averages: use gradients='mean'")
+        left_alone += [f"{name}.{key}" if name else key for key, _ in module.named_parameters()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, left_alone)
+    return DistributedDataParallel(model, **options)
+
+
+def average_gradients(model: nn.Module, group: ProcessGroup | None = None) -> None:
+    """Average the gradients of whole parameters over the processes, in one message; those of shards stay.
+
+    The simplest data parallelism, for a model that neither DDP nor FSDP wraps. A collective call.
+
+    Args:
+        model: after its backward pass. A parameter has a gradient in all processes, or in none.
+        group: the processes; the default group if None.
+
+    Example:
+        >>> import torch, torch.distributed as dist
+        >>> from fusedonemoe.integrations.distributed import average_gradients
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> model = torch.nn.Linear(2, 1)
+        >>> model(torch.ones(1, 2)).sum().backward()
+        >>> average_gradients(model)
+        >>> dist.destroy_process_group()
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None and not isinstance(p, DTensor)]
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for gradient in gradients:
+        by_dtype.setdefault(gradient.dtype, []).append(gradient)
+    for same in by_dtype.values():
+        flat = torch.cat([gradient.reshape(-1) for gradient in same])
+        dist.all_reduce(flat, group=group)
+        flat /= dist.get_world_size(group)
+        for gradient, mean in zip(same, flat.split([gradient.numel() for gradient in same]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+
+def _mesh_of(parameter: Tensor) -> DeviceMesh | None:
+    return parameter.device_mesh if isinstance(parameter, DTensor) else None
+
+
+def parameter_groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
+    """The model's parameters for an optimizer, by the mesh that they are placed on.
+
+    One call of a fused or foreach optimizer takes whole tensors, or those of one mesh, but not both.
+
+    Args:
+        model: whose parameters require gradients or not; those that do are taken.
+        **options: of every group, such as ``weight_decay``.
+
+    Returns:
+        One dict for whole parameters, then one for each mesh.
+
+    Example:
+        >>> import torch
+        >>> from fusedonemoe.integrations.distributed import parameter_groups
+        >>> optimizer = torch.optim.AdamW(parameter_groups(torch.nn.Linear(2, 1), weight_decay=0.1), lr=1e-3, fused=True)
+    """
+    groups: dict[DeviceMesh | None, list[Tensor]] = {None: []}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups.setdefault(_mesh_of(parameter), []).append(parameter)
+    return [{"params": parameters, **options} for parameters in groups.values() if parameters]
+
+
+@torch.no_grad()
+def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale all gradients so that their common 2-norm is at most ``max_norm``, whole parameters and shards alike.
+
+    The norm is that of the whole model: every process gets the same number. ``torch.nn.utils.clip_grad_norm_`` takes
+    parameters of one mesh at a time. A collective call where there are shards.
+
+    Args:
+        parameters: with gradients or without; whole ones have the same gradient in every process.
+        max_norm: above 0.
+
+    Returns:
+        The norm before, 0-dimensional.
+
+    Raises:
+        ValueError: ``max_norm`` is not above 0.
+
+    Example:
+        >>> import torch
+        >>> from fusedonemoe.integrations.distributed import clip_grad_norm_
+        >>> w = torch.nn.Parameter(torch.zeros(2))
+        >>> w.grad = torch.tensor([3.0, 4.0])
+        >>> clip_grad_norm_([w], 1.0), w.grad
+        (tensor(5.), tensor([0.6000, 0.8000]))
+    """
+    if not max_norm > 0:
+        raise ValueError(f"max_norm must be above 0, got {max_norm}")
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return torch.zeros(())
+    dtype = torch.float64 if any(gradient.dtype == torch.float64 for gradient in gradients) else torch.float32
+    by_mesh: dict[Any, list[Tensor]] = {}
+    for gradient in gradients:
+        placed = (gradient.device_mesh, gradient.placements) if isinstance(gradient, DTensor) else None
+        by_mesh.setdefault(placed, []).append(gradient)
+    squares = []
+    for placed, some in by_mesh.items():
+        local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in some]
+        square = torch.stack([torch.linalg.vector_norm(part, dtype=dtype) for part in local]).square().sum()
+        if placed is not None:
+            mesh, placements = placed
+            for axis, placement in enumerate(placements):
+                if not placement.is_replicate():
+                    dist.all_reduce(square, group=mesh.get_group(axis))
+        squares.append(square)
+    norm = torch.stack(squares).sum().sqrt()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        (gradient.to_local() if isinstance(gradient, DTensor) else gradient).mul_(scale.to(gradient.device))
+    return norm

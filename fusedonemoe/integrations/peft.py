@@ -1,0 +1,345 @@
+"""Adapters of experts as PEFT and vLLM keep them: read into :class:`~fusedonemoe.LoRAExperts`, and written from it.
+
+A model trains here, with ``add_lora``, and its adapters go back with ``save_adapter``; or they come from elsewhere, with
+``load_adapter`` from a file and with ``from_peft`` from a ``PeftModel``. The layouts are in :mod:`.adapter_layouts`.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusedonemoe.integrations.adapter_layouts import (
+    GATE_UP_DOWN,
+    PER_EXPERT,
+    PREFIX,
+    AdapterConfig,
+    Factors,
+    check_config,
+    join_factors,
+    read_per_expert,
+    read_stacked,
+    sort_keys,
+    split_factors,
+    write_per_expert,
+    write_stacked,
+)
+from fusedonemoe.integrations.forms import form_of
+from fusedonemoe.lora import ExpertsForm, LoRAExperts
+from fusedonemoe.lora import add_lora as add_lora_to_experts
+
+__all__ = [
+    "adapter_config",
+    "adapter_state_dict",
+    "add_lora",
+    "from_peft",
+    "join_factors",
+    "load_adapter",
+    "save_adapter",
+    "split_factors",
+]
+
+LAYOUTS = ("peft", "vllm")
+
+
+def add_lora(model: nn.Module, **options: Any) -> dict[str, LoRAExperts]:
+    """:func:`fusedonemoe.add_lora` for a transformers model: its modules of experts, and ours, get adapters.
+
+    Args:
+        model: is changed: every module of experts is replaced by a :class:`~fusedonemoe.LoRAExperts` over it, and all
+            parameters but the adapters' stop requiring gradients.
+        **options: of :func:`fusedonemoe.add_lora`.
+
+    Returns:
+        The new modules by name.
+
+    Raises:
+        ValueError: the model holds no experts, or such as the operators cannot compute; the message says which.
+    """
+    return add_lora_to_experts(model, read=form_of, **options)
+
+
+def _read(source: Any, config: Any) -> tuple[Mapping[str, Tensor], AdapterConfig]:
+    """The tensors and the configuration of an adapter."""
+    if isinstance(source, Mapping):
+        tensors: Mapping[str, Tensor] = source
+    else:
+        path = Path(source)
+        if path.is_dir():
+            if config is None:
+                config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+            path = path / "adapter_model.safetensors"
+        tensors = _safetensors().load_file(path)
+    if config is None:
+        raise ValueError("config must be given beside a state dict or a file: ranks do not tell the scale")
+    return tensors, check_config(config)
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError("adapters are read and written with safetensors: pip install fusedonemoe[hf]") from error
+    return safetensors.torch
+
+
+def load_adapter(
+    model: nn.Module,
+    source: "str | Path | Mapping[str, Tensor]",
+    *,
+    config: Any = None,
+    strict: bool = True,
+    trainable: bool = False,
+    dtype: torch.dtype | None = None,
+) -> dict[str, LoRAExperts]:
+    """Put an adapter that PEFT or vLLM's tools have written on a model's experts.
+
+    Args:
+        model: a transformers model, or one with :class:`~fusedonemoe.Experts`, without adapters. It is changed.
+        source: a directory with ``adapter_model.safetensors`` and ``adapter_config.json``; such a tensor file alone; or a
+            state dict. PEFT's layout of experts and a matrix per expert are told apart by their keys.
+        config: PEFT's configuration, a mapping or a ``LoraConfig``, where ``source`` is no directory.
+        strict: refuse keys of other modules than experts, and experts that the configuration names and the file lacks.
+        trainable: whether the adapters require gradients.
+        dtype: of the adapters, see :class:`~fusedonemoe.LoRAExperts`.
+
+    Returns:
+        The new modules by name.
+
+    Raises:
+        ImportError: safetensors is not installed.
+        TypeError: ``config`` is no configuration.
+        ValueError: what the keys, shapes, ranks or the configuration say does not fit; the message names the module.
+    """
+    if any(isinstance(module, LoRAExperts) for module in model.modules()):
+        raise ValueError("model must have no adapters yet, got one with LoRAExperts in it")
+    tensors, checked = _read(source, config)
+    modules, others = sort_keys(tensors)
+    forms = {name: form for name, module in model.named_modules() if (form := form_of(module)) is not None}
+    stacked: dict[str, dict[int, dict[str, Tensor]]] = {}
+    separate: dict[str, dict[tuple[str, int], dict[str, Tensor]]] = {}
+    for module, factors in modules.items():
+        name = module
+        while name.endswith(".base_layer"):
+            name = name.removesuffix(".base_layer")
+        match = PER_EXPERT.fullmatch(module)
+        if name in forms:
+            stacked.setdefault(name, {})[module.count(".base_layer")] = factors
+        elif match and match["experts"] in forms:
+            proj = GATE_UP_DOWN.get(match["proj"], match["proj"])
+            separate.setdefault(match["experts"], {})[proj, int(match["expert"])] = factors
+        else:
+            others.append(module)
+    if both := stacked.keys() & separate.keys():
+        raise ValueError(f"adapters must be in one layout, got two for {sorted(both)}")
+    adapters = {n: read_stacked(n, forms[n], model.get_submodule(n), found, checked) for n, found in stacked.items()}
+    adapters |= {n: read_per_expert(n, forms[n], model.get_submodule(n), found, checked) for n, found in separate.items()}
+    if not adapters:
+        raise ValueError(f"source must hold adapters of experts of this model, got keys of {sorted(modules)[:3]}")
+    if strict and others:
+        raise ValueError(f"source must hold adapters of experts alone, got {sorted(others)[:3]} of {len(others)} others")
+    if strict and (missing := [n for n, form in forms.items() if n not in adapters and checked.targets(n, form)]):
+        raise ValueError(f"the config's target_parameters name {missing}, for which there are no tensors")
+    for name, found in adapters.items():
+        _check_shapes(name, model.get_submodule(name), forms[name], found)
+    model.requires_grad_(False)
+    return {
+        name: _attach(model, name, model.get_submodule(name), forms[name], found, trainable=trainable, dtype=dtype)
+        for name, found in adapters.items()
+    }
+
+
+def _check_shapes(name: str, base: nn.Module, form: ExpertsForm, adapters: Mapping[str, Factors]) -> None:
+    for target, (A, B, _) in adapters.items():
+        E, rows, columns = getattr(base, form.name(target)).shape
+        out, inner = (columns, rows) if form.transposed else (rows, columns)
+        for letter, factor, shape in (("A", A, (E, A.shape[1], inner)), ("B", B, (E, out, A.shape[1]))):
+            if factor.shape != shape:
+                raise ValueError(f"{letter} of {name}.{form.name(target)} must have shape {shape}, got {tuple(factor.shape)}")
+
+
+def _attach(
+    model: nn.Module,
+    name: str,
+    base: nn.Module,
+    form: ExpertsForm,
+    adapters: Mapping[str, Factors],
+    *,
+    trainable: bool,
+    dtype: torch.dtype | None,
+) -> LoRAExperts:
+    """Put these adapters on a module of experts, in the place of what has its name."""
+    ranks = {target: found.A.shape[1] for target, found in adapters.items()}
+    alphas = {target: found.scale * ranks[target] for target, found in adapters.items()}
+    module = LoRAExperts(base, r=ranks, alpha=alphas, targets=tuple(adapters), form=form, dtype=dtype).train(base.training)
+    for target, found in adapters.items():
+        for own, loaded in zip(module.factors(target), found[:2], strict=True):
+            with torch.no_grad():
+                own.copy_(loaded)
+            own.requires_grad_(trainable)
+    model.set_submodule(name, module)
+    return module
+
+
+def _wrapped_adapters(name: str, wrapper: Any, form: ExpertsForm, adapter: str | None) -> tuple[dict[str, Factors], bool]:
+    """The factors in PEFT's nested wrappers of one module, and whether they are trained."""
+    adapters, trainable = {}, False
+    layer = wrapper
+    while hasattr(layer, "parameter_name"):
+        active = layer.active_adapters
+        chosen = active[0] if adapter is None and len(active) == 1 else adapter
+        if chosen not in layer.lora_A:
+            raise ValueError(f"adapter must be one of {sorted(layer.lora_A)}, got {chosen!r} with {active} active")
+        if layer.merged:
+            raise ValueError(f"{name} must not be merged: call unmerge_adapter() first")
+        target = {form.up: "gate_up", form.down: "down"}.get(layer.parameter_name)
+        if target is None:
+            raise ValueError(f"{name} must have adapters of its projections alone, got one of {layer.parameter_name}")
+        lora_A, lora_B = layer.lora_A[chosen].weight, layer.lora_B[chosen].weight
+        trainable = trainable or lora_A.requires_grad
+        A, B = split_factors(lora_A.detach(), lora_B.detach(), layer.num_experts)
+        adapters[target] = Factors(A, B, layer.scaling[chosen])
+        layer = layer.base_layer
+    return adapters, trainable
+
+
+def from_peft(model: nn.Module, adapter: str | None = None) -> dict[str, LoRAExperts]:
+    """Take over the adapters of experts in a ``PeftModel``: its wrappers become :class:`~fusedonemoe.LoRAExperts`.
+
+    Other adapters of the model, such as those of attention, are left to PEFT.
+
+    Args:
+        model: a ``PeftModel``, or what it wraps. It is changed.
+        adapter: which adapter; by default the active one.
+
+    Returns:
+        The new modules by name.
+
+    Raises:
+        ImportError: peft is not installed.
+        ValueError: there is no such adapter, it is merged, or there are no adapters of experts.
+    """
+    try:
+        from peft.tuners.lora.layer import ParamWrapper
+    except ImportError as error:
+        raise ImportError("a PeftModel comes with peft: pip install peft") from error
+    wrappers: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, ParamWrapper) and not any(name.startswith(f"{outer}.") for outer in wrappers):
+            wrappers[name] = module
+    added = {}
+    for name, wrapper in wrappers.items():
+        base = wrapper.get_base_layer()
+        if (form := form_of(base)) is None:
+            continue
+        found, trainable = _wrapped_adapters(name, wrapper, form, adapter)
+        dtype = next(iter(found.values())).A.dtype
+        added[name] = _attach(model, name, base, form, found, trainable=trainable, dtype=dtype)
+    if not added:
+        raise ValueError(f"model must hold adapters of experts, got {type(model).__name__} without any")
+    return added
+
+
+def _adapted(model: nn.Module) -> dict[str, LoRAExperts]:
+    found = {name: module for name, module in model.named_modules() if isinstance(module, LoRAExperts)}
+    if not found or "" in found:
+        raise ValueError(f"model must hold modules of LoRAExperts inside, got {type(model).__name__}")
+    return found
+
+
+def _check_layout(layout: str) -> None:
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
+
+
+def adapter_state_dict(model: nn.Module, *, layout: str = "peft") -> dict[str, Tensor]:
+    """The adapters of a model as other libraries keep them.
+
+    Args:
+        model: with :class:`~fusedonemoe.LoRAExperts` inside.
+        layout: ``"peft"``, two matrices of all experts per parameter, or ``"vllm"``, a matrix per expert and projection.
+
+    Returns:
+        Contiguous tensors of their own under the keys of ``adapter_model.safetensors``.
+
+    Raises:
+        ValueError: an unknown layout, or a model without adapters.
+    """
+    _check_layout(layout)
+    write = write_stacked if layout == "peft" else write_per_expert
+    return {PREFIX + key: tensor for name, module in _adapted(model).items() for key, tensor in write(name, module)}
+
+
+def _projections(name: str, module: LoRAExperts, target: str, layout: str) -> str:
+    """The name that a pattern of ranks needs for a target."""
+    if layout == "peft":
+        return f"{name}.{module.form.name(target)}"
+    return rf"{name}\.\d+\.{'(gate|up)_proj' if target == 'gate_up' else 'down_proj'}"
+
+
+def adapter_config(model: nn.Module, *, layout: str = "peft", base_model: str | None = None) -> dict[str, Any]:
+    """The configuration that belongs to :func:`adapter_state_dict`, as ``adapter_config.json`` holds it.
+
+    Args:
+        model: with :class:`~fusedonemoe.LoRAExperts` inside.
+        layout: as for :func:`adapter_state_dict`.
+        base_model: name or path of the base model, for those who load by it.
+
+    Returns:
+        A mapping that ``peft.LoraConfig(**...)`` takes.
+
+    Raises:
+        ValueError: an unknown layout, or a model without adapters.
+    """
+    _check_layout(layout)
+    adapted = _adapted(model)
+    use_rslora = all(module.use_rslora for module in adapted.values())
+    adapters = {
+        _projections(name, module, target, layout): (
+            module.r[target],
+            module.alpha[target] if module.use_rslora == use_rslora else module.scale[target] * module.r[target],
+        )
+        for name, module in adapted.items()
+        for target in module.targets
+    }
+    r, alpha = next(iter(adapters.values()))
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": alpha,
+        "use_rslora": use_rslora,
+        "rank_pattern": {name: rank for name, (rank, _) in adapters.items() if rank != r},
+        "alpha_pattern": {name: value for name, (_, value) in adapters.items() if value != alpha},
+        "target_modules": [] if layout == "peft" else ["gate_proj", "up_proj", "down_proj"],
+        "target_parameters": list(adapters) if layout == "peft" else None,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+    }
+
+
+def save_adapter(model: nn.Module, directory: str | Path, *, layout: str = "peft", base_model: str | None = None) -> None:
+    """Write a model's adapters so that ``PeftModel.from_pretrained`` or vLLM loads them.
+
+    Args:
+        model: with :class:`~fusedonemoe.LoRAExperts` inside.
+        directory: gets ``adapter_model.safetensors`` and ``adapter_config.json``; is made if it is not there.
+        layout: as for :func:`adapter_state_dict`.
+        base_model: as for :func:`adapter_config`.
+
+    Raises:
+        ImportError: safetensors is not installed.
+        ValueError: an unknown layout, or a model without adapters.
+    """
+    tensors = adapter_state_dict(model, layout=layout)
+    config = adapter_config(model, layout=layout, base_model=base_model)
+    path = Path(directory)
+    path.mkdir(parents=True, exist_ok=True)
+    _safetensors().save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+    (path / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,9 @@
+"""Hugging Face transformers 5: one line, and a model's mixture-of-experts layers run on this library.
+
+``enable()`` adds ``experts_implementation="fusedonemoe"``; ``apply(model)`` changes a loaded model, and reports.
+"""
+
+from fusedonemoe.integrations.transformers.application import apply, disable, enable, unapply
+from fusedonemoe.integrations.transformers.report import LayerReport, Report
+
+__all__ = ["LayerReport", "Report", "apply", "disable", "enable", "unapply"]

@@ -1,0 +1,143 @@
+"""enable, apply and their undoing: what changes in transformers and in a loaded model, and how it is put back."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from fusedonemoe.integrations.transformers import registry
+from fusedonemoe.integrations.transformers.experts import experts_forward
+from fusedonemoe.integrations.transformers.gates import activation_of
+from fusedonemoe.integrations.transformers.layers import FoundLayer, find_layers
+from fusedonemoe.integrations.transformers.report import LayerReport, Report
+from fusedonemoe.integrations.transformers.routers import RouterPlan, find_router, fuse_router, unfuse_router
+from fusedonemoe.ops.activation import PLAIN
+
+_undo: "weakref.WeakKeyDictionary[nn.Module, list[Callable[[], None]]]" = weakref.WeakKeyDictionary()
+
+
+def enable() -> None:
+    """Register ``"fusedonemoe"`` with transformers, beside its own ``"eager"``, ``"grouped_mm"`` and ``"batched_mm"``.
+
+    Afterwards ``from_pretrained(..., experts_implementation="fusedonemoe")`` and
+    ``model.set_experts_implementation("fusedonemoe")`` work. transformers does not save the choice with a model.
+
+    Raises:
+        ImportError: transformers 5 or newer is not installed.
+
+    Example:
+        >>> from fusedonemoe.integrations.transformers import disable, enable
+        >>> enable()
+        >>> disable()
+    """
+    registry.register(experts_forward)
+
+
+def disable() -> None:
+    """Take the name out again, after :func:`unapply` of every model that :func:`apply` changed.
+
+    A model that was loaded with ``experts_implementation="fusedonemoe"`` raises transformers' own error from then on, until
+    it is set to another.
+    """
+    for model in list(_undo):
+        unapply(model)
+    registry.unregister()
+
+
+def apply(model: nn.Module, *, routers: bool = True) -> Report:
+    """Let this library compute the mixture-of-experts layers of a loaded model.
+
+    Experts are reached through transformers' registry, so parameters, checkpoints, adapters and parallel plans stay as they
+    are. A router is replaced where its own forward, called with random weights and inputs in float32, gives what one of this
+    library's rules gives; otherwise it keeps its forward, and the report says so.
+
+    Args:
+        model: of transformers, or one that contains such a model.
+        routers: also replace routers.
+
+    Returns:
+        What was replaced, layer by layer, and why not the rest.
+
+    Raises:
+        ImportError: transformers 5 or newer is not installed.
+        TypeError: ``model`` is no ``torch.nn.Module``.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+        >>> from fusedonemoe.integrations.transformers import apply
+        >>> sizes = {"hidden_size": 32, "moe_intermediate_size": 16, "num_experts": 4, "num_hidden_layers": 2, "vocab_size": 64}
+        >>> model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**sizes, num_experts_per_tok=2))
+        >>> print(apply(model))
+        2 of 2 MoE layers use fusedonemoe.
+          2 x Qwen3MoeExperts: silu, fused; router: softmax, top 2, fused
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    enable()
+    unapply(model)
+    undo: list[Callable[[], None]] = []
+    _undo[model] = undo
+    return Report(tuple(_apply_to(layer, undo, routers) for layer in find_layers(model)))
+
+
+def unapply(model: nn.Module) -> None:
+    """Undo :func:`apply`: the implementations that were set before, and the routers' own forwards. Without it, nothing.
+
+    Args:
+        model: what :func:`apply` was given.
+    """
+    for step in reversed(_undo.pop(model, [])):
+        step()
+
+
+def _apply_to(layer: FoundLayer, undo: list[Callable[[], None]], routers: bool) -> LayerReport:
+    experts, kind = layer.module, type(layer.module).__name__
+    if refusal := layer.refusal or _refusal(experts):
+        return LayerReport(layer.name, kind, False, refusal)
+    _set_implementation(experts.config, undo)
+    description = _describe_experts(experts)
+    if not routers:
+        return LayerReport(layer.name, kind, True, description, "its own, as asked")
+    router, why = find_router(layer.parent, experts)
+    if isinstance(why, RouterPlan):
+        assert router is not None
+        fuse_router(router, why)
+        undo.append(lambda: unfuse_router(router))
+        return LayerReport(layer.name, kind, True, description, f"{why}, fused", True)
+    return LayerReport(layer.name, kind, True, description, f"its own: {why}")
+
+
+def _refusal(experts: nn.Module) -> str:
+    """Why the experts function cannot compute this module."""
+    if not registry.is_ours(experts):
+        return "its experts ask a registry of their own (quantised weights)"
+    names = ("gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj", "down_proj")
+    for name in names:
+        weight = getattr(experts, name, None)
+        if not isinstance(weight, Tensor) or weight.dim() != 3:
+            return f"it has no stacked weight {name} [experts, rows, columns]"
+        if not weight.is_floating_point():
+            return f"its {name} is quantised ({weight.dtype})"
+    if not hasattr(experts.config, "_experts_implementation"):
+        return "its configuration has no experts implementation to set"
+    return ""
+
+
+def _describe_experts(experts: Any) -> str:
+    if getattr(experts, "has_post_expert_norm", False):
+        return "unfused, two grouped products with the experts' own gate between and their norm behind"
+    act = activation_of(experts)
+    if act is None:
+        return "unfused, two grouped products with the experts' own gate between"
+    layout = "" if act.layout in (PLAIN, "gate_up") else f" {act.layout}"
+    plain = ", no gate" if act.layout == PLAIN else ""
+    return f"{act.name}{layout}{plain}, fused"
+
+
+def _set_implementation(config: Any, undo: list[Callable[[], None]]) -> None:
+    """Of this configuration alone: the public setter would set those of parts without experts as well."""
+    before = config._experts_implementation
+    if before != registry.NAME:
+        config._experts_implementation_internal = registry.NAME
+        undo.append(lambda: setattr(config, "_experts_implementation_internal", before))

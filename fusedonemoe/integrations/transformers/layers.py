@@ -1,0 +1,67 @@
+"""Finding a model's mixture-of-experts layers: those that ask transformers' registry, and those that do not."""
+
+from typing import NamedTuple
+
+from torch import nn
+
+from fusedonemoe.integrations.transformers.registry import interface_of
+
+_NO_REGISTRY = "its experts do not ask transformers' registry of experts functions"
+
+
+class FoundLayer(NamedTuple):
+    """A mixture-of-experts layer of a model.
+
+    Attributes:
+        name: of the module.
+        module: the experts where they ask the registry; otherwise whatever shows that there are experts.
+        parent: the module that it stands in; None for the model itself.
+        refusal: why it cannot be replaced; empty where it asks the registry.
+    """
+
+    name: str
+    module: nn.Module
+    parent: nn.Module | None
+    refusal: str
+
+
+def _parent_name(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _stands_for_experts(name: str, module: nn.Module) -> bool:
+    """Whether a module that asks no registry looks like experts: by its name, its class or its count of them.
+
+    These classes share no interface, so looks have to do. They decide what the report names and nothing else.
+    """
+    if isinstance(module, nn.ModuleList | nn.ModuleDict) and name.rpartition(".")[2] == "experts":
+        return True
+    count = getattr(module, "num_experts", None)
+    return "Experts" in type(module).__name__ or (isinstance(count, int) and count > 1)
+
+
+def find_layers(model: nn.Module) -> list[FoundLayer]:
+    """Every mixture-of-experts layer, in the order of the model."""
+    modules = dict(model.named_modules())
+    order = {name: position for position, name in enumerate(modules)}
+    asking = [name for name, module in modules.items() if interface_of(module) is not None]
+    found = [FoundLayer(name, modules[name], modules.get(_parent_name(name)) if name else None, "") for name in asking]
+    # A block that has experts which ask is theirs with all that stands in it: the router, shared experts.
+    taken = {_parent_name(name) for name in asking} | set(asking)
+    others: list[str] = []
+    for name, module in modules.items():
+        inside = any(name == t or name.startswith(f"{t}.") for t in [*taken, *others] if t)
+        around = any(not name or t.startswith(f"{name}.") for t in asking)
+        if not inside and not around and _stands_for_experts(name, module) and not _is_whole_model(module):
+            others.append(name)
+    # Several in one parent are the projections, or the router and the experts, of one layer; in a list they are layers.
+    parents = [_parent_name(name) for name in others]
+    blocks = {p for p in parents if parents.count(p) > 1 and not isinstance(modules[p], nn.ModuleList | nn.ModuleDict)}
+    merged = dict.fromkeys(parent if parent in blocks else name for name, parent in zip(others, parents, strict=True))
+    found += [FoundLayer(name, modules[name], modules.get(_parent_name(name)), _NO_REGISTRY) for name in merged]
+    return sorted(found, key=lambda layer: order[layer.name])
+
+
+def _is_whole_model(module: nn.Module) -> bool:
+    """A model keeps the number of experts too, for its losses; a layer is no model."""
+    return hasattr(module, "config") and hasattr(module, "get_input_embeddings")

@@ -1,0 +1,89 @@
+"""transformers' registry of experts functions: where the name "fusedonemoe" is entered, and taken out again."""
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+NAME = "fusedonemoe"
+_MOE = "transformers.integrations.moe"
+
+
+def _import(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            "fusedonemoe.integrations.transformers needs transformers 5 or newer, which has the registry of experts functions: "
+            "pip install 'fusedonemoe[hf]'"
+        ) from error
+
+
+def activations() -> Any:
+    """The module of transformers' activation functions."""
+    return _import("transformers.activations")
+
+
+def _copies() -> list[Any]:
+    """Every copy of transformers' module of experts functions that is loaded.
+
+    transformers imports its modules lazily and under more than one path, which can leave two; a model asks the copy that its
+    own decorator came from.
+    """
+    _import(_MOE)
+    found = [module for name, module in list(sys.modules.items()) if name.endswith("integrations.moe")]
+    return [module for module in found if hasattr(module, "ExpertsInterface")]
+
+
+def default_gates() -> list[Any]:
+    """The functions that ``use_experts_implementation`` gives a class without a gate of its own."""
+    return [module._default_apply_gate for module in _copies() if hasattr(module, "_default_apply_gate")]
+
+
+def _default_interface(decorator: Any) -> Any:
+    """The registry that a copy's decorator binds to its classes; None for a decorator of before that argument."""
+    parameter = inspect.signature(decorator).parameters.get("experts_interface")
+    return None if parameter is None else type(parameter.default)
+
+
+def _interfaces() -> list[Any]:
+    """The classes of all registries to enter ourselves in, each once."""
+    found = []
+    for module in _copies():
+        found += [
+            module.ExpertsInterface,
+            type(module.ALL_EXPERTS_FUNCTIONS),
+            _default_interface(module.use_experts_implementation),
+        ]
+    found.append(type(_import("transformers.modeling_utils").ALL_EXPERTS_FUNCTIONS))
+    return list(dict.fromkeys(interface for interface in found if interface is not None))
+
+
+def register(function: Callable[..., Any]) -> None:
+    """Enter ``function`` under our name, in every copy of the registry."""
+    for interface in _interfaces():
+        interface.register(NAME, function)
+
+
+def unregister() -> None:
+    """Take our name out of every copy of the registry."""
+    for interface in _interfaces():
+        interface._global_mapping.pop(NAME, None)
+
+
+def interface_of(module: nn.Module) -> Any:
+    """The registry that a module's forward asks; None for a module that asks none."""
+    for owner in type(module).__mro__:
+        forward: Any = owner.__dict__.get("forward")
+        code = getattr(forward, "__code__", None)
+        if code is not None and "experts_interface" in code.co_freevars:
+            return forward.__closure__[code.co_freevars.index("experts_interface")].cell_contents
+    return None
+
+
+def is_ours(module: nn.Module) -> bool:
+    """Whether the registry that a module asks is one that we are entered in."""
+    return isinstance(interface_of(module), tuple(_interfaces()))

@@ -1,0 +1,324 @@
+"""Routers: which of this library's rules a router's forward computes, found by trying, and its forward replaced by that rule.
+
+What is replaced is the forward of the router's instance, not the whole sparse block and not a class. The block's own forward
+goes on calling the router and the experts as modules, so whatever hangs on them keeps working: the hooks with which
+transformers records router logits for the auxiliary loss, those of parallel plans, adapters on the weight, gradient
+checkpointing, shared experts and reshapes that every family writes in its own way; and names in a ``state_dict`` cannot
+change. What is left of the block between the two fused halves is a view and two calls.
+"""
+
+import copy
+import inspect
+import itertools
+import types
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fusedonemoe import functional as F
+
+_PLAN = "_fusedonemoe_plan"
+_SCALES = ("routed_scaling_factor", "router_scaling_factor", "route_scale")
+_BIAS_BUFFER = "e_score_correction_bias"
+_TOKENS = 96
+_RELATIVE_ERROR = 1e-4
+# On CPU, outside a graph, the half dozen operators of a router's own forward were measured faster than the checks and calls of
+# this library's below about so many logits: 256 tokens and 64 experts. The two compute the same, so either may be taken.
+FEWEST_LOGITS = 1 << 14
+
+
+class RouterPlan(NamedTuple):
+    """How a router's outputs follow from its logits, and how its logits from its input.
+
+    Attributes:
+        linear: name of the child that makes the logits; empty for the router's own ``weight`` and ``bias``.
+        has_bias: whether there is a ``bias`` of the router's own; to ask a module for what it has not is slow.
+        bias: where the selection bias comes from: ``""``, ``"buffer"`` or ``"argument"``.
+        num_experts: how many logits a token has.
+        top_k: to ``group_score``: the arguments of :func:`fusedonemoe.functional.route`.
+        wide: whether the logits are a float32 product, whatever the dtype of the input.
+        autocast: whether autocast may lower that product.
+        float_logits: whether the logits are turned to float32.
+        weights_like: whose dtype the weights have: ``"input"``, ``"logits"`` or ``"float32"``.
+        flattens: whether leading dimensions are flattened away.
+    """
+
+    linear: str
+    has_bias: bool
+    bias: str
+    num_experts: int
+    top_k: int
+    scoring: str
+    score_first: bool
+    norm_topk_prob: bool
+    routed_scaling_factor: float
+    n_group: int
+    topk_group: int
+    group_score: str
+    wide: bool = False
+    autocast: bool = True
+    float_logits: bool = False
+    weights_like: str = "input"
+    flattens: bool = True
+
+    def __str__(self) -> str:
+        order = self.scoring if self.score_first else f"{self.scoring} of the picked"
+        extras = [
+            f"top {self.top_k}" + (f" in {self.topk_group} of {self.n_group} groups" if self.n_group > 1 else ""),
+            *(["with a selection bias"] if self.bias else []),
+            *(["normalised"] if self.norm_topk_prob else []),
+        ]
+        return ", ".join([order, *extras])
+
+
+def _logits(plan: RouterPlan, router: Any, x: Tensor) -> Tensor:
+    """The logits, as the router's own forward makes them."""
+    if plan.linear:
+        child = getattr(router, plan.linear)
+        logits = child(x if x.dtype == child.weight.dtype else x.to(child.weight.dtype))
+    else:
+        weight, bias = router.weight, router.bias if plan.has_bias else None
+        if plan.wide:
+            x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
+        if plan.autocast:
+            logits = nn.functional.linear(x if x.dtype == weight.dtype else x.to(weight.dtype), weight, bias)
+        else:
+            with torch.autocast(x.device.type, enabled=False):
+                logits = nn.functional.linear(x, weight, bias)
+    return logits.float() if plan.float_logits else logits
+
+
+def _route(plan: RouterPlan, logits: Tensor, selection_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    return F.route(
+        logits,
+        plan.top_k,
+        scoring=plan.scoring,
+        score_first=plan.score_first,
+        norm_topk_prob=plan.norm_topk_prob,
+        routed_scaling_factor=plan.routed_scaling_factor,
+        selection_bias=selection_bias,
+        n_group=plan.n_group,
+        topk_group=plan.topk_group,
+        group_score=plan.group_score,
+    )
+
+
+def _outputs(plan: RouterPlan, router: Any, hidden_states: Tensor, *arguments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    flatten = plan.flattens and hidden_states.dim() != 2
+    x = hidden_states.reshape(-1, hidden_states.shape[-1]) if flatten else hidden_states
+    logits = _logits(plan, router, x)
+    bias = None
+    if plan.bias:
+        bias = getattr(router, _BIAS_BUFFER) if plan.bias == "buffer" else arguments[0]
+    weights, experts = _route(plan, logits, bias)
+    if plan.weights_like == "float32":
+        dtype = torch.float32
+    else:
+        dtype = logits.dtype if plan.weights_like == "logits" else hidden_states.dtype
+    return logits, weights if weights.dtype == dtype else weights.to(dtype), experts
+
+
+def forward(self: Any, hidden_states: Tensor, *arguments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Router logits, weights and ids, by this library's routing; bound to the router in place of its own forward.
+
+    By this name, a pickled router comes back with its own: a bound method is pickled as "the object's attribute of the
+    function's name". No ``functools.partial``, which torch.compile guards on the identity of.
+    """
+    plan = self._fusedonemoe_plan
+    logits = hidden_states.numel() // hidden_states.shape[-1] * plan.num_experts
+    if not torch.compiler.is_compiling() and logits < FEWEST_LOGITS and hidden_states.device.type == "cpu":
+        return type(self).forward(self, hidden_states, *arguments)
+    return _outputs(plan, self, hidden_states, *arguments)
+
+
+def fuse_router(router: nn.Module, plan: RouterPlan) -> None:
+    """Replace the forward of this one router."""
+    setattr(router, _PLAN, plan)
+    router.forward = types.MethodType(forward, router)
+
+
+def unfuse_router(router: nn.Module) -> None:
+    """Give a router its own forward back."""
+    for name in ("forward", _PLAN):
+        router.__dict__.pop(name, None)
+
+
+def find_router(parent: nn.Module | None, experts: nn.Module) -> tuple[nn.Module | None, RouterPlan | str]:
+    """The router that stands beside an experts module, and its plan, or why it has none."""
+    beside = [] if parent is None else [m for m in parent.children() if m is not experts and _top_k(m) and _linear(m) is not None]
+    if len(beside) != 1:
+        return None, f"{len(beside)} routers found beside the experts" if beside else "no router found beside the experts"
+    router = beside[0]
+    if "forward" in router.__dict__:
+        return router, "its forward was replaced already"
+    if any(p.is_meta for p in router.parameters()):
+        return router, "its weights are on the meta device"
+    return router, _plan_of(router)
+
+
+def _top_k(module: nn.Module) -> int:
+    value = getattr(module, "top_k", 0)
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0
+
+
+def _linear(module: nn.Module) -> str | None:
+    """Where the router's matrix is: ``""`` for its own parameter, or the name of its only child; None for neither."""
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor):
+        return "" if weight.dim() == 2 else None
+    children = dict(module.named_children())
+    name, child = next(iter(children.items())) if len(children) == 1 else ("", None)
+    return name if isinstance(child, nn.Linear) else None
+
+
+def _takes_bias(router: nn.Module) -> bool | None:
+    """Whether the forward takes one more argument beside the input; None where it takes more, or others."""
+    parameters = list(inspect.signature(router.forward).parameters.values())[1:]
+    if any(p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters) or len(parameters) > 1:
+        return None
+    return "bias" in parameters[0].name or None if parameters else False
+
+
+class _Probe(NamedTuple):
+    """A copy of a router with random weights, and inputs that tell rules apart."""
+
+    router: nn.Module
+    x: Tensor
+    arguments: tuple[Tensor, ...]
+
+    def to(self, dtype: torch.dtype) -> "_Probe":
+        router = copy.deepcopy(self.router).to(dtype)
+        return _Probe(router, self.x.to(dtype), tuple(argument.to(dtype) for argument in self.arguments))
+
+
+def _make_probe(router: nn.Module, takes_bias: bool) -> _Probe:
+    """Every tensor is drawn anew: a bias of zeros, as it is before training, would hide whether it is used."""
+    clone = copy.deepcopy(router).to("cpu", torch.float32).requires_grad_(False)
+    for module in clone.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    linear = _linear(clone)
+    weight: Any = getattr(clone, linear).weight if linear else clone.weight
+    for tensor in itertools.chain(clone.parameters(), clone.buffers()):
+        if tensor.is_floating_point():
+            tensor.copy_(draw(*tensor.shape))
+    E, D = weight.shape
+    # Logits of order one, beside a part that all experts share: the second half of the tokens has every logit near -20, where
+    # a sum of scores is small enough to show what is added to it before the division.
+    common = torch.nn.functional.normalize(draw(D), dim=0)
+    weight.copy_((weight - (weight @ common)[:, None] * common) * D**-0.5 + common)
+    x = draw(_TOKENS, D)
+    x -= (x @ common)[:, None] * common
+    x[_TOKENS // 2 :] -= 20 * common
+    return _Probe(clone, x, (draw(E),) if takes_bias else ())
+
+
+def _candidates(router: nn.Module, linear: str, takes_bias: bool, num_experts: int) -> Iterator[RouterPlan]:
+    """Every rule that the router's attributes do not rule out, the likelier first."""
+    top_k = _top_k(router)
+    norm = getattr(router, "norm_topk_prob", None)
+    norms = (norm,) if isinstance(norm, bool) else (True, False)
+    scale = next((float(value) for name in _SCALES if isinstance(value := getattr(router, name, None), int | float)), 1.0)
+    groups = next((value for name in ("num_group", "n_group") if isinstance(value := getattr(router, name, None), int)), 1)
+    kept = getattr(router, "topk_group", None)
+    group_rules = [(1, 1, "max")]
+    if groups > 1 and isinstance(kept, int) and num_experts % groups == 0:
+        group_rules = [(groups, kept, score) for score in ("top2_sum", "max")] + group_rules
+    has_bias = not linear and isinstance(getattr(router, "bias", None), Tensor)
+    biases = ["argument"] if takes_bias else []
+    biases += ["buffer"] if isinstance(getattr(router, _BIAS_BUFFER, None), Tensor) else []
+    for group, bias, scoring, first, normalise, factor in itertools.product(
+        group_rules, [*biases, ""], ("softmax", "sigmoid"), (True, False), (*norms, False, True), (scale, scale / top_k, 1.0)
+    ):
+        yield RouterPlan(linear, has_bias, bias, num_experts, top_k, scoring, first, normalise, factor, *group)
+
+
+def _dense(weights: Tensor, experts: Tensor, num_experts: int) -> Tensor:
+    """``[..., E]``: the order of a token's experts has no meaning."""
+    return torch.zeros(*weights.shape[:-1], num_experts).scatter(-1, experts, weights.float())
+
+
+def _same_routing(plan: RouterPlan, probe: _Probe, own: tuple[Tensor, ...]) -> bool:
+    logits, weights, experts = own
+    bias = getattr(probe.router, _BIAS_BUFFER) if plan.bias == "buffer" else None
+    bias = probe.arguments[0] if plan.bias == "argument" else bias
+    try:
+        ours = _dense(*_route(plan, logits, bias), logits.shape[-1])
+    except ValueError:  # a rule that these sizes do not have
+        return False
+    theirs = _dense(weights, experts, logits.shape[-1])
+    return bool(((ours - theirs).abs() <= _RELATIVE_ERROR * theirs).all())
+
+
+def _modes(plan: RouterPlan) -> Iterator[RouterPlan]:
+    """The plan with every way to choose dtypes."""
+    for wide, autocast, float_logits, like in itertools.product(
+        (False, True), (True, False), (False, True), ("input", "logits", "float32")
+    ):
+        if not (plan.linear and (wide or not autocast)):
+            yield plan._replace(wide=wide, autocast=autocast, float_logits=float_logits, weights_like=like)
+
+
+def _same_dtypes(plan: RouterPlan, probe: _Probe, own: tuple[Tensor, ...], autocast: bool) -> bool:
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        try:
+            ours = _outputs(plan, probe.router, probe.x, *probe.arguments)
+        except RuntimeError:  # a product of two dtypes
+            return False
+    if any(a.dtype != b.dtype for a, b in zip(ours[:2], own[:2], strict=True)):
+        return False
+    return torch.equal(ours[0], own[0])
+
+
+def _own(probe: _Probe, *, autocast: bool = False, x: Tensor | None = None) -> tuple[Tensor, ...]:
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        return probe.router(probe.x.clone() if x is None else x, *probe.arguments)
+
+
+def _plan_of(router: nn.Module) -> RouterPlan | str:
+    """The plan of a router, or why there is none."""
+    takes_bias = _takes_bias(router)
+    linear = _linear(router)
+    if takes_bias is None or linear is None:
+        return "its forward takes more than hidden states and a selection bias"
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        for dimensions in (2, 3):  # some unpack three, as their block gives them
+            try:
+                probe = _make_probe(router, takes_bias)
+                return _matched(probe if dimensions == 2 else probe._replace(x=probe.x[None]), linear, takes_bias)
+            except Exception as raised:  # Other people's code, called as it may not expect: it keeps its forward.
+                error = raised
+        return f"a copy of it raised {type(error).__name__} on random input"
+
+
+def _matched(probe: _Probe, linear: str, takes_bias: bool) -> RouterPlan | str:
+    router = probe.router
+    own = []
+    for training in (True, False):
+        router.train(training)
+        own.append(_own(probe))
+    if any(len(outputs) != 3 for outputs in own):
+        return f"it returns {len(own[0])} values, where logits, weights and ids were expected"
+    num_experts = own[0][0].shape[-1]
+    plans = (p for p in _candidates(router, linear, takes_bias, num_experts) if all(_same_routing(p, probe, o) for o in own))
+    plan = next(plans, None)
+    if plan is None:
+        return "none of this library's rules gives the weights that its forward gives"
+    plan = plan._replace(flattens=own[0][0].dim() == 2 and (probe.x.dim() == 3 or _own(probe, x=probe.x[None])[0].dim() == 2))
+    # Three views of what the dtypes are: float32, bfloat16 where the router can compute in it, and autocast.
+    seen = [*((probe, outputs, False) for outputs in own), (probe, _own(probe, autocast=True), True)]
+    half = probe.to(torch.bfloat16)
+    with suppress(RuntimeError):
+        seen.append((half, _own(half), False))
+    for candidate in _modes(plan):
+        if all(_same_dtypes(candidate, *view) for view in seen):
+            return candidate
+    return "its logits are no plain product of its input and weight, or its outputs have dtypes of their own"

@@ -1,0 +1,399 @@
+"""Low-rank adapters on experts: :class:`LoRAExperts` over frozen weights, and :func:`add_lora` for a whole model."""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusedonemoe import functional as F
+from fusedonemoe.layers import Experts
+
+TARGETS = ("gate_up", "down")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsForm:
+    """How a module of experts is to be read: the names of its parameters, and what is computed with them.
+
+    Attributes:
+        up: name of the up-projection's parameter, ``[E, G, D]``, or ``[E, D, G]`` when ``transposed``.
+        down: name of the down-projection's parameter, ``[E, D, F]`` or ``[E, F, D]``.
+        up_bias: name of the up-projection's bias ``[E, G]``, or None.
+        down_bias: name of the down-projection's bias ``[E, D]``, or None.
+        transposed: as for :func:`fusedonemoe.functional.experts_mlp`, and so are the others.
+        activation: likewise.
+        gated: likewise.
+        gate_up_layout: likewise.
+        swiglu_alpha: likewise.
+        swiglu_limit: likewise.
+        save_percent: likewise.
+        impl: likewise.
+
+    Example:
+        >>> ExpertsForm(up="w13", down="w2").activation
+        'silu'
+    """
+
+    up: str = "gate_up_proj"
+    down: str = "down_proj"
+    up_bias: str | None = None
+    down_bias: str | None = None
+    transposed: bool = False
+    activation: str = "silu"
+    gated: bool = True
+    gate_up_layout: str = "gate_up"
+    swiglu_alpha: float = 1.702
+    swiglu_limit: float = 7.0
+    save_percent: int = 100
+    impl: str = "auto"
+
+    def name(self, target: str) -> str:
+        """The name of a target's parameter."""
+        return self.up if target == "gate_up" else self.down
+
+
+def form_of(experts: Experts) -> ExpertsForm:
+    """How to read an :class:`Experts`."""
+    config, up = experts.config, "gate_up_proj" if experts.config.gated else "up_proj"
+    return ExpertsForm(
+        up=up,
+        up_bias=f"{up}_bias" if config.bias else None,
+        down_bias="down_proj_bias" if config.bias else None,
+        transposed=config.transposed,
+        activation=config.activation,
+        gated=config.gated,
+        gate_up_layout=config.gate_up_layout,
+        swiglu_alpha=config.swiglu_alpha,
+        swiglu_limit=config.swiglu_limit,
+        save_percent=config.save_percent,
+        # The compiled CPU kernels have no adapters.
+        impl="auto" if config.impl == "cpu" else config.impl,
+    )
+
+
+def _per_target(name: str, value: Any, targets: Sequence[str], kind: type | tuple[type, ...]) -> dict[str, Any]:
+    """The value of each target, from one for all of them or a mapping."""
+    values: dict[str, Any] = {**value} if isinstance(value, Mapping) else dict.fromkeys(targets, value)
+    if set(values) != set(targets):
+        raise ValueError(f"{name} must have a value for each of {tuple(targets)}, got {value!r}")
+    for number in values.values():
+        if isinstance(number, bool) or not isinstance(number, kind) or not 0 < number < math.inf:  # type: ignore[operator]
+            raise ValueError(f"{name} must be {'an integer' if kind is int else 'a number'} above 0, got {value!r}")
+    return values
+
+
+class LoRAExperts(nn.Module):
+    """Experts with a low-rank adapter on each targeted projection: ``W_e + scale * B_e A_e``, never formed.
+
+    The base is frozen: its parameters get no gradient, and none is computed. Parameters are ``gate_up_lora_A`` ``[E, r, D]``,
+    ``gate_up_lora_B`` ``[E, G, r]``, ``down_lora_A`` ``[E, r, F]`` and ``down_lora_B`` ``[E, D, r]``, those of ``base`` beside
+    them. A starts as ``nn.Linear`` would in PEFT's layout of all experts side by side (uniform within ``1 / sqrt(in)``), B at
+    zero, so that at first the adapted experts are the base.
+
+    Args:
+        base: an :class:`Experts`; or any module that :class:`ExpertsForm` can describe.
+        r: rank, one for all targets or ``{"gate_up": 8, "down": 4}``.
+        alpha: ``scale = alpha / r``; one or a mapping.
+        targets: which projections have an adapter: ``"gate_up"``, ``"down"`` or both.
+        use_rslora: ``scale = alpha / sqrt(r)`` (arXiv 2312.03732).
+        form: how to read ``base``, when that is no :class:`Experts`.
+        dtype: of the adapters. By default float32 beside half-precision weights, as an optimizer's small steps want it, and
+            otherwise that of the weights; products run in the dtype of x.
+
+    Shape:
+        x ``[..., D]``, experts ``[..., K]``, weights ``[..., K]`` to ``[..., D]``: Hugging Face's order of arguments.
+
+    Raises:
+        TypeError: ``base`` is no :class:`Experts` and there is no ``form``.
+        ValueError: a rank, an alpha or a target that is none.
+
+    Source:
+        LoRA (Hu et al. 2021, arXiv 2106.09685).
+
+    Example:
+        >>> import torch
+        >>> from fusedonemoe import LoRAExperts, MoE
+        >>> moe = MoE(hidden_size=64, intermediate_size=128, num_experts=8, top_k=2)
+        >>> moe.experts = LoRAExperts(moe.experts, r=8, alpha=16)
+        >>> moe(torch.randn(10, 64)).square().mean().backward()
+        >>> moe.experts.base.gate_up_proj.grad is None, moe.experts.gate_up_lora_B.grad.shape
+        (True, torch.Size([8, 256, 8]))
+    """
+
+    gate_up_lora_A: Tensor | None
+    gate_up_lora_B: Tensor | None
+    down_lora_A: Tensor | None
+    down_lora_B: Tensor | None
+
+    def __init__(
+        self,
+        base: nn.Module,
+        *,
+        r: int | Mapping[str, int] = 8,
+        alpha: float | Mapping[str, float] = 16,
+        targets: Sequence[str] = TARGETS,
+        use_rslora: bool = False,
+        form: ExpertsForm | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if form is None:
+            if not isinstance(base, Experts):
+                raise TypeError(f"base must be an Experts, or come with a form=, got {type(base).__name__}")
+            form = form_of(base)
+        if isinstance(targets, str) or not targets or set(targets) - set(TARGETS) or len(set(targets)) != len(targets):
+            raise ValueError(f"targets must be some of {TARGETS}, each once, got {targets!r}")
+        self.form = form
+        self.targets = tuple(target for target in TARGETS if target in targets)
+        self.r: dict[str, int] = _per_target("r", r, self.targets, int)
+        self.alpha: dict[str, float] = _per_target("alpha", alpha, self.targets, (int, float))
+        self.use_rslora = use_rslora
+        self._originals: dict[str, Tensor] = {}
+        base.requires_grad_(False)
+        for target in TARGETS:
+            A = B = None
+            if target in self.targets:
+                weight, rank = getattr(base, form.name(target)), self.r[target]
+                E, rows, columns = weight.shape
+                out, inner = (columns, rows) if form.transposed else (rows, columns)
+                options: Any = {"device": weight.device, "dtype": dtype or torch.promote_types(weight.dtype, torch.float32)}
+                A = nn.Parameter(torch.empty(E, rank, inner, **options))
+                B = nn.Parameter(torch.empty(E, out, rank, **options))
+            self.register_parameter(f"{target}_lora_A", A)
+            self.register_parameter(f"{target}_lora_B", B)
+        self.base = base
+        self.register_state_dict_pre_hook(_refuse_merged)
+        self.register_load_state_dict_pre_hook(_refuse_merged)
+        self.reset_parameters()
+
+    @property
+    def scale(self) -> dict[str, float]:
+        """What each target's ``B A`` is multiplied with: ``alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora``."""
+        return {t: self.alpha[t] / (math.sqrt(self.r[t]) if self.use_rslora else self.r[t]) for t in self.targets}
+
+    @property
+    def merged(self) -> bool:
+        """Whether the base holds the adapters at the moment."""
+        return bool(self._originals)
+
+    def factors(self, target: str) -> tuple[Tensor, Tensor]:
+        """``A`` and ``B`` of a target that has an adapter."""
+        if target not in self.targets:
+            raise ValueError(f"target must be one of {self.targets}, got {target!r}")
+        return getattr(self, f"{target}_lora_A"), getattr(self, f"{target}_lora_B")
+
+    def reset_parameters(self) -> None:
+        """Draw A anew and set B to zero: an adapter that changes nothing."""
+        for target in self.targets:
+            A, B = self.factors(target)
+            bound = 1 / math.sqrt(A.shape[2])  # kaiming_uniform_ with a = sqrt(5), as nn.Linear has it
+            nn.init.uniform_(A, -bound, bound)
+            nn.init.zeros_(B)
+
+    def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """Run each row of ``x`` through its adapted experts and sum by weight."""
+        form, base = self.form, self.base
+
+        def parameter(name: str | None) -> Tensor | None:
+            return None if name is None else getattr(base, name)
+
+        options: dict[str, Any] = {
+            "gate_up_bias": parameter(form.up_bias),
+            "down_bias": parameter(form.down_bias),
+            "activation": form.activation,
+            "gated": form.gated,
+            "gate_up_layout": form.gate_up_layout,
+            "transposed": form.transposed,
+            "swiglu_alpha": form.swiglu_alpha,
+            "swiglu_limit": form.swiglu_limit,
+            "save_percent": form.save_percent,
+            "impl": form.impl,
+        }
+        arguments = (x, experts, weights, getattr(base, form.up), getattr(base, form.down))
+        if self._originals:
+            return F.experts_mlp(*arguments, **options)
+        scale = self.scale
+        return F.experts_mlp_lora(
+            *arguments,
+            gate_up_A=self.gate_up_lora_A,
+            gate_up_B=self.gate_up_lora_B,
+            down_A=self.down_lora_A,
+            down_B=self.down_lora_B,
+            gate_up_scale=scale.get("gate_up", 1.0),
+            down_scale=scale.get("down", 1.0),
+            **options,
+        )
+
+    @torch.no_grad()
+    def _merge_into(self, target: str, out: Tensor, weight: Tensor) -> None:
+        """``out = weight + scale B A``, one expert at a time, added in float32 or wider and rounded once."""
+        A, B = self.factors(target)
+        scale, wide = self.scale[target], torch.promote_types(weight.dtype, torch.float32)
+        for e in range(weight.shape[0]):
+            delta = B[e].to(wide) @ A[e].to(wide)
+            out[e] = weight[e].to(wide).add(delta.t() if self.form.transposed else delta, alpha=scale)
+
+    def merged_weights(self) -> dict[str, Tensor]:
+        """The adapted projections by their names in the base, as new tensors of the base's dtype and layout.
+
+        Raises:
+            RuntimeError: the base holds the adapters already.
+        """
+        _refuse_merged(self)
+        merged = {}
+        for target in self.targets:
+            name = self.form.name(target)
+            weight = getattr(self.base, name).detach()
+            merged[name] = torch.empty_like(weight)
+            self._merge_into(target, merged[name], weight)
+        return merged
+
+    def merge(self) -> None:
+        """Add the adapters to the base, for inference at the base's cost; :meth:`unmerge` undoes it to the bit.
+
+        The original weights are kept beside the merged ones: rounding would make what a subtraction gives back a little
+        different. While merged, adapters get no gradient, and a state dict is refused, as it would hold them twice.
+        :meth:`unload` keeps no copy.
+
+        Raises:
+            RuntimeError: they are merged already.
+        """
+        for name, merged in self.merged_weights().items():
+            parameter = getattr(self.base, name)
+            self._originals[name] = parameter.data
+            parameter.data = merged
+        self.unpack()
+
+    def unmerge(self) -> None:
+        """Put the original weights back, the very same tensors.
+
+        Raises:
+            RuntimeError: nothing is merged.
+        """
+        if not self.merged:
+            raise RuntimeError("unmerge() undoes merge(), and nothing is merged")
+        for name, original in self._originals.items():
+            getattr(self.base, name).data = original
+        self._originals = {}
+        self.unpack()
+
+    def unload(self, *, merge: bool = True) -> nn.Module:
+        """The base without adapters, to put in this module's place.
+
+        Args:
+            merge: add the adapters to its weights first, in place, one expert at a time.
+        """
+        if self.merged:
+            self.unmerge()
+        if merge:
+            for target in self.targets:
+                weight = getattr(self.base, self.form.name(target)).data
+                self._merge_into(target, weight, weight)
+            self.unpack()
+        return self.base
+
+    def prepack(self) -> None:
+        """Refused: packed weights are of plain experts.
+
+        Raises:
+            RuntimeError: always, saying what to do instead.
+        """
+        raise RuntimeError("packed weights are of plain experts: put unload() in this module's place, then prepack()")
+
+    def unpack(self) -> None:
+        """Drop what the base had packed before it was adapted."""
+        if isinstance(self.base, Experts):
+            self.base.unpack()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoRAExperts":
+        self._originals = {name: fn(original) for name, original in self._originals.items()}
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        """The adapters, for ``print(module)``."""
+        adapters = (f"{target}: r={self.r[target]}, scale={self.scale[target]:g}" for target in self.targets)
+        return ", ".join((*adapters, "merged" if self.merged else "not merged"))
+
+
+def _refuse_merged(module: nn.Module, *_: Any) -> None:
+    if isinstance(module, LoRAExperts) and module.merged:
+        raise RuntimeError("the base holds the adapters, which would count twice: call unmerge() first")
+
+
+def pattern_value(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """The value of the first key that is ``name`` or, as a regular expression, the end of it behind a dot."""
+    for key, value in (pattern or {}).items():
+        if re.fullmatch(rf"(.*\.)?({key})", name):
+            return value
+    return default
+
+
+def add_lora(
+    model: nn.Module,
+    *,
+    r: int = 8,
+    alpha: float = 16,
+    targets: Sequence[str] = TARGETS,
+    use_rslora: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    dtype: torch.dtype | None = None,
+    read: Callable[[nn.Module], ExpertsForm | None] | None = None,
+) -> dict[str, LoRAExperts]:
+    """Put a :class:`LoRAExperts` in the place of each module of experts in a model, and freeze all else.
+
+    Args:
+        model: is changed; its parameters stop requiring gradients, and those of the adapters do.
+        r: rank.
+        alpha: see :class:`LoRAExperts`.
+        targets: likewise.
+        use_rslora: likewise.
+        rank_pattern: other ranks by the name of a projection, such as ``{"layers.0.experts.down_proj": 4}``: the end of it, or
+            a regular expression for that, as in PEFT. The first that fits counts.
+        alpha_pattern: other values of ``alpha``, likewise.
+        dtype: see :class:`LoRAExperts`.
+        read: how to read a module, None for one that is left alone; by default each :class:`Experts` is adapted.
+
+    Returns:
+        The new modules by name.
+
+    Raises:
+        ValueError: the model holds no experts, is itself one, or has adapters already.
+
+    Example:
+        >>> from fusedonemoe import MoE, add_lora
+        >>> moe = MoE(hidden_size=16, intermediate_size=32, num_experts=4, top_k=2)
+        >>> adapters = add_lora(moe, r=4, rank_pattern={"down_proj": 2})
+        >>> adapters["experts"].r
+        {'gate_up': 4, 'down': 2}
+    """
+    if any(isinstance(module, LoRAExperts) for module in model.modules()):
+        raise ValueError("model must have no adapters yet, got one with LoRAExperts in it")
+
+    def default(module: nn.Module) -> ExpertsForm | None:
+        return form_of(module) if isinstance(module, Experts) else None
+
+    forms = {name: form for name, module in model.named_modules() if (form := (read or default)(module)) is not None}
+    if not forms:
+        raise ValueError(f"model must hold experts that can be adapted, got {type(model).__name__} without any")
+    if "" in forms:
+        raise ValueError("model must hold its experts as a module inside; for experts alone call LoRAExperts")
+    added = {}
+    for name, form in forms.items():
+        ranks = {t: pattern_value(rank_pattern, f"{name}.{form.name(t)}", r) for t in targets}
+        alphas = {t: pattern_value(alpha_pattern, f"{name}.{form.name(t)}", alpha) for t in targets}
+        base = model.get_submodule(name)
+        added[name] = LoRAExperts(
+            base, r=ranks, alpha=alphas, targets=targets, use_rslora=use_rslora, form=form, dtype=dtype
+        ).train(base.training)
+    model.requires_grad_(False)
+    for name, module in added.items():
+        for target in module.targets:
+            for factor in module.factors(target):
+                factor.requires_grad_()
+        model.set_submodule(name, module)
+    return added

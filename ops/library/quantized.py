@@ -1,0 +1,190 @@
+"""The MLP over quantised weights: ``experts_mlp_quantized``, its backward, the compiled CPU kernels, the composite."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedonemoe.ops import quantized
+from fusedonemoe.ops.activation import Activation
+from fusedonemoe.ops.cpu import quantized as native
+from fusedonemoe.ops.grouped import saved_rows
+from fusedonemoe.ops.library.registration import (
+    BUILD,
+    composite,
+    define_autocast,
+    define_cpu,
+    no_second_derivative,
+    operator,
+    wanted,
+)
+from fusedonemoe.ops.quantized import QuantizedNeeds, QuantizedWeight
+from fusedonemoe.ops.shortcut import recorder, shortcut
+
+_WEIGHT = "Tensor {0}, Tensor {0}_scale, Tensor? {0}_zero"
+_MLP = f"Tensor x, Tensor experts, Tensor weights, {_WEIGHT.format('up')}, {_WEIGHT.format('down')}"
+_MLP += ", Tensor? up_bias, Tensor? down_bias"
+_ACT = "str activation, str layout, float alpha, float limit"
+_TENSORS = 11  # of _MLP
+
+
+def _grouped(kernel: Callable[..., Any], before: int = 0) -> Callable[..., Any]:
+    """``kernel`` for a flat argument list, in which weights and activation stand as their parts behind ``before`` tensors."""
+
+    def call(*args: Any) -> Any:
+        first, args = args[:before], args[before:]
+        up, down = QuantizedWeight(*args[3:6]), QuantizedWeight(*args[6:9])
+        return kernel(*first, *args[:3], up, down, *args[9:11], Activation(*args[11:15]), *args[15:])
+
+    return call
+
+
+def _cpu_fake(x: Tensor, experts: Tensor, _: Tensor, up: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    N, save_percent = experts.numel(), rest[-1]
+    z = x.new_empty(saved_rows(N, save_percent), up.shape[1])
+    order, offsets = (experts.new_empty(n, dtype=torch.int32) for n in (N, up.shape[0] + 1))
+    return x.new_empty(x.shape), z, order, offsets
+
+
+_forward_kernel, _backward_kernel = _grouped(native.experts_mlp), _grouped(native.experts_mlp_backward, 4)
+
+define_cpu(
+    f"experts_mlp_quantized_cpu({_MLP}, {_ACT}, int save_percent) -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward_kernel,
+    _cpu_fake,
+)
+define_cpu(
+    f"experts_mlp_quantized_cpu_backward(Tensor dy, Tensor z, Tensor order, Tensor offsets, {_MLP}, {_ACT}, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward_kernel,
+    lambda *args: wanted(args[-1], args[4], args[6], *args[13:15]),
+)
+
+
+def _experts_mlp(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    up_scale: Tensor,
+    up_zero: Tensor | None,
+    down: Tensor,
+    down_scale: Tensor,
+    down_zero: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    layout: str,
+    alpha: float,
+    limit: float,
+    save_percent: int,
+    build: int,
+    impl: str = "grouped",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    act = (activation, layout, alpha, limit)
+    arguments = (x, experts, weights, up, up_scale, up_zero, down, down_scale, down_zero, up_bias, down_bias, *act, save_percent)
+    if impl == "cpu":
+        return torch.ops.fusedonemoe.experts_mlp_quantized_cpu(*arguments)
+    return _grouped(quantized.experts_mlp)(*arguments)
+
+
+def _experts_mlp_backward(
+    dy: Tensor,
+    z: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    up_scale: Tensor,
+    up_zero: Tensor | None,
+    down: Tensor,
+    down_scale: Tensor,
+    down_zero: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    layout: str,
+    alpha: float,
+    limit: float,
+    save_percent: int,
+    needs: Sequence[bool],
+    build: int,
+    impl: str = "grouped",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    saved, act = (dy, z, order, offsets), (activation, layout, alpha, limit)
+    arguments = (x, experts, weights, up, up_scale, up_zero, down, down_scale, down_zero, up_bias, down_bias, *act)
+    if impl == "cpu":
+        return torch.ops.fusedonemoe.experts_mlp_quantized_cpu_backward(*saved, *arguments, needs)
+    return _grouped(quantized.experts_mlp_backward, 4)(*saved, *arguments, save_percent, QuantizedNeeds(*needs))
+
+
+def _experts_mlp_dense(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    up_scale: Tensor,
+    up_zero: Tensor | None,
+    down: Tensor,
+    down_scale: Tensor,
+    down_zero: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    layout: str,
+    alpha: float,
+    limit: float,
+    build: int,
+) -> Tensor:
+    weight_tensors = (up, up_scale, up_zero, down, down_scale, down_zero)
+    act = (activation, layout, alpha, limit)
+    return _grouped(quantized.experts_mlp_dense)(x, experts, weights, *weight_tensors, up_bias, down_bias, *act)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, z, order, offsets = output
+    ctx.mark_non_differentiable(z, order, offsets)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(z, order, offsets, *inputs[:_TENSORS])
+    ctx.activation_and_percent = inputs[_TENSORS : _TENSORS + 5]
+    ctx.impl = inputs[_TENSORS + 6]
+
+
+def _gradient(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    count = len(ctx.needs_input_grad)
+    if dy is None:
+        return (None,) * count
+    needed = ctx.needs_input_grad
+    if needed[4] or needed[7]:
+        raise RuntimeError("quantised weights have no gradient: their scales must not require one")
+    needs = QuantizedNeeds(needed[0], needed[2], *needed[9:11])
+    grads = experts_mlp_quantized_backward(dy, *ctx.saved_tensors, *ctx.activation_and_percent, needs, BUILD, ctx.impl)
+    dx, dweights, *biases = (grad if wants else None for grad, wants in zip(grads, needs, strict=True))
+    return dx, None, dweights, *(None for _ in range(6)), *biases, *(None for _ in range(count - _TENSORS))
+
+
+operator("experts_mlp_quantized_backward", _experts_mlp_backward).register_autograd(no_second_derivative)
+operator("experts_mlp_quantized", _experts_mlp).register_autograd(_gradient, setup_context=_save)
+composite("experts_mlp_quantized_dense", _experts_mlp_dense)
+define_autocast("experts_mlp_quantized_backward", casts=())
+for _name in ("experts_mlp_quantized", "experts_mlp_quantized_dense"):
+    define_autocast(_name, casts=(0, 9, 10))
+
+# What functional and the formulas above call: the operators, or the kernels themselves where nothing would notice.
+
+
+def _kernel(*args: Any) -> Any:
+    return _forward_kernel(*args[:-2])  # without build and impl
+
+
+def _gradients(*args: Any) -> Any:
+    return _backward_kernel(*args[:19], args[20])  # without save_percent as well
+
+
+experts_mlp_quantized = shortcut(
+    "experts_mlp_quantized", _kernel, _TENSORS, recorder("experts_mlp_quantized", _kernel, _gradient, _save), impl="cpu"
+)
+experts_mlp_quantized_backward = shortcut("experts_mlp_quantized_backward", _gradients, _TENSORS + 4, impl="cpu")
