@@ -318,8 +318,7 @@ def table_of(result: DialResult) -> Table:
 def cell_to_json(result: DialResult) -> dict[str, Any]:
     """A table as plain values; times in seconds, memory in bytes."""
     cell, floor = result.cell, result.floor
-    T, D, inner, E, K = cell.sizes
-    work = cell.least_backward
+    (T, D, inner, E, K), work = cell.sizes, cell.least_backward
     rows = [
         {"peer": line.name, **asdict(line)}
         | {"note": line.problem, "failed": bool(line.problem), "tokens_per_second": T / line.seconds if line.seconds else None}
@@ -337,8 +336,7 @@ def cell_to_json(result: DialResult) -> dict[str, Any]:
         "K": K,
         "dtype": str(cell.dtype).removeprefix("torch."),
         "mode": "backward",
-        "floor_seconds": floor and floor.seconds,
-        "floor_bound_by": floor and floor.bound_by,
+        **{f"floor_{name}": value for name, value in (asdict(floor) if floor else {"seconds": None, "bound_by": None}).items()},
         "flops_per_s": result.flops_per_s,
         "bytes_per_s": result.bytes_per_s,
         "flops": work.flops,
