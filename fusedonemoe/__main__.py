@@ -1,4 +1,4 @@
-"""The command line, ``python -m fusedonemoe`` or ``fusedonemoe``: demo, doctor, bench.
+"""The command line, ``python -m fusedonemoe`` or ``fusedonemoe``: demo, doctor, bench, report.
 
 Each command is the module of its name here, with ``add_arguments(parser)`` and ``run(args) -> int``.
 """
@@ -14,6 +14,7 @@ COMMANDS = {
     "demo": "train a small compiled MoE here",
     "doctor": "check this machine, and every operator on it",
     "bench": "time this library beside its peers, here",
+    "report": "make one page of pictures of what bench measured",
 }
 
 

@@ -85,7 +85,17 @@ def test_a_planted_wrong_peer_fails_the_command(tiny_suite, monkeypatch, capsys)
     monkeypatch.setitem(PEERS, "merged", (*PEERS["merged"], altered(lambda y: 2 * y)))
     assert bench.run(arguments("--cells", "merged")) == bench.EXIT_DISAGREE
     line = next(line for line in capsys.readouterr().out.splitlines() if "altered" in line)
-    assert [cell.strip() for cell in line.strip("│").split("│")] == ["altered", "outputs disagree", "", "", "", "1.0e+00", "", ""]
+    assert [cell.strip() for cell in line.strip("│").split("│")] == [
+        "altered",
+        "outputs disagree",
+        "",
+        "",
+        "",
+        "",
+        "1.0e+00",
+        "",
+        "",
+    ]
 
 
 def test_a_peer_that_raises_fails_and_the_others_still_run():
@@ -138,7 +148,8 @@ def test_tiny_cells_from_end_to_end(tiny_suite, tmp_path, capsys, operator):
     assert TINY[operator].name in out and OURS in out
     assert err == ""  # no progress bar into a pipe
     written = json.loads(file.read_text(encoding="utf-8"))
-    assert {"schema", "suite", "date", "versions", "cpu", "cpu_capability", "cores", "threads", "cells"} == set(written)
+    described = {"schema", "suite", "date", "versions", "cpu", "cpu_capability", "cores", "threads", "peers", "cells"}
+    assert described == set(written)
     assert written["threads"] == 1 and written["versions"]["torch"] == torch.__version__ and written["cpu"]
     (cell,) = written["cells"]
     assert (cell["T"], cell["D"], cell["F"], cell["E"], cell["K"], cell["dtype"]) == (6, 16, 8, 8, 2, "float32")
@@ -146,6 +157,8 @@ def test_tiny_cells_from_end_to_end(tiny_suite, tmp_path, capsys, operator):
     assert [row["peer"] for row in cell["rows"]] == [peer.name for peer in PEERS[operator]]
     for row in cell["rows"]:
         assert 0 < row["spread"][0] <= row["seconds"] <= row["spread"][1] and row["calls"] >= runner.ROUNDS
+        assert row["seconds"] <= row["p95_seconds"] <= row["p99_seconds"]
+        assert row["tokens_per_second"] == pytest.approx(6 / row["seconds"])
         assert 0 <= row["error"] < 1e-5 and row["peak_bytes"] > 0
         base = next(r["seconds"] for r in cell["rows"] if r["peer"] == cell["yardstick"])
         assert row["times_faster"] == pytest.approx(base / row["seconds"])

@@ -345,9 +345,12 @@ def test_an_interrupted_run_keeps_what_is_finished(monkeypatch, tmp_path, capsys
     file = tmp_path / "results.json"
     with pytest.raises(KeyboardInterrupt):
         bench.run(arguments("--json", str(file)))
-    kept = tmp_path / "results.json.partial"
-    assert f"the 1 finished cells are in {kept}" in capsys.readouterr().err
-    assert [cell["name"] for cell in json.loads(kept.read_text(encoding="utf-8"))["cells"]] == [TINY.name]
+    assert f"the 1 finished cells are in {file}; --resume goes on from there" in capsys.readouterr().err
+    assert [cell["name"] for cell in json.loads(file.read_text(encoding="utf-8"))["cells"]] == [TINY.name]
+    monkeypatch.setattr(isolated, "run_job", lambda job: measure(job.cell, [PEER[OURS]]))
+    assert bench.run(arguments("--json", str(file), "--resume")) == 0
+    assert "1 of 2 cells are in" in capsys.readouterr().err
+    assert [cell["name"] for cell in json.loads(file.read_text(encoding="utf-8"))["cells"]] == [TINY.name, TRAINING.name]
 
 
 def test_peers_that_match_nobody_are_listed(capsys):
@@ -374,5 +377,5 @@ def test_the_picture_is_written(tmp_path):
     few = replace(TRAINING, T=1)
     measured = [measure(cell, [PEER[OURS], LOOP, PEER["dense, masked"]]) for cell in (TINY, few, replace(few, dtype=DTYPES[1]))]
     file = tmp_path / "new" / "picture.png"
-    draw(file, report.to_json(report.describe_run(suite="cpu"), measured))
+    draw(file, report.describe_run(suite="cpu") | {"cells": [report.cell_to_json(cell) for cell in measured]})
     assert file.read_bytes().startswith(b"\x89PNG")

@@ -13,6 +13,7 @@ from fusedonemoe.testing import make_mlp_inputs
 
 pytest.importorskip("rich")
 dial = importlib.import_module("fusedonemoe.bench.dial")
+ceilings = importlib.import_module("fusedonemoe.bench.ceilings")
 
 SIZES = (24, 16, 8, 4, 2)
 
@@ -31,6 +32,8 @@ def arguments(*argv):
 def small(monkeypatch):
     monkeypatch.setattr(dial, "SIZES", SIZES)
     monkeypatch.setattr(dial, "ROUNDS", 1)
+    monkeypatch.setattr(ceilings, "STREAM_BYTES", 1 << 12)
+    monkeypatch.setattr(ceilings, "GEMM_SIZES", (16,))
 
 
 def test_every_setting_has_its_bytes_and_its_share_of_the_time():
@@ -44,7 +47,8 @@ def test_every_setting_has_its_bytes_and_its_share_of_the_time():
 
 def test_transformers_holds_what_its_graph_holds():
     pytest.importorskip("transformers")
-    *ours, theirs = lines_of()
+    *ours, theirs, loop = lines_of()
+    assert loop.name == dial.LOOP and loop.seconds and loop.held_bytes > ours[0].held_bytes
     T, D, F, _, K = SIZES
     assert theirs.save_percent is None and theirs.seconds and not theirs.note
     # Gathered rows of x, both halves of z, two products of them, and each expert's output.
@@ -74,8 +78,11 @@ def test_the_command_prints_and_writes(small, capsys, tmp_path):
     assert bench.run(arguments("--json", str(tmp_path / "dial.json"), "--threads", "1")) == 0
     printed = capsys.readouterr().out
     assert "T24-D16-F8-E4-K2-bfloat16" in printed and "formula MB" in printed and "0 %" in printed
-    tables = json.loads((tmp_path / "dial.json").read_text())["tables"]
-    assert [line["save_percent"] for line in tables["T24-D16-F8-E4-K2-float32"][:5]] == [100, 75, 50, 25, 0]
+    cells = {cell["name"]: cell for cell in json.loads((tmp_path / "dial.json").read_text())["cells"]}
+    rows = cells["T24-D16-F8-E4-K2-float32"]["rows"]
+    assert [row["save_percent"] for row in rows[:5]] == [100, 75, 50, 25, 0] and not any(row["failed"] for row in rows)
+    assert cells["T24-D16-F8-E4-K2-float32"]["floor_seconds"] > 0
+    assert all(row["p99_seconds"] >= row["p95_seconds"] >= row["seconds"] > 0 and row["peak_bytes"] > 0 for row in rows)
 
 
 def test_the_command_fails_where_the_formula_does_not_hold(small, monkeypatch, capsys):
@@ -85,7 +92,25 @@ def test_the_command_fails_where_the_formula_does_not_hold(small, monkeypatch, c
     assert "fusedonemoe 50 %: holds something else than the formula says" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", [["--cells", "x"], ["--peers", "x"], ["--picture", "x.png"], ["--dry"]])
+@pytest.mark.parametrize("option", [["--peers", "x"], ["--picture", "x.png"], ["--dry"], ["--target-ms", "1"]])
 def test_options_of_other_suites_are_refused(option, capsys):
     assert bench.run(arguments(*option)) == 2
     assert "--suite" in capsys.readouterr().err
+
+
+def test_the_memory_suite_runs_dry_and_resumes(capsys, tmp_path):
+    file = tmp_path / "memory.json"
+    run = ["--suite", "memory", "--dry", "--json", str(file)]
+    assert bench.run(arguments(*run, "--cells", "T2048-D1024")) == 0
+    first = json.loads(file.read_text())["cells"]
+    assert [cell["name"] for cell in first] == ["T2048-D1024-F512-E32-K4-float32", "T2048-D1024-F512-E32-K4-bfloat16"]
+    assert all(row["held_bytes"] and row["seconds"] is None for cell in first for row in cell["rows"])
+    assert bench.run(arguments(*run, "--resume")) == 0
+    assert "2 of 8 cells are in" in capsys.readouterr().err
+    cells = json.loads(file.read_text())["cells"]
+    assert [cell["name"] for cell in cells] == [cell.name for cell in dial.cells_of("memory")] and cells[:2] == first
+
+
+def test_a_table_that_no_pattern_matches_is_no_run(capsys):
+    assert bench.run(arguments("--cells", "nothing")) == bench.EXIT_USAGE
+    assert "T2048-D1024-F512-E32-K4-float32" in capsys.readouterr().err

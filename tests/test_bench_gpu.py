@@ -252,7 +252,7 @@ def test_what_is_asked_for_wrongly_is_said(monkeypatch, capsys):
         ("--dry", "--picture", "a.png"): "--dry has none",
         ("--dry", "--cells", "E99"): "matches none of",
         ("--dry", "--peers", "nobody"): "SonicMoE",
-        ("--suite", "cpu", "--dry"): "--dry and --resume go with --suite gpu",
+        ("--suite", "cpu", "--dry"): "--dry: not with --suite cpu, but with gpu",
     }
     for argv, message in cases.items():
         assert bench.run(arguments(*argv)) == bench.EXIT_USAGE

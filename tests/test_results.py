@@ -99,11 +99,11 @@ def expected_fine_grained_rows(result):
 
 def expected_dial_rows(result):
     """A Markdown row per line: bytes held, in multiples of those at 0 % too, and the backward as a share of that at 100 %."""
-    for name, lines in result["tables"].items():
-        least = next(line["held_bytes"] for line in lines if line["save_percent"] == 0)
-        for line in lines:
-            figures = [f"{line['held_bytes'] / 1e6:.2f}", f"{line['held_bytes'] / least:.2f}", f"{line['relative']:.2f}"]
-            yield f"| {line['name']} | {name.rpartition('-')[2]} | " + " | ".join(figures) + " |"
+    for cell in result["cells"]:
+        least = next(row["held_bytes"] for row in cell["rows"] if row["save_percent"] == 0)
+        for row in cell["rows"]:
+            figures = [f"{row['held_bytes'] / 1e6:.2f}", f"{row['held_bytes'] / least:.2f}", f"{row['relative']:.2f}"]
+            yield f"| {row['peer']} | {cell['dtype']} | " + " | ".join(figures) + " |"
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,17 @@
 """The memory dial: what a training step of the experts holds for its backward pass, and what holding less costs.
 
-Bytes are those of the distinct storages that autograd saves between forward and backward, parameters left out. Times are of
-the backward pass alone, of all lines in turns, and every share is the median of the shares within a turn.
+Bytes held are those of the distinct storages that autograd saves between forward and backward, parameters left out; the peak is
+the most that a step, forward and backward, has at one moment beside its inputs, output and gradients. Times are of the backward
+pass alone, of all lines in turns, and every share is the median of the shares within a turn.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -20,32 +20,69 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fusedonemoe import functional as F
-from fusedonemoe.bench import report
-from fusedonemoe.bench.memory import held_bytes
+from fusedonemoe.bench import report, session
+from fusedonemoe.bench.ceilings import Ceilings
+from fusedonemoe.bench.memory import held_bytes, peak_extra_bytes
 from fusedonemoe.bench.peers import BUDGET, OURS, TRANSFORMERS, relative_error
 from fusedonemoe.bench.priority import RealTime
-from fusedonemoe.bench.results import quartiles
+from fusedonemoe.bench.results import percentile, quartiles
 from fusedonemoe.bench.runner import order_of_round, threads
+from fusedonemoe.bench.workloads import Floor, LeastWork, floor_of
 from fusedonemoe.testing import MLPInputs, make_mlp_inputs
 
 PERCENTS = (100, 75, 50, 25, 0)
 # T, D, F, E, K: the sizes at which the README's promise is made.
 SIZES = (2048, 1024, 512, 32, 4)
+# Beside these: fewer tokens, more experts for each token, and an eighth of MoMoE's own example.
+MORE_SIZES = ((256, 1024, 512, 32, 4), (1024, 1024, 384, 64, 8), (2048, 512, 256, 32, 8))
+DRY_SIZES = (24, 16, 8, 4, 2)
 ROUNDS = 15
+ROUNDS_OF_MANY = 9
+LOOP = "per-expert loop"
+
+
+@dataclass(frozen=True)
+class DialCell:
+    """One table.
+
+    Attributes:
+        sizes: T, D, F, E, K.
+        dtype: of x and the weights.
+        rounds: how often each backward is timed.
+    """
+
+    sizes: tuple[int, int, int, int, int]
+    dtype: torch.dtype
+    rounds: int
+
+    @property
+    def name(self) -> str:
+        """What ``--cells`` matches."""
+        return "-".join(f"{letter}{n}" for letter, n in zip("TDFEK", self.sizes, strict=True)) + "-" + str(self.dtype)[6:]
+
+    @property
+    def least_backward(self) -> LeastWork:
+        """Two products for each of the forward; the weights read, their gradients written, and x and both its gradients."""
+        T, D, F, E, K = self.sizes
+        return LeastWork(12 * T * K * D * F, (2 * E * 3 * D * F + 3 * T * D) * self.dtype.itemsize)
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the table.
+    """One line of a table.
 
     Attributes:
         name: who.
         save_percent: the dial; None for a peer, who has none.
         held_bytes: between forward and backward, parameters left out.
         formula_bytes: what ours promises; None for a peer.
+        peak_bytes: most bytes of a step beside what it is given and what it returns.
         seconds: median of the backward pass; None when an output was wrong.
+        p95_seconds: of it.
+        p99_seconds: of it.
         relative: median over the turns of its time as a share of that of ``save_percent=100``.
         quartiles: of that share.
+        error: the greatest of output and gradients, relative to the first line's.
         note: in place of a time.
     """
 
@@ -53,10 +90,21 @@ class Line:
     save_percent: int | None
     held_bytes: int
     formula_bytes: int | None
+    peak_bytes: int | None = None
     seconds: float | None = None
+    p95_seconds: float | None = None
+    p99_seconds: float | None = None
     relative: float | None = None
     quartiles: tuple[float, float] | None = None
+    error: float | None = None
     note: str = ""
+
+    @property
+    def problem(self) -> str:
+        """What is wrong with it: its note, or bytes that are not the formula's."""
+        if not self.note and self.formula_bytes and abs(self.held_bytes - self.formula_bytes) > 0.02 * self.formula_bytes:
+            return "holds something else than the formula says"
+        return self.note
 
 
 def formula_bytes(inputs: MLPInputs, save_percent: int) -> int:
@@ -90,6 +138,36 @@ def _transformers_experts(inputs: MLPInputs) -> tuple[Callable[[], Tensor], list
     return lambda: experts(inputs.x, inputs.experts, inputs.weights), leaves
 
 
+def _loop_experts(inputs: MLPInputs) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    """A loop over the experts that autograd differentiates, each with parameters of its own."""
+    pairs = [[w.detach().clone().requires_grad_() for w in stack.unbind()] for stack in (inputs.up_proj, inputs.down_proj)]
+
+    def forward() -> Tensor:
+        y = torch.zeros_like(inputs.x)
+        for e, (gate_up, down) in enumerate(zip(*pairs, strict=True)):
+            token, choice = torch.where(inputs.experts == e)
+            if token.numel():
+                gate, up = nn.functional.linear(inputs.x[token], gate_up).chunk(2, dim=-1)
+                out = nn.functional.linear(nn.functional.silu(gate) * up, down)
+                y = y.index_add(0, token, out * inputs.weights[token, choice, None].to(out.dtype))
+        return y
+
+    return forward, [inputs.x, inputs.weights, *pairs[0], *pairs[1]]
+
+
+def _gradients(name: str, gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+    """Those of the four inputs; a loop's as whole stacks, with zeros for an expert that no token chose."""
+    if name != LOOP:
+        return [g for g in gradients if g is not None]
+    dx, dweights, *rest = gradients
+    E = like[2].shape[0]
+    stacks = [
+        torch.stack([torch.zeros_like(w[0]) if g is None else g for g in half])
+        for half, w in ((rest[:E], like[2]), (rest[E:], like[3]))
+    ]
+    return [g for g in (dx, dweights, *stacks) if g is not None]
+
+
 def _timed(backward: Callable[[], Any]) -> float:
     start = time.perf_counter()
     backward()
@@ -104,16 +182,18 @@ def measure(
     percents: Sequence[int] = PERCENTS,
     rounds: int = ROUNDS,
     real_time: bool = True,
+    between: Callable[[], None] = lambda: None,
 ) -> list[Line]:
-    """One table: ours at every setting of the dial, and transformers' grouped_mm if it is installed.
+    """One table: ours at every setting of the dial, a loop over experts, and transformers' grouped_mm if it is installed.
 
     Args:
         sizes: T, D, F, E, K.
         dtype: of x and the weights.
         impl: of ours.
         percents: settings; 100, with which all are compared, first.
-        rounds: how often each backward is timed, all in turns.
+        rounds: how often each backward is timed, all in turns; 0 times nothing.
         real_time: ask for real-time priority while timing.
+        between: runs before every turn.
     """
     T, D, inner, E, K = sizes
     inputs = make_mlp_inputs(T, D, inner, E, K, dtype=dtype, routing="distinct", requires_grad=True)
@@ -124,9 +204,12 @@ def measure(
         arguments = (inputs.x, inputs.experts, inputs.weights, inputs.up_proj, inputs.down_proj)
         return lambda: F.experts_mlp(*arguments, save_percent=save_percent, impl=impl)
 
-    calls = {f"{OURS} {p} %": (p, ours(p), leaves) for p in percents}
+    calls: dict[str, tuple[int | None, Callable[[], Tensor], list[Tensor]]] = {
+        f"{OURS} {p} %": (p, ours(p), leaves) for p in percents
+    }
     if find_spec("transformers") and all(n * dtype.itemsize % 16 == 0 for n in (D, inner)):
-        calls[TRANSFORMERS] = (None, *_transformers_experts(inputs))  # type: ignore[assignment]
+        calls[TRANSFORMERS] = (None, *_transformers_experts(inputs))
+    calls[LOOP] = (None, *_loop_experts(inputs))
 
     lines: dict[str, Line] = {}
     backwards: dict[str, Callable[[], Any]] = {}
@@ -134,19 +217,22 @@ def measure(
     for name, (percent, call, wanted) in calls.items():
         held, y = held_bytes(call, wanted[2:])
         # The graph is kept, and so is what it holds: every backward of a turn starts from the same.
-        backwards[name] = lambda y=y, wanted=wanted: torch.autograd.grad(y, wanted, dy, retain_graph=True)  # type: ignore[misc]
-        answer = [y.detach().double(), *(gradient.double() for gradient in backwards[name]())]
+        backwards[name] = partial(torch.autograd.grad, y, wanted, dy, retain_graph=True, allow_unused=True)
+        answer = [y.detach().double(), *(g.double() for g in _gradients(name, backwards[name](), leaves))]
         expected = expected or answer
         error = max(relative_error(a, b) for a, b in zip(answer, expected, strict=True))
         formula = None if percent is None else formula_bytes(inputs, percent)
-        lines[name] = Line(name, percent, held, formula)
+        peak = peak_extra_bytes(partial(_step, call, wanted, dy))
+        lines[name] = Line(name, percent, held, formula, peak, error=error)
         if not error <= BUDGET[dtype]:
-            lines[name] = Line(name, percent, held, formula, note=f"off by {error:.1e}")
+            lines[name] = replace(lines[name], note=f"off by {error:.1e}")
             del backwards[name]
         del y, answer
 
     times: dict[str, list[float]] = {name: [] for name in backwards}
     for turn in range(rounds):
+        with RealTime(real_time):
+            between()
         for name in order_of_round(list(backwards), turn):
             with RealTime(real_time):
                 times[name].append(_timed(backwards[name]))
@@ -154,64 +240,162 @@ def measure(
     return [_with_times(line, times.get(line.name), first) for line in lines.values()]
 
 
+def _step(call: Callable[[], Tensor], wanted: Sequence[Tensor], dy: Tensor) -> list[Tensor | None]:
+    y = call()
+    gradients = torch.autograd.grad(y, wanted, dy, allow_unused=True)
+    return [y.detach(), *gradients]
+
+
 def _with_times(line: Line, times: list[float] | None, first: list[float]) -> Line:
     if not times:
         return line
     shares = [mine / its for mine, its in zip(times, first, strict=True)]
-    return replace(line, seconds=median(times), relative=median(shares), quartiles=quartiles(shares))
+    tail = {"p95_seconds": percentile(times, 95), "p99_seconds": percentile(times, 99)}
+    return replace(line, seconds=median(times), relative=median(shares), quartiles=quartiles(shares), **tail)  # type: ignore[arg-type]
 
 
-def table_of(title: str, lines: Sequence[Line]) -> Table:
+@dataclass(frozen=True)
+class DialResult:
+    """A measured table.
+
+    Attributes:
+        cell: what was measured.
+        lines: in the order of the table.
+        floor: of the backward pass; None in a dry run.
+        flops_per_s: the matrix-product rate that the floor was computed with.
+        bytes_per_s: the read bandwidth that the floor was computed with.
+    """
+
+    cell: DialCell
+    lines: tuple[Line, ...]
+    floor: Floor | None
+    flops_per_s: float
+    bytes_per_s: float
+
+
+def table_of(result: DialResult) -> Table:
     """The lines as a table.
 
     Args:
-        title: above it.
-        lines: from :func:`measure`.
+        result: of a cell.
     """
+    title, floor = result.cell.name, result.floor
+    if floor:
+        title += f"   floor of the backward {report.milliseconds(floor.seconds)} ms (by {floor.bound_by})"
     table = Table(title=title, title_justify="left")
-    for heading in ("who", "held MB", "formula MB", "x held at 0 %", "backward ms", "x backward at 100 %", "quartiles"):
-        table.add_column(heading, justify="left" if heading == "who" else "right", no_wrap=heading == "who")
-    least = next((line.held_bytes for line in lines if line.save_percent == 0), None)
-    for line in lines:
+    headings = (
+        "held MB",
+        "formula MB",
+        "x held at 0 %",
+        "peak MB",
+        "backward ms",
+        "p95 ms",
+        "x floor",
+        "x backward at 100 %",
+        "quartiles",
+    )
+    table.add_column("who", no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    least = next((line.held_bytes for line in result.lines if line.save_percent == 0), None)
+    for line in result.lines:
         table.add_row(
             line.name,
             f"{line.held_bytes / 1e6:.2f}",
             "" if line.formula_bytes is None else f"{line.formula_bytes / 1e6:.2f}",
             f"{line.held_bytes / least:.2f}" if least else "",
-            report.milliseconds(line.seconds) if line.seconds else line.note,
+            "" if line.peak_bytes is None else f"{line.peak_bytes / 1e6:.2f}",
+            report.milliseconds(line.seconds) if line.seconds else line.problem,
+            report.milliseconds(line.p95_seconds) if line.p95_seconds else "",
+            f"{line.seconds / floor.seconds:.2f}" if line.seconds and floor else "",
             f"{line.relative:.2f}" if line.relative else "",
             "-".join(f"{share:.2f}" for share in line.quartiles or ()),
-            style="red" if line.note else None,
+            style="red" if line.problem else None,
         )
     return table
 
 
+def cell_to_json(result: DialResult) -> dict[str, Any]:
+    """A table as plain values; times in seconds, memory in bytes."""
+    cell, floor = result.cell, result.floor
+    T, D, inner, E, K = cell.sizes
+    work = cell.least_backward
+    rows = [
+        {"peer": line.name, **asdict(line)}
+        | {"note": line.problem, "failed": bool(line.problem), "tokens_per_second": T / line.seconds if line.seconds else None}
+        for line in result.lines
+    ]
+    for row in rows:
+        del row["name"]
+    return {
+        "name": cell.name,
+        "operator": "experts",
+        "T": T,
+        "D": D,
+        "F": inner,
+        "E": E,
+        "K": K,
+        "dtype": str(cell.dtype).removeprefix("torch."),
+        "mode": "backward",
+        "floor_seconds": floor and floor.seconds,
+        "floor_bound_by": floor and floor.bound_by,
+        "flops_per_s": result.flops_per_s,
+        "bytes_per_s": result.bytes_per_s,
+        "flops": work.flops,
+        "touched_bytes": work.touched_bytes,
+        "parameters": E * 3 * D * inner,
+        "active_parameters": K * 3 * D * inner,
+        "rows": rows,
+    }
+
+
+def cells_of(suite: str) -> list[DialCell]:
+    """The tables of a suite, in float32 and bfloat16.
+
+    Args:
+        suite: ``"dial"``, the one that README promises; or ``"memory"``.
+    """
+    sizes, rounds = ((SIZES,), ROUNDS) if suite == "dial" else ((SIZES, *MORE_SIZES), ROUNDS_OF_MANY)
+    return [DialCell(each, dtype, rounds) for each in sizes for dtype in (torch.float32, torch.bfloat16)]
+
+
 def run(args: argparse.Namespace) -> int:
-    """Print the tables, in float32 and bfloat16.
+    """Print the tables.
 
     Args:
         args: of the benchmark's command.
 
     Returns:
-        The exit status: 0; 1 when somebody's output or gradients were off, or ours held something else than the formula says.
+        The exit status of :func:`fusedonemoe.bench.session.run_cells`; 1 when somebody's output or gradients were off, or ours
+        held something else than the formula says.
     """
+    everything = cells_of(args.suite)
+    cells = session.selected(everything, args.cells)
+    if not cells:
+        return session.EXIT_USAGE
+    ceilings = Ceilings()
+
+    def measured(cell: DialCell) -> DialResult:
+        if args.dry:
+            return DialResult(
+                cell, tuple(measure(DRY_SIZES, cell.dtype, percents=(100, 0), rounds=0, real_time=False)), None, 0.0, 0.0
+            )
+        between = ceilings.sampler(cell.dtype)
+        lines = measure(cell.sizes, cell.dtype, rounds=cell.rounds, real_time=not args.no_rt, between=between)
+        rate, bandwidth = ceilings.flops_per_s[cell.dtype], ceilings.bytes_per_s
+        floor = floor_of(cell.least_backward, flops_per_s=rate, bytes_per_s=bandwidth)
+        return DialResult(cell, tuple(lines), floor, rate, bandwidth)
+
+    def show(result: DialResult) -> None:
+        report.console().print(table_of(result), highlight=False)
+        for line in result.lines:
+            if line.problem:
+                print(f"{line.name}: {line.problem}", file=sys.stderr)
+
     with threads(args.threads):
-        settings = report.describe_run(suite=args.suite)
+        settings = report.describe_run(suite=args.suite) | {"dry": args.dry}
         report.print_heading(settings)
-        tables = {}
-        for dtype in (torch.float32, torch.bfloat16):
-            name = "-".join(f"{letter}{n}" for letter, n in zip("TDFEK", SIZES, strict=True)) + "-" + str(dtype)[6:]
-            tables[name] = measure(SIZES, dtype, rounds=ROUNDS, real_time=not args.no_rt)
-            report.console().print(table_of(name, tables[name]), highlight=False)
-    if args.json:
-        result = {"schema": 1, **settings, "tables": {name: list(map(asdict, lines)) for name, lines in tables.items()}}
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    wrong = [
-        line
-        for lines in tables.values()
-        for line in lines
-        if line.note or (line.formula_bytes and abs(line.held_bytes - line.formula_bytes) > 0.02 * line.formula_bytes)
-    ]
-    for line in wrong:
-        print(f"{line.name}: {line.note or 'holds something else than the formula says'}", file=sys.stderr)
-    return 1 if wrong else 0
+        order = [cell.name for cell in everything]
+        return session.run_cells(
+            args, settings, cells, measure=measured, to_json=cell_to_json, show=show, order=order, long=False
+        )

@@ -66,10 +66,19 @@ class GpuCell(Cell):
     @property
     def weight_bytes(self) -> int:
         """The weights of all experts; none of a router."""
+        return self.parameters * self.dtype.itemsize
+
+    @property
+    def parameters(self) -> int:
+        """The weights of all experts, biases left out; none of a router."""
         if self.operator == "router":
             return 0
-        rows = self.F if self.operator == "merged" else self.G + self.F
-        return self.E * rows * self.D * self.dtype.itemsize
+        return self.E * (self.F if self.operator == "merged" else self.G + self.F) * self.D
+
+    @property
+    def active_parameters(self) -> int:
+        """Those of the experts of one token."""
+        return self.parameters // self.E * self.K
 
 
 def least_work(cell: GpuCell, *, experts_hit: int) -> LeastWork:

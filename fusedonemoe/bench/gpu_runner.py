@@ -18,7 +18,7 @@ from fusedonemoe.bench.gpu_libraries import line_up, parameters
 from fusedonemoe.bench.gpu_peers import Forward, GpuPeer, Weights, interpreted
 from fusedonemoe.bench.gpu_timing import ROUNDS, SECONDS_PER_PEER, Call, Timer, copy_call, dense_call, graphed, time_interleaved
 from fusedonemoe.bench.peers import OURS, UnavailableError, is_ours, relative_error
-from fusedonemoe.bench.results import CellResult, Row
+from fusedonemoe.bench.results import CellResult, Row, load_of
 from fusedonemoe.bench.workloads import Floor
 
 # The note of a peer that ran through in a dry run, which has no times.
@@ -280,4 +280,6 @@ def run_cell(
         None,
         dense,
         copy,
+        work=work,
+        load=load_of([shared.inputs.experts.cpu()], cell.E),
     )

@@ -2,18 +2,15 @@
 
 import argparse
 import gc
-import json
-import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
 
-from fusedonemoe.bench import gpu_libraries, report
+from fusedonemoe.bench import gpu_libraries, report, session
 from fusedonemoe.bench.gpu_cells import CELLS, SUITE, GpuCell
 from fusedonemoe.bench.gpu_libraries import line_up
 from fusedonemoe.bench.gpu_peers import chosen, our_impl
@@ -26,13 +23,13 @@ from fusedonemoe.bench.results import Row
 SECONDS_BETWEEN_CONDITIONS = 15.0
 # The row of a cell that failed as a whole.
 WHOLE_CELL = "(cell)"
-# What two runs must have in common for the cells of one to stand for those of the other.
-IDENTITY = ("schema", "suite", "dry", "versions", "gpu", "peers", "impl")
+# Without --minutes no cell is begun after so long: GPUs are lent by the minute.
+MINUTES = 8.0
 
 
 def describe_run(device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
     """What every figure depends on, the device and its driver included."""
-    settings = report.describe_run(suite=SUITE)
+    settings = report.describe_run(suite=SUITE, peers=args.peers)
     settings["versions"] |= {name: report.version_of(name) for name in gpu_libraries.PACKAGES}
     gpu: dict[str, Any] | None = None
     if device.type == "cuda":
@@ -49,8 +46,7 @@ def describe_run(device: torch.device, args: argparse.Namespace) -> dict[str, An
         impl = our_impl(device)
     except UnavailableError as reason:
         impl = str(reason)
-    peers = args.peers.pattern if args.peers else None
-    return settings | {"gpu": gpu, "impl": impl, "dry": args.dry, "peers": peers, "tf32": torch.backends.cuda.matmul.allow_tf32}
+    return settings | {"gpu": gpu, "impl": impl, "dry": args.dry, "tf32": torch.backends.cuda.matmul.allow_tf32}
 
 
 def cell_to_json(result: GpuResult) -> dict[str, Any]:
@@ -59,35 +55,6 @@ def cell_to_json(result: GpuResult) -> dict[str, Any]:
     for row, values in zip(result.rows, cell["rows"], strict=True):
         values |= {"of_dense": result.of_dense(row), "of_copy": result.of_copy(row)}
     return cell | {"dense_seconds": result.dense_seconds, "copy_seconds": result.copy_seconds}
-
-
-def write(path: Path, results: dict[str, Any]) -> None:
-    """Write the results so that the file is whole at every moment."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, path)
-
-
-def finished_cells(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The cells of an earlier run that need no second measurement: same settings, and nothing in them failed.
-
-    Args:
-        path: of the results; it need not exist.
-        settings: from :func:`describe_run`.
-    """
-    if not path.exists():
-        return []
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        print(f"{path} holds no results: starting afresh", file=sys.stderr)
-        return []
-    wanted = json.loads(json.dumps({"schema": report.SCHEMA, **settings}))
-    if other := [name for name in IDENTITY if before.get(name) != wanted.get(name)]:
-        print(f"{path} is of another {', '.join(other)}: starting afresh", file=sys.stderr)
-        return []
-    return [cell for cell in before["cells"] if not any(row["failed"] for row in cell["rows"])]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -99,63 +66,40 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         0; 1 when a peer's outputs disagreed or it raised; 2 when nothing could be run.
     """
-    cells = [cell for cell in CELLS if args.cells is None or args.cells.search(cell.name)]
-    if not cells:
-        print(f"--cells {args.cells.pattern!r} matches none of\n  " + "\n  ".join(c.name for c in CELLS), file=sys.stderr)
-        return 2
-    names = {peer.name for cell in cells for peer in line_up(cell)}
-    if args.peers and not any(map(args.peers.search, names)):
-        print(f"--peers {args.peers.pattern!r} matches none of\n  " + "\n  ".join(sorted(names)), file=sys.stderr)
-        return 2
+    cells = session.selected(CELLS, args.cells)
+    if not cells or not session.peers_exist({peer.name for cell in cells for peer in line_up(cell)}, args.peers):
+        return session.EXIT_USAGE
     if not args.dry and not torch.cuda.is_available():
         print("there is no CUDA device; --dry runs every code path at small sizes on the CPU, without times", file=sys.stderr)
-        return 2
-    device = torch.device("cpu" if args.dry else "cuda")
-    return _run_cells(cells, device, args)
+        return session.EXIT_USAGE
+    return _run_cells(cells, torch.device("cpu" if args.dry else "cuda"), args)
 
 
 def _run_cells(cells: list[GpuCell], device: torch.device, args: argparse.Namespace) -> int:
-    begun = time.monotonic()
-    settings = describe_run(device, args)
+    settings: dict[str, Any] = describe_run(device, args) | {"conditions": []}
     print_heading(settings)
-    path = Path(args.json) if args.json else None
-    done = finished_cells(path, settings) if path and args.resume else []
-    # What stands in the file and was not asked for stays in it.
-    left = {cell.name for cell in cells} - {cell["name"] for cell in done}
-    results: dict[str, Any] = {"schema": report.SCHEMA, **settings, "conditions": [], "cells": done}
-    if len(left) < len(cells):
-        print(f"{len(cells) - len(left)} of {len(cells)} cells are in {path} already", file=sys.stderr)
-    timer, watch, failed = Timer(device), _Watch(results["conditions"]), False
-    with report.progress(len(left), in_pipes=True) as advance:
-        for cell in cells:
-            if cell.name not in left:
-                continue
-            if not args.dry and time.monotonic() - begun > 60 * args.minutes:
-                print(f"stopped after {args.minutes:g} minutes; --resume goes on with {cell.name}", file=sys.stderr)
-                break
-            advance(cell.name)
-            result = _measured(cell, timer, args)
-            # A collection looks at all objects of all modules, for half a second; from here on only at what is new. They
-            # stay frozen: this is the last thing that the process does.
-            gc.collect()
-            gc.freeze()
-            failed |= any(row.failed for row in result.rows)
-            results["cells"].append(cell_to_json(result))
-            watch(cell.name)
-            if path:
-                write(path, results)
-            print_cell(result)
-    order = {cell.name: index for index, cell in enumerate(CELLS)}
-    results["cells"].sort(key=lambda cell: order.get(cell["name"], len(order)))
-    if path:
-        write(path, results)
-    if not args.dry:
-        report.console().print(summary_of(results), highlight=False)
-    if args.picture:
-        from fusedonemoe.bench.picture import draw
+    timer, watch = Timer(device), _Watch(settings["conditions"])
 
-        draw(args.picture, results)
-    return int(failed)
+    def measure(cell: GpuCell) -> GpuResult:
+        result = _measured(cell, timer, args)
+        # A collection looks at all objects of all modules, for half a second; from here on only at what is new. They
+        # stay frozen: this is the last thing that the process does.
+        gc.collect()
+        gc.freeze()
+        watch(cell.name)
+        return result
+
+    return session.run_cells(
+        args,
+        settings,
+        cells,
+        measure=measure,
+        to_json=cell_to_json,
+        show=print_cell,
+        order=[cell.name for cell in CELLS],
+        summary=lambda results: None if args.dry else report.console().print(summary_of(results), highlight=False),
+        minutes=None if args.dry else MINUTES,
+    )
 
 
 def _measured(cell: GpuCell, timer: Timer, args: argparse.Namespace) -> GpuResult:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,18 @@ def is_ours(name: str) -> bool:
     return name.startswith(OURS)
 
 
-def chosen(peers: Iterable[Peer], pattern: re.Pattern[str] | None) -> list[Peer]:
+class Contender(Protocol):
+    """What has a name."""
+
+    @property
+    def name(self) -> str:
+        """As printed."""
+
+
+P = TypeVar("P", bound=Contender)
+
+
+def chosen(peers: Iterable[P], pattern: re.Pattern[str] | None) -> list[P]:
     """The peers whose name matches; ours, which everyone is compared with, in any case."""
     return [peer for peer in peers if pattern is None or peer.name == OURS or pattern.search(peer.name)]
 
@@ -235,6 +246,14 @@ YARDSTICK = {
     "neurons": GATHER,
     "values": GATHER,
     "keys": ALL_PAIRS,
+}
+# Likewise of the suite for the tables of the reference systems: what those compare themselves with.
+YARDSTICK |= {
+    "original": "original einsum",
+    "topk": "softmax, sort, gather",
+    "mlp": "per-expert loop",
+    "moekernel": "NumPy, per expert",
+    "product-keys": ALL_PAIRS,
 }
 
 _BOTH = ("forward", "training")

@@ -1,10 +1,9 @@
 """Prints results as tables and writes them as JSON, with what they were measured on."""
 
-import json
 import os
 import platform
+import re
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,14 +20,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from fusedonemoe.bench import libraries
-from fusedonemoe.bench.peers import OURS, PREPACKED, YARDSTICK
+from fusedonemoe.bench.peers import OURS, PREPACKED, YARDSTICK, is_ours
 from fusedonemoe.bench.results import CellResult, Row
 from fusedonemoe.bench.workloads import ALLOCATORS, ISOLATED_SUITES, Floor
 
 PACKAGES = ("fusedonemoe", "torch", "transformers", "numpy")
 SCHEMA = 1
 # A pipe has no width of its own, and the tables do not fit into the 80 columns that are assumed for one.
-PIPE_WIDTH = 120
+PIPE_WIDTH = 150
 
 
 def console() -> Console:
@@ -53,8 +52,13 @@ def cpu_model() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def describe_run(*, suite: str) -> dict[str, Any]:
-    """What every figure depends on: versions, machine, threads, date; where cells choose the allocator, what that means."""
+def describe_run(*, suite: str, peers: re.Pattern[str] | None = None) -> dict[str, Any]:
+    """What every figure depends on: versions, machine, threads, date; where cells choose the allocator, what that means.
+
+    Args:
+        suite: its name.
+        peers: pattern of the peers' names; None for all.
+    """
     isolated = suite in ISOLATED_SUITES
     packages = (*PACKAGES, *libraries.PACKAGES) if isolated else PACKAGES
     settings = {
@@ -65,6 +69,7 @@ def describe_run(*, suite: str) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "peers": peers.pattern if peers else None,
     }
     return settings | ({"allocators": ALLOCATORS, "huge_pages": huge_pages()} if isolated else {})
 
@@ -133,36 +138,6 @@ def time_left(elapsed: float, done: int, total: int) -> str:
     return f"about {minutes:.0f} min left" if minutes >= 1.5 else f"about {60 * minutes:.0f} s left"
 
 
-@contextmanager
-def kept_while_running(
-    path: str | None, settings: dict[str, Any], results: list[CellResult], *, wanted: bool
-) -> Iterator[Callable[[], None]]:
-    """Keep the finished cells in a file until all are there; say where it is when the run ends before that.
-
-    Args:
-        path: of the final results; the file stands beside it, or in the folder for temporary files.
-        settings: from :func:`describe_run`.
-        results: grows meanwhile.
-        wanted: False makes this do nothing.
-
-    Yields:
-        A function that writes the results so far.
-    """
-    kept = Path(f"{path}.partial" if path else Path(tempfile.gettempdir(), f"fusedonemoe-bench-{os.getpid()}.json"))
-
-    def keep() -> None:
-        if wanted:
-            write_json(os.fspath(kept), settings, results)
-
-    try:
-        yield keep
-    except BaseException:
-        if kept.exists():
-            print(f"the {len(results)} finished cells are in {kept}", file=sys.stderr)
-        raise
-    kept.unlink(missing_ok=True)
-
-
 def _number(value: float | None, form: str = ".2f") -> str:
     return "" if value is None else format(value, form)
 
@@ -183,13 +158,14 @@ def _megabytes(size: int | None) -> str:
 def _columns(result: CellResult, shares: Mapping[str, Callable[[Row], float | None]]) -> dict[str, Callable[[Row], str]]:
     """What stands in each column; in ``ms`` the note where there is no time."""
 
-    def quartiles(row: Row) -> str:
-        return "-".join(map(milliseconds, row.spread or ()))
+    def tail(row: Row) -> str:
+        return " ".join(milliseconds(seconds) for seconds in (row.p95_seconds, row.p99_seconds) if seconds)
 
     columns: dict[str, Callable[[Row], str]] = {
         "peer": lambda row: row.peer if row.comparable else f"{row.peer} *",
         "ms": lambda row: _milliseconds(row) or row.note,
-        "quartiles": quartiles,
+        "p95 p99": tail,
+        "tokens/s": lambda row: _number(result.tokens_per_second(row), ",.0f"),
         "x floor": lambda row: _number(result.times_floor(row)),
         **{heading: partial(_share, share) for heading, share in shares.items()},
         "x best peer": lambda row: _number(result.times_best(row)),
@@ -197,7 +173,10 @@ def _columns(result: CellResult, shares: Mapping[str, Callable[[Row], float | No
         "error": lambda row: _number(row.error, ".1e"),
         "peak MB": lambda row: _megabytes(row.peak_bytes),
         "promised MB": lambda row: _megabytes(result.promised_bytes(row)) if row.seconds else "",
+        "held MB": lambda row: _megabytes(row.held_bytes),
     }
+    if not any(row.held_bytes for row in result.rows):
+        del columns["held MB"]
     # Cells with a label are for the comparison with the best; what we promise of memory is not theirs to show.
     del columns["promised MB" if result.cell.label else "x best peer"]
     return columns
@@ -220,6 +199,11 @@ def table_of(result: CellResult, shares: Mapping[str, Callable[[Row], float | No
             f"   floor {floor.seconds * 1e3:.2f} ms (by {floor.bound_by}: {result.flops_per_s / 1e9:.0f} GFLOP/s, "
             f"{result.bytes_per_s / 1e9:.0f} GB/s)" + ("   without real-time priority" if result.real_time is False else "")
         )
+    if result.work:
+        title += (
+            f"\n{result.work.flops / 1e9:.3g} GFLOP, {result.work.touched_bytes / 1e6:.3g} MB; "
+            f"{result.cell.parameters / 1e6:.3g} M parameters, {result.cell.active_parameters / 1e6:.3g} M active"
+        )
     # A peer that is absent for a good reason has a line below the table, and no row of empty cells in it.
     notes = [f"* {row.note}" for row in result.rows if not row.comparable]
     notes += [f"{row.peer}: {row.note}" for row in result.rows if row.is_absent]
@@ -239,25 +223,44 @@ def print_cell(result: CellResult) -> None:
     console().print(table_of(result), highlight=False)
 
 
-def summary_of(results: list[CellResult]) -> Table:
-    """All cells as one table: ours and the fastest other."""
+def summary_of(results: dict[str, Any]) -> Table:
+    """All cells as one table: ours and the fastest other.
+
+    Args:
+        results: as in the file.
+    """
     table = Table(title="ours and the best peer of each cell", title_justify="left")
-    prepacked = any(row.peer == PREPACKED for result in results for row in result.rows)
+    prepacked = any(row["peer"] == PREPACKED for cell in results["cells"] for row in cell["rows"])
     table.add_column("cell", no_wrap=True)
     for heading in ("ms", "x floor", "x best peer", *(["prepacked x floor", "x best peer"] if prepacked else [])):
         table.add_column(heading, justify="right")
     table.add_column("best peer", no_wrap=True)
-    for result in results:
-        rows, best = {row.peer: row for row in result.rows}, result.best_peer
-        ours = [rows.get(name, Row(name)) for name in (OURS, *([PREPACKED] if prepacked else []))]
-        figures = [_number(figure(row)) for row in ours for figure in (result.times_floor, result.times_best)]
-        failed = any(row.failed for row in result.rows)
-        name = best.peer if best else ""
-        table.add_row(result.cell.name, _milliseconds(ours[0]), *figures, name, style="red" if failed else None)
+    for cell in results["cells"]:
+        rows, floor = {row["peer"]: row for row in cell["rows"]}, cell["floor_seconds"]
+        figures = []
+        for name in (OURS, *([PREPACKED] if prepacked else [])):
+            row = rows.get(name, {})
+            seconds = row.get("seconds")
+            figures += [_number(seconds / floor if seconds and floor else None), _number(row.get("times_best"))]
+        ours = rows.get(OURS, {}).get("seconds")
+        failed = any(row["failed"] for row in cell["rows"])
+        best = best_peer(cell)
+        shown = milliseconds(ours) if ours else ""
+        table.add_row(cell["name"], shown, *figures, best["peer"] if best else "", style="red" if failed else None)
     return table
 
 
-def print_summary(results: list[CellResult]) -> None:
+def best_peer(cell: dict[str, Any]) -> dict[str, Any] | None:
+    """The row of the fastest of the others who wrote everything; None where none has a time.
+
+    Args:
+        cell: as in the file.
+    """
+    others = [r for r in cell["rows"] if r.get("times_best") and r.get("comparable", True) and not is_ours(r["peer"])]
+    return min(others, key=lambda row: row["times_best"], default=None)
+
+
+def print_summary(results: dict[str, Any]) -> None:
     """Print the last table on stdout."""
     console().print(summary_of(results), highlight=False)
 
@@ -267,6 +270,7 @@ def cell_to_json(result: CellResult) -> dict[str, Any]:
     rows = [
         asdict(row)
         | {
+            "tokens_per_second": result.tokens_per_second(row),
             "times_faster": result.times_faster(row),
             "times_best": result.times_best(row),
             "promised_bytes": result.promised_bytes(row),
@@ -283,16 +287,11 @@ def cell_to_json(result: CellResult) -> dict[str, Any]:
         "bytes_per_s": result.bytes_per_s,
         "experts_hit": result.experts_hit,
         "real_time": result.real_time,
+        "flops": result.work and result.work.flops,
+        "touched_bytes": result.work and result.work.touched_bytes,
+        "parameters": result.cell.parameters,
+        "active_parameters": result.cell.active_parameters,
+        "load": result.load,
         "yardstick": YARDSTICK[result.cell.operator],
         "rows": rows,
     }
-
-
-def to_json(settings: dict[str, Any], results: list[CellResult]) -> dict[str, Any]:
-    """Settings and results as plain values."""
-    return {"schema": SCHEMA, **settings, "cells": list(map(cell_to_json, results))}
-
-
-def write_json(path: str, settings: dict[str, Any], results: list[CellResult]) -> None:
-    """Write :func:`to_json` to a file."""
-    Path(path).write_text(json.dumps(to_json(settings, results), indent=1) + "\n", encoding="utf-8")

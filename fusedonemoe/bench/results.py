@@ -1,10 +1,15 @@
 """What came of a cell, and how its rows compare."""
 
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from statistics import median
 
+import torch
+from torch import Tensor
+
 from fusedonemoe.bench.peers import GROUPED, YARDSTICK, is_ours
-from fusedonemoe.bench.workloads import Cell, Floor
+from fusedonemoe.bench.workloads import Cell, Floor, LeastWork
 
 
 def quartiles(samples: list[float]) -> tuple[float, float]:
@@ -17,6 +22,37 @@ def quartiles(samples: list[float]) -> tuple[float, float]:
     return ordered[len(ordered) // 4], ordered[(3 * len(ordered)) // 4]
 
 
+def percentile(samples: list[float], percent: float) -> float:
+    """The least of the samples that so many per cent of them do not exceed (nearest rank).
+
+    Args:
+        samples: at least one, in any order.
+        percent: above 0, to 100.
+    """
+    ordered = sorted(samples)
+    return ordered[max(math.ceil(len(ordered) * percent / 100) - 1, 0)]
+
+
+LOAD_POINTS = 33
+
+
+def load_of(experts: Iterable[Tensor], num_experts: int) -> tuple[float, ...]:
+    """How the rows fall on the experts, the busiest first: rows of an expert in multiples of the mean.
+
+    Args:
+        experts: ids of each call.
+        num_experts: E.
+
+    Returns:
+        One number for each expert; of many experts, those at ``LOAD_POINTS`` evenly spaced ranks.
+    """
+    ids = torch.cat([e.flatten() for e in experts])
+    counts = torch.bincount(ids, minlength=num_experts).sort(descending=True).values.double()
+    if num_experts > LOAD_POINTS:
+        counts = counts[torch.linspace(0, num_experts - 1, LOAD_POINTS).round().long()]
+    return tuple((counts * num_experts / max(ids.numel(), 1)).tolist())
+
+
 @dataclass(frozen=True)
 class Row:
     """What came of one peer in one cell.
@@ -27,9 +63,12 @@ class Row:
         failed: whether the note is a failure (outputs disagree, an exception) and not a peer that is absent.
         seconds: median of the timed calls; None without a time.
         spread: lower and upper quartile of the timed calls.
+        p95_seconds: 95 of 100 calls took no longer.
+        p99_seconds: 99 of 100 calls took no longer.
         calls: how many were timed.
         error: ``||y - y64|| / ||y64||``, the greatest of output and gradients; None when there was no output.
         peak_bytes: most bytes held at once beside input and output.
+        held_bytes: what a training step holds between forward and backward, parameters left out; None where not metered.
         comparable: whether the peer wrote everything that the others write.
         paired_seconds: the median of ours, timed in turns with this very row; None where ours has no time.
     """
@@ -39,9 +78,12 @@ class Row:
     failed: bool = False
     seconds: float | None = None
     spread: tuple[float, float] | None = None
+    p95_seconds: float | None = None
+    p99_seconds: float | None = None
     calls: int = 0
     error: float | None = None
     peak_bytes: int | None = None
+    held_bytes: int | None = None
     comparable: bool = True
     paired_seconds: float | None = None
 
@@ -53,7 +95,15 @@ class Row:
             ours: seconds of ours, timed in turns with them.
         """
         paired = median(ours) if ours else None
-        return replace(self, seconds=median(samples), spread=quartiles(samples), calls=len(samples), paired_seconds=paired)
+        return replace(
+            self,
+            seconds=median(samples),
+            spread=quartiles(samples),
+            p95_seconds=percentile(samples, 95),
+            p99_seconds=percentile(samples, 99),
+            calls=len(samples),
+            paired_seconds=paired,
+        )
 
     @property
     def is_absent(self) -> bool:
@@ -78,6 +128,8 @@ class CellResult:
         bytes_per_s: the read bandwidth that the floor was computed with.
         experts_hit: distinct experts that the tokens chose, the mean over the inputs.
         real_time: whether the timed calls ran at real-time priority; None where it was of no use.
+        work: what the floor was computed from; None when the cell failed as a whole.
+        load: rows of an expert in multiples of the mean, the busiest first.
     """
 
     cell: Cell
@@ -87,6 +139,12 @@ class CellResult:
     bytes_per_s: float
     experts_hit: float
     real_time: bool | None
+    work: LeastWork | None = field(default=None, kw_only=True)
+    load: tuple[float, ...] = field(default=(), kw_only=True)
+
+    def tokens_per_second(self, row: Row) -> float | None:
+        """Tokens of the cell in a second, at the median."""
+        return self.cell.T / row.seconds if row.seconds else None
 
     def times_faster(self, row: Row) -> float | None:
         """How many times faster a row is than the cell's yardstick; None where either has no time."""

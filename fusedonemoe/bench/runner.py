@@ -16,7 +16,7 @@ from fusedonemoe.bench.exact import Exact, disagreements, errors_of, exact_answe
 from fusedonemoe.bench.memory import peak_extra_bytes
 from fusedonemoe.bench.peers import OURS, PEERS, Peer, UnavailableError, is_ours
 from fusedonemoe.bench.priority import RealTime
-from fusedonemoe.bench.results import CellResult, Row
+from fusedonemoe.bench.results import CellResult, Row, load_of
 from fusedonemoe.bench.steps import Call, Step
 from fusedonemoe.bench.workloads import BlockInputs, Cell, Inputs, floor_of, least_work, make_inputs
 
@@ -238,4 +238,6 @@ def run_cell(
     work = least_work(cell, experts_hit=round(hit))
     rate, bandwidth = ceilings.flops_per_s[cell.dtype], ceilings.bytes_per_s
     floor = floor_of(work, flops_per_s=rate, bytes_per_s=bandwidth)
-    return CellResult(cell, tuple(rows[peer.name] for peer in peers), floor, rate, bandwidth, hit, granted)
+    load = load_of(inputs.experts, cell.E)
+    ordered = tuple(rows[peer.name] for peer in peers)
+    return CellResult(cell, ordered, floor, rate, bandwidth, hit, granted, work=work, load=load)

@@ -20,6 +20,8 @@ ALLOCATORS: dict[str, dict[str, str]] = {"default": {}, "huge pages": {"THP_MEM_
 # unselected token they may rightly pick different experts, and whole blocks could not be compared.
 LEAST_GAP = 2.0
 CANDIDATES_PER_TOKEN = 8
+# How many rows of tables an expert is, by operator; those of product keys are not the router's.
+ROWS_OF_TABLES = {"keys": 0, "neurons": 2, "values": 1}
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,24 @@ class Cell:
     def weight_bytes(self) -> int:
         """The weights of router and gated experts."""
         return self.E * (3 * self.D * self.F + self.D) * self.dtype.itemsize
+
+    @property
+    def parameters(self) -> int:
+        """All weights that a call may read."""
+        if self.operator in ROWS_OF_TABLES:
+            return ROWS_OF_TABLES[self.operator] * self.E * self.D
+        if self.operator == "merged":
+            return self.E * self.D * self.F
+        return self.E * (3 * self.D * self.F + self.D)
+
+    @property
+    def active_parameters(self) -> int:
+        """The weights that one token is multiplied with."""
+        if self.operator in ROWS_OF_TABLES:
+            return ROWS_OF_TABLES[self.operator] * self.K * self.D
+        if self.operator == "merged":
+            return self.K * self.D * self.F
+        return self.K * 3 * self.D * self.F + self.E * self.D
 
     @property
     def promised_bytes(self) -> int:
@@ -218,15 +238,19 @@ def make_inputs(cell: Cell) -> Inputs:
     if cell.operator == "keys":
         return _key_inputs(cell)
     mlp = make_mlp_inputs(*sizes, dtype=cell.dtype)
-    xs, experts, router = _unambiguous_tokens(cell)
+    xs, experts, router = unambiguous_tokens(cell)
     generator = torch.Generator().manual_seed(8)
     count = cell.rotation if cell.mode == "training" else 0
     dys = tuple(torch.randn(cell.T, cell.D, generator=generator).to(cell.dtype) for _ in range(count))
     return BlockInputs(xs, router, mlp.up_proj, mlp.down_proj, experts, dys)
 
 
-def _unambiguous_tokens(cell: Cell) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
-    """Tokens whose top K is the same in float64, float32 and bfloat16 arithmetic; their experts; and the router."""
+def unambiguous_tokens(cell: Cell) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
+    """Tokens whose top K is the same in float64, float32 and bfloat16 arithmetic; their experts; and the router.
+
+    Args:
+        cell: a block's; ``rotation`` of ``[T, D]`` and of ``[T, K]`` are drawn, and one ``[E, D]``.
+    """
     generator = torch.Generator().manual_seed(7)
     wanted = cell.rotation * cell.T
     router_ED = (torch.randn(cell.E, cell.D, generator=generator) * cell.D**-0.5).to(cell.dtype)

@@ -1,0 +1,56 @@
+"""The suites ``quick`` and ``cpu``: whole blocks on this machine's processor."""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from fusedonemoe.bench import fine_grained, isolated, report, runner, session
+from fusedonemoe.bench.ceilings import Ceilings
+from fusedonemoe.bench.libraries import line_up
+from fusedonemoe.bench.peers import PEERS, chosen
+from fusedonemoe.bench.results import CellResult
+from fusedonemoe.bench.workloads import ISOLATED_SUITES, SUITES, Cell
+
+CONTENDERS = PEERS | fine_grained.PEERS
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the cells asked for and print them.
+
+    Args:
+        args: of the command.
+
+    Returns:
+        The exit status of :func:`fusedonemoe.bench.session.run_cells`; 2 also when a pattern matches nothing.
+    """
+    in_processes = args.suite in ISOLATED_SUITES
+    cells = session.selected(SUITES[args.suite], args.cells)
+    names = {peer.name for cell in cells for peer in (line_up(cell) if in_processes else CONTENDERS[cell.operator])}
+    if not cells or not session.peers_exist(names, args.peers):
+        return session.EXIT_USAGE
+    with runner.threads(args.threads):
+        settings = report.describe_run(suite=args.suite, peers=args.peers)
+        report.print_heading(settings)
+        return session.run_cells(
+            args,
+            settings,
+            cells,
+            measure=_in_processes(args) if in_processes else _in_this_process(args),
+            to_json=report.cell_to_json,
+            show=report.print_cell,
+            order=[cell.name for cell in SUITES[args.suite]],
+            summary=report.print_summary if in_processes else lambda results: None,
+            long=in_processes,
+        )
+
+
+def _in_this_process(args: argparse.Namespace) -> Callable[[Cell], CellResult]:
+    measure = partial(runner.run_cell, ceilings=Ceilings(), real_time=not args.no_rt)
+    return lambda cell: measure(cell, peers=chosen(CONTENDERS[cell.operator], args.peers))
+
+
+def _in_processes(args: argparse.Namespace) -> Callable[[Cell], CellResult]:
+    job = partial(isolated.Job, ceilings=Ceilings(), threads=torch.get_num_threads(), peers=args.peers, real_time=not args.no_rt)
+    return lambda cell: isolated.run_job(job(cell))

@@ -1,0 +1,146 @@
+"""``--compare OLD.json``: every cell beside what an older run measured of it, on the same machine.
+
+Two runs are never measured in turns, so what the others' times moved by from one run to the next is taken for the machine's
+own drift: ours is slower only where it fell behind by more than that.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+from rich.table import Table
+
+from fusedonemoe.bench import report
+from fusedonemoe.bench.peers import is_ours
+
+# What makes a machine another one, and times of one no measure for the other.
+MACHINE = ("cpu", "cpu_capability", "cores", "threads")
+# Ours may take so many times as long as before.
+TOLERANCE = 1.15
+
+
+class IncomparableError(Exception):
+    """The older file has nothing that these results could be compared with."""
+
+
+class Pair(NamedTuple):
+    """A row of both runs.
+
+    Attributes:
+        cell: its name.
+        peer: its name.
+        before: seconds in the older run.
+        now: seconds in this one.
+    """
+
+    cell: str
+    peer: str
+    before: float
+    now: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times as long as before."""
+        return self.now / self.before
+
+
+def machine_of(settings: dict[str, Any]) -> dict[str, Any]:
+    """What tells one machine from another."""
+    gpu = settings.get("gpu")
+    return {name: settings.get(name) for name in MACHINE} | ({"gpu": gpu["name"]} if gpu else {})
+
+
+def load(path: str | os.PathLike[str], settings: dict[str, Any]) -> dict[str, Any]:
+    """Read an older file.
+
+    Args:
+        path: of the results.
+        settings: of this run.
+
+    Raises:
+        IncomparableError: it is no file of results, of another suite, without times, or of another machine.
+    """
+    try:
+        old = json.loads(Path(path).read_text(encoding="utf-8"))
+        cells, schema = old["cells"], old["schema"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise IncomparableError(f"no results of the benchmark ({type(error).__name__}: {error})") from error
+    if schema != report.SCHEMA or old.get("suite") != settings["suite"]:
+        raise IncomparableError(
+            f"expected schema {report.SCHEMA} and suite {settings['suite']}, got schema {schema} and suite {old.get('suite')}"
+        )
+    if settings.get("dry") or not any(row.get("seconds") for cell in cells for row in cell["rows"]):
+        raise IncomparableError("a dry run has no times")
+    before, now = machine_of(old), machine_of(settings)
+    if other := [name for name in before.keys() | now.keys() if before.get(name) != now.get(name)]:
+        told = "; ".join(f"{name} was {before.get(name)}, is {now.get(name)}" for name in sorted(other))
+        raise IncomparableError(f"measured on another machine, whose times are no measure for this one: {told}")
+    return dict(old)
+
+
+def pairs_of(old: dict[str, Any], new: dict[str, Any]) -> Iterator[Pair]:
+    """The rows that have times in both.
+
+    Args:
+        old: results.
+        new: results.
+    """
+    before = {(cell["name"], row["peer"]): row.get("seconds") for cell in old["cells"] for row in cell["rows"]}
+    for cell in new["cells"]:
+        for row in cell["rows"]:
+            seconds = before.get((cell["name"], row["peer"]))
+            if seconds and row.get("seconds"):
+                yield Pair(cell["name"], row["peer"], seconds, row["seconds"])
+
+
+def drift_of(pairs: list[Pair]) -> float:
+    """The median of what the others' times changed by; 1 where there are none.
+
+    Args:
+        pairs: of a cell, or of all.
+    """
+    others = [pair.ratio for pair in pairs if not is_ours(pair.peer)]
+    return median(others) if others else 1.0
+
+
+def is_slower(pair: Pair, drift: float) -> bool:
+    """Whether a row fell behind by more than is tolerated, and by more than the machine did."""
+    return pair.ratio > TOLERANCE and pair.ratio / drift > TOLERANCE
+
+
+def print_comparison(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Print every row of ours that both runs have.
+
+    Args:
+        old: from :func:`load`.
+        new: results.
+
+    Returns:
+        Whether one of ours is slower than it was.
+    """
+    console = report.console()
+    versions = old["versions"].keys() | new["versions"].keys()
+    for name in sorted(versions):
+        if (was := old["versions"].get(name)) != (now := new["versions"].get(name)):
+            console.print(f"other version: {name} was {was or 'missing'}, is {now or 'missing'}", highlight=False)
+    pairs = list(pairs_of(old, new))
+    table = Table(title=f"compared with the run of {old['date']}", title_justify="left")
+    for heading in ("cell", "peer", "ms before", "ms now", "x before", "others x before"):
+        table.add_column(heading, justify="left" if heading in ("cell", "peer") else "right", no_wrap=heading == "cell")
+    slower = 0
+    for pair in pairs:
+        if is_ours(pair.peer):
+            drift = drift_of([other for other in pairs if other.cell == pair.cell])
+            bad = is_slower(pair, drift)
+            slower += bad
+            figures = (report.milliseconds(pair.before), report.milliseconds(pair.now), f"{pair.ratio:.2f}", f"{drift:.2f}")
+            table.add_row(pair.cell, pair.peer, *figures, style="red" if bad else None)
+    console.print(table, highlight=False)
+    missing = {cell["name"] for cell in new["cells"]} - {pair.cell for pair in pairs}
+    if missing:
+        console.print(f"without a time in the older file: {', '.join(sorted(missing))}", highlight=False)
+    console.print(f"{slower} slower by more than {TOLERANCE - 1:.0%}; the others' times, all cells: x {drift_of(pairs):.2f}")
+    return slower > 0

@@ -1,0 +1,127 @@
+"""Files of results: read, checked, and their cells put together by what they differ in."""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fusedonemoe.bench.peers import OURS, is_ours
+
+Cell = dict[str, Any]
+Row = dict[str, Any]
+# What tells one cell from another beside its sizes.
+_KIND = ("operator", "system", "dtype", "mode", "allocator", "routing", "activation", "gated", "save_percent")
+_SIZES = ("T", "D", "F", "E", "K")
+
+
+class NoResultsError(Exception):
+    """A file holds no results that could be shown."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One file.
+
+    Attributes:
+        name: the suite and the day, for headings.
+        settings: everything but the cells.
+        cells: those in which somebody has a time, or holds bytes.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    cells: tuple[Cell, ...]
+
+
+def load(path: Path) -> Run:
+    """Read a file.
+
+    Args:
+        path: of what ``bench --json`` wrote.
+
+    Raises:
+        NoResultsError: it cannot be read, is something else, or a dry run.
+    """
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        cells = [cell for cell in results["cells"] if any(row.get("seconds") for row in cell["rows"])]
+        name = f"{results['suite']}, {results['date'][:10]}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise NoResultsError(f"{path}: no results of `bench --json` ({type(error).__name__}: {error})") from error
+    if not cells:
+        raise NoResultsError(f"{path}: nothing in it has a time; a dry run has none")
+    return Run(name, {key: value for key, value in results.items() if key != "cells"}, tuple(cells))
+
+
+def timed(cell: Cell) -> Iterator[Row]:
+    """The rows that have a time.
+
+    Args:
+        cell: of a run.
+    """
+    return (row for row in cell["rows"] if row.get("seconds"))
+
+
+def compared(cell: Cell) -> Iterator[Row]:
+    """Those of them that did all that the others do.
+
+    Args:
+        cell: of a run.
+    """
+    return (row for row in timed(cell) if row.get("comparable", True))
+
+
+def times_ours(cell: Cell) -> dict[str, float]:
+    """Each peer's time in multiples of ours, by name, ours left out; nothing where ours has no time.
+
+    Peers that were timed in turns with ours at another moment than the others are compared with ours of that moment.
+
+    Args:
+        cell: of a run.
+    """
+    ours = next((row["seconds"] for row in timed(cell) if row["peer"] == OURS), None)
+    if ours is None:
+        return {}
+    return {row["peer"]: row["seconds"] / (row.get("paired_seconds") or ours) for row in compared(cell) if row["peer"] != OURS}
+
+
+def peers_of(cells: Iterable[Cell]) -> list[str]:
+    """Everyone with a time in one of the cells, ours first.
+
+    Args:
+        cells: of a run.
+    """
+    names = dict.fromkeys(row["peer"] for cell in cells for row in timed(cell))
+    return sorted(names, key=lambda name: (name != OURS, not is_ours(name)))
+
+
+def families(cells: Iterable[Cell], along: str) -> list[list[Cell]]:
+    """Cells that differ in one size alone, in the order of that size; those that stand alone are left out.
+
+    Args:
+        cells: of a run.
+        along: ``"T"``, ``"E"`` or ``"K"``.
+    """
+    groups: dict[tuple[Any, ...], dict[Any, Cell]] = {}
+    for cell in cells:
+        if all(name in cell for name in _SIZES) and along in cell:
+            key = tuple(cell.get(name) for name in _KIND) + tuple(cell[name] for name in _SIZES if name != along)
+            groups.setdefault(key, {}).setdefault(cell[along], cell)
+    return [[group[size] for size in sorted(group)] for group in groups.values() if len(group) > 1]
+
+
+def title_of(cell: Cell, without: str = "") -> str:
+    """What a cell is, in words.
+
+    Args:
+        cell: of a run.
+        without: a size that the picture has on an axis.
+    """
+    sizes = " ".join(f"{name} {cell[name]}" for name in _SIZES if name != without and cell.get(name, 1) != 1)
+    mode = cell.get("mode", "forward")
+    saved = f", save {cell['save_percent']} %" if mode == "training" and cell.get("save_percent", 100) != 100 else ""
+    huge = ", huge pages" if cell.get("allocator", "default") != "default" else ""
+    system = f"{cell['system']}: " if cell.get("system") else ""
+    scaled = ", scaled" if cell.get("published") else ""
+    return f"{system}{cell['operator']}, {mode}{saved}{huge}, {cell['dtype']}{scaled}; {sizes}"
