@@ -9,11 +9,13 @@ import torch
 from fusedonemoe.bench import fine_grained, isolated, report, runner, session
 from fusedonemoe.bench.ceilings import Ceilings
 from fusedonemoe.bench.libraries import line_up
-from fusedonemoe.bench.peers import PEERS, chosen
+from fusedonemoe.bench.peers import PEERS, Peer, chosen
 from fusedonemoe.bench.results import CellResult
 from fusedonemoe.bench.workloads import ISOLATED_SUITES, SUITES, Cell
 
-CONTENDERS = PEERS | fine_grained.PEERS
+
+def _contenders(operator: str) -> tuple[Peer, ...]:
+    return (PEERS | fine_grained.PEERS)[operator]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -27,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     """
     in_processes = args.suite in ISOLATED_SUITES
     cells = session.selected(SUITES[args.suite], args.cells)
-    names = {peer.name for cell in cells for peer in (line_up(cell) if in_processes else CONTENDERS[cell.operator])}
+    names = {peer.name for cell in cells for peer in (line_up(cell) if in_processes else _contenders(cell.operator))}
     if not cells or not session.peers_exist(names, args.peers):
         return session.EXIT_USAGE
     with runner.threads(args.threads):
@@ -48,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _in_this_process(args: argparse.Namespace) -> Callable[[Cell], CellResult]:
     measure = partial(runner.run_cell, ceilings=Ceilings(), real_time=not args.no_rt)
-    return lambda cell: measure(cell, peers=chosen(CONTENDERS[cell.operator], args.peers))
+    return lambda cell: measure(cell, peers=chosen(_contenders(cell.operator), args.peers))
 
 
 def _in_processes(args: argparse.Namespace) -> Callable[[Cell], CellResult]:
