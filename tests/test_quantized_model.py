@@ -9,6 +9,7 @@ import torch
 
 from fusedonemoe import Experts, MoE, MoEConfig, QuantizedExperts, explain, quantize_
 from fusedonemoe import functional as F
+from fusedonemoe.ops import triton
 
 FORMS: dict[str, dict[str, Any]] = {
     "int8": {"dtype": "int8"},
@@ -143,7 +144,7 @@ def test_explain_knows_quantised_experts():
     explanation = explain(moe, tokens=1)
     assert explanation.impl in ("cpu", "grouped")
     reasons = {candidate.impl: str(candidate.refusal) for candidate in explanation.candidates}
-    assert "no Triton kernels for quantised weights" in reasons["triton"] and "no portable form" in reasons["portable"]
+    assert reasons["triton"] == str(triton.refusal(torch.float32, "cpu")) and "no portable form" in reasons["portable"]
     assert explanation.candidates[0].work.weight_bytes == moe.experts.nbytes  # dense, which reads all
 
 

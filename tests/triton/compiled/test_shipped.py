@@ -48,6 +48,26 @@ def test_machine_code_of_adapted_experts(arch, dtype, layer, rows, reports):
     assert found == []
 
 
+QUANTIZED_CASES = [
+    *itertools.product(["sm90"], ["bf16"], ["qwen3"], ROWS),
+    *itertools.product(["sm90"], ["bf16"], ["gpt_oss"], ["many"]),
+    *itertools.product(["sm80"], ["bf16"], ["qwen3"], ROWS),
+    *itertools.product(["sm90"], ["fp16", "fp32"], ["qwen3"], ["many"]),
+    *itertools.product(["sm100", "gfx942"], ["bf16"], ["qwen3"], ["many"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "layer", "rows", "operators"),
+    [*((*case, ("int8", "int4")) for case in QUANTIZED_CASES), ("sm90", "bf16", "odd", "mid", ("int8",))],
+)
+def test_machine_code_of_quantised_experts(arch, dtype, layer, rows, operators, reports):
+    found = []
+    for launch in launches(arch, layer, dtype, rows, operators):
+        found += problems(launch, examine(launch, arch, reports), arch, aligned=layer != "odd")
+    assert found == []
+
+
 FINE_CASES = [
     *itertools.product(["sm90", "sm80"], ["bf16", "fp32"], ["flashmoe"]),
     ("sm90", "bf16", "peer"),
