@@ -105,6 +105,27 @@ def multiply_quantized(
     return acc
 
 
+@triton.jit
+def _finish(acc, first_column, place, SCALED: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """Scales the sums, adds the bias and stores; in halves where scale and bias of all columns would not fit the registers."""
+    WIDTH: tl.constexpr = acc.shape[1]
+    if SCALED and HAS_BIAS and WIDTH > 64:
+        HALF: tl.constexpr = WIDTH // 2
+        left, right = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, HALF)), (0, 2, 1)))
+        _finish(left, first_column, place, SCALED, HAS_BIAS)
+        _finish(right, first_column + HALF, place, SCALED, HAS_BIAS)
+    else:
+        row_offset, stored, scale_ptr, bias_ptr, out_ptr, B = place
+        column = first_column + tl.arange(0, WIDTH)
+        in_columns = column < B
+        if SCALED:
+            acc *= tl.load(scale_ptr + column, mask=in_columns, other=0.0)[None, :]
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + column, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+        out_ptrs = out_ptr + row_offset[:, None] + column[None, :]
+        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=stored[:, None] & in_columns[None, :])
+
+
 @triton.jit(do_not_specialize=["first_row"])
 def quantized_rows_kernel(
     rows_ptr,  # [N, A], or [T, A] when gathered
@@ -155,8 +176,6 @@ def quantized_rows_kernel(
     source = tl.minimum(row, end - 1)
     if GATHER:
         source = tl.load(order_ptr + source) // top_k
-    column = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_columns = column < B
     values_ptr += expert.to(tl.int64) * stride_ve
     scale_ptr += expert.to(tl.int64) * stride_se
     zero_ptr += expert.to(tl.int64) * stride_se
@@ -182,13 +201,9 @@ def quantized_rows_kernel(
         BLOCK_N,
         BLOCK_K,
     )
-    if BITS == 8 and not BACK:
-        acc *= tl.load(scale_ptr + column, mask=in_columns, other=0.0)[None, :]
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + expert.to(tl.int64) * B + column, mask=in_columns, other=0.0).to(tl.float32)[None, :]
-    out_ptrs = out_ptr + row.to(tl.int64)[:, None] * B + column[None, :]
     stored = (row >= first_row) & (row < end)
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=stored[:, None] & in_columns[None, :])
+    place = (row.to(tl.int64) * B, stored, scale_ptr, bias_ptr + expert.to(tl.int64) * B, out_ptr, B)
+    _finish(acc, column_block * BLOCK_N, place, BITS == 8 and not BACK, HAS_BIAS)
 
 
 def _fitted(tile: Tile, weight: QuantizedWeight, dtype: torch.dtype, back: bool) -> Tile:

@@ -144,15 +144,18 @@ def test_the_kernel_in_any_tile_writes_the_rows_from_the_first_on(form, back, ti
     wide = F.dequantize_weight(weight, torch.float64)
     experts = make_experts(T, E, K, routing="out_of_range").to(device)
     plan = make_plan(experts, E, tile.BLOCK_M)
-    rows = torch.randn(T, O if back else I, generator=generator).to(device)
-    out = torch.full((T * K, I if back else O), 7.0, device=device)
-    assert quantized_rows(rows, weight, plan, tile, back=back, top_k=K, out_NB=out, first_row=3) is out
+    half: dict[str, Any] = {"device": device, "dtype": torch.float16}  # float32 has smaller tiles
+    rows = torch.randn(T, O if back else I, generator=generator).to(**half)
+    out = torch.full((T * K, I if back else O), 7.0, **half)
+    bias = torch.randn(E, out.shape[1], generator=generator).to(**half)
+    options: dict[str, Any] = {"back": back, "bias_EB": bias, "top_k": K, "out_NB": out, "first_row": 3}
+    assert quantized_rows(rows, weight, plan, tile, **options) is out
     order, routed = plan.order.long(), int(plan.offsets[-1])
     assert 3 < routed < T * K
     for i in range(T * K):
         if 3 <= i < routed:
-            matrix, row = wide[int(experts.reshape(-1)[order[i]])], rows[order[i] // K].double()
-            expected = row @ matrix if back else matrix @ row
-            torch.testing.assert_close(out[i].double(), expected, rtol=1e-4, atol=1e-4)
+            e, row = int(experts.reshape(-1)[order[i]]), rows[order[i] // K].double()
+            expected = (row @ wide[e] if back else wide[e] @ row) + bias[e].double()
+            torch.testing.assert_close(out[i].double(), expected, rtol=2e-3, atol=2e-2)
         else:
             assert (out[i] == 7).all()
