@@ -151,6 +151,7 @@ def explain(
     )
     packed_bytes = experts.packed_bytes if isinstance(experts, Experts) else 0
     configuration = ""
-    if chosen.impl == "triton" and (arch := architecture(torch.device(device or device_type))):
+    described = operator != "experts_mlp_quantized"  # whose tiles are cut further, to groups
+    if described and chosen.impl == "triton" and (arch := architecture(torch.device(device or device_type))):
         configuration = describe(arch, dtype, tokens * K, E, D, F, gated, inference=operator == "experts_mlp")
     return Explanation(operator, chosen.impl, chosen.reason, tokens, device_type, dtype, candidates, packed_bytes, configuration)

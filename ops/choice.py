@@ -20,8 +20,6 @@ NOT_PORTABLE = {
     "experts_mlp_lora": "merge the adapters before exporting: they have no portable form",
     "experts_mlp_quantized": "quantised weights have no portable form",
 }
-# What the Triton kernels do not do.
-NO_TRITON_KERNELS = {"experts_mlp_quantized": "there are no Triton kernels for quantised weights"}
 
 
 @dataclass(frozen=True)
@@ -106,8 +104,6 @@ def refusal(
             return f"the CPU kernels do not run on device {device_type!r}"
         return native.refusal(dtype, contiguous)
     if impl == "triton":
-        if operator in NO_TRITON_KERNELS:
-            return NO_TRITON_KERNELS[operator]
         return triton.refusal(dtype, device_type)
     if device_type == "cpu":
         return None
@@ -176,8 +172,7 @@ def choose(
         return Choice("portable", "ONNX has no other form")
     if impl == "auto" and device_type == "cpu" and has_kernels and native.refusal(dtype, contiguous) is None:
         return _CPU_KERNELS
-    on_gpu = device_type != "cpu" and operator not in NO_TRITON_KERNELS
-    if impl == "auto" and on_gpu and triton.refusal(dtype, device_type) is None:
+    if impl == "auto" and device_type != "cpu" and triton.refusal(dtype, device_type) is None:
         return _GPU_KERNELS
 
     def why_not(name: str) -> str | None:

@@ -106,11 +106,13 @@ def test_a_named_implementation_is_taken_at_its_word(impl, monkeypatch):
 def test_where_the_gpu_kernels_can_run(installed, device_type, dtype, reason, monkeypatch):
     monkeypatch.setattr(triton, "INSTALLED", installed)
     assert refusal("triton", device_type=device_type, dtype=dtype, widths=(5, 3)) == reason
-    chosen = choose_on(device_type, dtype=dtype)
-    if reason is None:
-        assert chosen.impl == "triton" and chosen.reason == "Triton kernels"
-    else:
-        assert chosen.impl != "triton"
+    for operator in ("experts_mlp", "experts_mlp_quantized"):
+        chosen = choose_on(device_type, operator=operator, dtype=dtype)
+        if reason is None:
+            assert chosen.impl == "triton" and chosen.reason == "Triton kernels"
+        else:
+            assert chosen.impl != "triton"
+    if reason is not None:
         with pytest.raises(ValueError, match=f"^impl='triton' cannot run here: {reason}$"):
             choose_on(device_type, impl="triton", dtype=dtype)
 

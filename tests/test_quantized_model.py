@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from fusedonemoe import Experts, MoE, MoEConfig, QuantizedExperts, explain, quantize_
+from fusedonemoe import Experts, MoE, MoEConfig, QuantizedExperts, explain, explanation, quantize_
 from fusedonemoe import functional as F
+from fusedonemoe.ops import triton
 
 FORMS: dict[str, dict[str, Any]] = {
     "int8": {"dtype": "int8"},
@@ -143,8 +144,17 @@ def test_explain_knows_quantised_experts():
     explanation = explain(moe, tokens=1)
     assert explanation.impl in ("cpu", "grouped")
     reasons = {candidate.impl: str(candidate.refusal) for candidate in explanation.candidates}
-    assert "no Triton kernels for quantised weights" in reasons["triton"] and "no portable form" in reasons["portable"]
+    assert reasons["triton"] == str(triton.refusal(torch.float32, "cpu")) and "no portable form" in reasons["portable"]
     assert explanation.candidates[0].work.weight_bytes == moe.experts.nbytes  # dense, which reads all
+
+
+def test_explain_names_the_gpu_kernels(monkeypatch):
+    monkeypatch.setattr(triton, "INSTALLED", True)
+    monkeypatch.setattr(explanation, "architecture", lambda device: "sm90")
+    moe = MoE(config(bias=False))
+    quantize_(moe)
+    told = explain(moe, tokens=1, dtype=torch.bfloat16, device="cuda")
+    assert (told.impl, told.configuration) == ("triton", "")  # the tiles of plain weights are not those that run
 
 
 def test_there_is_nothing_to_pack():

@@ -164,7 +164,8 @@ def experts_mlp_quantized(
 
     Gradients reach x, the routing weights and the biases; quantised weights are constants. Sums are float32. The CPU
     kernels read the weights as they are stored, once, and widen them in registers or a few rows at a time; a token's output
-    has the same bits whatever else is in the batch and however many threads run.
+    has the same bits whatever else is in the batch and however many threads run. The Triton kernels widen a tile of weights
+    in registers on its way to the product.
 
     Args:
         x: ``[..., D]`` float64, float32, bfloat16 or float16.
@@ -180,9 +181,9 @@ def experts_mlp_quantized(
         swiglu_alpha: slope of ``swiglu_oai``.
         swiglu_limit: clamp of ``swiglu_oai``.
         save_percent: 0 to 100, the share of pre-activation rows kept for the backward; the rest is computed again there.
-        impl: ``"cpu"`` (compiled kernels; contiguous weights, no float64), ``"grouped"`` or ``"dense"`` (all weights are
-            widened to the dtype of x for the time of the call, then as in :func:`experts_mlp`), or ``"auto"``: the kernels
-            where there are some, else grouped. There are no Triton kernels and no portable form yet.
+        impl: ``"cpu"`` (compiled kernels; contiguous weights, no float64), ``"triton"`` (GPU kernels, no float64),
+            ``"grouped"`` or ``"dense"`` (all weights are widened to the dtype of x for the time of the call, then as in
+            :func:`experts_mlp`), or ``"auto"``: the kernels where there are some, else grouped. There is no portable form.
 
     Returns:
         ``[..., D]`` in the dtype of x.

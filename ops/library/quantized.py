@@ -15,6 +15,7 @@ from fusedonemoe.ops.library.registration import (
     composite,
     define_autocast,
     define_cpu,
+    gpu_kernels,
     no_second_derivative,
     operator,
     wanted,
@@ -86,7 +87,8 @@ def _experts_mlp(
     arguments = (x, experts, weights, up, up_scale, up_zero, down, down_scale, down_zero, up_bias, down_bias, *act, save_percent)
     if impl == "cpu":
         return torch.ops.fusedonemoe.experts_mlp_quantized_cpu(*arguments)
-    return _grouped(quantized.experts_mlp)(*arguments)
+    kernels = gpu_kernels("quantized") if impl == "triton" else quantized
+    return _grouped(kernels.experts_mlp)(*arguments)
 
 
 def _experts_mlp_backward(
@@ -118,7 +120,8 @@ def _experts_mlp_backward(
     arguments = (x, experts, weights, up, up_scale, up_zero, down, down_scale, down_zero, up_bias, down_bias, *act)
     if impl == "cpu":
         return torch.ops.fusedonemoe.experts_mlp_quantized_cpu_backward(*saved, *arguments, needs)
-    return _grouped(quantized.experts_mlp_backward, 4)(*saved, *arguments, save_percent, QuantizedNeeds(*needs))
+    kernels = gpu_kernels("quantized") if impl == "triton" else quantized
+    return _grouped(kernels.experts_mlp_backward, 4)(*saved, *arguments, save_percent, QuantizedNeeds(*needs))
 
 
 def _experts_mlp_dense(

@@ -6,7 +6,8 @@ Nothing is listed by hand, so a kernel or a configuration that the library can l
 import itertools
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -160,8 +161,28 @@ def _lora(layer: Layer, dtype: torch.dtype, tokens: int) -> None:
     _forward_and_backward(torch.ops.fusedonemoe.experts_mlp_lora, save, grad, args)
 
 
+def _quantized(layer: Layer, dtype: torch.dtype, tokens: int, bits: int) -> None:
+    up, down, *rest = _parameters(replace(layer, transposed=False), dtype)
+    group_size = next(size for size in (128, 64, 32) if bits == 8 or layer.D % size == layer.F % size == 0)
+    weights: list[Tensor | None] = []
+    for E, O, I in (up.shape, down.shape):  # noqa: E741
+        if bits == 8:
+            weights += [_tensor(E, O, I, dtype=torch.int8), _tensor(E, O, dtype=torch.float32), None]
+            continue
+        groups = I // group_size
+        scale, zero = (_tensor(E, O, groups, dtype=kind) for kind in (torch.float32, torch.uint8))
+        weights += [_tensor(E, O, I // 2, dtype=torch.uint8), scale, zero]
+    args = (*_routed(layer, dtype, tokens), *weights, *rest, layer.save_percent, library.BUILD, "triton")
+    operator = torch.ops.fusedonemoe.experts_mlp_quantized
+    y, *saved = operator(*args)
+    needs = (True, True, layer.bias, layer.bias)
+    arguments = (torch.empty_like(y), *saved, *args[:-2], needs, library.BUILD, "triton")
+    torch.ops.fusedonemoe.experts_mlp_quantized_backward(*arguments)
+
+
 OPERATORS = {"route": _route, "experts_mlp": _mlp, "inference": _inference, "experts_merged": _merged}
 ADAPTED_OPERATORS = {"lora": _lora}
+QUANTIZED_OPERATORS = {"int8": partial(_quantized, bits=8), "int4": partial(_quantized, bits=4)}
 FINE_OPERATORS = {"product_keys": _product_keys, "neurons": _neurons, "values": _values}
 
 
@@ -175,7 +196,7 @@ def launches(arch: str, layer: str, dtype: str, rows: str, operators: Iterable[s
     chosen = LAYERS[layer]
     with fake_gpu(arch), FakeTensorMode(), torch.no_grad(), recorded_launches() as recorded:
         for operator in operators:
-            (OPERATORS | ADAPTED_OPERATORS)[operator](chosen, DTYPES[dtype], tokens_for(chosen, rows))
+            (OPERATORS | ADAPTED_OPERATORS | QUANTIZED_OPERATORS)[operator](chosen, DTYPES[dtype], tokens_for(chosen, rows))
     return list({launch.key: launch for launch in recorded}.values())
 
 

@@ -48,6 +48,25 @@ def test_machine_code_of_adapted_experts(arch, dtype, layer, rows, reports):
     assert found == []
 
 
+BOTH = ("int8", "int4")
+QUANTIZED_CASES = [
+    *itertools.product(["sm90"], ["bf16"], ["qwen3"], ROWS, [BOTH]),
+    *itertools.product(["sm90"], ["bf16"], ["gpt_oss"], ["many"], [BOTH]),
+    *itertools.product(["sm80"], ["bf16"], ["qwen3"], ["few", "many"], [BOTH]),
+    *itertools.product(["sm90"], ["fp32"], ["qwen3"], ["many"], [BOTH]),
+    ("sm90", "bf16", "odd", "mid", ("int8",)),  # groups of 4 bits have no odd widths
+    *itertools.product(["sm100", "gfx942"], ["bf16"], ["qwen3"], ["many"], [("int4",)]),
+]
+
+
+@pytest.mark.parametrize(("arch", "dtype", "layer", "rows", "operators"), QUANTIZED_CASES)
+def test_machine_code_of_quantised_experts(arch, dtype, layer, rows, operators, reports):
+    found = []
+    for launch in launches(arch, layer, dtype, rows, operators):
+        found += problems(launch, examine(launch, arch, reports), arch, aligned=layer != "odd")
+    assert found == []
+
+
 FINE_CASES = [
     *itertools.product(["sm90", "sm80"], ["bf16", "fp32"], ["flashmoe"]),
     ("sm90", "bf16", "peer"),

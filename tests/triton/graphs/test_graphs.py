@@ -47,6 +47,13 @@ KERNELS = {
             "_route_backward_kernel",
         ],
     },
+    "experts_mlp_quantized": {
+        "forward": ["_route_kernel", "PLAN", "quantized_rows_kernel", "quantized_rows_kernel", "combine_kernel"],
+        "backward": [
+            *["restore_kernel", "column_sums_kernel", "quantized_rows_kernel", "routing_gradient_kernel"],
+            *["column_sums_kernel", "quantized_rows_kernel", "combine_kernel", "_route_backward_kernel"],
+        ],
+    },
     "experts_merged": {
         "forward": ["_route_kernel", "PLAN", "rows_kernel", "combine_kernel"],
         "backward": [
@@ -68,13 +75,13 @@ KERNELS = {
     },
 }
 
-# The adapted layer's activation and weighting are torch's, for Inductor to fuse: one element or one row after the other. Copies
-# are of adapters' gradients, and of the interleaved gradient of the pre-activations.
+# The activation and weighting of adapted and quantised layers are torch's, for Inductor to fuse: one element or one row after the
+# other. Copies are of adapters' gradients, and of the interleaved gradient of the pre-activations.
 POINTWISE = {
     *("_to_copy.default", "abs.default", "add.Tensor", "clamp.default", "clone.default", "index_select.default", "le.Scalar"),
     *("mul.Tensor", "rsub.Scalar", "sigmoid.default", "stack.default", "sum.dim_IntList"),
 }
-OTHERS: dict[str, set[str]] = {"experts_mlp_lora": POINTWISE}
+OTHERS: dict[str, set[str]] = {"experts_mlp_lora": POINTWISE, "experts_mlp_quantized": POINTWISE}
 
 pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build has an accelerator library of its own")
 

@@ -90,6 +90,34 @@ class LoRA(MLP):
         )
 
 
+class Quantized(MLP):
+    """The gated MLP over 4-bit weights with zero points."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.up, self.down
+        for name, outputs, inputs in (("up", 2 * F, D), ("down", D, F)):
+            for part, width, dtype in (
+                ("values", inputs // 2, torch.uint8),
+                ("scale", inputs // 32, torch.float32),
+                ("zero_point", inputs // 32, torch.uint8),
+            ):
+                self.register_buffer(f"{name}_{part}", torch.empty(E, outputs, width, dtype=dtype, device="cuda"))
+
+    def forward(self, x: Tensor, logits: Tensor) -> Tensor:
+        weights, experts = functional.route(logits, top_k=K)
+        return functional.experts_mlp_quantized(
+            *(x, experts, weights),
+            functional.QuantizedWeight(self.up_values, self.up_scale, self.up_zero_point),
+            functional.QuantizedWeight(self.down_values, self.down_scale, self.down_zero_point),
+            gate_up_bias=self.up_bias,
+            down_bias=self.down_bias,
+            gate_up_layout="interleaved",
+            activation="swiglu_oai",
+            impl="triton",
+        )
+
+
 class Merged(nn.Module):
     """The merged up-projection behind a sigmoid router."""
 
@@ -140,6 +168,7 @@ CASES: dict[str, type[nn.Module]] = {
     "inference": MLP,
     "decode": MLP,
     "experts_mlp_lora": LoRA,
+    "experts_mlp_quantized": Quantized,
     "experts_merged": Merged,
     "experts_neurons": Neurons,
     "experts_values": Values,

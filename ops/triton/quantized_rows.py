@@ -1,0 +1,289 @@
+"""One grouped projection of rows by weights of 8 or 4 bits, in either direction: over their inputs, or back over their outputs.
+
+A tile of stored values is widened in registers on its way to the product, so only 8 or 4 bits of a weight are read from memory.
+Integers of 8 bits are exact in every dtype of x: forwards, where an output has one scale, it multiplies the finished sum.
+Everywhere else the sum runs across scales, and a tile becomes ``scale * (values - zero_point)``, rounded to the dtype of x once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+from fusedonemoe.ops.quantized import QuantizedWeight
+from fusedonemoe.ops.triton.plan import RowPlan
+from fusedonemoe.ops.triton.rules import Tile
+from fusedonemoe.ops.triton.tiles import dot_precision, swizzled
+
+# A widened tile stands in registers beside the sums; with more columns the two would not fit.
+MOST_COLUMNS = 128
+
+
+@triton.jit
+def widened(nibbles_or_bytes, scale, zero, dtype: tl.constexpr):
+    """``scale * (values - zero)``, rounded to ``dtype`` once."""
+    return ((nibbles_or_bytes.to(tl.float32) - zero) * scale).to(dtype)
+
+
+@triton.jit
+def multiply_quantized(
+    rows_ptr,  # [., length]
+    values_ptr,  # an expert's, like the two below
+    scale_ptr,  # [O, groups]
+    zero_ptr,  # [O, groups]
+    source,  # [BLOCK_M]
+    first_column,
+    columns,
+    length,
+    groups,
+    stride_vk,
+    stride_vn,
+    BITS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    BACK: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``rows[source] @ weights[:, columns]`` in float32, of int8 forwards without the scale; zeros in columns that do not exist.
+
+    Of 4 bits, a tile lies within one group of inputs, and all of it exists along them.
+    """
+    # Values that share a byte are neighbours along the inputs: along k forwards, along n backwards.
+    K_BYTES: tl.constexpr = BLOCK_K // 2 if BITS == 4 and not BACK else BLOCK_K
+    N_BYTES: tl.constexpr = BLOCK_N // 2 if BITS == 4 and BACK else BLOCK_N
+    dtype: tl.constexpr = rows_ptr.dtype.element_ty
+    depth = tl.arange(0, BLOCK_K)
+    column = first_column + tl.arange(0, BLOCK_N)
+    in_columns = column < columns
+    byte_depth = tl.arange(0, K_BYTES)
+    byte_column = first_column // (BLOCK_N // N_BYTES) + tl.arange(0, N_BYTES)
+    in_byte_columns = byte_column < columns // (BLOCK_N // N_BYTES)
+    rows_ptrs = rows_ptr + source.to(tl.int64)[:, None] * length + depth[None, :]
+    values_ptrs = values_ptr + byte_depth.to(tl.int64)[:, None] * stride_vk + byte_column.to(tl.int64)[None, :] * stride_vn
+    acc = tl.zeros((source.shape[0], BLOCK_N), tl.float32)
+    for k in range(0, length, BLOCK_K):
+        if EVEN_K:
+            rows = tl.load(rows_ptrs)
+        else:
+            rows = tl.load(rows_ptrs, mask=depth[None, :] < length - k, other=0.0)
+        if EVEN_K and EVEN_N:
+            values = tl.load(values_ptrs)
+        elif EVEN_K:
+            values = tl.load(values_ptrs, mask=in_byte_columns[None, :], other=0)
+        else:
+            values = tl.load(values_ptrs, mask=(byte_depth[:, None] < length - k) & in_byte_columns[None, :], other=0)
+        if BITS == 4:
+            values = tl.join(values & 15, values >> 4)
+            if not BACK:
+                values = tl.permute(values, (0, 2, 1))
+            values = tl.reshape(values, (BLOCK_K, BLOCK_N))
+        if BITS == 8 and not BACK:
+            weights = values.to(dtype)
+        elif BACK:
+            # Outputs lie along k.
+            place = (k + depth) * groups + first_column // GROUP_SIZE
+            scale = tl.load(scale_ptr + place, mask=k + depth < length, other=0.0)[:, None]
+            zero = 8.0 if BITS == 4 else 0.0
+            if HAS_ZERO:
+                zero = tl.load(zero_ptr + place, mask=k + depth < length, other=0).to(tl.float32)[:, None]
+            weights = widened(values, scale, zero, dtype)
+        else:
+            place = column * groups + k // GROUP_SIZE
+            scale = tl.load(scale_ptr + place, mask=in_columns, other=0.0)[None, :]
+            zero = 8.0
+            if HAS_ZERO:
+                zero = tl.load(zero_ptr + place, mask=in_columns, other=0).to(tl.float32)[None, :]
+            weights = widened(values, scale, zero, dtype)
+        acc = tl.dot(rows, weights, acc, input_precision=PRECISION)
+        rows_ptrs += BLOCK_K
+        values_ptrs += K_BYTES * stride_vk
+    return acc
+
+
+@triton.jit
+def _finish(acc, first_column, place, SCALED: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """Scales the sums, adds the bias and stores; in halves where scale and bias of all columns would not fit the registers."""
+    WIDTH: tl.constexpr = acc.shape[1]
+    if SCALED and HAS_BIAS and WIDTH > 64:
+        HALF: tl.constexpr = WIDTH // 2
+        left, right = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, HALF)), (0, 2, 1)))
+        _finish(left, first_column, place, SCALED, HAS_BIAS)
+        _finish(right, first_column + HALF, place, SCALED, HAS_BIAS)
+    else:
+        row_offset, stored, scale_ptr, bias_ptr, out_ptr, B = place
+        column = first_column + tl.arange(0, WIDTH)
+        in_columns = column < B
+        if SCALED:
+            acc *= tl.load(scale_ptr + column, mask=in_columns, other=0.0)[None, :]
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + column, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+        out_ptrs = out_ptr + row_offset[:, None] + column[None, :]
+        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=stored[:, None] & in_columns[None, :])
+
+
+@triton.jit(do_not_specialize=["first_row"])
+def quantized_rows_kernel(
+    rows_ptr,  # [N, A], or [T, A] when gathered
+    values_ptr,  # [E, O, I], or bytes of [E, O, I / 2]; forwards A = I and B = O, backwards A = O and B = I
+    scale_ptr,  # [E, O, groups]
+    zero_ptr,  # [E, O, groups]
+    bias_ptr,  # [E, B]
+    out_ptr,  # [N, B]
+    order_ptr,  # [N]
+    offsets_ptr,  # [E + 1]
+    blocks_ptr,  # [num_blocks, 2]
+    first_row,
+    top_k,
+    A,
+    B,
+    groups,
+    stride_ve,
+    stride_va,
+    stride_vb,
+    stride_se,
+    BITS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    BACK: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    GATHER: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN_A: tl.constexpr,
+    EVEN_B: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """One program: a block of rows of one expert by BLOCK_N columns of the output, from first_row on."""
+    num_columns = tl.cdiv(B, BLOCK_N)
+    block, column_block = swizzled(tl.program_id(0), tl.num_programs(0) // num_columns, num_columns, GROUP_M)
+    expert = tl.load(blocks_ptr + 2 * block)
+    if expert < 0:
+        return
+    first = tl.load(blocks_ptr + 2 * block + 1)
+    end = tl.load(offsets_ptr + expert + 1)
+    if first + BLOCK_M <= first_row:
+        return
+
+    # A row behind the end reads the last row instead: what it computes is not stored, and the loop needs no mask.
+    row = first + tl.arange(0, BLOCK_M)
+    source = tl.minimum(row, end - 1)
+    if GATHER:
+        source = tl.load(order_ptr + source) // top_k
+    values_ptr += expert.to(tl.int64) * stride_ve
+    scale_ptr += expert.to(tl.int64) * stride_se
+    zero_ptr += expert.to(tl.int64) * stride_se
+    acc = multiply_quantized(
+        rows_ptr,
+        values_ptr,
+        scale_ptr,
+        zero_ptr,
+        source,
+        column_block * BLOCK_N,
+        B,
+        A,
+        groups,
+        stride_va,
+        stride_vb,
+        BITS,
+        GROUP_SIZE,
+        BACK,
+        HAS_ZERO,
+        EVEN_A,
+        EVEN_B,
+        PRECISION,
+        BLOCK_N,
+        BLOCK_K,
+    )
+    stored = (row >= first_row) & (row < end)
+    place = (row.to(tl.int64) * B, stored, scale_ptr, bias_ptr + expert.to(tl.int64) * B, out_ptr, B)
+    _finish(acc, column_block * BLOCK_N, place, BITS == 8 and not BACK, HAS_BIAS)
+
+
+def _fitted(tile: Tile, weight: QuantizedWeight, dtype: torch.dtype, back: bool) -> Tile:
+    """``tile``, no larger along the inputs than a group, which then it divides, as all sizes are powers of two."""
+    tile = tile._replace(BLOCK_N=min(tile.BLOCK_N, MOST_COLUMNS))
+    if dtype == torch.float32:
+        # Without a matrix instruction both operands' tiles stand in registers too.
+        tile = tile._replace(BLOCK_N=min(tile.BLOCK_N, 32), BLOCK_K=16)
+    if weight.bits == 8:
+        return tile
+    if back:
+        return tile._replace(BLOCK_N=min(tile.BLOCK_N, weight.group_size))
+    return tile._replace(BLOCK_K=min(tile.BLOCK_K, weight.group_size))
+
+
+def quantized_rows(
+    rows: Tensor,
+    weight: QuantizedWeight,
+    plan: RowPlan,
+    tile: Tile,
+    *,
+    back: bool = False,
+    bias_EB: Tensor | None = None,
+    top_k: int | None = None,
+    out_NB: Tensor | None = None,
+    first_row: int = 0,
+) -> Tensor:
+    """``out[i] = W_e rows[i] (+ bias[e])`` for the sorted rows ``i`` of expert ``e``; ``back``: ``out[i] = rows[i] W_e``.
+
+    Args:
+        rows: ``[N, A]`` in sorted order, or ``[T, A]`` with ``top_k``: sorted row ``i`` then reads row ``order[i] // top_k``.
+        weight: ``[E, O, I]``, its values of any strides.
+        plan: the schedule of rows, in blocks of ``tile.BLOCK_M``.
+        tile: how the product of plain weights would be cut.
+        back: from outputs to inputs.
+        bias_EB: added in float32.
+        top_k: choices per token, where the rows are gathered.
+        out_NB: contiguous, in the dtype of ``rows``; a new tensor where not given.
+        first_row: rows before it are not written.
+
+    Returns:
+        ``[N, B]``, accumulated in float32 and rounded once. Positions from ``offsets[E]`` on are not written.
+    """
+    rows, scale = rows.contiguous(), weight.scale.contiguous()
+    zero = None if weight.zero_point is None else weight.zero_point.contiguous()
+    (_, O, I), values = weight.shape, weight.values  # noqa: E741
+    A, B = (O, I) if back else (I, O)
+    along_A, along_B = (1, 2) if back else (2, 1)
+    tile = _fitted(tile, weight, rows.dtype, back)
+    if out_NB is None:
+        out_NB = rows.new_empty(plan.order.shape[0], B)
+    grid = (plan.blocks.shape[0] * triton.cdiv(B, tile.BLOCK_N),)
+    wrap_triton(quantized_rows_kernel)[grid](
+        rows,
+        values,
+        scale,
+        scale if zero is None else zero,
+        out_NB if bias_EB is None else bias_EB.contiguous(),
+        out_NB,
+        plan.order,
+        plan.offsets,
+        plan.blocks,
+        first_row,
+        1 if top_k is None else top_k,
+        A,
+        B,
+        1 if weight.bits == 8 else scale.shape[2],
+        values.stride(0),
+        values.stride(along_A),
+        values.stride(along_B),
+        scale.stride(0),
+        BITS=weight.bits,
+        GROUP_SIZE=1 << 30 if weight.bits == 8 else weight.group_size,
+        BACK=back,
+        HAS_ZERO=zero is not None,
+        GATHER=top_k is not None,
+        HAS_BIAS=bias_EB is not None,
+        EVEN_A=A % tile.BLOCK_K == 0,
+        EVEN_B=B % tile.BLOCK_N == 0,
+        PRECISION=dot_precision(rows.dtype),
+        **tile._asdict(),
+    )
+    return out_NB
