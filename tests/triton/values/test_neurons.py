@@ -128,7 +128,7 @@ def check_table(experts, E, D, device, dtype=torch.float32):
     operands = [v.to(device) for v in (rows, experts, factors)]
 
     def run():
-        return segments.table_gradient(*operands, segments.rows_plan(operands[1], E), dtype)
+        return segments.table_gradient(*operands, segments.rows_plan(operands[1], E), dtype, E)
 
     t, j = torch.nonzero((experts >= 0) & (experts < E), as_tuple=True)
     e = experts[t, j]
