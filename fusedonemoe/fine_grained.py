@@ -144,8 +144,8 @@ class FineGrainedMoE(nn.Module):
         """Run the block on ``x`` ``[..., D]``."""
         check_last_dim("x", x, self.down_embed.shape[1])
         logits, weights, experts = self.gate(x)
-        options = {"activation": self.activation, "sparse": self.sparse, "impl": self.impl}
-        y = F.experts_neurons(x, experts, weights, self.down_embed, self.up_embed, **options)
+        tables = (self.down_embed, self.up_embed)
+        y = F.experts_neurons(*(x, experts, weights, *tables), activation=self.activation, sparse=self.sparse, impl=self.impl)
         if self.gate_proj is not None and self.up_proj is not None and self.down_proj is not None:
             y = y + self.down_proj(_ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))
         return FineGrainedOutput(y, logits)

@@ -215,7 +215,7 @@ def test_checkpointing_changes_no_bit(use_reentrant):
 
 def test_autocast_and_flashmoe():
     config = FlashMoEConfig(16, 8, "silu", 100, 4)
-    gradients = []
+    gradients: list[Any] = []
     for sparse in (True, False):
         torch.manual_seed(0)
         block = FlashMoE(config, sparse=sparse)
@@ -255,9 +255,9 @@ def test_messages():
         with pytest.raises(ValueError, match=f"sparse=True needs .*: impl='{impl}' has dense gradients only"):
             F.experts_values(inputs.experts, inputs.weights, up, sparse=True, impl=impl)
     with pytest.raises(TypeError, match="sparse must be a bool, got 1"):
-        F.experts_values(inputs.experts, inputs.weights, up, sparse=1)  # type: ignore[arg-type]
+        F.experts_values(inputs.experts, inputs.weights, up, sparse=1)
     with pytest.raises(TypeError, match="sparse must be a bool, got 'yes'"):
-        FineGrainedMoE(16, 16, 2, sparse="yes")  # type: ignore[arg-type]
+        FineGrainedMoE(16, 16, 2, sparse="yes")
 
 
 def test_graphs_and_transforms_are_refused():
