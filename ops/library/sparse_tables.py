@@ -37,7 +37,7 @@ class _SparseNeurons(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
         if dy is None:
             return (None,) * 7
         s, x, experts, weights, down, up = ctx.saved_tensors
@@ -67,7 +67,7 @@ class _SparseValues(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
         if dy is None:
             return (None,) * 4
         experts, weights, table = ctx.saved_tensors
