@@ -26,60 +26,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusedonemoe import MoE, __version__, functional
-from fusedonemoe.ops import IMPLEMENTATIONS, reference
+from fusedonemoe import MoE, __version__
 from fusedonemoe.ops.choice import refusal
 from fusedonemoe.ops.reference import FloatArray
-from fusedonemoe.testing import MergedInputs, MLPInputs, exact_float64, make_logits, make_merged_inputs, make_mlp_inputs
+from fusedonemoe.probes import BUDGET_TEXT, BUDGETS, DTYPES, D, E, F, K, Probe, make_probes, normal
+from fusedonemoe.testing import exact_float64
 
 Errors = Mapping[str, float]
 
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DIRECTIONS = ("forward", "backward")
-# The kernels that are written for one kind of device; the formulations run on any.
-HOME = {"cpu": "cpu", "triton": "cuda"}
-# Rows of 16 bytes in every dtype, so that no width keeps an implementation from running.
-T, D, F, E, K = 12, 32, 16, 8, 2
-
 # What torch's kernels and Inductor's code ask of a CPU, x86 and then ARM, by the names in /proc/cpuinfo; asimd is NEON.
 CPU_FEATURES = "avx2 fma avx512f avx512_bf16 avx512_fp16 amx_tile amx_bf16 amx_fp16 asimd asimdhp bf16 i8mm sve sve2"
-
-BUDGET_TEXT = """\
-error = |result - exact| / |exact|, 2-norms over one tensor; exact is NumPy in
-float64 on the same inputs; backward shows the worst gradient.
-budget = r eps(dtype) + n eps(accumulator). On the longest path to a result, r
-values are rounded to the dtype, each by up to eps/2, and twice that leaves the
-products in between room to magnify it; n counts the terms of its sums and its
-other steps in the accumulator, which is float32 for half precision.
-Zeros have error 1, so they always fail."""
-
-
-class Budget(NamedTuple):
-    """``r`` roundings and ``n`` steps, as :data:`BUDGET_TEXT` tells."""
-
-    roundings: int
-    steps: int
-
-    def of(self, dtype: torch.dtype) -> float:
-        """The greatest relative error that is ok in ``dtype``."""
-        accumulator = torch.promote_types(dtype, torch.float32)
-        return self.roundings * torch.finfo(dtype).eps + self.steps * torch.finfo(accumulator).eps
-
-
-BUDGETS: dict[str, tuple[Budget, ...]] = {  # of the forward and of the backward
-    # All in the accumulator: a sum over E or K, and max, exp, divide, scale. The gradient is rounded once.
-    "route": (Budget(0, E + 8), Budget(1, 2 * (E + 8))),
-    # Product, bias, activation, gate, product, bias, weight, sum over choices. Backward, the first four of these once
-    # more, then product, weight, the activation's derivative (3), product, sum over choices or over an expert's rows.
-    "experts_mlp": (Budget(8, D + F + K), Budget(11, 2 * D + T * K + K)),
-    # Weighted token, product, sum over choices, either way.
-    "experts_merged": (Budget(3, D + K), Budget(3, F + T * K + K)),
-}
-# Two runs beside each other, each with the router's product (D terms), its route and its experts_mlp.
-BUDGETS["MoE"] = tuple(
-    Budget(2 * (1 + route.roundings + mlp.roundings), 2 * (D + route.steps + mlp.steps))
-    for route, mlp in zip(BUDGETS["route"], BUDGETS["experts_mlp"], strict=True)
-)
 
 
 class Finding(NamedTuple):
@@ -219,58 +176,6 @@ def check_environment() -> list[Finding]:
     ]
 
 
-@dataclass(frozen=True)
-class Probe:
-    """An operator on fixed inputs, beside the oracle's answer.
-
-    ``widths`` are the row lengths of its grouped products, none for routing; ``seed`` is the gradient of its output; ``exact``
-    holds the oracle's ``output`` and, under the name of each leaf, its gradient.
-    """
-
-    operator: str
-    widths: tuple[int, ...]
-    forward: Callable[[str], Tensor]
-    leaves: Mapping[str, Tensor]
-    seed: Tensor
-    exact: Mapping[str, FloatArray]
-
-
-def _normal(width: int, dtype: torch.dtype, device: str, *, seed: int = 7) -> Tensor:
-    """``[T, width]`` of unit variance."""
-    return make_merged_inputs(T, width, 1, 1, 1, dtype=dtype, device=device, seed=seed).x
-
-
-def _route_probe(dtype: torch.dtype, device: str) -> Probe:
-    logits = make_logits(T, E, dtype=dtype, device=device, requires_grad=True)
-    exact_weights, exact_experts = reference.route(exact_float64(logits), K)
-
-    def forward(impl: str) -> Tensor:
-        weights, experts = functional.route(logits, K, impl=impl)
-        if not np.array_equal(exact_float64(experts), exact_experts):
-            raise ValueError("other experts than the oracle's")
-        return weights
-
-    seed = _normal(K, torch.promote_types(dtype, torch.float32), device)
-    exact = {"output": exact_weights, "logits": reference.route_backward(exact_float64(seed), exact_float64(logits), K)}
-    return Probe("route", (), forward, {"logits": logits}, seed, exact)
-
-
-def _experts_probe(operator: str, inputs: MLPInputs | MergedInputs, widths: tuple[int, ...]) -> Probe:
-    tensors: dict[str, Tensor] = dict(vars(inputs))
-    # Every even expert is empty already; now one id lies below the experts and one beyond them.
-    tensors["experts"][0, 0], tensors["experts"][-1, -1] = -1, E
-    arrays = {name: exact_float64(tensor) for name, tensor in tensors.items()}
-    output = getattr(reference, operator)(**arrays)
-    seed = _normal(output.shape[1], inputs.x.dtype, inputs.x.device.type)
-    gradients = vars(getattr(reference, f"{operator}_backward")(exact_float64(seed), **arrays))
-
-    public = getattr(functional, operator)
-    # The oracle's up_proj and up_bias are gate_up_proj and gate_up_bias in the public function.
-    arguments = {re.sub("^up_", "gate_up_", name): tensor for name, tensor in tensors.items()}
-    leaves = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
-    return Probe(operator, widths, lambda impl: public(**arguments, impl=impl), leaves, seed, {"output": output, **gradients})
-
-
 def relative_error(actual: Tensor, exact: FloatArray) -> float:
     """``|actual - exact| / |exact|`` in the 2-norm; infinite for another shape, and where there is nothing to compare with."""
     size = float(np.linalg.norm(exact))
@@ -305,7 +210,8 @@ def _probe_rows(probe: Probe, impl: str, dtype: str, device: str) -> list[Row]:
         backward = {name: relative_error(g, probe.exact[name]) for name, g in zip(probe.leaves, gradients, strict=True)}
         return [{"output": relative_error(output, probe.exact["output"])}, backward]
 
-    missing = refusal(impl, device_type=device, dtype=DTYPES[dtype], widths=probe.widths) if probe.widths else None
+    kind: dict[str, Any] = {"device_type": device, "dtype": DTYPES[dtype], "operator": probe.operator}
+    missing = None if probe.widths is None else refusal(impl, **kind, widths=probe.widths)
     return _rows((probe.operator, impl, dtype, device), missing, measure)
 
 
@@ -313,14 +219,8 @@ def self_test() -> list[Row]:
     """Every operator, implementation, dtype and device against the oracle, forward and backward."""
     rows = []
     for device, name in itertools.product(["cpu", *(["cuda"] if torch.cuda.is_available() else [])], DTYPES):
-        options: dict[str, Any] = {"dtype": DTYPES[name], "device": device, "routing": "some_empty", "requires_grad": True}
-        mlp, merged = make_mlp_inputs(T, D, F, E, K, bias=True, **options), make_merged_inputs(T, D, F, E, K, **options)
-        route = _route_probe(DTYPES[name], device)
-        probes = (_experts_probe("experts_mlp", mlp, (D, 2 * F, F)), _experts_probe("experts_merged", merged, (D, F)))
-        # Routing has one operator beside its composite, and calls it auto.
-        at_home = [impl for impl in IMPLEMENTATIONS if HOME.get(impl, device) == device]
-        pairs = [(route, "dense"), (route, "auto"), *itertools.product(probes, at_home)]
-        rows += [row for probe, impl in pairs for row in _probe_rows(probe, impl, name, device)]
+        for probe, impls in make_probes(DTYPES[name], device):
+            rows += [row for impl in impls for row in _probe_rows(probe, impl, name, device)]
     return rows
 
 
@@ -331,7 +231,7 @@ def compile_smoke(device: str) -> list[Row]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             moe = MoE(hidden_size=D, intermediate_size=F, num_experts=E, top_k=K).to(device)
-        x, seed = _normal(D, torch.float32, device).requires_grad_(), _normal(D, torch.float32, device, seed=8)
+        x, seed = normal(D, torch.float32, device).requires_grad_(), normal(D, torch.float32, device, seed=8)
         leaves = {"x": x, **dict(moe.named_parameters())}
 
         def run(block: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
@@ -368,15 +268,15 @@ def print_table(title: str, rows: Iterable[Sequence[str]], header: Sequence[str]
 
 
 def _print_self_test(rows: list[Row]) -> None:
-    """One line for each operator, implementation and direction, one column for each dtype."""
-    for device in dict.fromkeys(row.device for row in rows):
-        lines: dict[tuple[str, str, str], list[str]] = {}
-        for row in (row for row in rows if row.device == device):
+    """A table for each device and direction, with a line for each operator and implementation, a column for each dtype."""
+    for device, direction in dict.fromkeys((row.device, row.direction) for row in rows):
+        lines: dict[tuple[str, str], list[str]] = {}
+        for row in (row for row in rows if (row.device, row.direction) == (device, direction)):
             figure = "" if row.error is None else f"{row.error:.0e}"
             cell = f"{figure}/{row.budget:.0e}" if row.ok else "absent" if row.ok is None else f"FAIL {figure}"
-            lines.setdefault((row.operator, row.impl, row.direction), []).append(cell)
+            lines.setdefault((row.operator, row.impl), []).append(cell)
         cells = ((*key, *line) for key, line in lines.items())
-        print_table(f"Self-test on {device}, error/budget", cells, ("operator", "impl", "", *DTYPES))
+        print_table(f"Self-test on {device}, {direction}, error/budget", cells, ("operator", "impl", *DTYPES))
     print(BUDGET_TEXT)
 
 

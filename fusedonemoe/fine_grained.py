@@ -51,6 +51,7 @@ class FineGrainedMoE(nn.Module):
         num_heads: ``H``; each has keys of its own, for the same experts.
         norm_topk_prob: whether the weights of a token's head sum to 1.
         input_norm: ``"batch"``, ``"rms"`` or None, as in :class:`fusedonemoe.ProductKeyRouter`.
+        sparse: whether the gradients of the two tables are sparse tensors, as in :func:`fusedonemoe.functional.experts_neurons`.
         impl: as in :func:`fusedonemoe.functional.experts_neurons`.
         device: of the parameters.
         dtype: of the parameters.
@@ -59,7 +60,7 @@ class FineGrainedMoE(nn.Module):
         x ``[..., D]`` to :class:`FineGrainedOutput`.
 
     Raises:
-        TypeError: a size that is no integer.
+        TypeError: a size that is no integer, or a ``sparse`` that is no bool.
         ValueError: a size or name out of range.
 
     Source:
@@ -85,6 +86,7 @@ class FineGrainedMoE(nn.Module):
         num_heads: int = 1,
         norm_topk_prob: bool = False,
         input_norm: str | None = "batch",
+        sparse: bool = False,
         impl: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -102,7 +104,10 @@ class FineGrainedMoE(nn.Module):
             check_integer("intermediate_size", intermediate_size)
             if intermediate_size < 1:
                 raise ValueError(f"intermediate_size must be at least 1, or None for no dense branch, got {intermediate_size}")
+        if not isinstance(sparse, bool):
+            raise TypeError(f"sparse must be a bool, got {sparse!r}")
         self.activation = activation
+        self.sparse = sparse
         self.impl = impl
         self.gate = ProductKeyRouter(
             hidden_size,
@@ -139,7 +144,8 @@ class FineGrainedMoE(nn.Module):
         """Run the block on ``x`` ``[..., D]``."""
         check_last_dim("x", x, self.down_embed.shape[1])
         logits, weights, experts = self.gate(x)
-        y = F.experts_neurons(x, experts, weights, self.down_embed, self.up_embed, activation=self.activation, impl=self.impl)
+        tables = (self.down_embed, self.up_embed)
+        y = F.experts_neurons(*(x, experts, weights, *tables), activation=self.activation, sparse=self.sparse, impl=self.impl)
         if self.gate_proj is not None and self.up_proj is not None and self.down_proj is not None:
             y = y + self.down_proj(_ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))
         return FineGrainedOutput(y, logits)

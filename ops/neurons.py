@@ -75,7 +75,7 @@ class _Bags:
 
     def table_gradient(self, coefficients_TK: Tensor, rows_TD: Tensor) -> Tensor:
         """``out_e = sum c_tj rows_t`` over the rows of ``e``. ``[E, D]``."""
-        if self.ids.shape[0] == 0:
+        if self.ids.shape[0] == 0 or self.num_experts == 0:
             return rows_TD.new_zeros(self.num_experts, rows_TD.shape[1])
         coefficients = self.masked(coefficients_TK).to(rows_TD.dtype)
         rows_TD = torch.where(self.any_T1, rows_TD, 0)  # 0 * inf would be NaN in row 0, which stands in
@@ -84,6 +84,20 @@ class _Bags:
         return torch.ops.aten._embedding_bag_dense_backward(
             rows_TD, self.ids, self.token, bag_size, empty, self.num_experts, False, _SUM, coefficients.reshape(-1)
         )
+
+
+def touched_rows(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """The table rows that a routing reads, for gradients of these alone. How many there are depends on the data.
+
+    Returns:
+        Their ids, ascending, ``[U]`` int64, and for every id of ``experts_TK`` its place among them, -1 where it is out of
+        range: the slots, ``[T, K]`` int64.
+    """
+    routed_TK = in_range(experts_TK, num_experts)
+    touched, places = torch.unique(experts_TK.to(torch.int64)[routed_TK], sorted=True, return_inverse=True)
+    slots_TK = torch.full(experts_TK.shape, -1, dtype=torch.int64, device=experts_TK.device)
+    slots_TK[routed_TK] = places
+    return touched, slots_TK
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -118,13 +132,18 @@ def experts_neurons_backward(
     up_ED: Tensor,
     activation: str,
     needs: NeuronNeeds,
+    slots_TK: Tensor | None = None,
+    num_slots: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients that are needed; the others come back as tensors of size zero.
+
+    Those of the tables have a row for every expert, or, with the slots of :func:`touched_rows`, one for every slot.
 
     With ``q = <dy, up_e>``: ``dw = q act(s)``, ``ds = q w act'(s)``, ``dx = sum_j ds down_e``, ``ddown_e = sum ds x`` and
     ``dup_e = sum w act(s) dy``.
     """
     bags, act = _Bags(experts_TK, up_ED.shape[0]), _act(activation)
+    owners = bags if slots_TK is None else _Bags(slots_TK, num_slots)
     dx, dweights, ddown, dup = (x_TD.new_empty(0) for _ in range(4))
     dy_TD, w_TK = _wide(dy_TD), weights_TK.to(s_TK.dtype)
     h_TK = activate(s_TK, act)
@@ -136,9 +155,9 @@ def experts_neurons_backward(
         if needs.x:
             dx = bags.sums(ds_TK, _wide(down_ED)).to(x_TD.dtype)
         if needs.down:
-            ddown = bags.table_gradient(ds_TK, _wide(x_TD)).to(down_ED.dtype)
+            ddown = owners.table_gradient(ds_TK, _wide(x_TD)).to(down_ED.dtype)
     if needs.up:
-        dup = bags.table_gradient(w_TK * h_TK, dy_TD).to(up_ED.dtype)
+        dup = owners.table_gradient(w_TK * h_TK, dy_TD).to(up_ED.dtype)
     return dx, dweights, ddown, dup
 
 
@@ -148,16 +167,23 @@ def experts_values(experts_TK: Tensor, weights_TK: Tensor, table_ED: Tensor) -> 
 
 
 def experts_values_backward(
-    dy_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, table_ED: Tensor, needs: ValueNeeds
+    dy_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    table_ED: Tensor,
+    needs: ValueNeeds,
+    slots_TK: Tensor | None = None,
+    num_slots: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """``dw = <dy, table_e>`` and ``dtable_e = sum w dy``, or tensors of size zero."""
+    """``dw = <dy, table_e>`` and ``dtable_e = sum w dy``, or tensors of size zero; slots as in the other backward."""
     bags = _Bags(experts_TK, table_ED.shape[0])
     dweights, dtable = dy_TD.new_empty(0), dy_TD.new_empty(0)
     dy_TD = _wide(dy_TD)
     if needs.weights:
         dweights = bags.dots(dy_TD, _wide(table_ED)).to(weights_TK.dtype)
     if needs.table:
-        dtable = bags.table_gradient(weights_TK, dy_TD).to(table_ED.dtype)
+        owners = bags if slots_TK is None else _Bags(slots_TK, num_slots)
+        dtable = owners.table_gradient(weights_TK, dy_TD).to(table_ED.dtype)
     return dweights, dtable
 
 

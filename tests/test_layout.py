@@ -25,7 +25,21 @@ FLOORS = [
     ["checks", "linear"],
     ["functional", "config", "hf"],
     ["balance", "usage", "routers", "layers", "lora", "shared_expert", "fine_grained", "quantized", "quantization"],
-    ["compat", "integrations", "explanation", "export", "tuning", "bench", "report", "demo", "doctor", "testing", "__main__", ""],
+    [
+        "compat",
+        "integrations",
+        "explanation",
+        "export",
+        "tuning",
+        "bench",
+        "report",
+        "demo",
+        "doctor",
+        "probes",
+        "testing",
+        "__main__",
+        "",
+    ],
 ]
 FLOOR_OF = {f"fusedonemoe.{name}".rstrip("."): floor for floor, names in enumerate(FLOORS) for name in names}
 KERNEL_PACKAGES = [f"fusedonemoe.{name}" for name in FLOORS[1]]

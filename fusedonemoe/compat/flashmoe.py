@@ -64,6 +64,7 @@ class FlashMoE(nn.Module):
 
     Args:
         config: a :class:`FlashMoEConfig`.
+        sparse: whether the gradients of ``down_embed`` and ``up_embed`` are sparse tensors.
         impl: as in :func:`fusedonemoe.functional.experts_neurons`.
         device: of the parameters.
         dtype: of the parameters.
@@ -86,6 +87,7 @@ class FlashMoE(nn.Module):
         self,
         config: FlashMoEConfig,
         *,
+        sparse: bool = False,
         impl: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -102,6 +104,7 @@ class FlashMoE(nn.Module):
             activation=_ACTIVATIONS[config.hidden_act],
             norm_topk_prob=config.norm_topk_prob,
             input_norm="batch",
+            sparse=sparse,
             impl=impl,
             device=device,
             dtype=dtype,

@@ -16,7 +16,7 @@ from fusedonemoe.checks import (
     check_same_device,
     check_shape,
 )
-from fusedonemoe.functional.calls import as_rows, compute_dtype, refuse_transforms, run_portable
+from fusedonemoe.functional.calls import as_rows, compute_dtype, records_gradients, refuse_transforms, run_portable
 from fusedonemoe.ops import library
 from fusedonemoe.ops.activation import ACTIVATIONS
 from fusedonemoe.ops.choice import IMPLEMENTATIONS, exporting_to_onnx, no_onnx_form, refusal
@@ -54,6 +54,22 @@ def _choose(impl: str, device_type: str, dtype: torch.dtype, *tables: Tensor) ->
     return impl
 
 
+def _gets_sparse_gradients(sparse: bool, chosen: str, *tables: Tensor) -> bool:
+    """Whether the tables' gradients of this call are sparse tensors; raises where they were asked for and cannot be."""
+    if not isinstance(sparse, bool):
+        raise TypeError(f"sparse must be a bool, got {sparse!r}")
+    if not sparse or not records_gradients(*tables):
+        return False
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "sparse=True is for eager calls: how many rows a table's gradient has depends on the data, which torch.compile, "
+            "torch.export and torch.func have no shape for. Use sparse=False there, or torch.no_grad()"
+        )
+    if chosen in ("dense", "portable"):
+        raise ValueError(f"sparse=True needs impl='grouped', 'cpu' or 'triton': impl={chosen!r} has dense gradients only")
+    return True
+
+
 def experts_neurons(
     x: Tensor,
     experts: Tensor,
@@ -62,6 +78,7 @@ def experts_neurons(
     up_table: Tensor,
     *,
     activation: str = "silu",
+    sparse: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """Run each token through experts of a single neuron: ``y_t = sum_j act(<x_t, d_e>) w_tj u_e``, ``e = experts_tj``.
@@ -76,6 +93,9 @@ def experts_neurons(
         down_table: ``[E, D]``, dtype of x.
         up_table: ``[E, D]``, dtype of x.
         activation: ``silu``, ``gelu`` (erf), ``gelu_tanh``, ``relu``, ``relu2``, ``sigmoid`` or ``identity``.
+        sparse: as of ``torch.nn.Embedding``: gradients of the tables are coalesced ``torch.sparse_coo`` tensors of the rows that
+            were routed to, equal to those of the dense gradient, and no ``[E, D]`` gradient exists; for ``torch.optim.SGD`` and
+            ``SparseAdam``. Eager calls alone have them; without gradients of the tables it has no effect.
         impl: ``"auto"``, ``"dense"`` (all E experts for every token: derivatives of every order, for small E), ``"grouped"``
             (PyTorch's bags of embeddings; widens tables of half precision), ``"cpu"`` (kernels that are compiled on first
             use; contiguous tables, no float64), ``"triton"`` (GPU kernels; no float64) or ``"portable"`` (for export: gathers
@@ -88,6 +108,7 @@ def experts_neurons(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: a shape or name that does not fit, or an ``impl`` that cannot run here.
+        RuntimeError: ``sparse=True`` under torch.compile, torch.export or a transform of ``torch.func``.
 
     Source:
         He 2024, "Mixture of a million experts" (arXiv 2407.04153), section 2.
@@ -110,18 +131,22 @@ def experts_neurons(
     if x.shape[-1] != D:
         raise ValueError(f"x must have shape [..., {D}] to fit down_table, got {tuple(x.shape)}")
     chosen = _choose(impl, x.device.type, x.dtype, down_table, up_table)
+    is_sparse = _gets_sparse_gradients(sparse, chosen, down_table, up_table)
     flat = (as_rows(x), as_rows(experts), as_rows(weights), down_table, up_table, activation)
     if chosen == "dense":
         y = _ops.experts_neurons_dense(*flat, library.BUILD)
     elif chosen == "portable":
         y = run_portable(experts_neurons_portable, flat, casts=(0, 3, 4))
+    elif is_sparse:
+        refuse_transforms()
+        y = library.experts_neurons_sparse(*flat, chosen)
     else:
         refuse_transforms()
         y = library.experts_neurons(*flat, library.BUILD, chosen)[0]
     return y.reshape(x.shape)
 
 
-def experts_values(experts: Tensor, weights: Tensor, table: Tensor, *, impl: str = "auto") -> Tensor:
+def experts_values(experts: Tensor, weights: Tensor, table: Tensor, *, sparse: bool = False, impl: str = "auto") -> Tensor:
     """Sum rows of a table by routing weight: ``y_t = sum_j w_tj v_e``, ``e = experts_tj``.
 
     The value memory of product-key networks. Rows are read where they lie. An id outside ``[0, E)`` contributes zero.
@@ -130,6 +155,7 @@ def experts_values(experts: Tensor, weights: Tensor, table: Tensor, *, impl: str
         experts: ``[..., K]`` ids of any integer dtype.
         weights: ``[..., K]`` of any float dtype.
         table: ``[E, D]`` float64, float32, bfloat16 or float16.
+        sparse: whether the gradient of the table is a sparse tensor, as in :func:`experts_neurons`.
         impl: as in :func:`experts_neurons`.
 
     Returns:
@@ -139,6 +165,7 @@ def experts_values(experts: Tensor, weights: Tensor, table: Tensor, *, impl: str
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: a shape or name that does not fit, or an ``impl`` that cannot run here.
+        RuntimeError: ``sparse=True`` under torch.compile, torch.export or a transform of ``torch.func``.
 
     Source:
         Lample et al. 2019, "Large memory layers with product keys" (arXiv 1907.05242), section 3.1.
@@ -158,11 +185,15 @@ def experts_values(experts: Tensor, weights: Tensor, table: Tensor, *, impl: str
     check_same_device("experts", experts, "table", table.device)
     check_same_device("weights", weights, "table", table.device)
     chosen = _choose(impl, table.device.type, table.dtype, table)
+    is_sparse = _gets_sparse_gradients(sparse, chosen, table)
     flat = (as_rows(experts), as_rows(weights), table)
     if chosen == "dense":
         y = _ops.experts_values_dense(*flat, library.BUILD)
     elif chosen == "portable":
         y = run_portable(experts_values_portable, flat, casts=(2,))
+    elif is_sparse:
+        refuse_transforms()
+        y = library.experts_values_sparse(*flat, chosen)
     else:
         refuse_transforms()
         y = library.experts_values(*flat, library.BUILD, chosen)

@@ -66,17 +66,24 @@ def _backward(
     up_ED: Tensor,
     activation: str,
     needs: Sequence[bool],
+    slots_TK: Tensor | None,
+    num_slots: int,
 ) -> tuple[Tensor, ...]:
     dy_TD, ids, float_weights = dy_TD.contiguous(), native._ids(experts_TK), native._float_weights(weights_TK)
     x_TD, s_TK = (None if t is None else t.contiguous() for t in (x_TD, s_TK))
     likes = (x_TD, float_weights, down_ED, up_ED)
+    shapes = [None if like is None else tuple(like.shape) for like in likes]
+    if slots_TK is not None:
+        shapes[2:] = [(num_slots, up_ED.shape[1])] * 2
     gradients = [
-        native._new(tuple(like.shape), like.dtype) if needed and like is not None else None
-        for needed, like in zip(needs, likes, strict=True)
+        native._new(shape, like.dtype) if needed and like is not None and shape is not None else None
+        for needed, like, shape in zip(needs, likes, shapes, strict=True)
     ]
     if ids.shape[0]:
-        addresses = native._addresses(dy_TD, s_TK, x_TD, down_ED, up_ED, ids, float_weights, *gradients)
-        native._call("neurons_backward", up_ED.dtype, (*addresses, *_sizes(ids, up_ED, activation)))
+        # No slot at all: there is no row to write.
+        written = gradients if slots_TK is None or num_slots else (*gradients[:2], None, None)
+        addresses = native._addresses(dy_TD, s_TK, x_TD, down_ED, up_ED, ids, float_weights, *written, slots_TK)
+        native._call("neurons_backward", up_ED.dtype, (*addresses, *_sizes(ids, up_ED, activation), max(num_slots, 1)))
     else:
         for gradient in gradients:
             if gradient is not None:
@@ -95,16 +102,25 @@ def experts_neurons_backward(
     up_ED: Tensor,
     activation: str,
     needs: Sequence[bool],
+    slots_TK: Tensor | None = None,
+    num_slots: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As :func:`fusedonemoe.ops.neurons.experts_neurons_backward`, in one kernel."""
-    gradients = _backward(dy_TD, s_TK, x_TD, experts_TK, weights_TK, down_ED, up_ED, activation, needs)
-    return gradients  # type: ignore[return-value]
+    arguments = (dy_TD, s_TK, x_TD, experts_TK, weights_TK, down_ED, up_ED, activation, needs)
+    return _backward(*arguments, slots_TK, num_slots)  # type: ignore[return-value]
 
 
 def experts_values_backward(
-    dy_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, table_ED: Tensor, needs: Sequence[bool]
+    dy_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    table_ED: Tensor,
+    needs: Sequence[bool],
+    slots_TK: Tensor | None = None,
+    num_slots: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """As :func:`fusedonemoe.ops.neurons.experts_values_backward`, in one kernel."""
     of_neurons = (False, needs[0], False, needs[1])
-    _, dweights, _, dtable = _backward(dy_TD, None, None, experts_TK, weights_TK, None, table_ED, "identity", of_neurons)
+    arguments = (dy_TD, None, None, experts_TK, weights_TK, None, table_ED, "identity", of_neurons)
+    _, dweights, _, dtable = _backward(*arguments, slots_TK, num_slots)
     return dweights, dtable

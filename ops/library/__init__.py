@@ -17,6 +17,7 @@ from fusedonemoe.ops.library.product_keys import route_product_key, route_produc
 from fusedonemoe.ops.library.quantized import experts_mlp_quantized, experts_mlp_quantized_backward
 from fusedonemoe.ops.library.registration import BUILD, NAMESPACE, autocast_dtype
 from fusedonemoe.ops.library.routing import route, route_backward
+from fusedonemoe.ops.library.sparse_tables import experts_neurons_sparse, experts_values_sparse
 
 __all__ = [
     "BUILD",
@@ -32,8 +33,10 @@ __all__ = [
     "experts_mlp_quantized_backward",
     "experts_neurons",
     "experts_neurons_backward",
+    "experts_neurons_sparse",
     "experts_values",
     "experts_values_backward",
+    "experts_values_sparse",
     "lora",
     "opaque",
     "pack",

@@ -23,6 +23,20 @@ from fusedonemoe.ops.shortcut import recorder, shortcut
 
 _NEURONS = "Tensor x, Tensor experts, Tensor weights, Tensor down, Tensor up, str activation"
 _VALUES = "Tensor experts, Tensor weights, Tensor table"
+# With slots, the gradients of tables have num_slots rows, and slots names that of each routed row; see sparse_tables.
+_SLOTS = ", Tensor? slots=None, int num_slots=0"
+
+
+def _wanted_tables(
+    needs: Sequence[bool], tables: Sequence[Tensor], slots: Tensor | None = None, num_slots: int = 0
+) -> tuple[Tensor, ...]:
+    if slots is None:
+        return wanted(needs, *tables)
+    return tuple(
+        table.new_empty(num_slots, table.shape[1]) if needed else table.new_empty(0)
+        for needed, table in zip(needs, tables, strict=True)
+    )
+
 
 define_cpu(
     f"experts_neurons_cpu({_NEURONS}) -> (Tensor, Tensor)",
@@ -30,9 +44,9 @@ define_cpu(
     lambda x, experts, *_: (x.new_empty(x.shape), x.new_empty(experts.shape, dtype=torch.float32)),
 )
 define_cpu(
-    f"experts_neurons_cpu_backward(Tensor dy, Tensor s, {_NEURONS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"experts_neurons_cpu_backward(Tensor dy, Tensor s, {_NEURONS}, bool[] needs{_SLOTS}) -> (Tensor, Tensor, Tensor, Tensor)",
     native.experts_neurons_backward,
-    lambda *args: wanted(args[8], args[2], *args[4:7]),
+    lambda *args: (*wanted(args[8][:2], args[2], args[4]), *_wanted_tables(args[8][2:], args[5:7], *args[9:])),
 )
 define_cpu(
     f"experts_values_cpu({_VALUES}) -> Tensor",
@@ -40,9 +54,9 @@ define_cpu(
     lambda experts, weights, table: table.new_empty(experts.shape[0], table.shape[1]),
 )
 define_cpu(
-    f"experts_values_cpu_backward(Tensor dy, {_VALUES}, bool[] needs) -> (Tensor, Tensor)",
+    f"experts_values_cpu_backward(Tensor dy, {_VALUES}, bool[] needs{_SLOTS}) -> (Tensor, Tensor)",
     native.experts_values_backward,
-    lambda *args: wanted(args[4], *args[2:4]),
+    lambda *args: (*wanted(args[4][:1], args[2]), *_wanted_tables(args[4][1:], args[3:4], *args[5:])),
 )
 
 
@@ -74,11 +88,14 @@ def _experts_neurons_backward(
     needs: Sequence[bool],
     build: int,
     impl: str = "grouped",
+    slots: Tensor | None = None,
+    num_slots: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    arguments = (dy, s, x, experts, weights, down, up, activation)
     if impl == "cpu":
-        return torch.ops.fusedonemoe.experts_neurons_cpu_backward(dy, s, x, experts, weights, down, up, activation, needs)
+        return torch.ops.fusedonemoe.experts_neurons_cpu_backward(*arguments, needs, slots, num_slots)
     kernels = gpu_kernels("neurons") if impl == "triton" else neurons
-    return kernels.experts_neurons_backward(dy, s, x, experts, weights, down, up, activation, NeuronNeeds(*needs))
+    return kernels.experts_neurons_backward(*arguments, NeuronNeeds(*needs), slots, num_slots)
 
 
 def _experts_neurons_dense(
@@ -95,12 +112,20 @@ def _experts_values(experts: Tensor, weights: Tensor, table: Tensor, build: int,
 
 
 def _experts_values_backward(
-    dy: Tensor, experts: Tensor, weights: Tensor, table: Tensor, needs: Sequence[bool], build: int, impl: str = "grouped"
+    dy: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    table: Tensor,
+    needs: Sequence[bool],
+    build: int,
+    impl: str = "grouped",
+    slots: Tensor | None = None,
+    num_slots: int = 0,
 ) -> tuple[Tensor, Tensor]:
     if impl == "cpu":
-        return torch.ops.fusedonemoe.experts_values_cpu_backward(dy, experts, weights, table, needs)
+        return torch.ops.fusedonemoe.experts_values_cpu_backward(dy, experts, weights, table, needs, slots, num_slots)
     kernels = gpu_kernels("neurons") if impl == "triton" else neurons
-    return kernels.experts_values_backward(dy, experts, weights, table, ValueNeeds(*needs))
+    return kernels.experts_values_backward(dy, experts, weights, table, ValueNeeds(*needs), slots, num_slots)
 
 
 def _experts_values_dense(experts: Tensor, weights: Tensor, table: Tensor, build: int) -> Tensor:

@@ -50,6 +50,8 @@ def experts_neurons_backward(
     up_ED: Tensor,
     activation: str,
     needs: Sequence[bool],
+    slots_TK: Tensor | None = None,
+    num_slots: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of :func:`experts_neurons`.
 
@@ -63,6 +65,8 @@ def experts_neurons_backward(
         up_ED: as in the forward.
         activation: as in the forward.
         needs: whether ``dx``, ``dweights``, ``ddown`` and ``dup`` are wanted.
+        slots_TK: contiguous; the row of ``ddown`` and ``dup`` that belongs to each id, where it is not the id itself.
+        num_slots: how many rows these then have.
 
     Returns:
         ``(dx, dweights, ddown, dup)``, each in the dtype of its argument, without elements where it is not wanted.
@@ -75,11 +79,13 @@ def experts_neurons_backward(
     if need_x:
         dx_TD = sums(experts_TK, ds_TK, down_ED, x_TD.dtype)
     if need_down or need_up:
-        plan = rows_plan(experts_TK, down_ED.shape[0])
+        E = down_ED.shape[0]
+        owners_TK, owners = (experts_TK, E) if slots_TK is None else (slots_TK, num_slots)
+        plan = rows_plan(owners_TK, owners)
         if need_down:
-            ddown_ED = table_gradient(x_TD, experts_TK, ds_TK, plan, down_ED.dtype)
+            ddown_ED = table_gradient(x_TD, owners_TK, ds_TK, plan, down_ED.dtype, E)
         if need_up:
-            dup_ED = table_gradient(dy_TD, experts_TK, factors_TK, plan, up_ED.dtype)
+            dup_ED = table_gradient(dy_TD, owners_TK, factors_TK, plan, up_ED.dtype, E)
     return dx_TD, dweights_TK, ddown_ED, dup_ED
 
 
@@ -95,7 +101,13 @@ def experts_values(experts_TK: Tensor, weights_TK: Tensor, table_ED: Tensor) -> 
 
 
 def experts_values_backward(
-    dy_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, table_ED: Tensor, needs: Sequence[bool]
+    dy_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    table_ED: Tensor,
+    needs: Sequence[bool],
+    slots_TK: Tensor | None = None,
+    num_slots: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`experts_values`: ``dw_tj = dy_t . table[e]`` and ``dtable_e = sum_tj w_tj dy_t``.
 
@@ -105,6 +117,8 @@ def experts_values_backward(
         weights_TK: as in the forward.
         table_ED: as in the forward.
         needs: whether ``dweights`` and ``dtable`` are wanted.
+        slots_TK: as in :func:`experts_neurons_backward`.
+        num_slots: likewise.
 
     Returns:
         ``(dweights, dtable)``, each in the dtype of its argument, without elements where it is not wanted.
@@ -115,6 +129,8 @@ def experts_values_backward(
     if need_weights:
         dweights_TK, _ = scores(dy_TD, experts_TK, table_ED, weights_TK.dtype)
     if need_table:
-        plan = rows_plan(experts_TK, table_ED.shape[0])
-        dtable_ED = table_gradient(dy_TD, experts_TK, weights_TK, plan, table_ED.dtype)
+        E = table_ED.shape[0]
+        owners_TK, owners = (experts_TK, E) if slots_TK is None else (slots_TK, num_slots)
+        plan = rows_plan(owners_TK, owners)
+        dtable_ED = table_gradient(dy_TD, owners_TK, weights_TK, plan, table_ED.dtype, E)
     return dweights_TK, dtable_ED

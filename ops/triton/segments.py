@@ -183,6 +183,7 @@ def table_gradient(
     factors_TK: Tensor,
     plan: torch_plan.Plan,
     dtype: torch.dtype,
+    num_experts: int,
 ) -> Tensor:
     """``out_e = sum_tj c_tj rows_t`` over the pairs whose id is ``e``, in float32 and a fixed order, rounded once.
 
@@ -192,6 +193,7 @@ def table_gradient(
         factors_TK: any floating dtype.
         plan: of :func:`rows_plan`.
         dtype: of the result.
+        num_experts: of the whole table, which decides the order of sums: rows of some of its experts have the bits of all.
 
     Returns:
         ``[E, D]``, zeros for an expert without tokens. Besides, the sums of hot experts' segments take ``2 (N / SEGMENT + 1)``
@@ -202,12 +204,14 @@ def table_gradient(
     pairs = rules.hint(N)
     segment = segment_length(pairs)
     out_ED = torch.empty((E, D), dtype=dtype, device=rows_TD.device)
+    if isinstance(E, int) and E == 0:
+        return out_ED
 
     vector = 16 // rows_TD.element_size()
     BLOCK_D = min(WARP * vector, max(triton.next_power_of_2(D), 16))
     narrow = WARP * vector // BLOCK_D  # rows that a warp reads in one vector of each thread
     # Where most experts have a pair or two, several share a program, or launching programs would take the longest.
-    lists = 1 if pairs >= 8 * E else 2 if pairs >= 2 * E else 4
+    lists = 1 if pairs >= 8 * num_experts else 2 if pairs >= 2 * num_experts else 4
     shared = (triton.cdiv(D, BLOCK_D),)
     wrap_triton(experts_kernel)[(triton.cdiv(E, lists * narrow), *shared)](
         rows_TD,

@@ -12,8 +12,9 @@ struct NeuronsBackward {
     const float* weights;
     void* dx;
     float* dweights;
-    void *ddown, *dup;  // null where not needed
-    int64_t tokens, top_k, num_experts, hidden, threads, activation;
+    void *ddown, *dup;     // null where not needed
+    const int64_t* slots;  // the rows of ddown and dup, one for each routed row; null: those of its expert
+    int64_t tokens, top_k, num_experts, hidden, threads, activation, num_slots;
 };
 
 // out = sum_r coefficient[r] * row(r)
@@ -99,7 +100,7 @@ struct ExpertTasks {
 template <class M> class NeuronsBackwardPass {
     using T = typename M::T;
     const NeuronsBackward& a;
-    const int64_t D, K;
+    const int64_t D, K, owners;  // of rows of the tables' gradients: slots, or experts
     const ExpertBlocks blocks;
     const SortByExpert sort;
     const ExpertTasks experts;
@@ -150,7 +151,7 @@ template <class M> class NeuronsBackwardPass {
             with_activation((int)a.activation, [&]<int NAME>() { activate<NAME>(at, tokens * K); });
         }
         if (tables) {
-            const int64_t count = sort(ids, tokens * K, rows + at, own.rows, own.counters);
+            const int64_t count = sort(a.slots ? a.slots + at : ids, tokens * K, rows + at, own.rows, own.counters);
             experts.bounds(rows + at, count, begins + chunk * (experts.count + 1));
         }
     }
@@ -175,7 +176,7 @@ template <class M> class NeuronsBackwardPass {
     }
     // Merges the task's rows of all chunks.
     void do_experts(int64_t task, const Sorted& s, std::vector<uint32_t>& at, bool stream_down, bool stream_up) const {
-        const int64_t first = task << experts.shift, last = std::min((task + 1) << experts.shift, a.num_experts);
+        const int64_t first = task << experts.shift, last = std::min((task + 1) << experts.shift, owners);
         for (int64_t chunk = 0; chunk < chunks.count; chunk++) at[chunk] = begins[chunk * (experts.count + 1) + task];
         uint32_t to = 0;
         for (int64_t e = first; e < last; e++) {
@@ -196,7 +197,8 @@ template <class M> class NeuronsBackwardPass {
 
   public:
     explicit NeuronsBackwardPass(const NeuronsBackward& a)
-        : a(a), D(a.hidden), K(a.top_k), blocks(a.num_experts, D * sizeof(T)), sort(a.num_experts), experts(a.num_experts, a.threads),
+        : a(a), D(a.hidden), K(a.top_k), owners(a.slots ? a.num_slots : a.num_experts), blocks(a.num_experts, D * sizeof(T)),
+          sort(owners), experts(owners, a.threads),
           chunks(a.tokens, K, D, a.threads), tables(a.ddown || a.dup),
           needs_q(a.dx || a.dweights || a.ddown) {}
 
@@ -248,8 +250,8 @@ template <class M> class NeuronsBackwardPass {
             s.token = scratch.take<int64_t>(most);
             s.ds = scratch.take<float>(most), s.c = scratch.take<float>(most);
         }
-        const bool stream_down = is_streamed((const T*)a.ddown, a.num_experts, (int)D);
-        const bool stream_up = is_streamed((const T*)a.dup, a.num_experts, (int)D);
+        const bool stream_down = is_streamed((const T*)a.ddown, owners, (int)D);
+        const bool stream_up = is_streamed((const T*)a.dup, owners, (int)D);
         Tasks tasks;
         std::atomic<int> threads{0};
         std::vector<std::vector<uint32_t>> places(a.threads, std::vector<uint32_t>(chunks.count));

@@ -6,6 +6,7 @@ import torch
 
 from fusedonemoe.ops import reference
 from fusedonemoe.ops.activation import ACTIVATIONS, Activation, activate
+from fusedonemoe.ops.neurons import touched_rows
 from fusedonemoe.ops.triton import neurons, segments, token_rows
 from fusedonemoe.testing import ROUTINGS, assert_within_budget, make_experts
 
@@ -120,6 +121,27 @@ def test_neurons_with_every_activation(activation, device):
     check_neurons(Case(11, 3, 32, 5, torch.float32, device, activation=activation))
 
 
+@pytest.mark.parametrize("routing", ["uniform", "out_of_range", "one_expert"])
+@pytest.mark.parametrize("E", [9, 40])  # an expert of many pairs, or of about one: other programs
+def test_slots_have_the_rows_of_the_tables_to_the_bit(routing, E, hot, device):
+    K = 1 if routing == "one_expert" else 3
+    case = Case(10, K, 40, E, torch.bfloat16, device, routing=routing)
+    whole = case.backward(case.forward()[1])
+    touched, slots = touched_rows(case.experts, E)
+    operands = (case.x, case.experts, case.weights, case.down, case.up, case.activation)
+    rows = neurons.experts_neurons_backward(case.dy, case.forward()[1], *operands, ALL, slots, len(touched))
+    of_values = (case.dy, case.experts, case.weights, case.up, (True, True))
+    for full, some in zip(
+        (*whole, *neurons.experts_values_backward(*of_values)),
+        (*rows, *neurons.experts_values_backward(*of_values, slots, len(touched))),
+        strict=True,
+    ):
+        assert torch.equal(some, full[touched] if full.shape == case.up.shape else full)
+    nowhere = torch.full_like(slots, -1)
+    none = neurons.experts_values_backward(case.dy, nowhere, case.weights, case.up, (True, True), nowhere, 0)
+    assert none[1].shape == (0, 40) and not none[0].any()
+
+
 def check_table(experts, E, D, device, dtype=torch.float32):
     """The gradient of a table alone."""
     T, K = experts.shape
@@ -128,7 +150,7 @@ def check_table(experts, E, D, device, dtype=torch.float32):
     operands = [v.to(device) for v in (rows, experts, factors)]
 
     def run():
-        return segments.table_gradient(*operands, segments.rows_plan(operands[1], E), dtype)
+        return segments.table_gradient(*operands, segments.rows_plan(operands[1], E), dtype, E)
 
     t, j = torch.nonzero((experts >= 0) & (experts < E), as_tuple=True)
     e = experts[t, j]
