@@ -45,7 +45,7 @@ class QuantizedWeight(NamedTuple):
 
     @property
     def group_size(self) -> int:
-        """Inputs that share a scale: I for int8."""
+        """How many inputs share a scale, which is all I of them for int8."""
         width = self.shape[2]
         return width if self.bits == 8 else width // max(self.scale.shape[2], 1)
 

@@ -43,7 +43,7 @@ class Layout:
         parts: the experts' tensors.
         rows: order of the rows of ``gate_up``, where there is such a part.
         block_names: names of the other tensors of a block, as this family writes them, by :class:`~fusedonemoe.MoE`'s names.
-        writable: whether :func:`to_state_dict` can write it.
+        writable: whether :func:`~fusedonemoe.integrations.checkpoints.to_state_dict` can write it.
     """
 
     parts: tuple[Part, ...]

@@ -205,7 +205,7 @@ class FixedCapacity(_Dispatcher):
 
     One row for each choice of an expert elsewhere, at most ``S`` for each pair of ranks: ``S = ceil(capacity_factor * T * K /
     W)``, which even routing needs 1 for. What exceeds it is dropped in the order of the tokens: it adds nothing to the output,
-    and :attr:`dropped` counts it. Rows that stay need no place, so ``S = T * K``, from ``capacity_factor >= W`` on, drops
+    and ``dropped`` counts it. Rows that stay need no place, so ``S = T * K``, from ``capacity_factor >= W`` on, drops
     nothing.
 
     Args:
