@@ -81,10 +81,7 @@ def test_the_page_about_cpus_shows_the_committed_result(mode):
 
 def result_of(suite):
     """A result that is committed with the page that shows it."""
-    file = ROOT / "docs" / "results" / f"{suite}.json"
-    if not file.exists():
-        pytest.skip(f"no docs/results/{suite}.json yet")
-    return json.loads(file.read_text(encoding="utf-8"))
+    return json.loads((ROOT / "docs" / "results" / f"{suite}.json").read_text(encoding="utf-8"))
 
 
 def expected_fine_grained_rows(result):
@@ -106,9 +103,44 @@ def expected_dial_rows(result):
             yield f"| {row['peer']} | {cell['dtype']} | " + " | ".join(figures) + " |"
 
 
+def lines_of(result):
+    """The lines of a suite of tables, each with what its table's name ends in."""
+    return [(table.rpartition("-")[2], line) for table, lines in result["tables"].items() for line in lines]
+
+
+def expected_transformers_rows(result):
+    """A Markdown row per line: how many times faster than transformers' default, and whether its tokens are the same."""
+    for dtype, line in lines_of(result):
+        figures = [f"{line['training_times_faster']:.2f}", f"{line['decode_times_faster']:.2f}"]
+        yield f"| {dtype} | {line['name']} | " + " | ".join(figures) + f" | {'the same' if line['same_tokens'] else 'others'} |"
+
+
+def expected_lora_rows(result):
+    """A Markdown row per line that was timed: a step as a share of PEFT's, and the memory that adapters add."""
+    for dtype, line in lines_of(result):
+        if line["seconds"]:
+            share = "" if line["share"] is None else f"{100 * line['share']:.1f} %"
+            yield f"| {dtype} | {line['name']} | {line['relative']:.2f} | {share} |"
+
+
+def expected_quantized_rows(result):
+    """A Markdown row per line: its speed beside bfloat16's, its time beside the floor, and what rounding changed."""
+    for table, lines in result["tables"].items():
+        for line in lines:
+            change = "" if line["weight_error"] is None else f"{line['weight_error']:.4f}"
+            figures = [f"{line['speed_up']:.2f}", f"{line['seconds'] / line['floor_seconds']:.2f}", change]
+            yield f"| {table.split('-')[0][1:]} | {line['name']} | " + " | ".join(figures) + " |"
+
+
 @pytest.mark.parametrize(
     ("suite", "page", "expected"),
-    [("fine-grained", "fine-grained-performance", expected_fine_grained_rows), ("dial", "memory", expected_dial_rows)],
+    [
+        ("fine-grained", "fine-grained-performance", expected_fine_grained_rows),
+        ("dial", "memory", expected_dial_rows),
+        ("transformers", "transformers", expected_transformers_rows),
+        ("lora", "lora", expected_lora_rows),
+        ("quantized", "quantised", expected_quantized_rows),
+    ],
 )
 def test_the_other_pages_show_the_committed_result(suite, page, expected):
     result = result_of(suite)
