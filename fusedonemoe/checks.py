@@ -105,6 +105,12 @@ def check_last_dim(name: str, tensor: Tensor, size: int) -> None:
         raise ValueError(f"{name} must have shape [..., {size}], got {tuple(tensor.shape)}")
 
 
+def check_fits(x: Tensor, D: int, name: str) -> None:
+    """Rows of ``x`` are as wide as those of the weight of that name."""
+    if x.shape[-1] != D:
+        raise ValueError(f"x must have shape [..., {D}] to fit {name}, got {tuple(x.shape)}")
+
+
 def check_like_x(name: str, tensor: Tensor, x: Tensor) -> None:
     """Expert weights share x's device, and its dtype too unless autocast is about to cast both."""
     check_float(name, tensor)
