@@ -14,6 +14,7 @@ from fusedonemoe.ops.library.registration import (
     define_autocast,
     define_cpu,
     gpu_kernels,
+    keeping,
     no_second_derivative,
     operator,
     wanted,
@@ -132,18 +133,14 @@ def _experts_values_dense(experts: Tensor, weights: Tensor, table: Tensor, build
     return neurons.experts_values_dense(experts, weights, table)
 
 
-def _neurons_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1], *inputs[:5])
-    ctx.activation, ctx.impl = inputs[5], inputs[7]
+_neurons_save = keeping(tensors=5)
 
 
 def _neurons_grad(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if dy is None:
         return (None,) * 8
     needs = NeuronNeeds(ctx.needs_input_grad[0], *ctx.needs_input_grad[2:5])
-    grads = experts_neurons_backward(dy, *ctx.saved_tensors, ctx.activation, needs, BUILD, ctx.impl)
+    grads = experts_neurons_backward(dy, *ctx.saved_tensors, *ctx.constants, needs, BUILD, ctx.impl)
     dx, *rest = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
     return dx, None, *rest, None, None, None
 

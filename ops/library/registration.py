@@ -119,6 +119,23 @@ def wanted(needs: Sequence[bool], *likes: Tensor | None) -> tuple[Tensor, ...]:
     )
 
 
+def keeping(tensors: int) -> Callable[..., None]:
+    """What autograd does after a forward: keep all outputs but the first, the first ``tensors`` inputs and the constants.
+
+    Args:
+        tensors: how many inputs are tensors; what else there is stands behind them, ``build`` and ``impl`` at the end.
+    """
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, *kept = output
+        ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*kept, *inputs[:tensors])
+        ctx.constants, ctx.impl = inputs[tensors:-2], inputs[-1]
+
+    return setup_context
+
+
 def no_second_derivative(ctx: Any, *_: Any) -> Any:
     """The backward of what has none."""
     raise RuntimeError("fusedonemoe's operators have first derivatives only; impl='dense' has derivatives of every order")
