@@ -112,6 +112,7 @@ def _experts_mlp_lora_dense(
 
 
 _TENSORS = 11  # x, experts, weights, two projections, two biases, two factors of each adapter
+_experts_mlp_lora_save = keeping(_TENSORS)
 
 
 def _experts_mlp_lora_grad(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -128,7 +129,7 @@ def _experts_mlp_lora_grad(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, .
 
 
 operator("experts_mlp_lora_backward", _experts_mlp_lora_backward).register_autograd(no_second_derivative)
-operator("experts_mlp_lora", _experts_mlp_lora).register_autograd(_experts_mlp_lora_grad, setup_context=keeping(_TENSORS))
+operator("experts_mlp_lora", _experts_mlp_lora).register_autograd(_experts_mlp_lora_grad, setup_context=_experts_mlp_lora_save)
 composite("experts_mlp_lora_dense", _experts_mlp_lora_dense)
 define_autocast("experts_mlp_lora_backward", casts=())
 for _name in ("experts_mlp_lora", "experts_mlp_lora_dense"):
