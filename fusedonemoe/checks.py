@@ -144,6 +144,12 @@ def check_norm_eps(norm_eps: float, scoring: str) -> None:
         raise ValueError(f"norm_eps is for scoring 'sigmoid', a softmax is divided without one, got {norm_eps}")
 
 
+def check_gate(activation: str, gated: bool) -> None:
+    """A gate, where the activation is made of one."""
+    if activation == "swiglu_oai" and not gated:
+        raise ValueError("activation 'swiglu_oai' is gated by definition, got gated=False")
+
+
 def check_save_percent(save_percent: int) -> None:
     """A whole number from 0 to 100."""
     if isinstance(save_percent, bool) or not isinstance(save_percent, int) or not 0 <= save_percent <= 100:

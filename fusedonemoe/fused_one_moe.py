@@ -65,7 +65,7 @@ class FusedOneMoE(nn.Module):
             impl=impl,
         )
         self.impl = impl
-        self.gate = TopKRouter(
+        self.gate: TopKRouter = TopKRouter(
             hidden_size,
             groups,
             topk if is_sparse else None,
@@ -79,10 +79,10 @@ class FusedOneMoE(nn.Module):
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
 
-        self.proj = parameter(groups, hidden_size, intermediate_size)
-        self.down = parameter(intermediate_size, hidden_size)
-        self.up_bias = parameter(intermediate_size) if bias else None
-        self.down_bias = parameter(hidden_size) if bias else None
+        self.proj: nn.Parameter = parameter(groups, hidden_size, intermediate_size)
+        self.down: nn.Parameter = parameter(intermediate_size, hidden_size)
+        self.up_bias: nn.Parameter | None = parameter(intermediate_size) if bias else None
+        self.down_bias: nn.Parameter | None = parameter(hidden_size) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

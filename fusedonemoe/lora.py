@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fusedonemoe import functional as F
 from fusedonemoe.layers import Experts
+from fusedonemoe.linear import uniform_by_fan_in
 
 TARGETS = ("gate_up", "down")
 
@@ -190,8 +191,7 @@ class LoRAExperts(nn.Module):
         """Draw A anew and set B to zero: an adapter that changes nothing."""
         for target in self.targets:
             A, B = self.factors(target)
-            bound = 1 / math.sqrt(A.shape[2])  # kaiming_uniform_ with a = sqrt(5), as nn.Linear has it
-            nn.init.uniform_(A, -bound, bound)
+            uniform_by_fan_in(A, A.shape[2])
             nn.init.zeros_(B)
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:

@@ -2,7 +2,16 @@
 
 from torch import Tensor
 
-from fusedonemoe.checks import check_dim, check_fits, check_like_x, check_one_of, check_routing, check_save_percent, check_shape
+from fusedonemoe.checks import (
+    check_dim,
+    check_fits,
+    check_gate,
+    check_like_x,
+    check_one_of,
+    check_routing,
+    check_save_percent,
+    check_shape,
+)
 from fusedonemoe.ops.activation import ACTIVATIONS, GATE_UP_LAYOUTS, PLAIN
 
 
@@ -14,8 +23,7 @@ def check_call(
     check_one_of("activation", activation, ACTIVATIONS)
     check_one_of("gate_up_layout", gate_up_layout, GATE_UP_LAYOUTS)
     check_save_percent(save_percent)
-    if activation == "swiglu_oai" and not gated:
-        raise ValueError("activation 'swiglu_oai' is gated by definition, got gated=False")
+    check_gate(activation, gated)
 
 
 def intermediate_size(E: int, G: int, gated: bool) -> int:
