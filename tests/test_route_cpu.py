@@ -45,7 +45,7 @@ def check(logits, bias, rule):
     assert weights.dtype == torch.float32 and experts.dtype == torch.int64
     assert torch.equal(experts, plain_experts)
     assert_close(weights, plain_weights, rtol=2e-6, atol=1e-30)
-    dweights = draw(*weights.shape, seed=3)
+    dweights = draw(len(logits), experts.shape[1], seed=3)
     gradient = routing.route_backward(dweights, logits, experts, rule)
     plain = route.route_backward(dweights, logits, experts, rule)
     assert gradient.dtype == logits.dtype

@@ -118,19 +118,19 @@ def gate_up_rows(act: Activation, inner: int) -> tuple[int, int, int, int]:
     return 0, 0, 1, 0
 
 
-def _read_as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def read_as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """``tensor`` as a kernel reads it; a conversion that does nothing costs ten times what it costs to ask."""
     return (tensor if tensor.dtype == dtype else tensor.to(dtype)).contiguous()
 
 
 def as_ids(experts_TK: Tensor) -> Tensor:
     """Expert ids as the kernels read them."""
-    return _read_as(experts_TK, torch.int64)
+    return read_as(experts_TK, torch.int64)
 
 
 def as_float_weights(weights_TK: Tensor) -> Tensor:
     """Routing weights as the kernels read them."""
-    return _read_as(weights_TK, torch.float32)
+    return read_as(weights_TK, torch.float32)
 
 
 def as_bias(bias: Tensor | None) -> Tensor | None:
