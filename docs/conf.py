@@ -51,7 +51,7 @@ napoleon_custom_sections = ["Shape", "Source"]
 nitpicky = True
 nitpick_ignore_regex = [
     # Other projects' names; their inventories would need the network.
-    (r"py:.*", r"(torch|numpy|np|nn|collections|os|pathlib|typing)(\..*)?"),
+    (r"py:.*", r"(torch|numpy|np|nn|argparse|collections|os|pathlib|typing)(\..*)?"),
     (r"py:.*", r"(Tensor|Module|NDArray|ArrayLike|NamedTuple|Any|optional)"),
     # Modules and internals that docstrings name in passing; no page describes them.
     (r"py:.*", r"fusedonemoe\.(functional|ops|layers)"),
