@@ -29,9 +29,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def rule_of(top_k, scoring="softmax", score_first=True, norm_topk_prob=True, scale=1.0, groups=(1, 1, "max")):
-    return RouteRule(
-        top_k, scoring, score_first, norm_topk_prob, scale, *groups, 1e-6 if scoring == "sigmoid" else route.NORM_EPS
-    )
+    n_group, topk_group, group_score = groups
+    eps = 1e-6 if scoring == "sigmoid" else route.NORM_EPS
+    return RouteRule(top_k, scoring, score_first, norm_topk_prob, scale, n_group, topk_group, group_score, eps)
 
 
 def draw(T, E, dtype=torch.float32, seed=0):
