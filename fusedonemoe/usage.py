@@ -184,7 +184,7 @@ class RouterCount:
 
     def __init__(self, router: TopKRouter, training_only: bool) -> None:
         self.training_only = training_only
-        self.counts = torch.zeros(router.weight.shape[0], dtype=torch.int64, device=router.weight.device)
+        self.counts: Tensor = torch.zeros(router.weight.shape[0], dtype=torch.int64, device=router.weight.device)
 
     def __call__(self, router: nn.Module, args: tuple[Any, ...], output: RouterOutput) -> None:
         """Count what the router returns."""

@@ -84,5 +84,5 @@ for _name in ("route", "route_backward", "route_dense"):
     define_autocast(_name, casts=())
 
 # What functional and the formulas above call: the operators, or the kernels themselves where nothing would notice.
-route = shortcut("route", _route, 2, recorder("route", _route, _route_grad, _route_save))
-route_backward = shortcut("route_backward", _route_backward, 3)
+route: Callable[..., Any] = shortcut("route", _route, 2, recorder("route", _route, _route_grad, _route_save))
+route_backward: Callable[..., Any] = shortcut("route_backward", _route_backward, 3)
