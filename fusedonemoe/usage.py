@@ -287,7 +287,7 @@ def check_module(model: object) -> None:
 def _draw(reports: Mapping[str, Usage], path: Path) -> Path:
     """One row of two panels for each report: shares by expert, and sorted."""
     if find_spec("matplotlib") is None:
-        raise ImportError("pictures are drawn with matplotlib, which is missing: pip install fusedonemoe[plot]")
+        raise ImportError("pictures are drawn with matplotlib, which is missing: pip install 'fusedonemoe[plot]'")
     from matplotlib.figure import Figure  # here: only who draws has to have it
 
     figure = Figure(figsize=(9.0, 0.4 + 2.2 * len(reports)), layout="constrained")

@@ -122,7 +122,7 @@ def blocks_of(cell: ServingCell) -> list[MoE]:
 
 def _transformers(cell: ServingCell, blocks: Sequence[MoE]) -> nn.Module:
     if find_spec("transformers") is None:
-        raise UnavailableError("transformers is not installed: pip install fusedonemoe[bench]")
+        raise UnavailableError("transformers is not installed: pip install 'fusedonemoe[bench]'")
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
