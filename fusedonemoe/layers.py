@@ -64,7 +64,7 @@ class Experts(nn.Module):
     def __init__(self, config: MoEConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.config = config
-        self.num_experts = config.num_experts
+        self.num_experts: int = config.num_experts
         self._up_name = "gate_up_proj" if config.gated else "up_proj"
         E, D, F_, G = config.num_experts, config.hidden_size, config.intermediate_size, config.up_rows
 
@@ -72,7 +72,7 @@ class Experts(nn.Module):
             return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
 
         self.register_parameter(self._up_name, parameter(E, D, G) if config.transposed else parameter(E, G, D))
-        self.down_proj = parameter(E, F_, D) if config.transposed else parameter(E, D, F_)
+        self.down_proj: nn.Parameter = parameter(E, F_, D) if config.transposed else parameter(E, D, F_)
         self.register_parameter(f"{self._up_name}_bias", parameter(E, G) if config.bias else None)
         self.register_parameter("down_proj_bias", parameter(E, D) if config.bias else None)
         self._packed: F.PackedExperts | None = None
@@ -230,7 +230,7 @@ class MoE(nn.Module):
         elif fields:
             raise TypeError(f"give either config or its fields, got both: {sorted(fields)}")
         self.config = config
-        self.gate = TopKRouter(
+        self.gate: TopKRouter = TopKRouter(
             config.hidden_size,
             config.num_experts,
             config.top_k,
@@ -248,7 +248,7 @@ class MoE(nn.Module):
             device=device,
             dtype=dtype,
         )
-        self.experts = Experts(config, device=device, dtype=dtype)
+        self.experts: Experts = Experts(config, device=device, dtype=dtype)
         self.shared_expert: SharedExpert | None = None
         self.shared_expert_gate: nn.Linear | None = None
         if config.shared_intermediate_size is not None:

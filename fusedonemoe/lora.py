@@ -149,7 +149,7 @@ class LoRAExperts(nn.Module):
         if isinstance(targets, str) or not targets or set(targets) - set(TARGETS) or len(set(targets)) != len(targets):
             raise ValueError(f"targets must be some of {TARGETS}, each once, got {targets!r}")
         self.form = form
-        self.targets = tuple(target for target in TARGETS if target in targets)
+        self.targets: tuple[str, ...] = tuple(target for target in TARGETS if target in targets)
         self.r: dict[str, int] = _per_target("r", r, self.targets, int)
         self.alpha: dict[str, float] = _per_target("alpha", alpha, self.targets, (int, float))
         self.use_rslora = use_rslora

@@ -1,6 +1,6 @@
 """The merged up-projection: ``experts_merged``, its backward, the compiled CPU kernels, the composite."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -99,7 +99,7 @@ def _merged_gradients(*args: Any) -> Any:
     return native.experts_merged_backward(*args[:-2])
 
 
-experts_merged = shortcut(
+experts_merged: Callable[..., Any] = shortcut(
     "experts_merged", _merged, 4, recorder("experts_merged", _merged, _experts_merged_grad, _experts_merged_save), impl="cpu"
 )
-experts_merged_backward = shortcut("experts_merged_backward", _merged_gradients, 7, impl="cpu")
+experts_merged_backward: Callable[..., Any] = shortcut("experts_merged_backward", _merged_gradients, 7, impl="cpu")

@@ -198,9 +198,9 @@ def _mlp_gradients(*args: Any) -> Any:
     return _mlp_backward_kernel(*args[:15], args[16])  # without save_percent as well
 
 
-experts_mlp = shortcut(
+experts_mlp: Callable[..., Any] = shortcut(
     "experts_mlp", _mlp_output, 7, recorder("experts_mlp", _mlp, _experts_mlp_grad, _experts_mlp_save), impl="cpu"
 )
-experts_mlp_backward = shortcut("experts_mlp_backward", _mlp_gradients, 11, impl="cpu")
-experts_mlp_packed = shortcut("experts_mlp_packed", packing.experts_mlp_packed, 9)
-pack = packing.pack
+experts_mlp_backward: Callable[..., Any] = shortcut("experts_mlp_backward", _mlp_gradients, 11, impl="cpu")
+experts_mlp_packed: Callable[..., Any] = shortcut("experts_mlp_packed", packing.experts_mlp_packed, 9)
+pack: Callable[[Tensor, Tensor, Activation], packing.PackedExperts] = packing.pack

@@ -1,6 +1,6 @@
 """Single-neuron experts and value memory: ``experts_neurons``, ``experts_values``, their backwards, kernels, composites."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -195,11 +195,11 @@ def _values_gradients(*args: Any) -> Any:
     return native.experts_values_backward(*args[:-2])
 
 
-experts_neurons = shortcut(
+experts_neurons: Callable[..., Any] = shortcut(
     "experts_neurons", _neurons_output, 5, recorder("experts_neurons", _neurons, _neurons_grad, _neurons_save), impl="cpu"
 )
-experts_neurons_backward = shortcut("experts_neurons_backward", _neurons_gradients, 7, impl="cpu")
-experts_values = shortcut(
+experts_neurons_backward: Callable[..., Any] = shortcut("experts_neurons_backward", _neurons_gradients, 7, impl="cpu")
+experts_values: Callable[..., Any] = shortcut(
     "experts_values", _values, 3, recorder("experts_values", _values, _values_grad, _values_save), impl="cpu"
 )
-experts_values_backward = shortcut("experts_values_backward", _values_gradients, 4, impl="cpu")
+experts_values_backward: Callable[..., Any] = shortcut("experts_values_backward", _values_gradients, 4, impl="cpu")

@@ -174,7 +174,9 @@ def _gradients(*args: Any) -> Any:
     return _backward_kernel(*args[:19], args[20])  # without save_percent as well
 
 
-experts_mlp_quantized = shortcut(
+experts_mlp_quantized: Callable[..., Any] = shortcut(
     "experts_mlp_quantized", _kernel, _TENSORS, recorder("experts_mlp_quantized", _kernel, _gradient, _save), impl="cpu"
 )
-experts_mlp_quantized_backward = shortcut("experts_mlp_quantized_backward", _gradients, _TENSORS + 4, impl="cpu")
+experts_mlp_quantized_backward: Callable[..., Any] = shortcut(
+    "experts_mlp_quantized_backward", _gradients, _TENSORS + 4, impl="cpu"
+)

@@ -44,7 +44,7 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return None
 
 
-lib = torch.library.Library(NAMESPACE, "FRAGMENT")
+lib: torch.library.Library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 @contextmanager

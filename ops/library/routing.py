@@ -139,5 +139,5 @@ def _route_backward_directly(*args: Any) -> Tensor:
     return _route_cpu_backward(*args[:-1]) if _on_cpu(args[1]) else _route_backward(*args)
 
 
-route = shortcut("route", _route_directly, 2, recorder("route", _route_directly, _route_grad, _route_save))
-route_backward = shortcut("route_backward", _route_backward_directly, 3)
+route: Callable[..., Any] = shortcut("route", _route_directly, 2, recorder("route", _route_directly, _route_grad, _route_save))
+route_backward: Callable[..., Any] = shortcut("route_backward", _route_backward_directly, 3)

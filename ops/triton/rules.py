@@ -71,7 +71,7 @@ def layer_of(arch: str, dtype: torch.dtype, rows_per_expert: float, D: int, F: i
     return Layer(arch, str(dtype).removeprefix("torch."), rows, D, F, gated)
 
 
-def hint(n: int | torch.SymInt) -> int:
+def hint(n: int) -> int:
     """``n``, or the value that a symbolic ``n`` was traced with; many, where there was none. Makes no guard."""
     if isinstance(n, int):
         return n
