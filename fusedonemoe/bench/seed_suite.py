@@ -14,7 +14,7 @@ from fusedonemoe.bench.ceilings import Ceilings
 from fusedonemoe.bench.memory import held_bytes, peak_extra_bytes
 from fusedonemoe.bench.peers import BUDGET, OURS, UnavailableError, chosen, relative_error
 from fusedonemoe.bench.results import CellResult, Row, load_of
-from fusedonemoe.bench.runner import threads, time_interleaved
+from fusedonemoe.bench.runner import time_interleaved
 from fusedonemoe.bench.seed_cells import CELLS, SeedCell, least_work, shrunk
 from fusedonemoe.bench.seed_inputs import IDS, OUTPUT, Answer, SeedInputs, exact_answer, gradient_name, leaves_of, make_inputs
 from fusedonemoe.bench.seed_peers import Forward, SeedPeer, line_up
@@ -196,20 +196,15 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         The exit status of :func:`fusedonemoe.bench.session.run_cells`; 2 also when a pattern matches nothing.
     """
-    cells = session.selected(CELLS, args.cells)
-    if not cells or not session.peers_exist({peer.name for cell in cells for peer in line_up(cell)}, args.peers):
-        return session.EXIT_USAGE
     measure = partial(run_cell, ceilings=Ceilings(), dry=args.dry, real_time=not args.no_rt)
-    with threads(args.threads):
-        settings = report.describe_run(suite="seeds", peers=args.peers) | {"dry": args.dry}
-        report.print_heading(settings)
-        return session.run_cells(
-            args,
-            settings,
-            cells,
-            measure=lambda cell: measure(cell, peers=chosen(line_up(cell), args.peers)),
-            to_json=report.cell_to_json,
-            show=print_cell,
-            order=[cell.name for cell in CELLS],
-            summary=lambda results: None if args.dry else report.print_summary(results),
-        )
+    return session.run_suite(
+        args,
+        CELLS,
+        measure=lambda cell: measure(cell, peers=chosen(line_up(cell), args.peers)),
+        to_json=report.cell_to_json,
+        show=print_cell,
+        peers=lambda cell: [peer.name for peer in line_up(cell)],
+        summary=lambda results: None if args.dry else report.print_summary(results),
+        described={"dry": args.dry},
+        long=True,
+    )
