@@ -91,18 +91,26 @@ def errors_of(answer: Answer, exact: Answer) -> dict[str, float]:
     return errors
 
 
+def _expected(peer: SeedPeer, cell: SeedCell, inputs: SeedInputs, exact: Answer) -> Answer:
+    """What a peer has to answer: what all do, or, of one that is another function, that function in float64."""
+    if not peer.differs:
+        return exact
+    wide = peer.build(cell, {name: w.double() for name, w in inputs.weights.items()})
+    return _answer(wide(*(t.double() if t.is_floating_point() else t for t in inputs.draws[0])))
+
+
 def _checked(
     peer: SeedPeer, cell: SeedCell, inputs: SeedInputs, exact: Answer, meter: bool
 ) -> tuple[Row, Callable[[int], Answer] | None]:
     """A peer's row without its time, and the call to time if its answer is right."""
     try:
         prepared = prepare(cell, inputs, peer)
-        errors = errors_of(prepared.call(0), exact)
+        errors = errors_of(prepared.call(0), _expected(peer, cell, inputs, exact))
         error = max(errors.values(), key=lambda e: float("inf") if e != e else e)
         ids = 0.0 if peer.is_ours else TIED
         if wrong := [name for name, e in errors.items() if not e <= (ids if name == IDS else BUDGET[cell.dtype])]:
             return Row(peer.name, note=f"{', '.join(wrong)} disagree", failed=True, error=error), None
-        row = Row(peer.name, error=error)
+        row = Row(peer.name, note=peer.differs, error=error, comparable=not peer.differs)
         if meter and peer.metered:
             row = replace(row, peak_bytes=peak_extra_bytes(lambda: list(prepared.call(0).values())))
         if cell.mode == "training":
