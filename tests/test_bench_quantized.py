@@ -31,7 +31,7 @@ def small(monkeypatch):
 
 
 def test_every_form_is_timed_and_bytes_are_those_of_the_experts_that_are_hit(small):
-    cell = quantized.QuantizedCell(torch.bfloat16, 4, 1, quantized.SIZES)
+    cell = quantized.QuantizedCell(torch.bfloat16, 4, (1, *quantized.SIZES))
     result = quantized.measure(cell, quantized.Ceilings(), real_time=False)
     lines = result.lines
     assert result.floor.seconds == min(line.floor_seconds for line in lines) and result.active_parameters == 2 * 3 * 128 * 256

@@ -392,6 +392,7 @@ def test_a_gate_of_its_own_that_the_operators_have_is_read_by_what_it_computes()
 
     experts.__class__ = type("Clamped", (type(experts),), {"_apply_gate": clamped, "swiglu_limit": 5.0, "swiglu_alpha": 1.5})
     form = form_of(experts)
+    assert form is not None
     assert (form.activation, form.gate_up_layout, form.swiglu_alpha, form.swiglu_limit) == ("swiglu_oai", "gate_up", 1.5, 5.0)
     experts._apply_gate = lambda gate_up: gate_up  # replaced on the instance: whatever it computes, a constant cannot tell
     with pytest.raises(ValueError, match="Clamped has a gate of its own"):

@@ -22,7 +22,7 @@ from fusedonemoe.bench import lines, report
 from fusedonemoe.bench.ceilings import Ceilings
 from fusedonemoe.bench.lines import LinesResult, result_of, time_in_turns, times_of
 from fusedonemoe.bench.memory import held_bytes, peak_extra_bytes
-from fusedonemoe.bench.peers import BUDGET, OURS, TRANSFORMERS, relative_error
+from fusedonemoe.bench.peers import BUDGET, OURS, TRANSFORMERS, qwen3_moe_config, relative_error
 from fusedonemoe.bench.results import quartiles
 from fusedonemoe.bench.workloads import LeastWork
 from fusedonemoe.testing import MLPInputs, make_mlp_inputs
@@ -39,28 +39,13 @@ LOOP = "per-expert loop"
 
 
 @dataclass(frozen=True)
-class DialCell(lines.LinesCell):
-    """One table.
-
-    Attributes:
-        sizes: T, D, F, E, K.
-    """
-
-    sizes: tuple[int, int, int, int, int]
-
-    @property
-    def name(self) -> str:
-        """What ``--cells`` matches."""
-        return "-".join(f"{letter}{n}" for letter, n in self._by_letter.items()) + "-" + str(self.dtype)[6:]
+class DialCell(lines.SizedCell):
+    """One table."""
 
     @property
     def described(self) -> dict[str, Any]:
         """What the file says of it beside name and dtype."""
-        return {"operator": "experts", **self._by_letter, "mode": "backward"}
-
-    @property
-    def _by_letter(self) -> dict[str, int]:
-        return dict(zip("TDFEK", self.sizes, strict=True))
+        return {"operator": "experts", **self.by_letter, "mode": "backward"}
 
     @property
     def least_backward(self) -> LeastWork:
@@ -124,19 +109,11 @@ def formula_bytes(inputs: MLPInputs, save_percent: int) -> int:
 
 
 def _transformers_experts(inputs: MLPInputs) -> tuple[Callable[[], Tensor], list[Tensor]]:
-    from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
     E, D, inner = inputs.down_proj.shape
-    settings: dict[str, Any] = {
-        "hidden_size": D,
-        "moe_intermediate_size": inner,
-        "num_experts": E,
-        "num_experts_per_tok": inputs.experts.shape[1],
-        "experts_implementation": "grouped_mm",
-    }
     with torch.device("meta"):
-        experts: Any = Qwen3MoeExperts(Qwen3MoeConfig(**settings))
+        experts: Any = Qwen3MoeExperts(qwen3_moe_config(D, inner, E, inputs.experts.shape[1]))
     experts.gate_up_proj, experts.down_proj = nn.Parameter(inputs.up_proj.detach()), nn.Parameter(inputs.down_proj.detach())
     leaves = [inputs.x, inputs.weights, experts.gate_up_proj, experts.down_proj]
     return lambda: experts(inputs.x, inputs.experts, inputs.weights), leaves

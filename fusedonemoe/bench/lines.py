@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import median
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from rich.table import Table
@@ -41,6 +41,28 @@ class LinesCell:
     def described(self) -> dict[str, Any]:
         """What the file says of it beside name and dtype: operator, sizes, mode."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class SizedCell(LinesCell):
+    """A table that is named by its sizes.
+
+    Attributes:
+        sizes: one for each of ``LETTERS``.
+    """
+
+    LETTERS: ClassVar[str] = "TDFEK"
+    sizes: tuple[int, ...]
+
+    @property
+    def by_letter(self) -> dict[str, int]:
+        """The sizes by their letters."""
+        return dict(zip(self.LETTERS, self.sizes, strict=True))
+
+    @property
+    def name(self) -> str:
+        """Letters and numbers, and the dtype."""
+        return "-".join(f"{letter}{n}" for letter, n in self.by_letter.items()) + "-" + str(self.dtype).removeprefix("torch.")
 
 
 class AnyLine(Protocol):

@@ -37,28 +37,15 @@ MOST_SHARE = 0.1
 
 
 @dataclass(frozen=True)
-class LoraCell(lines.LinesCell):
-    """One table.
+class LoraCell(lines.SizedCell):
+    """One table; L is the number of layers."""
 
-    Attributes:
-        sizes: T, D, F, E, K and the number of layers.
-    """
-
-    sizes: tuple[int, int, int, int, int, int]
-
-    @property
-    def name(self) -> str:
-        """What ``--cells`` matches."""
-        return "-".join(f"{letter}{n}" for letter, n in self._by_letter.items()) + "-" + str(self.dtype)[6:]
+    LETTERS = "TDFEKL"
 
     @property
     def described(self) -> dict[str, Any]:
         """What the file says of it beside name and dtype."""
-        return {"operator": "adapters", **self._by_letter, "mode": "training"}
-
-    @property
-    def _by_letter(self) -> dict[str, int]:
-        return dict(zip("TDFEKL", self.sizes, strict=True))
+        return {"operator": "adapters", **self.by_letter, "mode": "training"}
 
 
 @dataclass(frozen=True)

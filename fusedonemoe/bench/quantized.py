@@ -36,30 +36,18 @@ ROTATION, ROUNDS = 16, 48
 
 
 @dataclass(frozen=True)
-class QuantizedCell(lines.LinesCell):
-    """One table.
-
-    Attributes:
-        tokens: T.
-        sizes: D, F, E, K.
-    """
-
-    tokens: int
-    sizes: tuple[int, int, int, int]
+class QuantizedCell(lines.SizedCell):
+    """One table."""
 
     @property
     def name(self) -> str:
-        """What ``--cells`` matches."""
-        return "-".join(f"{letter}{n}" for letter, n in self._by_letter.items())
+        """As of all sized cells; the dtype is one."""
+        return super().name.removesuffix("-bfloat16")
 
     @property
     def described(self) -> dict[str, Any]:
         """What the file says of it beside name and dtype."""
-        return {"operator": "quantized", **self._by_letter, "mode": "forward"}
-
-    @property
-    def _by_letter(self) -> dict[str, int]:
-        return dict(zip("TDFEK", (self.tokens, *self.sizes), strict=True))
+        return {"operator": "quantized", **self.by_letter, "mode": "forward"}
 
 
 @dataclass(frozen=True)
@@ -114,7 +102,7 @@ def measure(cell: QuantizedCell, ceilings: Ceilings, *, real_time: bool = True) 
         ceilings: of the machine; sampled once more now and then between the rounds.
         real_time: ask for real-time priority while timing.
     """
-    tokens, (D, inner, E, K), dtype = cell.tokens, cell.sizes, cell.dtype
+    (tokens, D, inner, E, K), dtype = cell.sizes, cell.dtype
     inputs = make_mlp_inputs(tokens, D, inner, E, K, dtype=dtype)
     up, down = inputs.up_proj, inputs.down_proj
     xs = [torch.randn(tokens, D, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(ROTATION)]
@@ -201,7 +189,7 @@ def table_of(result: LinesResult[QuantizedCell, Line]) -> Table:
 
 def cells() -> list[QuantizedCell]:
     """The tables: one token, which takes little time and has many rounds, and more."""
-    return [QuantizedCell(torch.bfloat16, ROUNDS if T == 1 else ROUNDS // 4, T, SIZES) for T in TOKENS]
+    return [QuantizedCell(torch.bfloat16, ROUNDS if T == 1 else ROUNDS // 4, (T, *SIZES)) for T in TOKENS]
 
 
 def run(args: argparse.Namespace) -> int:
