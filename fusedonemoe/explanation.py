@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from fusedonemoe.config import MoEConfig
+from fusedonemoe.fine_grained import FineGrainedMoE
+from fusedonemoe.functional.neurons import choose_tables
 from fusedonemoe.fused_one_moe import FusedOneMoE
 from fusedonemoe.layers import Experts, MoE
 from fusedonemoe.lora import LoRAExperts
@@ -35,7 +37,8 @@ class Explanation:
     """What :func:`~fusedonemoe.explain` returns; ``str()`` is a small table.
 
     Attributes:
-        operator: the operator that the layer calls: ``experts_mlp``, ``experts_mlp_lora`` or ``experts_merged``.
+        operator: the operator that the layer calls: ``experts_mlp``, ``experts_mlp_lora``, ``experts_mlp_quantized``,
+            ``experts_merged`` or ``experts_neurons``.
         impl: the implementation that runs.
         reason: why, in one sentence.
         tokens: the number of tokens that the work is counted for.
@@ -76,7 +79,7 @@ class Explanation:
 
 
 def explain(
-    layer: MoE | Experts | FusedOneMoE | MoEConfig,
+    layer: MoE | Experts | QuantizedExperts | FusedOneMoE | FineGrainedMoE | MoEConfig,
     x: Tensor | None = None,
     *,
     tokens: int = 512,
@@ -116,6 +119,11 @@ def explain(
         E, D, F = layer.proj.shape
         K = layer.gate.top_k or E
         widths, weight_numel, gated = (D, F), layer.proj.numel(), False
+    elif isinstance(layer, FineGrainedMoE):
+        operator, impl = "experts_neurons", layer.impl
+        (E, D), F = layer.down_embed.shape, 1
+        K = layer.gate.num_heads * layer.gate.top_k
+        widths, weight_numel, gated = (), 2 * E * D, False
     elif isinstance(layer, (MoE, Experts, QuantizedExperts, MoEConfig)):
         config = layer if isinstance(layer, MoEConfig) else layer.config
         operator, impl = "experts_mlp", config.impl
@@ -124,7 +132,8 @@ def explain(
         widths, weight_numel, gated = (D, G, F), E * D * (G + F), config.gated
         transposed = config.transposed
     else:
-        raise TypeError(f"layer must be a MoE, Experts, FusedOneMoE or MoEConfig, got {type(layer).__name__}")
+        expected = "MoE, Experts, QuantizedExperts, FusedOneMoE, FineGrainedMoE or MoEConfig"
+        raise TypeError(f"layer must be a {expected}, got {type(layer).__name__}")
     experts = layer.experts if isinstance(layer, MoE) else layer
     if isinstance(experts, LoRAExperts):
         # Merged, it is the plain layer again.
@@ -138,21 +147,29 @@ def explain(
         tokens = x.numel() // D
     parameters = layer.parameters() if isinstance(layer, torch.nn.Module) else ()
     contiguous = all(p.is_contiguous() for p in parameters) and not transposed
-    chosen = choose(
-        operator, impl, top_k=K, num_experts=E, device_type=device_type, dtype=dtype, widths=widths, contiguous=contiguous
-    )
-    itemsize = experts.nbytes / weight_numel if isinstance(experts, QuantizedExperts) else dtype.itemsize
-    candidates = tuple(
-        Candidate(
-            name,
-            count_work(name, tokens=tokens, top_k=K, num_experts=E, weight_numel=weight_numel, itemsize=itemsize),
-            refusal(name, device_type=device_type, dtype=dtype, widths=widths, contiguous=contiguous, operator=operator),
+    if operator == "experts_neurons":
+        chosen = choose_tables(impl, device_type=device_type, dtype=dtype, contiguous=contiguous)
+    else:
+        chosen = choose(
+            operator, impl, top_k=K, num_experts=E, device_type=device_type, dtype=dtype, widths=widths, contiguous=contiguous
         )
-        for name in IMPLEMENTATIONS
-    )
+    itemsize = experts.nbytes / weight_numel if isinstance(experts, QuantizedExperts) else dtype.itemsize
+
+    def work(name: str) -> Work:
+        # Of tables the portable form gathers the rows that are asked for, and pads nothing.
+        counted = "grouped" if (operator, name) == ("experts_neurons", "portable") else name
+        return count_work(counted, tokens=tokens, top_k=K, num_experts=E, weight_numel=weight_numel, itemsize=itemsize)
+
+    def why_not(name: str) -> str | None:
+        if operator == "experts_neurons" and name == "grouped":  # it has no grouped product
+            return None
+        return refusal(name, device_type=device_type, dtype=dtype, widths=widths, contiguous=contiguous, operator=operator)
+
+    candidates = tuple(Candidate(name, work(name), why_not(name)) for name in IMPLEMENTATIONS)
     packed_bytes = experts.packed_bytes if isinstance(experts, Experts) else 0
     configuration = ""
-    described = operator != "experts_mlp_quantized"  # whose tiles are cut further, to groups
+    # The tiles of quantised weights are cut further, to groups, and tables have none.
+    described = operator not in ("experts_mlp_quantized", "experts_neurons")
     if described and chosen.impl == "triton" and (arch := architecture(torch.device(device or device_type))):
         configuration = describe(arch, dtype, tokens * K, E, D, F, gated, inference=operator == "experts_mlp")
     return Explanation(operator, chosen.impl, chosen.reason, tokens, device_type, dtype, candidates, packed_bytes, configuration)

@@ -110,8 +110,10 @@ def refusal(
 
 
 _NAMES = ("auto", *IMPLEMENTATIONS)
-_CPU_KERNELS = Choice("cpu", "kernels compiled for this machine")
-_GPU_KERNELS = Choice("triton", "Triton kernels")
+CPU_KERNELS = Choice("cpu", "kernels compiled for this machine")
+GPU_KERNELS = Choice("triton", "Triton kernels")
+ONNX = Choice("portable", "ONNX has no other form")
+ASKED_FOR = "asked for by impl="
 
 
 def exporting_to_onnx() -> bool:
@@ -166,11 +168,11 @@ def choose(
             raise ValueError(no_onnx_form(impl))
         if reason := LACKING.get(("portable", operator)):
             raise ValueError(f"{operator} has no ONNX form: {reason}")
-        return Choice("portable", "ONNX has no other form")
+        return ONNX
     if impl == "auto" and device_type == "cpu" and has_kernels and native.refusal(dtype, contiguous) is None:
-        return _CPU_KERNELS
+        return CPU_KERNELS
     if impl == "auto" and device_type != "cpu" and triton.refusal(dtype, device_type) is None:
-        return _GPU_KERNELS
+        return GPU_KERNELS
 
     def why_not(name: str) -> str | None:
         sizes: dict[str, Any] = {"widths": widths, "contiguous": contiguous, "operator": operator}
@@ -179,7 +181,7 @@ def choose(
     if impl != "auto":
         if reason := why_not(impl):
             raise ValueError(f"impl={impl!r} cannot run here: {reason}")
-        return Choice(impl, "asked for by impl=")
+        return Choice(impl, ASKED_FOR)
     if num_experts <= DENSE_UP_TO[operator] * top_k:
         return Choice("dense", f"every token takes all of the {num_experts} experts: there is nothing to sort")
     if reason := why_not("grouped"):

@@ -17,38 +17,59 @@ lora = importlib.import_module("fusedonemoe.bench.lora")
 SIZES = (12, 32, 32, 16, 2, 1)
 
 
-def measure(**options):
+@pytest.fixture
+def ceilings(monkeypatch):
+    def sampler(self, dtype):
+        self.flops_per_s, self.bytes_per_s = {dtype: 1e11}, 1e10
+        return lambda: None
+
+    monkeypatch.setattr(lora.Ceilings, "sampler", sampler)
+    return lora.Ceilings()
+
+
+def measure(ceilings):
     torch._dynamo.reset()
-    return {line.name: line for line in lora.measure(SIZES, torch.float32, backend="aot_eager", real_time=False, **options)}
+    return lora.measure(lora.LoraCell(torch.float32, 1, SIZES), ceilings=ceilings, backend="aot_eager", real_time=False)
 
 
-def test_every_line_has_its_bytes_and_its_share_of_pefts_time():
-    lines = measure(rounds=1)
+def by_name(result):
+    return {line.name: line for line in result.lines}
+
+
+def test_every_line_has_its_bytes_and_its_share_of_pefts_time(ceilings):
+    result = measure(ceilings)
+    lines = by_name(result)
     assert list(lines) == ["peft", "fusedonemoe", "fusedonemoe, compiled", "fusedonemoe, no adapters"]
     frozen = 16 * 3 * 32 * 32 * 4
     # PEFT adds a delta to all of the weights, and keeps the sum.
     assert lines["peft"].peak_bytes > frozen and lines["peft"].share > 1
     for name in ("fusedonemoe", "fusedonemoe, compiled"):
         assert lines[name].share < lines["peft"].share - 0.8 and lines[name].seconds > 0 and lines[name].relative > 0
+        assert lines[name].p99_seconds >= lines[name].seconds and 0 < lines[name].error < 1e-5
     assert lines["peft"].relative == 1 and not any(line.note for line in lines.values())
+    # Of each expert, r rows of D and of F, and 2 F and D rows of r.
+    adapters = 16 * lora.RANK * ((32 + 64) + (32 + 32))
+    assert result.parameters - result.active_parameters == 1024 * 32 + (16 - 2) * 3 * 32 * 32 + adapters * 14 // 16
+    assert result.floor.seconds == max(result.work.flops / 1e11, result.work.touched_bytes / 1e10)
 
 
-def test_wrong_numbers_get_no_time(monkeypatch):
+def test_wrong_numbers_get_no_time(monkeypatch, ceilings):
     from fusedonemoe.lora import LoRAExperts
 
     real = LoRAExperts.forward
     monkeypatch.setattr(LoRAExperts, "forward", lambda self, *args: 1.01 * real(self, *args))
-    lines = measure(rounds=1)
+    lines = by_name(measure(ceilings))
     assert lines["peft"].seconds and lines["fusedonemoe"].seconds is None and lines["fusedonemoe"].note.startswith("off by")
 
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_command(fails, monkeypatch, capsys, tmp_path):
-    made = {
-        "peft": lora.Line("peft", 10**6, 1.2, 0.5, 1.0),
-        "fusedonemoe": lora.Line("fusedonemoe", 10**5, 0.11 if fails else 0.05, 0.2, 0.4),
-    }
-    monkeypatch.setattr(lora, "measure", lambda *args, **options: list(made.values()))
+    made = [
+        lora.Line("peft", 10**6, 1.2, 0.5, 0.6, 0.6, 9, 1.0, 0.0),
+        lora.Line("fusedonemoe", 10**5, 0.11 if fails else 0.05, 0.2, 0.3, 0.3, 9, 0.4, 1e-7),
+    ]
+    work = lora.adapter_work(lora.Account(100, 10, 10, 4, 4, 4), length=256, adapters=2)
+    monkeypatch.setattr(lora, "measure", lambda cell, **options: lora.LinesResult(cell, tuple(made), work, 100, 10))
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)
     args = parser.parse_args(["--suite", "lora", "--no-rt", "--json", str(tmp_path / "lora.json")])
@@ -56,7 +77,11 @@ def test_the_command(fails, monkeypatch, capsys, tmp_path):
     captured = capsys.readouterr()
     assert "5.0 %" in captured.out or fails
     assert ("fusedonemoe: adds 11.0 % of the frozen gradients, more than 10 %" in captured.err) == fails
-    assert json.loads((tmp_path / "lora.json").read_text())["tables"]["T256-D512-F256-E64-K8-L4-float32"][0]["name"] == "peft"
+    cells = {cell["name"]: cell for cell in json.loads((tmp_path / "lora.json").read_text())["cells"]}
+    assert list(cells) == [f"T256-D512-F256-E64-K8-L4-{dtype}" for dtype in ("float32", "bfloat16")]
+    peft, ours = cells["T256-D512-F256-E64-K8-L4-float32"]["rows"]
+    assert (peft["peer"], peft["failed"], peft["tokens_per_second"]) == ("peft", False, 512.0)
+    assert (ours["failed"], ours["p95_seconds"]) == (fails, 0.3)
 
 
 def test_without_peft_the_command_says_so(monkeypatch, capsys):

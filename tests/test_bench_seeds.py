@@ -49,10 +49,16 @@ def row_of(result, peer):
 
 def test_the_tables_are_whole():
     systems = Counter(cell.system for cell in cells.CELLS)
-    assert systems == {"FusedOneMoE": 3, "candle-moe": 4 + 6 + 3, "MoMoE": 12, "MoeKernel": 2, "FlashMoE": 10 + 8 + 16}
+    assert systems == {"FusedOneMoE": 3, "candle-moe": 4 + 6 + 3, "MoMoE": 12, "MoeKernel": 4, "FlashMoE": 10 + 8 + 16}
     assert len(NAMED) == len(cells.CELLS) and {cell.operator for cell in cells.CELLS} == set(cells.OPERATORS)
     original = NAMED["fusedonemoe-E1024-float32-forward"]
     assert (original.T, original.D, original.F, original.E, original.K) == (512, 128, 512, 1024, 8) and not original.published
+    assert [(c.E, c.K, c.published) for c in cells.CELLS if c.system == "MoeKernel"] == [
+        (4, 2, ""),
+        (8, 2, "T 16384"),
+        (16, 4, "T 65536, D 2048, F 4096"),
+        (32, 8, "T 262144, D 4096, F 8192"),
+    ]
     momoe = [cell for cell in cells.CELLS if cell.system == "MoMoE"]
     assert Counter((c.T, c.mode, c.save_percent) for c in momoe) == Counter(
         (T, *use) for T in (512, 2048, 4096) for use in [("forward", 100), *(("training", p) for p in (100, 50, 0))]
@@ -93,6 +99,23 @@ def altered(cell, change):
         return lambda *draw: change(forward(*draw))
 
     return peers.SeedPeer("altered", build)
+
+
+def test_the_loop_as_published_is_another_function_and_says_so():
+    cell = SMALL["original-forward-gated-torch.float32"]
+    made = inputs.make_inputs(cell)
+    ((x,), *_), weights = made.draws, made.weights
+    published = next(peer for peer in peers.line_up(cell) if peer.differs)
+    y = published.build(cell, weights)(x)
+    for t in range(cell.T):
+        picked, experts = (weights["router"] @ x[t]).topk(cell.K)
+        mixed = sum(picked[0] * (x[t] @ weights["proj"][e]) for e in experts)
+        torch.testing.assert_close(y[t], mixed.relu().square() @ weights["down"], rtol=1e-4, atol=1e-5)
+    assert inputs.exact_answer(cell, made)[inputs.OUTPUT].sub(y).abs().max() > 0.1
+    result = suite.run_cell(cell, ceilings.Ceilings(), rounds=1, seconds=0.0, real_time=False)
+    row = row_of(result, published.name)
+    assert row.seconds and not row.comparable and not row.failed and "another function" in row.note
+    assert result.best_peer.peer != published.name
 
 
 CHANGES = {

@@ -4,8 +4,10 @@ import argparse
 import copy
 import importlib
 import json
+import logging
 import math
 import re
+import warnings
 from dataclasses import dataclass
 
 import pytest
@@ -63,8 +65,7 @@ def test_every_suite_of_the_registry_can_be_run():
     for suite in REGISTRY.values():
         module = importlib.import_module(f"fusedonemoe.bench.{suite.module}")
         assert callable(module.run) and suite.purpose
-        # Those that are a table or two have neither cells nor times that another run could be held to.
-        assert suite.options == frozenset() or {"cells", "resume", "compare"} <= suite.options
+        assert {"cells", "resume", "compare", "minutes"} <= suite.options
 
 
 def test_help_lists_the_suites():
@@ -89,6 +90,25 @@ def test_options_that_do_not_go_together_are_refused(argv, told, capsys, monkeyp
     monkeypatch.setattr(bench, "find_spec", lambda name: name)
     assert bench.run(arguments(*argv)) == bench.EXIT_USAGE
     assert told in capsys.readouterr().err
+
+
+def test_remarks_of_other_libraries_stay_off_the_terminal(monkeypatch, caplog):
+    log = logging.getLogger("somebody.else")
+
+    def remark(args):
+        log.warning("an extension cannot be loaded")
+        warnings.warn("another name in the next version", FutureWarning, stacklevel=1)
+        log.error("an error")
+        return 0
+
+    monkeypatch.setattr(bench, "find_spec", lambda name: name)
+    monkeypatch.setattr(importlib.import_module("fusedonemoe.bench.cell_suite"), "run", remark)
+    with warnings.catch_warnings(record=True) as warned:
+        assert bench.run(arguments()) == 0
+        remark(None)
+    # Only the errors while it runs; everything again behind it.
+    assert [record.message for record in caplog.records] == ["an error", "an extension cannot be loaded", "an error"]
+    assert len(warned) == 1
 
 
 def test_a_run_is_taken_up_where_it_was_interrupted(tmp_path, capsys):

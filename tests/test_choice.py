@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from fusedonemoe import Experts, FusedOneMoE, MoE, MoEConfig, explain, explanation
+from fusedonemoe import Experts, FineGrainedMoE, FusedOneMoE, MoE, MoEConfig, explain, explanation
 from fusedonemoe import functional as F
-from fusedonemoe.ops import IMPLEMENTATIONS, choose, count_work, triton
+from fusedonemoe.ops import IMPLEMENTATIONS, Work, choose, count_work, triton
 from fusedonemoe.ops.choice import refusal
 from fusedonemoe.ops.cpu import native
 from fusedonemoe.ops.triton import rules
@@ -236,6 +236,25 @@ def test_explain_the_merged_layer():
 
 
 @pytest.mark.usefixtures("no_kernels")
+def test_explain_experts_of_a_single_neuron():
+    layer = FineGrainedMoE(hidden_size=16, num_experts=25, top_k=2, num_heads=3)
+    told = explain(layer, torch.zeros(2, 5, 16))
+    assert (told.operator, told.impl, told.tokens) == ("experts_neurons", "grouped", 10)
+    assert told.reason == "cpu cannot run here: no kernels here"
+    rows = dict.fromkeys(IMPLEMENTATIONS, 10 * 2 * 3) | {"dense": 10 * 25}
+    assert {c.impl: c.work for c in told.candidates} == {n: Work(2 * N * 2 * 16, 25 * 2 * 16 * 4) for n, N in rows.items()}
+    assert {c.impl: c.refusal for c in told.candidates if c.refusal} == {
+        "cpu": "no kernels here",
+        "triton": "triton is not installed",
+    }
+    layer.impl = "dense"
+    assert explain(layer).reason == "asked for by impl=" and "experts_neurons on cpu" in str(explain(layer))
+    layer.impl = "cpu"
+    with pytest.raises(ValueError, match="impl='cpu' cannot run here: no kernels here"):
+        explain(layer)
+
+
+@pytest.mark.usefixtures("no_kernels")
 def test_explain_takes_tokens_dtype_and_device_from_the_input():
     told = explain(MoE(**SIZES), torch.zeros(2, 5, 16, dtype=torch.bfloat16))
     assert (told.tokens, told.dtype, told.device) == (10, torch.bfloat16, "cpu")
@@ -310,7 +329,9 @@ def test_explanation_as_text():
 
 
 def test_explain_refuses_other_objects():
-    with pytest.raises(TypeError, match=r"^layer must be a MoE, Experts, FusedOneMoE or MoEConfig, got Linear$"):
+    with pytest.raises(
+        TypeError, match=r"^layer must be a MoE, Experts, QuantizedExperts, FusedOneMoE, FineGrainedMoE or MoEConfig, got Linear$"
+    ):
         explain(torch.nn.Linear(2, 2))
 
 

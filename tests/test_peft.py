@@ -382,6 +382,23 @@ def test_models_without_adapters_or_experts_are_refused():
         adapters.from_peft(with_peft("qwen3_moe"), "other")
 
 
+def test_a_gate_of_its_own_that_the_operators_have_is_read_by_what_it_computes():
+    experts = tiny("qwen3_moe").model.layers[1].mlp.experts
+
+    def clamped(self, gate_up):
+        gate, up = gate_up.chunk(2, dim=-1)
+        gate, up = gate.clamp(max=self.swiglu_limit), up.clamp(-self.swiglu_limit, self.swiglu_limit)
+        return (up + 1) * gate * torch.sigmoid(self.swiglu_alpha * gate)
+
+    experts.__class__ = type("Clamped", (type(experts),), {"_apply_gate": clamped, "swiglu_limit": 5.0, "swiglu_alpha": 1.5})
+    form = form_of(experts)
+    assert form is not None
+    assert (form.activation, form.gate_up_layout, form.swiglu_alpha, form.swiglu_limit) == ("swiglu_oai", "gate_up", 1.5, 5.0)
+    experts._apply_gate = lambda gate_up: gate_up  # replaced on the instance: whatever it computes, a constant cannot tell
+    with pytest.raises(ValueError, match="Clamped has a gate of its own"):
+        form_of(experts)
+
+
 def test_experts_that_cannot_be_computed_are_refused_by_name():
     model = tiny("qwen3_moe")
     experts = model.model.layers[1].mlp.experts

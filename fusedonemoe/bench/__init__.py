@@ -5,8 +5,12 @@ A peer whose output is off gets no time, and the command fails.
 
 import argparse
 import importlib
+import logging
 import re
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -96,8 +100,26 @@ def run(args: argparse.Namespace) -> int:
         print(problem, file=sys.stderr)
         return EXIT_USAGE
     # Here, not at the top: this module is imported whenever the command line is, to read the options.
-    suite = importlib.import_module(f"fusedonemoe.bench.{REGISTRY[args.suite].module}")
-    return int(suite.run(args))
+    with _without_remarks():
+        suite = importlib.import_module(f"fusedonemoe.bench.{REGISTRY[args.suite].module}")
+        return int(suite.run(args))
+
+
+@contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Keeps off the terminal what other libraries log below an error, and what they announce for versions to come.
+
+    Libraries that the peers import log which of their extensions this machine cannot load, in the midst of the tables.
+    """
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        with warnings.catch_warnings():
+            for category in (FutureWarning, DeprecationWarning):
+                warnings.simplefilter("ignore", category)
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _misused(args: argparse.Namespace) -> str:

@@ -28,24 +28,20 @@ def run(args: argparse.Namespace) -> int:
         The exit status of :func:`fusedonemoe.bench.session.run_cells`; 2 also when a pattern matches nothing.
     """
     in_processes = args.suite in ISOLATED_SUITES
-    cells = session.selected(SUITES[args.suite], args.cells)
-    names = {peer.name for cell in cells for peer in (line_up(cell) if in_processes else _contenders(cell.operator))}
-    if not cells or not session.peers_exist(names, args.peers):
-        return session.EXIT_USAGE
-    with runner.threads(args.threads):
-        settings = report.describe_run(suite=args.suite, peers=args.peers)
-        report.print_heading(settings)
-        return session.run_cells(
-            args,
-            settings,
-            cells,
-            measure=_in_processes(args) if in_processes else _in_this_process(args),
-            to_json=report.cell_to_json,
-            show=report.print_cell,
-            order=[cell.name for cell in SUITES[args.suite]],
-            summary=report.print_summary if in_processes else lambda results: None,
-            long=in_processes,
-        )
+
+    def peers(cell: Cell) -> list[str]:
+        return [peer.name for peer in (line_up(cell) if in_processes else _contenders(cell.operator))]
+
+    return session.run_suite(
+        args,
+        SUITES[args.suite],
+        measure=_in_processes(args) if in_processes else _in_this_process(args),
+        to_json=report.cell_to_json,
+        show=report.print_cell,
+        peers=peers,
+        summary=report.print_summary if in_processes else lambda results: None,
+        long=in_processes,
+    )
 
 
 def _in_this_process(args: argparse.Namespace) -> Callable[[Cell], CellResult]:
@@ -54,5 +50,11 @@ def _in_this_process(args: argparse.Namespace) -> Callable[[Cell], CellResult]:
 
 
 def _in_processes(args: argparse.Namespace) -> Callable[[Cell], CellResult]:
-    job = partial(isolated.Job, ceilings=Ceilings(), threads=torch.get_num_threads(), peers=args.peers, real_time=not args.no_rt)
+    job = partial(
+        isolated.Job,
+        ceilings=Ceilings(),
+        threads=args.threads or torch.get_num_threads(),
+        peers=args.peers,
+        real_time=not args.no_rt,
+    )
     return lambda cell: isolated.run_job(job(cell))

@@ -4,7 +4,6 @@ Two runs are never measured in turns, so what the others' times moved by from on
 own drift: ours is slower only where it fell behind by more than that.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from fusedonemoe.bench import report
+from fusedonemoe.bench import earlier, report
 from fusedonemoe.bench.peers import is_ours
 
 # What makes a machine another one, and times of one no measure for the other.
@@ -64,7 +63,7 @@ def load(path: str | os.PathLike[str], settings: dict[str, Any]) -> dict[str, An
         IncomparableError: it is no file of results, of another suite, without times, or of another machine.
     """
     try:
-        old = json.loads(Path(path).read_text(encoding="utf-8"))
+        old = earlier.read(Path(path))
         cells, schema = old["cells"], old["schema"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise IncomparableError(f"no results of the benchmark ({type(error).__name__}: {error})") from error

@@ -6,10 +6,8 @@ pass alone, of all lines in turns, and every share is the median of the shares w
 """
 
 import argparse
-import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from statistics import median
@@ -20,14 +18,13 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fusedonemoe import functional as F
-from fusedonemoe.bench import report, session
+from fusedonemoe.bench import lines, report
 from fusedonemoe.bench.ceilings import Ceilings
+from fusedonemoe.bench.lines import LinesResult, result_of, time_in_turns, times_of
 from fusedonemoe.bench.memory import held_bytes, peak_extra_bytes
-from fusedonemoe.bench.peers import BUDGET, OURS, TRANSFORMERS, relative_error
-from fusedonemoe.bench.priority import RealTime
-from fusedonemoe.bench.results import percentile, quartiles
-from fusedonemoe.bench.runner import order_of_round, threads
-from fusedonemoe.bench.workloads import Floor, LeastWork, floor_of
+from fusedonemoe.bench.peers import BUDGET, OURS, TRANSFORMERS, qwen3_moe_config, relative_error
+from fusedonemoe.bench.results import quartiles
+from fusedonemoe.bench.workloads import LeastWork
 from fusedonemoe.testing import MLPInputs, make_mlp_inputs
 
 PERCENTS = (100, 75, 50, 25, 0)
@@ -42,23 +39,13 @@ LOOP = "per-expert loop"
 
 
 @dataclass(frozen=True)
-class DialCell:
-    """One table.
-
-    Attributes:
-        sizes: T, D, F, E, K.
-        dtype: of x and the weights.
-        rounds: how often each backward is timed.
-    """
-
-    sizes: tuple[int, int, int, int, int]
-    dtype: torch.dtype
-    rounds: int
+class DialCell(lines.SizedCell):
+    """One table."""
 
     @property
-    def name(self) -> str:
-        """What ``--cells`` matches."""
-        return "-".join(f"{letter}{n}" for letter, n in zip("TDFEK", self.sizes, strict=True)) + "-" + str(self.dtype)[6:]
+    def described(self) -> dict[str, Any]:
+        """What the file says of it beside name and dtype."""
+        return {"operator": "experts", **self.by_letter, "mode": "backward"}
 
     @property
     def least_backward(self) -> LeastWork:
@@ -80,6 +67,7 @@ class Line:
         seconds: median of the backward pass; None when an output was wrong.
         p95_seconds: of it.
         p99_seconds: of it.
+        calls: how many were timed.
         relative: median over the turns of its time as a share of that of ``save_percent=100``.
         quartiles: of that share.
         error: the greatest of output and gradients, relative to the first line's.
@@ -94,6 +82,7 @@ class Line:
     seconds: float | None = None
     p95_seconds: float | None = None
     p99_seconds: float | None = None
+    calls: int = 0
     relative: float | None = None
     quartiles: tuple[float, float] | None = None
     error: float | None = None
@@ -120,19 +109,11 @@ def formula_bytes(inputs: MLPInputs, save_percent: int) -> int:
 
 
 def _transformers_experts(inputs: MLPInputs) -> tuple[Callable[[], Tensor], list[Tensor]]:
-    from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
     E, D, inner = inputs.down_proj.shape
-    settings: dict[str, Any] = {
-        "hidden_size": D,
-        "moe_intermediate_size": inner,
-        "num_experts": E,
-        "num_experts_per_tok": inputs.experts.shape[1],
-        "experts_implementation": "grouped_mm",
-    }
     with torch.device("meta"):
-        experts: Any = Qwen3MoeExperts(Qwen3MoeConfig(**settings))
+        experts: Any = Qwen3MoeExperts(qwen3_moe_config(D, inner, E, inputs.experts.shape[1]))
     experts.gate_up_proj, experts.down_proj = nn.Parameter(inputs.up_proj.detach()), nn.Parameter(inputs.down_proj.detach())
     leaves = [inputs.x, inputs.weights, experts.gate_up_proj, experts.down_proj]
     return lambda: experts(inputs.x, inputs.experts, inputs.weights), leaves
@@ -166,12 +147,6 @@ def _gradients(name: str, gradients: Sequence[Tensor | None], like: Sequence[Ten
         for half, w in ((rest[:E], like[2]), (rest[E:], like[3]))
     ]
     return [g for g in (dx, dweights, *stacks) if g is not None]
-
-
-def _timed(backward: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    backward()
-    return time.perf_counter() - start
 
 
 def measure(
@@ -211,7 +186,7 @@ def measure(
         calls[TRANSFORMERS] = (None, *_transformers_experts(inputs))
     calls[LOOP] = (None, *_loop_experts(inputs))
 
-    lines: dict[str, Line] = {}
+    found: dict[str, Line] = {}
     backwards: dict[str, Callable[[], Any]] = {}
     expected: list[Tensor] | None = None
     for name, (percent, call, wanted) in calls.items():
@@ -223,21 +198,16 @@ def measure(
         error = max(relative_error(a, b) for a, b in zip(answer, expected, strict=True))
         formula = None if percent is None else formula_bytes(inputs, percent)
         peak = peak_extra_bytes(partial(_step, call, wanted, dy))
-        lines[name] = Line(name, percent, held, formula, peak, error=error)
+        found[name] = Line(name, percent, held, formula, peak, error=error)
         if not error <= BUDGET[dtype]:
-            lines[name] = replace(lines[name], note=f"off by {error:.1e}")
+            found[name] = replace(found[name], note=f"off by {error:.1e}")
             del backwards[name]
         del y, answer
 
-    times: dict[str, list[float]] = {name: [] for name in backwards}
-    for turn in range(rounds):
-        with RealTime(real_time):
-            between()
-        for name in order_of_round(list(backwards), turn):
-            with RealTime(real_time):
-                times[name].append(_timed(backwards[name]))
-    first = times[next(iter(lines))]
-    return [_with_times(line, times.get(line.name), first) for line in lines.values()]
+    turns = {name: lambda turn, backward=backward: backward() for name, backward in backwards.items()}
+    times = time_in_turns(turns, rounds=rounds, real_time=real_time, between=between)
+    first = times[next(iter(found))]
+    return [_with_times(line, times.get(line.name), first) for line in found.values()]
 
 
 def _step(call: Callable[[], Tensor], wanted: Sequence[Tensor], dy: Tensor) -> list[Tensor | None]:
@@ -250,39 +220,17 @@ def _with_times(line: Line, times: list[float] | None, first: list[float]) -> Li
     if not times:
         return line
     shares = [mine / its for mine, its in zip(times, first, strict=True)]
-    tail = {"p95_seconds": percentile(times, 95), "p99_seconds": percentile(times, 99)}
-    return replace(line, seconds=median(times), relative=median(shares), quartiles=quartiles(shares), **tail)  # type: ignore[arg-type]
+    return replace(line, relative=median(shares), quartiles=quartiles(shares), **times_of(times))
 
 
-@dataclass(frozen=True)
-class DialResult:
-    """A measured table.
-
-    Attributes:
-        cell: what was measured.
-        lines: in the order of the table.
-        floor: of the backward pass; None in a dry run.
-        flops_per_s: the matrix-product rate that the floor was computed with.
-        bytes_per_s: the read bandwidth that the floor was computed with.
-    """
-
-    cell: DialCell
-    lines: tuple[Line, ...]
-    floor: Floor | None
-    flops_per_s: float
-    bytes_per_s: float
-
-
-def table_of(result: DialResult) -> Table:
+def table_of(result: LinesResult[DialCell, Line]) -> Table:
     """The lines as a table.
 
     Args:
         result: of a cell.
     """
-    title, floor = result.cell.name, result.floor
-    if floor:
-        title += f"   floor of the backward {report.milliseconds(floor.seconds)} ms (by {floor.bound_by})"
-    table = Table(title=title, title_justify="left")
+    floor = result.floor
+    table = Table(title=result.title, title_justify="left")
     headings = (
         "held MB",
         "formula MB",
@@ -315,38 +263,6 @@ def table_of(result: DialResult) -> Table:
     return table
 
 
-def cell_to_json(result: DialResult) -> dict[str, Any]:
-    """A table as plain values; times in seconds, memory in bytes."""
-    cell, floor = result.cell, result.floor
-    (T, D, inner, E, K), work = cell.sizes, cell.least_backward
-    rows = [
-        {"peer": line.name, **asdict(line)}
-        | {"note": line.problem, "failed": bool(line.problem), "tokens_per_second": T / line.seconds if line.seconds else None}
-        for line in result.lines
-    ]
-    for row in rows:
-        del row["name"]
-    return {
-        "name": cell.name,
-        "operator": "experts",
-        "T": T,
-        "D": D,
-        "F": inner,
-        "E": E,
-        "K": K,
-        "dtype": str(cell.dtype).removeprefix("torch."),
-        "mode": "backward",
-        **{f"floor_{name}": value for name, value in (asdict(floor) if floor else {"seconds": None, "bound_by": None}).items()},
-        "flops_per_s": result.flops_per_s,
-        "bytes_per_s": result.bytes_per_s,
-        "flops": work.flops,
-        "touched_bytes": work.touched_bytes,
-        "parameters": E * 3 * D * inner,
-        "active_parameters": K * 3 * D * inner,
-        "rows": rows,
-    }
-
-
 def cells_of(suite: str) -> list[DialCell]:
     """The tables of a suite, in float32 and bfloat16.
 
@@ -354,7 +270,7 @@ def cells_of(suite: str) -> list[DialCell]:
         suite: ``"dial"``, the one that README promises; or ``"memory"``.
     """
     sizes, rounds = ((SIZES,), ROUNDS) if suite == "dial" else ((SIZES, *MORE_SIZES), ROUNDS_OF_MANY)
-    return [DialCell(each, dtype, rounds) for each in sizes for dtype in (torch.float32, torch.bfloat16)]
+    return [DialCell(dtype, rounds, each) for each in sizes for dtype in (torch.float32, torch.bfloat16)]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -367,33 +283,22 @@ def run(args: argparse.Namespace) -> int:
         The exit status of :func:`fusedonemoe.bench.session.run_cells`; 1 when somebody's output or gradients were off, or ours
         held something else than the formula says.
     """
-    everything = cells_of(args.suite)
-    cells = session.selected(everything, args.cells)
-    if not cells:
-        return session.EXIT_USAGE
     ceilings = Ceilings()
 
-    def measured(cell: DialCell) -> DialResult:
+    def measured(cell: DialCell) -> LinesResult[DialCell, Line]:
         if args.dry:
-            return DialResult(
-                cell, tuple(measure(DRY_SIZES, cell.dtype, percents=(100, 0), rounds=0, real_time=False)), None, 0.0, 0.0
-            )
-        between = ceilings.sampler(cell.dtype)
-        lines = measure(cell.sizes, cell.dtype, rounds=cell.rounds, real_time=not args.no_rt, between=between)
-        rate, bandwidth = ceilings.flops_per_s[cell.dtype], ceilings.bytes_per_s
-        floor = floor_of(cell.least_backward, flops_per_s=rate, bytes_per_s=bandwidth)
-        return DialResult(cell, tuple(lines), floor, rate, bandwidth)
-
-    def show(result: DialResult) -> None:
-        report.console().print(table_of(result), highlight=False)
-        for line in result.lines:
-            if line.problem:
-                print(f"{line.name}: {line.problem}", file=sys.stderr)
-
-    with threads(args.threads):
-        settings = report.describe_run(suite=args.suite) | {"dry": args.dry}
-        report.print_heading(settings)
-        order = [cell.name for cell in everything]
-        return session.run_cells(
-            args, settings, cells, measure=measured, to_json=cell_to_json, show=show, order=order, long=False
+            found = measure(DRY_SIZES, cell.dtype, percents=(100, 0), rounds=0, real_time=False)
+        else:
+            between = ceilings.sampler(cell.dtype)
+            found = measure(cell.sizes, cell.dtype, rounds=cell.rounds, real_time=not args.no_rt, between=between)
+        _, D, inner, E, K = cell.sizes
+        return result_of(
+            cell,
+            found,
+            None if args.dry else ceilings,
+            work=cell.least_backward,
+            parameters=E * 3 * D * inner,
+            active_parameters=K * 3 * D * inner,
         )
+
+    return lines.run(args, cells_of(args.suite), measure=measured, table_of=table_of, described={"dry": args.dry})

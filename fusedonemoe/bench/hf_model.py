@@ -1,19 +1,17 @@
 """A whole transformers model with its own experts and with ours: a training step, a decoding step, and the same tokens.
 
 One Qwen3-MoE with one set of weights changes hands between the turns, so that attention, embeddings and losses, which every
-line runs alike, are the same code on the same memory. What is compared is what a user sees, not the experts alone.
+line runs alike, are the same code on the same memory. What is compared is what a user sees, not the experts alone. Before
+anything is timed, a line's greedy tokens, and the logits or gradients of the very step, are held against the default's.
 """
 
 import argparse
-import json
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -21,8 +19,11 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from fusedonemoe.bench import report
-from fusedonemoe.bench.peers import OURS
+from fusedonemoe.bench import lines, report, session
+from fusedonemoe.bench.ceilings import Ceilings
+from fusedonemoe.bench.lines import LinesResult, result_of, seconds_of, times_of
+from fusedonemoe.bench.model_work import EXPERTS_RANK, account_of, decode_work, training_work
+from fusedonemoe.bench.peers import BUDGET, OURS, relative_error
 from fusedonemoe.bench.priority import RealTime
 from fusedonemoe.bench.runner import order_of_round
 
@@ -44,24 +45,67 @@ DEFAULT = "grouped_mm"  # transformers' own default
 
 
 @dataclass(frozen=True)
+class ModelCell(lines.LinesCell):
+    """One table.
+
+    Attributes:
+        mode: ``"training"``: forward, loss and backward; ``"decode"``: a forward of one token behind a cache.
+        sizes: fields of the model's configuration.
+    """
+
+    mode: str
+    sizes: dict[str, int]
+
+    @property
+    def name(self) -> str:
+        """What ``--cells`` matches."""
+        return f"qwen3-moe-{str(self.dtype)[6:]}-{self.mode}"
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What the file says of it beside name and dtype."""
+        sizes = self.sizes
+        return {
+            "operator": "model",
+            "T": BATCH * LENGTH if self.mode == "training" else 1,
+            "D": sizes["hidden_size"],
+            "F": sizes["moe_intermediate_size"],
+            "E": sizes["num_experts"],
+            "K": sizes["num_experts_per_tok"],
+            "mode": self.mode,
+        }
+
+
+@dataclass(frozen=True)
 class Line:
-    """One implementation in one dtype.
+    """One implementation.
 
     Attributes:
         name: of the implementation.
-        training_seconds: median of a training step: forward, loss, backward.
-        decode_seconds: median of a forward of one token behind a cache.
-        training_times_faster: median over the rounds of the default's time divided by its own.
-        decode_times_faster: likewise.
         same_tokens: whether greedy generation gives the tokens that the default gives.
+        error: of logits, or of the gradients of all experts, the greatest, relative to the default's.
+        seconds: median; None where the numbers were wrong.
+        p95_seconds: of all calls.
+        p99_seconds: of all calls.
+        calls: how many were timed.
+        times_faster: median over the rounds of the default's time divided by its own.
+        note: in place of a time.
     """
 
     name: str
-    training_seconds: float
-    decode_seconds: float
-    training_times_faster: float
-    decode_times_faster: float
     same_tokens: bool
+    error: float
+    seconds: float | None = None
+    p95_seconds: float | None = None
+    p99_seconds: float | None = None
+    calls: int = 0
+    times_faster: float | None = None
+    note: str = ""
+
+    @property
+    def problem(self) -> str:
+        """What is wrong with it."""
+        return self.note
 
 
 def make_model(dtype: torch.dtype, sizes: dict[str, int]) -> Any:
@@ -134,116 +178,154 @@ def greedy_tokens(model: Any, prompt: Tensor, new_tokens: int) -> Tensor:
     return generated
 
 
-def _timed(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def measure(
-    dtype: torch.dtype, *, sizes: dict[str, int] | None = None, rounds: int = ROUNDS, real_time: bool = True
-) -> list[Line]:
-    """One table.
-
-    Args:
-        dtype: of the model.
-        sizes: fields of the model's configuration.
-        rounds: how often each implementation has its turn.
-        real_time: ask for real-time priority while timing.
-    """
-    sizes = SIZES if sizes is None else sizes
-    model, vocabulary = make_model(dtype, sizes), sizes["vocab_size"]
-    generator = torch.Generator().manual_seed(1)
+def _steps(model: Any, cell: ModelCell) -> Callable[[], list[Callable[[], Tensor]]]:
+    """What prepares the timed calls of a turn, with whatever experts the model has then."""
+    vocabulary, generator = cell.sizes["vocab_size"], torch.Generator().manual_seed(1)
     batch = torch.randint(vocabulary, (BATCH, LENGTH), generator=generator)
     prompt = torch.randint(vocabulary, (1, CONTEXT), generator=generator)
     # Other tokens choose other experts: a decoding step finds its weights in memory, not in a cache that the last one filled.
     tokens = torch.randint(vocabulary, (DECODES_PER_ROUND, 1, 1), generator=generator)
-    training: dict[str, list[float]] = {name: [] for name in IMPLEMENTATIONS}
-    decoding: dict[str, list[float]] = {name: [] for name in IMPLEMENTATIONS}
-    generated = {}
+
+    def prepared() -> list[Callable[[], Tensor]]:
+        if cell.mode == "training":
+            return [partial(training_step, model, batch)]
+        step = decoder(model, prompt)
+        return [partial(step, token) for token in tokens]
+
+    return prepared
+
+
+def _answer(model: Any, cell: ModelCell, steps: list[Callable[[], Tensor]]) -> list[Tensor]:
+    """What the first of the calls computes: logits, or a loss and the gradients of the experts."""
+    with _mode(model, cell):
+        outputs = [steps[0]()]
+    if cell.mode == "training":
+        outputs += [p.grad for p in model.parameters() if p.dim() == EXPERTS_RANK]
+    return outputs
+
+
+@contextmanager
+def _mode(model: Any, cell: ModelCell) -> Iterator[None]:
+    model.train(cell.mode == "training")
+    yield
+    model.eval()
+
+
+def _checked(model: Any, cell: ModelCell, prepared: Callable[[], list[Callable[[], Tensor]]]) -> dict[str, Line]:
+    """The lines without their times."""
+    prompt = torch.randint(cell.sizes["vocab_size"], (1, CONTEXT), generator=torch.Generator().manual_seed(2))
+    generated, answers = {}, {}
     for name, using in IMPLEMENTATIONS.items():
         with using(model):
             generated[name] = greedy_tokens(model, prompt, NEW_TOKENS)
-    for turn in range(-1, rounds):  # the first is for what is allocated and compiled once
-        for name in order_of_round(list(IMPLEMENTATIONS), turn):
+            answers[name] = _answer(model, cell, prepared())
+    found = {}
+    for name, answer in answers.items():
+        same = torch.equal(generated[name], generated[DEFAULT])
+        error = max(relative_error(a, b) for a, b in zip(answer, answers[DEFAULT], strict=True))
+        found[name] = Line(name, same, error)
+        # In half precision two right answers can pick different tokens, or different experts.
+        if cell.dtype == torch.float32 and not same:
+            found[name] = replace(found[name], note="greedy generation in float32 gave other tokens")
+        elif cell.dtype == torch.float32 and not error <= BUDGET[cell.dtype]:
+            found[name] = replace(found[name], note=f"off by {error:.1e}")
+    return found
+
+
+def measure(cell: ModelCell, *, ceilings: Ceilings, real_time: bool = True) -> LinesResult[ModelCell, Line]:
+    """One table.
+
+    Args:
+        cell: what to measure.
+        ceilings: of the run; sampled between the rounds.
+        real_time: ask for real-time priority while timing.
+    """
+    model = make_model(cell.dtype, cell.sizes)
+    prepared = _steps(model, cell)
+    found = _checked(model, cell, prepared)
+    names = [name for name, line in found.items() if not line.note]
+    medians: dict[str, list[float]] = {name: [] for name in names}
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    sample = ceilings.sampler(cell.dtype)
+    for turn in range(-1, cell.rounds):  # the first is for what is allocated and compiled once
+        with RealTime(real_time):
+            sample()
+        for name in order_of_round(names, turn):
             with IMPLEMENTATIONS[name](model), RealTime(real_time):
-                step = decoder(model, prompt)
-                decode = [_timed(partial(step, token)) for token in tokens]
-                model.train()
-                train = _timed(partial(training_step, model, batch))
-                model.eval()
+                calls = prepared()
+                with _mode(model, cell):
+                    taken = [seconds_of(call) for call in calls]
             if turn >= 0:
-                decoding[name].append(median(decode))
-                training[name].append(train)
-    return [
-        Line(
-            name,
-            median(training[name]),
-            median(decoding[name]),
-            _times_faster(training[DEFAULT], training[name]),
-            _times_faster(decoding[DEFAULT], decoding[name]),
-            torch.equal(generated[name], generated[DEFAULT]),
-        )
-        for name in IMPLEMENTATIONS
-    ]
+                medians[name].append(median(taken))
+                samples[name] += taken
+    for name in names:
+        faster = _times_faster(medians[DEFAULT], medians[name])
+        found[name] = replace(found[name], times_faster=faster, **times_of(samples[name]))
+    account = account_of(model)
+    training = training_work(account, sequences=BATCH, length=LENGTH)
+    return result_of(
+        cell,
+        list(found.values()),
+        ceilings,
+        work=training if cell.mode == "training" else decode_work(account, context=CONTEXT),
+        parameters=account.parameters,
+        active_parameters=account.active_parameters,
+    )
 
 
 def _times_faster(theirs: list[float], ours: list[float]) -> float:
     return median(a / b for a, b in zip(theirs, ours, strict=True))
 
 
-def table_of(title: str, lines: list[Line]) -> Table:
+def table_of(result: LinesResult[ModelCell, Line]) -> Table:
     """The lines as a table.
 
     Args:
-        title: above it.
-        lines: from :func:`measure`.
+        result: of a cell.
     """
-    table = Table(title=title, title_justify="left")
-    for heading in ("experts", "training ms", "times faster", "decode ms", "times faster", f"{NEW_TOKENS} greedy tokens"):
+    floor, table = result.floor, Table(title=result.title, title_justify="left")
+    columns = ("experts", "ms", "p95 ms", "p99 ms", "tokens/s", "x floor", "times faster", "error", f"{NEW_TOKENS} greedy tokens")
+    for heading in columns:
         table.add_column(heading, justify="left" if heading == "experts" else "right")
-    for line in lines:
+    for line in result.lines:
+        times = [report.milliseconds(t) if t else "" for t in (line.p95_seconds, line.p99_seconds)]
         table.add_row(
             line.name,
-            report.milliseconds(line.training_seconds),
-            f"{line.training_times_faster:.2f}",
-            report.milliseconds(line.decode_seconds),
-            f"{line.decode_times_faster:.2f}",
+            report.milliseconds(line.seconds) if line.seconds else line.note,
+            *times,
+            f"{result.cell.described['T'] / line.seconds:,.0f}" if line.seconds else "",
+            f"{line.seconds / floor.seconds:.2f}" if line.seconds and floor else "",
+            f"{line.times_faster:.2f}" if line.times_faster else "",
+            f"{line.error:.1e}",
             "the same" if line.same_tokens else "others",
+            style="red" if line.problem else None,
         )
     return table
 
 
+def cells() -> list[ModelCell]:
+    """The tables: a training step and a decoding step, in float32 and bfloat16."""
+    return [ModelCell(dtype, ROUNDS, mode, SIZES) for dtype in (torch.float32, torch.bfloat16) for mode in ("training", "decode")]
+
+
 def run(args: argparse.Namespace) -> int:
-    """Print the tables, in float32 and bfloat16.
+    """Print the tables.
 
     Args:
         args: of the benchmark's command.
 
     Returns:
-        The exit status: 0; 1 when float32 generation gave other tokens; 2 without transformers.
+        The exit status of :func:`fusedonemoe.bench.session.run_cells`; 1 when numbers or generated tokens in float32 are
+        others; 2 without transformers.
     """
     if not find_spec("transformers"):
         print("this suite runs a model of transformers, which is missing: pip install 'fusedonemoe[bench]'", file=sys.stderr)
-        return 2
-    threads = torch.get_num_threads()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    try:
-        settings = report.describe_run(suite=args.suite)
-        report.print_heading(settings)
-        tables = {}
-        for dtype in (torch.float32, torch.bfloat16):
-            name = f"qwen3-moe-{str(dtype)[6:]}"
-            tables[name] = measure(dtype, sizes=SIZES, rounds=ROUNDS, real_time=not args.no_rt)
-            report.console().print(table_of(name, tables[name]), highlight=False)
-    finally:
-        torch.set_num_threads(threads)
-    if args.json:
-        result = {"schema": 1, **settings, "sizes": SIZES, "tables": {name: list(map(asdict, t)) for name, t in tables.items()}}
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    # In bfloat16 two right answers can pick different tokens.
-    if not all(line.same_tokens for line in tables["qwen3-moe-float32"]):
-        print("greedy generation in float32 gave other tokens", file=sys.stderr)
-        return 1
-    return 0
+        return session.EXIT_USAGE
+    ceilings = Ceilings()
+    return lines.run(
+        args,
+        cells(),
+        measure=lambda cell: measure(cell, ceilings=ceilings, real_time=not args.no_rt),
+        table_of=table_of,
+        described={"sizes": SIZES},
+    )

@@ -8,13 +8,10 @@ add is the difference to the step of the same model with its adapters merged, wh
 """
 
 import argparse
-import json
 import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -22,11 +19,12 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from fusedonemoe.bench import report
+from fusedonemoe.bench import lines, report, session
+from fusedonemoe.bench.ceilings import Ceilings
+from fusedonemoe.bench.lines import LinesResult, result_of, time_in_turns, times_of
 from fusedonemoe.bench.memory import peak_extra_bytes
+from fusedonemoe.bench.model_work import Account, account_of, adapter_work
 from fusedonemoe.bench.peers import BUDGET, OURS, relative_error
-from fusedonemoe.bench.priority import RealTime
-from fusedonemoe.bench.runner import order_of_round
 
 PEFT, COMPILED, FROZEN = "peft", f"{OURS}, compiled", f"{OURS}, no adapters"
 # T, D, F, E, K, layers.
@@ -39,6 +37,18 @@ MOST_SHARE = 0.1
 
 
 @dataclass(frozen=True)
+class LoraCell(lines.SizedCell):
+    """One table; L is the number of layers."""
+
+    LETTERS = "TDFEKL"
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What the file says of it beside name and dtype."""
+        return {"operator": "adapters", **self.by_letter, "mode": "training"}
+
+
+@dataclass(frozen=True)
 class Line:
     """One line of the table.
 
@@ -47,7 +57,11 @@ class Line:
         peak_bytes: the most that a step holds.
         share: what the adapters add to it, as a share of the bytes of the frozen experts' gradients.
         seconds: median of a step; None when its numbers were wrong.
+        p95_seconds: of it.
+        p99_seconds: of it.
+        calls: how many were timed.
         relative: median over the turns of its time as a share of PEFT's.
+        error: of the logits and the gradient of the embeddings, the greater, relative to PEFT's.
         note: in place of a time.
     """
 
@@ -55,11 +69,39 @@ class Line:
     peak_bytes: int
     share: float | None = None
     seconds: float | None = None
+    p95_seconds: float | None = None
+    p99_seconds: float | None = None
+    calls: int = 0
     relative: float | None = None
+    error: float | None = None
     note: str = ""
 
+    @property
+    def problem(self) -> str:
+        """What is wrong with it: its note, or more memory than adapters may take."""
+        if not self.note and self.name in (OURS, COMPILED) and (self.share or 0) > MOST_SHARE:
+            return f"adds {100 * (self.share or 0):.1f} % of the frozen gradients, more than {100 * MOST_SHARE:.0f} %"
+        return self.note
 
-def _peft_model(sizes: Sequence[int], dtype: torch.dtype) -> Any:
+
+@dataclass(frozen=True)
+class Adapted:
+    """A model by PEFT.
+
+    Attributes:
+        model: with its adapters.
+        account: of what is frozen.
+        adapters: their parameters.
+        active_adapters: those that one token is multiplied with.
+    """
+
+    model: Any
+    account: Account
+    adapters: int
+    active_adapters: int
+
+
+def _peft_model(sizes: Sequence[int], dtype: torch.dtype) -> Adapted:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
@@ -79,13 +121,16 @@ def _peft_model(sizes: Sequence[int], dtype: torch.dtype) -> Any:
     }
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**settings), dtype=dtype)
+    account = account_of(model)
     targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=[], target_parameters=targets)
     model = get_peft_model(model, config, autocast_adapter_dtype=False)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.02)
-    return model
+    # Each expert has factors of its own.
+    adapters = sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" in name)
+    return Adapted(model, account, adapters, adapters * K // E)
 
 
 def _step_of(forward: Callable[..., Any], wanted: Sequence[Tensor], embeddings: Tensor) -> Callable[[], list[Tensor]]:
@@ -114,32 +159,27 @@ def _answer(step: Callable[[], list[Tensor]]) -> tuple[Tensor, Tensor]:
     return logits.double(), dembeddings.double()
 
 
-def _seconds(step: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
-
-
 def measure(
-    sizes: Sequence[int], dtype: torch.dtype, *, rounds: int = ROUNDS, backend: str = "inductor", real_time: bool = True
-) -> list[Line]:
+    cell: LoraCell, *, ceilings: Ceilings, backend: str = "inductor", real_time: bool = True
+) -> LinesResult[LoraCell, Line]:
     """One table.
 
     Args:
-        sizes: T, D, F, E, K and the number of layers.
-        dtype: of the model and the adapters.
-        rounds: how often each step is timed, all in turns.
+        cell: what to measure.
+        ceilings: of the run; sampled between the turns.
         backend: of torch.compile.
         real_time: ask for real-time priority while timing.
     """
     from fusedonemoe.integrations.peft import from_peft
 
+    sizes, dtype = cell.sizes, cell.dtype
     embeddings = torch.randn(1, sizes[0], sizes[1], generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
 
     def trained(model: nn.Module) -> list[Tensor]:
         return [embeddings, *(parameter for parameter in model.parameters() if parameter.requires_grad)]
 
-    theirs, ours = _peft_model(sizes, dtype), _peft_model(sizes, dtype)
+    made = _peft_model(sizes, dtype)
+    theirs, ours = made.model, _peft_model(sizes, dtype).model
     frozen_bytes = sum(p.nbytes for name, p in theirs.named_parameters() if name.endswith(("gate_up_proj", "down_proj")))
     adapted = from_peft(ours)
     for module in adapted.values():
@@ -152,10 +192,11 @@ def measure(
         COMPILED: _step_of(compiled, trained(ours), embeddings),
     }
     expected = _answer(steps[PEFT])
-    lines = {}
+    found = {}
     for name, step in steps.items():
         error = max(relative_error(a, b) for a, b in zip(_answer(step), expected, strict=True))
-        lines[name] = Line(name, _held(step), note="" if error <= BUDGET[dtype] else f"off by {error:.1e}")
+        note = "" if error <= BUDGET[dtype] else f"off by {error:.1e}"
+        found[name] = Line(name, _held(step), error=error, note=note)
     for module in adapted.values():
         module.merge()
     frozen = _step_of(ours, [embeddings], embeddings)
@@ -163,76 +204,68 @@ def measure(
     least = _held(frozen)
     for module in adapted.values():
         module.unmerge()
-    lines = {name: replace(line, share=(line.peak_bytes - least) / frozen_bytes) for name, line in lines.items()}
+    found = {name: replace(line, share=(line.peak_bytes - least) / frozen_bytes) for name, line in found.items()}
 
-    times: dict[str, list[float]] = {name: [] for name, line in lines.items() if not line.note}
-    for turn in range(rounds):
-        for name in order_of_round(list(times), turn):
-            with RealTime(real_time):
-                times[name].append(_seconds(steps[name]))
+    turns = {name: lambda turn, step=steps[name]: step() for name, line in found.items() if not line.note}
+    times = time_in_turns(turns, rounds=cell.rounds, real_time=real_time, between=ceilings.sampler(dtype))
     for name, taken in times.items():
-        relative = median(mine / its for mine, its in zip(taken, times[PEFT], strict=True)) if taken else None
-        lines[name] = replace(lines[name], seconds=median(taken) if taken else None, relative=relative)
-    return [*lines.values(), Line(FROZEN, least)]
+        relative = median(mine / its for mine, its in zip(taken, times[PEFT], strict=True))
+        found[name] = replace(found[name], relative=relative, **times_of(taken))
+    return result_of(
+        cell,
+        [*found.values(), Line(FROZEN, least)],
+        ceilings,
+        work=adapter_work(made.account, length=sizes[0], adapters=made.active_adapters),
+        parameters=made.account.parameters + made.adapters,
+        active_parameters=made.account.active_parameters + made.active_adapters,
+    )
 
 
-def table_of(title: str, lines: Sequence[Line]) -> Table:
+def table_of(result: LinesResult[LoraCell, Line]) -> Table:
     """The lines as a table.
 
     Args:
-        title: above it.
-        lines: from :func:`measure`.
+        result: of a cell.
     """
-    table = Table(title=title, title_justify="left")
-    for heading in ("who", "peak MB", "adapters' share of frozen gradients", "step ms", "x peft"):
+    floor, table = result.floor, Table(title=result.title, title_justify="left")
+    for heading in ("who", "peak MB", "adapters' share of frozen gradients", "step ms", "p95 ms", "x floor", "x peft"):
         table.add_column(heading, justify="left" if heading == "who" else "right", no_wrap=heading == "who")
-    for line in lines:
+    for line in result.lines:
         table.add_row(
             line.name,
             f"{line.peak_bytes / 1e6:.1f}",
             "" if line.share is None else f"{100 * line.share:.1f} %",
             report.milliseconds(line.seconds) if line.seconds else line.note,
+            report.milliseconds(line.p95_seconds) if line.p95_seconds else "",
+            f"{line.seconds / floor.seconds:.2f}" if line.seconds and floor else "",
             f"{line.relative:.2f}" if line.relative else "",
-            style="red" if line.note else None,
+            style="red" if line.problem else None,
         )
     return table
 
 
+def cells() -> list[LoraCell]:
+    """The tables, in float32 and bfloat16."""
+    return [LoraCell(dtype, ROUNDS, SIZES) for dtype in (torch.float32, torch.bfloat16)]
+
+
 def run(args: argparse.Namespace) -> int:
-    """Print the tables, in float32 and bfloat16.
+    """Print the tables.
 
     Args:
         args: of the benchmark's command.
 
     Returns:
-        The exit status: 0; 1 when somebody's numbers were off, or our adapters took more memory than promised; 2 when a
-        library is missing.
+        The exit status of :func:`fusedonemoe.bench.session.run_cells`; 1 when somebody's numbers were off, or our adapters took
+        more memory than promised; 2 when a library is missing.
     """
     if missing := [name for name in ("transformers", "peft") if find_spec(name) is None]:
         print(f"--suite {args.suite} compares with {missing}: pip install 'fusedonemoe[bench]'", file=sys.stderr)
-        return 2
-    threads = torch.get_num_threads()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    try:
-        settings = report.describe_run(suite=args.suite)
-        report.print_heading(settings)
-        tables = {}
-        for dtype in (torch.float32, torch.bfloat16):
-            name = "-".join(f"{letter}{n}" for letter, n in zip("TDFEKL", SIZES, strict=True)) + "-" + str(dtype)[6:]
-            tables[name] = measure(SIZES, dtype, rounds=ROUNDS, real_time=not args.no_rt)
-            report.console().print(table_of(name, tables[name]), highlight=False)
-    finally:
-        torch.set_num_threads(threads)
-    if args.json:
-        result = {"schema": 1, **settings, "tables": {name: list(map(asdict, lines)) for name, lines in tables.items()}}
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    wrong = [
-        (line, line.note or f"adds {100 * (line.share or 0):.1f} % of the frozen gradients, more than {100 * MOST_SHARE:.0f} %")
-        for lines in tables.values()
-        for line in lines
-        if line.note or (line.name in (OURS, COMPILED) and (line.share or 0) > MOST_SHARE)
-    ]
-    for line, problem in wrong:
-        print(f"{line.name}: {problem}", file=sys.stderr)
-    return 1 if wrong else 0
+        return session.EXIT_USAGE
+    ceilings = Ceilings()
+    return lines.run(
+        args,
+        cells(),
+        measure=lambda cell: measure(cell, ceilings=ceilings, real_time=not args.no_rt),
+        table_of=table_of,
+    )

@@ -109,26 +109,40 @@ def _our_block(cell: Cell, inputs: Inputs, impl: str = "auto", prepack: bool = F
     return call_of(cell, given, weights, moe)
 
 
+def qwen3_moe_config(D: int, inner: int, E: int, K: int, implementation: str = "grouped_mm") -> Any:
+    """Transformers' configuration of a block of Qwen3-MoE.
+
+    Args:
+        D: hidden size.
+        inner: F.
+        E: experts.
+        K: experts per token.
+        implementation: of the experts.
+    """
+    from transformers import Qwen3MoeConfig
+
+    settings: dict[str, Any] = {
+        "hidden_size": D,
+        "moe_intermediate_size": inner,
+        "num_experts": E,
+        "num_experts_per_tok": K,
+        "norm_topk_prob": True,
+        "experts_implementation": implementation,
+    }
+    return Qwen3MoeConfig(**settings)
+
+
 def _transformers_block(cell: Cell, inputs: Inputs, implementation: str = "grouped_mm") -> Call:
     if find_spec("transformers") is None:
         raise UnavailableError("transformers is not installed: pip install 'fusedonemoe[bench]'")
     if reason := _transformers_refusal(cell, implementation):
         raise UnavailableError(reason)
-    from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
     given = block_inputs(inputs)
     weights = stacked_weights(cell, given)
-    settings: dict[str, Any] = {
-        "hidden_size": cell.D,
-        "moe_intermediate_size": cell.F,
-        "num_experts": cell.E,
-        "num_experts_per_tok": cell.K,
-        "norm_topk_prob": True,
-        "experts_implementation": implementation,
-    }
     with torch.device("meta"):
-        block: Any = Qwen3MoeSparseMoeBlock(Qwen3MoeConfig(**settings))
+        block: Any = Qwen3MoeSparseMoeBlock(qwen3_moe_config(cell.D, cell.F, cell.E, cell.K, implementation))
     block.gate.weight, block.experts.gate_up_proj, block.experts.down_proj = weights
     block.eval()
     return call_of(cell, given, weights, lambda x: block(x[None])[0])

@@ -5,24 +5,23 @@ Times are medians, of all forms in turns; shares of bfloat16's time are medians 
 """
 
 import argparse
-import json
-import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import count
 from statistics import median
+from typing import Any
 
 import torch
 from rich.table import Table
 from torch import Tensor
 
 from fusedonemoe import functional as F
-from fusedonemoe.bench import report
+from fusedonemoe.bench import lines, report
 from fusedonemoe.bench.ceilings import Ceilings
-from fusedonemoe.bench.peers import BUDGET, relative_error
-from fusedonemoe.bench.priority import RealTime
-from fusedonemoe.bench.runner import order_of_round
+from fusedonemoe.bench.lines import LinesResult, result_of, time_in_turns, times_of
+from fusedonemoe.bench.peers import BUDGET, OURS, relative_error
+from fusedonemoe.bench.results import quartiles
+from fusedonemoe.bench.workloads import LeastWork, floor_of
 from fusedonemoe.testing import make_experts, make_mlp_inputs
 
 TOKENS = (1, 16, 512)
@@ -37,49 +36,73 @@ ROTATION, ROUNDS = 16, 48
 
 
 @dataclass(frozen=True)
+class QuantizedCell(lines.SizedCell):
+    """One table."""
+
+    @property
+    def name(self) -> str:
+        """As of all sized cells; the dtype is one."""
+        return super().name.removesuffix("-bfloat16")
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What the file says of it beside name and dtype."""
+        return {"operator": "quantized", **self.by_letter, "mode": "forward"}
+
+
+@dataclass(frozen=True)
 class Line:
     """One line of the table.
 
     Attributes:
-        name: the form of the weights.
+        weights: their form.
         weight_bytes: of the experts that a call reads, on average.
         floor_seconds: those bytes at the machine's read bandwidth, or the products at its rate in bfloat16, what is longer.
         seconds: median; None when the output was wrong.
+        p95_seconds: of it.
+        p99_seconds: of it.
+        calls: how many were timed.
         speed_up: median over the turns of bfloat16's time as a multiple of this one's.
         quartiles: of that multiple.
         weight_error: relative root mean square change of the outputs that comes of rounding the weights.
+        error: of the output, relative to that of the plain formulation on the same rounded weights; None for bfloat16.
         note: in place of a time.
     """
 
-    name: str
+    weights: str
     weight_bytes: float
     floor_seconds: float
     seconds: float | None = None
+    p95_seconds: float | None = None
+    p99_seconds: float | None = None
+    calls: int = 0
     speed_up: float | None = None
     quartiles: tuple[float, float] | None = None
     weight_error: float | None = None
+    error: float | None = None
     note: str = ""
 
+    @property
+    def name(self) -> str:
+        """Who, with what weights."""
+        return f"{OURS} {self.weights}"
 
-def _seconds(call: Callable[[int], Tensor], i: int) -> float:
-    start = time.perf_counter()
-    call(i)
-    return time.perf_counter() - start
+    @property
+    def problem(self) -> str:
+        """What is wrong with it."""
+        return self.note
 
 
 @torch.no_grad()
-def measure(tokens: int, sizes: Sequence[int], ceilings: Ceilings, *, rounds: int = ROUNDS, real_time: bool = True) -> list[Line]:
+def measure(cell: QuantizedCell, ceilings: Ceilings, *, real_time: bool = True) -> LinesResult[QuantizedCell, Line]:
     """One table.
 
     Args:
-        tokens: T.
-        sizes: D, F, E, K.
-        ceilings: of the machine; sampled once more between the rounds.
-        rounds: how often each form is timed, all in turns.
+        cell: what to measure.
+        ceilings: of the machine; sampled once more now and then between the rounds.
         real_time: ask for real-time priority while timing.
     """
-    D, inner, E, K = sizes
-    dtype = torch.bfloat16
+    (tokens, D, inner, E, K), dtype = cell.sizes, cell.dtype
     inputs = make_mlp_inputs(tokens, D, inner, E, K, dtype=dtype)
     up, down = inputs.up_proj, inputs.down_proj
     xs = [torch.randn(tokens, D, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(ROTATION)]
@@ -90,7 +113,7 @@ def measure(tokens: int, sizes: Sequence[int], ceilings: Ceilings, *, rounds: in
     packed = F.pack_experts(up, down)
     calls[PACKED] = lambda i: F.experts_mlp(xs[i], ids[i], weights, up, down, packed=packed)
     sizes_of = {PLAIN: up.nbytes + down.nbytes, PACKED: packed.nbytes}
-    notes, errors = {}, {}
+    errors, changes = {}, {}
     plain = calls[PLAIN](0)
     for name, form in FORMS.items():
         made = [F.quantize_weight(weight, **form) for weight in (up, down)]  # type: ignore[arg-type]
@@ -98,46 +121,48 @@ def measure(tokens: int, sizes: Sequence[int], ceilings: Ceilings, *, rounds: in
         calls[name] = lambda i, made=made: F.experts_mlp_quantized(xs[i], ids[i], weights, *made)  # type: ignore[misc]
         expected = F.experts_mlp_quantized(xs[0], ids[0], weights, *made, impl="grouped")
         actual = calls[name](0)
-        if not (error := relative_error(actual.double(), expected.double())) <= BUDGET[dtype]:
-            notes[name] = f"off by {error:.1e}"
-        errors[name] = float((actual.double() - plain.double()).norm() / plain.double().norm())
+        errors[name] = relative_error(actual.double(), expected.double())
+        changes[name] = float((actual.double() - plain.double()).norm() / plain.double().norm())
 
-    times: dict[str, list[float]] = {name: [] for name in calls if name not in notes}
-    sample = ceilings.sampler(dtype)
-    for turn in range(rounds):
-        for name in order_of_round(list(times), turn):
-            with RealTime(real_time):
-                times[name].append(_seconds(calls[name], turn % ROTATION))
-        if turn % max(rounds // 4, 1) == 0:
-            with RealTime(real_time):
-                sample()
-    products = 6 * tokens * K * inner * D / ceilings.flops_per_s[dtype]
-    lines = []
-    for name in calls:
-        read = hit * sizes_of[name]
-        floor = max(read / ceilings.bytes_per_s, products)
-        if name in notes:
-            lines.append(Line(name, read, floor, note=notes[name]))
-            continue
-        shares = sorted(its / mine for its, mine in zip(times[PLAIN], times[name], strict=True))
-        quartiles = (shares[len(shares) // 4], shares[(3 * len(shares)) // 4])
-        lines.append(Line(name, read, floor, median(times[name]), median(shares), quartiles, errors.get(name)))
-    return lines
+    notes = {name: f"off by {error:.1e}" for name, error in errors.items() if not error <= BUDGET[dtype]}
+    turns = {name: lambda turn, call=calls[name]: call(turn % ROTATION) for name in calls if name not in notes}
+    # A sample takes longer than all forms together.
+    sample, rounds = ceilings.sampler(dtype), count()
+    times = time_in_turns(
+        turns,
+        rounds=cell.rounds,
+        real_time=real_time,
+        between=lambda: None if next(rounds) % max(cell.rounds // 4, 1) else sample(),
+    )
+    flops = 6 * tokens * K * inner * D
+    works = {name: LeastWork(flops, round(hit * size)) for name, size in sizes_of.items()}
+    found = []
+    for name, work in works.items():
+        floor = floor_of(work, flops_per_s=ceilings.flops_per_s[dtype], bytes_per_s=ceilings.bytes_per_s).seconds
+        line = Line(name, hit * sizes_of[name], floor, error=errors.get(name), note=notes.get(name, ""))
+        if taken := times.get(name):
+            shares = [its / mine for its, mine in zip(times[PLAIN], taken, strict=True)]
+            line = replace(line, speed_up=median(shares), quartiles=quartiles(shares), **times_of(taken))
+            line = replace(line, weight_error=changes.get(name))
+        found.append(line)
+    # The floor of the table is that of the smallest form; every line has its own.
+    least = min(works.values(), key=lambda work: work.touched_bytes)
+    return result_of(cell, found, ceilings, work=least, parameters=E * 3 * D * inner, active_parameters=K * 3 * D * inner)
 
 
-def table_of(title: str, lines: Sequence[Line]) -> Table:
+def table_of(result: LinesResult[QuantizedCell, Line]) -> Table:
     """The lines as a table.
 
     Args:
-        title: above it.
-        lines: from :func:`measure`.
+        result: of a cell.
     """
-    table = Table(title=title, title_justify="left")
+    table = Table(title=result.title, title_justify="left")
     for heading in (
         "weights",
         "read MB",
         "floor ms",
         "ms",
+        "p95 ms",
         "x floor",
         "GB/s",
         "x as fast as bfloat16",
@@ -145,12 +170,13 @@ def table_of(title: str, lines: Sequence[Line]) -> Table:
         "change of outputs",
     ):
         table.add_column(heading, justify="left" if heading == "weights" else "right", no_wrap=heading == "weights")
-    for line in lines:
+    for line in result.lines:
         table.add_row(
-            line.name,
+            line.weights,
             f"{line.weight_bytes / 1e6:.1f}",
             report.milliseconds(line.floor_seconds),
             report.milliseconds(line.seconds) if line.seconds else line.note,
+            report.milliseconds(line.p95_seconds) if line.p95_seconds else "",
             f"{line.seconds / line.floor_seconds:.2f}" if line.seconds else "",
             f"{line.weight_bytes / line.seconds / 1e9:.1f}" if line.seconds else "",
             f"{line.speed_up:.2f}" if line.speed_up else "",
@@ -161,6 +187,11 @@ def table_of(title: str, lines: Sequence[Line]) -> Table:
     return table
 
 
+def cells() -> list[QuantizedCell]:
+    """The tables: one token, which takes little time and has many rounds, and more."""
+    return [QuantizedCell(torch.bfloat16, ROUNDS if T == 1 else ROUNDS // 4, (T, *SIZES)) for T in TOKENS]
+
+
 def run(args: argparse.Namespace) -> int:
     """Print the tables.
 
@@ -168,26 +199,7 @@ def run(args: argparse.Namespace) -> int:
         args: of the benchmark's command.
 
     Returns:
-        The exit status: 0; 1 when an output was off.
+        The exit status of :func:`fusedonemoe.bench.session.run_cells`; 1 when an output was off.
     """
-    threads = torch.get_num_threads()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    try:
-        settings = report.describe_run(suite=args.suite)
-        report.print_heading(settings)
-        ceilings, tables = Ceilings(), {}
-        for tokens in TOKENS:
-            name = "-".join(f"{letter}{n}" for letter, n in zip("TDFEK", (tokens, *SIZES), strict=True))
-            rounds = ROUNDS if tokens == 1 else ROUNDS // 4
-            tables[name] = measure(tokens, SIZES, ceilings, rounds=rounds, real_time=not args.no_rt)
-            report.console().print(table_of(name, tables[name]), highlight=False)
-    finally:
-        torch.set_num_threads(threads)
-    if args.json:
-        result = {"schema": 1, **settings, "tables": {name: list(map(asdict, lines)) for name, lines in tables.items()}}
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    wrong = [line for lines in tables.values() for line in lines if line.note]
-    for line in wrong:
-        print(f"{line.name}: {line.note}", file=sys.stderr)
-    return 1 if wrong else 0
+    ceilings = Ceilings()
+    return lines.run(args, cells(), measure=lambda cell: measure(cell, ceilings, real_time=not args.no_rt), table_of=table_of)

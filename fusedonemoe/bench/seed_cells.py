@@ -166,14 +166,16 @@ def _momoe() -> list[SeedCell]:
 
 
 def _moekernel() -> list[SeedCell]:
-    """Its comparison with NumPy and PyTorch, and the smallest of its layer's configurations."""
+    """Its comparison with NumPy and PyTorch, and the three configurations of its layer."""
     cells = []
-    for T, D, F, E, published, label in (
-        (1024, 256, 1024, 4, "", "comparison"),
-        (512, 1024, 2048, 8, "T 16384, F unpublished", "small"),
+    for T, D, F, E, K, published, label in (
+        (1024, 256, 1024, 4, 2, "", "comparison"),
+        (512, 1024, 2048, 8, 2, "T 16384", "small"),
+        (256, 512, 1024, 16, 4, "T 65536, D 2048, F 4096", "medium"),
+        (256, 512, 1024, 32, 8, "T 262144, D 4096, F 8192", "large"),
     ):
         options: dict[str, Any] = {"activation": "relu", "gated": False, "published": published}
-        cells.append(SeedCell("moekernel", T, D, F, E, 2, F32, label=f"moekernel-{label}", system="MoeKernel", **options))
+        cells.append(SeedCell("moekernel", T, D, F, E, K, F32, label=f"moekernel-{label}", system="MoeKernel", **options))
     return cells
 
 

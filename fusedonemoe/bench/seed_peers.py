@@ -34,12 +34,15 @@ class SeedPeer:
         build: from a cell and its weights to the forward that is timed.
         modes: of the cells that it can run.
         metered: whether its memory is torch's or ours, so that its peak can be told.
+        differs: what it computes otherwise, for one that is timed as it was published although it is another function; it
+            has to agree with itself in float64, and is never the best peer.
     """
 
     name: str
     build: Callable[[SeedCell, Weights], Forward]
     modes: tuple[str, ...] = ("forward", "training")
     metered: bool = True
+    differs: str = ""
 
     @property
     def is_ours(self) -> bool:
@@ -88,6 +91,21 @@ def _loop_original(cell: SeedCell, weights: Weights) -> Forward:
             token, choice = torch.where(experts == e)
             if token.numel():
                 mixed.index_add_(0, token, (x[token] @ weights["proj"][e]) * scores[token, choice, None])
+        return mixed.relu().square() @ weights["down"]
+
+    return forward
+
+
+def _published_loop(cell: SeedCell, weights: Weights) -> Forward:
+    """What the original measures itself against: every choice of a token weighted by the largest of its logits."""
+
+    def forward(x: Tensor) -> Tensor:
+        picked, experts = nn.functional.linear(x, weights["router"]).topk(cell.K, dim=1)
+        mixed = x.new_zeros(cell.T, cell.F)
+        for e in range(cell.E):
+            token, _ = torch.where(experts == e)
+            if token.numel():
+                mixed.index_add_(0, token, (x[token] @ weights["proj"][e]) * picked[token, :1])
         return mixed.relu().square() @ weights["down"]
 
     return forward
@@ -302,6 +320,12 @@ LINE_UP: dict[str, tuple[SeedPeer, ...]] = {
         SeedPeer(OURS, _our_original, _FORWARD),
         SeedPeer("original einsum", _einsum_original, _FORWARD),
         SeedPeer("per-expert loop", _loop_original, _FORWARD),
+        SeedPeer(
+            "loop as published",
+            _published_loop,
+            _FORWARD,
+            differs="weights all experts of a token by the largest of its logits, which is another function",
+        ),
     ),
     "topk": (
         SeedPeer(OURS, _our_topk, _FORWARD),

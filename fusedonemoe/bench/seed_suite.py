@@ -14,7 +14,7 @@ from fusedonemoe.bench.ceilings import Ceilings
 from fusedonemoe.bench.memory import held_bytes, peak_extra_bytes
 from fusedonemoe.bench.peers import BUDGET, OURS, UnavailableError, chosen, relative_error
 from fusedonemoe.bench.results import CellResult, Row, load_of
-from fusedonemoe.bench.runner import threads, time_interleaved
+from fusedonemoe.bench.runner import time_interleaved
 from fusedonemoe.bench.seed_cells import CELLS, SeedCell, least_work, shrunk
 from fusedonemoe.bench.seed_inputs import IDS, OUTPUT, Answer, SeedInputs, exact_answer, gradient_name, leaves_of, make_inputs
 from fusedonemoe.bench.seed_peers import Forward, SeedPeer, line_up
@@ -91,18 +91,26 @@ def errors_of(answer: Answer, exact: Answer) -> dict[str, float]:
     return errors
 
 
+def _expected(peer: SeedPeer, cell: SeedCell, inputs: SeedInputs, exact: Answer) -> Answer:
+    """What a peer has to answer: what all do, or, of one that is another function, that function in float64."""
+    if not peer.differs:
+        return exact
+    wide = peer.build(cell, {name: w.double() for name, w in inputs.weights.items()})
+    return _answer(wide(*(t.double() if t.is_floating_point() else t for t in inputs.draws[0])))
+
+
 def _checked(
     peer: SeedPeer, cell: SeedCell, inputs: SeedInputs, exact: Answer, meter: bool
 ) -> tuple[Row, Callable[[int], Answer] | None]:
     """A peer's row without its time, and the call to time if its answer is right."""
     try:
         prepared = prepare(cell, inputs, peer)
-        errors = errors_of(prepared.call(0), exact)
+        errors = errors_of(prepared.call(0), _expected(peer, cell, inputs, exact))
         error = max(errors.values(), key=lambda e: float("inf") if e != e else e)
         ids = 0.0 if peer.is_ours else TIED
         if wrong := [name for name, e in errors.items() if not e <= (ids if name == IDS else BUDGET[cell.dtype])]:
             return Row(peer.name, note=f"{', '.join(wrong)} disagree", failed=True, error=error), None
-        row = Row(peer.name, error=error)
+        row = Row(peer.name, note=peer.differs, error=error, comparable=not peer.differs)
         if meter and peer.metered:
             row = replace(row, peak_bytes=peak_extra_bytes(lambda: list(prepared.call(0).values())))
         if cell.mode == "training":
@@ -196,20 +204,15 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         The exit status of :func:`fusedonemoe.bench.session.run_cells`; 2 also when a pattern matches nothing.
     """
-    cells = session.selected(CELLS, args.cells)
-    if not cells or not session.peers_exist({peer.name for cell in cells for peer in line_up(cell)}, args.peers):
-        return session.EXIT_USAGE
     measure = partial(run_cell, ceilings=Ceilings(), dry=args.dry, real_time=not args.no_rt)
-    with threads(args.threads):
-        settings = report.describe_run(suite="seeds", peers=args.peers) | {"dry": args.dry}
-        report.print_heading(settings)
-        return session.run_cells(
-            args,
-            settings,
-            cells,
-            measure=lambda cell: measure(cell, peers=chosen(line_up(cell), args.peers)),
-            to_json=report.cell_to_json,
-            show=print_cell,
-            order=[cell.name for cell in CELLS],
-            summary=lambda results: None if args.dry else report.print_summary(results),
-        )
+    return session.run_suite(
+        args,
+        CELLS,
+        measure=lambda cell: measure(cell, peers=chosen(line_up(cell), args.peers)),
+        to_json=report.cell_to_json,
+        show=print_cell,
+        peers=lambda cell: [peer.name for peer in line_up(cell)],
+        summary=lambda results: None if args.dry else report.print_summary(results),
+        described={"dry": args.dry},
+        long=True,
+    )

@@ -329,9 +329,6 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         The exit status of :func:`fusedonemoe.bench.session.run_cells`; a missed target is no failure.
     """
-    cells = session.selected(CELLS, args.cells)
-    if not cells or not session.peers_exist({peer.name for peer in PEERS}, args.peers):
-        return session.EXIT_USAGE
     targets = (args.target_ms or TARGET_MS, args.target_tokens or TARGET_TOKENS)
     peers = chosen(PEERS, args.peers)
     measure = partial(run_cell, ceilings=Ceilings(), peers=peers, targets=targets, dry=args.dry, real_time=not args.no_rt)
@@ -342,16 +339,12 @@ def run(args: argparse.Namespace) -> int:
             if row.failed:
                 print(f"{result.cell.name}, {row.peer}: {row.note}", file=sys.stderr)
 
-    with threads(args.threads):
-        settings = report.describe_run(suite="serving", peers=args.peers) | {"dry": args.dry}
-        report.print_heading(settings)
-        return session.run_cells(
-            args,
-            settings,
-            cells,
-            measure=measure,
-            to_json=partial(cell_to_json, targets=targets),
-            show=show,
-            order=[cell.name for cell in CELLS],
-            long=False,
-        )
+    return session.run_suite(
+        args,
+        CELLS,
+        measure=measure,
+        to_json=partial(cell_to_json, targets=targets),
+        show=show,
+        peers=lambda cell: [peer.name for peer in PEERS],
+        described={"dry": args.dry},
+    )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedonemoe import MoE
-from fusedonemoe.bench.peers import OURS, TRANSFORMERS, UnavailableError
+from fusedonemoe.bench.peers import OURS, TRANSFORMERS, UnavailableError, qwen3_moe_config
 
 EAGER = f"{OURS}, eager"
 LOOP = "per-expert loop"
@@ -123,22 +123,13 @@ def blocks_of(cell: ServingCell) -> list[MoE]:
 def _transformers(cell: ServingCell, blocks: Sequence[MoE]) -> nn.Module:
     if find_spec("transformers") is None:
         raise UnavailableError("transformers is not installed: pip install 'fusedonemoe[bench]'")
-    from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
     class Block(nn.Module):
         def __init__(self, like: Any) -> None:
             super().__init__()
-            settings: dict[str, Any] = {
-                "hidden_size": cell.D,
-                "moe_intermediate_size": cell.F,
-                "num_experts": cell.E,
-                "num_experts_per_tok": cell.K,
-                "norm_topk_prob": True,
-                "experts_implementation": "grouped_mm",
-            }
             with torch.device("meta"):
-                self.block: Any = Qwen3MoeSparseMoeBlock(Qwen3MoeConfig(**settings))
+                self.block: Any = Qwen3MoeSparseMoeBlock(qwen3_moe_config(cell.D, cell.F, cell.E, cell.K))
             self.block.gate.weight = like.gate.weight
             self.block.experts.gate_up_proj = like.experts.gate_up_proj
             self.block.experts.down_proj = like.experts.down_proj

@@ -7,12 +7,13 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from fusedonemoe.bench import comparison, report
+from fusedonemoe.bench import comparison, earlier, report
+from fusedonemoe.bench.runner import threads
 
 EXIT_DISAGREE = 1
 EXIT_USAGE = 2
@@ -82,7 +83,7 @@ def finished_cells(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]
     if not path.exists():
         return []
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = earlier.read(path)
     except ValueError:
         print(f"{path} holds no results: starting afresh", file=sys.stderr)
         return []
@@ -183,3 +184,43 @@ def run_cells(
     if any(map(has_failed, results["cells"])):
         return EXIT_DISAGREE
     return EXIT_SLOWER if slower else 0
+
+
+def run_suite(
+    args: argparse.Namespace,
+    everything: Sequence[C],
+    *,
+    measure: Callable[[C], R],
+    to_json: Callable[[R], dict[str, Any]],
+    show: Callable[[R], None],
+    peers: Callable[[C], Iterable[str]] | None = None,
+    summary: Callable[[dict[str, Any]], None] = lambda results: None,
+    described: Mapping[str, Any] | None = None,
+    long: bool = False,
+) -> int:
+    """Choose the cells asked for, say what they are measured with, and measure them on so many threads as were asked for.
+
+    Args:
+        args: of the command; ``suite``, ``cells``, ``peers`` and ``threads`` are read here.
+        everything: all cells of the suite.
+        measure: as of :func:`run_cells`.
+        to_json: likewise.
+        show: likewise.
+        peers: names of those who compute a cell, for a suite that takes ``--peers``.
+        summary: as of :func:`run_cells`.
+        described: what the file says of the run beside versions and machine.
+        long: as of :func:`run_cells`.
+
+    Returns:
+        The exit status of :func:`run_cells`; 2 also when a pattern matches nothing.
+    """
+    cells = selected(everything, args.cells)
+    if not cells or (peers and not peers_exist({name for cell in cells for name in peers(cell)}, args.peers)):
+        return EXIT_USAGE
+    with threads(args.threads):
+        settings = report.describe_run(suite=args.suite, peers=args.peers) | dict(described or {})
+        report.print_heading(settings)
+        order = [cell.name for cell in everything]
+        return run_cells(
+            args, settings, cells, measure=measure, to_json=to_json, show=show, order=order, summary=summary, long=long
+        )

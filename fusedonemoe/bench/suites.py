@@ -30,8 +30,8 @@ REGISTRY: dict[str, Suite] = {
     "seeds": Suite("seed_suite", "the tables of FusedOneMoE, candle-moe, MoMoE, MoeKernel and FlashMoE", _PEERS | {"dry"}),
     "serving": Suite("serving", "requests to a compiled model, one by one and at once", _CELLS | {"peers", "dry", "targets"}),
     "memory": Suite("dial", "bytes that a training step holds and reaches at each save_percent", _CELLS | {"dry"}),
-    "quantized": Suite("quantized", "8- and 4-bit expert weights beside bfloat16, and what the rounding costs"),
-    "lora": Suite("lora", "a training step of adapters on experts, beside PEFT's"),
-    "transformers": Suite("hf_model", "a whole model of transformers, with its experts and with ours"),
+    "quantized": Suite("quantized", "8- and 4-bit expert weights beside bfloat16, and what the rounding costs", _CELLS),
+    "lora": Suite("lora", "a training step of adapters on experts, beside PEFT's", _CELLS),
+    "transformers": Suite("hf_model", "a whole model of transformers, with its experts and with ours", _CELLS),
     "dial": Suite("dial", "the one table of it that README promises", _CELLS),
 }

@@ -20,7 +20,17 @@ from fusedonemoe.checks import (
 from fusedonemoe.functional.calls import as_rows, compute_dtype, records_gradients, refuse_transforms, run_portable
 from fusedonemoe.ops import library
 from fusedonemoe.ops.activation import ACTIVATIONS
-from fusedonemoe.ops.choice import IMPLEMENTATIONS, exporting_to_onnx, no_onnx_form, refusal
+from fusedonemoe.ops.choice import (
+    ASKED_FOR,
+    CPU_KERNELS,
+    GPU_KERNELS,
+    IMPLEMENTATIONS,
+    ONNX,
+    Choice,
+    exporting_to_onnx,
+    no_onnx_form,
+    refusal,
+)
 from fusedonemoe.ops.portable import experts_neurons_portable, experts_values_portable
 
 _ops = torch.ops.fusedonemoe
@@ -33,10 +43,16 @@ def _check_table(name: str, table: Tensor) -> None:
         raise ValueError(f"{name} must have shape [E, D] with E >= 1 and D >= 1, got {tuple(table.shape)}")
 
 
-def _choose(impl: str, device_type: str, dtype: torch.dtype, *tables: Tensor) -> str:
-    """The implementation that runs a call; raises where a named one cannot. ``grouped`` runs everywhere."""
+def choose_tables(impl: str, *, device_type: str, dtype: torch.dtype, contiguous: bool) -> Choice:
+    """What :func:`fusedonemoe.ops.choice.choose` is to experts that are MLPs; ``grouped`` runs everywhere.
+
+    Args:
+        impl: ``"auto"`` or one of :data:`IMPLEMENTATIONS`.
+        device_type: of the tensors.
+        dtype: of the computation.
+        contiguous: whether the tables are.
+    """
     check_one_of("impl", impl, ("auto", *IMPLEMENTATIONS))
-    contiguous, dtype = all(map(Tensor.is_contiguous, tables)), compute_dtype(dtype, device_type)
 
     def reason(name: str) -> str | None:
         return refusal(name, device_type=device_type, dtype=dtype, widths=(), contiguous=contiguous)
@@ -44,15 +60,23 @@ def _choose(impl: str, device_type: str, dtype: torch.dtype, *tables: Tensor) ->
     if exporting_to_onnx():
         if impl not in ("auto", "portable"):
             raise ValueError(no_onnx_form(impl))
-        return "portable"
+        return ONNX
     if impl == "auto":
-        compiled = "cpu" if device_type == "cpu" else "triton"
+        compiled = CPU_KERNELS if device_type == "cpu" else GPU_KERNELS
         # What is compiled for this machine has no place in an exported graph.
-        usable = not (compiled == "cpu" and torch.compiler.is_exporting()) and reason(compiled) is None
-        return compiled if usable else "grouped"
+        if compiled is CPU_KERNELS and torch.compiler.is_exporting():
+            return Choice("grouped", "an exported graph holds nothing that is compiled for this machine")
+        why = reason(compiled.impl)
+        return compiled if why is None else Choice("grouped", f"{compiled.impl} cannot run here: {why}")
     if impl in ("cpu", "triton") and (why := reason(impl)):
         raise ValueError(f"impl={impl!r} cannot run here: {why}")
-    return impl
+    return Choice(impl, ASKED_FOR)
+
+
+def _choose(impl: str, device_type: str, dtype: torch.dtype, *tables: Tensor) -> str:
+    """The implementation that runs a call; raises where a named one cannot."""
+    contiguous, dtype = all(map(Tensor.is_contiguous, tables)), compute_dtype(dtype, device_type)
+    return choose_tables(impl, device_type=device_type, dtype=dtype, contiguous=contiguous).impl
 
 
 def _gets_sparse_gradients(sparse: bool, chosen: str, *tables: Tensor) -> bool:

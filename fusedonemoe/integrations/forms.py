@@ -4,28 +4,12 @@ from typing import Any
 
 from torch import nn
 
+from fusedonemoe.integrations.transformers.gates import activation_of
+from fusedonemoe.integrations.transformers.registry import default_gates
 from fusedonemoe.layers import Experts
 from fusedonemoe.lora import ExpertsForm
 from fusedonemoe.lora import form_of as form_of_experts
-
-
-def _activation(act_fn: Any) -> str | None:
-    """Our name of an activation; by identity, as a name would not say which of the gelus it is."""
-    from transformers import activations
-
-    if act_fn is nn.functional.silu or isinstance(act_fn, nn.SiLU | activations.SiLUActivation):
-        return "silu"
-    if isinstance(act_fn, nn.GELU):
-        return "gelu" if act_fn.approximate == "none" else "gelu_tanh"
-    kinds = {
-        activations.GELUActivation: "gelu",
-        activations.NewGELUActivation: "gelu_tanh",
-        activations.GELUTanh: "gelu_tanh",
-        activations.ReLUSquaredActivation: "relu2",
-        nn.ReLU: "relu",
-        nn.Sigmoid: "sigmoid",
-    }
-    return next((name for kind, name in kinds.items() if isinstance(act_fn, kind)), None)
+from fusedonemoe.ops.activation import PLAIN
 
 
 def _is_experts(module: nn.Module) -> bool:
@@ -60,20 +44,13 @@ def form_of(module: nn.Module) -> ExpertsForm | None:
         "down_bias": "down_proj_bias" if has_bias else None,
         "transposed": getattr(module, "is_transposed", False),
         "gated": gated,
-        "gate_up_layout": "gate_up" if getattr(module, "is_concatenated", True) else "interleaved",
     }
-    from transformers.integrations.moe import _default_apply_gate
-    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
-
-    gate = getattr(type(module), "_apply_gate", None)
-    if gated and gate is GptOssExperts._apply_gate:
-        alpha, limit = float(module.alpha), float(module.limit)  # type: ignore[arg-type]
-        form |= {"activation": "swiglu_oai", "gate_up_layout": "interleaved", "swiglu_alpha": alpha, "swiglu_limit": limit}
-        return ExpertsForm(**form)
-    if gated and gate is not _default_apply_gate:
-        raise ValueError(f"{kind} has a gate of its own, which the operators do not")
-    act_fn = getattr(module, "act_fn", None)
-    activation = _activation(act_fn)
-    if activation is None:
-        raise ValueError(f"{kind} has the activation {type(act_fn).__name__}, which the operators do not")
-    return ExpertsForm(**form, activation=activation)
+    act = activation_of(module)
+    if act is None:
+        own_gate = "_apply_gate" in vars(module) or getattr(type(module), "_apply_gate", None) not in default_gates()
+        if gated and own_gate:
+            raise ValueError(f"{kind} has a gate of its own, which the operators do not")
+        name = type(getattr(module, "act_fn", None)).__name__
+        raise ValueError(f"{kind} has the activation {name}, which the operators do not")
+    layout = "gate_up" if act.layout == PLAIN else act.layout
+    return ExpertsForm(**form, activation=act.name, gate_up_layout=layout, swiglu_alpha=act.alpha, swiglu_limit=act.limit)

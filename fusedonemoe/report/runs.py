@@ -1,11 +1,11 @@
 """Files of results: read, checked, and their cells put together by what they differ in."""
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fusedonemoe.bench import earlier
 from fusedonemoe.bench.peers import OURS, is_ours
 
 Cell = dict[str, Any]
@@ -44,7 +44,7 @@ def load(path: Path) -> Run:
         NoResultsError: it cannot be read, is something else, or a dry run.
     """
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = earlier.read(path)
         cells = [cell for cell in results["cells"] if any(row.get("seconds") for row in cell["rows"])]
         name = f"{results['suite']}, {results['date'][:10]}"
     except (OSError, ValueError, KeyError, TypeError) as error:

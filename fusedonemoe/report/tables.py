@@ -95,7 +95,9 @@ def _milliseconds(seconds: float | None) -> str:
 
 
 def _floors(cell: Cell, row: Row) -> str:
-    return f"{row['seconds'] / cell['floor_seconds']:.2f}" if row.get("seconds") and cell.get("floor_seconds") else ""
+    # A row that reads other weights than its neighbours has a floor of its own.
+    floor = row.get("floor_seconds") or cell.get("floor_seconds")
+    return f"{row['seconds'] / floor:.2f}" if row.get("seconds") and floor else ""
 
 
 def _times_ours(cell: Cell, row: Row) -> str:

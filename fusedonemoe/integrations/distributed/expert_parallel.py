@@ -1,5 +1,6 @@
 """Expert parallelism: each process of a group holds a part of the experts, and rows go where their experts are."""
 
+from collections.abc import Callable
 from typing import Literal, TypeVar
 
 import torch.distributed as dist
@@ -46,6 +47,19 @@ def experts_of(model: nn.Module) -> dict[str, Experts]:
         if module.exchange is not None:
             raise ValueError(f"{name or 'the model'} is parallel already: {module.exchange}")
     return found
+
+
+def for_each(
+    model: AnyModule,
+    where: DeviceMesh | ProcessGroup | None,
+    make_parallel: Callable[[Experts, DeviceMesh], None],
+    device_type: str | None = None,
+) -> AnyModule:
+    """Make every :class:`~fusedonemoe.Experts` of a model parallel over a mesh; that of its parameters' device by default."""
+    for experts in experts_of(model).values():
+        device = device_type or next(experts.parameters()).device.type
+        make_parallel(experts, as_mesh(where, "cpu" if device == "meta" else device))
+    return model
 
 
 def place(experts: Experts, mesh: DeviceMesh, placements: dict[str, Placement]) -> None:
@@ -163,17 +177,11 @@ class ExpertParallel(ParallelStyle):
             ValueError: it has no experts, or they are parallel already.
             RuntimeError: :mod:`torch.distributed` is not initialised.
         """
-        found = experts_of(model)
-        for experts in found.values():
-            device_type = next(experts.parameters()).device.type
-            self._shard(experts, as_mesh(self.group, "cpu" if device_type == "meta" else device_type))
-        return model
+        return for_each(model, self.group, self._shard)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         """What :func:`torch.distributed.tensor.parallel.parallelize_module` calls."""
-        for experts in experts_of(module).values():
-            self._shard(experts, as_mesh(device_mesh if self.group is None else self.group, device_mesh.device_type))
-        return module
+        return for_each(module, device_mesh if self.group is None else self.group, self._shard, device_mesh.device_type)
 
     def _shard(self, experts: Experts, mesh: DeviceMesh) -> None:
         place(experts, mesh, {name: Shard(0) for name, _ in experts.named_parameters(recurse=False)})

@@ -9,7 +9,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from fusedonemoe.config import MoEConfig
 from fusedonemoe.integrations.distributed.collectives import in_autocast_dtype, sum_of_parts, with_summed_gradient
-from fusedonemoe.integrations.distributed.expert_parallel import AnyModule, as_mesh, experts_of, place
+from fusedonemoe.integrations.distributed.expert_parallel import AnyModule, for_each, place
 from fusedonemoe.layers import Experts
 
 
@@ -102,16 +102,11 @@ class TensorParallel(ParallelStyle):
             ValueError: it has no experts, they are parallel already, or the group's size does not divide ``F``.
             RuntimeError: :mod:`torch.distributed` is not initialised.
         """
-        for experts in experts_of(model).values():
-            device_type = next(experts.parameters()).device.type
-            self._cut(experts, as_mesh(self.group, "cpu" if device_type == "meta" else device_type))
-        return model
+        return for_each(model, self.group, self._cut)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         """What :func:`torch.distributed.tensor.parallel.parallelize_module` calls."""
-        for experts in experts_of(module).values():
-            self._cut(experts, as_mesh(device_mesh if self.group is None else self.group, device_mesh.device_type))
-        return module
+        return for_each(module, device_mesh if self.group is None else self.group, self._cut, device_mesh.device_type)
 
     def _cut(self, experts: Experts, mesh: DeviceMesh) -> None:
         width = experts.config.intermediate_size

@@ -1,0 +1,248 @@
+"""Suites whose tables have columns of their own: lines that are timed in turns, and what of them stands in the file."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from statistics import median
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+import torch
+from rich.table import Table
+
+from fusedonemoe.bench import report, session
+from fusedonemoe.bench.ceilings import Ceilings
+from fusedonemoe.bench.priority import RealTime
+from fusedonemoe.bench.results import percentile
+from fusedonemoe.bench.runner import order_of_round
+from fusedonemoe.bench.workloads import Floor, LeastWork, floor_of
+
+
+@dataclass(frozen=True)
+class LinesCell:
+    """One table.
+
+    Attributes:
+        dtype: of activations and, unless the lines say otherwise, weights.
+        rounds: how often each line is timed.
+    """
+
+    dtype: torch.dtype
+    rounds: int
+
+    @property
+    def name(self) -> str:
+        """What ``--cells`` matches."""
+        raise NotImplementedError
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What the file says of it beside name and dtype: operator, sizes, mode."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class SizedCell(LinesCell):
+    """A table that is named by its sizes.
+
+    Attributes:
+        sizes: one for each of ``LETTERS``.
+    """
+
+    LETTERS: ClassVar[str] = "TDFEK"
+    sizes: tuple[int, ...]
+
+    @property
+    def by_letter(self) -> dict[str, int]:
+        """The sizes by their letters."""
+        return dict(zip(self.LETTERS, self.sizes, strict=True))
+
+    @property
+    def name(self) -> str:
+        """Letters and numbers, and the dtype."""
+        return "-".join(f"{letter}{n}" for letter, n in self.by_letter.items()) + "-" + str(self.dtype).removeprefix("torch.")
+
+
+class AnyLine(Protocol):
+    """A line of a table; a dataclass."""
+
+    @property
+    def name(self) -> str:
+        """Who."""
+
+    @property
+    def seconds(self) -> float | None:
+        """Its median."""
+
+    @property
+    def problem(self) -> str:
+        """What is wrong with it; empty otherwise."""
+
+
+C = TypeVar("C", bound=LinesCell)
+L = TypeVar("L", bound=AnyLine)
+
+
+@dataclass(frozen=True)
+class LinesResult(Generic[C, L]):
+    """A measured table.
+
+    Attributes:
+        cell: what was measured.
+        lines: in the order of the table.
+        work: what the timed step cannot do without.
+        parameters: of all experts, or of the whole model.
+        active_parameters: those of them that one token is multiplied with.
+        floor: of the timed step; None in a dry run.
+        flops_per_s: the matrix-product rate that the floor was computed with.
+        bytes_per_s: the read bandwidth that the floor was computed with.
+    """
+
+    cell: C
+    lines: tuple[L, ...]
+    work: LeastWork
+    parameters: int
+    active_parameters: int
+    floor: Floor | None = None
+    flops_per_s: float = 0.0
+    bytes_per_s: float = 0.0
+
+    @property
+    def title(self) -> str:
+        """What stands above the table: the name, the floor and what it is computed from."""
+        title, work = self.cell.name, self.work
+        if self.floor:
+            title += (
+                f"   floor {report.milliseconds(self.floor.seconds)} ms (by {self.floor.bound_by}: {self.flops_per_s / 1e9:.0f} "
+                f"GFLOP/s, {self.bytes_per_s / 1e9:.0f} GB/s)"
+            )
+        return title + (
+            f"\n{work.flops / 1e9:.3g} GFLOP, {work.touched_bytes / 1e6:.3g} MB; "
+            f"{self.parameters / 1e6:.3g} M parameters, {self.active_parameters / 1e6:.3g} M active"
+        )
+
+
+def result_of(
+    cell: C,
+    lines: Sequence[L],
+    ceilings: Ceilings | None,
+    *,
+    work: LeastWork,
+    parameters: int,
+    active_parameters: int,
+) -> LinesResult[C, L]:
+    """A table with its floor.
+
+    Args:
+        cell: what was measured.
+        lines: of it.
+        ceilings: what the machine did at best; None in a dry run.
+        work: of the timed step.
+        parameters: all.
+        active_parameters: of one token.
+    """
+    if ceilings is None:
+        return LinesResult(cell, tuple(lines), work, parameters, active_parameters)
+    rate, bandwidth = ceilings.flops_per_s[cell.dtype], ceilings.bytes_per_s
+    floor = floor_of(work, flops_per_s=rate, bytes_per_s=bandwidth)
+    return LinesResult(cell, tuple(lines), work, parameters, active_parameters, floor, rate, bandwidth)
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    """How long a call takes; what it returns is dropped."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def time_in_turns(
+    calls: Mapping[str, Callable[[int], object]],
+    *,
+    rounds: int,
+    real_time: bool,
+    between: Callable[[], None],
+) -> dict[str, list[float]]:
+    """Every call once in a round, each of them told the number of the round.
+
+    Args:
+        calls: by name.
+        rounds: how many.
+        real_time: ask for real-time priority while timing.
+        between: runs before every round, at the same priority.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds):
+        with RealTime(real_time):
+            between()
+        for name in order_of_round(list(calls), turn):
+            with RealTime(real_time):
+                times[name].append(seconds_of(partial(calls[name], turn)))
+    return times
+
+
+def times_of(samples: list[float]) -> dict[str, Any]:
+    """Median and tail, under the names that all lines have for them.
+
+    Args:
+        samples: at least one.
+    """
+    tail = {"p95_seconds": percentile(samples, 95), "p99_seconds": percentile(samples, 99)}
+    return {"seconds": median(samples), **tail, "calls": len(samples)}
+
+
+def cell_to_json(result: LinesResult[C, L]) -> dict[str, Any]:
+    """A table as plain values, in the form of all suites; times in seconds, memory in bytes."""
+    described, floor = result.cell.described, result.floor
+    rows = []
+    for line in result.lines:
+        values = asdict(line)  # type: ignore[call-overload]
+        values.pop("name", None)
+        rate = described["T"] / line.seconds if line.seconds else None
+        told = {"note": line.problem, "failed": bool(line.problem), "tokens_per_second": rate}
+        rows.append({"peer": line.name, **values, **told})
+    return {
+        "name": result.cell.name,
+        **described,
+        "dtype": str(result.cell.dtype).removeprefix("torch."),
+        "floor_seconds": floor and floor.seconds,
+        "floor_bound_by": floor and floor.bound_by,
+        "flops_per_s": result.flops_per_s,
+        "bytes_per_s": result.bytes_per_s,
+        "flops": result.work.flops,
+        "touched_bytes": result.work.touched_bytes,
+        "parameters": result.parameters,
+        "active_parameters": result.active_parameters,
+        "rows": rows,
+    }
+
+
+def run(
+    args: argparse.Namespace,
+    everything: Sequence[C],
+    *,
+    measure: Callable[[C], LinesResult[C, L]],
+    table_of: Callable[[LinesResult[C, L]], Table],
+    described: Mapping[str, Any] | None = None,
+) -> int:
+    """Measure and print the tables asked for.
+
+    Args:
+        args: of the command.
+        everything: all tables of the suite.
+        measure: one of them.
+        table_of: for the terminal.
+        described: what the file says of the run beside versions and machine.
+
+    Returns:
+        The exit status of :func:`fusedonemoe.bench.session.run_cells`; 1 where a line has a problem.
+    """
+
+    def show(result: LinesResult[C, L]) -> None:
+        report.console().print(table_of(result), highlight=False)
+        for line in result.lines:
+            if line.problem:
+                print(f"{line.name}: {line.problem}", file=sys.stderr)
+
+    return session.run_suite(args, everything, measure=measure, to_json=cell_to_json, show=show, described=described)
