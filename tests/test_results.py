@@ -1,5 +1,6 @@
 """The figures that pages show are those of the committed result files, and nobody types one."""
 
+import io
 import json
 import re
 import sys
@@ -205,3 +206,83 @@ def test_a_figure_in_running_text(a_suite, text, expected):
 def test_what_is_not_there_is_an_error(a_suite, text, message):
     with pytest.raises(records.NotThereError, match=message):
         records.figure(text)
+
+
+PAGE = """# Page
+
+```{measured} quick
+```
+
+```{results} quick
+:where: operator=block; peer=fusedonemoe; E<64
+
+dtype: dtype
+x floor: floors | .2f
+```
+
+The most: {result}`quick | max floors | .2f | peer=fusedonemoe;
+operator=block`.
+
+```{pictures} quick
+:draw: scaling
+:where: operator=block
+```
+
+```{pictures} quick
+:draw: ratios
+```
+
+```{measured}
+```
+"""
+
+
+def built(tmp_path, text):
+    """A page as HTML, and what the build warned of."""
+    application = pytest.importorskip("sphinx.application")
+    pytest.importorskip("myst_parser")
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "index.md").write_text(text, encoding="utf-8")
+    (source / "results").symlink_to(DOCS / "results")
+    warnings = io.StringIO()
+    app = application.Sphinx(
+        str(source),
+        None,
+        str(tmp_path / "html"),
+        str(tmp_path / "trees"),
+        "html",
+        confoverrides={"extensions": ["myst_parser", "results"]},
+        status=None,
+        warning=warnings,
+    )
+    app.build()
+    return (tmp_path / "html" / "index.html").read_text(encoding="utf-8"), warnings.getvalue()
+
+
+def test_the_build_fills_a_page_in(tmp_path):
+    html, warnings = built(tmp_path, PAGE)
+    assert warnings == ""
+    ours = [record for record in records.records_of("quick") if (record["operator"], record["peer"]) == ("block", "fusedonemoe")]
+    assert f"The most: {max(record['floors'] for record in ours):.2f}." in html
+    for record in ours:
+        assert (f"<p>{record['floors']:.2f}</p>" in html) is (record["E"] < 64)
+    text = re.sub(r"<[^>]*>", "", html)
+    assert "bench --suite quick --json quick.json" in text and html.count("quick.json") >= 2
+    charts = re.findall(r'<svg class="chart" role="img" [^>]*aria-labelledby="(\S+) (\S+)"', html)
+    assert len(charts) == 2 and all(html.count(f'id="{name}"') == 1 for chart in charts for name in chart)
+    assert 'role="region"' in html and "{result}" not in html
+    assert all(f"{suite}.json" in html for suite in records.suites())
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("```{results} quick\n:where: peer=nobody\n\nE: E\n```", "results: quick: no record where peer=nobody"),
+        ("```{measured} nothing\n```", "measured: no results of the suite 'nothing' are committed"),
+        ("```{pictures} quick\n:draw: memory\n```", "pictures: quick: nothing to draw"),
+        ("{result}`quick | speed | .1f | E=32`", "result: no record has the field 'speed'"),
+    ],
+)
+def test_the_build_complains_of_what_is_not_there(asked, message, tmp_path):
+    assert message in built(tmp_path, f"# Page\n\n{asked}\n")[1]

@@ -195,10 +195,15 @@ def versions_of(suite: str) -> str:
     return ", ".join(f"{name} {number}" for name, number in results_of(suite)["versions"].items() if number)
 
 
+def machine_of(suite: str) -> str:
+    """What a suite was measured on."""
+    found = results_of(suite)
+    return f"{found['cpu']} ({found['cpu_capability']}), {found['threads']} threads on {found['cores']} cores"
+
+
 def measured(suite: str) -> str:
     """A sentence: when, on what and with what a suite was measured."""
     found = results_of(suite)
     if found.get("dry"):
         raise NotThereError(f"{suite}: a dry run measures nothing")
-    machine = f"{found['cpu']} ({found['cpu_capability']}), {found['threads']} threads on {found['cores']} cores"
-    return f"Measured {found['date'][:10]} on {machine}, with {versions_of(suite)}, by `{command_of(suite)}`."
+    return f"Measured {found['date'][:10]} on {machine_of(suite)}, with {versions_of(suite)}, by `{command_of(suite)}`."

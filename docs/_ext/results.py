@@ -7,7 +7,6 @@
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, ClassVar
 
 import records
@@ -72,13 +71,13 @@ class Measured(_Shown):
         if self.arguments:
             suite = self.suite()
             return self.parsed([f"{records.measured(suite)} The file: [{suite}.json](results/{suite}.json)."])
-        lines = ["| suite | measured | machine | versions | command |", "|---|---|---|---|---|"]
+        alike: dict[tuple[str, str, str], list[str]] = {}
         for suite in records.suites():
             self.env.note_dependency(str(records.RESULTS / f"{suite}.json"))
-            found = records.results_of(suite)
-            machine = f"{found['cpu']} ({found['cpu_capability']}), {found['threads']} threads on {found['cores']} cores"
-            date, versions, command = found["date"][:10], records.versions_of(suite), records.command_of(suite)
-            lines.append(f"| [{suite}](results/{suite}.json) | {date} | {machine} | {versions} | `{command}` |")
+            measured_on = (records.results_of(suite)["date"][:10], records.machine_of(suite), records.versions_of(suite))
+            alike.setdefault(measured_on, []).append(f"[{suite}](results/{suite}.json)")
+        lines = ["| files | measured | machine | versions |", "|---|---|---|---|"]
+        lines += [f"| {', '.join(files)} | {' | '.join(facts)} |" for facts, files in alike.items()]
         return self.parsed(lines)
 
 
@@ -116,19 +115,11 @@ class Result(SphinxRole):
             return [self.inliner.problematic(self.rawtext, self.rawtext, message)], [message]
 
 
-def reach_with_the_keyboard(app: Any, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
-    """Let boxes in which wide tables scroll be reached with the keyboard."""
-    if "body" in context:
-        boxed = '<div tabindex="0" role="group" aria-label="table" class="table-wrapper'
-        context["body"] = context["body"].replace('<div class="table-wrapper', boxed)
-
-
 def setup(app: Any) -> dict[str, Any]:
     """Register all."""
     app.add_directive("results", Results)
     app.add_directive("measured", Measured)
     app.add_directive("pictures", Pictures)
     app.add_role("result", Result())
-    app.connect("html-page-context", reach_with_the_keyboard)
     app.add_css_file("results.css")
-    return {"version": Path(__file__).name, "parallel_read_safe": True, "parallel_write_safe": True}
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
