@@ -1,8 +1,10 @@
 """Sphinx configuration. The build reaches no network: no intersphinx, no web fonts, no MathJax; formulas are code."""
 
 import re
+import sys
 import textwrap
 from importlib.metadata import version as installed_version
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -11,6 +13,8 @@ from docutils.parsers.rst import Directive
 from sphinx.domains.python import PyObject
 
 import fusedonemoe.ops  # noqa: F401  # registers the operators whose schemas the `operator` directive prints
+
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "FusedOneMoE"
 author = "the FusedOneMoE authors"
@@ -23,6 +27,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.doctest",
     "sphinx_copybutton",
+    "results",
 ]
 exclude_patterns = ["_build"]
 myst_heading_anchors = 3
