@@ -10,7 +10,6 @@ QUICK, CPU = (json.loads((ROOT / "docs" / "results" / f"{suite}.json").read_text
 PACKED = "fusedonemoe prepacked"
 TABLES = {
     "block": ("fusedonemoe", "transformers grouped_mm", "per-expert loop"),
-    "merged": ("fusedonemoe", "original einsum"),
 }
 
 
