@@ -35,6 +35,8 @@ FLOORS = [
         "report",
         "demo",
         "doctor",
+        "completion",
+        "overview",
         "probes",
         "testing",
         "__main__",
