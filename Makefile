@@ -23,7 +23,7 @@ $(VENV)/.installed-%: constraints.txt pyproject.toml
 	@$(py) -m pip install -qq -c constraints.txt --no-build-isolation -e '.[$(extras_$*)]'
 	@touch $@
 
-.PHONY: help demo test bench docs links-elsewhere site-check check pytest doctest asv-smoke wheel-smoke clean
+.PHONY: help demo test bench docs links-elsewhere site-check check verifytypes pytest doctest asv-smoke wheel-smoke clean
 
 help:
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -38,6 +38,10 @@ check: $(VENV)/.installed-full  ## lint, format, types and spelling
 	$(py) -m ruff format --check
 	$(py) -m mypy
 	$(py) -m codespell_lib *.md docs examples fusedonemoe ops asv_bench tests
+	tests/verify_types.sh $(py)
+
+verifytypes: $(VENV)/.installed-full  ## types of every public name of the wheel, by pyright
+	tests/verify_types.sh $(py)
 
 pytest: $(VENV)/.installed-full  ## the tests alone
 	$(one_thread) $(py) -m pytest -n $(JOBS) tests
