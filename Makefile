@@ -23,7 +23,7 @@ $(VENV)/.installed-%: constraints.txt pyproject.toml
 	@$(py) -m pip install -qq -c constraints.txt --no-build-isolation -e '.[$(extras_$*)]'
 	@touch $@
 
-.PHONY: help demo test bench docs check verifytypes pytest doctest asv-smoke wheel-smoke clean
+.PHONY: help demo test bench docs links-elsewhere site-check check verifytypes pytest doctest asv-smoke wheel-smoke clean
 
 help:
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -33,10 +33,11 @@ demo: $(VENV)/.installed-demo  ## train a small compiled MoE language model here
 
 test: check pytest triton-values doctest docs asv-smoke wheel-smoke  ## everything CI runs
 
-check: $(VENV)/.installed-full  ## lint, format and types
+check: $(VENV)/.installed-full  ## lint, format, types and spelling
 	$(py) -m ruff check
 	$(py) -m ruff format --check
 	$(py) -m mypy
+	$(py) -m codespell_lib *.md docs examples fusedonemoe ops asv_bench tests
 	tests/verify_types.sh $(py)
 
 verifytypes: $(VENV)/.installed-full  ## types of every public name of the wheel, by pyright
@@ -57,6 +58,15 @@ doctest: $(VENV)/.installed-full  ## the examples in docstrings, README and docs
 
 docs: $(VENV)/.installed-full  ## the documentation, into docs/_build/html
 	$(py) -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	$(py) tests/site/links.py docs/_build/html
+
+links-elsewhere: $(VENV)/.installed-full  ## try the links to other sites, which needs the network
+	$(py) -m sphinx -q -b linkcheck docs docs/_build/linkcheck
+
+site-check: docs  ## open every page in Chromium: errors, search, phone width, accessibility (needs chromium and npm)
+	npm install --silent --no-audit --no-fund --no-package-lock --prefix tests/site
+	$(py) -m fusedonemoe report docs/results/*.json --output docs/_build/report.html
+	node tests/site/check.mjs docs/_build/html docs/_build/report.html
 
 bench: $(VENV)/.installed-full  ## the side-by-side comparison, quick form
 	$(py) -m fusedonemoe bench --quick
@@ -70,6 +80,6 @@ wheel-smoke: $(VENV)/.installed-full  ## wheel and sdist, installed and run else
 	tests/smoke_wheel.sh $(py)
 
 clean:  ## remove what the other targets made
-	rm -rf .venv build dist *.egg-info docs/_build demo-output asv_bench/.asv/env asv_bench/.asv/html
+	rm -rf .venv build dist *.egg-info docs/_build demo-output asv_bench/.asv/env asv_bench/.asv/html tests/site/node_modules
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 
 from fusedonemoe import __version__
+from fusedonemoe.completion import SHELLS
+from fusedonemoe.overview import overview
 
 COMMANDS = {
     "demo": "train a small compiled MoE here",
@@ -18,20 +20,35 @@ COMMANDS = {
 }
 
 
-def _parser() -> argparse.ArgumentParser:
+class _PrintCompletion(argparse.Action):
+    """Print the script and end, as ``--help`` does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: object) -> None:
+        from fusedonemoe.completion import completion
+
+        full, commands = _parsers()
+        try:
+            print(completion(str(args[1]), full, commands))
+        except ImportError as error:
+            if error.name != "shtab":
+                raise
+            parser.exit(2, "Completion needs shtab: pip install 'fusedonemoe[cli]'\n")
+        parser.exit(0)
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser of the command line, and those of its commands, which have no options yet."""
     parser = argparse.ArgumentParser(prog="fusedonemoe", description="Mixture-of-experts blocks for PyTorch and torch.compile.")
     parser.add_argument("--version", action="version", version=f"fusedonemoe {__version__}")
+    parser.add_argument(
+        "--print-completion",
+        action=_PrintCompletion,
+        choices=SHELLS,
+        metavar="SHELL",
+        help=f"print a script with which {', '.join(SHELLS)} complete this command line",
+    )
     commands = parser.add_subparsers(metavar="COMMAND", title="commands (COMMAND --help tells more)")
-    for name, purpose in COMMANDS.items():
-        commands.add_parser(name, help=purpose)
-    return parser
-
-
-def _overview() -> str:
-    lines = [f"FusedOneMoE {__version__}: mixture-of-experts blocks for PyTorch and torch.compile.", "", "Next:"]
-    lines += [f"  python -m fusedonemoe {name:8s}{purpose}" for name, purpose in COMMANDS.items()]
-    lines += ["", "Each takes --help. To read on: help(fusedonemoe.MoE), README.md, docs/."]
-    return "\n".join(lines)
+    return parser, {name: commands.add_parser(name, help=purpose) for name, purpose in COMMANDS.items()}
 
 
 def _run_command(name: str, argv: Sequence[str]) -> int:
@@ -52,14 +69,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: the command's own, 0 when none was asked for, 130 when interrupted.
 
     Raises:
-        SystemExit: by argparse, with 2 for an unknown command or option and 0 for ``--help`` and ``--version``.
+        SystemExit: by argparse, with 2 for an unknown command or option and 0 for ``--help``,
+            ``--version`` and ``--print-completion``.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
         if argv and argv[0] in COMMANDS:
             return _run_command(argv[0], argv[1:])
-        _parser().parse_args(argv)
-        print(_overview())
+        _parsers()[0].parse_args(argv)
+        print(overview(__version__, COMMANDS))
         return 0
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

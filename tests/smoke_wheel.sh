@@ -21,7 +21,7 @@ cd "$work"
 
 mkdir unpacked
 tar -xzf dist/*.tar.gz -C unpacked --strip-components=1
-for path in ops/__init__.py fusedonemoe/py.typed tests/test_layout.py docs/conf.py LICENSE constraints.txt; do
+for path in ops/__init__.py fusedonemoe/py.typed tests/test_layout.py docs/conf.py examples/own_model.py LICENSE constraints.txt; do
   [ -e "unpacked/$path" ] || fail "the sdist lacks $path"
 done
 [ ! -e unpacked/fusedonemoe/ops ] || fail "the sdist carries the link's target a second time"
@@ -30,7 +30,7 @@ done
 for path in fusedonemoe/ops/__init__.py fusedonemoe/ops/cpu/native/moe.cpp fusedonemoe/py.typed; do
   grep -q "^$path " wheel.list || fail "the wheel lacks $path"
 done
-! grep -Eq '^(ops|tests|docs|asv_bench)/' wheel.list || fail "the wheel carries more than the package"
+! grep -Eq '^(ops|tests|docs|examples|asv_bench)/' wheel.list || fail "the wheel carries more than the package"
 
 cat >smoke.py <<'PY'
 import sysconfig

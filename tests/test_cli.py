@@ -1,14 +1,16 @@
 """The command line, with stand-ins for the commands that have tests of their own."""
 
 import argparse
+import shutil
 import subprocess
 import sys
 from types import ModuleType
 
 import pytest
+import torch
 
+from fusedonemoe import MoEConfig, __version__, explain
 from fusedonemoe import __main__ as cli
-from fusedonemoe import __version__
 
 
 @pytest.fixture
@@ -32,6 +34,8 @@ def exit_code(argv):
 
 
 def test_without_arguments_it_says_what_can_be_done_next(capsys):
+    explain(MoEConfig(hidden_size=64, intermediate_size=128, num_experts=8, top_k=2))  # the first use compiles, and says so
+    capsys.readouterr()
     assert cli.main([]) == 0
     out, err = capsys.readouterr()
     assert err == "" and __version__ in out and "docs/" in out
@@ -39,6 +43,26 @@ def test_without_arguments_it_says_what_can_be_done_next(capsys):
         (line,) = [line for line in out.splitlines() if f"python -m fusedonemoe {name}" in line]
         assert line.endswith(purpose)
     assert max(map(len, out.splitlines())) <= 80
+
+
+def test_it_says_what_is_here_and_what_runs(capsys):
+    told = explain(MoEConfig(hidden_size=64, intermediate_size=128, num_experts=8, top_k=2))
+    cli.main([])
+    words = " ".join(capsys.readouterr().out.split())
+    assert f"torch {torch.__version__}" in words and f"on cpu impl='{told.impl}': {told.reason}" in words
+    for candidate in told.candidates:
+        assert candidate.refusal is None or f"not {candidate.impl}: {candidate.refusal}" in words
+    assert "installed: rich" in words and "needs" not in words
+
+
+def test_it_says_what_is_missing_and_how_to_get_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # what Python takes for "not installed"
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    cli.main([])
+    words = " ".join(capsys.readouterr().out.split())
+    assert "not installed: matplotlib, transformers; pip install 'fusedonemoe[hf,plot]'" in words
+    assert "train a small compiled MoE here needs matplotlib: pip install 'fusedonemoe[plot]'" in words
+    assert "matplotlib 3" not in words and words.count("needs") == 1
 
 
 def test_version_and_help(capsys):
@@ -95,9 +119,58 @@ def test_ctrl_c_ends_without_a_traceback(monkeypatch, capsys, stand_ins):
     assert out == "" and err == "\ninterrupted\n"
 
 
+def completed(script, words):
+    """What bash offers for the last of the words."""
+    count = len(words) - 1
+    ask = f"COMP_WORDS=({' '.join(words)}); COMP_CWORD={count}; _shtab_fusedonemoe x {words[-1]!r}"
+    ask += "; printf '%s ' \"${COMPREPLY[@]}\""
+    run = subprocess.run(["bash", "--norc", "-c", f"{script}\n{ask}"], capture_output=True, text=True, timeout=60, check=True)
+    return set(run.stdout.split())
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_bash_completes_commands_options_suites_and_files(capsys, tmp_path, monkeypatch):
+    pytest.importorskip("shtab")
+    assert exit_code(["--print-completion", "bash"]) == 0
+    script, err = capsys.readouterr()
+    assert err == ""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old.json").touch()
+    (tmp_path / "folder").mkdir()
+    for words, offered in {
+        ("fusedonemoe", "d"): {"demo", "doctor"},
+        ("fusedonemoe", "--v"): {"--version"},
+        ("fusedonemoe", "bench", "--su"): {"--suite"},
+        ("fusedonemoe", "bench", "--suite", "se"): {"seeds", "serving"},
+        ("fusedonemoe", "bench", "--compare", "o"): {"old.json"},
+        ("fusedonemoe", "report", "o"): {"old.json"},
+        ("fusedonemoe", "demo", "--output", "f"): {"folder"},
+    }.items():
+        assert completed(script, words) == offered, words
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_the_other_shells_can_read_theirs(shell, capsys):
+    pytest.importorskip("shtab")
+    assert exit_code(["--print-completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert all(name in script for name in cli.COMMANDS) and "suite" in script and "fine-grained" in script
+    if shutil.which(shell):
+        subprocess.run([shell, "-n"], input=script, text=True, timeout=60, check=True)
+
+
+def test_completion_without_shtab_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert exit_code(["--print-completion", "bash"]) == 2
+    assert capsys.readouterr() == ("", "Completion needs shtab: pip install 'fusedonemoe[cli]'\n")
+    assert exit_code(["--print-completion", "cmd"]) == 2
+
+
 def test_module_and_script_are_the_same_program():
-    # Neither rich nor matplotlib: what the command line itself needs must not creep past torch and numpy.
-    program = "import sys, runpy; sys.modules.update(rich=None, matplotlib=None); sys.argv = ['x', *{argv!r}]; {start}"
+    # No rich, shtab or matplotlib: what the command line itself needs must not creep past torch and numpy.
+    program = (
+        "import sys, runpy; sys.modules.update(rich=None, shtab=None, matplotlib=None); sys.argv = ['x', *{argv!r}]; {start}"
+    )
     starts = [
         "runpy.run_module('fusedonemoe', run_name='__main__', alter_sys=True)",
         "from fusedonemoe.__main__ import main; sys.exit(main())",

@@ -127,7 +127,7 @@ def test_the_readme_opens_with_the_two_commands():
 @each_page
 def test_paths_in_commands_exist(page):
     for line in shell_lines(page):
-        for path in re.findall(r"(?<!\S)(?:tests|asv_bench|ops|fusedonemoe|docs)/[\w./-]*", line):
+        for path in re.findall(r"(?<!\S)(?:tests|asv_bench|ops|fusedonemoe|docs|examples)/[\w./-]*", line):
             assert path.startswith("docs/_build") or (ROOT / path.rstrip("/")).exists(), f"{page.name} names {path}"
 
 

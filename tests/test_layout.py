@@ -46,6 +46,8 @@ FLOORS = [
         "report",
         "demo",
         "doctor",
+        "completion",
+        "overview",
         "probes",
         "testing",
         "__main__",

@@ -1,0 +1,58 @@
+"""Decoding on a CPU: one token at a time, with the expert weights packed in the order in which the kernels read them."""
+
+import torch
+from torch import nn
+
+from fusedonemoe import MoE, explain
+
+VOCABULARY, HIDDEN = 96, 64
+
+
+class Recurrent(nn.Module):
+    """A language model whose state is one vector, so that a step needs no cache of keys and values."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, HIDDEN)
+        self.cell = nn.GRUCell(HIDDEN, HIDDEN)
+        self.moe = MoE(hidden_size=HIDDEN, intermediate_size=128, num_experts=32, top_k=4)
+        self.head = nn.Linear(HIDDEN, VOCABULARY)
+
+    def forward(self, token, state):
+        state = self.cell(self.embed(token), state)
+        return self.head(state + self.moe(state)), state
+
+
+@torch.inference_mode()
+def generate(model, length=24):
+    """The most likely token after each token, from token 0."""
+    token, state, text = torch.zeros(1, dtype=torch.long), torch.zeros(1, HIDDEN), []
+    for _ in range(length):
+        logits, state = model(token, state)
+        token = logits.argmax(-1)
+        text.append(token.item())
+    return text
+
+
+def main():
+    torch.manual_seed(0)
+    model = Recurrent().eval()
+    plain = generate(model)
+    model.moe.prepack()
+    experts = model.moe.experts
+    print("implementation:", explain(model.moe, tokens=1).impl)
+    print(f"weights {sum(p.nbytes for p in experts.parameters()) / 1e6:.1f} MB, packed copy {experts.packed_bytes / 1e6:.1f} MB")
+    print("text with packed weights:", "the same" if generate(model) == plain else "another")
+
+    with torch.no_grad():
+        experts.down_proj.mul_(1.01)  # the copy is stale now, and says so instead of giving old results
+    try:
+        generate(model)
+    except RuntimeError as error:
+        print("after a change:", str(error).split(":")[0])
+    model.moe.prepack()
+    generate(model)
+
+
+if __name__ == "__main__":
+    main()

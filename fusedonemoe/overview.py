@@ -1,0 +1,100 @@
+"""What ``python -m fusedonemoe`` says without arguments: what is here, what runs on it, and what can be done next."""
+
+import importlib.metadata
+import importlib.util
+import platform
+import textwrap
+from collections.abc import Iterator, Mapping
+
+WIDTH = 80
+# Packages that more can be done with, and the extra that brings each.
+OPTIONAL = {"rich": "cli", "shtab": "cli", "matplotlib": "plot", "transformers": "hf"}
+NEEDS = {"demo": ("rich", "matplotlib"), "bench": ("rich",)}
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported, without importing it."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # a module in sys.modules that names no specification: as good as absent
+        return False
+
+
+def _version(package: str) -> str:
+    try:
+        return f"{package} {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:  # some distributions carry the module under another name
+        return package
+
+
+def install_command(missing: list[str]) -> str:
+    """The command that installs these packages of :data:`OPTIONAL`."""
+    return f"pip install 'fusedonemoe[{','.join(sorted({OPTIONAL[package] for package in missing}))}]'"
+
+
+def _here() -> Iterator[str]:
+    import torch
+
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    threads = torch.get_num_threads()
+    yield f"Python {platform.python_version()}, torch {torch.__version__}, {threads} thread{'s' * (threads > 1)}"
+    yield f"GPU: {', '.join(gpus) or 'none that torch can use'}"
+    packages = [*OPTIONAL, "triton"]
+    present = [_version(package) for package in packages if is_installed(package)]
+    if present:
+        yield f"installed: {', '.join(present)}"
+    if missing := [package for package in OPTIONAL if not is_installed(package)]:
+        yield f"not installed: {', '.join(missing)}; {install_command(missing)}"
+
+
+def _experts() -> Iterator[str]:
+    import torch
+
+    from fusedonemoe import MoEConfig, explain
+
+    config = MoEConfig(hidden_size=64, intermediate_size=128, num_experts=8, top_k=2)
+    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+        told = explain(config, device=device)
+        yield f"on {device} impl='{told.impl}': {told.reason}"
+        others = [one.impl for one in told.candidates if one.refusal is None and one.impl != told.impl]
+        yield f"  on request {', '.join(others)}"
+        for one in told.candidates:
+            if one.refusal is not None:
+                yield f"  not {one.impl}: {one.refusal}"
+
+
+def _next(commands: Mapping[str, str]) -> Iterator[str]:
+    for name, purpose in commands.items():
+        yield f"python -m fusedonemoe {name:8s}{purpose}"
+        if missing := [package for package in NEEDS.get(name, ()) if not is_installed(package)]:
+            yield f"  needs {' and '.join(missing)}: {install_command(missing)}"
+
+
+def overview(version: str, commands: Mapping[str, str]) -> str:
+    """The text, in lines of at most 80 characters.
+
+    Args:
+        version: of this library.
+        commands: each command's purpose.
+    """
+    parts = {"Here": _here(), "Experts, in float32": _experts(), "Next": _next(commands)}
+    lines = [f"FusedOneMoE {version}: mixture-of-experts blocks for PyTorch and torch.compile."]
+    for title, part in parts.items():
+        lines += ["", f"{title}:"]
+        for line in part:
+            indent = "  " + " " * (len(line) - len(line.lstrip()))
+            lines += textwrap.wrap(
+                line.lstrip(),
+                WIDTH,
+                initial_indent=indent,
+                subsequent_indent=f"{indent}  ",
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+    lines += [
+        "",
+        "Each takes --help. In a program: help(fusedonemoe.MoE), and for a transformers",
+        "model fusedonemoe.integrations.transformers.apply(model). To read on: README.md,",
+        "examples/ and docs/ of the repository.",
+    ]
+    return "\n".join(lines)
