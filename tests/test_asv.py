@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import itertools
+import json
 import os
 import re
 import shutil
@@ -314,3 +315,34 @@ def test_the_site_loads_nothing_from_elsewhere(tmp_path):
     shutil.rmtree(tmp_path / "vendor")
     with pytest.raises(SystemExit, match=r"https://elsewhere/new.js, of which asv_bench/www has no copy"):
         publish.localise(tmp_path)
+
+
+def test_the_picture_shows_what_was_measured(tmp_path):
+    overview = importlib.import_module("overview")
+    name, parameters, _ = overview.LINES[0]
+    assert all(
+        benchmark.split(".")[-1] in benchmarks_of(CLASSES[benchmark.rpartition(".")[0]]) for benchmark, *_ in overview.LINES
+    )
+    files = []
+    for commit, seconds in (("b" * 40, 0.5), ("a" * 40, 2.0)):
+        path = tmp_path / "box" / f"{commit[:8]}-env.json"
+        path.parent.mkdir(exist_ok=True)
+        columns = ["result", "params", "version"]
+        row = [[float("nan"), seconds], [["'cpu'"], ["'FusedOneMoE'", "'MoE'"]], "1"]
+        path.write_text(json.dumps({"commit_hash": commit, "result_columns": columns, "results": {name: row}}), encoding="utf-8")
+        files.append(path)
+    result = json.loads(files[0].read_text(encoding="utf-8"))
+    assert overview.value(result, name, parameters) == 0.5
+    assert overview.value(result, name, ("'cpu'", "'FusedOneMoE'")) is None
+    assert overview.value(result, name, ("'cpu'", "'other'")) is None and overview.value(result, "other", ()) is None
+    pytest.importorskip("matplotlib")
+    overview.draw(files, ["a" * 40, "b" * 40], tmp_path / "overview.svg")
+    assert (tmp_path / "overview.svg").read_text(encoding="utf-8").count("<svg") == 1
+
+
+def test_every_case_in_the_picture_is_measured():
+    overview = importlib.import_module("overview")
+    for benchmark, parameters, _ in overview.LINES:
+        cases = [tuple(map(repr, case)) for case in cases_of(CLASSES[benchmark.rpartition(".")[0]])]
+        assert benchmark.rpartition(".")[2] in benchmarks_of(CLASSES[benchmark.rpartition(".")[0]])
+        assert parameters in cases, benchmark

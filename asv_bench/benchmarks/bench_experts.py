@@ -132,8 +132,8 @@ class Quantize:
 
     params = (DEVICES, ("int8", "int4"))
     param_names = ("device", "format")
-    rounds = 2
-    repeat = (1, 5, 0.5)
+    rounds = 1
+    repeat = (2, 8, 0.5)
 
     def setup(self, device, bits):
         self.quantize = present("functional.quantize_weight")

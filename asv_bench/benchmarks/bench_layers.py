@@ -4,8 +4,8 @@ import copy
 
 import torch
 
-from .layers import COMPILED, LAYERS, inputs, make, output
-from .subjects import DEVICES, Subject, _Both, _Operator
+from .layers import BACKEND, COMPILED, LAYERS, inputs, make, output
+from .subjects import DEVICES, Subject, _Forward, _Operator, _Subjects
 
 
 class Eager(_Operator):
@@ -16,21 +16,28 @@ class Eager(_Operator):
         return _subject(make(layer, device), inputs(device), exact=True)
 
 
-class Compiled(_Both):
-    """``torch.compile`` with ``fullgraph`` and a dynamic number of tokens."""
+class _Compiled(_Subjects):
+    """``torch.compile`` with ``fullgraph`` and a dynamic number of tokens. ``setup`` compiles what is measured, and no more."""
 
     params = (DEVICES, COMPILED)
     param_names = ("device", "layer")
-    rounds = 1
 
     def subject(self, device, layer):
         torch._inductor.config.compile_threads = 1  # none of its worker processes outlives a benchmark
         module = make(layer, device)
-        return _subject(torch.compile(module, fullgraph=True, dynamic=True), inputs(device), module)
+        return _subject(torch.compile(module, fullgraph=True, dynamic=True, backend=BACKEND), inputs(device), module)
 
-    def setup(self, device, layer):
-        super().setup(device, layer)
-        self.measured.gradients()  # compiles that too
+
+class CompiledForward(_Compiled, _Forward):
+    """Without gradients."""
+
+
+class CompiledTraining(_Compiled):
+    def prepare(self):
+        self.measured.gradients()
+
+    def time_forward_backward(self, device, layer):
+        self.measured.gradients()
 
 
 def _subject(run, x, module=None, exact=False):

@@ -64,8 +64,8 @@ class Plan:
 
     params = (DEVICES, (1024,))
     param_names = ("device", "experts")
-    rounds = 2
-    repeat = (1, 5, 0.5)
+    rounds = 1
+    repeat = (2, 8, 0.5)
 
     def setup(self, device, experts):
         self.ids = testing.make_experts(T, experts, K, routing="distinct", device=device)
