@@ -85,6 +85,15 @@ def localise(site: Path) -> None:
     index.write_text(text.replace("<html>", '<html lang="en">', 1), encoding="utf-8")
 
 
+def leave_out_the_unmeasured(site: Path) -> None:
+    """Take benchmarks without a result out of the index: the pages would ask for graphs that are not there."""
+    path = site / "index.json"
+    index = json.loads(path.read_text(encoding="utf-8"))
+    summaries = site / "graphs" / "summary"
+    index["benchmarks"] = {name: rest for name, rest in index["benchmarks"].items() if (summaries / f"{name}.json").is_file()}
+    path.write_text(json.dumps(index), encoding="utf-8")
+
+
 def explain(site: Path, reason: str) -> None:
     """A page, and a picture, that say why there are no graphs."""
     shutil.rmtree(site, ignore_errors=True)
@@ -110,6 +119,7 @@ def publish(site: Path, results: Path = RESULTS) -> None:
     if run.returncode:
         raise SystemExit(run.stdout)
     localise(site)
+    leave_out_the_unmeasured(site)
     draw(files, (git("rev-list", "--first-parent", "--reverse", str(line), "--") or "").split(), site / "overview.svg")
 
 

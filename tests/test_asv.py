@@ -346,3 +346,12 @@ def test_every_case_in_the_picture_is_measured():
         cases = [tuple(map(repr, case)) for case in cases_of(CLASSES[benchmark.rpartition(".")[0]])]
         assert benchmark.rpartition(".")[2] in benchmarks_of(CLASSES[benchmark.rpartition(".")[0]])
         assert parameters in cases, benchmark
+
+
+def test_the_site_asks_for_no_graph_that_is_not_there(tmp_path):
+    publish = importlib.import_module("publish")
+    (tmp_path / "graphs" / "summary").mkdir(parents=True)
+    (tmp_path / "graphs" / "summary" / "a.time_x.json").write_text("[]", encoding="utf-8")
+    (tmp_path / "index.json").write_text('{"benchmarks": {"a.time_x": {}, "b.time_x": {}}, "tags": {}}', encoding="utf-8")
+    publish.leave_out_the_unmeasured(tmp_path)
+    assert json.loads((tmp_path / "index.json").read_text(encoding="utf-8")) == {"benchmarks": {"a.time_x": {}}, "tags": {}}
