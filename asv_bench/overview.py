@@ -46,14 +46,18 @@ def draw(files: Sequence[Path], commits: Sequence[str], target: Path) -> None:
     results.sort(key=lambda result: commits.index(result["commit_hash"]))
     figure = Figure(figsize=(8.2, 4.6), layout="constrained")
     axes = figure.subplots()
+    top = 2.0
     for (benchmark, parameters, label), marker in zip(LINES, "os^Dv", strict=True):
         values = [value(result, benchmark, parameters) for result in results]
         known = [(i, found) for i, found in enumerate(values) if found]
         if known:
             newest = known[-1][1]
+            top = max(top, max(found for _, found in known) / newest)
             axes.plot([i for i, _ in known], [found / newest for _, found in known], marker=marker, markersize=4, label=label)
     axes.set_yscale("log")
-    axes.set_yticks([1, 2, 5, 10], labels=["1", "2", "5", "10"])
+    ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100) if tick <= 2 * top]
+    axes.set_yticks(ticks, labels=list(map(str, ticks)))
+    axes.minorticks_off()
     axes.axhline(1, color="0.6", linewidth=0.8)
     axes.set_xticks(range(len(results)), [result["commit_hash"][:8] for result in results], rotation=60, ha="right", fontsize=8)
     axes.set_ylabel("time, in multiples of the newest commit's")

@@ -40,7 +40,6 @@ class MLPBlocks(_MLP, _Both):
         DEVICES,
         (
             "auto E128 bfloat16",
-            "auto E1024 float32",
             "auto E1024 bfloat16",
             "auto qwen3-30b bfloat16",
             "auto mixtral bfloat16",
@@ -83,7 +82,7 @@ class Merged(_Operator):
 
 
 class MergedBlocks(_Both):
-    params = (DEVICES, ("auto E1024 float32", "auto E1024 bfloat16", "auto call float32"))
+    params = (DEVICES, ("auto E1024 bfloat16", "auto call float32"))
     subject = Merged.subject
 
 
