@@ -1,6 +1,7 @@
 """The layers, eager and compiled."""
 
 import copy
+from dataclasses import dataclass
 
 import torch
 
@@ -13,7 +14,8 @@ class Eager(_Operator):
     param_names = ("device", "layer")
 
     def subject(self, device, layer):
-        return _subject(make(layer, device), inputs(device), exact=True)
+        module = make(layer, device)
+        return _subject(module, inputs(device), module)
 
 
 class _Compiled(_Subjects):
@@ -40,25 +42,21 @@ class CompiledTraining(_Compiled):
         self.measured.gradients()
 
 
-def _subject(run, x, module=None, exact=False):
-    module = module or run
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    wide = copy.deepcopy(module).double() if exact else None
-    return _LayerSubject(lambda x: output(run(x)), (x,), (lambda x: output(wide(x))) if exact else None, trained, wide)
+def _subject(run, x, module):
+    return _LayerSubject(lambda x: output(run(x)), (x,), module=module)
 
 
+@dataclass(frozen=True)
 class _LayerSubject(Subject):
-    """A subject whose parameters are a module's, so that gradients reach them by ``backward``."""
+    """A subject with a module's parameters, which get gradients too."""
 
-    def __init__(self, call, leaves, exact, trained, wide):
-        super().__init__(call, leaves, exact)
-        object.__setattr__(self, "trained", trained)
-        object.__setattr__(self, "wide", wide)
+    module: torch.nn.Module | None = None
 
     def gradients(self):
         x = self.leaves[0].detach().requires_grad_()
-        return self._gradients(self.call(x), [x, *self.trained])
+        trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        return self._gradients(self.call(x), [x, *trained])
 
     def in_float64(self):
-        trained = [parameter for parameter in self.wide.parameters() if parameter.requires_grad]
-        return _LayerSubject(self.exact, (self.leaves[0].double(),), None, trained, None)
+        wide = copy.deepcopy(self.module).double()
+        return _subject(wide, self.leaves[0].double(), wide)
