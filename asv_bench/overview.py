@@ -70,5 +70,6 @@ def in_words(text: str) -> str:
     """An SVG picture that is one line of text."""
     return (
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 820 60" width="820" height="60">'
+        '<rect width="820" height="60" fill="white"/>'
         f'<text x="10" y="35" font-family="sans-serif" font-size="12">{escape(text)}</text></svg>\n'
     )
