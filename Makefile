@@ -23,7 +23,7 @@ $(VENV)/.installed-%: constraints.txt pyproject.toml
 	@$(py) -m pip install -qq -c constraints.txt --no-build-isolation -e '.[$(extras_$*)]'
 	@touch $@
 
-.PHONY: help demo test bench docs check pytest triton-values doctest wheel-smoke clean
+.PHONY: help demo test bench docs check verifytypes pytest triton-values doctest wheel-smoke clean
 .PHONY: asv-smoke asv-machine asv-run asv-range asv-compare asv-check asv-history asv-publish
 
 help:
@@ -38,6 +38,10 @@ check: $(VENV)/.installed-full  ## lint, format and types
 	$(py) -m ruff check
 	$(py) -m ruff format --check
 	$(py) -m mypy
+	tests/verify_types.sh $(py)
+
+verifytypes: $(VENV)/.installed-full  ## types of every public name of the wheel, by pyright
+	tests/verify_types.sh $(py)
 
 pytest: $(VENV)/.installed-full  ## the tests alone
 	$(one_thread) $(py) -m pytest -n $(JOBS) tests

@@ -34,13 +34,11 @@ def packed_uses(monkeypatch):
     return seen
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def quick_collections():
-    """The memory meter collects garbage, which takes long while all of torch's modules are looked at each time."""
+    """What stands when a file's tests begin is left out of garbage collections, most of which would look at torch's modules."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(items):

@@ -31,6 +31,7 @@ html_theme = "furo"
 html_title = f"{project} {release}"
 html_static_path = ["_static"]
 html_css_files = ["house.css"]
+html_js_files = ["house.js"]
 html_show_sourcelink = False
 html_copy_source = False
 copybutton_prompt_text = r">>> |\.\.\. "
@@ -51,7 +52,7 @@ napoleon_custom_sections = ["Shape", "Source"]
 nitpicky = True
 nitpick_ignore_regex = [
     # Other projects' names; their inventories would need the network.
-    (r"py:.*", r"(torch|numpy|np|nn|collections|os|pathlib|typing)(\..*)?"),
+    (r"py:.*", r"(torch|numpy|np|nn|argparse|collections|os|pathlib|typing)(\..*)?"),
     (r"py:.*", r"(Tensor|Module|NDArray|ArrayLike|NamedTuple|Any|optional)"),
     # Modules and internals that docstrings name in passing; no page describes them.
     (r"py:.*", r"fusedonemoe\.(functional|ops|layers)"),

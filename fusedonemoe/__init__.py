@@ -4,7 +4,8 @@ from fusedonemoe import balance, functional, ops
 from fusedonemoe.config import MoEConfig
 from fusedonemoe.explanation import Explanation, explain
 from fusedonemoe.fine_grained import FineGrainedMoE, FineGrainedOutput
-from fusedonemoe.layers import Experts, FusedOneMoE, MoE, MoEOutput
+from fusedonemoe.fused_one_moe import FusedOneMoE
+from fusedonemoe.layers import Experts, MoE, MoEOutput
 from fusedonemoe.lora import ExpertsForm, LoRAExperts, add_lora
 from fusedonemoe.quantization import QuantizationReport, QuantizedLayer, quantize_
 from fusedonemoe.quantized import QuantizedExperts

@@ -253,7 +253,7 @@ class LossFreeBalance:
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         _check_rate(rate)
         self.rate = rate
-        self.group = None if group is None else process_group(group)
+        self.group: Any = None if group is None else process_group(group)
         self._routers = {
             name: module
             for name, module in model.named_modules()

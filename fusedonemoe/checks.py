@@ -105,6 +105,12 @@ def check_last_dim(name: str, tensor: Tensor, size: int) -> None:
         raise ValueError(f"{name} must have shape [..., {size}], got {tuple(tensor.shape)}")
 
 
+def check_fits(x: Tensor, D: int, name: str) -> None:
+    """Rows of ``x`` are as wide as those of the weight of that name."""
+    if x.shape[-1] != D:
+        raise ValueError(f"x must have shape [..., {D}] to fit {name}, got {tuple(x.shape)}")
+
+
 def check_like_x(name: str, tensor: Tensor, x: Tensor) -> None:
     """Expert weights share x's device, and its dtype too unless autocast is about to cast both."""
     check_float(name, tensor)
@@ -136,6 +142,12 @@ def check_norm_eps(norm_eps: float, scoring: str) -> None:
         raise ValueError(f"norm_eps must be positive and finite, got {norm_eps}")
     if scoring == "softmax" and norm_eps != NORM_EPS:
         raise ValueError(f"norm_eps is for scoring 'sigmoid', a softmax is divided without one, got {norm_eps}")
+
+
+def check_gate(activation: str, gated: bool) -> None:
+    """A gate, where the activation is made of one."""
+    if activation == "swiglu_oai" and not gated:
+        raise ValueError("activation 'swiglu_oai' is gated by definition, got gated=False")
 
 
 def check_save_percent(save_percent: int) -> None:

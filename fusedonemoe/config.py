@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from fusedonemoe.checks import check_count, check_norm_eps, check_number, check_one_of
+from fusedonemoe.checks import check_count, check_gate, check_norm_eps, check_number, check_one_of
 from fusedonemoe.hf import fields_of
 from fusedonemoe.ops.activation import ACTIVATIONS, GATE_UP_LAYOUTS
 from fusedonemoe.ops.choice import IMPLEMENTATIONS
@@ -116,8 +116,7 @@ class MoEConfig:
         check_count("save_percent", self.save_percent, 0)
         if self.save_percent > 100:
             raise ValueError(f"save_percent must be an integer from 0 to 100, got {self.save_percent}")
-        if self.activation == "swiglu_oai" and not self.gated:
-            raise ValueError("activation 'swiglu_oai' is gated by definition, got gated=False")
+        check_gate(self.activation, self.gated)
         if self.num_experts % self.n_group:
             raise ValueError(f"n_group must divide num_experts ({self.num_experts}), got {self.n_group}")
         if self.topk_group > self.n_group:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fusedonemoe.config import MoEConfig
-from fusedonemoe.layers import Experts, FusedOneMoE, MoE
+from fusedonemoe.fused_one_moe import FusedOneMoE
+from fusedonemoe.layers import Experts, MoE
 from fusedonemoe.lora import LoRAExperts
 from fusedonemoe.ops import IMPLEMENTATIONS, Work, choose, count_work
 from fusedonemoe.ops.choice import refusal

@@ -109,7 +109,7 @@ class FineGrainedMoE(nn.Module):
         self.activation = activation
         self.sparse = sparse
         self.impl = impl
-        self.gate = ProductKeyRouter(
+        self.gate: ProductKeyRouter = ProductKeyRouter(
             hidden_size,
             num_keys,
             top_k,
@@ -120,8 +120,8 @@ class FineGrainedMoE(nn.Module):
             device=device,
             dtype=dtype,
         )
-        self.down_embed = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
-        self.up_embed = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
+        self.down_embed: nn.Parameter = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
+        self.up_embed: nn.Parameter = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
         self.gate_proj: nn.Linear | None = None
         self.up_proj: nn.Linear | None = None
         self.down_proj: nn.Linear | None = None

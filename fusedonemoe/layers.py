@@ -64,7 +64,7 @@ class Experts(nn.Module):
     def __init__(self, config: MoEConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.config = config
-        self.num_experts = config.num_experts
+        self.num_experts: int = config.num_experts
         self._up_name = "gate_up_proj" if config.gated else "up_proj"
         E, D, F_, G = config.num_experts, config.hidden_size, config.intermediate_size, config.up_rows
 
@@ -72,7 +72,7 @@ class Experts(nn.Module):
             return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
 
         self.register_parameter(self._up_name, parameter(E, D, G) if config.transposed else parameter(E, G, D))
-        self.down_proj = parameter(E, F_, D) if config.transposed else parameter(E, D, F_)
+        self.down_proj: nn.Parameter = parameter(E, F_, D) if config.transposed else parameter(E, D, F_)
         self.register_parameter(f"{self._up_name}_bias", parameter(E, G) if config.bias else None)
         self.register_parameter("down_proj_bias", parameter(E, D) if config.bias else None)
         self._packed: F.PackedExperts | None = None
@@ -230,7 +230,7 @@ class MoE(nn.Module):
         elif fields:
             raise TypeError(f"give either config or its fields, got both: {sorted(fields)}")
         self.config = config
-        self.gate = TopKRouter(
+        self.gate: TopKRouter = TopKRouter(
             config.hidden_size,
             config.num_experts,
             config.top_k,
@@ -248,7 +248,7 @@ class MoE(nn.Module):
             device=device,
             dtype=dtype,
         )
-        self.experts = Experts(config, device=device, dtype=dtype)
+        self.experts: Experts = Experts(config, device=device, dtype=dtype)
         self.shared_expert: SharedExpert | None = None
         self.shared_expert_gate: nn.Linear | None = None
         if config.shared_intermediate_size is not None:
@@ -336,104 +336,3 @@ class MoE(nn.Module):
             return y
         counts = F.tokens_per_expert(experts, self.config.num_experts)
         return MoEOutput(y, logits, weights, experts, counts)
-
-
-class FusedOneMoE(nn.Module):
-    """The block of the original FusedOneMoE: experts mix before the activation and share one down-projection.
-
-    ``y = act(sum_e w_te (x_t W_e) + b_up) Wdown + b_down`` with ``act = relu(.)^2`` and ``w = sigmoid(x W_router)`` on the
-    selected experts. Differences from the original's code, which are repairs: unselected experts have weight 0 (there,
-    ``sigmoid(0) = 1/2``), biases start small instead of failing to initialise, and weights are drawn by their fan-in.
-
-    Parameters: ``gate.weight`` ``[E, D]``, ``proj`` ``[E, D, F]``, ``down`` ``[F, D]``, and with biases ``up_bias`` ``[F]``,
-    ``down_bias`` ``[D]``.
-
-    Args:
-        hidden_size: ``D``.
-        intermediate_size: ``F``.
-        groups: ``E``, number of experts.
-        is_sparse: route each token to its ``topk`` experts; otherwise to all.
-        topk: ``K`` when sparse.
-        bias: ``b_up`` and ``b_down``.
-        impl: ``auto``, ``dense``, ``grouped``, ``cpu``, ``triton`` or ``portable``.
-        device: of the parameters.
-        dtype: of the parameters.
-
-    Shape:
-        ``[..., D]`` to ``[..., D]``.
-
-    Example:
-        >>> import torch
-        >>> from fusedonemoe import FusedOneMoE
-        >>> layer = FusedOneMoE(hidden_size=128, intermediate_size=512, groups=32, is_sparse=True, topk=8)
-        >>> layer(torch.randn(2, 10, 128)).shape
-        torch.Size([2, 10, 128])
-    """
-
-    def __init__(
-        self,
-        hidden_size: int = 512,
-        intermediate_size: int = 3072,
-        groups: int = 12,
-        is_sparse: bool = False,
-        topk: int = 1,
-        bias: bool = False,
-        *,
-        impl: str = "auto",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        # MoEConfig knows how to say what is wrong with a size.
-        MoEConfig(
-            hidden_size=hidden_size,
-            intermediate_size=intermediate_size,
-            num_experts=groups,
-            top_k=topk if is_sparse else None,
-            impl=impl,
-        )
-        self.impl = impl
-        self.gate = TopKRouter(
-            hidden_size,
-            groups,
-            topk if is_sparse else None,
-            scoring="sigmoid",
-            norm_topk_prob=False,
-            impl=routing_impl(impl),
-            device=device,
-            dtype=dtype,
-        )
-
-        def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
-
-        self.proj = parameter(groups, hidden_size, intermediate_size)
-        self.down = parameter(intermediate_size, hidden_size)
-        self.up_bias = parameter(intermediate_size) if bias else None
-        self.down_bias = parameter(hidden_size) if bias else None
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Initialise as ``nn.Linear`` does: uniform within ``1 / sqrt(fan_in)``."""
-        self.gate.reset_parameters()
-        F_, D = self.down.shape
-        uniform_by_fan_in(self.proj, D)
-        uniform_by_fan_in(self.down, F_)
-        if self.up_bias is not None and self.down_bias is not None:
-            uniform_by_fan_in(self.up_bias, D)
-            uniform_by_fan_in(self.down_bias, F_)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Run the block on ``x`` ``[..., D]``."""
-        check_last_dim("x", x, self.down.shape[1])
-        _, weights, experts = self.gate(x)
-        h = F.experts_merged(x, experts, weights, self.proj, impl=self.impl)
-        if self.up_bias is not None:
-            h = h + self.up_bias
-        y = torch.matmul(nn.functional.relu(h).square(), self.down)
-        return y if self.down_bias is None else y + self.down_bias
-
-    def extra_repr(self) -> str:
-        """The sizes, for ``print(module)``."""
-        E, D, F_ = self.proj.shape
-        return f"hidden_size={D}, intermediate_size={F_}, groups={E}, topk={self.gate.top_k}"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fusedonemoe import functional as F
 from fusedonemoe.layers import Experts
+from fusedonemoe.linear import uniform_by_fan_in
 
 TARGETS = ("gate_up", "down")
 
@@ -148,7 +149,7 @@ class LoRAExperts(nn.Module):
         if isinstance(targets, str) or not targets or set(targets) - set(TARGETS) or len(set(targets)) != len(targets):
             raise ValueError(f"targets must be some of {TARGETS}, each once, got {targets!r}")
         self.form = form
-        self.targets = tuple(target for target in TARGETS if target in targets)
+        self.targets: tuple[str, ...] = tuple(target for target in TARGETS if target in targets)
         self.r: dict[str, int] = _per_target("r", r, self.targets, int)
         self.alpha: dict[str, float] = _per_target("alpha", alpha, self.targets, (int, float))
         self.use_rslora = use_rslora
@@ -190,8 +191,7 @@ class LoRAExperts(nn.Module):
         """Draw A anew and set B to zero: an adapter that changes nothing."""
         for target in self.targets:
             A, B = self.factors(target)
-            bound = 1 / math.sqrt(A.shape[2])  # kaiming_uniform_ with a = sqrt(5), as nn.Linear has it
-            nn.init.uniform_(A, -bound, bound)
+            uniform_by_fan_in(A, A.shape[2])
             nn.init.zeros_(B)
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:

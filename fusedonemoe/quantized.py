@@ -101,8 +101,10 @@ class QuantizedExperts(nn.Module):
         super().__init__()
         check_one_of("dtype", dtype, FORMATS)
         self.config = config
-        self.num_experts = config.num_experts
-        self.dtype, self.group_size, self.symmetric = dtype, group_size, symmetric
+        self.num_experts: int = config.num_experts
+        self.dtype: str = dtype
+        self.group_size: int = group_size
+        self.symmetric: bool = symmetric
         self._up_name = "gate_up_proj" if config.gated else "up_proj"
         where = torch.device(device or torch.get_default_device())
         E, D, F_, G = config.num_experts, config.hidden_size, config.intermediate_size, config.up_rows

@@ -100,7 +100,7 @@ class TopKRouter(nn.Module):
         self.group_score = group_score
         self.norm_eps = norm_eps
         self.impl = impl
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
+        self.weight: nn.Parameter = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype)) if bias else None
         # float32 whatever the module's or the default dtype is: it accumulates small steps.
         correction = torch.empty(num_experts, device=device, dtype=torch.float32) if selection_bias else None
@@ -216,7 +216,7 @@ class ProductKeyRouter(nn.Module):
             self.norm = nn.BatchNorm1d(hidden_size, device=device, dtype=dtype)
         elif input_norm == "rms":
             self.norm = nn.RMSNorm(hidden_size, eps=1e-6, device=device, dtype=dtype)
-        self.weight = nn.Parameter(torch.empty(rows, hidden_size, device=device, dtype=dtype))
+        self.weight: nn.Parameter = nn.Parameter(torch.empty(rows, hidden_size, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
 

@@ -33,9 +33,9 @@ class SharedExpert(nn.Module):
         self._activation = Activation(
             config.activation, "gate_up" if config.gated else PLAIN, config.swiglu_alpha, config.swiglu_limit
         )
-        self.gate_proj = linear(config.hidden_size, intermediate_size) if config.gated else None
-        self.up_proj = linear(config.hidden_size, intermediate_size)
-        self.down_proj = linear(intermediate_size, config.hidden_size)
+        self.gate_proj: nn.Linear | None = linear(config.hidden_size, intermediate_size) if config.gated else None
+        self.up_proj: nn.Linear = linear(config.hidden_size, intermediate_size)
+        self.down_proj: nn.Linear = linear(intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., D]`` to ``[..., D]``."""

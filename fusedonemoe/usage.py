@@ -184,7 +184,7 @@ class RouterCount:
 
     def __init__(self, router: TopKRouter, training_only: bool) -> None:
         self.training_only = training_only
-        self.counts = torch.zeros(router.weight.shape[0], dtype=torch.int64, device=router.weight.device)
+        self.counts: Tensor = torch.zeros(router.weight.shape[0], dtype=torch.int64, device=router.weight.device)
 
     def __call__(self, router: nn.Module, args: tuple[Any, ...], output: RouterOutput) -> None:
         """Count what the router returns."""
@@ -287,7 +287,7 @@ def check_module(model: object) -> None:
 def _draw(reports: Mapping[str, Usage], path: Path) -> Path:
     """One row of two panels for each report: shares by expert, and sorted."""
     if find_spec("matplotlib") is None:
-        raise ImportError("pictures are drawn with matplotlib, which is missing: pip install fusedonemoe[plot]")
+        raise ImportError("pictures are drawn with matplotlib, which is missing: pip install 'fusedonemoe[plot]'")
     from matplotlib.figure import Figure  # here: only who draws has to have it
 
     figure = Figure(figsize=(9.0, 0.4 + 2.2 * len(reports)), layout="constrained")

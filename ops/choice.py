@@ -13,12 +13,11 @@ IMPLEMENTATIONS = ("dense", "grouped", "cpu", "triton", "portable")
 # The largest E/K at which dense was measured faster on CPU (float32 and bfloat16, forward and backward, at 1, 1.5, 2 and 4).
 # Its merged projection is one plain matmul. Its MLP writes and masks [E, T, 2F] and lost at every ratio, 1 included.
 DENSE_UP_TO = {"experts_mlp": 0, "experts_mlp_lora": 0, "experts_mlp_quantized": 0, "experts_merged": 1}
-# What the compiled CPU kernels do not do of an operator's work.
-NO_CPU_KERNELS = {"experts_mlp_lora": "the compiled CPU kernels have no adapters, impl='grouped' has them"}
-# What the portable form does not do.
-NOT_PORTABLE = {
-    "experts_mlp_lora": "merge the adapters before exporting: they have no portable form",
-    "experts_mlp_quantized": "quantised weights have no portable form",
+# What an implementation does not do, by itself and the operator.
+LACKING = {
+    ("cpu", "experts_mlp_lora"): "the compiled CPU kernels have no adapters, impl='grouped' has them",
+    ("portable", "experts_mlp_lora"): "merge the adapters before exporting: they have no portable form",
+    ("portable", "experts_mlp_quantized"): "quantised weights have no portable form",
 }
 
 
@@ -93,13 +92,11 @@ def refusal(
     """
     if impl == "dense":
         return None
+    if (impl, operator) in LACKING:
+        return LACKING[impl, operator]
     if impl == "portable":
-        if operator in NOT_PORTABLE:
-            return NOT_PORTABLE[operator]
         return "it reads a number from the data, and meta tensors have none" if device_type == "meta" else None
     if impl == "cpu":
-        if operator in NO_CPU_KERNELS:
-            return NO_CPU_KERNELS[operator]
         if device_type != "cpu":
             return f"the CPU kernels do not run on device {device_type!r}"
         return native.refusal(dtype, contiguous)
@@ -163,12 +160,12 @@ def choose(
     """
     if impl not in _NAMES:
         raise ValueError(f"impl must be one of {_NAMES}, got {impl!r}")
-    has_kernels = operator not in NO_CPU_KERNELS and not portable
+    has_kernels = ("cpu", operator) not in LACKING and not portable
     if exporting_to_onnx():
         if impl not in ("auto", "portable"):
             raise ValueError(no_onnx_form(impl))
-        if operator in NOT_PORTABLE:
-            raise ValueError(f"{operator} has no ONNX form: {NOT_PORTABLE[operator]}")
+        if reason := LACKING.get(("portable", operator)):
+            raise ValueError(f"{operator} has no ONNX form: {reason}")
         return Choice("portable", "ONNX has no other form")
     if impl == "auto" and device_type == "cpu" and has_kernels and native.refusal(dtype, contiguous) is None:
         return _CPU_KERNELS

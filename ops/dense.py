@@ -10,7 +10,7 @@ from torch import Tensor
 from fusedonemoe.ops.activation import Activation, activate
 
 
-def _routing_masks(experts_TK: Tensor, weights_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+def routing_masks(experts_TK: Tensor, weights_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Spread a routing over all experts.
 
     Returns:
@@ -39,7 +39,7 @@ def experts_mlp_dense(
     never sent to it must not turn ``0 * inf`` into NaN, in the output or in a gradient. (An expert whose weights are
     themselves infinite or NaN does poison the sum; masking those would copy every weight on every call.)
     """
-    weights_TE, routed_TE = _routing_masks(experts_TK, weights_TK, up_EGD.shape[0])
+    weights_TE, routed_TE = routing_masks(experts_TK, weights_TK, up_EGD.shape[0])
     z_ETG = torch.matmul(x_TD, up_EGD.transpose(1, 2))
     if up_bias_EG is not None:
         z_ETG = z_ETG + up_bias_EG[:, None, :]
@@ -54,6 +54,6 @@ def experts_mlp_dense(
 def experts_merged_dense(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, proj_EDF: Tensor) -> Tensor:
     """``h_t = sum_e (w_te x_t) W_e``: one matmul of the weighted copies of each token with all experts stacked."""
     E, D, F = proj_EDF.shape
-    weights_TE, routed_TE = _routing_masks(experts_TK, weights_TK, E)
+    weights_TE, routed_TE = routing_masks(experts_TK, weights_TK, E)
     scaled_TED = torch.where(routed_TE[:, :, None], weights_TE[:, :, None] * x_TD[:, None, :], 0).to(x_TD.dtype)
     return scaled_TED.reshape(-1, E * D) @ proj_EDF.reshape(E * D, F)

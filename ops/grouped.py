@@ -31,7 +31,7 @@ def _outer_laid_out_like(weights_EAB: Tensor, left_NA: Tensor, right_NB: Tensor,
     return grouped_outer(left_NA, right_NB, offsets)
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
     """What every operator needs to know of its sorted rows.
 
     Attributes:
@@ -47,7 +47,7 @@ class _Rows(NamedTuple):
     weight: Tensor
 
 
-def _in_backward(gradient: Tensor, *routing: Tensor) -> tuple[Tensor, ...]:
+def in_backward(gradient: Tensor, *routing: Tensor) -> tuple[Tensor, ...]:
     """``routing``, as values that are known only when ``gradient`` is.
 
     torch.compile sees forward and backward as one graph, and cuts it where it likes. To it the backward's gathered rows of x
@@ -58,26 +58,26 @@ def _in_backward(gradient: Tensor, *routing: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.where(known, tensor, tensor) for tensor in routing)
 
 
-def _rows(
+def sorted_rows(
     experts_TK: Tensor, weights_TK: Tensor, order: Tensor, num_experts: int, gradient: Tensor | None = None
-) -> tuple[_Rows, Tensor, Tensor]:
+) -> tuple[Rows, Tensor, Tensor]:
     """The rows, with ``experts_TK`` and ``order`` as a backward pass of this ``gradient`` has to use them."""
     positions = torch.arange(order.shape[0], dtype=order.dtype, device=order.device)
     if gradient is not None:
-        order, experts_TK, weights_TK, positions = _in_backward(gradient, order, experts_TK, weights_TK, positions)
+        order, experts_TK, weights_TK, positions = in_backward(gradient, order, experts_TK, weights_TK, positions)
     weights_TK = torch.where(in_range(experts_TK, num_experts), weights_TK, 0)
     weight = weights_TK.reshape(-1).index_select(0, order)
     position = torch.empty_like(order).scatter(0, order.to(torch.int64), positions)
-    return _Rows(order // experts_TK.shape[1], position, weights_TK, weight[:, None]), experts_TK, order
+    return Rows(order // experts_TK.shape[1], position, weights_TK, weight[:, None]), experts_TK, order
 
 
-def _expert_of_row(experts_TK: Tensor, order: Tensor, num_experts: int) -> Tensor:
-    """``[N]`` the expert of each sorted row, any expert where the id is out of range."""
+def bias_of_row(bias_EB: Tensor, experts_TK: Tensor, order: Tensor) -> Tensor:
+    """``[N, B]`` the bias of each sorted row, any expert's where the id is out of range."""
     ids = experts_TK.reshape(-1).to(torch.int64).index_select(0, order)
-    return ids.clamp(0, num_experts - 1).to(torch.int32)
+    return bias_EB.index_select(0, ids.clamp(0, bias_EB.shape[0] - 1).to(torch.int32))
 
 
-def _sum_over_choices(rows_NB: Tensor, rows: _Rows, *, weighted: bool, dtype: torch.dtype) -> Tensor:
+def sum_over_choices(rows_NB: Tensor, rows: Rows, *, weighted: bool, dtype: torch.dtype) -> Tensor:
     """Per token, the (weighted) sum of its K rows in the order of its choices: no atomics. ``[T, B]``.
 
     A half-precision sum runs in float32 and rounds once. One choice after the other, because [T, K, B] in float32 would be
@@ -98,7 +98,13 @@ def _sum_over_choices(rows_NB: Tensor, rows: _Rows, *, weighted: bool, dtype: to
     return sum_TB.to(dtype)
 
 
-def _column_sums(rows_NB: Tensor, offsets: Tensor) -> Tensor:
+def of_choices(dweight_N: Tensor, rows: Rows, experts_TK: Tensor, num_experts: int) -> Tensor:
+    """``[T, K]`` gradients of routing weights, of those of sorted rows; 0 where the id is out of range."""
+    dweights_TK = dweight_N.index_select(0, rows.position).view(experts_TK.shape)
+    return torch.where(in_range(experts_TK, num_experts), dweights_TK, 0)
+
+
+def column_sums(rows_NB: Tensor, offsets: Tensor) -> Tensor:
     """``[E, B]`` sum of each expert's rows, as a grouped product with ones: one fixed order of summation."""
     # Several columns of ones, not one: torch's CUDA grouped GEMM wants rows of whole 16 bytes.
     ones = rows_NB.new_ones(rows_NB.shape[0], 8)
@@ -111,13 +117,22 @@ def _pre_activation(
     """``z = x Wup_e (+ bup_e)`` for sorted rows."""
     z_NG = grouped_mm(x_ND, up_EGD.transpose(1, 2), offsets)
     if up_bias_EG is not None:
-        z_NG += up_bias_EG.index_select(0, _expert_of_row(experts_TK, order, up_EGD.shape[0]))
+        z_NG += bias_of_row(up_bias_EG, experts_TK, order)
     return z_NG
 
 
 def saved_rows(num_rows: int, save_percent: int) -> int:
     """How many sorted rows of ``z`` the forward keeps for the backward: ``floor(N * p / 100)``."""
-    return num_rows * save_percent // 100
+    # No rows is known for every T, and must not become a symbolic size.
+    return num_rows * save_percent // 100 if save_percent else 0
+
+
+def first_rows(z_NG: Tensor, save_percent: int) -> Tensor:
+    """The rows of ``z`` that the forward keeps: all of them, or a copy of the first."""
+    if save_percent == 100:
+        return z_NG
+    # Inductor takes a clone of a slice for the slice itself, which holds all of z. A selection of rows it copies.
+    return z_NG.index_select(0, torch.arange(saved_rows(z_NG.shape[0], save_percent), device=z_NG.device))
 
 
 def experts_mlp(
@@ -139,22 +154,18 @@ def experts_mlp(
     """
     E = up_EGD.shape[0]
     plan = make_plan(experts_TK, E)
-    rows, *_ = _rows(experts_TK, weights_TK, plan.order, E)
+    rows, *_ = sorted_rows(experts_TK, weights_TK, plan.order, E)
     x_ND = x_TD.index_select(0, rows.token)
     z_NG = _pre_activation(x_ND, up_EGD, up_bias_EG, experts_TK, plan.order, plan.offsets)
     del x_ND
     h_NF = activate(z_NG, act, reuse=True)
-    saved = z_NG
-    if save_percent < 100:
-        # Inductor takes a clone of a slice for the slice itself, which holds all of z. A selection of rows it copies.
-        first_rows = torch.arange(saved_rows(z_NG.shape[0], save_percent), device=z_NG.device)
-        saved = z_NG.index_select(0, first_rows)
+    saved = first_rows(z_NG, save_percent)
     del z_NG
     y_ND = grouped_mm(h_NF, down_EDF.transpose(1, 2), plan.offsets)
     del h_NF
     if down_bias_ED is not None:
-        y_ND += down_bias_ED.index_select(0, _expert_of_row(experts_TK, plan.order, E))
-    return _sum_over_choices(y_ND, rows, weighted=True, dtype=x_TD.dtype), saved, plan.order, plan.offsets
+        y_ND += bias_of_row(down_bias_ED, experts_TK, plan.order)
+    return sum_over_choices(y_ND, rows, weighted=True, dtype=x_TD.dtype), saved, plan.order, plan.offsets
 
 
 class MLPNeeds(NamedTuple):
@@ -192,8 +203,8 @@ def experts_mlp_backward(
     Returns:
         Gradients of x, weights, up, down, up bias and down bias; a zero-size tensor where not needed.
     """
-    E, T, K = up_EGD.shape[0], *experts_TK.shape
-    rows, experts_TK, order = _rows(experts_TK, weights_TK, order, E, dy_TD)
+    E = up_EGD.shape[0]
+    rows, experts_TK, order = sorted_rows(experts_TK, weights_TK, order, E, dy_TD)
     x_ND = x_TD.index_select(0, rows.token)
     if save_percent < 100:
         kept = z.shape[0]
@@ -208,35 +219,33 @@ def experts_mlp_backward(
     if needs.down:
         ddown = _outer_laid_out_like(down_EDF, dy_ND, (h_NF * rows.weight).to(h_NF.dtype), offsets)
     if needs.down_bias:
-        ddown_bias = _column_sums((dy_ND * rows.weight).to(dy_ND.dtype), offsets)
+        ddown_bias = column_sums((dy_ND * rows.weight).to(dy_ND.dtype), offsets)
     if needs.x or needs.weights or needs.up or needs.up_bias:
         dh_NF = grouped_mm(dy_ND, down_EDF, offsets)
     if needs.weights:
         dweight = (dh_NF * h_NF).sum(1, dtype=weights_TK.dtype)
         if down_bias_ED is not None:
-            bias_ND = down_bias_ED.index_select(0, _expert_of_row(experts_TK, order, E))
-            dweight = dweight + (dy_ND * bias_ND).sum(1, dtype=weights_TK.dtype)
-        dweights = dweight.index_select(0, rows.position).view(T, K)
-        dweights = torch.where(in_range(experts_TK, E), dweights, 0)
+            dweight = dweight + (dy_ND * bias_of_row(down_bias_ED, experts_TK, order)).sum(1, dtype=weights_TK.dtype)
+        dweights = of_choices(dweight, rows, experts_TK, E)
     del h_NF, dy_ND
     if needs.x or needs.up or needs.up_bias:
         dz_NG = activate_backward((dh_NF * rows.weight).to(dh_NF.dtype), z, act)
     if needs.up:
         dup = _outer_laid_out_like(up_EGD, dz_NG, x_ND, offsets)
     if needs.up_bias:
-        dup_bias = _column_sums(dz_NG, offsets)
+        dup_bias = column_sums(dz_NG, offsets)
     del x_ND
     if needs.x:
-        dx = _sum_over_choices(grouped_mm(dz_NG, up_EGD, offsets), rows, weighted=False, dtype=x_TD.dtype)
+        dx = sum_over_choices(grouped_mm(dz_NG, up_EGD, offsets), rows, weighted=False, dtype=x_TD.dtype)
     return dx, dweights, dup, ddown, dup_bias, ddown_bias
 
 
 def experts_merged(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, proj_EDF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``h_t = sum_j w_tj (x_t W_e)``, with the plan's ``order`` and ``offsets``."""
     plan = make_plan(experts_TK, proj_EDF.shape[0])
-    rows, *_ = _rows(experts_TK, weights_TK, plan.order, proj_EDF.shape[0])
+    rows, *_ = sorted_rows(experts_TK, weights_TK, plan.order, proj_EDF.shape[0])
     h_NF = grouped_mm(x_TD.index_select(0, rows.token), proj_EDF, plan.offsets)
-    return _sum_over_choices(h_NF, rows, weighted=True, dtype=x_TD.dtype), plan.order, plan.offsets
+    return sum_over_choices(h_NF, rows, weighted=True, dtype=x_TD.dtype), plan.order, plan.offsets
 
 
 class MergedNeeds(NamedTuple):
@@ -263,7 +272,7 @@ def experts_merged_backward(
         Gradients of x, weights and proj; a zero-size tensor where not needed.
     """
     E = proj_EDF.shape[0]
-    rows, experts_TK, order = _rows(experts_TK, weights_TK, order, E, dh_TF)
+    rows, experts_TK, order = sorted_rows(experts_TK, weights_TK, order, E, dh_TF)
     dh_NF = dh_TF.index_select(0, rows.token)
     dx, dweights, dproj = (x_TD.new_empty(0) for _ in range(3))
     if needs.weights or needs.proj:
@@ -274,8 +283,7 @@ def experts_merged_backward(
         q_ND = grouped_mm(dh_NF, proj_EDF.transpose(1, 2), offsets)
     if needs.weights:
         dweight = (q_ND * x_ND).sum(1, dtype=weights_TK.dtype)
-        dweights = dweight.index_select(0, rows.position).view(experts_TK.shape)
-        dweights = torch.where(in_range(experts_TK, E), dweights, 0)
+        dweights = of_choices(dweight, rows, experts_TK, E)
     if needs.x:
-        dx = _sum_over_choices(q_ND, rows, weighted=True, dtype=x_TD.dtype)
+        dx = sum_over_choices(q_ND, rows, weighted=True, dtype=x_TD.dtype)
     return dx, dweights, dproj

@@ -12,17 +12,18 @@ from torch import Tensor
 
 from fusedonemoe.ops.activation import Activation, activate, activate_backward
 from fusedonemoe.ops.cuda import ALIGNMENT_BYTES
-from fusedonemoe.ops.dense import _routing_masks
+from fusedonemoe.ops.dense import routing_masks
 from fusedonemoe.ops.grouped import (
-    _column_sums,
-    _expert_of_row,
-    _rows,
-    _sum_over_choices,
+    bias_of_row,
+    column_sums,
+    first_rows,
     grouped_mm,
     grouped_outer,
-    saved_rows,
+    of_choices,
+    sorted_rows,
+    sum_over_choices,
 )
-from fusedonemoe.ops.plan import in_range, make_plan
+from fusedonemoe.ops.plan import make_plan
 
 
 class Adapter(NamedTuple):
@@ -81,7 +82,7 @@ def _pre_activation(
     if not up.is_absent:
         z_NG += grouped_mm(up.narrow(x_ND, offsets), up.B.transpose(1, 2), offsets)
     if up_bias_EG is not None:
-        z_NG += up_bias_EG.index_select(0, _expert_of_row(experts_TK, order, up_EGD.shape[0]))
+        z_NG += bias_of_row(up_bias_EG, experts_TK, order)
     return z_NG
 
 
@@ -107,24 +108,20 @@ def experts_mlp_lora(
     E = up_EGD.shape[0]
     up, down = _aligned(up), _aligned(down)
     plan = make_plan(experts_TK, E)
-    rows, *_ = _rows(experts_TK, weights_TK, plan.order, E)
+    rows, *_ = sorted_rows(experts_TK, weights_TK, plan.order, E)
     x_ND = x_TD.index_select(0, rows.token)
     z_NG = _pre_activation(x_ND, up_EGD, up_bias_EG, up, experts_TK, plan.order, plan.offsets)
     del x_ND
     h_NF = activate(z_NG, act, reuse=True)
-    saved = z_NG
-    if save_percent < 100:
-        # As in grouped: a slice would keep all of z alive in a compiled graph.
-        first_rows = torch.arange(saved_rows(z_NG.shape[0], save_percent), device=z_NG.device)
-        saved = z_NG.index_select(0, first_rows)
+    saved = first_rows(z_NG, save_percent)
     del z_NG
     y_ND = grouped_mm(h_NF, down_EDF.transpose(1, 2), plan.offsets)
     if not down.is_absent:
         y_ND += grouped_mm(down.narrow(h_NF, plan.offsets), down.B.transpose(1, 2), plan.offsets)
     del h_NF
     if down_bias_ED is not None:
-        y_ND += down_bias_ED.index_select(0, _expert_of_row(experts_TK, plan.order, E))
-    return _sum_over_choices(y_ND, rows, weighted=True, dtype=x_TD.dtype), saved, plan.order, plan.offsets
+        y_ND += bias_of_row(down_bias_ED, experts_TK, plan.order)
+    return sum_over_choices(y_ND, rows, weighted=True, dtype=x_TD.dtype), saved, plan.order, plan.offsets
 
 
 class LoRANeeds(NamedTuple):
@@ -178,10 +175,10 @@ def experts_mlp_lora_backward(
         Gradients of x, weights, up, down, up bias, down bias, up's A and B, down's A and B; a zero-size tensor where not
         needed.
     """
-    E, T, K = up_EGD.shape[0], *experts_TK.shape
+    E = up_EGD.shape[0]
     rank_up, rank_down = up.A.shape[1], down.A.shape[1]
     up, down = _aligned(up), _aligned(down)
-    rows, experts_TK, order = _rows(experts_TK, weights_TK, order, E, dy_TD)
+    rows, experts_TK, order = sorted_rows(experts_TK, weights_TK, order, E, dy_TD)
     # Operators may not return one tensor twice, so each unneeded gradient is an empty tensor of its own.
     dx, dweights, dup, ddown, dup_bias, ddown_bias, dup_A, dup_B, ddown_A, ddown_B = (x_TD.new_empty(0) for _ in range(10))
 
@@ -201,7 +198,7 @@ def experts_mlp_lora_backward(
         narrow_NR = (down.narrow(h_NF, offsets) * rows.weight).to(h_NF.dtype)
         ddown_B = _trimmed(grouped_outer(dy_ND, narrow_NR, offsets), 2, rank_down)
     if needs.down_bias:
-        ddown_bias = _column_sums((dy_ND * rows.weight).to(dy_ND.dtype), offsets)
+        ddown_bias = column_sums((dy_ND * rows.weight).to(dy_ND.dtype), offsets)
     if needs.dz or needs.weights or needs.down_A:
         if not down.is_absent:
             v_NR = down.narrow_back(dy_ND, offsets)
@@ -214,10 +211,8 @@ def experts_mlp_lora_backward(
     if needs.weights:
         dweight = (dh_NF * h_NF).sum(1, dtype=weights_TK.dtype)
         if down_bias_ED is not None:
-            bias_ND = down_bias_ED.index_select(0, _expert_of_row(experts_TK, order, E))
-            dweight = dweight + (dy_ND * bias_ND).sum(1, dtype=weights_TK.dtype)
-        dweights = dweight.index_select(0, rows.position).view(T, K)
-        dweights = torch.where(in_range(experts_TK, E), dweights, 0)
+            dweight = dweight + (dy_ND * bias_of_row(down_bias_ED, experts_TK, order)).sum(1, dtype=weights_TK.dtype)
+        dweights = of_choices(dweight, rows, experts_TK, E)
     del h_NF, dy_ND
     if needs.dz:
         dz_NG = activate_backward((dh_NF * rows.weight).to(dh_NF.dtype), z, act)
@@ -227,7 +222,7 @@ def experts_mlp_lora_backward(
     if needs.up_B:
         dup_B = _trimmed(grouped_outer(dz_NG, up.narrow(x_ND, offsets), offsets), 2, rank_up)
     if needs.up_bias:
-        dup_bias = _column_sums(dz_NG, offsets)
+        dup_bias = column_sums(dz_NG, offsets)
     if not up.is_absent and (needs.x or needs.up_A):
         g_NR = up.narrow_back(dz_NG, offsets)
         if needs.up_A:
@@ -236,7 +231,7 @@ def experts_mlp_lora_backward(
         dx_ND = grouped_mm(dz_NG, up_EGD, offsets)
         if not up.is_absent:
             dx_ND += grouped_mm(g_NR, up.A, offsets)
-        dx = _sum_over_choices(dx_ND, rows, weighted=False, dtype=x_TD.dtype)
+        dx = sum_over_choices(dx_ND, rows, weighted=False, dtype=x_TD.dtype)
     return dx, dweights, dup, ddown, dup_bias, ddown_bias, dup_A, dup_B, ddown_A, ddown_B
 
 
@@ -253,7 +248,7 @@ def experts_mlp_lora_dense(
     act: Activation,
 ) -> Tensor:
     """:func:`experts_mlp_lora` over all experts at once, as ``ops.dense.experts_mlp_dense`` is."""
-    weights_TE, routed_TE = _routing_masks(experts_TK, weights_TK, up_EGD.shape[0])
+    weights_TE, routed_TE = routing_masks(experts_TK, weights_TK, up_EGD.shape[0])
     z_ETG = torch.matmul(x_TD, up_EGD.transpose(1, 2))
     if not up.is_absent:
         z_ETG = z_ETG + torch.matmul(torch.matmul(x_TD, up.A.transpose(1, 2)) * up.scale, up.B.transpose(1, 2))

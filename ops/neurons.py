@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fusedonemoe.ops.activation import PLAIN, Activation, activate, activate_backward
+from fusedonemoe.ops.dense import routing_masks
 from fusedonemoe.ops.plan import in_range
 
 _SUM = 0  # embedding_bag's mode
@@ -187,18 +188,12 @@ def experts_values_backward(
     return dweights, dtable
 
 
-def _weights_of_all(experts_TK: Tensor, weights_TK: Tensor, num_experts: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``[T, E]``: the summed weight of each expert for each token, and the mask of those that are routed."""
-    hit_TKE = experts_TK.to(torch.int64)[:, :, None] == torch.arange(num_experts, device=experts_TK.device)
-    return torch.where(hit_TKE, weights_TK.to(dtype)[:, :, None], 0).sum(1), hit_TKE.any(1)
-
-
 def experts_neurons_dense(
     x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, down_ED: Tensor, up_ED: Tensor, activation: str
 ) -> Tensor:
     """As :func:`experts_neurons`, every expert computed for every token, ``[T, K, E]`` masks and all: for small E."""
     x_wide = _wide(x_TD)
-    weights_TE, routed_TE = _weights_of_all(experts_TK, weights_TK, up_ED.shape[0], x_wide.dtype)
+    weights_TE, routed_TE = routing_masks(experts_TK, weights_TK.to(x_wide.dtype), up_ED.shape[0])
     s_TE = torch.where(routed_TE, x_wide @ _wide(down_ED).t(), 0)
     return ((activate(s_TE, _act(activation)) * weights_TE) @ _wide(up_ED)).to(x_TD.dtype)
 
@@ -206,4 +201,5 @@ def experts_neurons_dense(
 def experts_values_dense(experts_TK: Tensor, weights_TK: Tensor, table_ED: Tensor) -> Tensor:
     """As :func:`experts_values`, one product of all weights with the table."""
     table = _wide(table_ED)
-    return (_weights_of_all(experts_TK, weights_TK, table_ED.shape[0], table.dtype)[0] @ table).to(table_ED.dtype)
+    weights_TE, _ = routing_masks(experts_TK, weights_TK.to(table.dtype), table_ED.shape[0])
+    return (weights_TE @ table).to(table_ED.dtype)

@@ -160,7 +160,7 @@ def experts_mlp_backward(
     """Gradients of x, weights, up bias and down bias; a zero-size tensor where not needed."""
     # The weights are widened a second time, not kept from the forward: that would cost what quantising saved. Values that
     # depend on the gradient keep torch.compile from seeing that it has them already.
-    scales = grouped._in_backward(dy_TD, up.scale, down.scale)
+    scales = grouped.in_backward(dy_TD, up.scale, down.scale)
     up_EGD, down_EDF = (dequantize(w._replace(scale=s), x_TD.dtype) for w, s in zip((up, down), scales, strict=True))
     wants = MLPNeeds(needs.x, needs.weights, False, False, needs.up_bias, needs.down_bias)
     routing = (experts_TK, weights_TK)

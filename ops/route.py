@@ -80,7 +80,7 @@ def select_for_export(keys: Tensor, k: int) -> Tensor:
     return torch.topk(wide - (wide.abs() + least) * share, k, dim=-1).indices
 
 
-def select_largest(keys: Tensor, k: int, opaque: bool) -> Tensor:
+def select_largest(keys: Tensor, k: int, opaque: bool = False) -> Tensor:
     """:func:`select`, or the operator that has a kernel for it; an exported graph keeps to torch's own operators."""
     if keys.dtype == torch.float32 and torch.compiler.is_exporting():
         return select_for_export(keys, k)
@@ -89,19 +89,19 @@ def select_largest(keys: Tensor, k: int, opaque: bool) -> Tensor:
     return select(keys, k)
 
 
-def _close_groups(keys: Tensor, rule: RouteRule, opaque: bool) -> Tensor:
+def _close_groups(keys: Tensor, rule: RouteRule) -> Tensor:
     """Keys with everything outside the best ``topk_group`` groups at minus infinity."""
     grouped = keys.unflatten(-1, (rule.n_group, -1))
     best = min(2 if rule.group_score == "top2_sum" else 1, grouped.shape[-1])
     value = grouped.topk(best, dim=-1).values.sum(-1)
-    kept = select_largest(value, rule.topk_group, opaque)
+    kept = select_largest(value, rule.topk_group)
     is_open = (kept[:, :, None] == torch.arange(rule.n_group, device=keys.device)).any(1)
     # An open group's own minus infinity must still beat a closed group.
     open_keys = grouped.clamp(min=torch.finfo(grouped.dtype).min)
     return open_keys.masked_fill_(~is_open[:, :, None], float("-inf")).flatten(-2)
 
 
-def select_experts(logits: Tensor, selection_bias: Tensor | None, rule: RouteRule, opaque: bool) -> Tensor:
+def select_experts(logits: Tensor, selection_bias: Tensor | None, rule: RouteRule) -> Tensor:
     """Choose the experts of every token.
 
     The scores are monotone in the logits, so without a bias and without groups the logits themselves are the keys.
@@ -110,7 +110,6 @@ def select_experts(logits: Tensor, selection_bias: Tensor | None, rule: RouteRul
         logits: ``[T, E]`` in the routing dtype.
         selection_bias: ``[E]``.
         rule: how to choose.
-        opaque: whether the selection may be an operator of its own, which no transform looks into.
 
     Returns:
         ``[T, K]`` int64, best first; all experts in id order when ``rule.top_k`` is 0.
@@ -124,8 +123,8 @@ def select_experts(logits: Tensor, selection_bias: Tensor | None, rule: RouteRul
     if selection_bias is not None:
         keys = keys + selection_bias.detach().to(keys.dtype)
     if rule.n_group > 1:
-        keys = _close_groups(keys, rule, opaque)
-    return select_largest(keys, rule.top_k, opaque)
+        keys = _close_groups(keys, rule)
+    return select_largest(keys, rule.top_k)
 
 
 def _softmax_over_all(rule: RouteRule) -> bool:
@@ -133,7 +132,7 @@ def _softmax_over_all(rule: RouteRule) -> bool:
     return rule.scoring == "softmax" and rule.score_first and not rule.norm_topk_prob
 
 
-def route(logits: Tensor, selection_bias: Tensor | None, rule: RouteRule, opaque: bool = False) -> tuple[Tensor, Tensor]:
+def route(logits: Tensor, selection_bias: Tensor | None, rule: RouteRule) -> tuple[Tensor, Tensor]:
     """Weights and ids of the selected experts.
 
     A softmax over all experts, divided by the sum of the picked, is the softmax over the picked logits, so only the
@@ -144,7 +143,7 @@ def route(logits: Tensor, selection_bias: Tensor | None, rule: RouteRule, opaque
     """
     if logits.dtype != (dtype := routing_dtype(logits.dtype)):  # a conversion to the same costs a microsecond
         logits = logits.to(dtype)
-    experts = select_experts(logits, selection_bias, rule, opaque)
+    experts = select_experts(logits, selection_bias, rule)
     picked = logits.gather(-1, experts)
     if _softmax_over_all(rule):
         weights = torch.exp(picked - logits.logsumexp(-1, keepdim=True))

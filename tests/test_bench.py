@@ -119,7 +119,7 @@ def test_a_missing_package_is_a_note_and_no_failure(monkeypatch):
 def test_without_rich_the_command_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr(bench, "find_spec", lambda name: None)
     assert bench.run(arguments()) == bench.EXIT_USAGE
-    assert "pip install fusedonemoe[bench]" in capsys.readouterr().err
+    assert "pip install 'fusedonemoe[bench]'" in capsys.readouterr().err
 
 
 def test_cells_that_match_nothing_are_listed(tiny_suite, capsys):

@@ -367,7 +367,7 @@ def test_time_left_in_words():
 def test_a_picture_needs_matplotlib(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(bench, "find_spec", lambda name: None if name == "matplotlib" else name)
     assert bench.run(arguments("--picture", str(tmp_path / "a.png"))) == bench.EXIT_USAGE
-    assert "pip install fusedonemoe[plot]" in capsys.readouterr().err
+    assert "pip install 'fusedonemoe[plot]'" in capsys.readouterr().err
 
 
 def test_the_picture_is_written(tmp_path):

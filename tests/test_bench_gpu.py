@@ -21,8 +21,6 @@ from fusedonemoe.bench.peers import OURS, PLAIN, YARDSTICK
 from fusedonemoe.ops.choice import IMPLEMENTATIONS
 from tests.gpu_suite import CPU, NAMED, QWEN, ROUTER, arguments, report, runner, suite, timing
 
-pytestmark = pytest.mark.usefixtures("quick_collections")
-
 
 @pytest.fixture(scope="module")
 def dry_run(tmp_path_factory):

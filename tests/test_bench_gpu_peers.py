@@ -18,8 +18,6 @@ from fusedonemoe.bench.gpu_peers import TORCH_LINE_UP, GpuPeer
 from fusedonemoe.bench.peers import GROUPED, OURS, PLAIN, UnavailableError
 from tests.gpu_suite import CPU, GPT_OSS, MERGED, NAMED, OUR_EXPERTS, QWEN, ROUTER, TRAINING, measure, row_of, runner, timing
 
-pytestmark = pytest.mark.usefixtures("quick_collections")
-
 
 def test_skewed_routing_is_skewed_and_the_same_for_every_dtype():
     shares = {}

@@ -240,7 +240,7 @@ def test_a_process_without_kernels_says_so_and_works():
 def run_the_kernels_tests(**environment):
     files = [
         f"tests/test_{name}.py"
-        for name in ("cpu_kernels", "cpu_precision", "packed", "select", "neurons_cpu", "quantized_kernels")
+        for name in ("cpu_kernels", "cpu_precision", "packed", "select", "route_cpu", "neurons_cpu", "quantized_kernels")
     ]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", *files]
     done = subprocess.run(

@@ -48,11 +48,11 @@ EXPERTS = """
         y, *saved = forward(*arguments, *rest)
         dy = torch.ones_like(y)
         before = [y, *backward(dy, *saved, *arguments, *rest[:1], [True] * needs)]
-        real, native._new = native._new, empty
+        real, native.new = native.new, empty
         arguments = [guard(a) for a in arguments]
         y, *saved = forward(*arguments, *rest)
         after = [y, *backward(guard(dy), *map(guard, saved), *arguments, *rest[:1], [True] * needs)]
-        native._new = real
+        native.new = real
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         kept.clear()
 
@@ -96,9 +96,9 @@ QUANTIZED = """
             weights = [quantize_weight(weight, **form) for weight in (inputs.up_proj, inputs.down_proj)]
             arguments = [inputs.x, inputs.experts, inputs.weights, *weights, inputs.up_bias, inputs.down_bias]
             before = results(arguments, act, lambda tensor: tensor)
-            real, native._new = native._new, empty
+            real, native.new = native.new, empty
             after = results([guarded(argument) for argument in arguments], act, guard)
-            native._new = real
+            native.new = real
             assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
             kept.clear()
     print("checked")
@@ -115,9 +115,9 @@ NEURONS = """
         x, down, up, dy = (torch.randn(n, D).to(dtype) for n in (T, 11, 11, T))
         arguments = (x, ids, torch.rand(T, 5), down, up, dy)
         before = results(*arguments)
-        real, native._new = native._new, empty
+        real, native.new = native.new, empty
         after = results(*map(guard, arguments))
-        native._new = real
+        native.new = real
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         kept.clear()
     print("checked")

@@ -196,7 +196,7 @@ def pooled(monkeypatch):
 
 def new(*shape, dtype=torch.float32):
     """A tensor of the pool that holds 0, 1, 2, ..."""
-    tensor = native._new(shape, dtype)
+    tensor = native.new(shape, dtype)
     return tensor.copy_(torch.arange(tensor.numel()).view(shape) % 251)
 
 
@@ -228,7 +228,7 @@ def test_no_more_lies_idle_than_was_in_use_at_once(pooled):
 
     before = mapped_mib()
     for mib in (8, 32, 128, 512):  # none is good for the next, and never touched they cost nothing
-        tensor = native._new((mib << 20,), torch.uint8)
+        tensor = native.new((mib << 20,), torch.uint8)
         assert mapped_mib() - before >= mib
         del tensor
     assert mapped_mib() - before < 600

@@ -1,20 +1,23 @@
 """README and docs: Python blocks run, commands exist, links lead somewhere, and every public name has an entry."""
 
+import argparse
+import contextlib
+import importlib
+import io
 import pkgutil
 import re
-import subprocess
-import sys
 import types
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
+from xml.etree import ElementTree as ET
 
 import pytest
 import torch
 
 import fusedonemoe
-from fusedonemoe import export, functional, ops, testing
-from fusedonemoe.integrations import checkpoints, transformers
+from fusedonemoe import compat
+from fusedonemoe.__main__ import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -87,10 +90,10 @@ def shell_lines(page: Path) -> list[str]:
 
 @cache
 def command_help(subcommand: str) -> str:
-    command = [sys.executable, "-m", "fusedonemoe", subcommand, "--help"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert run.returncode == 0, f"{' '.join(command)}: {run.stderr}"
-    return run.stdout
+    with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit) as stopped:
+        main([subcommand, "--help"])
+    assert stopped.value.code == 0
+    return out.getvalue()
 
 
 def make_targets() -> set[str]:
@@ -146,20 +149,103 @@ def test_relative_links_resolve(page):
         assert not anchor or anchor in anchors(linked), f"{page.name} links to {target}: no such heading"
 
 
+def test_every_named_test_exists():
+    # A promise names the test that holds it.
+    named = {pair for page in PAGES for pair in re.findall(r"\b(tests/[\w/]+\.py)::(\w+)", page.read_text(encoding="utf-8"))}
+    assert len(named) > 50, "docs/numerics.md names a test for each promise"
+    for path, name in sorted(named):
+        text = (ROOT / path).read_text(encoding="utf-8")
+        assert re.search(rf"^def {name}\(", text, flags=re.MULTILINE), f"{path} has no {name}"
+
+
+def test_every_promise_names_a_test():
+    promised, _, rest = prose(DOCS / "numerics.md").partition("## What is not promised")
+    promises = re.findall(r"^- .*(?:\n  .*)*", promised, flags=re.MULTILINE)
+    notes = dict(re.findall(r"^\[\^(\d+)\]: (.*)$", rest, flags=re.MULTILINE))
+    assert len(promises) > 30
+    for promise in promises:
+        (number,) = re.findall(r"\[\^(\d+)\]$", promise)
+        assert "::" in notes.pop(number), promise
+    assert not notes
+
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def test_diagrams_can_be_read_by_those_who_do_not_see_them():
+    ids: set[str] = set()
+    pages = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    for path in sorted((DOCS / "diagrams").glob("*.svg")):
+        assert f":file: diagrams/{path.name}\n" in pages, f"no page shows {path.name}"
+        root = ET.parse(path).getroot()
+        title, description = root.find(f"{SVG}title"), root.find(f"{SVG}desc")
+        assert title is not None and title.text and description is not None and description.text
+        assert root.get("role") == "img" and root.get("aria-labelledby") == f"{title.get('id')} {description.get('id')}"
+        own = [name for node in root.iter() if (name := node.get("id"))]
+        assert not ids & set(own) and len(own) == len(set(own)), f"{path.name}: pages hold several diagrams, so ids are unique"
+        ids |= set(own)
+        # One unit is a pixel on a telephone, and colours are the theme's.
+        assert root.get("viewBox", "").startswith("0 0 360 ")
+        assert not any(node.get("fill") or node.get("style") for node in root.iter())
+
+
+def test_the_plan_is_drawn_as_it_is():
+    experts = torch.tensor([[2, 0], [0, 1], [2, 1], [0, 2]])
+    order, offsets = fusedonemoe.functional.plan(experts, 3)
+    root = ET.parse(DOCS / "diagrams" / "plan.svg").getroot()
+    rows = ["".join(f"{text.text} " for text in group) for group in root.iter(f"{SVG}g") if group.get("class") == "code"]
+    expected = [range(8), [f"e{e}" for e in experts.flatten()], [f"e{e}: {c}" for e, c in enumerate(offsets.diff())]]
+    assert rows == ["".join(f"{item} " for item in line) for line in (*expected, offsets.tolist(), order.tolist())]
+
+
+def test_the_command_line_is_described():
+    page = (DOCS / "api" / "cli.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)` \| (.+) \|$", page, flags=re.MULTILINE) == list(COMMANDS.items())
+    sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## )", page, flags=re.MULTILINE | re.DOTALL))
+    assert sections.keys() == COMMANDS.keys()
+    for name, section in sections.items():
+        parser = argparse.ArgumentParser()
+        importlib.import_module(f"fusedonemoe.{name}").add_arguments(parser)
+        options = re.findall(r"^  (?:-\w[^-\n]*, )?(--[a-z-]+)", parser.format_help(), flags=re.MULTILINE)
+        listed = re.findall(r"^\| `(--[a-z-]+)", section, flags=re.MULTILINE)
+        assert sorted(["--help", *listed]) == sorted(options), name
+
+
 def entries() -> set[str]:
-    """What the reference pages describe. The build fails on an entry that does not exist; here the reverse is checked."""
-    text = "".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md"))
+    """What the pages describe. The build fails on an entry that does not exist; here the reverse is checked."""
+    text = "".join(page.read_text(encoding="utf-8") for page in DOCS.rglob("*.md"))
     return set(re.findall(r"^\.\. (?:auto\w+|py:data):: (\S+)", text, flags=re.MULTILINE))
 
 
-MODULES = [fusedonemoe, export, functional, testing, ops, checkpoints, transformers]
+def public_modules() -> list[str]:
+    """Modules that say what is public, found by their text: to import all of them takes seconds."""
+    found = []
+    for folder, name in ((Path(fusedonemoe.__file__).parent, "fusedonemoe"), (ROOT / "ops", "fusedonemoe.ops")):
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            if "ops" not in parts and re.search(r"^__all__ = ", path.read_text(encoding="utf-8"), flags=re.MULTILINE):
+                found.append(".".join((name, *parts)).removesuffix(".__init__"))
+    return found
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
-def test_every_public_name_has_an_entry(module):
-    # The operators' package re-exports objects that stand under another name; a module has a page and no entry.
+# What is below these is for the operators' own files.
+MODULES = [name for name in public_modules() if not name.startswith("fusedonemoe.ops.")]
+
+
+def test_public_modules_are_found():
+    assert {"fusedonemoe", "fusedonemoe.functional", "fusedonemoe.ops", "fusedonemoe.integrations.peft"} <= set(MODULES)
+
+
+@pytest.mark.parametrize("name", [*MODULES, *(f"fusedonemoe.compat.{name}" for name in compat.__all__)])
+def test_every_public_name_has_an_entry(name):
+    module = importlib.import_module(name)
+    own = [name for name, thing in vars(module).items() if getattr(thing, "__module__", None) == module.__name__]
+    # Other libraries' names are public without a list: all of a module of compat that is not private.
+    names = getattr(module, "__all__", [name for name in own if not name.startswith("_")])
+    # A package re-exports objects that stand under another name; a module has a page and no entry.
     described = [pkgutil.resolve_name(entry) for entry in sorted(entries())]
-    for name in module.__all__:
+    assert names
+    for name in names:
         thing = getattr(module, name)
         assert isinstance(thing, types.ModuleType) or any(thing is other for other in described), name
 

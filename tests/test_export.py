@@ -12,6 +12,8 @@ from torch.export import Dim, ExportedProgram, export, load, save
 from fusedonemoe import FusedOneMoE, MoE
 from fusedonemoe.ops.cpu import native
 
+_REFUSAL = native.refusal(torch.float32, True)
+needs_kernels = pytest.mark.skipif(_REFUSAL is not None, reason=f"no CPU kernels: {_REFUSAL}")
 D = 16
 TOKEN_COUNTS = (1, 2, 11, 64)
 # Names of the operators that each layer's graph holds, by impl.
@@ -93,10 +95,11 @@ print("all equal")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("impl", "runs_alone"), [("portable", True), ("dense", True), ("grouped", False), ("cpu", False)])
+@pytest.mark.parametrize(
+    ("impl", "runs_alone"),
+    [("portable", True), ("dense", True), ("grouped", False), pytest.param("cpu", False, marks=needs_kernels)],
+)
 def test_aot_inductor_package_runs_alone_or_with_the_library(tmp_path, monkeypatch, impl, runs_alone):
-    if impl == "cpu" and (reason := native.refusal(torch.float32, True)):
-        pytest.skip(reason)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     model = nn.Sequential(make_layer("moe", impl), make_layer("fused_one_moe", impl))
     with torch.no_grad():

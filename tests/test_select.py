@@ -171,13 +171,14 @@ class Router(nn.Module):
 GROUPS = {"scoring": "sigmoid", "n_group": 4, "topk_group": 2}
 
 
-@pytest.mark.parametrize(("options", "count"), [({}, 1), (GROUPS, 2), ({"impl": "dense"}, 0)], ids=["plain", "groups", "dense"])
+@needs_kernels
+@pytest.mark.parametrize(("options", "count"), [({}, 1), (GROUPS, 1), ({"impl": "dense"}, 0)], ids=["plain", "groups", "dense"])
 def test_one_compiled_graph_serves_every_number_of_tokens(options, count):
     torch._dynamo.reset()
     seen = []
 
     def backend(graph, inputs):
-        seen.append([str(node.target) for node in graph.graph.nodes].count("fusedonemoe.select_experts.default"))
+        seen.append([str(node.target) for node in graph.graph.nodes].count("fusedonemoe.route_cpu.default"))
         return graph
 
     router = Router(**options)
@@ -208,7 +209,8 @@ def test_a_packaged_router_holds_torch_operators_only(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     program = torch.export.export(Router(), (random_keys(6, 12),))
     package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "router.pt2"))
-    assert b"select_experts" not in (tmp_path / "router.pt2").read_bytes()
+    packaged = (tmp_path / "router.pt2").read_bytes()
+    assert b"select_experts" not in packaged and b"route_cpu" not in packaged
     logits = random_keys(6, 12, seed=1)
     _, experts = torch._inductor.aoti_load_package(package)(logits)
     assert torch.equal(experts, Router()(logits)[1])

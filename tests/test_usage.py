@@ -114,7 +114,7 @@ def test_the_picture_shows_the_shares(tmp_path, monkeypatch):
 
 def test_without_matplotlib_the_picture_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr("fusedonemoe.usage.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"matplotlib, which is missing: pip install fusedonemoe\[plot\]"):
+    with pytest.raises(ImportError, match=r"matplotlib, which is missing: pip install 'fusedonemoe\[plot\]'"):
         Usage(torch.tensor([1, 2])).picture(tmp_path / "usage.png")
 
 

@@ -87,10 +87,10 @@ def run(args: argparse.Namespace) -> int:
         than in the file of ``--compare``.
     """
     if find_spec("rich") is None:
-        print("the benchmark prints with rich, which is missing: pip install fusedonemoe[bench]", file=sys.stderr)
+        print("the benchmark prints with rich, which is missing: pip install 'fusedonemoe[bench]'", file=sys.stderr)
         return EXIT_USAGE
     if args.picture and find_spec("matplotlib") is None:
-        print("--picture is drawn with matplotlib, which is missing: pip install fusedonemoe[plot]", file=sys.stderr)
+        print("--picture is drawn with matplotlib, which is missing: pip install 'fusedonemoe[plot]'", file=sys.stderr)
         return EXIT_USAGE
     if problem := _misused(args):
         print(problem, file=sys.stderr)

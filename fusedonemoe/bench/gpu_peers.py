@@ -152,7 +152,7 @@ def _plain_experts(cell: GpuCell, weights: Weights) -> Forward:
 
 def _transformers_experts(cell: GpuCell, weights: Weights, implementation: str) -> Forward:
     if find_spec("transformers") is None:
-        raise UnavailableError("transformers is not installed: pip install fusedonemoe[bench]")
+        raise UnavailableError("transformers is not installed: pip install 'fusedonemoe[bench]'")
     if implementation == "grouped_mm" and any(n * cell.dtype.itemsize % 16 for n in (cell.D, cell.F)):
         raise UnavailableError("torch's grouped_mm takes rows of whole 16 bytes only")
     size = cell.T * cell.K * cell.weight_bytes / cell.E * (2 if cell.mode == "training" else 1)

@@ -40,7 +40,7 @@ class Timer:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.on_gpu = device.type == "cuda"
+        self.on_gpu: bool = device.type == "cuda"
         size = 1
         if self.on_gpu:
             cache: int = torch.cuda.get_device_properties(device).L2_cache_size

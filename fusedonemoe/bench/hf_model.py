@@ -224,7 +224,7 @@ def run(args: argparse.Namespace) -> int:
         The exit status: 0; 1 when float32 generation gave other tokens; 2 without transformers.
     """
     if not find_spec("transformers"):
-        print("this suite runs a model of transformers, which is missing: pip install fusedonemoe[bench]", file=sys.stderr)
+        print("this suite runs a model of transformers, which is missing: pip install 'fusedonemoe[bench]'", file=sys.stderr)
         return 2
     threads = torch.get_num_threads()
     if args.threads:

@@ -209,7 +209,7 @@ def run(args: argparse.Namespace) -> int:
         library is missing.
     """
     if missing := [name for name in ("transformers", "peft") if find_spec(name) is None]:
-        print(f"--suite {args.suite} compares with {missing}: pip install fusedonemoe[hf] peft", file=sys.stderr)
+        print(f"--suite {args.suite} compares with {missing}: pip install 'fusedonemoe[bench]'", file=sys.stderr)
         return 2
     threads = torch.get_num_threads()
     if args.threads:

@@ -111,7 +111,7 @@ def _our_block(cell: Cell, inputs: Inputs, impl: str = "auto", prepack: bool = F
 
 def _transformers_block(cell: Cell, inputs: Inputs, implementation: str = "grouped_mm") -> Call:
     if find_spec("transformers") is None:
-        raise UnavailableError("transformers is not installed: pip install fusedonemoe[bench]")
+        raise UnavailableError("transformers is not installed: pip install 'fusedonemoe[bench]'")
     if reason := _transformers_refusal(cell, implementation):
         raise UnavailableError(reason)
     from transformers import Qwen3MoeConfig

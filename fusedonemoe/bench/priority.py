@@ -13,8 +13,8 @@ class RealTime:
     """
 
     def __init__(self, wanted: bool = True) -> None:
-        self.wanted = wanted and hasattr(os, "sched_setscheduler") and os.path.isdir("/proc/self/task")
-        self.granted = False
+        self.wanted: bool = wanted and hasattr(os, "sched_setscheduler") and os.path.isdir("/proc/self/task")
+        self.granted: bool = False
         self._before: dict[int, tuple[int, int]] = {}
 
     def __enter__(self) -> "RealTime":

@@ -65,7 +65,7 @@ class Blocks(nn.Module):
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks: nn.ModuleList = nn.ModuleList(blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x + block(x / rms(x))``, block after block."""
@@ -89,7 +89,7 @@ class LoopBlock(nn.Module):
         self.router: Tensor = like.gate.weight.detach().to(dtype)
         self.gate_up: Tensor = like_experts.gate_up_proj.detach().to(dtype)
         self.down: Tensor = like_experts.down_proj.detach().to(dtype)
-        self.hit = 0
+        self.hit: int = 0
 
     def forward(self, x: Tensor) -> Tensor:
         """Of ``[T, D]``; ``hit`` is how many experts were picked."""
@@ -122,7 +122,7 @@ def blocks_of(cell: ServingCell) -> list[MoE]:
 
 def _transformers(cell: ServingCell, blocks: Sequence[MoE]) -> nn.Module:
     if find_spec("transformers") is None:
-        raise UnavailableError("transformers is not installed: pip install fusedonemoe[bench]")
+        raise UnavailableError("transformers is not installed: pip install 'fusedonemoe[bench]'")
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 

@@ -96,7 +96,7 @@ class FlashMoE(nn.Module):
         if not isinstance(config, FlashMoEConfig):
             raise TypeError(f"config must be a FlashMoEConfig, got {type(config).__name__}")
         self.config = config
-        self.moe = FineGrainedMoE(
+        self.moe: FineGrainedMoE = FineGrainedMoE(
             config.hidden_size,
             config.num_experts,
             config.num_experts_per_tok,

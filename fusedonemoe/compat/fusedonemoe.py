@@ -11,7 +11,7 @@ from torch import Tensor
 from fusedonemoe import functional as F
 from fusedonemoe.checks import check_count, check_last_dim
 from fusedonemoe.compat.arguments import check_finite, check_flag
-from fusedonemoe.layers import FusedOneMoE as _FusedOneMoE
+from fusedonemoe.fused_one_moe import FusedOneMoE as _FusedOneMoE
 
 _ORIGINAL_NAMES = {"WG": "gate.weight", "Wi": "proj"}
 
@@ -83,8 +83,11 @@ class FusedOneMoE(_FusedOneMoE):
         check_finite("temperature", temperature, above=0)
         check_finite("noise", noise, least=0)
         super().__init__(hidden_size, intermediate_size, groups, is_sparse, topk, bias, impl=impl, device=device, dtype=dtype)
-        self.is_sparse, self.is_indefinacy = is_sparse, is_indefinacy
-        self.topp, self.temperature, self.noise = topp, temperature, noise
+        self.is_sparse: bool = is_sparse
+        self.is_indefinacy: bool = is_indefinacy
+        self.topp: float = topp
+        self.temperature: float = temperature
+        self.noise: float = noise
         if is_sparse and is_indefinacy:
             self.gate.top_k = None  # the mask over E decides
         self.register_load_state_dict_pre_hook(_read_original)

@@ -115,8 +115,8 @@ class MoMoE(nn.Module):
             if given is not None:
                 check_float(name, given)
         home = _home(Wl2_NHD if Wl1_ND2H is None else Wl1_ND2H, device, dtype)
-        self.Wl1_ND2H = _parameter("Wl1_ND2H", Wl1_ND2H, (self.N, self.D, 2 * self.H), self.D, home)
-        self.Wl2_NHD = _parameter("Wl2_NHD", Wl2_NHD, (self.N, self.H, self.D), self.H, home)
+        self.Wl1_ND2H: nn.Parameter = _parameter("Wl1_ND2H", Wl1_ND2H, (self.N, self.D, 2 * self.H), self.D, home)
+        self.Wl2_NHD: nn.Parameter = _parameter("Wl2_NHD", Wl2_NHD, (self.N, self.H, self.D), self.H, home)
 
     def forward(self, x_BSD: Tensor, mask_NM: Tensor, s_NM: Tensor) -> tuple[Tensor, Tensor]:
         """Run every token through the experts that its column of the mask names.
@@ -216,9 +216,10 @@ class TopKRouter(nn.Module):
         check_count("num_shared_experts", num_shared_experts, 0, num_chosen_experts, "num_chosen_experts")
         if Wg_DN is not None:
             check_float("Wg_DN", Wg_DN)
-        self.D, self.N, self.K, self.Ks = embedding_dim, num_experts, num_chosen_experts, num_shared_experts
+        self.D, self.N, self.K = embedding_dim, num_experts, num_chosen_experts
+        self.Ks: int = num_shared_experts
         self.impl = impl
-        self.Wg_DN = _parameter("Wg_DN", Wg_DN, (self.D, self.N), self.D, _home(Wg_DN, device, dtype))
+        self.Wg_DN: nn.Parameter = _parameter("Wg_DN", Wg_DN, (self.D, self.N), self.D, _home(Wg_DN, device, dtype))
 
     def forward(self, x_BSD: Tensor, biases_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Route every token of ``x_BSD``.
@@ -311,9 +312,10 @@ class MoE(nn.Module):
         home = {"device": device, "dtype": dtype}
         sizes = (num_experts, num_chosen_experts)
         router_form = {"impl": routing_impl(impl), **home}
-        self.router = TopKRouter(embedding_dim, *sizes, num_shared_experts, Wg_DN, **router_form)  # type: ignore[arg-type]
-        self.momoe = MoMoE(embedding_dim, intermediate_dim, *sizes, save_percent, Wl1_ND2H, Wl2_NHD, impl=impl, **home)  # type: ignore[arg-type]
-        self.D, self.H, self.N, self.K, self.Ks = embedding_dim, intermediate_dim, *sizes, num_shared_experts
+        self.router: TopKRouter = TopKRouter(embedding_dim, *sizes, num_shared_experts, Wg_DN, **router_form)  # type: ignore[arg-type]
+        self.momoe: MoMoE = MoMoE(embedding_dim, intermediate_dim, *sizes, save_percent, Wl1_ND2H, Wl2_NHD, impl=impl, **home)  # type: ignore[arg-type]
+        self.D, self.H, self.N, self.K = embedding_dim, intermediate_dim, *sizes
+        self.Ks: int = num_shared_experts
         self.save_percent = save_percent
         biases_N = torch.zeros(self.N, dtype=torch.float32, device=self.router.Wg_DN.device)
         biases_N[self.N - self.Ks :] = -torch.inf

@@ -63,8 +63,8 @@ class Attention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, window: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
-        self.out = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.qkv: nn.Linear = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.out: nn.Linear = nn.Linear(hidden_size, hidden_size, bias=False)
         half = hidden_size // num_heads // 2
         frequency = ROTARY_BASE ** (-torch.arange(half) / half)
         angle_SH = torch.arange(window)[:, None] * frequency
@@ -95,8 +95,8 @@ class DenseMLP(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_up_proj: nn.Linear = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
+        self.down_proj: nn.Linear = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., D]`` to ``[..., D]``."""
@@ -116,9 +116,9 @@ class Block(nn.Module):
     def __init__(self, settings: Settings, *, use_experts: bool, processes: Processes = ALONE) -> None:
         super().__init__()
         D, F = settings.hidden_size, settings.intermediate_size
-        self.attention_norm = nn.RMSNorm(D)
-        self.attention = Attention(D, settings.num_heads, settings.window)
-        self.mlp_norm = nn.RMSNorm(D)
+        self.attention_norm: nn.RMSNorm = nn.RMSNorm(D)
+        self.attention: Attention = Attention(D, settings.num_heads, settings.window)
+        self.mlp_norm: nn.RMSNorm = nn.RMSNorm(D)
         self.processes = processes
         self.mlp: MoE | DenseMLP
         if use_experts:
@@ -148,13 +148,13 @@ class ByteTransformer(nn.Module):
 
     def __init__(self, settings: Settings, *, use_experts: bool, processes: Processes = ALONE) -> None:
         super().__init__()
-        self.window = settings.window
-        self.embedding = nn.Embedding(VOCABULARY, settings.hidden_size)
-        self.blocks = nn.ModuleList(
+        self.window: int = settings.window
+        self.embedding: nn.Embedding = nn.Embedding(VOCABULARY, settings.hidden_size)
+        self.blocks: nn.ModuleList = nn.ModuleList(
             Block(settings, use_experts=use_experts, processes=processes) for _ in range(settings.num_layers)
         )
-        self.norm = nn.RMSNorm(settings.hidden_size)
-        self.head = nn.Linear(settings.hidden_size, VOCABULARY, bias=False)
+        self.norm: nn.RMSNorm = nn.RMSNorm(settings.hidden_size)
+        self.head: nn.Linear = nn.Linear(settings.hidden_size, VOCABULARY, bias=False)
         nn.init.normal_(self.embedding.weight, std=1 / math.sqrt(settings.hidden_size))
 
     def _run(self, bytes_BS: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:

@@ -77,7 +77,7 @@ class Trainer:
     ) -> None:
         self.name = name
         self.model = model
-        self.history = History()
+        self.history: History = History()
         self._settings = settings
         self._processes = processes
         parameters = processes.share(model)

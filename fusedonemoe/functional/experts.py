@@ -7,17 +7,11 @@ G rows of the up-projection (2F when gated, F when plain).
 import torch
 from torch import Tensor
 
-from fusedonemoe.checks import (
-    check_dim,
-    check_like_x,
-    check_one_of,
-    check_routing,
-    check_save_percent,
-    check_shape,
-)
+from fusedonemoe.checks import check_dim, check_fits, check_like_x, check_routing
+from fusedonemoe.functional.arguments import activation_arguments, check_biases, check_call, projections
 from fusedonemoe.functional.calls import as_rows, choose_impl, records_gradients, refuse_transforms, run_portable, with_leading
 from fusedonemoe.ops import PackedExperts, library
-from fusedonemoe.ops.activation import ACTIVATIONS, GATE_UP_LAYOUTS, PLAIN, Activation
+from fusedonemoe.ops.activation import Activation
 from fusedonemoe.ops.portable import experts_merged_portable, experts_mlp_portable
 
 _ops = torch.ops.fusedonemoe
@@ -101,36 +95,14 @@ def experts_mlp(
         >>> F.experts_mlp(x, experts, weights, gate_up_proj, down_proj).shape
         torch.Size([5, 16])
     """
-    check_routing(x, experts, weights)
-    check_one_of("activation", activation, ACTIVATIONS)
-    check_one_of("gate_up_layout", gate_up_layout, GATE_UP_LAYOUTS)
-    check_save_percent(save_percent)
-    if activation == "swiglu_oai" and not gated:
-        raise ValueError("activation 'swiglu_oai' is gated by definition, got gated=False")
-    check_like_x("gate_up_proj", gate_up_proj, x)
-    check_like_x("down_proj", down_proj, x)
-    check_dim("gate_up_proj", gate_up_proj, "E, D, G" if transposed else "E, G, D")
-    up_EGD = gate_up_proj.transpose(1, 2) if transposed else gate_up_proj
-    E, G, D = up_EGD.shape
-    if E < 1:
-        raise ValueError("gate_up_proj must hold at least one expert, got E = 0")
-    if gated and G % 2:
-        raise ValueError(f"gate_up_proj must have as many gate rows as up rows, got {G} in all")
-    if x.shape[-1] != D:
-        raise ValueError(f"x must have shape [..., {D}] to fit gate_up_proj, got {tuple(x.shape)}")
-    F = G // 2 if gated else G
-    check_shape("down_proj", down_proj, (E, F, D) if transposed else (E, D, F))
-    down_EDF = down_proj.transpose(1, 2) if transposed else down_proj
-    if gate_up_bias is not None:
-        check_like_x("gate_up_bias", gate_up_bias, x)
-        check_shape("gate_up_bias", gate_up_bias, (E, G))
-    if down_bias is not None:
-        check_like_x("down_bias", down_bias, x)
-        check_shape("down_bias", down_bias, (E, D))
+    check_call(x, experts, weights, activation, gated, gate_up_layout, save_percent)
+    up_EGD, down_EDF = projections(x, gate_up_proj, down_proj, gated=gated, transposed=transposed)
+    (E, G, D), F = up_EGD.shape, down_EDF.shape[2]
+    check_biases(x, gate_up_bias, down_bias, (E, G, D))
     chosen = choose_impl("experts_mlp", impl, x, experts, (D, G, F), up_EGD, down_EDF)
     flat = (as_rows(x), as_rows(experts), as_rows(weights))
     parameters = (up_EGD, down_EDF, gate_up_bias, down_bias)
-    act = (activation, gate_up_layout if gated else PLAIN, float(swiglu_alpha), float(swiglu_limit))
+    act = activation_arguments(activation, gated, gate_up_layout, swiglu_alpha, swiglu_limit)
     if chosen == "dense":
         y = _ops.experts_mlp_dense(*flat, *parameters, *act, library.BUILD)
     elif chosen == "portable":
@@ -185,8 +157,7 @@ def experts_merged(x: Tensor, experts: Tensor, weights: Tensor, proj: Tensor, *,
     E, D, F = proj.shape
     if E < 1:
         raise ValueError("proj must hold at least one expert, got E = 0")
-    if x.shape[-1] != D:
-        raise ValueError(f"x must have shape [..., {D}] to fit proj, got {tuple(x.shape)}")
+    check_fits(x, D, "proj")
     chosen = choose_impl("experts_merged", impl, x, experts, (D, F), proj)
     flat = (as_rows(x), as_rows(experts), as_rows(weights), proj)
     if chosen == "dense":

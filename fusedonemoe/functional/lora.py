@@ -5,19 +5,10 @@ import math
 import torch
 from torch import Tensor
 
-from fusedonemoe.checks import (
-    check_dim,
-    check_float,
-    check_like_x,
-    check_one_of,
-    check_routing,
-    check_same_device,
-    check_save_percent,
-    check_shape,
-)
+from fusedonemoe.checks import check_dim, check_float, check_same_device, check_shape
+from fusedonemoe.functional.arguments import activation_arguments, check_biases, check_call, projections
 from fusedonemoe.functional.calls import as_rows, choose_impl, records_gradients, refuse_transforms, with_leading
 from fusedonemoe.ops import library
-from fusedonemoe.ops.activation import ACTIVATIONS, GATE_UP_LAYOUTS, PLAIN
 
 _ops = torch.ops.fusedonemoe
 
@@ -122,38 +113,18 @@ def experts_mlp_lora(
         >>> torch.allclose(y, merged, rtol=1e-3, atol=1e-2)
         True
     """
-    check_routing(x, experts, weights)
-    check_one_of("activation", activation, ACTIVATIONS)
-    check_one_of("gate_up_layout", gate_up_layout, GATE_UP_LAYOUTS)
-    check_save_percent(save_percent)
-    if activation == "swiglu_oai" and not gated:
-        raise ValueError("activation 'swiglu_oai' is gated by definition, got gated=False")
-    check_like_x("gate_up_proj", gate_up_proj, x)
-    check_like_x("down_proj", down_proj, x)
-    check_dim("gate_up_proj", gate_up_proj, "E, D, G" if transposed else "E, G, D")
-    up_EGD = gate_up_proj.transpose(1, 2) if transposed else gate_up_proj
-    E, G, D = up_EGD.shape
-    if E < 1:
-        raise ValueError("gate_up_proj must hold at least one expert, got E = 0")
-    if gated and G % 2:
-        raise ValueError(f"gate_up_proj must have as many gate rows as up rows, got {G} in all")
-    if x.shape[-1] != D:
-        raise ValueError(f"x must have shape [..., {D}] to fit gate_up_proj, got {tuple(x.shape)}")
-    F = G // 2 if gated else G
-    check_shape("down_proj", down_proj, (E, F, D) if transposed else (E, D, F))
-    down_EDF = down_proj.transpose(1, 2) if transposed else down_proj
-    for name, bias, width in (("gate_up_bias", gate_up_bias, G), ("down_bias", down_bias, D)):
-        if bias is not None:
-            check_like_x(name, bias, x)
-            check_shape(name, bias, (E, width))
+    check_call(x, experts, weights, activation, gated, gate_up_layout, save_percent)
+    up_EGD, down_EDF = projections(x, gate_up_proj, down_proj, gated=gated, transposed=transposed)
+    (E, G, D), F = up_EGD.shape, down_EDF.shape[2]
+    check_biases(x, gate_up_bias, down_bias, (E, G, D))
     up = _factors("gate_up", gate_up_A, gate_up_B, gate_up_scale, up_EGD, x)
     down = _factors("down", down_A, down_B, down_scale, down_EDF, x)
     chosen = choose_impl("experts_mlp_lora", impl, x, experts, (D, G, F), up_EGD, down_EDF)
     flat = (as_rows(x), as_rows(experts), as_rows(weights))
     parameters = (up_EGD, down_EDF, gate_up_bias, down_bias, *up[:2], *down[:2])
-    numbers = (up[2], down[2], activation, gate_up_layout if gated else PLAIN, float(swiglu_alpha), float(swiglu_limit))
+    act = activation_arguments(activation, gated, gate_up_layout, swiglu_alpha, swiglu_limit)
     if chosen == "dense":
-        return with_leading(_ops.experts_mlp_lora_dense(*flat, *parameters, *numbers, library.BUILD), x)
+        return with_leading(_ops.experts_mlp_lora_dense(*flat, *parameters, up[2], down[2], *act, library.BUILD), x)
     refuse_transforms()
     kept = save_percent if records_gradients(x, weights, *parameters) else 0
-    return with_leading(_ops.experts_mlp_lora(*flat, *parameters, *numbers, kept, library.BUILD, chosen)[0], x)
+    return with_leading(_ops.experts_mlp_lora(*flat, *parameters, up[2], down[2], *act, kept, library.BUILD, chosen)[0], x)

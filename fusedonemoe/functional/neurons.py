@@ -9,6 +9,7 @@ from torch import Tensor
 from fusedonemoe.checks import (
     check_choices,
     check_dim,
+    check_fits,
     check_float,
     check_like_x,
     check_one_of,
@@ -127,9 +128,7 @@ def experts_neurons(
     check_like_x("up_table", up_table, x)
     _check_table("down_table", down_table)
     check_shape("up_table", up_table, tuple(down_table.shape))
-    D = down_table.shape[1]
-    if x.shape[-1] != D:
-        raise ValueError(f"x must have shape [..., {D}] to fit down_table, got {tuple(x.shape)}")
+    check_fits(x, down_table.shape[1], "down_table")
     chosen = _choose(impl, x.device.type, x.dtype, down_table, up_table)
     is_sparse = _gets_sparse_gradients(sparse, chosen, down_table, up_table)
     flat = (as_rows(x), as_rows(experts), as_rows(weights), down_table, up_table, activation)

@@ -3,20 +3,10 @@
 import torch
 from torch import Tensor
 
-from fusedonemoe.checks import (
-    check_dim,
-    check_float,
-    check_like_x,
-    check_one_of,
-    check_routing,
-    check_same_device,
-    check_save_percent,
-    check_shape,
-    check_tensor,
-)
+from fusedonemoe.checks import check_dim, check_fits, check_float, check_one_of, check_same_device, check_shape, check_tensor
+from fusedonemoe.functional.arguments import activation_arguments, check_biases, check_call, intermediate_size
 from fusedonemoe.functional.calls import as_rows, choose_impl, records_gradients, refuse_transforms, with_leading
 from fusedonemoe.ops import library
-from fusedonemoe.ops.activation import ACTIVATIONS, GATE_UP_LAYOUTS, PLAIN
 from fusedonemoe.ops.cpu.quantized import new_weight as new_weight  # for the modules above
 from fusedonemoe.ops.quantized import GROUP_SIZES, QuantizedWeight, dequantize, quantize_int4, quantize_int8
 
@@ -202,23 +192,13 @@ def experts_mlp_quantized(
         >>> F.experts_mlp_quantized(x, experts, weights, *quantized).shape
         torch.Size([5, 16])
     """
-    check_routing(x, experts, weights)
-    check_one_of("activation", activation, ACTIVATIONS)
-    check_one_of("gate_up_layout", gate_up_layout, GATE_UP_LAYOUTS)
-    check_save_percent(save_percent)
-    if activation == "swiglu_oai" and not gated:
-        raise ValueError("activation 'swiglu_oai' is gated by definition, got gated=False")
+    check_call(x, experts, weights, activation, gated, gate_up_layout, save_percent)
     for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
         _check_quantized(name, weight)
         check_same_device(f"{name}.values", weight.values, "x", x.device)
     E, G, D = gate_up_proj.shape
-    if E < 1:
-        raise ValueError("gate_up_proj must hold at least one expert, got E = 0")
-    if gated and G % 2:
-        raise ValueError(f"gate_up_proj must have as many gate rows as up rows, got {G} in all")
-    if x.shape[-1] != D:
-        raise ValueError(f"x must have shape [..., {D}] to fit gate_up_proj, got {tuple(x.shape)}")
-    F = G // 2 if gated else G
+    F = intermediate_size(E, G, gated)
+    check_fits(x, D, "gate_up_proj")
     if down_proj.shape != (E, D, F):
         raise ValueError(f"down_proj must be of shape {(E, D, F)}, got {down_proj.shape}")
     if (down_proj.bits, down_proj.bits == 4 and down_proj.group_size) != (
@@ -229,17 +209,12 @@ def experts_mlp_quantized(
             f"down_proj must have the bits and the group size of gate_up_proj ({gate_up_proj.bits}, {gate_up_proj.group_size}), "
             f"got {down_proj.bits}, {down_proj.group_size}"
         )
-    if gate_up_bias is not None:
-        check_like_x("gate_up_bias", gate_up_bias, x)
-        check_shape("gate_up_bias", gate_up_bias, (E, G))
-    if down_bias is not None:
-        check_like_x("down_bias", down_bias, x)
-        check_shape("down_bias", down_bias, (E, D))
+    check_biases(x, gate_up_bias, down_bias, (E, G, D))
     read = [tensor for weight in (gate_up_proj, down_proj) for tensor in weight if tensor is not None]
     chosen = choose_impl("experts_mlp_quantized", impl, x, experts, (D, G, F), *read)
     flat = (as_rows(x), as_rows(experts), as_rows(weights))
     parameters = (*gate_up_proj, *down_proj, gate_up_bias, down_bias)
-    act = (activation, gate_up_layout if gated else PLAIN, float(swiglu_alpha), float(swiglu_limit))
+    act = activation_arguments(activation, gated, gate_up_layout, swiglu_alpha, swiglu_limit)
     if chosen == "dense":
         y = _ops.experts_mlp_quantized_dense(*flat, *parameters, *act, library.BUILD)
     else:

@@ -179,6 +179,5 @@ def topk_softmax(logits: Tensor, top_k: int, *, impl: str = "auto") -> TopKSoftm
     """
     check_integer("top_k", top_k)  # route takes None too
     weights, experts = route(logits, top_k, norm_topk_prob=False, impl=impl)
-    T = math.prod(logits.shape[:-1])
-    tokens = torch.arange(T, device=logits.device).reshape(*logits.shape[:-1], 1)
-    return TopKSoftmax(weights, experts, torch.arange(top_k, device=logits.device) * T + tokens)
+    places_KT = torch.arange(experts.numel(), device=logits.device).view(top_k, -1)
+    return TopKSoftmax(weights, experts, places_KT.t().reshape(experts.shape))

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fusedonemoe.checks import check_dim, check_float, check_one_of, check_same_device, check_shape
+from fusedonemoe.functional.arguments import intermediate_size
 from fusedonemoe.ops import PackedExperts, library
 from fusedonemoe.ops.activation import GATE_UP_LAYOUTS, PLAIN, Activation
 from fusedonemoe.ops.choice import refusal
@@ -77,11 +78,7 @@ def pack_experts(
     if down_proj.dtype != gate_up_proj.dtype:
         raise TypeError(f"down_proj must have the dtype of gate_up_proj ({gate_up_proj.dtype}), got {down_proj.dtype}")
     E, G, D = gate_up_proj.shape
-    if E < 1:
-        raise ValueError("gate_up_proj must hold at least one expert, got E = 0")
-    if gated and G % 2:
-        raise ValueError(f"gate_up_proj must have as many gate rows as up rows, got {G} in all")
-    F = G // 2 if gated else G
+    F = intermediate_size(E, G, gated)
     check_shape("down_proj", down_proj, (E, D, F))
     contiguous = gate_up_proj.is_contiguous() and down_proj.is_contiguous()
     reason = refusal(

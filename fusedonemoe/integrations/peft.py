@@ -82,7 +82,7 @@ def _safetensors() -> Any:
     try:
         import safetensors.torch
     except ImportError as error:
-        raise ImportError("adapters are read and written with safetensors: pip install fusedonemoe[hf]") from error
+        raise ImportError("adapters are read and written with safetensors: pip install 'fusedonemoe[hf]'") from error
     return safetensors.torch
 
 

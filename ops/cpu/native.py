@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fusedonemoe.ops.activation import ACTIVATIONS, PLAIN, Activation
 from fusedonemoe.ops.cpu import build
-from fusedonemoe.ops.grouped import MergedNeeds, MLPNeeds, saved_rows
+from fusedonemoe.ops.grouped import saved_rows
 
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 # Weight-row products below which a second thread costs more than it saves. No result depends on the number of threads.
@@ -54,7 +54,7 @@ def _pool() -> Any:
     return allocate, capsule
 
 
-def _new(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def new(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """An uninitialised tensor; a large one from the pool, to which its memory returns when it dies."""
     size = math.prod(shape) * dtype.itemsize
     if size < POOLED_BYTES:
@@ -89,22 +89,23 @@ def trim() -> None:
         build.load().fusedonemoe_trim()
 
 
-def _addresses(*tensors: Tensor | None) -> list[int]:
+def addresses(*tensors: Tensor | None) -> list[int]:
+    """Where each tensor begins; 0 for none."""
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
-def _call(name: str, dtype: torch.dtype, words: Sequence[int], floats: Sequence[float] = ()) -> None:
+def call(name: str, dtype: torch.dtype, words: Sequence[int], floats: Sequence[float] = ()) -> None:
     """Run a kernel on its argument block: addresses and int64s, then float64s, in the order of the struct."""
     if _kernel(name, dtype)(struct.pack(f"{len(words)}q{len(floats)}d", *words, *floats)):
         raise MemoryError(f"no memory for the scratch buffers of {name}")
 
 
-def _threads(rows: int, weights_EAB: Tensor) -> int:
-    products = rows * weights_EAB.shape[1] * weights_EAB.shape[2]
-    return max(1, min(torch.get_num_threads(), products // PRODUCTS_PER_THREAD))
+def threads(rows: int, *widths: int) -> int:
+    """How many threads multiply ``rows`` rows by weights of these widths."""
+    return max(1, min(torch.get_num_threads(), rows * math.prod(widths) // PRODUCTS_PER_THREAD))
 
 
-def _gate_up(act: Activation, inner: int) -> tuple[int, int, int, int]:
+def gate_up_rows(act: Activation, inner: int) -> tuple[int, int, int, int]:
     """First gate row, first up row, distance of rows, and whether there is a gate."""
     match act.layout:
         case "gate_up":
@@ -117,27 +118,54 @@ def _gate_up(act: Activation, inner: int) -> tuple[int, int, int, int]:
     return 0, 0, 1, 0
 
 
-def _read_as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def read_as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """``tensor`` as a kernel reads it; a conversion that does nothing costs ten times what it costs to ask."""
     return (tensor if tensor.dtype == dtype else tensor.to(dtype)).contiguous()
 
 
-def _ids(experts_TK: Tensor) -> Tensor:
-    return _read_as(experts_TK, torch.int64)
+def as_ids(experts_TK: Tensor) -> Tensor:
+    """Expert ids as the kernels read them."""
+    return read_as(experts_TK, torch.int64)
 
 
-def _float_weights(weights_TK: Tensor) -> Tensor:
-    return _read_as(weights_TK, torch.float32)
+def as_float_weights(weights_TK: Tensor) -> Tensor:
+    """Routing weights as the kernels read them."""
+    return read_as(weights_TK, torch.float32)
 
 
-def _bias(bias: Tensor | None) -> Tensor | None:
+def as_bias(bias: Tensor | None) -> Tensor | None:
+    """A bias, or none, as the kernels read it."""
     return None if bias is None else bias.contiguous()
+
+
+def new_gradients(
+    needs: Sequence[bool], x_TD: Tensor, weights_TK: Tensor, *parameters: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """An uninitialised tensor for each gradient that is needed, in the dtype of x; of the routing weights in float32."""
+
+    def wanted(needed: bool, like: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        return None if not needed or like is None else new(tuple(like.shape), dtype)
+
+    of_x, of_weights, *of_parameters = needs
+    return (
+        wanted(of_x, x_TD, x_TD.dtype),
+        wanted(of_weights, weights_TK, torch.float32),
+        *(wanted(needed, like, x_TD.dtype) for needed, like in zip(of_parameters, parameters, strict=True)),
+    )
+
+
+def returned(gradients: Sequence[Tensor | None], owner: Tensor, weights_dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Gradients as operators return them: those of the routing weights in their dtype, an empty tensor where none was needed."""
+    dx, dweights, *rest = gradients
+    if dweights is not None:
+        dweights = dweights.to(weights_dtype)
+    return tuple(owner.new_empty(0) if gradient is None else gradient for gradient in (dx, dweights, *rest))
 
 
 def _mlp_sizes(experts_TK: Tensor, up_EGD: Tensor, down_EDF: Tensor, act: Activation) -> tuple[int, ...]:
     E, G, D = up_EGD.shape
     F = down_EDF.shape[2]
-    return (*experts_TK.shape, E, D, F, G, *_gate_up(act, F))
+    return (*experts_TK.shape, E, D, F, G, *gate_up_rows(act, F))
 
 
 def experts_mlp(
@@ -153,9 +181,9 @@ def experts_mlp(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As :func:`fusedonemoe.ops.grouped.experts_mlp`, in one kernel."""
     N, (E, G, _) = experts_TK.numel(), up_EGD.shape
-    y_TD = _new(x_TD.shape, x_TD.dtype)
+    y_TD = new(x_TD.shape, x_TD.dtype)
     kept = saved_rows(N, save_percent)
-    z = _new((kept, G), x_TD.dtype)
+    z = new((kept, G), x_TD.dtype)
     order = torch.empty(N, dtype=torch.int32)
     offsets = torch.empty(E + 1, dtype=torch.int32)
     if N == 0:
@@ -180,7 +208,7 @@ def experts_mlp_output(
 ) -> Tensor:
     """The first output of :func:`experts_mlp`, for who needs no backward; from :func:`pack_mlp`'s panels, if given."""
     N, E = experts_TK.numel(), up_EGD.shape[0]
-    y_TD = _new(x_TD.shape, x_TD.dtype)
+    y_TD = new(x_TD.shape, x_TD.dtype)
     if N:
         order_and_offsets = torch.empty(N + E + 1, dtype=torch.int32)
         address = order_and_offsets.data_ptr()
@@ -209,16 +237,16 @@ def _run_forward(
     last_row: int,
     packed: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> None:
-    x_TD, ids, weights_TK = x_TD.contiguous(), _ids(experts_TK), _float_weights(weights_TK)
-    up_bias_EG, down_bias_ED = _bias(up_bias_EG), _bias(down_bias_ED)
-    _call(
+    x_TD, ids, weights_TK = x_TD.contiguous(), as_ids(experts_TK), as_float_weights(weights_TK)
+    up_bias_EG, down_bias_ED = as_bias(up_bias_EG), as_bias(down_bias_ED)
+    call(
         "mlp_forward",
         x_TD.dtype,
         (
-            *_addresses(x_TD, up_EGD, down_EDF, up_bias_EG, down_bias_ED, *packed, ids, weights_TK, y_TD, z),
+            *addresses(x_TD, up_EGD, down_EDF, up_bias_EG, down_bias_ED, *packed, ids, weights_TK, y_TD, z),
             *(order, offsets),
             *_mlp_sizes(experts_TK, up_EGD, down_EDF, act),
-            *(first_row, last_row, _threads(experts_TK.numel(), up_EGD), ACTIVATIONS.index(act.name)),
+            *(first_row, last_row, threads(experts_TK.numel(), *up_EGD.shape[1:]), ACTIVATIONS.index(act.name)),
         ),
         (act.alpha, act.limit),
     )
@@ -230,13 +258,13 @@ def pack_mlp(up_EGD: Tensor, down_EDF: Tensor, act: Activation) -> tuple[Tensor,
     A unit is a float32, or on machines with a bfloat16 dot product two bfloat16. Rows are padded to whole panels.
     """
     (E, G, D), F, dtype = up_EGD.shape, down_EDF.shape[2], up_EGD.dtype
-    first, second, step, gated = _gate_up(act, F)
+    first, second, step, gated = gate_up_rows(act, F)
     columns, per_unit = build.load().fusedonemoe_panel_columns(), _kernel("elements_per_unit", dtype)()
     up_panels, down_panels = -(-F // (columns // 2 if gated else columns)), -(-D // columns)
-    packed_up = _new((E, up_panels, -(-D // per_unit), columns), torch.int32)
-    packed_down = _new((E, down_panels, -(-F // per_unit), columns), torch.int32)
-    words = (E, D, F, G, first, second, step, gated, _threads(E, up_EGD))
-    _call("pack", dtype, (*_addresses(up_EGD, down_EDF, packed_up, packed_down), *words))
+    packed_up = new((E, up_panels, -(-D // per_unit), columns), torch.int32)
+    packed_down = new((E, down_panels, -(-F // per_unit), columns), torch.int32)
+    words = (E, D, F, G, first, second, step, gated, threads(E, *up_EGD.shape[1:]))
+    call("pack", dtype, (*addresses(up_EGD, down_EDF, packed_up, packed_down), *words))
     return packed_up, packed_down
 
 
@@ -256,54 +284,40 @@ def experts_mlp_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As :func:`fusedonemoe.ops.grouped.experts_mlp_backward`, in one kernel (two where rows of z were not kept)."""
-    dtype, N, wants = x_TD.dtype, order.shape[0], MLPNeeds(*needs)
+    dtype, N = x_TD.dtype, order.shape[0]
     if z.shape[0] != N:
-        full = _new((N, up_EGD.shape[1]), dtype)
+        full = new((N, up_EGD.shape[1]), dtype)
         full[: z.shape[0]] = z
         _run_forward(
             *(x_TD, experts_TK, weights_TK, up_EGD, down_EDF, up_bias_EG, down_bias_ED, act, None),
             *(full, order.data_ptr(), offsets.data_ptr(), z.shape[0], N),
         )
         z = full
-    dy_TD, x_TD, ids, float_weights = dy_TD.contiguous(), x_TD.contiguous(), _ids(experts_TK), _float_weights(weights_TK)
-    down_bias_ED = _bias(down_bias_ED)
-
-    def wanted(needed: bool, like: Tensor | None, dtype: torch.dtype = dtype) -> Tensor | None:
-        return None if not needed or like is None else _new(like.shape, dtype)
-
-    gradients = (
-        wanted(wants.x, x_TD),
-        wanted(wants.weights, weights_TK, torch.float32),
-        wanted(wants.up, up_EGD),
-        wanted(wants.down, down_EDF),
-        wanted(wants.up_bias, up_bias_EG),
-        wanted(wants.down_bias, down_bias_ED),
-    )
-    _call(
+    dy_TD, x_TD, ids, float_weights = dy_TD.contiguous(), x_TD.contiguous(), as_ids(experts_TK), as_float_weights(weights_TK)
+    down_bias_ED = as_bias(down_bias_ED)
+    gradients = new_gradients(needs, x_TD, weights_TK, up_EGD, down_EDF, up_bias_EG, down_bias_ED)
+    call(
         "mlp_backward",
         dtype,
         (
-            *_addresses(dy_TD, z, x_TD, up_EGD, down_EDF, down_bias_ED, ids, float_weights, order, offsets, *gradients),
+            *addresses(dy_TD, z, x_TD, up_EGD, down_EDF, down_bias_ED, ids, float_weights, order, offsets, *gradients),
             *_mlp_sizes(experts_TK, up_EGD, down_EDF, act),
-            *(_threads(N, up_EGD), ACTIVATIONS.index(act.name)),
+            *(threads(N, *up_EGD.shape[1:]), ACTIVATIONS.index(act.name)),
         ),
         (act.alpha, act.limit),
     )
-    dx, dweights, *rest = (x_TD.new_empty(0) if g is None else g for g in gradients)
-    if wants.weights:
-        dweights = dweights.to(weights_TK.dtype)
-    return dx, dweights, *rest  # type: ignore[return-value]
+    return returned(gradients, x_TD, weights_TK.dtype)  # type: ignore[return-value]
 
 
 def experts_merged(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, proj_EDF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`fusedonemoe.ops.grouped.experts_merged`, in one kernel."""
     E, D, F = proj_EDF.shape
-    x_TD, ids, weights_TK = x_TD.contiguous(), _ids(experts_TK), _float_weights(weights_TK)
-    h_TF = _new((x_TD.shape[0], F), x_TD.dtype)
+    x_TD, ids, weights_TK = x_TD.contiguous(), as_ids(experts_TK), as_float_weights(weights_TK)
+    h_TF = new((x_TD.shape[0], F), x_TD.dtype)
     order = torch.empty(experts_TK.numel(), dtype=torch.int32)
     offsets = torch.empty(E + 1, dtype=torch.int32)
-    sizes = (*experts_TK.shape, E, D, F, _threads(experts_TK.numel(), proj_EDF))
-    _call("merged_forward", x_TD.dtype, (*_addresses(x_TD, proj_EDF, ids, weights_TK, h_TF, order, offsets), *sizes))
+    sizes = (*experts_TK.shape, E, D, F, threads(experts_TK.numel(), *proj_EDF.shape[1:]))
+    call("merged_forward", x_TD.dtype, (*addresses(x_TD, proj_EDF, ids, weights_TK, h_TF, order, offsets), *sizes))
     return h_TF, order, offsets
 
 
@@ -318,18 +332,12 @@ def experts_merged_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`fusedonemoe.ops.grouped.experts_merged_backward`, in one kernel."""
-    dh_TF, x_TD, ids, float_weights = dh_TF.contiguous(), x_TD.contiguous(), _ids(experts_TK), _float_weights(weights_TK)
-    wants = MergedNeeds(*needs)
-    dx = _new(x_TD.shape, x_TD.dtype) if wants.x else None
-    dweights = torch.empty(weights_TK.shape, dtype=torch.float32) if wants.weights else None
-    dproj = _new(proj_EDF.shape, x_TD.dtype) if wants.proj else None
-    sizes = (*experts_TK.shape, *proj_EDF.shape, _threads(order.shape[0], proj_EDF))
-    _call(
+    dh_TF, x_TD, ids, float_weights = dh_TF.contiguous(), x_TD.contiguous(), as_ids(experts_TK), as_float_weights(weights_TK)
+    gradients = new_gradients(needs, x_TD, weights_TK, proj_EDF)
+    sizes = (*experts_TK.shape, *proj_EDF.shape, threads(order.shape[0], *proj_EDF.shape[1:]))
+    call(
         "merged_backward",
         x_TD.dtype,
-        (*_addresses(dh_TF, x_TD, proj_EDF, ids, float_weights, order, offsets, dx, dweights, dproj), *sizes),
+        (*addresses(dh_TF, x_TD, proj_EDF, ids, float_weights, order, offsets, *gradients), *sizes),
     )
-    dx, dweights, dproj = (x_TD.new_empty(0) if g is None else g for g in (dx, dweights, dproj))
-    if wants.weights:
-        dweights = dweights.to(weights_TK.dtype)
-    return dx, dweights, dproj
+    return returned(gradients, x_TD, weights_TK.dtype)  # type: ignore[return-value]

@@ -9,13 +9,9 @@ from fusedonemoe.ops.activation import ACTIVATIONS
 from fusedonemoe.ops.cpu import native
 
 
-def _threads(rows: int, width: int) -> int:
-    return max(1, min(torch.get_num_threads(), rows * width // native.PRODUCTS_PER_THREAD))
-
-
 def _sizes(experts_TK: Tensor, table_ED: Tensor, activation: str) -> tuple[int, ...]:
     E, D = table_ED.shape
-    return (*experts_TK.shape, E, D, _threads(experts_TK.numel(), D), ACTIVATIONS.index(activation))
+    return (*experts_TK.shape, E, D, native.threads(experts_TK.numel(), D), ACTIVATIONS.index(activation))
 
 
 def _forward(
@@ -27,12 +23,12 @@ def _forward(
     activation: str,
     s_TK: Tensor | None,
 ) -> Tensor:
-    ids, weights_TK = native._ids(experts_TK), native._float_weights(weights_TK)
+    ids, weights_TK = native.as_ids(experts_TK), native.as_float_weights(weights_TK)
     x_TD = None if x_TD is None else x_TD.contiguous()
-    y_TD = native._new((ids.shape[0], up_ED.shape[1]), up_ED.dtype)
+    y_TD = native.new((ids.shape[0], up_ED.shape[1]), up_ED.dtype)
     if ids.shape[0]:
-        addresses = native._addresses(x_TD, down_ED, up_ED, ids, weights_TK, y_TD, s_TK)
-        native._call("neurons_forward", up_ED.dtype, (*addresses, *_sizes(ids, up_ED, activation)))
+        addresses = native.addresses(x_TD, down_ED, up_ED, ids, weights_TK, y_TD, s_TK)
+        native.call("neurons_forward", up_ED.dtype, (*addresses, *_sizes(ids, up_ED, activation)))
     return y_TD
 
 
@@ -69,27 +65,26 @@ def _backward(
     slots_TK: Tensor | None,
     num_slots: int,
 ) -> tuple[Tensor, ...]:
-    dy_TD, ids, float_weights = dy_TD.contiguous(), native._ids(experts_TK), native._float_weights(weights_TK)
+    dy_TD, ids, float_weights = dy_TD.contiguous(), native.as_ids(experts_TK), native.as_float_weights(weights_TK)
     x_TD, s_TK = (None if t is None else t.contiguous() for t in (x_TD, s_TK))
     likes = (x_TD, float_weights, down_ED, up_ED)
     shapes = [None if like is None else tuple(like.shape) for like in likes]
     if slots_TK is not None:
         shapes[2:] = [(num_slots, up_ED.shape[1])] * 2
     gradients = [
-        native._new(shape, like.dtype) if needed and like is not None and shape is not None else None
+        native.new(shape, like.dtype) if needed and like is not None and shape is not None else None
         for needed, like, shape in zip(needs, likes, shapes, strict=True)
     ]
     if ids.shape[0]:
         # No slot at all: there is no row to write.
         written = gradients if slots_TK is None or num_slots else (*gradients[:2], None, None)
-        addresses = native._addresses(dy_TD, s_TK, x_TD, down_ED, up_ED, ids, float_weights, *written, slots_TK)
-        native._call("neurons_backward", up_ED.dtype, (*addresses, *_sizes(ids, up_ED, activation), max(num_slots, 1)))
+        addresses = native.addresses(dy_TD, s_TK, x_TD, down_ED, up_ED, ids, float_weights, *written, slots_TK)
+        native.call("neurons_backward", up_ED.dtype, (*addresses, *_sizes(ids, up_ED, activation), max(num_slots, 1)))
     else:
         for gradient in gradients:
             if gradient is not None:
                 gradient.zero_()
-    dx, dweights, *tables = (up_ED.new_empty(0) if g is None else g for g in gradients)
-    return dx, dweights.to(weights_TK.dtype) if needs[1] else dweights, *tables
+    return native.returned(gradients, up_ED, weights_TK.dtype)
 
 
 def experts_neurons_backward(

@@ -8,14 +8,14 @@ from torch import Tensor
 from fusedonemoe.ops.activation import ACTIVATIONS, Activation
 from fusedonemoe.ops.cpu import native
 from fusedonemoe.ops.grouped import saved_rows
-from fusedonemoe.ops.quantized import QuantizedNeeds, QuantizedWeight
+from fusedonemoe.ops.quantized import QuantizedWeight
 
 
 def _new(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialised tensor; on CPU one of the kernels' pool, whose large pages are read faster than torch's small ones."""
     if device.type != "cpu" or native.refusal(torch.float32, True) is not None:
         return torch.empty(shape, dtype=dtype, device=device)
-    return native._new(shape, dtype)
+    return native.new(shape, dtype)
 
 
 def new_weight(
@@ -33,12 +33,7 @@ def new_weight(
 def _sizes(experts_TK: Tensor, up: QuantizedWeight, down: QuantizedWeight, act: Activation) -> tuple[int, ...]:
     E, G, D = up.shape
     F = down.shape[2]
-    return (*experts_TK.shape, E, D, F, G, *native._gate_up(act, F))
-
-
-def _threads(rows: int, up: QuantizedWeight) -> int:
-    _, G, D = up.shape
-    return max(1, min(torch.get_num_threads(), rows * G * D // native.PRODUCTS_PER_THREAD))
+    return (*experts_TK.shape, E, D, F, G, *native.gate_up_rows(act, F))
 
 
 def _width_of_bits(up: QuantizedWeight) -> tuple[int, int]:
@@ -58,9 +53,9 @@ def experts_mlp(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As :func:`fusedonemoe.ops.quantized.experts_mlp`, in one kernel."""
     N, (E, G, _) = experts_TK.numel(), up.shape
-    y_TD = native._new(x_TD.shape, x_TD.dtype)
+    y_TD = native.new(x_TD.shape, x_TD.dtype)
     kept = saved_rows(N, save_percent)
-    z = native._new((kept, G), x_TD.dtype)
+    z = native.new((kept, G), x_TD.dtype)
     order, offsets = torch.empty(N, dtype=torch.int32), torch.empty(E + 1, dtype=torch.int32)
     if N == 0:
         return y_TD, z, order, offsets.zero_()
@@ -83,15 +78,15 @@ def _run_forward(
     offsets: Tensor,
     rows: tuple[int, int],
 ) -> None:
-    x_TD, ids, weights_TK = x_TD.contiguous(), native._ids(experts_TK), native._float_weights(weights_TK)
-    up_bias_EG, down_bias_ED = native._bias(up_bias_EG), native._bias(down_bias_ED)
-    native._call(
+    x_TD, ids, weights_TK = x_TD.contiguous(), native.as_ids(experts_TK), native.as_float_weights(weights_TK)
+    up_bias_EG, down_bias_ED = native.as_bias(up_bias_EG), native.as_bias(down_bias_ED)
+    native.call(
         "quantized_forward",
         x_TD.dtype,
         (
-            *native._addresses(x_TD, *up, *down, up_bias_EG, down_bias_ED, ids, weights_TK, y_TD, z, order, offsets),
+            *native.addresses(x_TD, *up, *down, up_bias_EG, down_bias_ED, ids, weights_TK, y_TD, z, order, offsets),
             *_sizes(experts_TK, up, down, act),
-            *(*rows, _threads(experts_TK.numel(), up), ACTIVATIONS.index(act.name), *_width_of_bits(up)),
+            *(*rows, native.threads(experts_TK.numel(), *up.shape[1:]), ACTIVATIONS.index(act.name), *_width_of_bits(up)),
         ),
         (act.alpha, act.limit),
     )
@@ -113,36 +108,25 @@ def experts_mlp_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As :func:`fusedonemoe.ops.quantized.experts_mlp_backward`, in one kernel (two where rows of z were not kept)."""
-    dtype, N, wants = x_TD.dtype, order.shape[0], QuantizedNeeds(*needs)
+    dtype, N = x_TD.dtype, order.shape[0]
     if z.shape[0] != N:
-        full = native._new((N, up.shape[1]), dtype)
+        full = native.new((N, up.shape[1]), dtype)
         full[: z.shape[0]] = z
         rows = (z.shape[0], N)
         _run_forward(x_TD, experts_TK, weights_TK, up, down, up_bias_EG, down_bias_ED, act, None, full, order, offsets, rows)
         z = full
-    dy_TD, z, ids, float_weights = dy_TD.contiguous(), z.contiguous(), native._ids(experts_TK), native._float_weights(weights_TK)
-    down_bias_ED = native._bias(down_bias_ED)
-
-    def wanted(needed: bool, like: Tensor | None, dtype: torch.dtype = dtype) -> Tensor | None:
-        return None if not needed or like is None else native._new(tuple(like.shape), dtype)
-
-    gradients = (
-        wanted(wants.x, x_TD),
-        wanted(wants.weights, weights_TK, torch.float32),
-        wanted(wants.up_bias, up_bias_EG),
-        wanted(wants.down_bias, down_bias_ED),
-    )
-    native._call(
+    dy_TD, z = dy_TD.contiguous(), z.contiguous()
+    ids, float_weights = native.as_ids(experts_TK), native.as_float_weights(weights_TK)
+    down_bias_ED = native.as_bias(down_bias_ED)
+    gradients = native.new_gradients(needs, x_TD, weights_TK, up_bias_EG, down_bias_ED)
+    native.call(
         "quantized_backward",
         dtype,
         (
-            *native._addresses(dy_TD, z, *up, *down, down_bias_ED, ids, float_weights, order, offsets, *gradients),
+            *native.addresses(dy_TD, z, *up, *down, down_bias_ED, ids, float_weights, order, offsets, *gradients),
             *_sizes(experts_TK, up, down, act),
-            *(_threads(N, up), ACTIVATIONS.index(act.name), *_width_of_bits(up)),
+            *(native.threads(N, *up.shape[1:]), ACTIVATIONS.index(act.name), *_width_of_bits(up)),
         ),
         (act.alpha, act.limit),
     )
-    dx, dweights, dup_bias, ddown_bias = (x_TD.new_empty(0) if g is None else g for g in gradients)
-    if wants.weights:
-        dweights = dweights.to(weights_TK.dtype)
-    return dx, dweights, dup_bias, ddown_bias
+    return native.returned(gradients, x_TD, weights_TK.dtype)  # type: ignore[return-value]

@@ -24,6 +24,11 @@ def _kernel() -> Any:
         return None
 
 
+def threads_for(T: int, E: int) -> int:
+    """How many threads go over ``[T, E]`` keys."""
+    return max(1, min(torch.get_num_threads(), T * (E + KEYS_PER_ROW) // KEYS_PER_THREAD))
+
+
 def select(keys_TE: Tensor, k: int) -> Tensor:
     """As :func:`fusedonemoe.ops.route.select`, in one kernel where there is one."""
     if keys_TE.dtype != torch.float32 or (kernel := _kernel()) is None:
@@ -31,7 +36,6 @@ def select(keys_TE: Tensor, k: int) -> Tensor:
     keys_TE = keys_TE.contiguous()
     T, E = keys_TE.shape
     ids_TK = torch.empty((T, k), dtype=torch.int64)
-    threads = max(1, min(torch.get_num_threads(), T * (E + KEYS_PER_ROW) // KEYS_PER_THREAD))
-    if kernel(_pack(keys_TE.data_ptr(), ids_TK.data_ptr(), T, E, k, threads)):
+    if kernel(_pack(keys_TE.data_ptr(), ids_TK.data_ptr(), T, E, k, threads_for(T, E))):
         raise MemoryError(f"no memory for the buffers of a selection of {k} from {E}")
     return ids_TK

@@ -16,6 +16,7 @@ from fusedonemoe.ops.library.registration import (
     composite,
     define_autocast,
     gpu_kernels,
+    keeping,
     no_second_derivative,
     operator,
 )
@@ -111,15 +112,7 @@ def _experts_mlp_lora_dense(
 
 
 _TENSORS = 11  # x, experts, weights, two projections, two biases, two factors of each adapter
-
-
-def _experts_mlp_lora_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, z, order, offsets = output
-    ctx.mark_non_differentiable(z, order, offsets)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(z, order, offsets, *inputs[:_TENSORS])
-    ctx.scales_activation_and_percent = inputs[_TENSORS:18]
-    ctx.impl = inputs[19]
+_experts_mlp_lora_save = keeping(_TENSORS)
 
 
 def _experts_mlp_lora_grad(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -130,9 +123,7 @@ def _experts_mlp_lora_grad(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, .
     saved = ctx.saved_tensors  # once: checkpointing refuses to give them twice
     factors = (need and like.numel() > 0 for need, like in zip(ctx.needs_input_grad[7:11], saved[10:], strict=True))
     needs = LoRANeeds(ctx.needs_input_grad[0], *ctx.needs_input_grad[2:7], *factors)
-    grads = torch.ops.fusedonemoe.experts_mlp_lora_backward(
-        dy, *saved, *ctx.scales_activation_and_percent, needs, BUILD, ctx.impl
-    )
+    grads = torch.ops.fusedonemoe.experts_mlp_lora_backward(dy, *saved, *ctx.constants, needs, BUILD, ctx.impl)
     dx, *rest = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
     return dx, None, *rest, *(None for _ in range(count - _TENSORS))
 

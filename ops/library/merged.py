@@ -1,6 +1,6 @@
 """The merged up-projection: ``experts_merged``, its backward, the compiled CPU kernels, the composite."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from fusedonemoe.ops.library.registration import (
     define_autocast,
     define_cpu,
     gpu_kernels,
+    keeping,
     no_second_derivative,
     operator,
     wanted,
@@ -68,12 +69,7 @@ def _experts_merged_dense(x: Tensor, experts: Tensor, weights: Tensor, proj: Ten
     return dense.experts_merged_dense(x, experts, weights, proj)
 
 
-def _experts_merged_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, order, offsets = output
-    ctx.mark_non_differentiable(order, offsets)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(order, offsets, *inputs[:4])
-    ctx.impl = inputs[5]
+_experts_merged_save = keeping(tensors=4)
 
 
 def _experts_merged_grad(ctx: Any, dh: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -103,7 +99,7 @@ def _merged_gradients(*args: Any) -> Any:
     return native.experts_merged_backward(*args[:-2])
 
 
-experts_merged = shortcut(
+experts_merged: Callable[..., Any] = shortcut(
     "experts_merged", _merged, 4, recorder("experts_merged", _merged, _experts_merged_grad, _experts_merged_save), impl="cpu"
 )
-experts_merged_backward = shortcut("experts_merged_backward", _merged_gradients, 7, impl="cpu")
+experts_merged_backward: Callable[..., Any] = shortcut("experts_merged_backward", _merged_gradients, 7, impl="cpu")

@@ -16,6 +16,7 @@ from fusedonemoe.ops.library.registration import (
     define_autocast,
     define_cpu,
     gpu_kernels,
+    keeping,
     no_second_derivative,
     operator,
     wanted,
@@ -24,7 +25,7 @@ from fusedonemoe.ops.shortcut import recorder, shortcut
 from fusedonemoe.ops.triton import rules
 
 _MLP = "Tensor x, Tensor experts, Tensor weights, Tensor up_proj, Tensor down_proj, Tensor? up_bias, Tensor? down_bias"
-_ACT = "str activation, str layout, float alpha, float limit"
+ACT = "str activation, str layout, float alpha, float limit"
 
 
 def _with_act(kernel: Callable[..., Any], tensors: int) -> Callable[..., Any]:
@@ -32,7 +33,8 @@ def _with_act(kernel: Callable[..., Any], tensors: int) -> Callable[..., Any]:
     return lambda *args: kernel(*args[:tensors], Activation(*args[tensors : tensors + 4]), *args[tensors + 4 :])
 
 
-def _mlp_cpu_fake(*args: Any) -> tuple[Tensor, ...]:
+def forward_fake(*args: Any) -> tuple[Tensor, ...]:
+    """What the kernels of a forward allocate; of the up-projection ``[E, G, .]`` only E and G matter."""
     x, experts, _, up_proj, *_, save_percent = args
     N = experts.numel()
     z = x.new_empty(saved_rows(N, save_percent), up_proj.shape[1])
@@ -44,17 +46,17 @@ _mlp_kernel, _mlp_output_kernel = _with_act(native.experts_mlp, 7), _with_act(na
 _mlp_backward_kernel = _with_act(native.experts_mlp_backward, 11)
 
 define_cpu(
-    f"experts_mlp_cpu({_MLP}, {_ACT}, int save_percent) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"experts_mlp_cpu({_MLP}, {ACT}, int save_percent) -> (Tensor, Tensor, Tensor, Tensor)",
     _mlp_kernel,
-    _mlp_cpu_fake,
+    forward_fake,
 )
 define_cpu(
-    f"experts_mlp_packed({_MLP}, Tensor packed_up, Tensor packed_down, {_ACT}) -> Tensor",
+    f"experts_mlp_packed({_MLP}, Tensor packed_up, Tensor packed_down, {ACT}) -> Tensor",
     packing.experts_mlp_packed,
     lambda x, *_: x.new_empty(x.shape),
 )
 define_cpu(
-    f"experts_mlp_cpu_backward(Tensor dy, Tensor z, Tensor order, Tensor offsets, {_MLP}, {_ACT}, bool[] needs)"
+    f"experts_mlp_cpu_backward(Tensor dy, Tensor z, Tensor order, Tensor offsets, {_MLP}, {ACT}, bool[] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _mlp_backward_kernel,
     lambda *args: wanted(args[15], args[4], *args[6:11]),
@@ -156,13 +158,7 @@ def _experts_mlp_dense(
     return dense.experts_mlp_dense(x, experts, weights, up_proj, down_proj, up_bias, down_bias, act)
 
 
-def _experts_mlp_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, z, order, offsets = output
-    ctx.mark_non_differentiable(z, order, offsets)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(z, order, offsets, *inputs[:7])
-    ctx.activation_and_percent = inputs[7:12]
-    ctx.impl = inputs[13]
+_experts_mlp_save = keeping(tensors=7)
 
 
 def _experts_mlp_grad(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -170,8 +166,7 @@ def _experts_mlp_grad(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if dy is None:
         return (None,) * count
     needs = MLPNeeds(ctx.needs_input_grad[0], *ctx.needs_input_grad[2:7])
-    activation_and_percent, saved = ctx.activation_and_percent, ctx.saved_tensors
-    grads = experts_mlp_backward(dy, *saved, *activation_and_percent, needs, BUILD, ctx.impl)
+    grads = experts_mlp_backward(dy, *ctx.saved_tensors, *ctx.constants, needs, BUILD, ctx.impl)
     dx, *rest = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
     return dx, None, *rest, *(None for _ in range(count - 7))
 
@@ -203,9 +198,9 @@ def _mlp_gradients(*args: Any) -> Any:
     return _mlp_backward_kernel(*args[:15], args[16])  # without save_percent as well
 
 
-experts_mlp = shortcut(
+experts_mlp: Callable[..., Any] = shortcut(
     "experts_mlp", _mlp_output, 7, recorder("experts_mlp", _mlp, _experts_mlp_grad, _experts_mlp_save), impl="cpu"
 )
-experts_mlp_backward = shortcut("experts_mlp_backward", _mlp_gradients, 11, impl="cpu")
-experts_mlp_packed = shortcut("experts_mlp_packed", packing.experts_mlp_packed, 9)
-pack = packing.pack
+experts_mlp_backward: Callable[..., Any] = shortcut("experts_mlp_backward", _mlp_gradients, 11, impl="cpu")
+experts_mlp_packed: Callable[..., Any] = shortcut("experts_mlp_packed", packing.experts_mlp_packed, 9)
+pack: Callable[[Tensor, Tensor, Activation], packing.PackedExperts] = packing.pack

@@ -1,6 +1,6 @@
 """Single-neuron experts and value memory: ``experts_neurons``, ``experts_values``, their backwards, kernels, composites."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from fusedonemoe.ops.library.registration import (
     define_autocast,
     define_cpu,
     gpu_kernels,
+    keeping,
     no_second_derivative,
     operator,
     wanted,
@@ -132,18 +133,14 @@ def _experts_values_dense(experts: Tensor, weights: Tensor, table: Tensor, build
     return neurons.experts_values_dense(experts, weights, table)
 
 
-def _neurons_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1], *inputs[:5])
-    ctx.activation, ctx.impl = inputs[5], inputs[7]
+_neurons_save = keeping(tensors=5)
 
 
 def _neurons_grad(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if dy is None:
         return (None,) * 8
     needs = NeuronNeeds(ctx.needs_input_grad[0], *ctx.needs_input_grad[2:5])
-    grads = experts_neurons_backward(dy, *ctx.saved_tensors, ctx.activation, needs, BUILD, ctx.impl)
+    grads = experts_neurons_backward(dy, *ctx.saved_tensors, *ctx.constants, needs, BUILD, ctx.impl)
     dx, *rest = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
     return dx, None, *rest, None, None, None
 
@@ -198,11 +195,11 @@ def _values_gradients(*args: Any) -> Any:
     return native.experts_values_backward(*args[:-2])
 
 
-experts_neurons = shortcut(
+experts_neurons: Callable[..., Any] = shortcut(
     "experts_neurons", _neurons_output, 5, recorder("experts_neurons", _neurons, _neurons_grad, _neurons_save), impl="cpu"
 )
-experts_neurons_backward = shortcut("experts_neurons_backward", _neurons_gradients, 7, impl="cpu")
-experts_values = shortcut(
+experts_neurons_backward: Callable[..., Any] = shortcut("experts_neurons_backward", _neurons_gradients, 7, impl="cpu")
+experts_values: Callable[..., Any] = shortcut(
     "experts_values", _values, 3, recorder("experts_values", _values, _values_grad, _values_save), impl="cpu"
 )
-experts_values_backward = shortcut("experts_values_backward", _values_gradients, 4, impl="cpu")
+experts_values_backward: Callable[..., Any] = shortcut("experts_values_backward", _values_gradients, 4, impl="cpu")

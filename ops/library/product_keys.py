@@ -68,5 +68,5 @@ for _name in ("route_product_key", "route_product_key_backward", "route_product_
 
 # What functional and the formulas above call: the operators, or the kernels themselves where nothing would notice.
 _record = recorder("route_product_key", _route, _route_grad, _route_save)
-route_product_key = shortcut("route_product_key", _route, 1, _record)
-route_product_key_backward = shortcut("route_product_key_backward", _route_backward, 3)
+route_product_key: Callable[..., Any] = shortcut("route_product_key", _route, 1, _record)
+route_product_key_backward: Callable[..., Any] = shortcut("route_product_key_backward", _route_backward, 3)

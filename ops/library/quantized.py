@@ -9,13 +9,14 @@ from torch import Tensor
 from fusedonemoe.ops import quantized
 from fusedonemoe.ops.activation import Activation
 from fusedonemoe.ops.cpu import quantized as native
-from fusedonemoe.ops.grouped import saved_rows
+from fusedonemoe.ops.library.mlp import ACT, forward_fake
 from fusedonemoe.ops.library.registration import (
     BUILD,
     composite,
     define_autocast,
     define_cpu,
     gpu_kernels,
+    keeping,
     no_second_derivative,
     operator,
     wanted,
@@ -26,7 +27,6 @@ from fusedonemoe.ops.shortcut import recorder, shortcut
 _WEIGHT = "Tensor {0}, Tensor {0}_scale, Tensor? {0}_zero"
 _MLP = f"Tensor x, Tensor experts, Tensor weights, {_WEIGHT.format('up')}, {_WEIGHT.format('down')}"
 _MLP += ", Tensor? up_bias, Tensor? down_bias"
-_ACT = "str activation, str layout, float alpha, float limit"
 _TENSORS = 11  # of _MLP
 
 
@@ -41,22 +41,15 @@ def _grouped(kernel: Callable[..., Any], before: int = 0) -> Callable[..., Any]:
     return call
 
 
-def _cpu_fake(x: Tensor, experts: Tensor, _: Tensor, up: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    N, save_percent = experts.numel(), rest[-1]
-    z = x.new_empty(saved_rows(N, save_percent), up.shape[1])
-    order, offsets = (experts.new_empty(n, dtype=torch.int32) for n in (N, up.shape[0] + 1))
-    return x.new_empty(x.shape), z, order, offsets
-
-
 _forward_kernel, _backward_kernel = _grouped(native.experts_mlp), _grouped(native.experts_mlp_backward, 4)
 
 define_cpu(
-    f"experts_mlp_quantized_cpu({_MLP}, {_ACT}, int save_percent) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"experts_mlp_quantized_cpu({_MLP}, {ACT}, int save_percent) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward_kernel,
-    _cpu_fake,
+    forward_fake,
 )
 define_cpu(
-    f"experts_mlp_quantized_cpu_backward(Tensor dy, Tensor z, Tensor order, Tensor offsets, {_MLP}, {_ACT}, bool[] needs)"
+    f"experts_mlp_quantized_cpu_backward(Tensor dy, Tensor z, Tensor order, Tensor offsets, {_MLP}, {ACT}, bool[] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _backward_kernel,
     lambda *args: wanted(args[-1], args[4], args[6], *args[13:15]),
@@ -147,13 +140,7 @@ def _experts_mlp_dense(
     return _grouped(quantized.experts_mlp_dense)(x, experts, weights, *weight_tensors, up_bias, down_bias, *act)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, z, order, offsets = output
-    ctx.mark_non_differentiable(z, order, offsets)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(z, order, offsets, *inputs[:_TENSORS])
-    ctx.activation_and_percent = inputs[_TENSORS : _TENSORS + 5]
-    ctx.impl = inputs[_TENSORS + 6]
+_save = keeping(_TENSORS)
 
 
 def _gradient(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -164,7 +151,7 @@ def _gradient(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if needed[4] or needed[7]:
         raise RuntimeError("quantised weights have no gradient: their scales must not require one")
     needs = QuantizedNeeds(needed[0], needed[2], *needed[9:11])
-    grads = experts_mlp_quantized_backward(dy, *ctx.saved_tensors, *ctx.activation_and_percent, needs, BUILD, ctx.impl)
+    grads = experts_mlp_quantized_backward(dy, *ctx.saved_tensors, *ctx.constants, needs, BUILD, ctx.impl)
     dx, dweights, *biases = (grad if wants else None for grad, wants in zip(grads, needs, strict=True))
     return dx, None, dweights, *(None for _ in range(6)), *biases, *(None for _ in range(count - _TENSORS))
 
@@ -187,7 +174,9 @@ def _gradients(*args: Any) -> Any:
     return _backward_kernel(*args[:19], args[20])  # without save_percent as well
 
 
-experts_mlp_quantized = shortcut(
+experts_mlp_quantized: Callable[..., Any] = shortcut(
     "experts_mlp_quantized", _kernel, _TENSORS, recorder("experts_mlp_quantized", _kernel, _gradient, _save), impl="cpu"
 )
-experts_mlp_quantized_backward = shortcut("experts_mlp_quantized_backward", _gradients, _TENSORS + 4, impl="cpu")
+experts_mlp_quantized_backward: Callable[..., Any] = shortcut(
+    "experts_mlp_quantized_backward", _gradients, _TENSORS + 4, impl="cpu"
+)

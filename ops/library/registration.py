@@ -44,7 +44,7 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return None
 
 
-lib = torch.library.Library(NAMESPACE, "FRAGMENT")
+lib: torch.library.Library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 @contextmanager
@@ -117,6 +117,23 @@ def wanted(needs: Sequence[bool], *likes: Tensor | None) -> tuple[Tensor, ...]:
         like.new_empty(like.shape) if needed and like is not None else owner.new_empty(0)
         for needed, like in zip(needs, likes, strict=True)
     )
+
+
+def keeping(tensors: int) -> Callable[..., None]:
+    """What autograd does after a forward: keep all outputs but the first, the first ``tensors`` inputs and the constants.
+
+    Args:
+        tensors: how many inputs are tensors; what else there is stands behind them, ``build`` and ``impl`` at the end.
+    """
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, *kept = output
+        ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*kept, *inputs[:tensors])
+        ctx.constants, ctx.impl = inputs[tensors:-2], inputs[-1]
+
+    return setup_context
 
 
 def no_second_derivative(ctx: Any, *_: Any) -> Any:

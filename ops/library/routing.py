@@ -3,11 +3,20 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fusedonemoe.ops import route as routing
 from fusedonemoe.ops import triton
-from fusedonemoe.ops.library.registration import composite, define_autocast, gpu_kernels, no_second_derivative, operator
+from fusedonemoe.ops.cpu import routing as cpu_routing
+from fusedonemoe.ops.library.registration import (
+    composite,
+    define_autocast,
+    define_cpu,
+    gpu_kernels,
+    no_second_derivative,
+    operator,
+)
 from fusedonemoe.ops.route import RouteRule
 from fusedonemoe.ops.shortcut import recorder, shortcut
 
@@ -18,6 +27,38 @@ def _gpu_routing(logits: Tensor, n_group: int) -> Any:
         return None
     kernels = gpu_kernels("routing")
     return None if kernels.refusal(logits.dtype, logits.shape[-1], n_group) else kernels
+
+
+_RULE = (
+    "int top_k, str scoring, bool score_first, bool norm_topk_prob, float scale, int n_group, int topk_group, str group_score,"
+    " float norm_eps"
+)
+
+
+def _route_cpu(logits: Tensor, selection_bias: Tensor | None, *rule: Any) -> tuple[Tensor, Tensor]:
+    return cpu_routing.route(logits, selection_bias, RouteRule(*rule))
+
+
+def _route_cpu_fake(logits: Tensor, selection_bias: Tensor | None, top_k: int, *_: Any) -> tuple[Tensor, Tensor]:
+    shape = logits.shape[0], top_k or logits.shape[1]
+    return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int64)
+
+
+def _route_cpu_backward(dweights: Tensor, logits: Tensor, experts: Tensor, *rule: Any) -> Tensor:
+    return cpu_routing.route_backward(dweights, logits, experts, RouteRule(*rule))
+
+
+define_cpu(f"route_cpu(Tensor logits, Tensor? selection_bias, {_RULE}) -> (Tensor, Tensor)", _route_cpu, _route_cpu_fake)
+define_cpu(
+    f"route_cpu_backward(Tensor dweights, Tensor logits, Tensor experts, {_RULE}) -> Tensor",
+    _route_cpu_backward,
+    lambda dweights, logits, *_: logits.new_empty(logits.shape),
+)
+
+
+def _on_cpu(logits: Tensor) -> bool:
+    """Whether the compiled kernels route these logits; a graph that is exported keeps to torch's own operators."""
+    return logits.device.type == "cpu" and not torch.compiler.is_exporting() and cpu_routing.refusal(logits.dtype) is None
 
 
 def _route_body(opaque: bool) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -38,7 +79,9 @@ def _route_body(opaque: bool) -> Callable[..., tuple[Tensor, Tensor]]:
         rule = RouteRule(top_k, scoring, score_first, norm_topk_prob, scale, n_group, topk_group, group_score, norm_eps)
         if opaque and (kernels := _gpu_routing(logits, n_group)):
             return kernels.route(logits, selection_bias, rule)
-        return routing.route(logits, selection_bias, rule, opaque)
+        if opaque and _on_cpu(logits):
+            return torch.ops.fusedonemoe.route_cpu.default(logits, selection_bias, *rule)
+        return routing.route(logits, selection_bias, rule)
 
     return body
 
@@ -62,6 +105,8 @@ def _route_backward(
     build: int,
 ) -> Tensor:
     rule = RouteRule(top_k, scoring, score_first, norm_topk_prob, scale, n_group, topk_group, group_score, norm_eps)
+    if _on_cpu(logits):
+        return torch.ops.fusedonemoe.route_cpu_backward.default(dweights, logits, experts, *rule)
     kernels = _gpu_routing(logits, n_group) or routing
     return kernels.route_backward(dweights, logits, experts, rule)
 
@@ -84,5 +129,15 @@ for _name in ("route", "route_backward", "route_dense"):
     define_autocast(_name, casts=())
 
 # What functional and the formulas above call: the operators, or the kernels themselves where nothing would notice.
-route = shortcut("route", _route, 2, recorder("route", _route, _route_grad, _route_save))
-route_backward = shortcut("route_backward", _route_backward, 3)
+
+
+def _route_directly(*args: Any) -> tuple[Tensor, Tensor]:
+    return _route_cpu(*args[:-1]) if _on_cpu(args[0]) else _route(*args)  # the kernel does without build
+
+
+def _route_backward_directly(*args: Any) -> Tensor:
+    return _route_cpu_backward(*args[:-1]) if _on_cpu(args[1]) else _route_backward(*args)
+
+
+route: Callable[..., Any] = shortcut("route", _route_directly, 2, recorder("route", _route_directly, _route_grad, _route_save))
+route_backward: Callable[..., Any] = shortcut("route_backward", _route_backward_directly, 3)

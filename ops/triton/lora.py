@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fusedonemoe.ops.activation import PLAIN, Activation, activate, activate_backward
-from fusedonemoe.ops.grouped import saved_rows
+from fusedonemoe.ops.grouped import first_rows
 from fusedonemoe.ops.lora import Adapter, Gradients, LoRANeeds
 from fusedonemoe.ops.triton import rules
 from fusedonemoe.ops.triton.combine import combine
@@ -46,12 +46,18 @@ class _Products:
         *,
         bias_EB: Tensor | None = None,
         top_k: int | None = None,
+        first_row: int = 0,
     ) -> Tensor:
-        """``rows weights_e + narrow factor_e (+ bias_e)``, ``[N, B]``."""
+        """``rows weights_e + narrow factor_e (+ bias_e)``, ``[N, B]``; rows before ``first_row`` need not be written."""
         if narrow_NR is None:
             return grouped_rows(rows, weights_EAB, self.plan, self.tile, bias_EB=bias_EB, top_k=top_k)
         out_NB = rows.new_empty(self.plan.order.shape[0], weights_EAB.shape[2])
-        low_rank_rows(rows, weights_EAB, narrow_NR, factor_ERB, self.plan, self.tile, out_NB, bias_EB=bias_EB, top_k=top_k)
+        low_rank_rows(
+            *(rows, weights_EAB, narrow_NR, factor_ERB, self.plan, self.tile, out_NB),
+            bias_EB=bias_EB,
+            top_k=top_k,
+            first_row=first_row,
+        )
         return out_NB
 
 
@@ -74,46 +80,18 @@ def experts_mlp_lora(
         ``y_TD``; ``z``, the first ``floor(N * save_percent / 100)`` rows of the sorted pre-activations; and the plan's
         ``order`` and ``offsets``.
     """
-    E, D, F = down_EDF.shape
     K, N = experts_TK.shape[1], experts_TK.numel()
-    tiles = rules.tiles_for(rules.architecture(x_TD.device), x_TD.dtype, rules.hint(N) / E, D, F, act.layout != PLAIN)
-    plan = make_plan(experts_TK, E, tiles.down.BLOCK_M)
+    tiles = rules.tiles_of(x_TD, N, down_EDF.shape, gated=act.layout != PLAIN)
+    plan = make_plan(experts_TK, up_EGD.shape[0], tiles.down.BLOCK_M)
     x_TD = x_TD.contiguous()
     ups, downs = _Products(plan, tiles.down, up), _Products(plan, tiles.down, down)
     z_NG = ups.through(x_TD, up_EGD.transpose(1, 2), ups.into(x_TD, K), up.B.transpose(1, 2), bias_EB=up_bias_EG, top_k=K)
     h_NF = activate(z_NG, act, reuse=True)
-    saved = z_NG
-    if save_percent < 100:
-        # As in grouped: a slice would keep all of z alive in a compiled graph. Nothing saved is known for every T.
-        count = saved_rows(N, save_percent) if save_percent else 0
-        saved = z_NG.index_select(0, torch.arange(count, device=z_NG.device))
+    saved = first_rows(z_NG, save_percent)
     del z_NG
     y_ND = downs.through(h_NF, down_EDF.transpose(1, 2), downs.into(h_NF), down.B.transpose(1, 2), bias_EB=down_bias_ED)
     del h_NF
     return combine(y_ND, weights_TK, plan, x_TD.dtype), saved, plan.order, plan.offsets
-
-
-def _all_rows(
-    z: Tensor,
-    x_TD: Tensor,
-    up_EGD: Tensor,
-    up_bias_EG: Tensor | None,
-    narrow_NR: Tensor | None,
-    ups: _Products,
-    top_k: int,
-    save_percent: int,
-) -> Tensor:
-    """``[N, G]`` pre-activations: the saved rows copied, the rest computed again."""
-    kept, weights_EDG = z.shape[0], up_EGD.transpose(1, 2)
-    if narrow_NR is None:
-        z_NG = grouped_rows(x_TD, weights_EDG, ups.plan, ups.tile, bias_EB=up_bias_EG, top_k=top_k)
-    else:
-        z_NG = z.new_empty(ups.plan.order.shape[0], up_EGD.shape[1])
-        factor, options = ups.adapter.B.transpose(1, 2), {"bias_EB": up_bias_EG, "top_k": top_k}
-        low_rank_rows(x_TD, weights_EDG, narrow_NR, factor, ups.plan, ups.tile, z_NG, first_row=kept, **options)  # type: ignore[arg-type]
-    if save_percent > 0:
-        z_NG[:kept].copy_(z)
-    return z_NG
 
 
 def experts_mlp_lora_backward(
@@ -140,9 +118,8 @@ def experts_mlp_lora_backward(
         Gradients of x, weights, up, down, up bias, down bias, up's A and B, down's A and B; a zero-size tensor where not
         needed, and then neither launched nor allocated.
     """
-    E, D, F = down_EDF.shape
     N, K = order.shape[0], experts_TK.shape[1]
-    tiles = rules.tiles_for(rules.architecture(x_TD.device), x_TD.dtype, rules.hint(N) / E, D, F, act.layout != PLAIN)
+    tiles = rules.tiles_of(x_TD, N, down_EDF.shape, gated=act.layout != PLAIN)
     plan = from_saved(order, offsets, tiles.dx.BLOCK_M)
     dy_TD, x_TD, weights_TK = dy_TD.contiguous(), x_TD.contiguous(), weights_TK.contiguous()
     ups, downs = _Products(plan, tiles.dx, up), _Products(plan, tiles.dx, down)
@@ -159,7 +136,17 @@ def experts_mlp_lora_backward(
 
     x_narrow = ups.into(x_TD, K) if save_percent < 100 or needs.up_B else None
     if save_percent < 100:
-        z = _all_rows(z, x_TD, up_EGD, up_bias_EG, x_narrow, ups, K, save_percent)
+        kept = z.shape[0]
+        z_NG = ups.through(
+            *(x_TD, up_EGD.transpose(1, 2), x_narrow, up.B.transpose(1, 2)),
+            bias_EB=up_bias_EG,
+            top_k=K,
+            first_row=kept,
+        )
+        if save_percent > 0:
+            z_NG[:kept].copy_(z)
+        z = z_NG
+        del z_NG
     h_NF = activate(z, act, reuse=True)
     if needs.down:
         ddown = grouped_outer(dy_TD, weighted(h_NF), plan, tiles.ddown, gather_left=K)

@@ -67,9 +67,8 @@ def experts_mlp_backward(
     Returns:
         Gradients of x, weights, up, down, up bias and down bias, contiguous; a zero-size tensor where not needed.
     """
-    E, D, F = down_EDF.shape
     N, K = order.shape[0], experts_TK.shape[1]
-    tiles = rules.tiles_for(rules.architecture(x_TD.device), x_TD.dtype, rules.hint(N) / E, D, F, act.layout != PLAIN)
+    tiles = rules.tiles_of(x_TD, N, down_EDF.shape, gated=act.layout != PLAIN)
     plan = from_saved(order, offsets, tiles.dh.BLOCK_M)
     dy_TD, x_TD, weights_TK = dy_TD.contiguous(), x_TD.contiguous(), weights_TK.contiguous()
     dx, dweights, dup, ddown, dup_bias, ddown_bias = (x_TD.new_empty(0) for _ in range(6))

@@ -10,7 +10,7 @@ from fusedonemoe.ops.grouped import saved_rows
 from fusedonemoe.ops.triton.combine import combine
 from fusedonemoe.ops.triton.plan import make_plan
 from fusedonemoe.ops.triton.rows import grouped_rows
-from fusedonemoe.ops.triton.rules import architecture, hint, tiles_for
+from fusedonemoe.ops.triton.rules import tiles_of
 from fusedonemoe.ops.triton.up import up_projection
 
 
@@ -42,14 +42,12 @@ def experts_mlp(
         ``y_TD``; ``z``, the first ``floor(N * save_percent / 100)`` rows of the sorted pre-activations, those of ids outside
         ``[0, E)`` not written; and the plan's ``order`` and ``offsets``.
     """
-    E, G, D = up_EGD.shape
+    E, G, _ = up_EGD.shape
     T, K = experts_TK.shape
     N = T * K
-    F = down_EDF.shape[2]
-    tiles = tiles_for(architecture(x_TD.device), x_TD.dtype, hint(N) / E, D, F, act.layout != PLAIN)
+    tiles = tiles_of(x_TD, N, down_EDF.shape, gated=act.layout != PLAIN)
     plan = make_plan(experts_TK, E, tiles.up.BLOCK_M)
-    # Nothing saved is known for every T, so it must not become a symbolic size.
-    z = x_TD.new_empty(saved_rows(N, save_percent) if save_percent else 0, G)
+    z = x_TD.new_empty(saved_rows(N, save_percent), G)
     h_NF = up_projection(x_TD, up_EGD, up_bias_EG, plan, K, act, tiles.up, z)
     y_ND = grouped_rows(h_NF, down_EDF.transpose(1, 2), plan, tiles.down, bias_EB=down_bias_ED)
     del h_NF

@@ -45,12 +45,12 @@ class RowPlan(NamedTuple):
     blocks: Tensor
 
 
-def num_blocks(num_rows: int | torch.SymInt, num_experts: int, block_m: int) -> int | torch.SymInt:
+def num_blocks(num_rows: int, num_experts: int, block_m: int) -> int:
     """Bound of the number of blocks: every block has a row, and every expert at most one block that is not full.
 
     One expert counts as two: a symbolic number of blocks that may be 1 would make torch ask whether it is.
     """
-    bound: int | torch.SymInt = torch.sym_min(num_rows, max(num_experts, 2) + num_rows // block_m)
+    bound: int = torch.sym_min(num_rows, max(num_experts, 2) + num_rows // block_m)
     return bound
 
 

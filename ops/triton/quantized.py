@@ -7,19 +7,13 @@ import torch
 from torch import Tensor
 
 from fusedonemoe.ops.activation import PLAIN, Activation, activate, activate_backward
-from fusedonemoe.ops.grouped import saved_rows
+from fusedonemoe.ops.grouped import first_rows
 from fusedonemoe.ops.quantized import QuantizedNeeds, QuantizedWeight
 from fusedonemoe.ops.triton import rules
 from fusedonemoe.ops.triton.combine import combine
 from fusedonemoe.ops.triton.plan import from_saved, make_plan
 from fusedonemoe.ops.triton.quantized_rows import quantized_rows
 from fusedonemoe.ops.triton.sums import column_sums, routing_gradient
-
-
-def _tiles(x_TD: Tensor, down: QuantizedWeight, rows: int | torch.SymInt, act: Activation) -> rules.Tiles:
-    E, D, F = down.shape
-    arch = rules.architecture(x_TD.device)
-    return rules.tiles_for(arch, x_TD.dtype, rules.hint(rows) / E, D, F, act.layout != PLAIN)
 
 
 def experts_mlp(
@@ -40,15 +34,11 @@ def experts_mlp(
         ``order`` and ``offsets``.
     """
     K, N = experts_TK.shape[1], experts_TK.numel()
-    tile = _tiles(x_TD, down, N, act).down
+    tile = rules.tiles_of(x_TD, N, down.shape, gated=act.layout != PLAIN).down
     plan = make_plan(experts_TK, up.shape[0], tile.BLOCK_M)
     z_NG = quantized_rows(x_TD, up, plan, tile, bias_EB=up_bias_EG, top_k=K)
     h_NF = activate(z_NG, act, reuse=True)
-    saved = z_NG
-    if save_percent < 100:
-        # As in grouped: a slice would keep all of z alive in a compiled graph. Nothing saved is known for every T.
-        count = saved_rows(N, save_percent) if save_percent else 0
-        saved = z_NG.index_select(0, torch.arange(count, device=z_NG.device))
+    saved = first_rows(z_NG, save_percent)
     del z_NG
     y_ND = quantized_rows(h_NF, down, plan, tile, bias_EB=down_bias_ED)
     del h_NF
@@ -73,7 +63,7 @@ def experts_mlp_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weights, up bias and down bias; a zero-size tensor where not needed, and nothing launched for it."""
     N, K = order.shape[0], experts_TK.shape[1]
-    tile = _tiles(x_TD, down, N, act).dx
+    tile = rules.tiles_of(x_TD, N, down.shape, gated=act.layout != PLAIN).dx
     plan = from_saved(order, offsets, tile.BLOCK_M)
     dy_TD, weights_TK = dy_TD.contiguous(), weights_TK.contiguous()
     dx, dweights, dup_bias, ddown_bias = (x_TD.new_empty(0) for _ in range(4))

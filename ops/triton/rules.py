@@ -8,12 +8,13 @@ import importlib.metadata
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from fusedonemoe.ops.cpu.build import cache_directory
 from fusedonemoe.ops.triton import INTERPRETED
@@ -70,7 +71,7 @@ def layer_of(arch: str, dtype: torch.dtype, rows_per_expert: float, D: int, F: i
     return Layer(arch, str(dtype).removeprefix("torch."), rows, D, F, gated)
 
 
-def hint(n: int | torch.SymInt) -> int:
+def hint(n: int) -> int:
     """``n``, or the value that a symbolic ``n`` was traced with; many, where there was none. Makes no guard."""
     if isinstance(n, int):
         return n
@@ -116,6 +117,12 @@ def tiles_for(arch: str, dtype: torch.dtype, rows_per_expert: float, D: int, F: 
     """
     layer = layer_of(arch, dtype, rows_per_expert, D, F, gated)
     return _tried or _measured().get(layer) or tiles_by_rule(arch, dtype, rows_per_expert, D, F)
+
+
+def tiles_of(x_TD: Tensor, rows: int | torch.SymInt, shape: Sequence[int], *, gated: bool) -> Tiles:
+    """The tiles for ``rows`` routed rows of ``x`` and a down-projection of this shape ``[E, D, F]``."""
+    E, D, F = shape
+    return tiles_for(architecture(x_TD.device), x_TD.dtype, hint(rows) / E, D, F, gated)
 
 
 def tiles_by_rule(arch: str, dtype: torch.dtype, rows_per_expert: float, D: int, F: int) -> Tiles:

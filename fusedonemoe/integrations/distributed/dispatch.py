@@ -44,8 +44,9 @@ class _Dispatcher:
         check_count("num_experts", num_experts)
         self.group = group
         self.num_experts = num_experts
-        self.world, self.rank = group.size(), group.rank()
-        self.block = math.ceil(num_experts / self.world)
+        self.world: int = group.size()
+        self.rank: int = group.rank()
+        self.block: int = math.ceil(num_experts / self.world)
 
     def __deepcopy__(self, memo: object) -> "_Dispatcher":
         return self  # a copy of a model talks to the same processes

@@ -56,7 +56,7 @@ class GroupedExperts(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.config = MoEConfig(
+        self.config: MoEConfig = MoEConfig(
             hidden_size=dim,
             intermediate_size=hidden_dim,
             num_experts=num_experts,
@@ -66,8 +66,8 @@ class GroupedExperts(nn.Module):
             impl=impl,
         )
         self.num_experts = num_experts
-        self.w13_EF2D = nn.Parameter(torch.empty(num_experts, hidden_dim, 2, dim, device=device, dtype=dtype))
-        self.w2_EDF = nn.Parameter(torch.empty(num_experts, dim, hidden_dim, device=device, dtype=dtype))
+        self.w13_EF2D: nn.Parameter = nn.Parameter(torch.empty(num_experts, hidden_dim, 2, dim, device=device, dtype=dtype))
+        self.w2_EDF: nn.Parameter = nn.Parameter(torch.empty(num_experts, dim, hidden_dim, device=device, dtype=dtype))
         self.register_state_dict_post_hook(_split)
         self.register_load_state_dict_pre_hook(_join)
         self.init_weights(0.02)

@@ -26,8 +26,8 @@ _BIAS_BUFFER = "e_score_correction_bias"
 _TOKENS = 96
 _RELATIVE_ERROR = 1e-4
 # On CPU, outside a graph, the half dozen operators of a router's own forward were measured faster than the checks and calls of
-# this library's below about so many logits: 256 tokens and 64 experts. The two compute the same, so either may be taken.
-FEWEST_LOGITS = 1 << 14
+# this library's below about so many logits: 64 tokens and 128 experts. The two compute the same, so either may be taken.
+FEWEST_LOGITS = 1 << 13
 
 
 class RouterPlan(NamedTuple):

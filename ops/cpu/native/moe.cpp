@@ -8,7 +8,7 @@
 #include "neurons_forward.h"
 #include "quantized.h"
 #include "quantized_backward.h"
-#include "select.h"
+#include "route.h"
 
 template <class Pass, class Args> static int run(const void* args) {
     try {
@@ -40,6 +40,8 @@ int ENTRY(neurons_forward)(const void* args) { return run<NeuronsForwardPass<Mac
 int ENTRY(neurons_backward)(const void* args) { return run<NeuronsBackwardPass<Mac>, NeuronsBackward>(args); }
 int ENTRY(quantized_forward)(const void* args) { return run<OfBits<Mac, QuantizedForwardPass, QuantizedForward>, QuantizedForward>(args); }
 int ENTRY(quantized_backward)(const void* args) { return run<OfBits<Mac, QuantizedBackwardPass, QuantizedBackward>, QuantizedBackward>(args); }
+int ENTRY(route)(const void* args) { return run<RoutePass<Mac::T>, Route>(args); }
+int ENTRY(route_backward)(const void* args) { return run<RouteBackwardPass<Mac::T>, RouteBackward>(args); }
 int ENTRY(pack)(const void* args) { return run<PackingPass<Mac>, PackWeights>(args); }
 int ENTRY(elements_per_unit)() { return Mac::PER; }
 }

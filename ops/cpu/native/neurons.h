@@ -61,18 +61,6 @@ static inline int64_t group_rows(const int64_t* ids, int64_t count, int64_t num_
     return sum;
 }
 
-static INLINE float sum_of_lanes(vf v) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_add_ps((__m512)v);
-#else
-    float lanes[LANES];
-    store(lanes, v);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
-    return lanes[0];
-#endif
-}
-
 // A step of a dot product: WIDTH elements of each side.
 template <class T> struct DotStep {
     static constexpr int WIDTH = LANES;

@@ -25,6 +25,10 @@ static INLINE vi in_order(vi bits) {
     vi order = bits ^ ((bits >> 31) & 0x7FFFFFFF);
     return order - (order == -1);
 }
+static INLINE int32_t in_order(float key) {
+    const int32_t bits = __builtin_bit_cast(int32_t, key), order = bits ^ ((bits >> 31) & 0x7FFFFFFF);
+    return order + (order == -1);
+}
 static INLINE vi vmax(vi a, vi b) {
     vi larger = a > b;
     return (a & larger) | (b & ~larger);
@@ -57,10 +61,10 @@ static INLINE uint32_t lanes_at_least(vi a, vi b) {
 #endif
 }
 
-class SelectPass {
+// The choice of K among the E keys of one row.
+class Selection {
     static constexpr int LEAST = std::numeric_limits<int32_t>::min(), MOST = std::numeric_limits<int32_t>::max();
-    static constexpr int GROUP_VECTORS = 8, MOST_RANKED = 8 * LANES, ROWS_PER_TASK = 8, FEWEST_SLOTS = 256;
-    const Select& a;
+    static constexpr int GROUP_VECTORS = 8, MOST_RANKED = 8 * LANES, FEWEST_SLOTS = 256;
     const int E, K;
 
     // The K-th largest of the maxima of V * LANES groups, V * LANES >= K.
@@ -94,7 +98,42 @@ class SelectPass {
     static int64_t packed(int key, int id) { return (int64_t)key << 32 | (uint32_t)~id; }
     static int64_t id_of(int64_t packed) { return (uint32_t)~packed; }
 
+    // Sorts by counting how many are larger, which has no branches to mispredict.
+    void rank(const int64_t* candidates, int n, int64_t* ids) const {
+        int64_t sorted[MOST_RANKED];
+        for (int i = 0; i < n; i += LANES / 2) {
+            const vl own = load<vl>(candidates + i);
+            vl above = {};
+            for (int j = 0; j < n; j++) above -= (candidates[j] - vl{}) > own;
+            for (int lane = 0; lane < std::min(LANES / 2, n - i); lane++) sorted[above[lane]] = id_of(candidates[i + lane]);
+        }
+        memcpy(ids, sorted, K * sizeof(int64_t));
+    }
+
+    // One vector of keys: who of them stands how far down is counted for all at once.
+    void rank_all(const float* row, int64_t* ids) const {
+        const vi keys = in_order(E == LANES ? load<vi>(row) : load_some(row, E));
+        vi lane, above = {};
+        for (int i = 0; i < LANES; i++) lane[i] = i;
+        for (int i = 0; i < E; i++) {
+            const vi other = in_order(row[i]) - vi{};
+            above -= (other > keys) | ((other == keys) & (lane > i));
+        }
+        int64_t sorted[LANES];
+        for (int i = 0; i < E; i++) sorted[above[i]] = i;
+        memcpy(ids, sorted, K * sizeof(int64_t));
+    }
+
+  public:
+    Selection(int E, int K) : E(E), K(K) {}
+
+    // Candidates at which a buffer is full; it has room for those of one vector more.
+    int slots() const { return std::min(E, std::max(4 * K, FEWEST_SLOTS)); }
+    // Of the buffer, in numbers.
+    size_t room() const { return slots() + LANES; }
+
     void select(const float* row, int64_t* buffer, int64_t* ids) const {
+        if (E <= LANES) return rank_all(row, ids);
         int least = bound(row), n = 0;
         for (int i = 0; i < E; i += LANES) {
             const int count = std::min(LANES, E - i);
@@ -119,38 +158,34 @@ class SelectPass {
         std::sort(buffer, buffer + K, std::greater<>());
         for (int j = 0; j < K; j++) ids[j] = id_of(buffer[j]);
     }
+};
 
-    // Sorts by counting how many are larger, which has no branches to mispredict.
-    void rank(const int64_t* candidates, int n, int64_t* ids) const {
-        int64_t sorted[MOST_RANKED];
-        for (int i = 0; i < n; i += LANES / 2) {
-            const vl own = load<vl>(candidates + i);
-            vl above = {};
-            for (int j = 0; j < n; j++) above -= (candidates[j] - vl{}) > own;
-            for (int lane = 0; lane < std::min(LANES / 2, n - i); lane++) sorted[above[lane]] = id_of(candidates[i + lane]);
-        }
-        memcpy(ids, sorted, K * sizeof(int64_t));
-    }
+// body(row, thread) for every row, by so many threads, which take a few rows at a time.
+template <class Body> static inline void for_rows(int64_t rows, int64_t num_threads, Body body) {
+    constexpr int64_t FEW = 8;
+    Tasks tasks;
+    auto work = [&](int thread) {
+        tasks.run((rows + FEW - 1) / FEW, [&](int64_t task) {
+            for (int64_t t = task * FEW; t < std::min(rows, (task + 1) * FEW); t++) body(t, thread);
+        });
+    };
+    if (num_threads == 1) return work(0);  // a parallel region takes as long as a row
+    std::atomic<int> threads{0};
+#pragma omp parallel num_threads(num_threads)
+    work(threads++);
+}
 
-    // Candidates at which a buffer is full; it has room for those of one vector more.
-    int slots() const { return std::min(E, std::max(4 * K, FEWEST_SLOTS)); }
+class SelectPass {
+    const Select& a;
 
   public:
-    explicit SelectPass(const Select& a) : a(a), E(a.experts), K(a.top_k) {}
+    explicit SelectPass(const Select& a) : a(a) {}
 
     void run() {
-        const size_t room = slots() + LANES;
-        std::vector<int64_t> buffers(a.threads * room);
-        Tasks tasks;
-        auto work = [&](int thread) {
-            tasks.run((a.rows + ROWS_PER_TASK - 1) / ROWS_PER_TASK, [&](int64_t task) {
-                for (int64_t t = task * ROWS_PER_TASK; t < std::min(a.rows, (task + 1) * ROWS_PER_TASK); t++)
-                    select(a.keys + t * E, buffers.data() + thread * room, a.ids + t * K);
-            });
-        };
-        if (a.threads == 1) return work(0);  // a parallel region takes as long as a row
-        std::atomic<int> threads{0};
-#pragma omp parallel num_threads(a.threads)
-        work(threads++);
+        const Selection selection(a.experts, a.top_k);
+        std::vector<int64_t> buffers(a.threads * selection.room());
+        for_rows(a.rows, a.threads, [&](int64_t t, int thread) {
+            selection.select(a.keys + t * a.experts, buffers.data() + thread * selection.room(), a.ids + t * a.top_k);
+        });
     }
 };

@@ -128,6 +128,28 @@ template <class T> static INLINE void store_some(vf v, T* p, int count) {
     for (int i = 0; i < count; i++) narrow(v[i], p + i);
 }
 
+// In a tree, the upper half added to the lower.
+static INLINE float sum_of_lanes(vf v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);
+#else
+    float lanes[LANES];
+    store(lanes, v);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+    return lanes[0];
+#endif
+}
+static INLINE float max_of_lanes(vf v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)v);
+#else
+    float max = v[0];
+    for (int i = 1; i < LANES; i++) max = v[i] > max ? v[i] : max;
+    return max;
+#endif
+}
+
 // exp to about 2 ulp: 2^n times a polynomial in the rest (Cephes' expf). Nothing below the smallest normal number.
 static INLINE vf vexp(vf x) {
 #if defined(__AVX512F__)

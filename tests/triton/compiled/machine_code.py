@@ -36,7 +36,7 @@ class Report:
         registers: per thread.
         spill_bytes: stored to and loaded from local memory, together.
         shared_bytes: of one program.
-        dots: operand dtype and result shape of every ``tl.dot`` in the source.
+        dots: operand dtype and result shape of every ``tl.dot`` in the source; without any, Nvidia's instructions are not read.
         matrix_ops: matrix instructions and how many there are.
         async_copies: instructions that copy global memory to shared memory without registers.
         loop_instructions: of the innermost loop with matrix instructions; 0 where there is none.
@@ -87,8 +87,9 @@ def _sass(cubin: bytes) -> list[tuple[int, str]]:
     return [(int(address, 16), instruction) for address, predicate, instruction in found if predicate not in ("@!PT", "@!UPT")]
 
 
-def _nvidia(compiled: Any, log: str) -> dict[str, Any]:
-    instructions = _sass(compiled.asm["cubin"])
+def _nvidia(compiled: Any, log: str, multiplies: bool) -> dict[str, Any]:
+    # The disassembler takes as long to start as most kernels to compile, and nothing is asked of other kernels' instructions.
+    instructions = _sass(compiled.asm["cubin"]) if multiplies else []
     opcode = {address: text.split()[0].split(".")[0] for address, text in instructions}
     counts = Counter(opcode.values())
     bodies = []
@@ -113,7 +114,7 @@ def _nvidia(compiled: Any, log: str) -> dict[str, Any]:
     }
 
 
-def _amd(compiled: Any, log: str) -> dict[str, Any]:
+def _amd(compiled: Any, log: str, multiplies: bool) -> dict[str, Any]:
     lines = compiled.asm["amdgcn"].splitlines()
 
     def fact(name: str) -> int:
@@ -150,7 +151,8 @@ def compile_report(launch: Launch, arch: str) -> Report:
         knobs.nvidia.dump_ptxas_log = True
         compiled = triton.compile(source, target=TARGETS[arch], options=launch.options.__dict__)
     read = _nvidia if TARGETS[arch].backend == "cuda" else _amd
-    return Report(dots=_dots(compiled.asm["ttir"]), **read(compiled, log.getvalue()))
+    dots = _dots(compiled.asm["ttir"])
+    return Report(dots=dots, **read(compiled, log.getvalue(), bool(dots)))
 
 
 def examine(launch: Launch, arch: str, cache: Path | None = None) -> Report:
