@@ -132,7 +132,7 @@ class Quantize:
     params = (DEVICES, ("int8", "int4"))
     param_names = ("device", "format")
     rounds = 1
-    repeat = (2, 8, 0.5)
+    repeat = (2, 8, 0.3)
 
     def setup(self, device, bits):
         self.quantize = present("functional.quantize_weight")

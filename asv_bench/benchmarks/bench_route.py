@@ -65,7 +65,7 @@ class Plan:
     params = (DEVICES, (1024,))
     param_names = ("device", "experts")
     rounds = 1
-    repeat = (2, 8, 0.5)
+    repeat = (2, 8, 0.3)
 
     def setup(self, device, experts):
         self.ids = testing.make_experts(T, experts, K, routing="distinct", device=device)

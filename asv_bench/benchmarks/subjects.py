@@ -115,7 +115,7 @@ class _Subjects:
     param_names = ("device", "case")
     # One round keeps a full run short. The check asks for more.
     rounds = 1
-    repeat = (2, 8, 0.5)
+    repeat = (2, 8, 0.3)
 
     def subject(self, device: str, case: str) -> Subject:
         raise NotImplementedError
