@@ -23,7 +23,8 @@ $(VENV)/.installed-%: constraints.txt pyproject.toml
 	@$(py) -m pip install -qq -c constraints.txt --no-build-isolation -e '.[$(extras_$*)]'
 	@touch $@
 
-.PHONY: help demo test bench docs links-elsewhere site-check check verifytypes pytest doctest asv-smoke wheel-smoke clean
+.PHONY: help demo test bench docs links-elsewhere site-check check verifytypes pytest triton-values doctest wheel-smoke clean
+.PHONY: asv-smoke asv-machine asv-run asv-range asv-compare asv-check asv-history asv-publish
 
 help:
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -58,6 +59,7 @@ doctest: $(VENV)/.installed-full  ## the examples in docstrings, README and docs
 
 docs: $(VENV)/.installed-full  ## the documentation, into docs/_build/html
 	$(py) -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	$(py) asv_bench/publish.py docs/_build/html/asv
 	$(py) tests/site/links.py docs/_build/html
 
 links-elsewhere: $(VENV)/.installed-full  ## try the links to other sites, which needs the network
@@ -71,15 +73,47 @@ site-check: docs  ## open every page in Chromium: errors, search, phone width, a
 bench: $(VENV)/.installed-full  ## the side-by-side comparison, quick form
 	$(py) -m fusedonemoe bench --quick
 
-asv-smoke: $(VENV)/.installed-full  ## every asv benchmark once
+asv-smoke: $(VENV)/.installed-full asv-machine  ## every asv benchmark once
+	@# The compiled layers take another backend: what inductor's compiler needs for each graph is not what this is for.
+	$(one_thread) ASV_BACKEND=aot_eager $(py) -m asv run --config "$$($(py) asv_bench/configuration.py smoke)" --quick --python=same --show-stderr
+
+# Results are kept by machine, so a machine whose results are committed gets a name: MACHINE=epyc-2core.
+MACHINE ?= local
+COMMIT ?= HEAD
+RANGE ?= main..HEAD
+BASE ?= main
+HEAD ?= HEAD
+asv_run = $(py) -m asv run --config asv_bench/asv.conf.json --machine $(MACHINE) --no-interleave-rounds --show-stderr $(ASV_OPTIONS)
+
+asv-machine: $(VENV)/.installed-full
 	@# asv asks about the machine once; nobody is there to answer in CI, and an answer already given stays.
 	@test -e "$$HOME/.asv-machine.json" || $(py) -m asv machine --yes --config asv_bench/asv.conf.json >/dev/null
-	$(one_thread) $(py) -m asv run --config asv_bench/asv.conf.json --quick --python=same --show-stderr
+	@$(py) -m asv machine --yes --config asv_bench/asv.conf.json --machine $(MACHINE) --os "$$(uname -s)" >/dev/null
+
+asv-run: asv-machine  ## one commit measured: COMMIT=HEAD MACHINE=local
+	$(asv_run) '$(COMMIT)^!'
+
+asv-range: asv-machine  ## commits measured: RANGE=main..HEAD
+	$(asv_run) --skip-existing-successful '$(RANGE)'
+
+asv-compare: $(VENV)/.installed-full  ## two measured commits: BASE=main HEAD=HEAD
+	$(py) -m asv compare --config asv_bench/asv.conf.json --machine $(MACHINE) $(BASE) $(HEAD)
+
+asv-check: asv-machine  ## fails where HEAD=HEAD is more than 15 % slower than BASE=main
+	$(py) asv_bench/check.py $(BASE) $(HEAD) --machine $(MACHINE)
+
+asv-history: asv-machine  ## what is missing of the commits in asv_bench/milestones.txt
+	@# First what needs no compiler for graphs, which is most; whoever stops it after that has a history too.
+	-sed -n 's/^\([0-9a-f][0-9a-f]*\) .*/\1/p' asv_bench/milestones.txt | $(asv_run) --bench '^(?!bench_compile.Compile|bench_layers.Compiled)' --skip-existing-successful HASHFILE:-
+	sed -n 's/^\([0-9a-f][0-9a-f]*\) .*/\1/p' asv_bench/milestones.txt | $(asv_run) --skip-existing-successful HASHFILE:-
+
+asv-publish: $(VENV)/.installed-full  ## the history's graphs, into asv_bench/.asv/html
+	$(py) asv_bench/publish.py asv_bench/.asv/html
 
 wheel-smoke: $(VENV)/.installed-full  ## wheel and sdist, installed and run elsewhere
 	tests/smoke_wheel.sh $(py)
 
 clean:  ## remove what the other targets made
-	rm -rf .venv build dist *.egg-info docs/_build demo-output asv_bench/.asv/env asv_bench/.asv/html tests/site/node_modules
+	rm -rf .venv build dist *.egg-info docs/_build demo-output asv_bench/.asv tests/site/node_modules
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

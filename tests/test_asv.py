@@ -1,41 +1,55 @@
-"""asv's configuration and benchmarks: they load, run once, and track nothing of which more is better."""
+"""asv's configuration and benchmarks: they load, run once, hold old commits out, and track nothing of which more is better."""
 
+import importlib
 import inspect
+import itertools
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import fusedonemoe
 from fusedonemoe.bench.workloads import SUITES
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "asv_bench"
 # Units of which less is better. asv reports a rise as a regression, whatever the unit.
-SMALLER_IS_BETTER = {"bytes", "relative error"}
-# One per case would be a process each; these are what a suite may cost.
-MOST_COMBINATIONS = 40
+SMALLER_IS_BETTER = {"bytes", "relative error", "graphs"}
+# What a full run, and a quick one in CI, may cost.
+MOST_COMBINATIONS = 250
 
 
-def load(name):
-    # By path, as asv does: asv_bench/ is no package.
-    spec = spec_from_file_location(f"asv_benchmarks_{name}", FOLDER / "benchmarks" / f"{name}.py")
-    assert spec and spec.loader
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(scope="module", autouse=True)
+def importable():
+    sys.path.insert(0, str(FOLDER))
+    yield
+    sys.path.remove(str(FOLDER))
 
 
-MODULES = {path.stem: load(path.stem) for path in sorted((FOLDER / "benchmarks").glob("bench_*.py"))}
-CLASSES: dict[str, Any] = {
-    f"{name}.{cls.__name__}": cls
-    for name, module in MODULES.items()
-    for cls in vars(module).values()
-    if inspect.isclass(cls) and cls.__module__ == module.__name__ and not cls.__name__.startswith("_")
-}
+def benchmark_classes() -> dict[str, Any]:
+    # As asv does: the folder is a package whose parent is on the path.
+    sys.path.insert(0, str(FOLDER))
+    try:
+        modules = [importlib.import_module(f"benchmarks.{path.stem}") for path in sorted(FOLDER.glob("benchmarks/bench_*.py"))]
+    finally:
+        sys.path.remove(str(FOLDER))
+    return {
+        f"{module.__name__.partition('.')[2]}.{cls.__name__}": cls
+        for module in modules
+        for cls in list(vars(module).values())
+        if inspect.isclass(cls) and cls.__module__ == module.__name__ and not cls.__name__.startswith("_")
+    }
+
+
+CLASSES = benchmark_classes()
 
 
 def benchmarks_of(cls):
@@ -43,22 +57,22 @@ def benchmarks_of(cls):
 
 
 def cases_of(cls):
-    """asv takes the values of one parameter, or a sequence of such for several; here there is always one."""
-    return cls.params[0] if isinstance(cls.params[0], tuple) else cls.params
+    return list(itertools.product(*getattr(cls, "params", ())))
 
 
 @pytest.fixture
 def configuration():
-    text = (FOLDER / "asv.conf.json").read_text(encoding="utf-8")
-    return json.loads(re.sub(r"^\s*//.*$", "", text, flags=re.MULTILINE))
+    json5 = pytest.importorskip("json5")
+    return json5.loads((FOLDER / "asv.conf.json").read_text(encoding="utf-8"))
 
 
 def test_configuration(configuration):
     assert configuration["project"] == "fusedonemoe"
     assert configuration["repo"] == ".." and configuration["branches"] == ["main"]
-    assert configuration["launch_method"] == "spawn" and configuration["environment_type"] == "virtualenv"
+    assert configuration["launch_method"] == "forkserver" and configuration["environment_type"] == "virtualenv"
     assert (FOLDER / configuration["benchmark_dir"]).is_dir()
-    for folder in ("env_dir", "results_dir", "html_dir"):
+    assert configuration["results_dir"] == "results"  # committed
+    for folder in ("env_dir", "html_dir"):
         assert configuration[folder].startswith(".asv/")  # what .gitignore names
 
 
@@ -71,10 +85,16 @@ def test_the_pinned_versions_are_those_of_the_repository(configuration):
     assert set(configuration["matrix"]["req"]) == needed
 
 
-def test_asv_reads_the_configuration(configuration):
+def test_runs_that_are_not_kept_have_results_of_their_own(configuration, tmp_path, monkeypatch):
     config = pytest.importorskip("asv.config")
-    read = config.Config.load(str(FOLDER / "asv.conf.json"))
-    assert read.project == configuration["project"] and read.launch_method == "spawn"
+    module = importlib.import_module("configuration")
+
+    (tmp_path / "asv.conf.json").write_text((FOLDER / "asv.conf.json").read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.setattr(module, "FOLDER", tmp_path)
+    read = config.Config.load(str(module.scratch("smoke", html_dir="elsewhere")))
+    assert read.project == configuration["project"] and read.launch_method == "forkserver"
+    assert read.results_dir == str(tmp_path / ".asv" / "smoke") and read.html_dir == "elsewhere"
+    assert Path(read.repo) == tmp_path.parent and Path(read.benchmark_dir) == tmp_path / "benchmarks"
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -82,7 +102,7 @@ def test_only_what_is_better_when_smaller_is_tracked(name):
     benchmarks = benchmarks_of(CLASSES[name])
     assert benchmarks
     for benchmark in benchmarks:
-        assert benchmark.startswith(("time_", "track_"))
+        assert benchmark.startswith(("time_", "timeraw_", "track_"))
         if benchmark.startswith("track_"):
             assert getattr(CLASSES[name], benchmark).unit in SMALLER_IS_BETTER
 
@@ -92,22 +112,251 @@ def test_the_suite_stays_small():
 
 
 def test_the_small_shapes_are_those_of_the_quick_suite():
-    small = {shape for name, shape in MODULES["bench_experts"].SHAPES.items() if name.startswith("small")}
-    assert small == {(cell.T, cell.D, cell.F, cell.E, cell.K) for cell in SUITES["quick"]}
+    shapes = importlib.import_module("benchmarks.subjects").SHAPES
+    assert {shapes[name] for name in ("E32", "E128", "E1024")} == {(c.T, c.D, c.F, c.E, c.K) for c in SUITES["quick"]}
 
 
-@pytest.mark.parametrize("name", CLASSES)
-def test_every_benchmark_runs(name, monkeypatch):
+def test_a_gpu_has_parameters_of_its_own_where_there_is_one():
+    devices = importlib.import_module("benchmarks.subjects").DEVICES
+    assert devices == (("cpu", "cuda") if torch.cuda.is_available() else ("cpu",))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asv forks, and /proc tells of threads, on Linux")
+def test_a_fork_of_the_imported_benchmarks_may_compute():
+    program = """
+import importlib, os, pathlib, sys
+folder = pathlib.Path(sys.argv[1])
+sys.path.insert(0, str(folder))
+modules = [importlib.import_module(f"benchmarks.{path.stem}") for path in sorted(folder.glob("benchmarks/bench_*.py"))]
+import torch
+assert len(os.listdir("/proc/self/task")) == 1, "a thread has started while the benchmarks were imported"
+assert not torch.cuda.is_initialized()
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(2)
+    y = torch.randn(400, 400) @ torch.randn(400, 400)
+    os._exit(0 if len(os.listdir("/proc/self/task")) > 1 and bool(y.isfinite().all()) else 3)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, "the fork did not compute on two threads"
+"""
+    # Numpy's own library of products starts threads, which are ready for forks.
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program, str(FOLDER)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+TINY = {"E4096": (16, 16, 64, 4), "E16384": (16, 16, 64, 4), "E102400": (16, 16, 64, 4)}
+
+
+@pytest.mark.parametrize("name", [name for name in CLASSES if not name.startswith("bench_compile.") and "Compiled" not in name])
+def test_every_benchmark_runs(name, monkeypatch, quick_collections):
+    """The same dtypes and code over shapes that a test has time for; here nothing is n/a."""
+    subjects = importlib.import_module("benchmarks.subjects")
+    monkeypatch.setattr(importlib.import_module("benchmarks.bench_fine_grained"), "SHAPES", TINY)
+    for shape in subjects.SHAPES:
+        monkeypatch.setitem(subjects.SHAPES, shape, (16, 128, 128, 8, 2))
     cls = CLASSES[name]
-    if name.startswith("bench_experts."):
-        # The same dtypes and code over shapes that a test has time for.
-        monkeypatch.setattr(MODULES["bench_experts"], "SHAPES", dict.fromkeys(MODULES["bench_experts"].SHAPES, (16, 32, 8, 8, 2)))
     for case in cases_of(cls):
         for benchmark in benchmarks_of(cls):
             instance = cls()
-            instance.setup(case)
-            value = getattr(instance, benchmark)(case)
+            instance.setup(*case)
+            value = getattr(instance, benchmark)(*case)
             if benchmark.startswith("track_"):
-                assert value > 0
+                assert value >= 0 if "peak_forward" in benchmark else value > 0
             if "error" in benchmark:
                 assert value < 0.1
+
+
+@pytest.mark.parametrize("layer", ["MoE", "FineGrainedMoE"])
+def test_a_layer_is_one_graph(layer):
+    cls = CLASSES["bench_compile.Graphs"]
+    instance = cls()
+    instance.setup("cpu", layer)
+    assert instance.track_graphs("cpu", layer) == 1
+
+
+def test_the_import_is_timed_beside_torch():
+    assert CLASSES["bench_compile.Import"]().timeraw_import() == ("import fusedonemoe", "import torch")
+
+
+def test_what_an_old_commit_has_not_got_is_not_applicable():
+    subjects = importlib.import_module("benchmarks.subjects")
+
+    assert subjects.present("functional.route") is fusedonemoe.functional.route
+    with pytest.raises(NotImplementedError, match=r"no fusedonemoe\.functional\.experts_of_the_future"):
+        subjects.present("functional.experts_of_the_future")
+    with pytest.raises(NotImplementedError, match="route of this commit has no tomorrow"):
+        subjects.needs(fusedonemoe.functional.route, "scoring", "tomorrow")
+    subjects.needs(fusedonemoe.functional.route, "scoring")
+    with pytest.raises(NotImplementedError, match="impl must be one of"):
+        CLASSES["bench_experts.MLP"]().setup("cpu", "unheard-of call float32")
+
+
+def test_a_wrong_result_has_an_error():
+    subjects = importlib.import_module("benchmarks.subjects")
+    x = torch.linspace(1, 2, 9)
+    right = subjects.Subject(lambda x: x * x, (x,), lambda x: x * x)
+    assert subjects.relative_error(right.forward(), right.in_float64().forward()) < 1e-6
+    wrong = subjects.Subject(lambda x: x * x * 1.5, (x,), lambda x: x * x)
+    assert subjects.relative_error(wrong.forward(), wrong.in_float64().forward()) == pytest.approx(0.5)
+    assert subjects.relative_error(wrong.gradients()[0], wrong.in_float64().gradients()[0]) == pytest.approx(0.5)
+
+
+def asv_table(before, after):
+    """What asv itself prints for two sets of values, from the pinned version's own code."""
+    compare = pytest.importorskip("asv.commands.compare")
+    config = pytest.importorskip("asv.config")
+
+    def results(values):
+        for name, value in values.items():
+            yield name, [["'cpu'", "'mlp (4)'"]], value, [None] * 2, [None] * 2, "1", "local", "env"
+
+    units = {name: {"unit": "seconds"} for name in before}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare.Benchmarks, "load", classmethod(lambda cls, conf: units))
+        patch.setattr(compare, "get_environments", lambda *args, **kwargs: [], raising=False)
+        compare.Compare.print_table(
+            config.Config(),
+            "a" * 40,
+            "b" * 40,
+            factor=1.15,
+            split=False,
+            resultset_1=results(before),
+            resultset_2=results(after),
+            commit_names={},
+            only_changed=False,
+        )
+
+
+def test_the_check_reads_asvs_table(capsys):
+    check = importlib.import_module("check")
+
+    asv_table(
+        {"bench.Same.time_x": [1.0, 1.0], "bench.Slow.time_x": [1.0, 1.0], "bench.Fast.time_x": [1.0, 1.0]},
+        {"bench.Same.time_x": [1.1, 1.0], "bench.Slow.time_x": [1.0, 1.3], "bench.Fast.time_x": [0.5, None]},
+    )
+    table = capsys.readouterr().out
+    assert sorted(check.marked(table)) == ["bench.Fast.time_x('mlp (4)')", "bench.Slow.time_x('mlp (4)')"]
+    assert re.match(check.exactly("bench.Slow.time_x('mlp (4)')"), "bench.Slow.time_x('mlp (4)')")
+
+
+def table_of(*names):
+    rows = "".join(f"| +        | 1.00±0ms | 1.50±0ms | 1.50 | {name} |\n" for name in names)
+    return f"| Change   | Before | After | Ratio | Benchmark (Parameter) |\n|----------|---|---|---|---|\n{rows}"
+
+
+def test_the_check_counts_what_is_slower_twice(capsys):
+    check = importlib.import_module("check")
+
+    asked = []
+
+    def measure(benchmarks, rounds):
+        asked.append((list(benchmarks), rounds))
+        return table_of("a.time_x", "b.time_x(1)") if len(asked) == 1 else table_of("b.time_x(1)")
+
+    assert check.slower(measure, ["time"]) == ["b.time_x(1)"]
+    assert asked == [(["time"], check.ROUNDS), ([r"^a\.time_x$", r"^b\.time_x\(1\)$"], check.ROUNDS_AGAIN)]
+    assert check.ROUNDS_AGAIN > check.ROUNDS and check.FACTOR == 1.15
+
+
+def test_the_check_measures_once_where_nothing_is_slower():
+    check = importlib.import_module("check")
+
+    asked = []
+
+    def measure(benchmarks, rounds):
+        asked.append(rounds)
+        return table_of()
+
+    assert check.slower(measure, ["time"]) == []
+    assert asked == [check.ROUNDS]
+
+
+def test_milestones_are_commits_of_the_main_line():
+    lines = (FOLDER / "milestones.txt").read_text(encoding="utf-8").splitlines()
+    listed = [line.split()[0] for line in lines if not line.startswith("#")]
+    assert len(listed) == len(set(listed)) and all(re.fullmatch(r"[0-9a-f]{7,40}", commit) for commit in listed)
+    run = subprocess.run(
+        ["git", "rev-list", "--first-parent", "--reverse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if run.returncode or not any(line.startswith(listed[0]) for line in run.stdout.split()):
+        pytest.skip("no clone with the whole history")
+    order = [i for commit in listed for i, line in enumerate(run.stdout.split()) if line.startswith(commit)]
+    assert order == sorted(order) and len(order) == len(listed)
+
+
+def test_a_clone_without_the_commits_gets_a_message(tmp_path, capsys, monkeypatch):
+    publish = importlib.import_module("publish")
+
+    results = tmp_path / "results"
+    (results / "box").mkdir(parents=True)
+    publish.publish(tmp_path / "none", results)
+    assert "make asv-history" in (tmp_path / "none" / "index.html").read_text(encoding="utf-8")
+    (results / "box" / "machine.json").write_text("{}", encoding="utf-8")
+    (results / "box" / "0123-env.json").write_text('{"commit_hash": "' + "0" * 40 + '"}', encoding="utf-8")
+    monkeypatch.setattr(publish, "git", lambda *arguments: "1" * 40)  # whose only commit is another
+    publish.publish(tmp_path / "shallow", results)
+    assert "git fetch --unshallow" in (tmp_path / "shallow" / "index.html").read_text(encoding="utf-8")
+    assert "git fetch --unshallow" in (tmp_path / "shallow" / "overview.svg").read_text(encoding="utf-8")
+    monkeypatch.setattr(publish, "git", lambda *arguments: None)
+    publish.publish(tmp_path / "sdist", results)
+    assert "no clone" in (tmp_path / "sdist" / "index.html").read_text(encoding="utf-8")
+    assert capsys.readouterr().err.count("asv's site:") == 3
+
+
+def test_the_site_loads_nothing_from_elsewhere(tmp_path):
+    asv = pytest.importorskip("asv")
+    publish = importlib.import_module("publish")
+
+    pages = Path(asv.__file__).parent / "www"
+    (tmp_path / "index.html").write_bytes((pages / "index.html").read_bytes())
+    publish.localise(tmp_path)
+    text = (tmp_path / "index.html").read_text(encoding="utf-8")
+    loaded = re.findall(r"<(?:script|link)\b[^>]*?\b(?:src|href)=\"([^\"]+)\"", text)
+    assert sum(name.startswith("vendor/") for name in loaded) == 10 and not any("//" in name for name in loaded)
+    assert all((tmp_path / name).is_file() for name in loaded if name.startswith("vendor/"))
+    assert "integrity" not in text
+    (tmp_path / "index.html").write_text('<script src="https://elsewhere/new.js"></script>', encoding="utf-8")
+    shutil.rmtree(tmp_path / "vendor")
+    with pytest.raises(SystemExit, match=r"https://elsewhere/new.js, of which asv_bench/www has no copy"):
+        publish.localise(tmp_path)
+
+
+def test_the_picture_shows_what_was_measured(tmp_path):
+    overview = importlib.import_module("overview")
+    name, parameters, _ = overview.LINES[0]
+    assert all(
+        benchmark.split(".")[-1] in benchmarks_of(CLASSES[benchmark.rpartition(".")[0]]) for benchmark, *_ in overview.LINES
+    )
+    files = []
+    for commit, seconds in (("b" * 40, 0.5), ("a" * 40, 2.0)):
+        path = tmp_path / "box" / f"{commit[:8]}-env.json"
+        path.parent.mkdir(exist_ok=True)
+        columns = ["result", "params", "version"]
+        row = [[float("nan"), seconds], [["'cpu'"], ["'FusedOneMoE'", "'MoE'"]], "1"]
+        path.write_text(json.dumps({"commit_hash": commit, "result_columns": columns, "results": {name: row}}), encoding="utf-8")
+        files.append(path)
+    result = json.loads(files[0].read_text(encoding="utf-8"))
+    assert overview.value(result, name, parameters) == 0.5
+    assert overview.value(result, name, ("'cpu'", "'FusedOneMoE'")) is None
+    assert overview.value(result, name, ("'cpu'", "'other'")) is None and overview.value(result, "other", ()) is None
+    pytest.importorskip("matplotlib")
+    overview.draw(files, ["a" * 40, "b" * 40], tmp_path / "overview.svg")
+    assert (tmp_path / "overview.svg").read_text(encoding="utf-8").count("<svg") == 1
+
+
+def test_every_case_in_the_picture_is_measured():
+    overview = importlib.import_module("overview")
+    for benchmark, parameters, _ in overview.LINES:
+        cases = [tuple(map(repr, case)) for case in cases_of(CLASSES[benchmark.rpartition(".")[0]])]
+        assert benchmark.rpartition(".")[2] in benchmarks_of(CLASSES[benchmark.rpartition(".")[0]])
+        assert parameters in cases, benchmark
+
+
+def test_the_site_asks_for_no_graph_that_is_not_there(tmp_path):
+    publish = importlib.import_module("publish")
+    (tmp_path / "graphs" / "summary").mkdir(parents=True)
+    (tmp_path / "graphs" / "summary" / "a.time_x.json").write_text("[]", encoding="utf-8")
+    (tmp_path / "index.json").write_text('{"benchmarks": {"a.time_x": {}, "b.time_x": {}}, "tags": {}}', encoding="utf-8")
+    publish.leave_out_the_unmeasured(tmp_path)
+    assert json.loads((tmp_path / "index.json").read_text(encoding="utf-8")) == {"benchmarks": {"a.time_x": {}}, "tags": {}}

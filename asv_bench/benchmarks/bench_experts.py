@@ -1,152 +1,144 @@
-"""The expert layers: the gated MLP and the merged up-projection, at small shapes and at blocks of known models."""
+"""Experts of dense weights: the gated MLP, its packed form, and the merged up-projection."""
+
+from functools import partial
 
 import torch
 
 from fusedonemoe import functional as F
 from fusedonemoe import testing
-from fusedonemoe.bench.memory import peak_extra_bytes
-from fusedonemoe.bench.peers import relative_error
 
-# T, D, F, E, K. The models keep their widths and experts per token; tokens and experts are cut to fit a small machine.
-SHAPES = {
-    "small-E32": (512, 128, 512, 32, 8),
-    "small-E128": (512, 128, 512, 128, 8),
-    "small-E1024": (512, 128, 512, 1024, 8),
-    "qwen3-30b": (256, 2048, 768, 16, 8),
-    "mixtral": (64, 1024, 3584, 8, 2),
-    "olmoe": (128, 2048, 1024, 16, 8),
-    "call": (1, 16, 16, 4, 2),  # next to no arithmetic: what a call costs
-}
-FORWARD = (
-    "small-E32 float32",
-    "small-E128 bfloat16",
-    "small-E1024 float32",
-    "small-E1024 bfloat16",
-    "qwen3-30b bfloat16",
-    "mixtral bfloat16",
-    "olmoe bfloat16",
-    "call float32",
-)
-FORWARD_BACKWARD = ("small-E128 bfloat16", "small-E1024 float32", "qwen3-30b bfloat16", "call float32")
-PEAK = ("small-E32 float32", "small-E1024 bfloat16")
-TRAINING_PEAK = ("small-E128 bfloat16",)
-ERROR = ("small-E32 float32", "small-E128 bfloat16")
-MERGED_FORWARD = ("small-E1024 float32", "small-E1024 bfloat16", "call float32")
-MERGED_PEAK = ("small-E1024 bfloat16",)
-MERGED_ERROR = ("small-E128 bfloat16",)
+from .subjects import DEVICES, Subject, _Both, _Forward, _Operator, needs, parse, present
 
 
-def _of(case):
-    shape, dtype = case.split()
-    return SHAPES[shape], getattr(torch, dtype)
+def _mlp(device: str, case: str):
+    impl, shape, dtype = parse(case)
+    return impl, testing.make_mlp_inputs(*shape, dtype=dtype, routing="distinct", device=device)
 
 
 class _MLP:
     """``[experts_mlp]`` with silu and gate, as Qwen3, Mixtral and OLMoE have it."""
 
-    param_names = ("case",)
-    # Whether the tensors record gradients.
-    grad = False
+    def subject(self, device, case):
+        impl, i = _mlp(device, case)
 
-    def setup(self, case):
-        shape, dtype = _of(case)
-        self.inputs = testing.make_mlp_inputs(*shape, dtype=dtype, routing="distinct", requires_grad=self.grad)
-        self.dy = torch.ones_like(self.inputs.x)
-        # The first call of an operator imports what its registration put off.
-        self.call()
+        def call(x, weights, up, down, impl=impl):
+            return F.experts_mlp(x, i.experts, weights, up, down, impl=impl)
 
-    def call(self):
-        i = self.inputs
-        y = F.experts_mlp(i.x, i.experts, i.weights, i.up_proj, i.down_proj)
-        if not self.grad:
-            return y
-        return y, *torch.autograd.grad(y, (i.x, i.weights, i.up_proj, i.down_proj), self.dy)
-
-
-class MLPForward(_MLP):
-    params = (FORWARD,)
-
-    def time_forward(self, case):
-        self.call()
-
-
-class MLPForwardBackward(_MLP):
-    params = (FORWARD_BACKWARD,)
-    grad = True
-
-    def time_forward_backward(self, case):
-        self.call()
-
-
-class MLPPeak(_MLP):
-    params = (PEAK,)
-
-    def track_peak_forward(self, case):
-        return peak_extra_bytes(self.call)
-
-    track_peak_forward.unit = "bytes"
-
-
-class MLPTrainingPeak(_MLP):
-    params = (TRAINING_PEAK,)
-    grad = True
-
-    def track_peak_forward_backward(self, case):
-        return peak_extra_bytes(self.call)
-
-    track_peak_forward_backward.unit = "bytes"
-
-
-class MLPError(_MLP):
-    params = (ERROR,)
-
-    def track_error(self, case):
-        i = self.inputs
-        exact = F.experts_mlp(
-            i.x.double(), i.experts, i.weights.double(), i.up_proj.double(), i.down_proj.double(), impl="grouped"
+        return Subject(
+            call, (i.x, i.weights, i.up_proj, i.down_proj), partial(call, impl="grouped" if device == "cpu" else "dense")
         )
-        return relative_error(self.call(), exact)
-
-    track_error.unit = "relative error"
 
 
-class _Merged:
+class MLP(_MLP, _Operator):
+    params = (DEVICES, ("auto E32 float32", "auto E32 bfloat16", "cpu E32 float16", "grouped E32 float32", "dense E32 float32"))
+
+
+class MLPBlocks(_MLP, _Both):
+    """Many experts, blocks of known models, a few tokens, and what a call costs."""
+
+    params = (
+        DEVICES,
+        (
+            "auto E128 bfloat16",
+            "auto E1024 bfloat16",
+            "auto qwen3-30b bfloat16",
+            "auto mixtral bfloat16",
+            "auto decode bfloat16",
+            "auto call float32",
+        ),
+    )
+
+
+class MLPPacked(_Forward):
+    """Inference from packed weights."""
+
+    params = (("cpu",), ("auto qwen3-30b bfloat16", "auto decode bfloat16"))
+
+    def subject(self, device, case):
+        pack_experts = present("functional.pack_experts")
+        needs(F.experts_mlp, "packed")
+        _, i = _mlp(device, case)
+        packed = pack_experts(i.up_proj, i.down_proj)
+
+        def call(x, weights):
+            return F.experts_mlp(x, i.experts, weights, i.up_proj, i.down_proj, packed=packed)
+
+        return Subject(call, (i.x, i.weights))
+
+
+class Merged(_Operator):
     """``[experts_merged]``, the up-projection of the original."""
 
-    param_names = ("case",)
+    params = (DEVICES, ("auto E32 float32", "auto E32 bfloat16", "grouped E32 float32", "dense E32 float32"))
 
-    def setup(self, case):
-        shape, dtype = _of(case)
-        self.inputs = testing.make_merged_inputs(*shape, dtype=dtype, routing="distinct")
-        self.call()
+    def subject(self, device, case):
+        impl, shape, dtype = parse(case)
+        i = testing.make_merged_inputs(*shape, dtype=dtype, routing="distinct", device=device)
 
-    def call(self):
-        i = self.inputs
-        return F.experts_merged(i.x, i.experts, i.weights, i.proj)
+        def call(x, weights, proj, impl=impl):
+            return F.experts_merged(x, i.experts, weights, proj, impl=impl)
 
-
-class MergedForward(_Merged):
-    params = (MERGED_FORWARD,)
-
-    def time_forward(self, case):
-        self.call()
+        return Subject(call, (i.x, i.weights, i.proj), partial(call, impl="dense"))
 
 
-class MergedPeak(_Merged):
-    params = (MERGED_PEAK,)
-
-    def track_peak_forward(self, case):
-        return peak_extra_bytes(self.call)
-
-    track_peak_forward.unit = "bytes"
+class MergedBlocks(_Both):
+    params = (DEVICES, ("auto E1024 bfloat16", "auto call float32"))
+    subject = Merged.subject
 
 
-class MergedError(_Merged):
-    params = (MERGED_ERROR,)
+class Adapters(_Operator):
+    """``[experts_mlp_lora]``, rank 8 on both projections; the experts are frozen."""
 
-    def track_error(self, case):
-        i = self.inputs
-        exact = F.experts_merged(i.x.double(), i.experts, i.weights.double(), i.proj.double(), impl="grouped")
-        return relative_error(self.call(), exact)
+    params = (DEVICES, ("auto E32 float32", "auto E32 bfloat16"))
 
-    track_error.unit = "relative error"
+    def subject(self, device, case):
+        experts_mlp_lora = present("functional.experts_mlp_lora")
+        impl, i = _mlp(device, case)
+        E, G, D = i.up_proj.shape
+        draw = torch.Generator().manual_seed(1)
+
+        def factor(*shape):
+            return (torch.randn(shape, generator=draw) * shape[-1] ** -0.5).to(device, i.x.dtype)
+
+        factors = factor(E, 8, D), factor(E, G, 8), factor(E, 8, G // 2), factor(E, D, 8)
+
+        def call(x, weights, up_A, up_B, down_A, down_B, impl=impl):
+            frozen = i.up_proj.to(x.dtype), i.down_proj.to(x.dtype)
+            named = {"gate_up_A": up_A, "gate_up_B": up_B, "down_A": down_A, "down_B": down_B}
+            return experts_mlp_lora(x, i.experts, weights, *frozen, **named, impl=impl)
+
+        return Subject(call, (i.x, i.weights, *factors), partial(call, impl="dense"))
+
+
+class Quantized(_Operator):
+    """``[experts_mlp_quantized]``; the error is that of the arithmetic, and not that of rounding the weights."""
+
+    params = (DEVICES, ("int8 E32 float32", "int8 E32 bfloat16", "int4 E32 bfloat16"))
+
+    def subject(self, device, case):
+        experts_mlp_quantized = present("functional.experts_mlp_quantized")
+        bits, i = _mlp(device, case)
+        quantized = [F.quantize_weight(weight, bits) for weight in (i.up_proj, i.down_proj)]
+
+        def call(x, weights, impl="auto"):
+            return experts_mlp_quantized(x, i.experts, weights, *quantized, impl=impl)
+
+        return Subject(call, (i.x, i.weights), partial(call, impl="dense"))
+
+
+class Quantize:
+    """Rounding the weights of a block."""
+
+    params = (DEVICES, ("int8", "int4"))
+    param_names = ("device", "format")
+    rounds = 1
+    repeat = (2, 8, 0.3)
+
+    def setup(self, device, bits):
+        self.quantize = present("functional.quantize_weight")
+        self.weight = torch.randn(16, 1536, 2048, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
+
+    def time_quantize(self, device, bits):
+        self.quantize(self.weight, bits)
+        if device == "cuda":
+            torch.cuda.synchronize()

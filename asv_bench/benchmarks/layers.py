@@ -1,0 +1,43 @@
+"""The layers under measurement: 32 experts of the small shape, or 16384 single neurons."""
+
+import os
+
+import torch
+
+from .subjects import SHAPES, present
+
+LAYERS = ("MoE", "MoE-shared", "FusedOneMoE", "LoRAExperts", "QuantizedExperts", "FineGrainedMoE")
+# A smoke run takes another: what inductor's compiler needs for each graph is not what it is for.
+BACKEND = os.environ.get("ASV_BACKEND", "inductor")
+# The shared branch compiles to plain matrix products beside the same block.
+COMPILED = ("MoE", "FusedOneMoE", "LoRAExperts", "QuantizedExperts", "FineGrainedMoE")
+
+
+def inputs(device, tokens=SHAPES["E32"][0]):
+    """``[T, D]``, the same for every layer."""
+    return torch.randn(tokens, SHAPES["E32"][1], generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def make(layer, device):
+    """A layer by name, drawn from one seed."""
+    _, D, F, E, K = SHAPES["E32"]
+    torch.manual_seed(0)
+    if layer == "FusedOneMoE":
+        return present("FusedOneMoE")(D, F, E, is_sparse=True, topk=K).to(device)
+    if layer == "FineGrainedMoE":
+        return present("FineGrainedMoE")(D, 16384, 32, intermediate_size=F).to(device)
+    shared = {"shared_intermediate_size": F} if layer == "MoE-shared" else {}
+    moe = present("MoE")(hidden_size=D, intermediate_size=F, num_experts=E, top_k=K, **shared)
+    if layer == "LoRAExperts":
+        moe.experts = present("LoRAExperts")(moe.experts, r=8)
+        with torch.no_grad():  # at its start, B = 0 lets no gradient reach A
+            moe.experts.gate_up_lora_B.normal_(std=0.1)
+            moe.experts.down_lora_B.normal_(std=0.1)
+    if layer == "QuantizedExperts":
+        moe.experts = present("QuantizedExperts").from_experts(moe.experts, "int8")
+    return moe.to(device)
+
+
+def output(result):
+    """The tensor among what a layer returns."""
+    return result if isinstance(result, torch.Tensor) else result[0]
