@@ -39,13 +39,13 @@ check: $(VENV)/.installed-full  ## lint, format and types
 	$(py) -m mypy
 
 pytest: $(VENV)/.installed-full  ## the tests alone
-	$(one_thread) $(py) -m pytest -n $(JOBS) tests
+	$(one_thread) $(py) -m pytest -n $(JOBS) --dist worksteal tests
 
 triton-values: $(VENV)/.installed-full  ## values of the GPU kernels, in Triton's interpreter
 	@# A process of its own: whether triton interprets or compiles is settled when it is imported.
 	@if $(py) -c 'import triton' 2>/dev/null; then \
-	  echo '$(one_thread) TRITON_INTERPRET=1 $(py) -m pytest -n $(JOBS) tests/triton/values'; \
-	  $(one_thread) TRITON_INTERPRET=1 $(py) -m pytest -n $(JOBS) tests/triton/values; \
+	  echo '$(one_thread) TRITON_INTERPRET=1 $(py) -m pytest -n $(JOBS) --dist worksteal tests/triton/values'; \
+	  $(one_thread) TRITON_INTERPRET=1 $(py) -m pytest -n $(JOBS) --dist worksteal tests/triton/values; \
 	else echo 'triton is not installed (it has wheels for Linux alone): its tests are left out'; fi
 
 doctest: $(VENV)/.installed-full  ## the examples in docstrings, README and docs
