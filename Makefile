@@ -32,7 +32,14 @@ help:
 demo: $(VENV)/.installed-demo  ## train a small compiled MoE language model here, in about three minutes
 	$(py) -m fusedonemoe demo
 
-test: check pytest triton-values doctest docs asv-smoke wheel-smoke  ## everything CI runs
+# What is soon known comes first.
+steps := check doctest docs wheel-smoke asv-smoke triton-values pytest
+
+test: $(addprefix timed-,$(steps))  ## everything CI runs
+
+timed-%: $(VENV)/.installed-full
+	@echo "== $*"; start=$$(date +%s); $(MAKE) --no-print-directory $*; status=$$?; \
+	echo "== $*: $$(test $$status = 0 && echo passed || echo FAILED) after $$(($$(date +%s) - start)) s"; exit $$status
 
 check: $(VENV)/.installed-full  ## lint, format, types and spelling
 	$(py) -m ruff check
@@ -45,13 +52,13 @@ verifytypes: $(VENV)/.installed-full  ## types of every public name of the wheel
 	tests/verify_types.sh $(py)
 
 pytest: $(VENV)/.installed-full  ## the tests alone
-	$(one_thread) $(py) -m pytest -n $(JOBS) tests
+	$(one_thread) $(py) -m pytest -n $(JOBS) --dist worksteal --durations=20 --durations-min=5 tests
 
 triton-values: $(VENV)/.installed-full  ## values of the GPU kernels, in Triton's interpreter
 	@# A process of its own: whether triton interprets or compiles is settled when it is imported.
 	@if $(py) -c 'import triton' 2>/dev/null; then \
-	  echo '$(one_thread) TRITON_INTERPRET=1 $(py) -m pytest -n $(JOBS) tests/triton/values'; \
-	  $(one_thread) TRITON_INTERPRET=1 $(py) -m pytest -n $(JOBS) tests/triton/values; \
+	  echo '$(one_thread) TRITON_INTERPRET=1 $(py) -m pytest -n $(JOBS) --dist worksteal tests/triton/values'; \
+	  $(one_thread) TRITON_INTERPRET=1 $(py) -m pytest -n $(JOBS) --dist worksteal tests/triton/values; \
 	else echo 'triton is not installed (it has wheels for Linux alone): its tests are left out'; fi
 
 doctest: $(VENV)/.installed-full  ## the examples in docstrings, README and docs

@@ -13,6 +13,9 @@ if importlib.util.find_spec("triton") is None:
     # Doctest collection imports every module, and these import triton at the top.
     collect_ignore.append("fusedonemoe/ops/triton")
 
+# Or every process that compiles a graph would find out, for 5 s, by compiling trials and importing torch once more for each.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+
 # No deadline: the first example pays for compilation. In CI the same examples every time.
 settings.register_profile("repository", deadline=None, derandomize="CI" in os.environ, print_blob=True)
 settings.load_profile("repository")

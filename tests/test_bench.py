@@ -26,7 +26,8 @@ has_scheduler = pytest.mark.skipif(not hasattr(os, "sched_setscheduler"), reason
 
 @pytest.fixture(autouse=True)
 def small_ceilings(monkeypatch):
-    """The ceilings' own arrays are as large as a cache; their values are not what these tests are about."""
+    """The ceilings' own arrays are as large as a cache; their values are not what these tests are about, nor are pauses."""
+    monkeypatch.setattr(runner, "PAUSE_SECONDS", 0.0)
     monkeypatch.setattr(ceilings, "STREAM_BYTES", 1 << 12)
     monkeypatch.setattr(ceilings, "GEMM_SIZES", (16,))
 

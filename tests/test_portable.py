@@ -65,6 +65,14 @@ def targets(module: torch.fx.GraphModule) -> set[str]:
     return {str(node.target) for m in modules for node in m.graph.nodes if node.op == "call_function"}
 
 
+@pytest.fixture(scope="module")
+def exported_zoo() -> tuple[Zoo, ExportedProgram]:
+    """The layers and their portable graph, which takes long to trace, without strict mode and for inference."""
+    zoo = make_zoo()
+    with torch.no_grad(), portable(zoo):
+        return zoo, open_token_count(zoo)
+
+
 # Selection
 
 
@@ -88,13 +96,15 @@ def test_selection_for_export_is_the_selection():
 @pytest.mark.parametrize(
     "strict", [pytest.param(False, marks=pytest.mark.slow, id="non_strict"), pytest.param(True, id="strict")]
 )
-def test_the_graph_holds_no_operator_of_ours_and_serves_every_token_count(strict):
-    zoo = make_zoo()
-    if strict:  # the same Python, traced by dynamo, which takes longer
+def test_the_graph_holds_no_operator_of_ours_and_serves_every_token_count(strict, request):
+    if strict:  # the same Python, traced by dynamo, which takes longer; and with gradients
+        zoo = make_zoo()
         zoo = Zoo({name: zoo[name] for name in ("gpt_oss", "merged", "fine_grained")})
+        with portable(zoo):
+            program = open_token_count(zoo, strict=strict)
+    else:
+        zoo, program = request.getfixturevalue("exported_zoo")
     before = zoo(torch.randn(1, D))
-    with portable(zoo):
-        program = open_token_count(zoo, strict=strict)
     assert not [name for name in targets(program.graph_module) if "fusedonemoe" in name]
     assert any(name == "cond" for name in targets(program.graph_module))  # few rows and many, in one graph
     exported = program.module()
@@ -253,11 +263,11 @@ int main(int argc, char** argv) {
 
 @pytest.mark.slow
 @pytest.mark.skipif(CPP is None, reason="no C++ compiler")
-def test_a_package_runs_in_a_process_without_python(tmp_path, monkeypatch):
+def test_a_package_runs_in_a_process_without_python(tmp_path, monkeypatch, exported_zoo):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
-    zoo = make_zoo()
-    with torch.no_grad(), portable(zoo):
-        package = torch._inductor.aoti_compile_and_package(open_token_count(zoo), package_path=str(tmp_path / "model.pt2"))
+    zoo, program = exported_zoo
+    with torch.no_grad():
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
     torch_folder = Path(torch.__file__).parent
     (tmp_path / "run.cpp").write_text(RUNNER)
     assert CPP is not None
