@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fusedonemoe import FusedOneMoE, MoE
 from fusedonemoe import functional as F
+from fusedonemoe.ops.library import autocast_dtype
 
 D = 16
 KINDS = ("moe", "fused_one_moe")
@@ -185,3 +186,22 @@ def test_compiled_region_with_autocast_inside(impl):
     y = torch.compile(run, fullgraph=True, backend="aot_eager")(x)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y, run(x))
+
+
+def test_compilation_does_not_ask_which_devices_have_autocast(monkeypatch):
+    def asked(device_type):
+        raise AssertionError(device_type)
+
+    monkeypatch.setattr(torch.amp, "is_autocast_available", asked)  # torch 2.11 cannot trace it
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def scaled(x):
+        return x * (2 if autocast_dtype(x.device.type) is None else 3)
+
+    x = torch.ones(2)
+    assert scaled(x).tolist() == [2, 2]
+    with torch.autocast("cpu"):
+        assert scaled(x).tolist() == [3, 3]
+    assert scaled(x.to("meta")).is_meta
+    with pytest.raises(AssertionError, match="cpu"):
+        autocast_dtype("cpu")
