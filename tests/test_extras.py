@@ -28,20 +28,22 @@ BESIDE = {"onnx", "onnxruntime", "sonicmoe", "triton", "triton_kernels", "vllm",
 
 
 def packages_of(requirements):
-    return {re.match(r"[\w-]+", line)[0] for line in requirements}
+    return {re.split(r"[^\w-]", line, maxsplit=1)[0] for line in requirements}
 
 
 def third_party(path):
     """Line, top-level name, and whether the import runs with the module's."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
-        names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            names = [node.module]
+            names = [node.module or ""]
         elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in ("import_module", "find_spec"):
-            names = [a.value for a in node.args if isinstance(a, ast.Constant) and not a.value.startswith(".")]
+            literals = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            names = [literal for literal in literals if not literal.startswith(".")]
+        else:
+            continue
         for name in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"fusedonemoe", "numpy", "torch"}:
             yield node.lineno, name, node in tree.body
 
