@@ -81,8 +81,7 @@ bench: $(VENV)/.installed-full  ## the side-by-side comparison, quick form
 	$(py) -m fusedonemoe bench --quick
 
 asv-smoke: $(VENV)/.installed-full asv-machine  ## every asv benchmark once
-	@# The compiled layers take another backend: what inductor's compiler needs for each graph is not what this is for.
-	$(one_thread) ASV_BACKEND=aot_eager $(py) -m asv run --config "$$($(py) asv_bench/configuration.py smoke)" --quick --python=same --show-stderr
+	$(one_thread) ASV_SMOKE=1 $(py) -m asv run --config "$$($(py) asv_bench/configuration.py smoke)" --quick --python=same --show-stderr
 
 # Results are kept by machine, so a machine whose results are committed gets a name: MACHINE=epyc-2core.
 MACHINE ?= local

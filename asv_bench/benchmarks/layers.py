@@ -1,14 +1,11 @@
 """The layers under measurement: 32 experts of the small shape, or 16384 single neurons."""
 
-import os
-
 import torch
 
-from .subjects import SHAPES, present
+from .subjects import SHAPES, SMOKE, present
 
 LAYERS = ("MoE", "MoE-shared", "FusedOneMoE", "LoRAExperts", "QuantizedExperts", "FineGrainedMoE")
-# A smoke run takes another: what inductor's compiler needs for each graph is not what it is for.
-BACKEND = os.environ.get("ASV_BACKEND", "inductor")
+BACKEND = "aot_eager" if SMOKE else "inductor"
 # The shared branch compiles to plain matrix products beside the same block.
 COMPILED = ("MoE", "FusedOneMoE", "LoRAExperts", "QuantizedExperts", "FineGrainedMoE")
 

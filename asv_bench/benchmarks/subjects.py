@@ -1,6 +1,7 @@
 """What is measured, and how: a function of leaf tensors, its gradients, its peak memory, its error against float64."""
 
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -28,6 +29,11 @@ SHAPES = {
     "decode": (4, 2048, 768, 16, 8),  # few tokens: bound by reading the weights
     "call": (1, 16, 16, 4, 2),  # next to no arithmetic: what a call costs
 }
+
+# A smoke run is to see that everything runs: it draws fewer weights, and leaves inductor's compiler out.
+SMOKE = "ASV_SMOKE" in os.environ
+if SMOKE:
+    SHAPES = {name: (T, min(D, 256), min(F, 256), min(E, 128), K) for name, (T, D, F, E, K) in SHAPES.items()}
 
 
 def parse(case: str) -> tuple[str, tuple[int, ...], torch.dtype]:
