@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
+# What `make try` tries.
+TORCH ?= 2.11.0
 
 py := $(VENV)/bin/python
 # Two pip runs in one environment would race.
@@ -23,7 +25,7 @@ $(VENV)/.installed-%: constraints.txt pyproject.toml
 	@$(py) -m pip install -qq -c constraints.txt --no-build-isolation -e '.[$(extras_$*)]'
 	@touch $@
 
-.PHONY: help demo test bench docs links-elsewhere site-check check verifytypes pytest triton-values doctest wheel-smoke clean
+.PHONY: help demo test bench docs links-elsewhere site-check check verifytypes pytest triton-values doctest wheel-smoke try clean
 .PHONY: asv-smoke asv-machine asv-run asv-range asv-compare asv-check asv-history asv-publish
 
 help:
@@ -118,6 +120,9 @@ asv-publish: $(VENV)/.installed-full  ## the history's graphs, into asv_bench/.a
 
 wheel-smoke: $(VENV)/.installed-full  ## wheel and sdist, installed and run elsewhere
 	tests/smoke_wheel.sh $(py)
+
+try:  ## a cut of the tests with another torch or Python, as in `make try TORCH=2.11.0 PYTHON=python3.13`
+	tests/try_versions.sh $(TORCH) $(PYTHON) -n $(JOBS)
 
 clean:  ## remove what the other targets made
 	rm -rf .venv build dist *.egg-info docs/_build demo-output asv_bench/.asv tests/site/node_modules
