@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 
 WIDTH = 80
 # Packages that more can be done with, and the extra that brings each.
-OPTIONAL = {"rich": "cli", "shtab": "cli", "matplotlib": "plot", "transformers": "hf"}
-NEEDS = {"demo": ("rich", "matplotlib"), "bench": ("rich",)}
+OPTIONAL: dict[str, str] = {"rich": "cli", "shtab": "cli", "matplotlib": "plot", "transformers": "hf"}
+NEEDS: dict[str, tuple[str, ...]] = {"demo": ("rich", "matplotlib"), "bench": ("rich",)}
 
 
 def is_installed(package: str) -> bool:

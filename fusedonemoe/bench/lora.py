@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from rich.table import Table
@@ -40,7 +40,7 @@ MOST_SHARE = 0.1
 class LoraCell(lines.SizedCell):
     """One table; L is the number of layers."""
 
-    LETTERS = "TDFEKL"
+    LETTERS: ClassVar[str] = "TDFEKL"
 
     @property
     def described(self) -> dict[str, Any]:
