@@ -134,13 +134,18 @@ template <class T> class RoutePass {
         const RouteRule& rule = a.rule;
         const Selection of_experts(E, K), of_groups(rule.groups, rule.open_groups);
         const bool grouped = rule.groups > 1, scored = rule.score_first && (a.bias || grouped), own_keys = a.bias || grouped;
+        const bool only_compared = !rule.over_all() && !own_keys;  // all logits but the picked ones
         const size_t room = std::max(of_experts.room(), of_groups.room());
         std::vector<int64_t> buffers(a.threads * (room + rule.groups));
         RowBuffers rows(a.threads, 3 * padded_E + padded_K + padded_to_lanes(rule.groups));
         for_rows(a.rows, a.threads, [&](int64_t t, int thread) {
             float *wide = rows.of(thread), *shares = wide + padded_E, *keys = shares + padded_E, *picked = keys + padded_E;
             int64_t *buffer = buffers.data() + thread * (room + rule.groups), *ids = a.ids + t * K;
-            widen_row((const T*)a.logits + t * E, E, wide);
+            const T* logits = (const T*)a.logits + t * E;
+            const float* row = wide;
+            if constexpr (std::is_same_v<T, float>)
+                if (only_compared) row = logits;
+            if (row == wide) widen_row(logits, E, wide);
             float total = 0.f;
             if (rule.over_all() || (scored && !rule.sigmoid)) total = exponentials(wide, E, shares);
             if (!a.select) {
@@ -154,14 +159,14 @@ template <class T> class RoutePass {
                 if (grouped) close_groups(keys, picked + padded_K, buffer, of_groups, buffer + room);
                 of_experts.select(keys, buffer, ids);
             } else {
-                of_experts.select(wide, buffer, ids);
+                of_experts.select(row, buffer, ids);
             }
             for (int j = K; j < padded_K; j++) picked[j] = -INFINITY;
             if (rule.over_all()) {
                 for (int j = 0; j < K; j++) picked[j] = shares[ids[j]];
                 divided(picked, K, total);
             } else {
-                for (int j = 0; j < K; j++) picked[j] = wide[ids[j]];
+                for (int j = 0; j < K; j++) picked[j] = row[ids[j]];
                 if (rule.sigmoid) {
                     probabilities(picked, K, picked);
                     if (rule.normalised) divided(picked, K, sum_of(picked, K) + (float)a.eps);

@@ -96,7 +96,7 @@ def test_half_precision_equals_the_oracle(act, dtype, device):
 def test_tiles_may_be_cut_anywhere(layout, cut, D, F, device, monkeypatch):
     down = CUTS[cut]._replace(BLOCK_N=CUTS[cut].BLOCK_K, BLOCK_K=CUTS[cut].BLOCK_N)
     tiles = Tiles(CUTS[cut], down, SMALL, SMALL, SMALL, SMALL)
-    monkeypatch.setattr(mlp_forward, "tiles_for", lambda *_: tiles)
+    monkeypatch.setattr(mlp_forward, "tiles_of", lambda *_, **__: tiles)
     act = SILU._replace(layout=layout)
     check(make(35, D, F, 3, 2, act=act, device=device, routing="skewed"), act)
 
