@@ -7,6 +7,7 @@ import json
 import math
 import re
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import torch
 from fusedonemoe import __version__, doctor, functional, probes
 from fusedonemoe.ops import IMPLEMENTATIONS, dense, grouped, lora, neurons, product_keys, quantized
 from fusedonemoe.ops import route as routing
+from fusedonemoe.ops.cpu import routing as cpu_routing
 
 IMPLEMENTATIONS_OF = {
     "route": ("dense", "auto"),
@@ -156,14 +158,22 @@ PLACES = [
     (neurons, "experts_values", "experts_values grouped", "forward"),
     (neurons, "experts_values_backward", "experts_values grouped", "backward"),
 ]
+# float64 has the bodies above; the other dtypes have kernels on CPU.
+KERNELS = {routing: cpu_routing}
 IDS = [f"{module.__name__.rpartition('.')[2]}.{body}" for module, body, *_ in PLACES]
 # The formulations of the plain MLP run on quantised weights too, widened.
 SHARED = {"experts_mlp": {"experts_mlp", "experts_mlp_quantized"}}
 
 
+def replace(monkeypatch, module, body, change):
+    """Put ``change(honest)`` in the place of a body, and of the kernel that serves it too."""
+    for place in {module, KERNELS.get(module, module)}:
+        monkeypatch.setattr(place, body, change(getattr(place, body)))
+
+
 @pytest.mark.parametrize(("module", "body", "label", "direction"), PLACES, ids=IDS)
 def test_zeros_are_noticed_in_every_dtype(module, body, label, direction, capsys, monkeypatch):
-    monkeypatch.setattr(module, body, times(0, getattr(module, body)))
+    replace(monkeypatch, module, body, partial(times, 0))
     code, report = examine(capsys)
     assert code == 1 and report["ok"] is False
     for dtype in probes.DTYPES:
@@ -175,20 +185,21 @@ def test_zeros_are_noticed_in_every_dtype(module, body, label, direction, capsys
 
 @pytest.mark.parametrize(("module", "body", "label", "direction"), PLACES, ids=IDS)
 def test_one_percent_is_noticed_in_float32(module, body, label, direction, capsys, monkeypatch):
-    monkeypatch.setattr(module, body, times(1.01, getattr(module, body)))
+    replace(monkeypatch, module, body, partial(times, 1.01))
     code, report = examine(capsys)
     assert code == 1
     assert any(failure.startswith(f"{label} float32 cpu {direction}: ") for failure in report["failures"])
 
 
 def test_wrong_experts_are_noticed(capsys, monkeypatch):
-    honest = routing.route
+    def off_by_one(honest):
+        def body(logits, *args, **options):
+            weights, experts = honest(logits, *args, **options)
+            return weights, (experts + 1) % logits.shape[-1]
 
-    def off_by_one(logits, *args, **options):
-        weights, experts = honest(logits, *args, **options)
-        return weights, (experts + 1) % logits.shape[-1]
+        return body
 
-    monkeypatch.setattr(routing, "route", off_by_one)
+    replace(monkeypatch, routing, "route", off_by_one)
     code, report = examine(capsys)
     assert code == 1
     assert "route auto float32 cpu forward: ValueError: other experts than the oracle's" in report["failures"]
