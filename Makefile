@@ -82,8 +82,8 @@ site-check: docs  ## open every page in Chromium: errors, search, phone width, a
 bench: $(VENV)/.installed-full  ## the side-by-side comparison, quick form
 	$(py) -m fusedonemoe bench --quick
 
-asv-smoke: $(VENV)/.installed-full asv-machine  ## every asv benchmark once
-	$(one_thread) ASV_SMOKE=1 $(py) -m asv run --config "$$($(py) asv_bench/configuration.py smoke)" --quick --python=same --show-stderr
+asv-smoke: asv-machine  ## every asv benchmark once
+	$(one_thread) ASV_SMOKE=1 $(py) -m asv run --config "$$($(py) asv_bench/configuration.py smoke)" --machine $(MACHINE) --quick --python=same --show-stderr $(ASV_OPTIONS)
 
 # Results are kept by machine, so a machine whose results are committed gets a name: MACHINE=epyc-2core.
 MACHINE ?= local
@@ -92,11 +92,13 @@ RANGE ?= main..HEAD
 BASE ?= main
 HEAD ?= HEAD
 asv_run = $(py) -m asv run --config asv_bench/asv.conf.json --machine $(MACHINE) --no-interleave-rounds --show-stderr $(ASV_OPTIONS)
+milestones = sed -n 's/^\([0-9a-f][0-9a-f]*\) .*/\1/p' asv_bench/milestones.txt
 
 asv-machine: $(VENV)/.installed-full
-	@# asv asks about the machine once; nobody is there to answer in CI, and an answer already given stays.
-	@test -e "$$HOME/.asv-machine.json" || $(py) -m asv machine --yes --config asv_bench/asv.conf.json >/dev/null
-	@$(py) -m asv machine --yes --config asv_bench/asv.conf.json --machine $(MACHINE) --os "$$(uname -s)" >/dev/null
+	@# asv asks about a machine once; nobody is there to answer in CI, and an answer already given stays. What a new name is not told
+	@# comes from the entry of this host.
+	@known() { grep -qs "\"$$1\":" "$$HOME/.asv-machine.json"; }; asv="$(py) -m asv machine --yes --config asv_bench/asv.conf.json"; \
+	known "$(MACHINE)" || { known "$$(uname -n)" || $$asv; $$asv --machine "$(MACHINE)" --os "$$(uname -s)"; } >/dev/null
 
 asv-run: asv-machine  ## one commit measured: COMMIT=HEAD MACHINE=local
 	$(asv_run) '$(COMMIT)^!'
@@ -108,12 +110,13 @@ asv-compare: $(VENV)/.installed-full  ## two measured commits: BASE=main HEAD=HE
 	$(py) -m asv compare --config asv_bench/asv.conf.json --machine $(MACHINE) $(BASE) $(HEAD)
 
 asv-check: asv-machine  ## fails where HEAD=HEAD is more than 15 % slower than BASE=main
-	$(py) asv_bench/check.py $(BASE) $(HEAD) --machine $(MACHINE)
+	$(py) asv_bench/check.py $(BASE) $(HEAD) --machine $(MACHINE) $(ASV_OPTIONS)
 
 asv-history: asv-machine  ## what is missing of the commits in asv_bench/milestones.txt
-	@# First what needs no compiler for graphs, which is most; whoever stops it after that has a history too.
-	-sed -n 's/^\([0-9a-f][0-9a-f]*\) .*/\1/p' asv_bench/milestones.txt | $(asv_run) --bench '^(?!bench_compile.Compile|bench_layers.Compiled)' --skip-existing-successful HASHFILE:-
-	sed -n 's/^\([0-9a-f][0-9a-f]*\) .*/\1/p' asv_bench/milestones.txt | $(asv_run) --skip-existing-successful HASHFILE:-
+	@# First what needs no compiler for graphs, which is most; whoever stops it after that has a history too. asv would join the
+	@# choice with one in ASV_OPTIONS.
+	-$(if $(filter -b% --bench%,$(ASV_OPTIONS)),,$(milestones) | $(asv_run) --bench '^(?!bench_compile.Compile|bench_layers.Compiled)' --skip-existing-successful HASHFILE:-)
+	$(milestones) | $(asv_run) --skip-existing-successful HASHFILE:-
 
 asv-publish: $(VENV)/.installed-full  ## the history's graphs, into asv_bench/.asv/html
 	$(py) asv_bench/publish.py asv_bench/.asv/html

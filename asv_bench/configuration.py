@@ -4,13 +4,13 @@ import json
 import sys
 from pathlib import Path
 
-import json5  # asv's own reader of its configuration, which has comments
-
 FOLDER = Path(__file__).resolve().parent
 
 
 def scratch(name: str, **changes: object) -> Path:
     """A configuration whose results lie in ``.asv/NAME``, beside the committed ones and not among them."""
+    import json5  # asv's own reader of its configuration, which has comments; here: a check or a page may need no asv
+
     settings = json5.loads((FOLDER / "asv.conf.json").read_text(encoding="utf-8"))
     for key in ("repo", "benchmark_dir", "env_dir", "html_dir"):
         settings[key] = str((FOLDER / settings[key]).resolve())

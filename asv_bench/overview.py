@@ -34,14 +34,16 @@ def draw(files: Sequence[Path], commits: Sequence[str], target: Path) -> None:
 
     Args:
         files: asv's result files.
-        commits: all commits in order.
+        commits: all commits in order; results of others are left out.
         target: an SVG file.
     """
     from matplotlib.figure import Figure  # here: the page without a picture needs none of it
 
     machines: dict[str, list[dict]] = {}
     for path in files:
-        machines.setdefault(path.parent.name, []).append(json.loads(path.read_text(encoding="utf-8")))
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if result["commit_hash"] in commits:
+            machines.setdefault(path.parent.name, []).append(result)
     machine, results = max(machines.items(), key=lambda item: len(item[1]))
     results.sort(key=lambda result: commits.index(result["commit_hash"]))
     figure = Figure(figsize=(8.2, 4.6), layout="constrained")

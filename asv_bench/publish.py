@@ -18,6 +18,8 @@ from configuration import FOLDER, scratch
 from overview import draw, in_words
 
 RESULTS = FOLDER / "results"
+# Where the measured commits are looked for.
+BRANCHES = ("main", "origin/main", "HEAD")
 # asv has these on other servers; flot's package has no compressed files.
 LOCAL = {"jquery-3.3.1.min.js": "jquery.min.js"} | {
     f"jquery.flot{part}.min.js": f"jquery.flot{part}.js" for part in ("", ".time", ".selection", ".categories")
@@ -29,6 +31,11 @@ def result_files(results: Path) -> list[Path]:
     return sorted(path for path in results.glob("*/*.json") if path.name != "machine.json")
 
 
+def commits_of(files: list[Path]) -> set[str]:
+    """The commits that were measured."""
+    return {json.loads(path.read_text(encoding="utf-8"))["commit_hash"] for path in files}
+
+
 def git(*arguments: str) -> str | None:
     """What git answers about this repository; None when it fails."""
     try:
@@ -38,27 +45,29 @@ def git(*arguments: str) -> str | None:
     return run.stdout if run.returncode == 0 else None
 
 
-def branch_with(commits: set[str]) -> str | None:
-    """The branch whose line of first parents holds all these commits."""
-    for branch in ("main", "origin/main", "HEAD"):
-        line = git("rev-list", "--first-parent", branch, "--")
-        if line and commits <= set(line.split()):
-            return branch
+def branch_with(files: list[Path]) -> str | None:
+    """The branch whose line of first parents holds all measured commits.
+
+    What the machine ``local`` measured of other commits, as before a rebase, is not committed and does not count then.
+    """
+    for counted in (files, [path for path in files if path.parent.name != "local"] or files):
+        for branch in BRANCHES:
+            line = git("rev-list", "--first-parent", branch, "--")
+            if line and commits_of(counted) <= set(line.split()):
+                return branch
     return None
 
 
-def obstacle(results: Path) -> str | None:
+def obstacle(files: list[Path], branch: str | None) -> str | None:
     """Why there can be no graphs here; None when there can."""
-    files = result_files(results)
     if not files:
         return "No results are committed yet. Measure some: make asv-history"
     if git("rev-parse", "--git-dir") is None:
         return "The graphs need the project's git history, and this is no clone of it."
-    commits = {json.loads(path.read_text(encoding="utf-8"))["commit_hash"] for path in files}
-    if branch_with(commits) is None:
+    if branch is None:
         return (
-            f"The graphs need the {len(commits)} commits that were measured, and this clone has not got them all on its main "
-            "branch. If it is a shallow one, complete it (git fetch --unshallow) and build again."
+            f"The graphs need the {len(commits_of(files))} commits that were measured, and this clone has not got them all on "
+            "its main branch. If it is a shallow one, complete it (git fetch --unshallow) and build again."
         )
     return None
 
@@ -105,22 +114,21 @@ def explain(site: Path, reason: str) -> None:
 
 def publish(site: Path, results: Path = RESULTS) -> None:
     """Write the site, or the page that says why there is none."""
-    reason = obstacle(results)
+    files = result_files(results)
+    branch = branch_with(files)
+    reason = obstacle(files, branch)
     if reason:
         print(f"asv's site: {reason}", file=sys.stderr)
         explain(site, reason)
         return
-    files = result_files(results)
-    commits = {json.loads(path.read_text(encoding="utf-8"))["commit_hash"] for path in files}
-    line = branch_with(commits)
-    configuration = scratch("publish", results_dir=str(results), branches=[line], html_dir=str(site.resolve()))
+    configuration = scratch("publish", results_dir=str(results), branches=[branch], html_dir=str(site.resolve()))
     command = [sys.executable, "-m", "asv", "publish", "--no-pull", "--config", str(configuration)]
     run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if run.returncode:
         raise SystemExit(run.stdout)
     localise(site)
     leave_out_the_unmeasured(site)
-    draw(files, (git("rev-list", "--first-parent", "--reverse", str(line), "--") or "").split(), site / "overview.svg")
+    draw(files, (git("rev-list", "--first-parent", "--reverse", str(branch), "--") or "").split(), site / "overview.svg")
 
 
 if __name__ == "__main__":

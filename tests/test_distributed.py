@@ -274,18 +274,21 @@ AT_FOUR = [
 ]
 
 
-@pytest.fixture(scope="module")
-def failures(tmp_path_factory):
+def finder(module, names, tmp_path_factory):
     """What failed in the processes, by their number and the function; each number's run at its first test."""
     runs: dict[int, dict[str, str]] = {}
 
     def find(world: int, name: str) -> str:
         if world not in runs:
-            names = {2: AT_TWO, 4: AT_FOUR}[world]
-            runs[world] = run_in_processes("tests.test_distributed", names, world, tmp_path_factory.mktemp(f"world{world}"))
+            runs[world] = run_in_processes(module, names[world], world, tmp_path_factory.mktemp(f"world{world}"))
         return runs[world][name]
 
     return find
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory):
+    return finder("tests.test_distributed", {2: AT_TWO, 4: AT_FOUR}, tmp_path_factory)
 
 
 @pytest.mark.parametrize(("world", "name"), [(2, name) for name in AT_TWO] + [(4, name) for name in AT_FOUR])

@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from fusedonemoe.integrations.distributed import ExpertParallel
 from fusedonemoe.testing import assert_within_budget
 from tests.processes import run_in_processes
-from tests.test_distributed import D, batch, gradients, make_moe, whole
+from tests.test_distributed import D, batch, finder, gradients, make_moe, whole
 from tests.traffic import Reads, Traffic
 
 # In each process
@@ -137,17 +137,7 @@ AT_FOUR = [
 
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory):
-    """What failed in the processes, by their number and the function; each number's run at its first test."""
-    runs: dict[int, dict[str, str]] = {}
-
-    def find(world: int, name: str) -> str:
-        if world not in runs:
-            names = {2: AT_TWO, 4: AT_FOUR}[world]
-            folder = tmp_path_factory.mktemp(f"world{world}")
-            runs[world] = run_in_processes("tests.test_distributed_traffic", names, world, folder)
-        return runs[world][name]
-
-    return find
+    return finder("tests.test_distributed_traffic", {2: AT_TWO, 4: AT_FOUR}, tmp_path_factory)
 
 
 @pytest.mark.parametrize(("world", "name"), [(2, name) for name in AT_TWO] + [(4, name) for name in AT_FOUR])
