@@ -119,7 +119,7 @@ def tiles_for(arch: str, dtype: torch.dtype, rows_per_expert: float, D: int, F: 
     return _tried or _measured().get(layer) or tiles_by_rule(arch, dtype, rows_per_expert, D, F)
 
 
-def tiles_of(x_TD: Tensor, rows: int | torch.SymInt, shape: Sequence[int], *, gated: bool) -> Tiles:
+def tiles_of(x_TD: Tensor, rows: int, shape: Sequence[int], *, gated: bool) -> Tiles:
     """The tiles for ``rows`` routed rows of ``x`` and a down-projection of this shape ``[E, D, F]``."""
     E, D, F = shape
     return tiles_for(architecture(x_TD.device), x_TD.dtype, hint(rows) / E, D, F, gated)
