@@ -128,6 +128,15 @@ def test_a_run_is_taken_up_where_it_was_interrupted(tmp_path, capsys):
     assert [path.name for path in file.parent.iterdir()] == ["r.json"]
 
 
+@pytest.mark.parametrize("content", ["", "[]", '{"suite": "quick", "tables": {}}'])
+def test_a_file_of_something_else_is_begun_afresh(content, tmp_path, capsys):
+    file = tmp_path / "r.json"
+    file.write_text(content)
+    assert run(["--json", str(file), "--resume"], {"a": (1.0, 2.0)}) == (0, ["a"])
+    assert f"{file} holds no results: starting afresh" in capsys.readouterr().err
+    assert [cell["name"] for cell in json.loads(file.read_text())["cells"]] == ["a"]
+
+
 def test_no_cell_begins_after_the_minutes(tmp_path, capsys):
     status, measured = run(["--minutes", "1e-9", "--json", str(tmp_path / "r.json")], {"a": (1.0, 1.0), "b": (1.0, 1.0)})
     assert (status, measured) == (0, []) and "--resume goes on with a" in capsys.readouterr().err

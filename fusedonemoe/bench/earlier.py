@@ -22,10 +22,12 @@ def read(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no JSON, or its tables are none that there ever were.
+        ValueError: it is no JSON object, or its tables are none that there ever were.
     """
     results = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(results, dict) or "tables" not in results:
+    if not isinstance(results, dict):
+        raise ValueError(f"expected an object, got a {type(results).__name__}")
+    if "tables" not in results:
         return results
     tables = results.pop("tables")
     cells_of = {"lora": _lora, "quantized": _quantized, "transformers": _transformers}.get(results.get("suite", ""))

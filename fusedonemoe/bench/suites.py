@@ -15,10 +15,10 @@ class Suite:
 
     module: str
     purpose: str
-    options: frozenset[str] = frozenset()
+    options: frozenset[str]
 
 
-# What `session.run_cells` gives to every suite that is made of cells.
+# What `session.run_cells` gives to every suite.
 _CELLS = frozenset({"cells", "resume", "compare", "minutes"})
 _PEERS = _CELLS | {"peers", "picture"}
 
