@@ -100,6 +100,15 @@ def test_nan_stays_in_its_row(form):
     assert weights[[0, 2]].isfinite().all()
 
 
+@every_form
+def test_a_gradient_skips_ids_of_no_expert(form):
+    logits, dweights = draw(4, 20), draw(4, 5, seed=3)
+    experts = torch.tensor([[3, -1, 7, 20, 1 << 40]]).expand(4, 5)
+    rule, kept = rule_of(5, **form), [0, 2]
+    gradient = routing.route_backward(dweights, logits, experts, rule)
+    assert_close(gradient, route.route_backward(dweights[:, kept], logits, experts[:, kept], rule))
+
+
 def test_closed_groups_and_ties_as_in_torch():
     logits = torch.tensor([[0.0, 1.0, 5.0, -torch.inf], [1.0, 1.0, 1.0, 1.0], [-0.0, 0.0, 0.0, -0.0]])
     for score in (("softmax", False), ("sigmoid", True)):

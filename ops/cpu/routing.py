@@ -34,7 +34,7 @@ def route(logits_TE: Tensor, selection_bias: Tensor | None, rule: RouteRule) -> 
 
 
 def route_backward(dweights_TK: Tensor, logits_TE: Tensor, experts_TK: Tensor, rule: RouteRule) -> Tensor:
-    """As :func:`fusedonemoe.ops.route.route_backward`, in one kernel."""
+    """As :func:`fusedonemoe.ops.route.route_backward`, in one kernel; ids outside ``[0, E)`` are skipped."""
     logits_TE, experts_TK = logits_TE.contiguous(), native.as_ids(experts_TK)
     dweights_TK = native.as_float_weights(dweights_TK)
     T, E = logits_TE.shape

@@ -184,6 +184,9 @@ template <class T> class RouteBackwardPass {
     const RouteBackward& a;
     const int E, K, padded_E, padded_K;
 
+    // Ids of no expert, which route never gives, are skipped.
+    bool is_expert(int64_t id) const { return id >= 0 && id < E; }
+
     // From the gradients of the scores to those of the picked logits, scores beside them; both end in zeros.
     void of_picked(float* scores, float* gradients) const {
         float inner = 0.f;
@@ -216,17 +219,20 @@ template <class T> class RouteBackwardPass {
             if (a.rule.over_all()) {
                 divided(wide, E, exponentials(wide, E, wide));
                 float inner = 0.f;
-                for (int j = 0; j < K; j++) inner += gradients[j] *= wide[ids[j]];
+                for (int j = 0; j < K; j++)
+                    if (is_expert(ids[j])) inner += gradients[j] *= wide[ids[j]];
                 for (int i = 0; i < E; i += LANES) store(dwide + i, load<vf>(wide + i) * splat(-inner));
-                for (int j = 0; j < K; j++) dwide[ids[j]] += gradients[j];
+                for (int j = 0; j < K; j++)
+                    if (is_expert(ids[j])) dwide[ids[j]] += gradients[j];
             } else {
-                for (int j = 0; j < K; j++) scores[j] = wide[ids[j]];
+                for (int j = 0; j < K; j++) scores[j] = is_expert(ids[j]) ? wide[ids[j]] : -INFINITY;
                 for (int j = K; j < padded_K; j++) scores[j] = -INFINITY;
                 if (a.rule.sigmoid) probabilities(scores, K, scores);
                 else divided(scores, K, exponentials(scores, K, scores));
                 of_picked(scores, gradients);
                 for (int i = 0; i < E; i += LANES) store(dwide + i, vf{});
-                for (int j = 0; j < K; j++) dwide[ids[j]] = gradients[j];
+                for (int j = 0; j < K; j++)
+                    if (is_expert(ids[j])) dwide[ids[j]] = gradients[j];
             }
             T* dlogits = (T*)a.dlogits + t * E;
             int i = 0;
