@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 WIDTH = 80
 # Packages that more can be done with, and the extra that brings each.
 OPTIONAL: dict[str, str] = {"rich": "cli", "shtab": "cli", "matplotlib": "plot", "transformers": "hf"}
+# What a command needs that the library does not: for the terminal, and the demo for its picture.
 NEEDS: dict[str, tuple[str, ...]] = {"demo": ("rich", "matplotlib"), "bench": ("rich",)}
 
 

@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,7 +22,7 @@ from fusedonemoe.bench.workloads import Floor, LeastWork, floor_of
 
 
 @dataclass(frozen=True)
-class LinesCell:
+class LinesCell(ABC):
     """One table.
 
     Attributes:
@@ -33,14 +34,14 @@ class LinesCell:
     rounds: int
 
     @property
+    @abstractmethod
     def name(self) -> str:
         """What ``--cells`` matches."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def described(self) -> dict[str, Any]:
         """What the file says of it beside name and dtype: operator, sizes, mode."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

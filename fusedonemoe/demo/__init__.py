@@ -5,13 +5,11 @@ library on the same batches; then one layer is timed against the usual per-exper
 """
 
 import argparse
-import importlib.util
 import os
 import subprocess
 import sys
 
-# What the terminal and the picture need; the library itself needs neither.
-EXTRAS = ("rich", "matplotlib")
+from fusedonemoe.overview import NEEDS, is_installed
 
 
 def _positive(text: str) -> int:
@@ -44,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         The exit code: 0; 1 when a layer that should agree does not; 2 when something that it needs is not there.
     """
-    missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
+    missing = [package for package in NEEDS["demo"] if not is_installed(package)]
     if missing:
         print(
             f"The demo needs {' and '.join(missing)}: pip install 'fusedonemoe[cli,plot]'",
