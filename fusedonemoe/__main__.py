@@ -4,9 +4,13 @@ Each command is the module of its name here, with ``add_arguments(parser)`` and 
 """
 
 import argparse
+import errno
 import importlib
+import io
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 from fusedonemoe import __version__
 from fusedonemoe.completion import SHELLS
@@ -18,6 +22,12 @@ COMMANDS = {
     "bench": "time this library beside its peers, here",
     "report": "make one page of pictures of what bench measured",
 }
+
+
+# 128 + SIGPIPE, as a shell reports it.
+PIPE_CLOSED = 141
+# Why a stream that is open takes no more.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class _PrintCompletion(argparse.Action):
@@ -66,22 +76,70 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; ``sys.argv[1:]`` by default.
 
     Returns:
-        The exit code: the command's own, 0 when none was asked for, 130 when interrupted.
+        The exit code: the command's own, 0 when none was asked for, 130 when interrupted, 141 when the reader of the output went
+        away, 2 when the output cannot be written.
 
     Raises:
         SystemExit: by argparse, with 2 for an unknown command or option and 0 for ``--help``,
             ``--version`` and ``--print-completion``.
     """
     argv = sys.argv[1:] if argv is None else argv
+    if os.environ.get("COLUMNS", "").strip() == "0":
+        del os.environ["COLUMNS"]  # It means unknown, and rich would print nothing into 0 columns.
+    try:
+        with _every_character():
+            return _run_to_the_last_byte(argv)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130  # 128 + SIGINT, as a shell reports it
+    except BrokenPipeError:
+        _drop_output()
+        return PIPE_CLOSED
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # rich ends the program with 1, which other failures end with
+            return PIPE_CLOSED
+        raise
+    except OSError as error:
+        if error.errno not in FULL or error.filename is not None:
+            raise
+        _drop_output()
+        print(f"cannot write the output: {error.strerror}", file=sys.stderr)
+        return 2
+
+
+def _run_to_the_last_byte(argv: Sequence[str]) -> int:
+    """Run a command, and write what Python still holds of its output while an error can still be told."""
     try:
         if argv and argv[0] in COMMANDS:
             return _run_command(argv[0], argv[1:])
         _parsers()[0].parse_args(argv)
         print(overview(__version__, COMMANDS))
         return 0
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130  # 128 + SIGINT, as a shell reports it
+    finally:
+        if sys.stdout is not None and not sys.stdout.closed:
+            sys.stdout.flush()
+
+
+@contextmanager
+def _every_character() -> Iterator[None]:
+    """A character that the terminal's encoding lacks is written as its number, and ends nothing."""
+    before: list[tuple[io.TextIOWrapper, str]] = []
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        before.append((sys.stdout, sys.stdout.errors))
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        for stream, errors in before:
+            stream.reconfigure(errors=errors)
+
+
+def _drop_output() -> None:
+    """Let what is left of the output go nowhere, for Python would try to write it once more at its end."""
+    with suppress(OSError, ValueError):  # a stand-in without a descriptor
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 if __name__ == "__main__":

@@ -138,8 +138,10 @@ def tune(layer: MoE | Experts, tokens: int, *, backward: bool = True, seconds: f
         :class:`Tuned`.
 
     Raises:
-        TypeError: ``layer`` is no MoE or Experts, or ``tokens`` no integer.
-        ValueError: the GPU kernels cannot run this layer, so few rows that no tiles are used, or ``tokens`` below 1.
+        TypeError: ``layer`` is no MoE or Experts, ``tokens`` no integer, or ``seconds`` no number.
+        ValueError: the GPU kernels cannot run this layer, so few rows that no tiles are used, ``tokens`` below 1, or
+            ``seconds`` below 0 or NaN.
+        OSError: the cache directory cannot be written; said before anything is measured.
         RuntimeError: called while a CUDA graph is captured or under compilation, or more than four fifths of the free
             device memory would be needed.
     """
@@ -152,6 +154,10 @@ def tune(layer: MoE | Experts, tokens: int, *, backward: bool = True, seconds: f
         raise TypeError(f"tokens must be an integer, got {type(tokens).__name__}")
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1, got {tokens}")
+    if not isinstance(seconds, int | float) or isinstance(seconds, bool):
+        raise TypeError(f"seconds must be a number, got {type(seconds).__name__}")
+    if not seconds >= 0:
+        raise ValueError(f"seconds must be a number from 0, got {seconds}")
     config, weight = experts.config, experts.down_proj
     E, D, K = config.num_experts, config.hidden_size, config.experts_per_token
     reason = refusal("triton", device_type=weight.device.type, dtype=weight.dtype, widths=())
@@ -161,6 +167,7 @@ def tune(layer: MoE | Experts, tokens: int, *, backward: bool = True, seconds: f
         raise ValueError(f"layer cannot be tuned: {reason}")
     if not backward and rules.few_rows(tokens * K, E):
         raise ValueError(f"tokens must be more than {tokens} for this layer: so few take the path without tiles")
+    rules.check_cache()
     _check_memory(weight, _bytes_needed(config, tokens, weight.dtype.itemsize, backward))
 
     arch, rows, F_ = rules.architecture(weight.device), tokens * K / E, config.intermediate_size

@@ -215,7 +215,7 @@ def test_the_command_writes_the_page_of_the_committed_results(tmp_path, capsys):
     [
         ("{", "no results"),
         ("[]", "no results"),
-        ("{}", "KeyError"),
+        ("{}", "suite is missing: it must be text"),
         (json.dumps({"suite": "gpu", "date": "2026", "cells": []}), "a dry run has none"),
     ],
 )

@@ -6,14 +6,14 @@ A peer whose output is off gets no time, and the command fails.
 import argparse
 import importlib
 import logging
-import re
+import os
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from pathlib import Path
 
+from fusedonemoe import options
 from fusedonemoe.bench.suites import REGISTRY
 
 __all__ = ["add_arguments", "run"]
@@ -24,29 +24,6 @@ EXIT_USAGE = 2
 ABSENT = (None, False)
 
 
-def _regex(text: str) -> re.Pattern[str]:
-    try:
-        return re.compile(text)
-    except re.error as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a regular expression: {error}") from error
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
-    return int(text)
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
-    return value
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the benchmark to a parser.
 
@@ -55,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = "suites:\n" + "\n".join(f"  {name:14s}{suite.purpose}" for name, suite in REGISTRY.items())
-    parser.epilog += "\n\nexit status: 0; 1 a peer's outputs disagree; 2 nothing could be run; 3 slower than --compare"
+    parser.epilog += "\n\nexit status: 0; 1 a peer's outputs disagree; 2 nothing could be run, or a file cannot be read or"
+    parser.epilog += "\nwritten; 3 slower than --compare; 130 interrupted; 141 the reader of the output went away"
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--suite",
@@ -65,19 +43,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of those listed below (%(default)s)",
     )
     which.add_argument("--quick", action="store_const", dest="suite", const="quick", help="short for --suite quick")
-    parser.add_argument("--cells", type=_regex, metavar="REGEX", help="only the cells whose name matches, as in 'block-.*E32-'")
-    parser.add_argument("--peers", type=_regex, metavar="REGEX", help="beside ours, only the peers whose name matches")
-    parser.add_argument("--threads", type=_count, metavar="N", help="threads of torch's pool (default: torch's choice)")
+    parser.add_argument(
+        "--cells", type=options.regex, metavar="REGEX", help="only the cells whose name matches, as in 'block-.*E32-'"
+    )
+    parser.add_argument("--peers", type=options.regex, metavar="REGEX", help="beside ours, only the peers whose name matches")
+    parser.add_argument(
+        "--threads",
+        type=options.whole(1, options.MOST_THREADS),
+        metavar="N",
+        help="threads of torch's pool (default: torch's choice)",
+    )
     parser.add_argument("--no-rt", action="store_true", help="do not ask for real-time priority while timing")
-    parser.add_argument("--json", metavar="FILE", help="write the results, and what they were measured with, after every cell")
-    parser.add_argument("--resume", action="store_true", help="go on with the file of --json: measure what is missing in it")
-    parser.add_argument("--compare", metavar="OLD.json", help="beside an older run on this machine; 3 where ours became slower")
-    parser.add_argument("--minutes", type=_positive, metavar="N", help="begin no cell after so long (gpu: 8; else no limit)")
+    parser.add_argument(
+        "--json",
+        type=options.path,
+        metavar="FILE",
+        help="write the results, and what they were measured with, after every cell; to a pipe once, at the end",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the file of --json if there is one: measure what is missing in it"
+    )
+    parser.add_argument(
+        "--compare", type=options.path, metavar="OLD.json", help="beside an older run on this machine; 3 where ours became slower"
+    )
+    parser.add_argument(
+        "--minutes", type=options.above_zero, metavar="N", help="begin no cell after so long (gpu: 8; else no limit)"
+    )
     parser.add_argument("--dry", action="store_true", help="run every code path at small sizes on the CPU, and time nothing")
-    parser.add_argument("--picture", metavar="FILE.png", type=Path, help="also draw them, in multiples of the floor")
+    parser.add_argument("--picture", metavar="FILE.png", type=options.path, help="also draw them, in multiples of the floor")
     targets = parser.add_argument_group("with --suite serving")
-    targets.add_argument("--target-ms", type=_positive, metavar="MS", help="for 95 %% of the requests (100)")
-    targets.add_argument("--target-tokens", type=_positive, metavar="N", help="in a second (1000)")
+    targets.add_argument("--target-ms", type=options.above_zero, metavar="MS", help="for 95 %% of the requests (100)")
+    targets.add_argument("--target-tokens", type=options.above_zero, metavar="N", help="in a second (1000)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -139,6 +135,8 @@ def _misused(args: argparse.Namespace) -> str:
             takers = ", ".join(name for name, suite in REGISTRY.items() if option in suite.options)
             name = "--target-ms and --target-tokens" if option == "targets" else f"--{option}"
             return f"{name}: not with --suite {args.suite}, but with {takers}"
+    if args.picture and args.json and os.path.realpath(args.picture) == os.path.realpath(args.json):
+        return "--picture and --json name the same file"
     if args.resume and not args.json:
         return "--resume needs the file of --json"
     if args.dry and args.compare:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from fusedonemoe.bench import earlier, report
 from fusedonemoe.bench.peers import is_ours
+from fusedonemoe.bench.records import DamagedError
 
 # What makes a machine another one, and times of one no measure for the other.
 MACHINE = ("cpu", "cpu_capability", "cores", "threads")
@@ -64,20 +65,20 @@ def load(path: str | os.PathLike[str], settings: dict[str, Any]) -> dict[str, An
     """
     try:
         old = earlier.read(Path(path))
-        cells, schema = old["cells"], old["schema"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise IncomparableError(f"no results of the benchmark ({type(error).__name__}: {error})") from error
-    if schema != report.SCHEMA or old.get("suite") != settings["suite"]:
+    except DamagedError as error:
+        raise IncomparableError(f"no results of the benchmark ({error})") from error
+    schema, suite = old.get("schema", "missing"), old["suite"]
+    if schema != report.SCHEMA or suite != settings["suite"]:
         raise IncomparableError(
-            f"expected schema {report.SCHEMA} and suite {settings['suite']}, got schema {schema} and suite {old.get('suite')}"
+            f"expected schema {report.SCHEMA} and suite {settings['suite']}, got schema {schema} and suite {suite}"
         )
-    if settings.get("dry") or not any(row.get("seconds") for cell in cells for row in cell["rows"]):
+    if settings.get("dry") or not any(row.get("seconds") for cell in old["cells"] for row in cell["rows"]):
         raise IncomparableError("a dry run has no times")
     before, now = machine_of(old), machine_of(settings)
     if other := [name for name in before.keys() | now.keys() if before.get(name) != now.get(name)]:
         told = "; ".join(f"{name} was {before.get(name)}, is {now.get(name)}" for name in sorted(other))
         raise IncomparableError(f"measured on another machine, whose times are no measure for this one: {told}")
-    return dict(old)
+    return old
 
 
 def pairs_of(old: dict[str, Any], new: dict[str, Any]) -> Iterator[Pair]:
@@ -121,9 +122,9 @@ def print_comparison(old: dict[str, Any], new: dict[str, Any]) -> bool:
         Whether one of ours is slower than it was.
     """
     console = report.console()
-    versions = old["versions"].keys() | new["versions"].keys()
-    for name in sorted(versions):
-        if (was := old["versions"].get(name)) != (now := new["versions"].get(name)):
+    before, after = old.get("versions", {}), new["versions"]
+    for name in sorted(before.keys() | after.keys()):
+        if (was := before.get(name)) != (now := after.get(name)):
             console.print(f"other version: {name} was {was or 'missing'}, is {now or 'missing'}", highlight=False)
     pairs = list(pairs_of(old, new))
     table = Table(title=f"compared with the run of {old['date']}", title_justify="left")

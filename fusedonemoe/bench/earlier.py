@@ -5,35 +5,102 @@ what their names say: such a cell has no percentiles, and no work or floor that 
 """
 
 import json
+import os
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
+from fusedonemoe.bench import records
+from fusedonemoe.bench.records import DamagedError
+from fusedonemoe.files import reason_of
+
 # What was run at that time, and stands in no file.
 _BATCH_TOKENS = 4 * 128
-_SIZE = re.compile(r"\b([A-Z])(\d+)\b")
+_SIZE = re.compile(r"\b([A-Z])([0-9]{1,12})\b")
+_LINE: records.Fields = {"name": records.TEXT.here, "seconds": records.AMOUNT.or_null.here, "note": records.TEXT}
+_MODEL_LINE: records.Fields = {
+    "name": records.TEXT.here,
+    "same_tokens": records.FLAG.here,
+    **{f"{mode}_{what}": records.AMOUNT.or_null.here for mode in ("training", "decode") for what in ("seconds", "times_faster")},
+}
+_MODEL_SIZES: records.Fields = dict.fromkeys(
+    ("hidden_size", "moe_intermediate_size", "num_experts", "num_experts_per_tok"), records.SIZE.here
+)
+# The largest that was ever written has less than a hundredth of this.
+_MOST_BYTES = 1 << 28
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a file of results.
+    """Read a file of results; every reader of such files reads them here.
 
     Args:
         path: of what ``bench --json`` wrote.
 
+    Returns:
+        The results; each field of :mod:`fusedonemoe.bench.records` that is there holds what it may.
+
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no JSON object, or its tables are none that there ever were.
+        DamagedError: the file cannot be read, or is none that there ever was.
     """
-    results = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(results, dict):
-        raise ValueError(f"expected an object, got a {type(results).__name__}")
-    if "tables" not in results:
-        return results
-    tables = results.pop("tables")
-    cells_of = {"lora": _lora, "quantized": _quantized, "transformers": _transformers}.get(results.get("suite", ""))
+    content = _content_of(path)
+    try:
+        results = json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DamagedError(f"not text in UTF-8: byte {error.start} is 0x{content[error.start]:02x}") from error
+    except RecursionError as error:
+        raise DamagedError(records.TOO_DEEP) from error
+    except ValueError as error:
+        raise DamagedError(f"not JSON: {error}") from error
+    records.check_levels(results)
+    records.check(results, records.RUN)
+    if results.get("gpu") is not None:
+        records.check(results["gpu"], records.GPU, "gpu")
+    if "tables" in results:
+        results = _in_cells(results)
+    records.check_cells(results)
+    return dict(results)
+
+
+def _content_of(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            is_readable = stat.S_ISREG(mode) or stat.S_ISFIFO(mode)  # /dev/zero would have no end
+            content = file.read(_MOST_BYTES + 1) if is_readable else None
+    except (OSError, ValueError) as error:
+        raise DamagedError(reason_of(error)) from error
+    if content is None:
+        raise DamagedError("neither a file nor a pipe")
+    if len(content) > _MOST_BYTES:
+        raise DamagedError(f"larger than {_MOST_BYTES} bytes")
+    if not content.strip():
+        raise DamagedError("empty")
+    return content
+
+
+def _in_cells(results: dict[str, Any]) -> dict[str, Any]:
+    """Results whose tables are cells."""
+    suite, tables = results["suite"], records.check(results["tables"], {}, "tables")
+    cells_of = {"lora": _lora, "quantized": _quantized, "transformers": _transformers}.get(suite)
     if cells_of is None:
-        raise ValueError(f"tables of the suite {results.get('suite')}")
-    return results | {"cells": [cell for name, lines in tables.items() for cell in cells_of(name, lines, results)]}
+        raise DamagedError(f"tables of the suite {suite}")
+    fields = _MODEL_LINE if suite == "transformers" else _LINE
+    for name, lines in tables.items():
+        records.check({name: lines}, {name: records.LIST}, "tables")
+        for n, line in enumerate(lines):
+            records.check(line, fields, f"tables.{name}[{n}]")
+    if suite == "transformers":
+        records.check(records.check(results, {"sizes": records.OBJECT.here})["sizes"], _MODEL_SIZES, "sizes")
+    cells = [cell for name, lines in tables.items() for cell in cells_of(name, lines, results)]
+    return {name: value for name, value in results.items() if name != "tables"} | {"cells": cells}
+
+
+def _sizes_in(name: str) -> dict[str, int]:
+    sizes: dict[str, int] = {letter: int(size) for letter, size in _SIZE.findall(name)}
+    if not sizes.get("T"):
+        raise DamagedError(f"tables.{name}: the name must have the number of tokens, as in T256-D512")
+    return sizes
 
 
 def _row(peer: str, line: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -46,13 +113,13 @@ def _with_rate(row: dict[str, Any], tokens: int) -> dict[str, Any]:
 
 
 def _lora(name: str, lines: list[dict[str, Any]], _: dict[str, Any]) -> list[dict[str, Any]]:
-    sizes: dict[str, int] = {letter: int(size) for letter, size in _SIZE.findall(name)}
+    sizes = _sizes_in(name)
     described = {"operator": "adapters", **sizes, "mode": "training", "dtype": name.rpartition("-")[2]}
     return [{"name": name, **described, "rows": [_with_rate(_row(line["name"], line), sizes["T"]) for line in lines]}]
 
 
 def _quantized(name: str, lines: list[dict[str, Any]], _: dict[str, Any]) -> list[dict[str, Any]]:
-    sizes: dict[str, int] = {letter: int(size) for letter, size in _SIZE.findall(name)}
+    sizes = _sizes_in(name)
     rows = [_with_rate(_row(f"fusedonemoe {line['name']}", line, weights=line["name"]), sizes["T"]) for line in lines]
     described = {"operator": "quantized", **sizes, "mode": "forward", "dtype": "bfloat16"}
     return [{"name": name, **described, "rows": rows}]

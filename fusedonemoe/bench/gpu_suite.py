@@ -166,8 +166,8 @@ def summary_of(results: dict[str, Any]) -> Table:
         best = min(others, key=lambda row: row["times_best"])["peer"] if others else ""
         show: Callable[[float | None], str] = lambda value: "" if value is None else f"{value:.2f}"  # noqa: E731
         seconds = ours.get("seconds")
-        floor = seconds / cell["floor_seconds"] if seconds and cell["floor_seconds"] else None
+        floor = seconds / cell["floor_seconds"] if seconds and cell.get("floor_seconds") else None
         shares = [show(ours.get(name)) for name in ("of_dense", "of_copy", "times_best")]
-        milliseconds = report.milliseconds(seconds) if seconds else ours.get("note", cell["rows"][0]["note"])
+        milliseconds = report.milliseconds(seconds) if seconds else ours.get("note") or cell["rows"][0].get("note") or ""
         table.add_row(cell["name"], milliseconds, show(floor), *shares, best, style="red" if failed else None)
     return table

@@ -22,6 +22,7 @@ from fusedonemoe.bench.libraries import line_up
 from fusedonemoe.bench.peers import chosen
 from fusedonemoe.bench.results import CellResult, Row
 from fusedonemoe.bench.workloads import ALLOCATORS, Cell
+from fusedonemoe.files import reason_of
 
 COMMAND = (sys.executable, "-m", "fusedonemoe.bench.isolated")
 # The whole of a failed cell stands in one row.
@@ -64,8 +65,15 @@ def run_job(job: Job) -> CellResult:
         job: its ceilings take what the process found.
 
     Returns:
-        The result; one failed row where the process did not end well.
+        The result; one failed row where the process did not end well, or could not be started.
     """
+    try:
+        return _in_a_process(job)
+    except OSError as error:  # a full disk, no folder for temporary files, no more processes
+        return _failed(job.cell, f"the process could not be started: {reason_of(error)}", "")
+
+
+def _in_a_process(job: Job) -> CellResult:
     with tempfile.TemporaryDirectory(prefix="fusedonemoe-bench-") as folder:
         given, made = Path(folder, "job"), Path(folder, "result")
         given.write_bytes(pickle.dumps(job))

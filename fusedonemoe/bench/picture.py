@@ -1,13 +1,16 @@
 """The picture: every peer's time in every cell, in multiples of what the machine needs at least."""
 
+import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from fusedonemoe import files
 from fusedonemoe.bench.libraries import LINE_UP
 from fusedonemoe.bench.peers import OURS, is_ours
 
@@ -30,18 +33,18 @@ Panel = tuple[str, str, str]
 
 
 def _panel_of(cell: dict[str, Any]) -> Panel:
-    return cell["operator"], cell.get("mode", "forward"), cell.get("allocator", "default")
+    return cell.get("operator", ""), cell.get("mode", "forward"), cell.get("allocator", "default")
 
 
 def _title(panel: Panel, dtype: str, several: bool) -> str:
     operator, mode, allocator = panel
-    what = TITLES[mode]
+    what = TITLES.get(mode, mode)
     extra = ", huge pages" if allocator != "default" else ""
     return f"{operator + ', ' if several else ''}{what}, {dtype}{extra}"
 
 
 def _label(cell: dict[str, Any]) -> str:
-    label = cell.get("label") or f"T{cell['T']} E{cell['E']} K{cell['K']}"
+    label = cell.get("label") or (f"T{cell['T']} E{cell['E']} K{cell['K']}" if {"T", "E", "K"} <= cell.keys() else cell["name"])
     skew = ", skewed" if cell.get("routing") == "skewed" else ""
     saved = f", save {cell['save_percent']} %" if cell.get("save_percent", 100) != 100 else ""
     return label + skew + saved
@@ -70,8 +73,8 @@ def _styles(peers: list[str]) -> dict[str, dict[str, Any]]:
 def _draw_panel(axes: Axes, cells: list[dict[str, Any]], styles: dict[str, dict[str, Any]]) -> None:
     for line, cell in enumerate(cells):
         axes.axhline(line, color="0.9", linewidth=0.8, zorder=1)
-        floor = cell["floor_seconds"]
-        times = {row["peer"]: row["seconds"] / floor for row in cell["rows"] if row["seconds"] and floor}
+        floor = cell.get("floor_seconds")
+        times = {row["peer"]: row["seconds"] / floor for row in cell["rows"] if row.get("seconds") and floor}
         incomplete = {row["peer"] for row in cell["rows"] if not row.get("comparable", True)}
         for peer, style in styles.items():
             if peer in times:
@@ -97,7 +100,7 @@ def _draw_panel(axes: Axes, cells: list[dict[str, Any]], styles: dict[str, dict[
 
 def _caption(results: dict[str, Any]) -> list[str]:
     """What was measured on, and what the special marks say where there are any."""
-    rows = [(row, cell["floor_seconds"]) for cell in results["cells"] for row in cell["rows"] if row["seconds"]]
+    rows = [(row, cell.get("floor_seconds")) for cell in results["cells"] for row in cell["rows"] if row.get("seconds")]
     gpu = results.get("gpu")
     device = gpu["name"] if gpu else f"{results['cpu']} ({results['cpu_capability']}), {results['threads']} threads"
     lines = [f"{device}, torch {results['versions']['torch']}, {results['date'][:10]}"]
@@ -108,19 +111,41 @@ def _caption(results: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _format_of(path: Path) -> str:
+    return path.suffix[1:].lower() or "png"
+
+
+def check(path: Path) -> None:
+    """Find out whether a picture can be written there.
+
+    Args:
+        path: of the picture.
+
+    Raises:
+        UnwritableError: it cannot, or there is no format of this ending.
+    """
+    known = sorted(FigureCanvasBase.get_supported_filetypes())
+    if _format_of(path) not in known:
+        raise files.UnwritableError(f"cannot write {files.shown(path)}: its ending must be one of {', '.join(known)}")
+    files.check(path)
+
+
 def draw(path: Path, results: dict[str, Any]) -> None:
     """Write the picture.
 
     Args:
-        path: of the PNG; its folder is made.
+        path: of the PNG, or of another format that its ending names; its folder is made.
         results: what the benchmark writes as JSON.
+
+    Raises:
+        UnwritableError: it cannot be written.
     """
     cells = results["cells"]
-    peers = _unique(row["peer"] for cell in cells for row in cell["rows"] if row["seconds"])
+    peers = _unique(row["peer"] for cell in cells for row in cell["rows"] if row.get("seconds"))
     styles = _styles(peers)
-    panels, dtypes = _unique(map(_panel_of, cells)), _unique(cell["dtype"] for cell in cells)
+    panels, dtypes = _unique(map(_panel_of, cells)), _unique(cell.get("dtype", "") for cell in cells)
     several = len({operator for operator, _, _ in panels}) > 1
-    shown = {(p, d): [c for c in cells if _panel_of(c) == p and c["dtype"] == d] for p in panels for d in dtypes}
+    shown = {(p, d): [c for c in cells if _panel_of(c) == p and c.get("dtype", "") == d] for p in panels for d in dtypes}
     heights = [max(2, *(len(shown[panel, dtype]) for dtype in dtypes)) * ROW_HEIGHT + PANEL_MARGIN for panel in panels]
     # Without pyplot: no window system is asked for, and nothing global stays behind.
     figure = Figure(figsize=(PANEL_WIDTH * max(len(dtypes), 1), sum(heights) + 2.0), layout="constrained")
@@ -139,5 +164,6 @@ def draw(path: Path, results: dict[str, Any]) -> None:
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=2 * len(dtypes), frameon=False)
     figure.suptitle("\n".join(_caption(results)), fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=150, format=_format_of(path))
+    files.write(path, drawn.getvalue())

@@ -31,9 +31,9 @@ PIPE_WIDTH = 180
 
 
 def console() -> Console:
-    """Where tables are printed."""
-    console = Console()
-    return console if console.is_terminal else Console(width=PIPE_WIDTH)
+    """Where tables are printed: texts as they are, for brackets in an error message are no commands for colours."""
+    console = Console(markup=False, emoji=False)
+    return console if console.is_terminal else Console(width=PIPE_WIDTH, markup=False, emoji=False)
 
 
 def version_of(package: str) -> str | None:
@@ -236,7 +236,7 @@ def summary_of(results: dict[str, Any]) -> Table:
         table.add_column(heading, justify="right")
     table.add_column("best peer", no_wrap=True)
     for cell in results["cells"]:
-        rows, floor = {row["peer"]: row for row in cell["rows"]}, cell["floor_seconds"]
+        rows, floor = {row["peer"]: row for row in cell["rows"]}, cell.get("floor_seconds")
         figures = []
         for name in (OURS, *([PREPACKED] if prepacked else [])):
             row = rows.get(name, {})

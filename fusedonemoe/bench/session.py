@@ -12,8 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from fusedonemoe import files
 from fusedonemoe.bench import comparison, earlier, report
+from fusedonemoe.bench.records import DamagedError
 from fusedonemoe.bench.runner import threads
+from fusedonemoe.files import reason_of
 
 EXIT_DISAGREE = 1
 EXIT_USAGE = 2
@@ -60,14 +63,6 @@ def peers_exist(names: set[str], pattern: re.Pattern[str] | None) -> bool:
     return False
 
 
-def write(path: Path, results: dict[str, Any]) -> None:
-    """Write the results so that the file is whole at every moment."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, path)
-
-
 def has_failed(cell: dict[str, Any]) -> bool:
     """Whether a peer's answer was off, or it raised."""
     return any(row["failed"] for row in cell["rows"])
@@ -79,14 +74,15 @@ def finished_cells(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]
     Args:
         path: of the results; it need not exist.
         settings: of this run.
+
+    Raises:
+        DamagedError: there is something else at the path, which must not be lost.
     """
-    if not path.exists():
+    if files.stamp_of(path) is None:
         return []
-    try:
-        before = earlier.read(path)
-    except ValueError:
-        print(f"{path} holds no results: starting afresh", file=sys.stderr)
-        return []
+    if files.is_stream(path):
+        raise DamagedError("a pipe or a device cannot be read again")
+    before = earlier.read(path)
     wanted = json.loads(json.dumps({"schema": report.SCHEMA, **settings}))
     if other := [name for name in IDENTITY if before.get(name) != wanted.get(name)]:
         print(f"{path} is of another {', '.join(other)}: starting afresh", file=sys.stderr)
@@ -94,24 +90,83 @@ def finished_cells(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]
     return [cell for cell in before["cells"] if not has_failed(cell)]
 
 
+class _Keeper:
+    """Keeps the results of a run in a file.
+
+    A pipe or a device gets them once, when the run ends. Where two runs write one file, it has all of one of them: the last one
+    wins, and says so.
+    """
+
+    def __init__(self, path: Path | None, cells: int) -> None:
+        self.path = path
+        self.cells = cells  # that are in the file
+        self.once = path is not None and files.is_stream(path)
+        self._seen = files.stamp_of(path) if path else None
+        self._told = False
+
+    def __call__(self, results: dict[str, Any], *, last: bool = False) -> None:
+        """Write the results so far; without a path, nothing."""
+        if self.path is None or (self.once and not last):
+            return
+        found, expected = files.stamp_of(self.path), self._seen
+        self._seen = files.write(self.path, (json.dumps(results, indent=1) + "\n").encode())
+        self.cells = len(results["cells"])
+        if not (self.once or self._told or found in (None, expected)):
+            self._told = True
+            print(f"another program has written {self.path} too; now it has the cells of this run alone", file=sys.stderr)
+
+
+def _temporary_file() -> Path | None:
+    """A file for a run without ``--json``; None, and a line on stderr, where there is no room for one."""
+    try:
+        descriptor, name = tempfile.mkstemp(prefix="fusedonemoe-bench-", suffix=".json")
+    except OSError as error:
+        print(f"cells that are finished before an interruption will be lost: {reason_of(error)}", file=sys.stderr)
+        return None
+    os.close(descriptor)
+    return Path(name)
+
+
 @contextmanager
-def _kept(path: Path | None, results: dict[str, Any], *, wanted: bool) -> Iterator[Callable[[], None]]:
+def _kept(path: Path | None, results: dict[str, Any], *, wanted: bool) -> Iterator[_Keeper]:
     """Yields what writes the results so far; without a path into the folder for temporary files, if that is wanted."""
-    kept = path or Path(tempfile.gettempdir(), f"fusedonemoe-bench-{os.getpid()}.json")
-
-    def keep() -> None:
-        if path or wanted:
-            write(kept, results)
-
+    temporary = _temporary_file() if path is None and wanted else None
+    keep = _Keeper(path or temporary, len(results["cells"]))
     try:
         yield keep
-    except BaseException:
-        if results["cells"] and (path or wanted):
-            hint = "; --resume goes on from there" if path else ""
-            print(f"the {len(results['cells'])} finished cells are in {kept}{hint}", file=sys.stderr)
+    except BaseException as error:
+        if len(results["cells"]) > keep.cells and not isinstance(error, files.UnwritableError | BrokenPipeError):
+            keep(results, last=True)
+        if keep.path and keep.cells:
+            hint = "; --resume goes on from there" if path and not keep.once else ""
+            print(f"the {keep.cells} finished cells are in {keep.path}{hint}", file=sys.stderr)
+        elif temporary:
+            temporary.unlink(missing_ok=True)
         raise
-    if path is None:
-        kept.unlink(missing_ok=True)
+    if temporary:
+        temporary.unlink(missing_ok=True)
+
+
+def _before(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[dict[str, Any] | None, list[dict[str, Any]]] | str:
+    """The results of ``--compare`` and the finished cells of ``--json``; an error message where a file cannot serve."""
+    try:
+        old = comparison.load(args.compare, settings) if args.compare else None
+    except comparison.IncomparableError as reason:
+        return f"--compare {files.shown(args.compare)}: {reason}"
+    try:
+        done = finished_cells(args.json, settings) if args.json and args.resume else []
+    except DamagedError as reason:
+        return f"--resume {files.shown(args.json)}: {reason}; nothing was changed in it"
+    try:
+        if args.json:
+            files.check(args.json)
+        if args.picture:
+            from fusedonemoe.bench import picture
+
+            picture.check(args.picture)
+    except files.UnwritableError as reason:
+        return str(reason)
+    return old, done
 
 
 def run_cells(
@@ -142,44 +197,43 @@ def run_cells(
         long: whether stderr is told of every cell where it is no terminal, and unfinished runs are kept without ``--json``.
 
     Returns:
-        The exit status: 0; 1 when a peer's outputs disagreed or it raised; 2 when there is nothing to compare with; 3 when
-        ours is slower than in the file of ``--compare``.
+        The exit status: 0; 1 when a peer's outputs disagreed or it raised; 2 when a file cannot be read, compared with or
+        written; 3 when ours is slower than in the file of ``--compare``.
     """
-    old: dict[str, Any] | None = None
-    if args.compare:
-        try:
-            old = comparison.load(args.compare, settings)
-        except comparison.IncomparableError as reason:
-            print(f"--compare {args.compare}: {reason}", file=sys.stderr)
-            return EXIT_USAGE
-    path = Path(args.json) if args.json else None
-    done = finished_cells(path, settings) if path and args.resume else []
+    found = _before(args, settings)
+    if isinstance(found, str):
+        print(found, file=sys.stderr)
+        return EXIT_USAGE
+    old, done = found
     # What stands in the file and was not asked for stays in it.
     known = {cell["name"] for cell in done}
     left = [cell for cell in cells if cell.name not in known]
     results: dict[str, Any] = {"schema": report.SCHEMA, **settings, "cells": done}
     if len(left) < len(cells):
-        print(f"{len(cells) - len(left)} of {len(cells)} cells are in {path} already", file=sys.stderr)
+        print(f"{len(cells) - len(left)} of {len(cells)} cells are in {args.json} already", file=sys.stderr)
     begun, budget = time.monotonic(), args.minutes or minutes
-    with _kept(path, results, wanted=long) as keep, report.progress(len(left), in_pipes=long) as advance:
-        for cell in left:
-            if budget and time.monotonic() - begun > 60 * budget:
-                print(f"stopped after {budget:g} minutes; --resume goes on with {cell.name}", file=sys.stderr)
-                break
-            advance(cell.name)
-            result = measure(cell)
-            results["cells"].append(to_json(result))
-            keep()
-            show(result)
     rank = {name: index for index, name in enumerate(order)}
-    results["cells"].sort(key=lambda cell: rank.get(cell["name"], len(rank)))
-    if path:
-        write(path, results)
-    summary(results)
-    if args.picture:
-        from fusedonemoe.bench.picture import draw
+    try:
+        with _kept(args.json, results, wanted=long) as keep, report.progress(len(left), in_pipes=long) as advance:
+            for cell in left:
+                if budget and time.monotonic() - begun > 60 * budget:
+                    print(f"stopped after {budget:g} minutes; --resume goes on with {cell.name}", file=sys.stderr)
+                    break
+                advance(cell.name)
+                result = measure(cell)
+                results["cells"].append(to_json(result))
+                keep(results)
+                show(result)
+            results["cells"].sort(key=lambda cell: rank.get(cell["name"], len(rank)))
+            keep(results, last=True)
+        summary(results)
+        if args.picture:
+            from fusedonemoe.bench.picture import draw
 
-        draw(args.picture, results)
+            draw(args.picture, results)
+    except files.UnwritableError as reason:
+        print(reason, file=sys.stderr)
+        return EXIT_USAGE
     slower = comparison.print_comparison(old, json.loads(json.dumps(results))) if old else False
     if any(map(has_failed, results["cells"])):
         return EXIT_DISAGREE

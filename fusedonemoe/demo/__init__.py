@@ -8,29 +8,47 @@ import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+from fusedonemoe import files, options
 from fusedonemoe.overview import NEEDS, is_installed
 
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+PICTURE = "fusedonemoe-demo.png"
+# torch takes 64 bits; the demo also counts up from its seed.
+MOST_SEED = 2**63 - 1
+MOST_STEPS = 10**9
+MOST_PROCESSES = 1024
+# Seconds that torchrun has for ending its processes after Ctrl-C, before it is asked to once more.
+PATIENCE = 60.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the demo's options to a parser."""
     parser.add_argument("--quick", action="store_true", help="tiny models and few steps: shows that it runs, not that it learns")
-    parser.add_argument("--steps", type=_positive, help="optimizer steps of each model")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights, the batches and the sample (default %(default)s)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
-    parser.add_argument("--threads", type=_positive, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--steps", type=options.whole(1, MOST_STEPS), help="optimizer steps of each model")
     parser.add_argument(
-        "--nproc", type=_positive, default=1, help="processes that share the experts and the batch, on this machine (default 1)"
+        "--seed",
+        type=options.whole(0, MOST_SEED),
+        default=0,
+        help="of the weights, the batches and the sample, from 0 to 2**63 - 1 (default %(default)s)",
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
+    parser.add_argument("--threads", type=options.whole(1, options.MOST_THREADS), help="CPU threads (default: torch's choice)")
+    parser.add_argument(
+        "--nproc",
+        type=options.whole(1, MOST_PROCESSES),
+        default=1,
+        help="processes that share the experts and the batch, on this machine (default 1)",
     )
     parser.add_argument("--no-compile", action="store_true", help="run everything without torch.compile")
-    parser.add_argument("--output", default="demo-output", metavar="DIR", help="folder of the picture (default %(default)s)")
+    parser.add_argument(
+        "--output",
+        type=options.path,
+        default=Path("demo-output"),
+        metavar="DIR",
+        help="folder of the picture (default %(default)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
         args: what a parser with :func:`add_arguments` returned.
 
     Returns:
-        The exit code: 0; 1 when a layer that should agree does not; 2 when something that it needs is not there.
+        The exit code: 0; 1 when a layer that should agree does not; 2 when something that it needs is not there, or the picture
+        cannot be written.
     """
     missing = [package for package in NEEDS["demo"] if not is_installed(package)]
     if missing:
@@ -49,11 +68,15 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 2
-    if args.nproc > 1:
-        return _launch(args)
-    from fusedonemoe.demo.program import run as run_program  # only now: it imports the extras
+    try:
+        if args.nproc > 1:
+            return _launch(args)
+        from fusedonemoe.demo.program import run as run_program  # only now: it imports the extras
 
-    return run_program(args)
+        return run_program(args)
+    except files.UnwritableError as reason:
+        print(f"--output: {reason}", file=sys.stderr)
+        return 2
 
 
 def _launch(args: argparse.Namespace) -> int:
@@ -63,15 +86,30 @@ def _launch(args: argparse.Namespace) -> int:
     if FULL.batch % args.nproc:
         print(f"The demo cannot run here: --nproc must divide the batch of {FULL.batch}, got {args.nproc}", file=sys.stderr)
         return 2
+    files.check(args.output / PICTURE)
     threads = max(1, (args.threads or os.cpu_count() or 1) // args.nproc)  # together as many as one process would use
-    options = []
+    given = []
     # Without --nproc: the processes hear from torchrun how many they are, and torchrun would take it for an option of its own.
     for name, value in {**vars(args), "threads": threads, "nproc": None}.items():
         option = f"--{name.replace('_', '-')}"
         if value is True:
-            options.append(option)
+            given.append(option)
         elif value is not None and value is not False:
-            options.append(f"{option}={value}")
+            given.append(f"{option}={value}")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.nproc}"]
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}  # else torchrun sets 1, and warns
-    return subprocess.run([*torchrun, "-m", "fusedonemoe", "demo", *options], env=environment, check=False).returncode
+    return _exit_code_of([*torchrun, "-m", "fusedonemoe", "demo", *given], environment)
+
+
+def _exit_code_of(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run a command to its end; on Ctrl-C too, for torchrun then has to end its own processes."""
+    with subprocess.Popen(command, env=environment) as process:
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            try:
+                process.wait(PATIENCE)  # The terminal sends Ctrl-C to torchrun as well.
+            except subprocess.TimeoutExpired:
+                process.terminate()
+            raise
+    return status if status >= 0 else 128 - status  # ended by a signal, as a shell reports it

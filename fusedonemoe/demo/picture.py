@@ -1,10 +1,12 @@
 """The picture: how both models learned, and which experts the text went to."""
 
+import io
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from fusedonemoe import files
 from fusedonemoe.demo.settings import Settings
 from fusedonemoe.demo.train import Trainer, smoothed
 
@@ -67,11 +69,15 @@ def draw(path: Path, trainers: list[Trainer], settings: Settings) -> None:
         path: of the PNG; its folder is made.
         trainers: the MoE and the dense baseline, trained.
         settings: of the run.
+
+    Raises:
+        UnwritableError: it cannot be written.
     """
     # Without pyplot: no window system is asked for, and nothing global stays behind.
     figure = Figure(figsize=(10, 8), layout="constrained")
     curves, usage = figure.subplots(2, 1, height_ratios=[2.2, 1])
     _draw_curves(curves, trainers, settings)
     _draw_usage(figure, usage, trainers[0], settings)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=150, format="png")
+    files.write(path, drawn.getvalue())

@@ -7,13 +7,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from fusedonemoe.demo import picture, terminal
+from fusedonemoe import files
+from fusedonemoe.demo import PICTURE, picture, terminal
 from fusedonemoe.demo.model import ByteTransformer, ParameterCount, count_parameters
 from fusedonemoe.demo.parallel import Processes, joined
 from fusedonemoe.demo.settings import FULL, QUICK, Settings
@@ -25,7 +25,6 @@ from fusedonemoe.layers import MoE
 MOE, DENSE = "MoE", "dense"
 PROMPT = b'def read_lines(path, encoding="utf-8"):\n    """'
 TEMPERATURE = 0.8
-PICTURE = "fusedonemoe-demo.png"
 
 
 class Stopwatch:
@@ -49,6 +48,8 @@ class Stopwatch:
 def _device(name: str) -> torch.device:
     """The device, or a RuntimeError that says why not."""
     device = torch.device(name)
+    if device.type not in ("cpu", "cuda"):
+        raise RuntimeError(f"--device must be cpu or cuda, got {name!r}")
     torch.empty(0, device=device)
     return device
 
@@ -98,6 +99,7 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
     except (AssertionError, RuntimeError, FileNotFoundError) as reason:
         print(f"The demo cannot run here: {reason}", file=sys.stderr)
         return 2
+    files.check(args.output / PICTURE)
     if args.threads:
         torch.set_num_threads(args.threads)
     settings = QUICK if args.quick else FULL
@@ -107,7 +109,7 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
         print(f"The demo cannot run here: {processes.world} processes do not divide a batch of {settings.batch}", file=sys.stderr)
         return 2
     compiled = not args.no_compile
-    console = Console(quiet=processes.rank > 0)
+    console = Console(quiet=processes.rank > 0, markup=False, emoji=False)  # texts as they are: a path may have brackets
     watch = Stopwatch()
 
     options: dict[str, Any] = {"seed": args.seed, "device": device, "compiled": compiled, "processes": processes}
@@ -136,10 +138,10 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
     with watch.measure("timing one layer"):
         measurements = _compare_throughput(console, settings, seed=args.seed, device=device, compiled=compiled)
 
-    path = Path(args.output) / PICTURE
+    path = args.output / PICTURE
     with watch.measure("picture"):
         picture.draw(path, trainers, settings)
-    console.print(f"Picture: {path}", soft_wrap=True)
+    console.print(f"Picture: {files.shown(path)}", soft_wrap=True)
     console.print(f"Time: {watch}")
     if any(measurement.tokens_per_second is None for measurement in measurements):
         print("A layer of the comparison disagrees with float64; see the table.", file=sys.stderr)

@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from fusedonemoe import files, options
+
 __all__ = ["add_arguments", "run"]
 
 EXIT_USAGE = 2
@@ -16,10 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: of the command or subcommand.
     """
     parser.add_argument(
-        "results", nargs="+", type=Path, metavar="RESULTS.json", help="what bench --json wrote; several make one page"
+        "results", nargs="+", type=options.path, metavar="RESULTS.json", help="what bench --json wrote; several make one page"
     )
     parser.add_argument(
-        "-o", "--output", type=Path, default=Path("report.html"), metavar="FILE.html", help="default: %(default)s"
+        "-o", "--output", type=options.path, default=Path("report.html"), metavar="FILE.html", help="default: %(default)s"
     )
 
 
@@ -30,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
         args: what :func:`add_arguments` parsed.
 
     Returns:
-        The exit status: 0; 2 when a file holds no results with times.
+        The exit status: 0; 2 when a file holds no results with times, or the page cannot be written.
     """
     # Here, not at the top: this module is imported whenever the command line is, to read the options.
     from fusedonemoe.report.page import page_of
@@ -38,11 +40,15 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         runs = [load(path) for path in args.results]
-    except NoResultsError as reason:
+        if files.stamp_of(args.output) in [files.stamp_of(path) for path in args.results]:
+            raise files.UnwritableError(f"cannot write {files.shown(args.output)}: its results are what the page is made of")
+        files.check(args.output)
+        # A page on stdout is all that is there.
+        told = sys.stderr if files.is_stream(args.output) else sys.stdout
+        files.write(args.output, page_of(runs).encode("utf-8"))
+    except (NoResultsError, files.UnwritableError) as reason:
         print(reason, file=sys.stderr)
         return EXIT_USAGE
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(page_of(runs), encoding="utf-8")
     cells = sum(len(run.cells) for run in runs)
-    print(f"{args.output}: {cells} cells of {len(runs)} file{'s' if len(runs) > 1 else ''}")
+    print(f"{files.shown(args.output)}: {cells} cells of {len(runs)} file{'s' if len(runs) > 1 else ''}", file=told)
     return 0

@@ -170,7 +170,7 @@ def usage(album: Album, run: Run) -> list[Figure]:
     for load, cell in seen.items():
         points = tuple((100 * rank / (len(load) - 1), value) for rank, value in enumerate(load))
         lines = [Line("rows of an expert", points, LOAD), Line("even", ((0.0, 1.0), (100.0, 1.0)), EVEN)]
-        title = f"{cell['name']}: {cell.get('experts_hit', 0):.0f} of {cell['E']} experts hit"
+        title = f"{cell['name']}: {cell.get('experts_hit', 0):.0f} of {cell.get('E', '?')} experts hit"
         middle = load[len(load) // 2]
         told = f"Times the mean: the busiest expert {load[0]:.2f}, the middle one {middle:.2f}, the idlest {load[-1]:.2f}."
         x = Axis("experts, the busiest first, %", logarithmic=False, at=(0.0, 25.0, 50.0, 75.0, 100.0))

@@ -7,6 +7,8 @@ from typing import Any
 
 from fusedonemoe.bench import earlier
 from fusedonemoe.bench.peers import OURS, is_ours
+from fusedonemoe.bench.records import DamagedError
+from fusedonemoe.files import shown
 
 Cell = dict[str, Any]
 Row = dict[str, Any]
@@ -45,12 +47,12 @@ def load(path: Path) -> Run:
     """
     try:
         results = earlier.read(path)
-        cells = [cell for cell in results["cells"] if any(row.get("seconds") for row in cell["rows"])]
-        name = f"{results['suite']}, {results['date'][:10]}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise NoResultsError(f"{path}: no results of `bench --json` ({type(error).__name__}: {error})") from error
+    except DamagedError as error:
+        raise NoResultsError(f"{shown(path)}: no results of `bench --json` ({error})") from error
+    cells = [cell for cell in results["cells"] if any(row.get("seconds") for row in cell["rows"])]
+    name = f"{results['suite']}, {results['date'][:10]}"
     if not cells:
-        raise NoResultsError(f"{path}: nothing in it has a time; a dry run has none")
+        raise NoResultsError(f"{shown(path)}: nothing in it has a time; a dry run has none")
     return Run(name, {key: value for key, value in results.items() if key != "cells"}, tuple(cells))
 
 
@@ -124,4 +126,4 @@ def title_of(cell: Cell, without: str = "") -> str:
     huge = ", huge pages" if cell.get("allocator", "default") != "default" else ""
     system = f"{cell['system']}: " if cell.get("system") else ""
     scaled = ", scaled" if cell.get("published") else ""
-    return f"{system}{cell['operator']}, {mode}{saved}{huge}, {cell['dtype']}{scaled}; {sizes}"
+    return f"{system}{cell.get('operator', '?')}, {mode}{saved}{huge}, {cell.get('dtype', '?')}{scaled}; {sizes}"

@@ -6,8 +6,6 @@ compiled graph serves every T with the tiles of the one it was traced with.
 
 import importlib.metadata
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fusedonemoe import files
 from fusedonemoe.ops.cpu.build import cache_directory
 from fusedonemoe.ops.triton import INTERPRETED
 
@@ -97,6 +96,8 @@ def architecture(device: torch.device) -> str:
 FEW_ROWS = 32
 # Memory answers in about a microsecond, so a GPU of 132 multiprocessors and 4.8 TB/s must have about 5 MB under way.
 BYTES_IN_FLIGHT = 132 * 40 * 1024
+# The largest number in a tile that is read from a file.
+LARGEST = 1024
 
 
 def few_rows(rows: int, num_experts: int) -> bool:
@@ -197,24 +198,39 @@ def _measured() -> dict[Layer, Tiles]:
     if _read is None:
         try:
             entries = json.loads(_measurements().read_text(encoding="utf-8"))
-            _read = {Layer(**e["layer"]): Tiles(**{name: Tile(*tile) for name, tile in e["tiles"].items()}) for e in entries}
-        except (OSError, ValueError, KeyError, TypeError, importlib.metadata.PackageNotFoundError):
+            _read = {Layer(**e["layer"]): Tiles(**{name: _tile(tile) for name, tile in e["tiles"].items()}) for e in entries}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ImportError):
             _read = {}  # none yet, or a file that somebody else wrote: the rules are always there
     return _read
+
+
+def _tile(values: Sequence[object]) -> Tile:
+    """A tile as it was read from a file."""
+    if not all(isinstance(value, int) and 1 <= value <= LARGEST for value in values):
+        raise ValueError(f"a tile must have whole numbers from 1 to {LARGEST}, got {values}")
+    tile = Tile(*values)  # type: ignore[arg-type]
+    if any(block & (block - 1) for block in (tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K)):
+        raise ValueError(f"blocks must be powers of two, got {tile}")
+    return tile
+
+
+def check_cache() -> None:
+    """Find out whether :func:`keep` can write.
+
+    Raises:
+        UnwritableError: it cannot.
+    """
+    files.check(_measurements())
 
 
 def keep(layer: Layer, tiles: Tiles) -> Path:
     """Add measured tiles to the cache, for this process and for later ones. Returns the cache's file."""
     global _read
     path = _measurements()
-    path.parent.mkdir(parents=True, exist_ok=True)
     _read = None  # another process may have written since
     known = {**_measured(), layer: tiles}
     entries = [{"layer": at._asdict(), "tiles": best._asdict()} for at, best in known.items()]
-    descriptor, name = tempfile.mkstemp(dir=path.parent, suffix=".json")
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        json.dump(entries, file, indent=1)
-    os.replace(name, path)
+    files.write(path, json.dumps(entries, indent=1).encode())
     _read = known
     return path
 

@@ -1,0 +1,202 @@
+"""The fields of a file of results, and what each may hold: checked once, when a file is read.
+
+A reader may rely on every field of these tables that is there; those that are needed are there. Other fields are left alone.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+# Charts and ratios are computed of these numbers: within the bounds no quotient of two of them overflows.
+LEAST, MOST = 1e-12, 1e24
+# What the benchmark writes has six levels; json itself fails somewhere in the hundreds, depending on the stack.
+MOST_LEVELS = 32
+TOO_DEEP = f"lists and objects must not be nested deeper than {MOST_LEVELS} levels"
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_LONGEST = 60
+
+
+class DamagedError(ValueError):
+    """A file cannot be read as results; the message says why, without the name of the file."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a field may hold.
+
+    Attributes:
+        told: the same in words.
+        holds: decides.
+        needed: whether the field may not be missing.
+    """
+
+    told: str
+    holds: Callable[[Any], bool]
+    needed: bool = False
+
+    @property
+    def or_null(self) -> "Kind":
+        """The same, or null."""
+        return Kind(f"{self.told}, or null", lambda value: value is None or self.holds(value), self.needed)
+
+    @property
+    def here(self) -> "Kind":
+        """The same, of a field that may not be missing."""
+        return Kind(self.told, self.holds, needed=True)
+
+
+Fields = Mapping[str, Kind]
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and not _SURROGATE.search(value)
+
+
+def _is_amount(value: Any) -> bool:
+    return _is_number(value) and (value == 0 or LEAST <= value <= MOST)
+
+
+TEXT = Kind("text", _is_text)
+FLAG = Kind("true or false", lambda value: isinstance(value, bool))
+# Also what is compared for being equal, and part of a key.
+PLAIN = Kind("text, a number, or true or false", lambda value: _is_text(value) or isinstance(value, bool) or _is_amount(value))
+AMOUNT = Kind(f"0 or a number from {LEAST:g} to {MOST:g}", _is_amount)
+COUNT = Kind("a whole number from 0", lambda value: isinstance(value, int) and _is_amount(value) and value is not True)
+SIZE = Kind("a whole number from 1", lambda value: COUNT.holds(value) and value >= 1)
+PERCENT = Kind("a number from 0 to 100", lambda value: _is_amount(value) and value <= 100)
+# An answer that is far off has an error that is infinite or no number.
+ERROR = Kind("a number", lambda value: isinstance(value, float) or _is_amount(value))
+PAIR = Kind("two numbers", lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is_amount, value)))
+AMOUNTS = Kind("a list of numbers", lambda value: isinstance(value, list) and all(map(_is_amount, value)))
+OBJECT = Kind("an object", lambda value: isinstance(value, dict))
+LIST = Kind("a list", lambda value: isinstance(value, list))
+FILLED = Kind("a list that is not empty", lambda value: isinstance(value, list) and bool(value))
+VERSIONS = Kind(
+    "an object of texts",
+    lambda value: isinstance(value, dict) and all(_is_text(name) and TEXT.or_null.holds(v) for name, v in value.items()),
+)
+
+RUN: Fields = {
+    "schema": COUNT,
+    "suite": TEXT.here,
+    "date": TEXT.here,
+    "versions": VERSIONS,
+    "cpu": TEXT.or_null,
+    "cpu_capability": TEXT.or_null,
+    "cores": COUNT.or_null,
+    "threads": COUNT.or_null,
+    "peers": TEXT.or_null,
+    "dry": FLAG.or_null,
+    "impl": TEXT.or_null,
+    "gpu": OBJECT.or_null,
+    "allocators": OBJECT.or_null,
+    "huge_pages": TEXT.or_null,
+    "conditions": LIST,
+}
+GPU: Fields = {"name": TEXT.here}
+CELL: Fields = {
+    "name": TEXT.here,
+    "rows": FILLED.here,
+    **dict.fromkeys(("T", "E", "K"), SIZE),
+    **dict.fromkeys(("D", "F", "L"), COUNT),
+    **dict.fromkeys(("operator", "dtype", "mode", "allocator", "label"), TEXT),
+    **dict.fromkeys(("floor_bound_by", "published", "system", "yardstick"), TEXT.or_null),
+    **dict.fromkeys(("routing", "activation", "gated"), PLAIN.or_null),
+    "save_percent": PERCENT,
+    "load": AMOUNTS,
+    "real_time": FLAG.or_null,
+    "experts_hit": AMOUNT,
+    **dict.fromkeys(
+        ("floor_seconds", "flops_per_s", "bytes_per_s", "flops", "touched_bytes", "parameters", "active_parameters"),
+        AMOUNT.or_null,
+    ),
+    **dict.fromkeys(("dense_seconds", "copy_seconds", "floor_tokens_per_second"), AMOUNT.or_null),
+}
+ROW: Fields = {
+    "peer": TEXT.here,
+    "failed": FLAG.here,
+    "note": TEXT.or_null,
+    "comparable": FLAG,
+    **dict.fromkeys(("seconds", "p95_seconds", "p99_seconds", "paired_seconds", "floor_seconds"), AMOUNT.or_null),
+    **dict.fromkeys(("tokens_per_second", "times_faster", "times_best", "of_dense", "of_copy"), AMOUNT.or_null),
+    **dict.fromkeys(("peak_bytes", "held_bytes", "formula_bytes", "promised_bytes", "weight_bytes"), AMOUNT.or_null),
+    **dict.fromkeys(("relative", "share", "speed_up", "success_rate"), AMOUNT.or_null),
+    **dict.fromkeys(("meets_latency", "meets_throughput", "same_tokens"), FLAG.or_null),
+    **dict.fromkeys(("error", "weight_error"), ERROR.or_null),
+    **dict.fromkeys(("spread", "quartiles"), PAIR.or_null),
+    "save_percent": PERCENT.or_null,
+    "calls": COUNT,
+}
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def check(values: Any, fields: Fields, where: str = "") -> dict[str, Any]:
+    """Check an object's fields.
+
+    Args:
+        values: of which nothing is known yet.
+        fields: what each may hold.
+        where: of the object in its file, as ``"cells[0]"``; empty for the whole file.
+
+    Returns:
+        The object.
+
+    Raises:
+        DamagedError: it is no object, or a field is missing or holds something else.
+    """
+    if not isinstance(values, dict):
+        raise DamagedError(f"{where or 'the file'} must be an object, got {_shown(values)}")
+    for name, kind in fields.items():
+        place = f"{where}.{name}".lstrip(".")
+        if name in values and not kind.holds(values[name]):
+            raise DamagedError(f"{place} must be {kind.told}, got {_shown(values[name])}")
+        if name not in values and kind.needed:
+            raise DamagedError(f"{place} is missing: it must be {kind.told}")
+    return values
+
+
+def check_cells(results: dict[str, Any]) -> None:
+    """Check the cells and rows of a file.
+
+    Args:
+        results: of the file; ``cells`` is checked here as well.
+
+    Raises:
+        DamagedError: as of :func:`check`.
+    """
+    check(results, {"cells": LIST.here})
+    for n, cell in enumerate(results["cells"]):
+        check(cell, CELL, f"cells[{n}]")
+        for r, row in enumerate(cell["rows"]):
+            check(row, ROW, f"cells[{n}].rows[{r}]")
+
+
+def _inside(values: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return values.values() if isinstance(values, dict) else values
+
+
+def check_levels(values: Any) -> None:
+    """Check that lists and objects are not nested deeper than anything that is written here.
+
+    Args:
+        values: as they were parsed.
+
+    Raises:
+        DamagedError: they are.
+    """
+    level = [values]
+    for _ in range(MOST_LEVELS):
+        level = [inner for each in level if isinstance(each, dict | list) for inner in _inside(each)]
+        if not level:
+            return
+    raise DamagedError(TOO_DEEP)
