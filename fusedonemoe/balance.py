@@ -1,7 +1,6 @@
 """Keeping experts evenly used: losses, the bias without a loss, and the report of :mod:`fusedonemoe.usage`."""
 
 import math
-import warnings
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from fusedonemoe.checks import (
     check_tensor,
 )
 from fusedonemoe.linear import in_routing_dtype
+from fusedonemoe.ops.notice import warn
 from fusedonemoe.routers import TopKRouter
 from fusedonemoe.usage import Usage, UsageMeter, check_counts, check_module, count_routers, process_group, usage
 
@@ -295,7 +295,7 @@ class LossFreeBalance:
         if total.is_cuda and torch.cuda.is_current_stream_capturing():  # where nothing can be read
             return
         if not total.any():
-            warnings.warn(
+            warn(
                 "LossFreeBalance counted nothing before the first step: it must be made before the first call of a compiled "
                 "model, and the model must be in training mode",
                 stacklevel=2,

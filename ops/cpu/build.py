@@ -1,22 +1,30 @@
 """Compiles the CPU kernels on first use, for the machine they run on, into a per-user cache.
 
 The source needs no headers but the compiler's own. The library's file name is a digest of all that decides what the
-compiler makes of it (source, compiler, flags, the CPU's features), so nothing is ever stale; it is written under another
-name and moved into place, so two processes may race for it, and it ends in a checksum, so a damaged one is made again.
+compiler makes of it (source, compiler, flags, the CPU's features), so nothing is ever stale. It is written under another
+name and moved into place, and it ends in a checksum, so a damaged one is made again.
+
+One thread of one process compiles; the others wait for it. Where it fails, one of those that waited tries once more; where that
+fails too, the rest take over its reason. Where it is killed, the next compiles.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
-import sys
-import tempfile
+import threading
 import time
 from functools import cache
 from pathlib import Path
-from typing import Any
+
+from fusedonemoe.ops.cpu import compiler as compilers
+from fusedonemoe.ops.cpu.cache import ATTEMPTS, Folder, Found
+from fusedonemoe.ops.cpu.compiler import Unavailable as Unavailable
+from fusedonemoe.ops.notice import say
 
 SOURCES = Path(__file__).parent / "native"
 # -ffp-contract makes a * b + c one rounding wherever it is written, in every loop alike; without it the same sum could
@@ -25,18 +33,14 @@ FLAGS = ["-std=c++20", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-
 FLAGS += ["-fopenmp", "-fPIC"]
 ELEMENTS = ("f32", "bf16", "f16")  # compiled side by side: they take as long as the slowest
 SECONDS_TO_COMPILE = 300
+SECONDS_TO_WAIT = 660  # for another process: as many compilations as may fail before the rest give up, and something over
 HUGE_PAGE = 2 << 20  # the pool's unit, as in native/layer.h
-CHECKSUM_BYTES = 12
-
-
-class Unavailable(Exception):
-    """The kernels cannot be had on this machine; the message says why."""
 
 
 def _compiler() -> str:
     for name in (os.environ.get("CXX"), "g++", "c++", "clang++"):
         if name and (path := shutil.which(name)):
-            return path
+            return os.path.abspath(path)
     raise Unavailable("no C++ compiler was found ($CXX, g++, c++, clang++)")
 
 
@@ -69,53 +73,89 @@ def _digest(compiler: str, flags: list[str]) -> str:
     return digest.hexdigest()
 
 
-def _checksum(library: bytes) -> bytes:
-    return hashlib.blake2b(library, digest_size=CHECKSUM_BYTES).digest()
+def _symbols() -> list[str]:
+    """The library's entry points, as the source declares them."""
+    source = (SOURCES / "moe.cpp").read_text()
+    of_elements = re.findall(r"\bENTRY\((\w+)\)\(", source)
+    return [
+        *re.findall(r"\b(fusedonemoe_\w+)\(", source),
+        *(f"fusedonemoe_{name}_{element}" for name in of_elements for element in ELEMENTS),
+    ]
 
 
-def _is_whole(library: Path) -> bool:
-    """Whether the file is there and as it was written; of a truncated one the loader dies by a signal."""
-    try:
-        content = library.read_bytes()
-    except FileNotFoundError:
-        return False
-    return content[-CHECKSUM_BYTES:] == _checksum(content[:-CHECKSUM_BYTES])
-
-
-def _run(commands: list[list[str]]) -> None:
-    """Run commands of one compiler side by side."""
-    compiler, running = commands[0][0], []
-    end = time.monotonic() + SECONDS_TO_COMPILE
-    try:
-        for command in commands:
-            pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-            running.append(subprocess.Popen(command, **pipes, text=True, errors="replace"))
-        for process in running:
-            _, message = process.communicate(timeout=max(0.0, end - time.monotonic()))
-            if process.returncode:
-                raise Unavailable(f"{compiler} failed: {(message.strip().splitlines() or ['no message'])[0]}")
-    except subprocess.TimeoutExpired as error:
-        raise Unavailable(f"{compiler} could not be run: it timed out after {SECONDS_TO_COMPILE} seconds") from error
-    except OSError as error:
-        raise Unavailable(f"{compiler} could not be run: {error}") from error
-    finally:
-        for process in running:
-            process.kill()
-            process.communicate()
-
-
-def _compile(compiler: str, flags: list[str], target: Path) -> None:
-    print(f"fusedonemoe: compiling the CPU kernels for this machine, once, into {target.parent} ...", file=sys.stderr, flush=True)
+def _compile(compiler: str, flags: list[str], folder: Folder, name: str) -> None:
+    say(f"compiling the CPU kernels for this machine, once, into {folder.path} ...")
     source = str(SOURCES / "moe.cpp")
-    with tempfile.TemporaryDirectory(dir=target.parent) as directory:
-        objects = {element: f"{directory}/{element}.o" for element in ELEMENTS}
+    end = time.monotonic() + SECONDS_TO_COMPILE
+    with folder.working_folder() as working:
+        objects = {element: f"{element}.o" for element in ELEMENTS}
         common = {ELEMENTS[0]: ["-DCOMMON"]}
-        _run([[compiler, *flags, f"-DELEMENT={e}", *common.get(e, []), "-c", source, "-o", o] for e, o in objects.items()])
-        linked = Path(directory, "kernels.so")
-        _run([[compiler, *flags, "-shared", *objects.values(), "-o", str(linked)]])
-        library = linked.read_bytes()
-        linked.write_bytes(library + _checksum(library))  # the loader reads no further than the headers say
-        os.replace(linked, target)
+        of_elements = [
+            [compiler, *flags, f"-DELEMENT={e}", *common.get(e, []), "-c", source, "-o", o] for e, o in objects.items()
+        ]
+        link = [compiler, *flags, "-shared", *objects.values(), "-o", "kernels.so"]
+        try:
+            for commands in (of_elements, [link]):
+                compilers.run(commands, working, end - time.monotonic())
+        except subprocess.TimeoutExpired as error:
+            raise Unavailable(f"{compiler} could not be run: it timed out after {SECONDS_TO_COMPILE} seconds") from error
+        folder.keep(Path(working, "kernels.so").read_bytes(), name, working)
+
+
+def _make(compiler: str, flags: list[str], folder: Folder, name: str, seen: Found | None) -> None:
+    """Compile the library, unless another process has done it since this one saw ``seen``."""
+    failures_before = folder.failures(name).times
+    with folder.lock(SECONDS_TO_WAIT) as is_alone:
+        if folder.look(name) != seen:
+            return
+        failures = folder.failures(name)
+        if failures.times >= failures_before + ATTEMPTS:
+            raise Unavailable(failures.reason)
+        if is_alone:
+            folder.remove_remains()
+        try:
+            _compile(compiler, flags, folder, name)
+        except OSError as error:
+            reason = f"the kernels could not be cached or loaded: {error}"
+            folder.note_failure(name, reason)
+            raise Unavailable(reason) from error
+        except Unavailable as error:
+            folder.note_failure(name, str(error))
+            raise
+        folder.forget_failures(name)
+
+
+def _open(folder: Folder, name: str, found: Found | None) -> ctypes.CDLL | str:
+    """The library, or its fault: empty where it is not there or not as it was written, which the loader may die of."""
+    if found is None or not found.is_whole:
+        return ""
+    path = folder.path / name
+    try:
+        with _dlopen_lock:
+            handle = ctypes.CDLL(folder.name_to_load(name))._handle
+    except OSError as error:
+        return f"the kernels could not be cached or loaded: {error}"
+    library = ctypes.CDLL(str(path), handle=handle)
+    missing = [symbol for symbol in _symbols() if not hasattr(library, symbol)]
+    return f"the kernels could not be loaded: {path} has no {missing[0]}" if missing else library
+
+
+def _find() -> ctypes.CDLL:
+    compiler = _compiler()
+    flags = [*FLAGS, *os.environ.get("FUSEDONEMOE_CXXFLAGS", "").split()]
+    name = f"kernels-{_digest(compiler, flags)}.so"
+    with contextlib.closing(Folder(cache_directory())) as folder:
+        found = folder.look(name)
+        library = _open(folder, name, found)
+        # A library that was made elsewhere or by another version is made again, but not one that does not load when it is new.
+        if isinstance(library, str) and not (library and folder.failures(name).times):
+            _make(compiler, flags, folder, name, found)
+            library = _open(folder, name, folder.look(name))
+            if isinstance(library, str):
+                folder.note_failure(name, library)
+    if isinstance(library, str):
+        raise Unavailable(library)
+    return library
 
 
 @cache
@@ -123,19 +163,40 @@ def _load() -> ctypes.CDLL | str:
     """The library, or why there is none; looked for once per process."""
     if os.environ.get("FUSEDONEMOE_CPU_KERNELS") == "0":
         return "FUSEDONEMOE_CPU_KERNELS=0 turns them off"
+    if not hasattr(os, "geteuid"):
+        return "the CPU kernels need a system with users and locks, such as Linux or macOS"
     try:
-        compiler = _compiler()
-        flags = [*FLAGS, *os.environ.get("FUSEDONEMOE_CXXFLAGS", "").split()]
-        directory = cache_directory()
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        target = directory / f"kernels-{_digest(compiler, flags)}.so"
-        if not _is_whole(target):
-            _compile(compiler, flags, target)
-        return ctypes.CDLL(str(target))
+        return _find()
     except Unavailable as error:
-        return str(error)
+        reason = str(error)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
-        return f"the kernels could not be cached or loaded: {error}"
+        reason = f"the kernels could not be cached or loaded: {error}"
+    say(f"going on without the CPU kernels: {reason}")
+    return reason
+
+
+class _Turn:
+    """The thread that loads the kernels, while the others wait."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.is_taken = False
+
+
+_turn = _Turn()
+# fork() while another thread is in the dynamic loader leaves the loader's state as it is, in the child for ever.
+_dlopen_lock = threading.RLock()
+
+
+def _forget_other_threads() -> None:
+    """In a forked child: the thread whose turn it was is not there."""
+    global _turn
+    _turn = _Turn()
+    _dlopen_lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_dlopen_lock.acquire, after_in_parent=_dlopen_lock.release, after_in_child=_forget_other_threads)
 
 
 def load() -> ctypes.CDLL:
@@ -145,9 +206,18 @@ def load() -> ctypes.CDLL:
         The library, compiled if it is not in the cache.
 
     Raises:
-        Unavailable: no compiler, a cache that cannot be written, or kernels turned off by ``FUSEDONEMOE_CPU_KERNELS=0``.
+        Unavailable: no compiler, a cache that cannot be written or that another user can write, or kernels turned off by
+            ``FUSEDONEMOE_CPU_KERNELS=0``.
     """
-    library = _load()
+    turn = _turn
+    with turn.lock:
+        if turn.is_taken:  # a signal's handler, or a stderr that somebody made of this library
+            raise Unavailable("the kernels are being loaded by this very thread")
+        turn.is_taken = True
+        try:
+            library = _load()
+        finally:
+            turn.is_taken = False
     if isinstance(library, str):
         raise Unavailable(library)
     return library

@@ -4,6 +4,7 @@
 #include <mutex>
 #include <new>
 #include <vector>
+#include <pthread.h>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -13,8 +14,9 @@
 #include "tile.h"
 
 // Large buffers are kept between calls: a fresh one costs a page fault for every 4 KiB, more than the products in it. At
-// most as much lies idle as was in use at once.
-class Memory {
+// most as much lies idle as was in use at once. Hidden, because gcc otherwise makes the pool one for all libraries of a process,
+// those of another version of this code included.
+class __attribute__((visibility("hidden"))) Memory {
   public:
     struct Block {
         char* data;
@@ -27,6 +29,12 @@ class Memory {
     std::vector<Block> idle;
     size_t in_use = 0, most_in_use = 0, idle_bytes = 0, peak = 0, peak_from = 0;
 
+    // fork() copies the mutex as it is. Another thread may hold it, which the child does not have; so the forking thread takes it
+    // first.
+    Memory() {
+        pthread_atfork([] { instance->mutex.lock(); }, [] { instance->mutex.unlock(); }, [] { instance->mutex.unlock(); });
+    }
+
     static void release(Block b) {
 #if defined(__linux__)
         munmap(b.data, b.size);
@@ -35,12 +43,12 @@ class Memory {
 #endif
     }
 
+    // Made when the library is loaded: a static of a function is made behind a lock, which a forked child could find taken. Never
+    // destroyed: tensors may outlive this library's static objects.
+    static Memory* const instance;
+
   public:
-    // Never destroyed: tensors may outlive this library's static objects.
-    static Memory& pool() {
-        static Memory* memory = new Memory;
-        return *memory;
-    }
+    static Memory& pool() { return *instance; }
     Block take(size_t size) {
         size = (size + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
         {
@@ -108,6 +116,7 @@ class Memory {
         for (Block b : all) release(b);
     }
 };
+inline Memory* const Memory::instance = new Memory;
 
 class Scratch {
     char* data;

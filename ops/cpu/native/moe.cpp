@@ -1,6 +1,7 @@
 // Entry points of one element type, which is given as -DELEMENT=f32, bf16 or f16, and behind those of f32 the common ones. An
 // argument block is an array of 8-byte words that Python fills in the order of the struct.
 #include "dlpack.h"
+#include "fork.h"
 #include "merged.h"
 #include "mlp_backward.h"
 #include "mlp_forward.h"
@@ -10,13 +11,17 @@
 #include "quantized_backward.h"
 #include "route.h"
 
-template <class Pass, class Args> static int run(const void* args) {
-    try {
-        Pass(*(const Args*)args).run();
-        return 0;
-    } catch (const std::bad_alloc&) {
-        return 1;
-    }
+template <class Pass, class Args> static int run(const void* given) {
+    Args args = *(const Args*)given;
+    return run_with_workers(args.threads, [&](int64_t threads) {
+        args.threads = threads;
+        try {
+            Pass(args).run();
+            return 0;
+        } catch (const std::bad_alloc&) {
+            return 1;
+        }
+    });
 }
 
 #define JOIN_(a, b) a##b
@@ -47,6 +52,7 @@ int ENTRY(elements_per_unit)() { return Mac::PER; }
 }
 
 #if defined(COMMON)
+static const bool is_watching = (Fork::watch(), true);
 extern "C" {
 int fusedonemoe_select_f32(const void* args) { return run<SelectPass, Select>(args); }
 void* fusedonemoe_pooled_bytes(int64_t bytes) {

@@ -1,0 +1,253 @@
+"""The folder that keeps compiled kernels: it must be the user's alone, and one process at a time compiles into it.
+
+A library that this process loads may do all that the process may do. So the folder and the library must belong to the user of
+this process, no one else may write them, and neither may be a symbolic link. Both are opened once: owner, permissions and
+checksum are those of what is open, and the kernels are loaded from the open folder, so a folder that is moved or exchanged on the
+way puts no other library in its place.
+
+The folders above it can therefore do little harm where Linux's ``/proc`` names open folders. Three things are refused there: a
+folder that every user may write and that is not sticky, as ``/tmp`` is; for root, a folder of another user, where root has no
+business; and without ``/proc``, a folder of another user or one that a group may write. A group may otherwise write the folders
+above, because a umask of 002 makes ``~/.cache`` so on many systems.
+"""
+
+import contextlib
+import errno
+import hashlib
+import itertools
+import os
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from fusedonemoe.ops.cpu.compiler import Unavailable, owned
+from fusedonemoe.ops.notice import say
+
+CHECKSUM_BYTES = 12
+SECONDS_BETWEEN_TRIES = 0.1
+ATTEMPTS = 2  # failed compilations after which processes that waited for them give up too
+IS_BY_DESCRIPTOR = os.path.isdir("/proc/self/fd")
+WORKING = "compiling-"
+# How a file system says that it has no locks.
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)
+ADVICE = "set FUSEDONEMOE_CACHE_DIR to a folder that is yours and that no other user can write"
+
+_loads = itertools.count()
+
+
+class Untrusted(Unavailable):
+    """Another user could have written the library, or could write it."""
+
+
+class Failures(NamedTuple):
+    """How often the compilation of a library has failed since it last succeeded, and why it failed last."""
+
+    times: int
+    reason: str
+
+
+class Found(NamedTuple):
+    """A library's file: what tells it from another file of its name, and whether it is as it was written."""
+
+    identity: tuple[int, ...]
+    is_whole: bool
+
+
+def checksum(library: bytes) -> bytes:
+    """Return what follows the library in its file."""
+    return hashlib.blake2b(library, digest_size=CHECKSUM_BYTES).digest()
+
+
+def _refuse(path: Path, fault: str) -> Untrusted:
+    return Untrusted(f"the kernels' cache is not safe: {path} {fault}; remove it, or {ADVICE}")
+
+
+def _refuse_above(path: Path, above: Path, fault: str) -> Untrusted:
+    return Untrusted(f"the kernels' cache {path} is not safe: {above} {fault}; {ADVICE}")
+
+
+def _not_ours(status: os.stat_result) -> str:
+    return f"belongs to user {status.st_uid}, and this process is user {os.geteuid()}'s"
+
+
+def _writable(status: os.stat_result) -> str:
+    return f"can be written by other users (its mode is {stat.S_IMODE(status.st_mode):04o})"
+
+
+def _check_own(path: Path, status: os.stat_result) -> None:
+    if status.st_uid != os.geteuid():
+        raise _refuse(path, _not_ours(status))
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise _refuse(path, _writable(status))
+
+
+def _check_above(path: Path) -> None:
+    """Check the folders that lead to ``path``, through symbolic links and without them."""
+    for folder in dict.fromkeys((*path.absolute().parents, *path.resolve().parents)):
+        try:
+            status = os.stat(folder)
+        except OSError:  # not there yet; or not to be entered, which opening the cache will report
+            continue
+        of_another = status.st_uid not in (0, os.geteuid())
+        if of_another and (os.geteuid() == 0 or not IS_BY_DESCRIPTOR):
+            raise _refuse_above(path, folder, _not_ours(status))
+        writers = stat.S_IWOTH if IS_BY_DESCRIPTOR else stat.S_IWOTH | stat.S_IWGRP
+        if status.st_mode & writers and not status.st_mode & stat.S_ISVTX:
+            raise _refuse_above(path, folder, _writable(status))
+
+
+class Folder:
+    """The cache, open and checked, and made if it is not there; close it.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        Untrusted: It is not the user's alone.
+        OSError: It cannot be made or opened.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        _check_above(path)
+        if path.is_symlink():
+            raise _refuse(path, "is a symbolic link")
+        for folder in (*reversed(path.parents), path):
+            if not folder.is_dir():
+                folder.mkdir(mode=0o700, exist_ok=True)
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            _check_own(path, os.fstat(self.descriptor))
+        except BaseException:
+            self.close()
+            raise
+        # How the open folder is called: under this name nobody can exchange it.
+        self.name = f"/proc/self/fd/{self.descriptor}" if IS_BY_DESCRIPTOR else str(path)
+
+    def close(self) -> None:
+        """Close the folder."""
+        os.close(self.descriptor)
+
+    def _at(self, name: str) -> str:
+        return f"{self.name}/{name}"
+
+    def look(self, name: str) -> Found | None:
+        """Return the library of this name, or None where there is none.
+
+        Raises:
+            Untrusted: It is not a file of the user alone.
+        """
+        path = self.path / name
+        if path.is_symlink():
+            raise _refuse(path, "is a symbolic link")
+        try:
+            descriptor = os.open(self._at(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a FIFO would make open() wait
+        except FileNotFoundError:
+            return None
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise _refuse(path, "is not a file")
+            _check_own(path, status)
+            with open(descriptor, "rb", closefd=False) as file:
+                content = file.read()
+        finally:
+            os.close(descriptor)
+        is_whole = content[-CHECKSUM_BYTES:] == checksum(content[:-CHECKSUM_BYTES])
+        return Found((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns), is_whole)
+
+    def name_to_load(self, name: str) -> str:
+        """Return a path of the library for the dynamic loader, which takes a path that it has seen for the same library."""
+        return self._at("./" * next(_loads) + name)
+
+    @contextlib.contextmanager
+    def working_folder(self) -> Iterator[str]:
+        """A new folder inside the cache, removed at the end."""
+        # Not TemporaryDirectory: a forked child would remove it when the child exits.
+        working = tempfile.mkdtemp(prefix=WORKING, dir=self.name)
+        try:
+            yield working
+        finally:
+            shutil.rmtree(working, ignore_errors=True)
+
+    def remove_remains(self) -> None:
+        """Remove the working folders of compilations that were killed; the lock must be held."""
+        for name in os.listdir(self.name):
+            if name.startswith(WORKING):
+                shutil.rmtree(self._at(name), ignore_errors=True)
+
+    def keep(self, library: bytes, name: str, working: str) -> None:
+        """Put a library into the cache, whole or not at all."""
+        descriptor = os.open(f"{working}/{name}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o700)
+        with open(descriptor, "wb") as file:
+            file.write(library + checksum(library))  # the loader reads no further than the library's headers say
+        os.replace(f"{working}/{name}", self._at(name))
+
+    def failures(self, name: str) -> Failures:
+        """Return the failures of the library's compilation."""
+        try:
+            times, _, reason = Path(self._at(f"{name}.failed")).read_text(errors="replace").partition("\n")
+            return Failures(int(times), reason)
+        except (OSError, ValueError):
+            return Failures(0, "")
+
+    def note_failure(self, name: str, reason: str) -> None:
+        """Count one more failure."""
+        times = self.failures(name).times + 1
+        with contextlib.suppress(OSError):  # a full disk may be the very reason
+            Path(self._at(f"{name}.failed")).write_text(f"{times}\n{reason}")
+
+    def forget_failures(self, name: str) -> None:
+        """Forget the failures, after a success."""
+        Path(self._at(f"{name}.failed")).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def lock(self, seconds: float) -> Iterator[bool]:
+        """Wait until no other process compiles; yield False, without a lock, where the file system has no locks.
+
+        The system takes the lock from a process that dies.
+
+        Args:
+            seconds: How long to wait at most.
+
+        Raises:
+            Unavailable: Another process has held the lock for all this time.
+        """
+        end, has_said = time.monotonic() + seconds, False
+        while True:
+            with owned(os.open(self._at("lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)) as descriptor:
+                match self._try(descriptor):
+                    case None:
+                        yield False
+                        return
+                    case True:
+                        try:
+                            yield True
+                        finally:
+                            Path(self._at("lock")).unlink(missing_ok=True)
+                        return
+            if time.monotonic() > end:
+                raise Unavailable(f"another process has been compiling the kernels into {self.path} for {seconds} seconds")
+            if not has_said:
+                say(f"another process compiles the CPU kernels into {self.path}; waiting for it, {seconds} seconds at most ...")
+                has_said = True
+            time.sleep(SECONDS_BETWEEN_TRIES)
+
+    def _try(self, descriptor: int) -> bool | None:
+        """Return True with the lock, False without it, None where there are no locks."""
+        import fcntl  # Windows has none
+
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Its last holder may have removed it between open() and here.
+            return os.path.samestat(os.fstat(descriptor), os.stat(self._at("lock")))
+        except OSError as error:
+            if error.errno in WITHOUT_LOCKS:
+                return None
+            if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.ENOENT, errno.ESTALE, errno.EINTR):
+                return False
+            raise

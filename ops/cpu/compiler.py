@@ -1,0 +1,105 @@
+"""Runs a C++ compiler so that no process of it outlives the call: after a time-out, an error, or the death of this process.
+
+A compiler starts processes of its own, which go on when the compiler alone is killed. So each compiler runs in a process group
+of its own, and with it a shell that waits for the end of a pipe. This process alone holds the pipe's other end. When it closes
+that end or dies, even by SIGKILL, each shell kills its group.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+SECONDS_TO_DIE = 5.0
+# The shell's exit codes for a command that it could not start.
+NOT_STARTED = (126, 127)
+GUARDED = """
+exec 3<&0
+(read -r line <&3; kill -s KILL 0) >/dev/null 2>&1 &
+"$@" </dev/null 3<&-
+status=$?
+exec 2>/dev/null
+kill -s KILL $!
+exit $status
+"""
+
+
+class Unavailable(Exception):
+    """The kernels cannot be had on this machine; the message says why."""
+
+
+_not_for_children: set[int] = set()
+
+
+def _close_in_child() -> None:
+    for descriptor in _not_for_children:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+    _not_for_children.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
+
+
+@contextlib.contextmanager
+def owned(descriptor: int) -> Iterator[int]:
+    """Close a descriptor at the end, and at once in a forked child, which would otherwise keep the lock or the pipe alive."""
+    _not_for_children.add(descriptor)
+    try:
+        yield descriptor
+    finally:
+        _not_for_children.discard(descriptor)
+        os.close(descriptor)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kill a compiler that still runs, and all that it started."""
+    if process.poll() is None:
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a process that waits for a disk cannot be killed
+            process.wait(SECONDS_TO_DIE)
+
+
+def _first_line(message: Path) -> str:
+    return (message.read_text(errors="replace").strip().splitlines() or ["no message"])[0]
+
+
+def run(commands: list[list[str]], folder: str, seconds: float) -> None:
+    """Run commands of one compiler side by side.
+
+    Args:
+        commands: The commands; each begins with the compiler.
+        folder: The folder that they run in. Their messages are written there too: a pipe would stay open as long as any process
+            that a compiler started.
+        seconds: The time for all of them together.
+
+    Raises:
+        Unavailable: A command failed or could not be started.
+        subprocess.TimeoutExpired: They took too long.
+    """
+    compiler, end = commands[0][0], time.monotonic() + seconds
+    messages = [Path(folder, f"{index}.txt") for index in range(len(commands))]
+    running: list[subprocess.Popen[bytes]] = []
+    reading, writing = os.pipe()
+    with owned(reading), owned(writing):
+        try:
+            for command, message in zip(commands, messages, strict=True):
+                with message.open("wb") as stderr:
+                    pipes: dict[str, Any] = {"stdin": reading, "stdout": subprocess.DEVNULL, "stderr": stderr}
+                    shell = ["/bin/sh", "-c", GUARDED, "sh", *command]
+                    running.append(subprocess.Popen(shell, cwd=folder, start_new_session=True, **pipes))
+            for process, message in zip(running, messages, strict=True):
+                code = process.wait(max(0.0, end - time.monotonic()))
+                if code in NOT_STARTED:
+                    raise Unavailable(f"{compiler} could not be run: {_first_line(message)}")
+                if code:
+                    raise Unavailable(f"{compiler} failed: {_first_line(message)}")
+        finally:
+            for process in running:
+                _end(process)
