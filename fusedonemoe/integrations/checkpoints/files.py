@@ -66,6 +66,11 @@ def refusal(tensor: Tensor) -> str | None:
     return None
 
 
+def unreadable(tensor: Tensor) -> str | None:
+    """Why the numbers of a tensor cannot be read, or None."""
+    return "memory, got a tensor on the meta device" if tensor.is_meta else refusal(tensor)
+
+
 class Tensors:
     """Tensors that are in memory, or mapped into it."""
 
@@ -96,8 +101,7 @@ class Tensors:
 
     def refusal(self, name: str) -> str | None:
         """Why a tensor cannot be read, or None."""
-        tensor = self._tensors[name]
-        return "memory, got a tensor on the meta device" if tensor.is_meta else refusal(tensor)
+        return unreadable(self._tensors[name])
 
     def read(self, name: str, index: slice | None) -> Tensor:
         """A tensor, or some of its rows, as a view."""
