@@ -231,7 +231,11 @@ def a_refused_call_keeps_none_waiting(rank, world, folder):
         ((_arguments()[0], torch.zeros(4, 2, dtype=torch.int64), torch.rand(4, 2)), ValueError, "experts must have shape (5, 2)"),
     ]
     for options in ({}, {"capacity": 6}):
-        experts = ExpertParallel(**options).apply(make_moe(dtype=torch.float32)).experts
+        moe = ExpertParallel(**options).apply(make_moe(dtype=torch.float32))
+        experts = moe.experts
+        x = torch.randn(4, D - 1 if rank == ODD else D)
+        expected: Any = (RuntimeError, "refused on ranks [1]")
+        refused(lambda: moe(x), *((ValueError, "x must have shape [..., 16]") if rank == ODD else expected))  # noqa: B023
         for arguments, error, text in wrong:
             given = arguments if rank == ODD else _arguments()
             expected = (error, text) if rank == ODD else (RuntimeError, "the arguments were refused on ranks [1]")

@@ -62,11 +62,15 @@ class _Dispatcher:
         try:
             check()
         except Exception:
-            # Where the others are gone, this rank's own error says more than that of the exchange.
-            if self.world > 1:
-                with suppress(RuntimeError):
-                    self._refuse(device)
+            self.tell_refusal(device)
             raise
+
+    def tell_refusal(self, device: torch.device) -> None:
+        """Tell the other ranks, which wait for this one or will do so, that it raises instead."""
+        if self.world > 1 and not torch.compiler.is_compiling():
+            # Where the others are gone, this rank's own error says more than that of the exchange.
+            with suppress(RuntimeError):
+                self._refuse(device)
 
     def _refuse(self, device: torch.device) -> None:
         """Take this rank's part in the exchange of sizes, and say that there will be no rows."""

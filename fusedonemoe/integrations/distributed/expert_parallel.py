@@ -141,6 +141,10 @@ class ExpertExchange:
             y = (dispatched.x * dispatched.weights + nothing).to(rows.dtype)
         return with_leading(dispatched.combine(y), x)
 
+    def tell_refusal(self, experts: Experts) -> None:
+        """Tell the other ranks that this one refuses its input, before it has routed it."""
+        self.dispatcher.tell_refusal(experts.down_proj.device)
+
     def __deepcopy__(self, memo: object) -> "ExpertExchange":
         return self
 
