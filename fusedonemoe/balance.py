@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fusedonemoe import functional as F
+from fusedonemoe.agreement import agree
 from fusedonemoe.checks import (
     check_choices,
     check_count,
@@ -22,7 +23,17 @@ from fusedonemoe.checks import (
 from fusedonemoe.linear import in_routing_dtype
 from fusedonemoe.ops.notice import warn
 from fusedonemoe.routers import TopKRouter
-from fusedonemoe.usage import Usage, UsageMeter, check_counts, check_module, count_routers, process_group, usage
+from fusedonemoe.usage import (
+    Usage,
+    UsageMeter,
+    check_counts,
+    check_module,
+    count_routers,
+    is_capturing,
+    process_group,
+    settings_of,
+    usage,
+)
 
 __all__ = [
     "LossFreeBalance",
@@ -276,11 +287,17 @@ class LossFreeBalance:
     def update(self) -> None:
         """Move the biases and start counting anew; the optimizer's step calls this.
 
-        With several ranks this is a collective call: all of them make it, or none.
+        With several ranks this is a collective call: all of them make it, or none. The first one compares rate and routers.
+
+        Raises:
+            ValueError: the ranks' rates or routers differ; the message says which ranks have what.
         """
         counts = [hook.counts for hook in self._hooks.values()]
         total = torch.cat(counts)  # one message for all layers
         if dist.is_available() and dist.is_initialized():
+            if not self._looked and not is_capturing(total):
+                settings = {"rate": self.rate, **settings_of(self._routers)}
+                agree("LossFreeBalance.update", lambda: settings, self.group or dist.group.WORLD)
             dist.all_reduce(total, group=self.group)
         if not self._looked:
             self._looked = True
@@ -292,7 +309,7 @@ class LossFreeBalance:
             count.zero_()
 
     def _warn_if_nothing(self, total: Tensor) -> None:
-        if total.is_cuda and torch.cuda.is_current_stream_capturing():  # where nothing can be read
+        if is_capturing(total):  # where nothing can be read
             return
         if not total.any():
             warn(

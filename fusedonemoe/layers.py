@@ -322,6 +322,11 @@ class MoE(nn.Module):
             x: ``[..., D]``.
             return_routing: return a :class:`MoEOutput` instead of the output alone.
         """
+        if x.shape[-1:] != (self.config.hidden_size,):
+            # Ranks that wait for this one hear of it, instead of waiting for the timeout.
+            tell_refusal = getattr(getattr(self.experts, "exchange", None), "tell_refusal", None)
+            if tell_refusal is not None:
+                tell_refusal(self.experts)
         check_last_dim("x", x, self.config.hidden_size)
         logits, weights, experts = self.gate(x)
         y: Tensor = self.experts(x, experts, weights)

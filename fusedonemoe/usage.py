@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fusedonemoe import functional as F
+from fusedonemoe.agreement import agree
 from fusedonemoe.checks import check_tensor
 from fusedonemoe.routers import RouterOutput, TopKRouter
 
@@ -237,12 +238,21 @@ class UsageMeter:
         if not routers:
             raise ValueError("model has no TopKRouter")
         self._hooks, self._handles = count_routers(routers, training_only=False)
+        self._settings = settings_of(routers)
+        self._compared = False
 
     def usage(self) -> dict[str, Usage]:
-        """What was counted since the start or the last :meth:`reset`, by the router's name in the model; reads nothing yet."""
+        """What was counted since the start or the last :meth:`reset`, by the router's name in the model; reads nothing yet.
+
+        Raises:
+            ValueError: the routers of the group's ranks differ; the message says which ranks have what.
+        """
         counts = {name: hook.counts for name, hook in self._hooks.items()}
         if self._group is not None:
             total = torch.cat(list(counts.values()))  # one message for all layers
+            if not self._compared and not is_capturing(total):
+                agree("UsageMeter.usage", lambda: self._settings, self._group)
+                self._compared = True
             dist.all_reduce(total, group=self._group)
             counts = dict(zip(counts, total.split([count.shape[0] for count in counts.values()]), strict=True))
         return {name: Usage(count) for name, count in counts.items()}
@@ -265,6 +275,16 @@ class UsageMeter:
         reports = self.usage()
         width = max(map(len, reports))
         return "\n".join(f"{name:<{width}}  {report._summary()}" for name, report in reports.items())
+
+
+def settings_of(routers: Mapping[str, TopKRouter]) -> dict[str, object]:
+    """The lengths of the counts that ranks sum, by the router's name."""
+    return {f"experts of {name or 'the router'}": router.weight.shape[0] for name, router in routers.items()}
+
+
+def is_capturing(total: Tensor) -> bool:
+    """A CUDA graph is being captured, in which nothing is read and ranks compare nothing."""
+    return total.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def process_group(group: Any) -> Any:

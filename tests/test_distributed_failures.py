@@ -56,7 +56,18 @@ def a_rank_does_not_come(rank, world, folder):
     others_hear_of(lambda: time.sleep(GROUP_TIMEOUT + 4), rank, folder)
 
 
-@pytest.mark.parametrize("name", ["a_rank_dies", "a_rank_does_not_come"])
+def a_rank_dies_before_apply(rank, world, folder):
+    if rank == 1:
+        os._exit(0)
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"ExpertParallel\.apply over 4 ranks failed on rank \d while settings were compared"):
+        ExpertParallel().apply(make_moe(dtype=torch.float32))
+    assert time.monotonic() - start < GROUP_TIMEOUT + 6
+    (folder / f"ended{rank}").write_text("")
+    os._exit(0)
+
+
+@pytest.mark.parametrize("name", ["a_rank_dies", "a_rank_does_not_come", "a_rank_dies_before_apply"])
 def test_the_others_hear_of_it(name, tmp_path):
     start = time.monotonic()
     failures = run_in_processes("tests.test_distributed_failures", [name], 4, tmp_path, timeout=120)

@@ -8,17 +8,20 @@ twice: the parameter that was registered first is the inner one, ``experts.base_
 """
 
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fusedonemoe.checks import check_float
+from fusedonemoe.integrations.checkpoints.files import unreadable
 from fusedonemoe.lora import TARGETS, ExpertsForm, LoRAExperts, pattern_value
 
 PREFIX = "base_model.model."
 _KEY = re.compile(rf"(?:{re.escape(PREFIX)})?(?P<module>.+?)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
-PER_EXPERT = re.compile(r"(?P<experts>.+)\.(?P<expert>\d+)\.(?P<proj>gate_proj|up_proj|down_proj|w1|w2|w3)")
+PER_EXPERT = re.compile(r"(?P<experts>.+)\.(?P<expert>0|[1-9][0-9]{0,8})\.(?P<proj>gate_proj|up_proj|down_proj|w1|w2|w3)")
 GATE_UP_DOWN = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
@@ -93,6 +96,15 @@ class AdapterConfig(NamedTuple):
         return tuple(t for t, path in full.items() if any(path == key or path.endswith(f".{key}") for key in named))
 
 
+def _check_number(name: str, value: Any, kind: Any) -> None:
+    """A rank or an alpha, above 0."""
+    meaning = "an integer" if kind is int else "a number"
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise TypeError(f"config must have {meaning} for {name}, got {value!r}")
+    if not 0 < value <= sys.float_info.max:
+        raise ValueError(f"config must have {meaning} above 0 for {name}, got {value!r}")
+
+
 _REFUSED = ("use_dora", "lora_bias", "fan_in_fan_out", "use_qalora", "alora_invocation_tokens", "layer_replication")
 
 
@@ -105,6 +117,21 @@ def check_config(config: Any) -> AdapterConfig:
         raise ValueError(f"config must say {sorted(missing)}, got keys {sorted(values)}")
     if refused := [key for key in _REFUSED if values.get(key)]:
         raise ValueError(f"config asks for {refused}, which adapters of experts do not have")
+    _check_number("r", values["r"], int)
+    _check_number("lora_alpha", values["lora_alpha"], (int, float))
+    for field, kind in (("rank_pattern", int), ("alpha_pattern", (int, float))):
+        pattern = values.get(field) or {}
+        if not isinstance(pattern, Mapping):
+            raise TypeError(f"config must have a mapping for {field}, got {type(pattern).__name__}")
+        for key, number in pattern.items():
+            _check_number(f"{field}[{key!r}]", number, kind)
+            try:
+                re.compile(key)
+            except (re.error, TypeError) as error:
+                raise ValueError(f"config must have names or regular expressions in {field}, got {key!r}: {error}") from error
+    named = values.get("target_parameters")
+    if named is not None and not (isinstance(named, list | tuple | set) and all(isinstance(name, str) for name in named)):
+        raise TypeError(f"config must have a list of names for target_parameters, got {named!r}")
     return AdapterConfig(values)
 
 
@@ -113,9 +140,14 @@ def sort_keys(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor
     modules: dict[str, dict[str, Tensor]] = {}
     others, adapters = [], set()
     for key, tensor in tensors.items():
+        if not isinstance(key, str):
+            raise TypeError(f"an adapter must have strings for names, got {key!r}")
         if (match := _KEY.fullmatch(key)) is None:
             others.append(key)
             continue
+        check_float(key, tensor)
+        if why := unreadable(tensor):
+            raise TypeError(f"{key} must be {why}")
         adapters.add(match["adapter"])
         modules.setdefault(match["module"], {})[match["factor"]] = tensor
     if len(adapters) > 1:

@@ -27,6 +27,7 @@ from fusedonemoe.integrations.adapter_layouts import (
     write_per_expert,
     write_stacked,
 )
+from fusedonemoe.integrations.checkpoints.files import read_json
 from fusedonemoe.integrations.forms import form_of
 from fusedonemoe.lora import ExpertsForm, LoRAExperts
 from fusedonemoe.lora import add_lora as add_lora_to_experts
@@ -65,17 +66,40 @@ def add_lora(model: nn.Module, **options: Any) -> dict[str, LoRAExperts]:
 def _read(source: Any, config: Any) -> tuple[Mapping[str, Tensor], AdapterConfig]:
     """The tensors and the configuration of an adapter."""
     if isinstance(source, Mapping):
-        tensors: Mapping[str, Tensor] = source
+        tensors, origin = source, "source"
     else:
         path = Path(source)
         if path.is_dir():
             if config is None:
-                config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+                return _read_tensors(path / "adapter_model.safetensors"), _read_config(path / "adapter_config.json")
             path = path / "adapter_model.safetensors"
-        tensors = _safetensors().load_file(path)
+        tensors, origin = _read_tensors(path), str(path)
     if config is None:
-        raise ValueError("config must be given beside a state dict or a file: ranks do not tell the scale")
+        raise ValueError(f"config must be given beside a state dict or a file: ranks do not tell the scale of {origin}")
     return tensors, check_config(config)
+
+
+def _read_config(path: Path) -> AdapterConfig:
+    values = read_json(path, "an adapter's configuration")
+    try:
+        return check_config(values)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
+def _read_tensors(path: Path) -> Mapping[str, Tensor]:
+    load_file = _safetensors().load_file
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there")
+    if not path.is_file():
+        raise ValueError(f"{path} must be a safetensors file, got a {'directory' if path.is_dir() else 'special file'}")
+    try:
+        tensors: Mapping[str, Tensor] = load_file(path)
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} must be a safetensors file: {error}") from error
+    return tensors
 
 
 def _safetensors() -> Any:
@@ -111,8 +135,10 @@ def load_adapter(
 
     Raises:
         ImportError: safetensors is not installed.
-        TypeError: ``config`` is no configuration.
-        ValueError: what the keys, shapes, ranks or the configuration say does not fit; the message names the module.
+        OSError: a file is not there, or cannot be read.
+        TypeError: ``config`` is no configuration, or the adapters are no floating-point tensors.
+        ValueError: a file is damaged; what the keys, shapes, ranks or the configuration say does not fit; the message names the
+            file or the module.
     """
     if any(isinstance(module, LoRAExperts) for module in model.modules()):
         raise ValueError("model must have no adapters yet, got one with LoRAExperts in it")

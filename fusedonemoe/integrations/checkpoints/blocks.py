@@ -4,12 +4,15 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import islice
 
 from fusedonemoe.hf import BLOCK_NAMES
 from fusedonemoe.integrations.checkpoints.layouts import LAYOUT_OF_MODEL_TYPE, LAYOUTS, Layout, Part
 from fusedonemoe.integrations.checkpoints.sources import Source
 
-_NUMBER = r"(?P<expert>\d+)"
+_NUMBER = r"(?P<expert>[^.]+)"
+_MOST_DIGITS = 18  # of a number that can be an expert's
+_MOST_LISTED = 8  # missing experts in one message
 _SCALES = 32  # values under one exponent of MXFP4
 
 
@@ -43,8 +46,8 @@ class Block:
     @property
     def layer(self) -> int | None:
         """The last number in the prefix, or None."""
-        numbers = [int(part) for part in self.prefix.split(".") if part.isdigit()]
-        return numbers[-1] if numbers else None
+        numbers = [part for part in self.prefix.split(".") if part.isascii() and part.isdigit()]
+        return int(numbers[-1]) if numbers and len(numbers[-1]) <= _MOST_DIGITS else None
 
     def key(self, name: str) -> str:
         """A name below the block as the checkpoint has it."""
@@ -75,6 +78,29 @@ def _ending(name: str) -> tuple[str, ...]:
     return tuple(name.rsplit(".", 2)[-2:])
 
 
+def _expert_number(key: str, text: str) -> int | None:
+    """The expert that a name is of; None where a word stands in the number's place, as in ``experts.shared``.
+
+    A number has one spelling. With two, ``01`` would be read as the expert ``1`` and then looked for under that name.
+    """
+    if text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS and text == str(int(text)):
+        return int(text)
+    if re.sub(r"[\s+_-]", "", text).isnumeric():
+        raise ValueError(f"{_shortened(key)} must number its expert 0, 1, 2 and so on, got {_shortened(text)}")
+    return None
+
+
+def _shortened(text: str) -> str:
+    return repr(text if len(text) <= 160 else f"{text[:80]}...{text[-60:]}")
+
+
+def _gaps(held: set[int], count: int) -> str:
+    """The numbers below ``count`` that are not held: as many steps as numbers are held, however large ``count`` is."""
+    lost = count - len(held)
+    first = list(islice((number for number in range(count) if number not in held), _MOST_LISTED))
+    return str(first) + (f" and {lost - len(first)} more" if lost > len(first) else "")
+
+
 def _find(source: Source, layouts: dict[str, Layout]) -> dict[str, dict[str, _Found]]:
     """By prefix and layout, what there is."""
     found: dict[str, dict[str, _Found]] = defaultdict(lambda: defaultdict(_Found))
@@ -89,34 +115,40 @@ def _find(source: Source, layouts: dict[str, Layout]) -> dict[str, dict[str, _Fo
     for key in source.names():
         for name in by_ending.get(_ending(key), ()):
             if match := _pattern(name).fullmatch(key):
-                expert = int(match["expert"]) if "{}" in name else None
+                expert = _expert_number(key, match["expert"]) if "{}" in name else None
+                if expert is None and "{}" in name:
+                    continue
                 for layout in users[name]:
                     found[match["prefix"] or ""][layout].experts[name].add(expert)
     return found
 
 
-def _num_experts(source: Source, prefix: str, layout: Layout, found: _Found, given: int | None) -> int:
-    """``E``: the experts' numbers, the length of the first axis, or for flat parts the router's rows."""
+def _num_experts(source: Source, prefix: str, layout: Layout, found: _Found, given: int | None) -> int | str:
+    """``E``: the experts' numbers, the length of the first axis, or for flat parts the router's rows; or what does not fit."""
     first = layout.parts[0]
-    name = first.names()[0]
+    key = _key(prefix, first.names()[0])
     if first.form == "each":
-        numbers = set().union(*found.experts.values())
-        count = max(number for number in numbers if number is not None) + 1
+        numbers = {number for held in found.experts.values() for number in held if number is not None}
+        count = max(numbers) + 1
         for part in layout.parts:
-            held = found.experts.get(part.name)
-            if held is not None and (lost := sorted(set(range(count)) - {e for e in held if e is not None})):
-                raise ValueError(f"{prefix or 'the checkpoint'} has no {part.name} of experts {lost}")
+            held = {number for number in found.experts.get(part.name, numbers) if number is not None}
+            if len(held) < count:
+                raise ValueError(f"{prefix or 'the checkpoint'} has no {part.name} of experts {_gaps(held, count)}")
     elif first.form == "flat":
-        routers = [key for router in BLOCK_NAMES["gate.weight"] if (key := _key(prefix, router)) in source]
+        routers = [name for router in BLOCK_NAMES["gate.weight"] if (name := _key(prefix, router)) in source]
         if given is None and not routers:
             raise ValueError(
-                f"{_key(prefix, name)} holds all experts' rows in one matrix and there is no router beside it that tells how "
-                "many experts: give num_experts"
+                f"{key} holds all experts' rows in one matrix and there is no router beside it that tells how many experts: give "
+                "num_experts"
             )
-        counts = [source.shape(key)[0] for key in routers]
-        count = counts[0] if counts else given or 0
+        for router in routers:
+            if len(source.shape(router)) != 2:
+                return f"{router} of shape {source.shape(router)} is no router of shape (num_experts, hidden_size)"
+        count = source.shape(routers[0])[0] if routers else given or 0
     else:
-        count = source.shape(_key(prefix, name))[0]
+        count = source.shape(key)[0] if source.shape(key) else 0
+    if count < 1:
+        return f"{key} of shape {source.shape(key) if key in source else ()} has no experts"
     if given is not None and given != count:
         raise ValueError(f"num_experts must be {count}, as {prefix or 'the checkpoint'} has it, got {given}")
     return count
@@ -158,6 +190,8 @@ def _sizes(source: Source, prefix: str, layout: Layout, found: _Found, E: int) -
                 f"{names[target]} of shape {source.shape(_key(prefix, part.names()[0].format(0)))} is not {E} experts' {target}"
             )
     D, F = shapes["down"]  # type: ignore[misc]
+    if not (D and F):
+        return f"{names['down']} has shape {shapes['down']} per expert, which holds nothing"
     expected = {
         "gate_up": (2 * F, D), "gate": (F, D), "up": (F, D), "down": (D, F),
         "gate_up_bias": (2 * F,), "gate_bias": (F,), "up_bias": (F,), "down_bias": (D,),
@@ -185,6 +219,9 @@ def _choose(source: Source, prefix: str, complete: dict[str, _Found], given: int
     misfits = []
     for layout in largest:
         E = _num_experts(source, prefix, LAYOUTS[layout], complete[layout], given)
+        if isinstance(E, str):
+            misfits.append(f"not {layout}: {E}")
+            continue
         sizes = _sizes(source, prefix, LAYOUTS[layout], complete[layout], E)
         if isinstance(sizes, str):
             misfits.append(f"not {layout}: {sizes}")

@@ -1,23 +1,32 @@
 """From a checkpoint to a block's weights, one expert at a time."""
 
 from collections.abc import Iterator
-from typing import TypeVar, overload
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from fusedonemoe.checks import check_integer, check_one_of
-from fusedonemoe.hf import BLOCK_NAMES
 from fusedonemoe.integrations.checkpoints.blocks import Block, find_blocks
+from fusedonemoe.integrations.checkpoints.checking import (
+    block_shapes,
+    check_beside,
+    check_dtypes,
+    check_module,
+    check_names,
+    check_shapes,
+    keys_of,
+    present_parts,
+)
+from fusedonemoe.integrations.checkpoints.files import FLOATS
 from fusedonemoe.integrations.checkpoints.layouts import LAYOUTS, Part
 from fusedonemoe.integrations.checkpoints.mxfp4 import dequantize_mxfp4
 from fusedonemoe.integrations.checkpoints.sources import Checkpoint, Source
+from fusedonemoe.integrations.checkpoints.targets import check_apart, check_writable
 from fusedonemoe.integrations.checkpoints.weights import ExpertWeights, pieces, weights_of
 from fusedonemoe.layers import Experts, MoE
 
 Module = TypeVar("Module", Experts, MoE)
-
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def list_blocks(checkpoint: Checkpoint, layout: str = "auto", *, num_experts: int | None = None) -> list[Block]:
@@ -32,9 +41,11 @@ def list_blocks(checkpoint: Checkpoint, layout: str = "auto", *, num_experts: in
         One :class:`Block` each, in the checkpoint's order; none for a checkpoint without experts.
 
     Raises:
-        TypeError: ``checkpoint`` is no state dict and no path, or ``num_experts`` no integer.
-        ValueError: an unknown layout, a layout that is ambiguous, experts that are missing.
-        FileNotFoundError: a file or shard that is not there.
+        TypeError: ``checkpoint`` is no state dict and no path, a torch file holds something else, or ``num_experts`` is
+            no integer.
+        ValueError: an unknown layout, a layout that is ambiguous, experts that are missing or numbered otherwise than 0, 1, 2; a
+            damaged file, or an index that names files outside its folder. The message names the file.
+        OSError: a file or shard that is not there (FileNotFoundError), or cannot be read.
 
     Example:
         >>> import torch
@@ -85,8 +96,13 @@ def load_experts(
 ) -> ExpertWeights | Experts | MoE:
     """Read one block of experts, one expert at a time, from whatever layout it is stored in.
 
-    Rows, transposition and order of gate and up are converted to the library's own on the way. Everything is checked before
-    the first weight is written: a call that raises has changed nothing.
+    Rows, transposition and order of gate and up are converted to the library's own on the way. Names, shapes, dtypes and the
+    module are checked before the first weight is written: a call that raises ValueError or TypeError has changed nothing. What
+    no check can foresee, a disk that fails or memory that runs out while weights are read, is a RuntimeError that says that the
+    module is partly filled.
+
+    Weights, biases and the router may be float64, float32, bfloat16 or float16, and are rounded to the dtype of the module, or
+    to ``dtype``. A selection bias stays float32 where ``dtype`` is narrower.
 
     Args:
         checkpoint: a state dict; a ``.safetensors``, ``.bin``, ``.pt`` or ``.pth`` file; the ``.index.json`` of a sharded one;
@@ -105,10 +121,13 @@ def load_experts(
         ``into``, filled; or :class:`ExpertWeights`.
 
     Raises:
-        TypeError: an argument of the wrong type, or a checkpoint whose weights are no floating-point tensors.
+        TypeError: an argument of the wrong type; weights, a router or biases of another dtype, in the checkpoint or in the
+            module; a module whose weights are sharded or quantised.
         ValueError: an unknown or ambiguous layout, no such block, or several; sizes that differ from the module's; missing or
-            unexpected names, which the message lists.
-        FileNotFoundError: a file or shard that is not there.
+            unexpected names, which the message lists; a damaged file, or an index that names files outside its folder; a module
+            on the meta device, or with tensors that share memory.
+        OSError: a file or shard that is not there (FileNotFoundError), or cannot be read.
+        RuntimeError: a module that was made in inference mode, outside of it; or reading failed in the middle.
         ImportError: a safetensors file without the package.
 
     Example:
@@ -128,27 +147,31 @@ def load_experts(
         raise TypeError(f"into must be an Experts or a MoE, got {type(into).__name__}")
     if into is not None and (dtype is not None or device is not None):
         raise ValueError("dtype and device are those of the module: give them without into")
-    if dtype is not None and dtype not in _FLOATS:
+    if dtype is not None and dtype not in FLOATS:
         raise TypeError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype}")
     if prefix is not None and layer is not None:
         raise ValueError(f"give either prefix or layer, got both: {prefix!r} and {layer!r}")
     with Source(checkpoint) as source:
         block = _pick(source, layout, num_experts, prefix, layer)
-        parts = _present_parts(block)
-        _check_shapes(source, block, parts)
+        parts = present_parts(block)
+        check_shapes(source, block, parts)
         names = block.block_names
-        _check_names(source, block, names, into)
-        if into is None:
+        filled = None if into is None else weights_of(into)
+        check_names(source, block, names, into, filled)
+        check_dtypes(source, block, parts)
+        if into is None or filled is None:
+            check_beside(source, {ours: block.key(theirs) for ours, theirs in names.items()}, block_shapes(block))
             home = _allocate(source, block, parts, names, dtype, device)
+            beside = {ours: block.key(theirs) for ours, theirs in names.items()}
         else:
-            _check_module(block, into)
-            home = weights_of(into)
-        _check_dtypes(source, block, parts)
-        beside = {ours: block.key(theirs) for ours, theirs in names.items() if ours in home.block}
-        _check_beside(source, beside, home)
-        _copy(source, block, parts, home)
-        for ours, key in beside.items():
-            home.block[ours].copy_(source.read(key).reshape(home.block[ours].shape))
+            home = filled
+            check_module(block, into)
+            extents = check_writable(home)
+            beside = {ours: block.key(theirs) for ours, theirs in names.items() if ours in home.block}
+            check_beside(source, beside, {ours: tuple(tensor.shape) for ours, tensor in home.block.items()})
+            for key, pairs in _plan(source, block, parts, beside, home, in_memory=True):
+                check_apart(key, pairs, extents)
+        _copy(source, block, parts, beside, home, into)
     return home if into is None else into
 
 
@@ -177,98 +200,6 @@ def _pick(source: Source, layout: str, num_experts: int | None, prefix: str | No
     raise ValueError(f"no experts of {expected} in the checkpoint; its names begin with {source.names()[:5]}")
 
 
-def _present_parts(block: Block) -> list[Part]:
-    """The layout's parts, without biases that the checkpoint does not have."""
-    layout = LAYOUTS[block.layout]
-    parts = [part for part in layout.parts if part.names()[0] in block.names]
-    lost = [part.name for part in layout.parts if part not in parts]
-    if block.bias and lost:
-        raise ValueError(f"{block.prefix or 'the checkpoint'} has some of the experts' biases, but not {lost}")
-    return parts
-
-
-def _keys(block: Block, part: Part) -> list[str]:
-    """Every tensor's name of one part."""
-    experts = range(block.num_experts) if part.form == "each" else range(1)
-    return [block.key(name.format(expert)) for name in part.names() for expert in experts]
-
-
-def _check_shapes(source: Source, block: Block, parts: list[Part]) -> None:
-    """What was found for the first expert holds for all."""
-    for part in parts:
-        if part.form == "each":
-            first, *others = _keys(block, part)
-            for key in others:
-                if source.shape(key) != source.shape(first):
-                    raise ValueError(f"{key} must have shape {source.shape(first)}, as {first} has, got {source.shape(key)}")
-        elif part.form == "mxfp4":
-            blocks, scales = _keys(block, part)
-            if source.shape(scales) != source.shape(blocks)[:-1]:
-                raise ValueError(
-                    f"{scales} must have shape {source.shape(blocks)[:-1]} to fit {blocks}, got {source.shape(scales)}"
-                )
-
-
-def _check_names(source: Source, block: Block, names: dict[str, str], into: Experts | MoE | None) -> None:
-    """Nothing is missing and nothing is left over."""
-    used = {key for part in _present_parts(block) for key in _keys(block, part)}
-    used |= {block.key(theirs) for theirs in names.values()}
-    missing: list[str] = []
-    scopes = {block.key(part.name.partition(".")[0]) + "." for part in LAYOUTS[block.layout].parts}
-    if isinstance(into, MoE):
-        has = {key for key in into.state_dict() if not key.startswith("experts.")}
-        missing = [block.key(BLOCK_NAMES[ours][0]) for ours in sorted(has - names.keys())]
-        used -= {block.key(theirs) for ours, theirs in names.items() if ours not in has}
-        # Where the block has no module of its own, its neighbours in the layer are none of its tensors.
-        is_layer = block.prefix.rpartition(".")[2].isdigit()
-        modules = {alias.partition(".")[0] for aliases in BLOCK_NAMES.values() for alias in aliases if "." in alias}
-        scopes |= {block.key(module) + "." for module in modules} if is_layer else {block.key("")}
-    elif isinstance(into, Experts) and "output_bias" in names:
-        raise ValueError(
-            f"{block.key(names['output_bias'])} is a bias of the whole block, which Experts does not have: load into a MoE with "
-            "output_bias=True"
-        )
-    unexpected = [key for key in source.names() if key not in used and any(key.startswith(scope) for scope in scopes)]
-    if missing or unexpected:
-        what = "the checkpoint" if into is None else type(into).__name__
-        raise ValueError(
-            f"{block.prefix or 'the checkpoint'}, read as layout {block.layout!r}, does not match {what}: "
-            f"missing {missing}, unexpected {unexpected}"
-        )
-
-
-def _check_module(block: Block, into: Experts | MoE) -> None:
-    """The module has the block's sizes."""
-    config = into.config
-    for name in ("num_experts", "hidden_size", "intermediate_size", "gated", "bias"):
-        if getattr(config, name) != getattr(block, name):
-            raise ValueError(
-                f"into must have {name} = {getattr(block, name)}, as {block.prefix or 'the checkpoint'} has, "
-                f"got {getattr(config, name)}"
-            )
-    if any(tensor.is_meta for tensor in into.state_dict().values()):
-        raise ValueError("into is on the meta device: give it memory first, into.to_empty(device=...)")
-
-
-def _check_beside(source: Source, beside: dict[str, str], home: ExpertWeights) -> None:
-    """What stands beside the experts has the module's shapes."""
-    for ours, key in beside.items():
-        # Ernie's selection bias has a leading axis of one.
-        if source.shape(key) not in (shape := tuple(home.block[ours].shape), (1, *shape)):
-            raise ValueError(f"{key} must have shape {shape}, as {ours} has, got {source.shape(key)}")
-
-
-def _check_dtypes(source: Source, block: Block, parts: list[Part]) -> None:
-    for part in parts:
-        for key in _keys(block, part):
-            dtype = source.read(key, slice(0, 0)).dtype
-            if part.form == "mxfp4":
-                if dtype != torch.uint8:
-                    raise TypeError(f"{key} must be uint8, as MXFP4 is stored, got {dtype}")
-            elif dtype not in _FLOATS:
-                raise TypeError(f"{key} must be float64, float32, bfloat16 or float16, got {dtype}: dequantise it first")
-
-
 def _allocate(
     source: Source,
     block: Block,
@@ -278,17 +209,23 @@ def _allocate(
     device: torch.device | str | None,
 ) -> ExpertWeights:
     """Empty weights in home's form."""
-    stored = {part.target: torch.bfloat16 if part.form == "mxfp4" else None for part in parts}
-    for part in parts:
-        stored[part.target] = stored[part.target] or source.read(_keys(block, part)[0], slice(0, 0)).dtype
+    stored: dict[str, Any] = {
+        part.target: torch.bfloat16 if part.form == "mxfp4" else source.dtype(keys_of(block, part)[0]) for part in parts
+    }
     E, D, F = block.num_experts, block.hidden_size, block.intermediate_size
     G = 2 * F if block.gated else F
     up = stored.get("gate_up") or stored["up"]
 
-    def empty(own: torch.dtype | None, *shape: int) -> Tensor:
+    def empty(own: Any, *shape: int) -> Tensor:
         return torch.empty(*shape, dtype=dtype or own, device=device)
 
-    beside = {ours: source.read(block.key(theirs)) for ours, theirs in names.items()}
+    def empty_beside(ours: str, key: str) -> Tensor:
+        own: Any = source.dtype(key)
+        # A selection bias is the sum of many small steps, which half precision would lose.
+        narrow = ours == "gate.e_score_correction_bias" and dtype in (torch.bfloat16, torch.float16)
+        shape = block_shapes(block).get(ours, source.shape(key))
+        return torch.empty(shape, dtype=torch.float32 if narrow else dtype or own, device=device)
+
     return ExpertWeights(
         gate_up_proj=empty(up, E, G, D),
         down_proj=empty(stored["down"], E, D, F),
@@ -296,7 +233,7 @@ def _allocate(
         down_bias=empty(stored["down_bias"], E, D) if block.bias else None,
         gated=block.gated,
         gate_up_layout=LAYOUTS[block.layout].rows,
-        block={ours: empty(tensor.dtype, *tensor.shape) for ours, tensor in beside.items()},
+        block={ours: empty_beside(ours, block.key(theirs)) for ours, theirs in names.items()},
         layout=block.layout,
         prefix=block.prefix,
         block_names=names,
@@ -320,10 +257,49 @@ def _read(source: Source, block: Block, part: Part, dtype: torch.dtype) -> Itera
                 yield dequantize_mxfp4(blocks, scales, dtype)
 
 
-@torch.no_grad()
-def _copy(source: Source, block: Block, parts: list[Part], home: ExpertWeights) -> None:
+def _plan(
+    source: Source, block: Block, parts: list[Part], beside: dict[str, str], home: ExpertWeights, *, in_memory: bool = False
+) -> Iterator[tuple[str, list[tuple[Tensor, Tensor]]]]:
+    """A checkpoint's tensor, and pairs of a view of home and the numbers that go there; one expert at a time.
+
+    Args:
+        source: the checkpoint.
+        block: the block.
+        parts: its experts' tensors.
+        beside: the names of its other tensors.
+        home: where all of it goes.
+        in_memory: leave out tensors that are read from a file.
+    """
     for part in parts:
+        keys = keys_of(block, part)
+        if in_memory and not any(source.in_memory(key) for key in keys):
+            continue
         for expert, piece in enumerate(_read(source, block, part, home.down_proj.dtype)):
             oriented = piece.T if part.transposed else piece
-            for ours, theirs in pieces(home, oriented, part.target, expert, LAYOUTS[block.layout].rows):
+            yield (
+                keys[expert if part.form == "each" else 0],
+                pieces(home, oriented, part.target, expert, LAYOUTS[block.layout].rows),
+            )
+    for ours, key in beside.items():
+        if not in_memory or source.in_memory(key):
+            yield key, [(home.block[ours], source.read(key).reshape(home.block[ours].shape))]
+
+
+@torch.no_grad()
+def _copy(
+    source: Source, block: Block, parts: list[Part], beside: dict[str, str], home: ExpertWeights, into: Experts | MoE | None
+) -> None:
+    """Write everything. Only what the disk or the memory does can fail here, and then the error says what was left behind."""
+    last = None
+    try:
+        for key, pairs in _plan(source, block, parts, beside, home):
+            for ours, theirs in pairs:
                 ours.copy_(theirs)
+            last = key
+    except Exception as error:
+        if into is None or last is None:
+            raise
+        raise RuntimeError(
+            f"reading stopped after {last}, and {type(into).__name__} now holds a part of the checkpoint and a part of its old "
+            f"weights: load again before you use it ({type(error).__name__}: {error})"
+        ) from error

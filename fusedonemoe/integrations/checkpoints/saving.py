@@ -8,7 +8,7 @@ from torch import Tensor
 from fusedonemoe.checks import check_one_of
 from fusedonemoe.hf import BLOCK_NAMES
 from fusedonemoe.integrations.checkpoints.layouts import LAYOUTS, Layout, Part
-from fusedonemoe.integrations.checkpoints.weights import ExpertWeights, pieces, weights_of
+from fusedonemoe.integrations.checkpoints.weights import ExpertWeights, check_weights, pieces, weights_of
 from fusedonemoe.layers import Experts, MoE
 
 _WRITABLE = tuple(name for name, layout in LAYOUTS.items() if layout.writable)
@@ -39,8 +39,9 @@ def to_state_dict(
         Contiguous tensors by name.
 
     Raises:
-        TypeError: ``block`` is none of these, or a module without a layout.
-        ValueError: a layout that is unknown, cannot be written, or has no place for what the block holds.
+        TypeError: ``block`` is none of these, a module without a layout, or one with sharded or quantised weights.
+        ValueError: a layout that is unknown, cannot be written, or has no place for what the block holds; weights whose shapes do
+            not fit each other.
 
     Example:
         >>> from fusedonemoe import MoE
@@ -55,6 +56,7 @@ def to_state_dict(
             raise TypeError(f"layout must be one of {_WRITABLE}: a module does not say which")
         weights = weights_of(block)
     elif isinstance(block, ExpertWeights):
+        check_weights(block)
         weights = block
     else:
         raise TypeError(f"block must be an Experts, a MoE or ExpertWeights, got {type(block).__name__}")

@@ -1,107 +1,60 @@
 """Checkpoints as names of tensors that are read piece by piece: dicts, safetensors and torch files, alone or in shards."""
 
-import json
 import os
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from fusedonemoe.integrations.checkpoints.files import INDEX_SUFFIX, Safetensors, Tensors, open_file, read_json
+
 Checkpoint = Mapping[str, Tensor] | str | os.PathLike[str]
 """What the public functions read: a state dict, a file, an index of shards, or a directory of them."""
 
-_INDEX_SUFFIX = ".index.json"
-_TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 # In the order in which they are looked for; an index is the shards' only complete list.
 _WHOLE_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
-class _Tensors:
-    """Tensors that are in memory, or mapped into it."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = {name: value.detach() for name, value in tensors.items() if isinstance(value, Tensor)}
-
-    def names(self) -> list[str]:
-        return list(self._tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name].shape)
-
-    def read(self, name: str, index: slice | None) -> Tensor:
-        tensor = self._tensors[name]
-        return tensor if index is None else tensor[index]
-
-    def close(self) -> None:
-        self._tensors = {}
+def _model_type(config: Path) -> str | None:
+    """The one field that is read of a configuration."""
+    model_type = read_json(config, "a model's configuration").get("model_type")
+    if model_type is not None and not isinstance(model_type, str):
+        raise ValueError(f"{config} must have a string for model_type, got {type(model_type).__name__}")
+    return model_type
 
 
-class _Safetensors:
-    """One safetensors file; of a tensor only the rows asked for are read."""
+def _shard_path(index: Path, name: str, file: object) -> Path:
+    """The file of one entry, which must be in the index's own folder, or below it.
 
-    def __init__(self, path: Path) -> None:
-        try:
-            from safetensors import safe_open
-        except ImportError as error:
-            raise ImportError(
-                f"reading {path.name} needs the package safetensors: pip install 'fusedonemoe[hf]', or pip install safetensors"
-            ) from error
-        self._file: Any = safe_open(path, framework="pt")
-        self._slices: dict[str, Any] = {}
-
-    def names(self) -> list[str]:
-        return list(self._file.keys())
-
-    def _slice(self, name: str) -> Any:
-        if name not in self._slices:
-            self._slices[name] = self._file.get_slice(name)
-        return self._slices[name]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
-
-    def read(self, name: str, index: slice | None) -> Tensor:
-        return self._file.get_tensor(name) if index is None else self._slice(name)[index]
-
-    def close(self) -> None:
-        self._slices = {}
-        self._file = None
-
-
-def _open_file(path: Path) -> _Tensors | _Safetensors:
-    if path.suffix == ".safetensors":
-        return _Safetensors(path)
-    if path.suffix not in _TORCH_SUFFIXES:
-        raise ValueError(
-            f"checkpoint must be a .safetensors, {', '.join(_TORCH_SUFFIXES)} or {_INDEX_SUFFIX} file or a directory, got {path}"
-        )
-    try:
-        loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except RuntimeError as error:
-        if "mmap" not in str(error):
-            raise
-        # The format before torch 1.6 cannot be mapped.
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(loaded, Mapping):
-        raise TypeError(f"{path} must hold a state dict, got {type(loaded).__name__}")
-    return _Tensors(loaded)
+    A link in that folder may lead out of it: Hugging Face's cache consists of such links, and who made one could have put
+    the file there.
+    """
+    if not isinstance(file, str) or not file:
+        raise ValueError(f"{index} must name a file for {name!r}, got {file!r}")
+    path = Path(file)
+    outside = path.is_absolute() or ".." in path.parts or PureWindowsPath(file).anchor or PureWindowsPath(file).drive
+    if outside or "\\" in file or not file.isprintable():
+        raise ValueError(f"{index} must name files in its own folder, by relative paths with '/', got {file!r} for {name!r}")
+    return index.parent / path
 
 
 def _shards_of(index: Path) -> dict[str, Path]:
     """The file of every tensor that an index names."""
-    weight_map = json.loads(index.read_text(encoding="utf-8")).get("weight_map")
+    weight_map = read_json(index, "the index of a sharded checkpoint", unique=True).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise ValueError(f"{index} must have a weight_map, as the index of a sharded checkpoint has")
-    return {name: index.parent / file for name, file in weight_map.items()}
+        raise ValueError(
+            f"{index} must have a weight_map, as the index of a sharded checkpoint has, from names to files, "
+            f"got {type(weight_map).__name__}"
+        )
+    return {name: _shard_path(index, name, file) for name, file in weight_map.items()}
 
 
 def _files_in(directory: Path) -> list[Path]:
     """What to open in a directory: an index, the one usual file, or every safetensors file."""
-    indices = sorted(directory.glob(f"*{_INDEX_SUFFIX}"))
+    indices = sorted(directory.glob(f"*{INDEX_SUFFIX}"))
     safe = [index for index in indices if ".safetensors" in index.name]
     for found in (safe, indices):
         if len(found) > 1:
@@ -109,12 +62,12 @@ def _files_in(directory: Path) -> list[Path]:
         if found:
             return found
     for name in _WHOLE_FILES:
-        if (directory / name).is_file():
+        if (directory / name).exists():
             return [directory / name]
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(
-            f"{directory} holds no checkpoint: no {_INDEX_SUFFIX} file, none of {_WHOLE_FILES}, no .safetensors file"
+            f"{directory} holds no checkpoint: no {INDEX_SUFFIX} file, none of {_WHOLE_FILES}, no .safetensors file"
         )
     return files
 
@@ -122,20 +75,25 @@ def _files_in(directory: Path) -> list[Path]:
 class Source:
     """An open checkpoint: which tensors it has, their shapes, and any rows of them.
 
+    Inside ``with``, a ValueError or TypeError about the checkpoint gets the file's name.
+
     Args:
         checkpoint: a state dict; a ``.safetensors``, ``.bin``, ``.pt`` or ``.pth`` file; an ``.index.json`` file of shards; or
             a directory with one of these.
 
     Attributes:
         model_type: what a ``config.json`` beside the files says, or None.
+        unlisted: tensors that the shards hold in other files than the index says, or that it does not name, with their files.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.model_type: str | None = None
-        self._open: dict[Path, _Tensors | _Safetensors] = {}
-        self._owner: dict[str, _Tensors | _Safetensors] = {}
+        self.unlisted: dict[str, str] = {}
+        self._path: Path | None = None
+        self._open: dict[Path, Tensors | Safetensors] = {}
+        self._owner: dict[str, Tensors | Safetensors] = {}
         if isinstance(checkpoint, Mapping):
-            tensors = _Tensors(checkpoint)
+            tensors = Tensors(checkpoint, "checkpoint")
             self._owner = dict.fromkeys(tensors.names(), tensors)
         elif isinstance(checkpoint, str | os.PathLike):
             try:
@@ -147,17 +105,18 @@ class Source:
             raise TypeError(f"checkpoint must be a state dict or a path, got {type(checkpoint).__name__}")
 
     def _open_path(self, path: Path) -> None:
+        self._path = path
         if not path.exists():
             raise FileNotFoundError(f"checkpoint {path} is not there")
         directory = path if path.is_dir() else path.parent
-        if (config := directory / "config.json").is_file():
-            self.model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+        if (config := directory / "config.json").exists():
+            self.model_type = _model_type(config)
         files = _files_in(path) if path.is_dir() else [path]
-        if files[0].name.endswith(_INDEX_SUFFIX):
+        if files[0].name.endswith(INDEX_SUFFIX):
             self._open_shards(files[0])
             return
         for file in files:
-            self._open[file] = part = _open_file(file)
+            self._open[file] = part = open_file(file)
             self._owner |= dict.fromkeys(part.names(), part)
         counts = Counter(name for part in self._open.values() for name in part.names())
         if twice := sorted(name for name, count in counts.items() if count > 1):
@@ -165,14 +124,16 @@ class Source:
 
     def _open_shards(self, index: Path) -> None:
         shard_of = _shards_of(index)
-        if lost := sorted({shard.name for shard in shard_of.values() if not shard.is_file()}):
-            raise FileNotFoundError(f"{index} names shards that are not there: {lost}")
-        for shard in dict.fromkeys(shard_of.values()):
-            self._open[shard] = _open_file(shard)
+        shards = dict.fromkeys(shard_of.values())
+        if lost := sorted({shard.name for shard in shards if not shard.exists()}):
+            raise FileNotFoundError(f"{index} names shards that are not there: {lost[:5]}")
+        for shard in shards:
+            self._open[shard] = open_file(shard)
         held = {shard: set(part.names()) for shard, part in self._open.items()}
         if lost := sorted(name for name, shard in shard_of.items() if name not in held[shard]):
             raise ValueError(f"{index} names tensors that their shards do not hold: {lost[:5]}")
         self._owner = {name: self._open[shard] for name, shard in shard_of.items()}
+        self.unlisted = {name: shard.name for shard, names in held.items() for name in names if shard_of.get(name) != shard}
 
     def names(self) -> list[str]:
         """Every tensor's name, in the checkpoint's order."""
@@ -185,9 +146,21 @@ class Source:
         """A tensor's shape, without reading it."""
         return self._owner[name].shape(name)
 
+    def dtype(self, name: str) -> torch.dtype | str:
+        """A tensor's dtype, without reading it; as the file writes it where torch has none."""
+        return self._owner[name].dtype(name)
+
+    def refusal(self, name: str) -> str | None:
+        """Why a tensor cannot be read, or None."""
+        return self._owner[name].refusal(name)
+
     def read(self, name: str, index: slice | None = None) -> Tensor:
         """A tensor, or some of its rows: often a view of the file, so copy what has to last."""
         return self._owner[name].read(name, index)
+
+    def in_memory(self, name: str) -> bool:
+        """Whether reading a tensor gives a view of memory that somebody else may hold as well."""
+        return self._path is None and self._owner[name].in_memory
 
     def close(self) -> None:
         """Let go of the files."""
@@ -200,3 +173,5 @@ class Source:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+        if self._path is not None and kind in (ValueError, TypeError) and str(self._path) not in str(error):
+            raise kind(f"{self._path}: {error}") from error

@@ -4,8 +4,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from fusedonemoe.checks import check_one_of
+from fusedonemoe.hf import BLOCK_NAMES
+from fusedonemoe.integrations.checkpoints.files import refusal
 from fusedonemoe.integrations.checkpoints.layouts import Target
 from fusedonemoe.layers import Experts, MoE
+from fusedonemoe.ops.activation import GATE_UP_LAYOUTS
 
 
 def rows_of(up: Tensor, part: Target, rows: str) -> Tensor:
@@ -70,16 +74,31 @@ class ExpertWeights:
 
 
 def weights_of(module: Experts | MoE) -> ExpertWeights:
-    """A module's parameters, not copied and without autograd."""
+    """A module's parameters, not copied and without autograd.
+
+    Raises:
+        TypeError: the experts are of another kind, or a tensor is sharded or quantised.
+        ValueError: a parameter is missing, has another shape than the configuration says, or is one that checkpoints do not have.
+    """
     experts = module.experts if isinstance(module, MoE) else module
     if not isinstance(experts, Experts):
         raise TypeError(f"experts must be Experts, with the plain weights that checkpoints hold, got {type(experts).__name__}")
     config = experts.config
+    E, D, F, G = config.num_experts, config.hidden_size, config.intermediate_size, config.up_rows
     name = "gate_up_proj" if config.gated else "up_proj"
-    held = {key: value.detach() for key, value in experts.named_parameters()}
+    shapes: dict[str, tuple[int, ...]] = {
+        name: (E, D, G) if config.transposed else (E, G, D),
+        "down_proj": (E, F, D) if config.transposed else (E, D, F),
+    }
+    if config.bias:
+        shapes |= {f"{name}_bias": (E, G), "down_proj_bias": (E, D)}
+    held = {key: _readable(f"experts.{key}", getattr(experts, key, None), shape) for key, shape in shapes.items()}
     block = {}
     if isinstance(module, MoE):
-        block = {key: value.detach() for key, value in module.state_dict().items() if not key.startswith("experts.")}
+        state = {key: value for key, value in module.state_dict().items() if not key.startswith("experts.")}
+        block = {key: _readable(key, value, None) for key, value in state.items()}
+        if unknown := sorted(block.keys() - BLOCK_NAMES.keys()):
+            raise ValueError(f"module must have the tensors of a MoE, got {unknown} as well, which no checkpoint has")
     up, down = held[name], held["down_proj"]
     return ExpertWeights(
         gate_up_proj=up.transpose(1, 2) if config.transposed else up,
@@ -90,6 +109,44 @@ def weights_of(module: Experts | MoE) -> ExpertWeights:
         gate_up_layout=config.gate_up_layout,
         block=block,
     )
+
+
+def _readable(name: str, tensor: object, shape: tuple[int, ...] | None) -> Tensor:
+    """A module's tensor without autograd, if its numbers are its own and lie in one piece of memory."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a tensor of the module, got {type(tensor).__name__}")
+    if why := refusal(tensor):
+        raise TypeError(f"{name} must be {why}: load before weights are sharded or quantised")
+    if shape is not None and tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, as the configuration says, got {tuple(tensor.shape)}")
+    if tensor.grad_fn is not None:
+        raise ValueError(f"{name} must be a parameter, got the result of a computation: remove the parametrisation first")
+    return tensor.detach()
+
+
+def check_weights(weights: ExpertWeights) -> None:
+    """Weights that somebody put together fit each other.
+
+    Raises:
+        TypeError: a field is no dense tensor.
+        ValueError: shapes that do not fit, an unknown order of rows, or a name that a MoE does not have.
+    """
+    down = _readable("down_proj", weights.down_proj, None)
+    if down.dim() != 3:
+        raise ValueError(f"down_proj must have 3 dimensions [E, D, F], got shape {tuple(down.shape)}")
+    check_one_of("gate_up_layout", weights.gate_up_layout, GATE_UP_LAYOUTS)
+    E, D, F = down.shape
+    G = 2 * F if weights.gated else F
+    _readable("gate_up_proj", weights.gate_up_proj, (E, G, D))
+    if (weights.gate_up_bias is None) != (weights.down_bias is None):
+        raise ValueError("gate_up_bias and down_bias must both be given, or neither")
+    for name, tensor, shape in (("gate_up_bias", weights.gate_up_bias, (E, G)), ("down_bias", weights.down_bias, (E, D))):
+        if tensor is not None:
+            _readable(name, tensor, shape)
+    if unknown := sorted(weights.block.keys() - BLOCK_NAMES.keys()):
+        raise ValueError(f"block must have names of {sorted(BLOCK_NAMES)}, got {unknown}")
+    for name, tensor in weights.block.items():
+        _readable(name, tensor, None)
 
 
 def pieces(home: ExpertWeights, piece: Tensor, target: Target, expert: int, order: str) -> list[tuple[Tensor, Tensor]]:

@@ -7,15 +7,18 @@ exchange, M routed rows among those, S slots for outgoing rows.
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from fractions import Fraction
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from fusedonemoe.checks import check_count
+from fusedonemoe.checks import check_count, check_dim, check_routing
 from fusedonemoe.integrations.distributed.collectives import all_to_all, gather, gather_sum
+from fusedonemoe.integrations.distributed.signature import REFUSED, assert_equal_signatures, check_signatures, signature_of
 from fusedonemoe.ops.plan import in_range, inverse_order, make_plan
 
 Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -51,6 +54,52 @@ class _Dispatcher:
     def __deepcopy__(self, memo: object) -> "_Dispatcher":
         return self  # a copy of a model talks to the same processes
 
+    def check(self, check: Callable[[], None], device: torch.device) -> None:
+        """Check a call's arguments. Where they are refused, the other ranks hear of it and do not wait for this one."""
+        if torch.compiler.is_compiling():
+            check()
+            return
+        try:
+            check()
+        except Exception:
+            self.tell_refusal(device)
+            raise
+
+    def tell_refusal(self, device: torch.device) -> None:
+        """Tell the other ranks, which wait for this one or will do so, that it raises instead."""
+        if self.world > 1 and not torch.compiler.is_compiling():
+            # Where the others are gone, this rank's own error says more than that of the exchange.
+            with suppress(RuntimeError):
+                self._refuse(device)
+
+    def _refuse(self, device: torch.device) -> None:
+        """Take this rank's part in the exchange of sizes, and say that there will be no rows."""
+        raise NotImplementedError
+
+    def dispatch(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Dispatched:
+        """Bring the rows of all ranks to their experts; a collective call.
+
+        Args:
+            x_TD: this rank's tokens, any number.
+            experts_TK: ids over all ranks, of any integer dtype; those outside ``[0, E)`` go nowhere.
+            weights_TK: routing weights.
+
+        Returns:
+            :class:`Dispatched`.
+
+        Raises:
+            TypeError: an argument of the wrong type or dtype.
+            ValueError: shapes that do not fit, or D, K, a dtype or ``E`` that differs between the ranks, which the message names.
+            RuntimeError: another rank has refused its arguments, or died, or did not come.
+        """
+        device = x_TD.device if isinstance(x_TD, Tensor) else torch.device("cpu")
+        self.check(lambda: _check_rows(x_TD, experts_TK, weights_TK), device)
+        return self.exchange(x_TD, experts_TK, weights_TK)
+
+    def exchange(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Dispatched:
+        """:meth:`dispatch` for arguments that are checked already."""
+        raise NotImplementedError
+
     def _owners(self, experts_TK: Tensor) -> Tensor:
         """The rank of each choice, ``W`` for an id that names no expert. ``[T, K]`` int64."""
         ids = experts_TK.to(torch.int64)
@@ -79,6 +128,11 @@ class _Dispatcher:
         first, staying, last = rows.split([sum(receive[: self.rank]), own, sum(receive[self.rank :])])
         back = all_to_all(torch.cat((first, last)), send, receive, self.group)
         return torch.cat((back, staying))
+
+
+def _check_rows(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> None:
+    check_routing(x_TD, experts_TK, weights_TK)
+    check_dim("x_TD", x_TD, "T, D")
 
 
 def _compact(marked: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -123,28 +177,32 @@ class AllToAll(_Dispatcher):
         super().__init__(group, num_experts)
         self.spare = spare
 
-    def _sizes(self, picked_TW: Tensor, owner_TK: Tensor) -> list[list[int]]:
+    def _sizes(self, picked_TW: Tensor, owner_TK: Tensor, signature: int) -> list[list[int]]:
         """Rows sent to each rank, choices in them, rows received from each, choices in those."""
         W = self.world
         choices_W = (owner_TK.reshape(-1, 1) == torch.arange(W, device=owner_TK.device)).sum(0)
         sent_W2 = torch.stack((picked_TW.sum(0), choices_W), 1)
-        received_W2 = all_to_all(sent_W2, [1] * W, [1] * W, self.group)
-        flat: list[int] = torch.cat((sent_W2, received_W2), 1).T.reshape(-1).tolist()  # the one look at the device
+        # The signature travels with the sizes, so that the comparison costs no message.
+        received_W3 = all_to_all(torch.cat((sent_W2, sent_W2.new_full((W, 1), signature)), 1), [1] * W, [1] * W, self.group)
+        if torch.compiler.is_compiling():
+            assert_equal_signatures(received_W3[:, 2], signature)
+            received_W3 = received_W3[:, :2]
+        flat: list[int] = torch.cat((sent_W2, received_W3), 1).T.reshape(-1).tolist()  # the one look at the device
         for size in flat:
             torch._check(size >= 0)
+        if not torch.compiler.is_compiling():
+            check_signatures(flat[4 * W :], self.group)
         return [flat[i * W : (i + 1) * W] for i in range(4)]
 
-    def dispatch(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Dispatched:
-        """Bring the rows of all ranks to their experts; a collective call.
+    def _refuse(self, device: torch.device) -> None:
+        """Take this rank's part in the exchange of sizes, to tell the others that its own arguments were refused."""
+        W = self.world
+        sent_W3 = torch.zeros(W, 3, dtype=torch.int64, device=device)
+        sent_W3[:, 2] = REFUSED
+        all_to_all(sent_W3, [1] * W, [1] * W, self.group)
 
-        Args:
-            x_TD: this rank's tokens, any number.
-            experts_TK: ids over all ranks, of any integer dtype; those outside ``[0, E)`` go nowhere.
-            weights_TK: routing weights.
-
-        Returns:
-            :class:`Dispatched`.
-        """
+    def exchange(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Dispatched:
+        """:meth:`dispatch` for arguments that are checked already."""
         (T, K), W, device = experts_TK.shape, self.world, x_TD.device
         owner_TK = self._owners(experts_TK)
         # The first choice that takes a token to a rank, K where there is none: the others travel with it.
@@ -152,7 +210,8 @@ class AllToAll(_Dispatcher):
         first_TW = choice_TK.new_full((T, W + 1), K).scatter_reduce(1, owner_TK, choice_TK, "amin")
         is_first_TK = (first_TW.gather(1, owner_TK) == choice_TK) & (owner_TK < W)
         picked_TW = first_TW[:, :W] < K
-        sent, _, received, choices = self._sizes(picked_TW, owner_TK)
+        signature = signature_of(x_TD, experts_TK, weights_TK, self.num_experts)
+        sent, _, received, choices = self._sizes(picked_TW, owner_TK, signature)
         send, receive, own = self._without_own(sent), self._without_own(received), sent[self.rank]
         N = sum(send) + own
         torch._check(N <= T * W)
@@ -240,6 +299,9 @@ class FixedCapacity(_Dispatcher):
         self.capacity = capacity
         self._factor = None if capacity_factor in (None, math.inf) else Fraction(capacity_factor).limit_denominator(1 << 20)
         self.dropped: Tensor | None = None
+        # gloo ends a process that gets more rows than it expects, so there sizes are compared before each exchange. Other
+        # backends exchange nothing but rows.
+        self._compares: bool = self.world > 1 and dist.get_backend(group) == "gloo"
 
     def _slots(self, choices: int) -> int:
         """``S``."""
@@ -250,15 +312,16 @@ class FixedCapacity(_Dispatcher):
         over, under = self._factor.numerator, self._factor.denominator * self.world
         return torch.sym_min(choices, (choices * over + under - 1) // under)
 
-    def dispatch(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Dispatched:
-        """Bring rows of all ranks to their experts; a collective call. See :meth:`AllToAll.dispatch`."""
+    def exchange(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Dispatched:
+        """:meth:`dispatch` for arguments that are checked already."""
         (T, K), W, device = experts_TK.shape, self.world, x_TD.device
         if T == 0 and self.capacity is not None:  # the others have tokens: a row that goes nowhere stands for this rank's
             tensors = (torch.cat((t, t.new_zeros(1, t.shape[1]))) for t in (x_TD, weights_TK))
-            padded = self.dispatch(next(tensors), torch.full((1, K), -1, device=device), next(tensors))
+            padded = self.exchange(next(tensors), torch.full((1, K), -1, device=device), next(tensors))
             return padded._replace(combine=lambda y_RD: padded.combine(y_RD)[:0])
         choices = T * K
         S = self._slots(choices)
+        self._compare(signature_of(x_TD, experts_TK, weights_TK, self.num_experts), S, device)
         owner_TK = self._owners(experts_TK)
         order, offsets = make_plan(owner_TK, W)
         number_TK = inverse_order(order).view(T, K) - offsets[owner_TK.clamp(max=W - 1)]
@@ -293,6 +356,25 @@ class FixedCapacity(_Dispatcher):
             return gather_sum(self._return(y_RD, sizes, sizes, choices), token_N, position_TK)
 
         return Dispatched(x, ids, weights, combine)
+
+    def _compare(self, signature: int, S: int, device: torch.device) -> None:
+        """With gloo: every rank sends rows of the same form, and equally many."""
+        if not self._compares:
+            return
+        W = self.world
+        own_W2 = torch.stack([torch.full((W,), value, dtype=torch.int64, device=device) for value in (signature, S)], 1)
+        received_W2 = all_to_all(own_W2, [1] * W, [1] * W, self.group)
+        if torch.compiler.is_compiling():
+            assert_equal_signatures(received_W2, own_W2)
+        elif not torch.equal(received_W2, own_W2):
+            signatures, rows = received_W2.T.tolist()
+            check_signatures(signatures, self.group, rows)
+
+    def _refuse(self, device: torch.device) -> None:
+        """With gloo: tell the others that this rank's own arguments were refused."""
+        if self._compares:
+            own_W2 = torch.tensor([[REFUSED, 0]] * self.world, device=device)
+            all_to_all(own_W2, [1] * self.world, [1] * self.world, self.group)
 
     def _count(self, beyond_TK: Tensor) -> None:
         if self.dropped is None or self.dropped.device != beyond_TK.device:

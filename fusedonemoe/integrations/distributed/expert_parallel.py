@@ -10,30 +10,33 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement, Shard, distribute_tensor
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
-from fusedonemoe.checks import check_routing
+from fusedonemoe.agreement import agree
+from fusedonemoe.checks import check_like_x, check_routing
 from fusedonemoe.functional.calls import as_rows, with_leading
 from fusedonemoe.integrations.distributed.collectives import in_autocast_dtype, with_divided_gradient
+from fusedonemoe.integrations.distributed.description import describe_blocks, library_versions
 from fusedonemoe.integrations.distributed.dispatch import AllToAll, FixedCapacity, check_capacity
 from fusedonemoe.layers import Experts
+from fusedonemoe.lora import LoRAExperts
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
-def as_mesh(where: DeviceMesh | ProcessGroup | None, device_type: str) -> DeviceMesh:
-    """A one-dimensional mesh over a group; the default group for None."""
+def group_of(where: DeviceMesh | ProcessGroup | None) -> ProcessGroup:
+    """The group of a one-dimensional mesh, or the group itself; the default group for None."""
     if isinstance(where, DeviceMesh):
         if where.ndim != 1:
             raise ValueError(
                 f"mesh must have one dimension, got {where.ndim}: {where.mesh_dim_names}; take one of them, mesh['name']"
             )
-        return where
+        return where.get_group()
     if where is not None and not isinstance(where, ProcessGroup):
         raise TypeError(f"group must be a ProcessGroup or a DeviceMesh, got {type(where).__name__}")
     if not dist.is_initialized():
         raise RuntimeError("torch.distributed is not initialised: call torch.distributed.init_process_group first")
     group = dist.group.WORLD if where is None else where
     assert group is not None
-    return DeviceMesh.from_group(group, device_type)
+    return group
 
 
 def experts_of(model: nn.Module) -> dict[str, Experts]:
@@ -43,9 +46,15 @@ def experts_of(model: nn.Module) -> dict[str, Experts]:
     found = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
     if not found:
         raise ValueError("model has no fusedonemoe.Experts in it")
+    adapted = {id(module.base): name for name, module in model.named_modules() if isinstance(module, LoRAExperts)}
     for name, module in found.items():
         if module.exchange is not None:
             raise ValueError(f"{name or 'the model'} is parallel already: {module.exchange}")
+        if id(module) in adapted:
+            raise ValueError(
+                f"{adapted[id(module)] or 'the model'} has adapters, which compute with all experts in one process: merge them "
+                "and put unload() in the place of the module"
+            )
     return found
 
 
@@ -53,12 +62,39 @@ def for_each(
     model: AnyModule,
     where: DeviceMesh | ProcessGroup | None,
     make_parallel: Callable[[Experts, DeviceMesh], None],
+    *,
+    style: str,
+    options: dict[str, object],
+    check: Callable[[Experts, int], None] | None = None,
     device_type: str | None = None,
 ) -> AnyModule:
-    """Make every :class:`~fusedonemoe.Experts` of a model parallel over a mesh; that of its parameters' device by default."""
+    """Make every :class:`~fusedonemoe.Experts` of a model parallel over a mesh; that of its parameters' device by default.
+
+    Before anything changes, the processes compare their models: what each of them would refuse alone is refused by all.
+
+    Args:
+        model: with experts.
+        where: the group or the mesh.
+        make_parallel: changes one module of experts.
+        style: the name of the class that asks.
+        options: its options, which must be equal in every process.
+        check: of one module and the size of the group; raises where that module cannot be parallel.
+        device_type: of the mesh.
+    """
+    group = group_of(where)
+
+    def describe() -> dict[str, object]:
+        for experts in experts_of(model).values():
+            if check is not None:
+                check(experts, group.size())
+        ranks = dist.get_process_group_ranks(group)
+        return {"style": style, **options, "ranks of the group": ranks, **library_versions(), **describe_blocks(model)}
+
+    agree(f"{style}.apply", describe, group)
     for experts in experts_of(model).values():
         device = device_type or next(experts.parameters()).device.type
-        make_parallel(experts, as_mesh(where, "cpu" if device == "meta" else device))
+        mesh = where if isinstance(where, DeviceMesh) else DeviceMesh.from_group(group, "cpu" if device == "meta" else device)
+        make_parallel(experts, mesh)
     return model
 
 
@@ -72,6 +108,15 @@ def place(experts: Experts, mesh: DeviceMesh, placements: dict[str, Placement]) 
         experts.register_parameter(name, nn.Parameter(placed, requires_grad=parameter.requires_grad))
 
 
+def _check_call(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> None:
+    """Everything that the operator would refuse once the rows of all ranks have met."""
+    check_routing(x, ids, weights)
+    if x.shape[-1] != experts.config.hidden_size:
+        raise ValueError(f"x must have shape [..., {experts.config.hidden_size}], got {tuple(x.shape)}")
+    up_name = "gate_up_proj" if experts.config.gated else "up_proj"
+    check_like_x(up_name, getattr(experts, up_name), x)
+
+
 class ExpertExchange:
     """What :class:`ExpertParallel` hangs on an :class:`~fusedonemoe.Experts`: its forward over the group."""
 
@@ -81,11 +126,9 @@ class ExpertExchange:
 
     def __call__(self, experts: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The forward of ``experts``, for the tokens of this process."""
-        check_routing(x, ids, weights)
-        if x.shape[-1] != experts.config.hidden_size:
-            raise ValueError(f"x must have shape [..., {experts.config.hidden_size}], got {tuple(x.shape)}")
+        self.dispatcher.check(lambda: _check_call(experts, x, ids, weights), experts.down_proj.device)
         rows = in_autocast_dtype(as_rows(x))
-        dispatched = self.dispatcher.dispatch(rows, as_rows(ids), as_rows(weights))
+        dispatched = self.dispatcher.exchange(rows, as_rows(ids), as_rows(weights))
         up, down, *biases = (
             None if w is None else with_divided_gradient(w, self.divisor) if self.divisor > 1 else w
             for w in experts.local_weights()
@@ -97,6 +140,10 @@ class ExpertExchange:
             nothing = sum(w.sum() for w in (up, down, *biases) if w is not None)
             y = (dispatched.x * dispatched.weights + nothing).to(rows.dtype)
         return with_leading(dispatched.combine(y), x)
+
+    def tell_refusal(self, experts: Experts) -> None:
+        """Tell the other ranks that this one refuses its input, before it has routed it."""
+        self.dispatcher.tell_refusal(experts.down_proj.device)
 
     def __deepcopy__(self, memo: object) -> "ExpertExchange":
         return self
@@ -174,14 +221,20 @@ class ExpertParallel(ParallelStyle):
 
         Raises:
             TypeError: ``model`` is no module.
-            ValueError: it has no experts, or they are parallel already.
-            RuntimeError: :mod:`torch.distributed` is not initialised.
+            ValueError: it has no experts, or they are parallel already, or have adapters; or the processes' models, options or
+                versions differ. The message names what differs and which ranks have what.
+            RuntimeError: :mod:`torch.distributed` is not initialised, or another process has failed.
         """
-        return for_each(model, self.group, self._shard)
+        return self._each(model, self.group)
+
+    def _each(self, model: AnyModule, where: DeviceMesh | ProcessGroup | None, device_type: str | None = None) -> AnyModule:
+        names = ("capacity_factor", "capacity", "gradients")
+        options = {name: getattr(self, name) for name in names}
+        return for_each(model, where, self._shard, style="ExpertParallel", options=options, device_type=device_type)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         """What :func:`torch.distributed.tensor.parallel.parallelize_module` calls."""
-        return for_each(module, device_mesh if self.group is None else self.group, self._shard, device_mesh.device_type)
+        return self._each(module, device_mesh if self.group is None else self.group, device_mesh.device_type)
 
     def _shard(self, experts: Experts, mesh: DeviceMesh) -> None:
         place(experts, mesh, {name: Shard(0) for name, _ in experts.named_parameters(recurse=False)})

@@ -30,6 +30,12 @@ def _placements(config: MoEConfig) -> dict[str, Placement]:
     return {up_name: rows(up), f"{up_name}_bias": rows(1), "down_proj": Shard(down), "down_proj_bias": Replicate()}
 
 
+def _check_width(experts: Experts, world: int) -> None:
+    width = experts.config.intermediate_size
+    if width % world:
+        raise ValueError(f"the group's size must divide the intermediate size ({width}), got {world} ranks")
+
+
 class TensorExchange:
     """What :class:`TensorParallel` hangs on an :class:`~fusedonemoe.Experts`: its forward over the group."""
 
@@ -99,18 +105,19 @@ class TensorParallel(ParallelStyle):
 
         Raises:
             TypeError: ``model`` is no module.
-            ValueError: it has no experts, they are parallel already, or the group's size does not divide ``F``.
-            RuntimeError: :mod:`torch.distributed` is not initialised.
+            ValueError: it has no experts, they are parallel already, or have adapters; the group's size does not divide ``F``; or
+                the processes' models or versions differ. The message names what differs and which ranks have what.
+            RuntimeError: :mod:`torch.distributed` is not initialised, or another process has failed.
         """
-        return for_each(model, self.group, self._cut)
+        return self._each(model, self.group)
+
+    def _each(self, model: AnyModule, where: DeviceMesh | ProcessGroup | None, device_type: str | None = None) -> AnyModule:
+        return for_each(model, where, self._cut, style="TensorParallel", options={}, check=_check_width, device_type=device_type)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         """What :func:`torch.distributed.tensor.parallel.parallelize_module` calls."""
-        return for_each(module, device_mesh if self.group is None else self.group, self._cut, device_mesh.device_type)
+        return self._each(module, device_mesh if self.group is None else self.group, device_mesh.device_type)
 
     def _cut(self, experts: Experts, mesh: DeviceMesh) -> None:
-        width = experts.config.intermediate_size
-        if width % mesh.size():
-            raise ValueError(f"the group's size must divide the intermediate size ({width}), got {mesh.size()} ranks")
         place(experts, mesh, _placements(experts.config))
         experts.exchange = TensorExchange(mesh.get_group())

@@ -1,5 +1,6 @@
 """What the rest of a training loop needs to know of parameters that are not whole: FSDP2, DDP, optimizers, clipping."""
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,8 +12,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from fusedonemoe.integrations.distributed.expert_parallel import ExpertExchange
+from fusedonemoe.agreement import agree
+from fusedonemoe.integrations.distributed.description import describe_blocks, describe_tensors, library_versions
+from fusedonemoe.integrations.distributed.expert_parallel import ExpertExchange, group_of
 from fusedonemoe.layers import Experts
+from fusedonemoe.usage import is_capturing
 
 
 def expert_placement(model: nn.Module, mesh: DeviceMesh) -> Callable[[nn.Parameter], Any]:
@@ -32,7 +36,8 @@ def expert_placement(model: nn.Module, mesh: DeviceMesh) -> Callable[[nn.Paramet
 
     Raises:
         TypeError: ``mesh`` is no device mesh.
-        ValueError: ``mesh`` has several dimensions, or ``model`` no experts.
+        ValueError: ``mesh`` has several dimensions, or ``model`` no experts; or the blocks of the mesh's processes differ, which
+            they compare here, in a collective call.
 
     Example:
         >>> import torch.distributed as dist
@@ -56,6 +61,7 @@ def expert_placement(model: nn.Module, mesh: DeviceMesh) -> Callable[[nn.Paramet
         raise TypeError(f"mesh must be a DeviceMesh, got {type(mesh).__name__}")
     if mesh.ndim != 1:
         raise ValueError(f"mesh must have one dimension, got {mesh.ndim} ({mesh.mesh_dim_names})")
+    agree("expert_placement", lambda: {**library_versions(), **describe_blocks(model)}, mesh.get_group())
     ours = {
         parameter: isinstance(parameter, DTensor) and isinstance(module.exchange, ExpertExchange)
         for module in model.modules()
@@ -95,7 +101,9 @@ def data_parallel(model: nn.Module, **options: Any) -> DistributedDataParallel:
         The wrapped model.
 
     Raises:
-        ValueError: the experts are parallel over other processes than the rest, or their gradients are sums.
+        ValueError: the experts are parallel over other processes than the rest, or their gradients are sums; or the blocks of the
+            processes differ, and the message says which ranks have what.
+        RuntimeError: :mod:`torch.distributed` is not initialised, or another process has failed.
 
     Example:
         >>> import torch, torch.distributed as dist
@@ -107,9 +115,21 @@ def data_parallel(model: nn.Module, **options: Any) -> DistributedDataParallel:
         >>> model(torch.randn(5, 16)).sum().backward()
         >>> dist.destroy_process_group()
     """
-    group: ProcessGroup | None = options.get("process_group") or dist.group.WORLD
-    assert group is not None
-    left_alone = []
+    group = group_of(options.get("process_group"))
+    left_alone: list[str] = []
+
+    def describe() -> dict[str, object]:
+        left_alone.extend(_parallel_parameters(model, group))
+        return {**library_versions(), **describe_blocks(model)}
+
+    agree("data_parallel", describe, group)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, left_alone)
+    return DistributedDataParallel(model, **options)
+
+
+def _parallel_parameters(model: nn.Module, group: ProcessGroup) -> list[str]:
+    """The names of the parameters whose gradients the exchange of experts completes."""
+    left_alone: list[str] = []
     for name, module in model.named_modules():
         if not isinstance(module, Experts) or not isinstance(module.exchange, ExpertExchange):
             continue
@@ -122,8 +142,19 @@ def data_parallel(model: nn.Module, **options: Any) -> DistributedDataParallel:
         if module.exchange.divisor != group.size():
             raise ValueError(f"{name} sums its gradients, and DistributedDataParallel averages: use gradients='mean'")
         left_alone += [f"{name}.{key}" if name else key for key, _ in module.named_parameters()]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, left_alone)
-    return DistributedDataParallel(model, **options)
+    return left_alone
+
+
+# Models whose processes have compared their gradients.
+_averaged: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+
+
+def _describe_gradients(model: nn.Module) -> dict[str, object]:
+    settings: dict[str, object] = {}
+    for name, module in model.named_modules():
+        settings |= describe_tensors(module, f"{name}." if name else "")
+    with_gradients = {name for name, p in model.named_parameters() if p.grad is not None and not isinstance(p, DTensor)}
+    return {f"gradient of {name}": text for name, text in settings.items() if name in with_gradients}
 
 
 def average_gradients(model: nn.Module, group: ProcessGroup | None = None) -> None:
@@ -135,6 +166,11 @@ def average_gradients(model: nn.Module, group: ProcessGroup | None = None) -> No
         model: after its backward pass. A parameter has a gradient in all processes, or in none.
         group: the processes; the default group if None.
 
+    Raises:
+        ValueError: the processes have gradients of other names, shapes or dtypes. They compare them at the first call for a
+            model, and the message says which ranks have what.
+        RuntimeError: another process has failed.
+
     Example:
         >>> import torch, torch.distributed as dist
         >>> from fusedonemoe.integrations.distributed import average_gradients
@@ -145,6 +181,9 @@ def average_gradients(model: nn.Module, group: ProcessGroup | None = None) -> No
         >>> dist.destroy_process_group()
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None and not isinstance(p, DTensor)]
+    if model not in _averaged and not (gradients and is_capturing(gradients[0])):
+        agree("average_gradients", lambda: _describe_gradients(model), group_of(group))
+        _averaged.add(model)
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for gradient in gradients:
         by_dtype.setdefault(gradient.dtype, []).append(gradient)

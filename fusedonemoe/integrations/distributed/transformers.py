@@ -44,14 +44,30 @@ def _implementation() -> type[Any]:
     from torch import Tensor
     from transformers.distributed.expert_parallel import EPImplementation
 
+    from fusedonemoe.agreement import agree
     from fusedonemoe.integrations.distributed.collectives import sum_of_parts, with_summed_gradient
+    from fusedonemoe.integrations.distributed.description import describe_tensors, library_versions
     from fusedonemoe.integrations.distributed.dispatch import AllToAll
+
+    def _settings_of(experts: Any, tp_mesh: Any) -> dict[str, object]:
+        config = getattr(experts, "config", None)
+        fields = ("model_type", "hidden_size", "num_experts_per_tok", "hidden_act", "swiglu_limit")
+        return {
+            "experts": type(experts).__name__,
+            "num_experts of each process": experts.num_experts,
+            "act_fn": type(getattr(experts, "act_fn", None)).__name__,
+            "size of the tensor-parallel group": tp_mesh.size(),
+            **{f"config.{name}": getattr(config, name, None) for name in fields},
+            **describe_tensors(experts),
+            **library_versions(),
+        }
 
     class FusedOneMoEExpertParallel(EPImplementation):
         """One instance for each experts module."""
 
         def __init__(self, experts: Any, ep_mesh: Any, tp_mesh: Any) -> None:
             super().__init__(experts, ep_mesh, tp_mesh)
+            agree("ep_implementation='fusedonemoe'", lambda: _settings_of(experts, tp_mesh), ep_mesh.get_group())
             # A row that is nobody's: some experts implementations cannot run without any.
             self.dispatcher = AllToAll(ep_mesh.get_group(), self.num_local_experts * ep_mesh.size(), spare=1)
 

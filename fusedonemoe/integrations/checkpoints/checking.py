@@ -1,0 +1,129 @@
+"""Checks of a checkpoint's names, shapes and dtypes against a layout and a module, before a number is read."""
+
+import torch
+
+from fusedonemoe.hf import BLOCK_NAMES
+from fusedonemoe.integrations.checkpoints.blocks import Block
+from fusedonemoe.integrations.checkpoints.files import FLOATS
+from fusedonemoe.integrations.checkpoints.layouts import LAYOUTS, Part
+from fusedonemoe.integrations.checkpoints.sources import Source
+from fusedonemoe.integrations.checkpoints.weights import ExpertWeights
+from fusedonemoe.layers import Experts, MoE
+
+
+def present_parts(block: Block) -> list[Part]:
+    """The layout's parts, without biases that the checkpoint does not have."""
+    layout = LAYOUTS[block.layout]
+    parts = [part for part in layout.parts if part.names()[0] in block.names]
+    lost = [part.name for part in layout.parts if part not in parts]
+    if block.bias and lost:
+        raise ValueError(f"{block.prefix or 'the checkpoint'} has some of the experts' biases, but not {lost}")
+    return parts
+
+
+def keys_of(block: Block, part: Part) -> list[str]:
+    """Every tensor's name of one part."""
+    experts = range(block.num_experts) if part.form == "each" else range(1)
+    return [block.key(name.format(expert)) for name in part.names() for expert in experts]
+
+
+def check_shapes(source: Source, block: Block, parts: list[Part]) -> None:
+    """What was found for the first expert holds for all."""
+    for part in parts:
+        if part.form == "each":
+            first, *others = keys_of(block, part)
+            for key in others:
+                if source.shape(key) != source.shape(first):
+                    raise ValueError(f"{key} must have shape {source.shape(first)}, as {first} has, got {source.shape(key)}")
+        elif part.form == "mxfp4":
+            blocks, scales = keys_of(block, part)
+            if source.shape(scales) != source.shape(blocks)[:-1]:
+                raise ValueError(
+                    f"{scales} must have shape {source.shape(blocks)[:-1]} to fit {blocks}, got {source.shape(scales)}"
+                )
+
+
+def check_names(
+    source: Source, block: Block, names: dict[str, str], into: Experts | MoE | None, filled: ExpertWeights | None
+) -> None:
+    """Nothing is missing and nothing is left over."""
+    used = {key for part in present_parts(block) for key in keys_of(block, part)}
+    used |= {block.key(theirs) for theirs in names.values()}
+    missing: list[str] = []
+    scopes = {block.key(part.name.partition(".")[0]) + "." for part in LAYOUTS[block.layout].parts}
+    if isinstance(into, MoE) and filled is not None:
+        has = filled.block.keys()
+        missing = [block.key(BLOCK_NAMES[ours][0]) for ours in sorted(has - names.keys())]
+        used -= {block.key(theirs) for ours, theirs in names.items() if ours not in has}
+        # Where the block has no module of its own, its neighbours in the layer are none of its tensors.
+        is_layer = block.prefix.rpartition(".")[2].isdigit()
+        modules = {alias.partition(".")[0] for aliases in BLOCK_NAMES.values() for alias in aliases if "." in alias}
+        scopes |= {block.key(module) + "." for module in modules} if is_layer else {block.key("")}
+    elif isinstance(into, Experts) and "output_bias" in names:
+        raise ValueError(
+            f"{block.key(names['output_bias'])} is a bias of the whole block, which Experts does not have: load into a MoE with "
+            "output_bias=True"
+        )
+    unexpected = [key for key in source.names() if key not in used and any(key.startswith(scope) for scope in scopes)]
+    if hidden := {key: file for key, file in source.unlisted.items() if any(key.startswith(scope) for scope in scopes)}:
+        raise ValueError(
+            f"the index and the shards must agree on {block.prefix or 'the checkpoint'}, got tensors in files that the index "
+            f"does not name for them: {dict(list(hidden.items())[:5])}"
+        )
+    if missing or unexpected:
+        what = "the checkpoint" if into is None else type(into).__name__
+        raise ValueError(
+            f"{block.prefix or 'the checkpoint'}, read as layout {block.layout!r}, does not match {what}: "
+            f"missing {missing}, unexpected {unexpected}"
+        )
+
+
+def check_module(block: Block, into: Experts | MoE) -> None:
+    """The module has the block's sizes."""
+    config = into.config
+    for name in ("num_experts", "hidden_size", "intermediate_size", "gated", "bias"):
+        if getattr(config, name) != getattr(block, name):
+            raise ValueError(
+                f"into must have {name} = {getattr(block, name)}, as {block.prefix or 'the checkpoint'} has, "
+                f"got {getattr(config, name)}"
+            )
+
+
+def block_shapes(block: Block) -> dict[str, tuple[int, ...]]:
+    """Shapes beside the experts that the experts' sizes decide; the shared branch has a width of its own."""
+    E, D = block.num_experts, block.hidden_size
+    return {
+        "gate.weight": (E, D),
+        "gate.bias": (E,),
+        "gate.e_score_correction_bias": (E,),
+        "output_bias": (D,),
+        "shared_expert_gate.weight": (1, D),
+    }
+
+
+def check_beside(source: Source, beside: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> None:
+    """The router, the shared branch and the biases have these shapes, and numbers that can be rounded to the module's dtype."""
+    for ours, key in beside.items():
+        if why := source.refusal(key):
+            raise TypeError(f"{key} must be {why}")
+        if source.dtype(key) not in FLOATS:
+            raise TypeError(
+                f"{key} must be float64, float32, bfloat16 or float16 to be {ours}, got {source.dtype(key)}: dequantise it first"
+            )
+        # Ernie's selection bias has a leading axis of one.
+        if ours in shapes and source.shape(key) not in (shape := shapes[ours], (1, *shape)):
+            raise ValueError(f"{key} must have shape {shape}, as {ours} has, got {source.shape(key)}")
+
+
+def check_dtypes(source: Source, block: Block, parts: list[Part]) -> None:
+    """The experts' tensors have numbers that can be converted."""
+    for part in parts:
+        for key in keys_of(block, part):
+            if why := source.refusal(key):
+                raise TypeError(f"{key} must be {why}")
+            dtype = source.dtype(key)
+            if part.form == "mxfp4":
+                if dtype != torch.uint8:
+                    raise TypeError(f"{key} must be uint8, as MXFP4 is stored, got {dtype}")
+            elif dtype not in FLOATS:
+                raise TypeError(f"{key} must be float64, float32, bfloat16 or float16, got {dtype}: dequantise it first")

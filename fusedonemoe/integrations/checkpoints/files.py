@@ -1,0 +1,208 @@
+"""One file of tensors, or of JSON: opened and checked. What is wrong with a file is said with its name."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+INDEX_SUFFIX = ".index.json"
+TORCH_SUFFIXES = (".bin", ".pt", ".pth")
+# As a safetensors header spells the dtypes that torch has; the name of another one stays as it is written.
+_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool, "C64": torch.complex64,
+}  # fmt: skip
+
+
+def read_json(path: Path, meaning: str, *, unique: bool = False) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Args:
+        path: the file.
+        meaning: what it should be, for messages.
+        unique: whether a name that occurs twice in one object is an error; otherwise the last one counts.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no such object.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content = dict(pairs)
+        if unique and len(content) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"names that occur twice: {sorted({name for name in names if names.count(name) > 1})[:5]}")
+        return content
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
+    except RecursionError as error:
+        raise ValueError(f"{path} must be {meaning}, got JSON that is nested too deeply") from error
+    except ValueError as error:  # no UTF-8, no JSON, or an integer of thousands of digits
+        raise ValueError(f"{path} must be {meaning}, as JSON in UTF-8: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must be {meaning}, a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _plain(tensor: Tensor) -> bool:
+    """The tensor's numbers lie in its memory: no shard, no quantised tensor, no tensor of a subclass that computes otherwise."""
+    return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+def refusal(tensor: Tensor) -> str | None:
+    """Why the numbers of a tensor cannot be read or written piece by piece, or None."""
+    if not _plain(tensor):
+        return f"a plain tensor, got {type(tensor).__name__}"
+    if tensor.layout != torch.strided:
+        return f"a dense tensor, got {tensor.layout}"
+    return None
+
+
+def unreadable(tensor: Tensor) -> str | None:
+    """Why the numbers of a tensor cannot be read, or None."""
+    return "memory, got a tensor on the meta device" if tensor.is_meta else refusal(tensor)
+
+
+class Tensors:
+    """Tensors that are in memory, or mapped into it."""
+
+    in_memory = True
+
+    def __init__(self, tensors: Mapping[Any, object], origin: str) -> None:
+        self._tensors: dict[str, Tensor] = {}
+        for name, value in tensors.items():
+            if not isinstance(value, Tensor):
+                continue
+            if not isinstance(name, str):
+                raise TypeError(f"{origin} must have strings for names, got {name!r}")
+            if isinstance(value, UninitializedParameter | UninitializedBuffer):
+                raise ValueError(f"{name} of {origin} must have numbers, got a parameter without a shape")
+            self._tensors[name] = value.detach()
+
+    def names(self) -> list[str]:
+        """Every tensor's name."""
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape."""
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype | str:
+        """A tensor's dtype."""
+        return self._tensors[name].dtype
+
+    def refusal(self, name: str) -> str | None:
+        """Why a tensor cannot be read, or None."""
+        return unreadable(self._tensors[name])
+
+    def read(self, name: str, index: slice | None) -> Tensor:
+        """A tensor, or some of its rows, as a view."""
+        tensor = self._tensors[name]
+        return tensor if index is None else tensor[index]
+
+    def close(self) -> None:
+        """Let go of them."""
+        self._tensors = {}
+
+
+class Safetensors:
+    """One safetensors file; of a tensor only the rows asked for are read."""
+
+    in_memory = False
+
+    def __init__(self, path: Path) -> None:
+        try:
+            from safetensors import safe_open
+        except ImportError as error:
+            raise ImportError(
+                f"reading {path.name} needs the package safetensors: pip install 'fusedonemoe[hf]', or pip install safetensors"
+            ) from error
+        self._path = path
+        try:
+            self._file: Any = safe_open(path, framework="pt")
+        except Exception as error:
+            raise ValueError(f"{path} must be a safetensors file: {error}") from error
+        self._slices: dict[str, Any] = {}
+
+    def names(self) -> list[str]:
+        """Every tensor's name."""
+        return list(self._file.keys())
+
+    def _slice(self, name: str) -> Any:
+        if name not in self._slices:
+            self._slices[name] = self._file.get_slice(name)
+        return self._slices[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, from the header."""
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype | str:
+        """A tensor's dtype, from the header."""
+        written: str = self._slice(name).get_dtype()
+        return _DTYPES.get(written, written)
+
+    def refusal(self, name: str) -> str | None:
+        """The header was checked when the file was opened."""
+        return None
+
+    def read(self, name: str, index: slice | None) -> Tensor:
+        """A tensor, or some of its rows."""
+        try:
+            tensor: Tensor = self._file.get_tensor(name) if index is None else self._slice(name)[index]
+        except Exception as error:
+            raise ValueError(f"{self._path}: {name} cannot be read: {error}") from error
+        return tensor
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._slices = {}
+        self._file = None
+
+
+def open_file(path: Path) -> Tensors | Safetensors:
+    """The tensors of one file, by its ending.
+
+    Raises:
+        OSError: it cannot be opened.
+        TypeError: it holds something else than a state dict.
+        ValueError: its ending is unknown, it is no regular file, or it is damaged.
+    """
+    if path.suffix != ".safetensors" and path.suffix not in TORCH_SUFFIXES:
+        raise ValueError(
+            f"checkpoint must be a .safetensors, {', '.join(TORCH_SUFFIXES)} or {INDEX_SUFFIX} file or a directory, got {path}"
+        )
+    if not os.path.isfile(path):  # a pipe would wait for a writer
+        raise ValueError(f"{path} must be a file of tensors, got a {'directory' if path.is_dir() else 'special file'}")
+    with path.open("rb"):  # the operating system's own error names the file
+        pass
+    if path.suffix == ".safetensors":
+        return Safetensors(path)
+    loaded = _load_torch(path)
+    if not isinstance(loaded, Mapping):
+        raise TypeError(f"{path} must hold a state dict, got {type(loaded).__name__}")
+    return Tensors(loaded, str(path))
+
+
+def _load_torch(path: Path) -> object:
+    try:
+        try:
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            # The format before torch 1.6 cannot be mapped.
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # of zip, pickle, torch and mmap: a damaged file ends in a dozen types
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} must be a file of torch.save with tensors: {type(error).__name__}: {reason}") from error

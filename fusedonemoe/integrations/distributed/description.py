@@ -1,0 +1,72 @@
+"""The settings of a model's blocks that every process must share, for :func:`fusedonemoe.agreement.agree`."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fusedonemoe
+from fusedonemoe.layers import Experts, MoE
+from fusedonemoe.lora import LoRAExperts
+from fusedonemoe.quantized import QuantizedExperts
+from fusedonemoe.routers import ProductKeyRouter, TopKRouter
+
+# Attributes that can be changed after the module was built, or that no configuration holds.
+_FIELDS: dict[type[nn.Module], tuple[str, ...]] = {
+    TopKRouter: (
+        "top_k", "scoring", "score_first", "norm_topk_prob", "routed_scaling_factor", "n_group", "topk_group", "group_score",
+        "norm_eps",
+    ),
+    ProductKeyRouter: ("num_keys", "top_k", "num_heads", "norm_topk_prob", "input_norm"),
+    QuantizedExperts: ("dtype", "group_size", "symmetric"),
+    LoRAExperts: ("r", "alpha", "targets", "use_rslora"),
+}  # fmt: skip
+# How much a process keeps for the backward decides its memory, and no result.
+_FREE = ("save_percent",)
+
+
+def library_versions() -> dict[str, object]:
+    """The versions that decide what travels: this library's and torch's, without the part that names a build for a device."""
+    return {"version of fusedonemoe": fusedonemoe.__version__, "version of torch": torch.__version__.partition("+")[0]}
+
+
+def describe_blocks(model: nn.Module) -> dict[str, object]:
+    """Each block's, router's and experts' settings and tensors, by their names in the model."""
+    settings: dict[str, object] = {}
+    kinds = (MoE, Experts, *_FIELDS)
+    for name, module in model.named_modules():
+        kind = next((kind for kind in kinds if isinstance(module, kind)), None)
+        if kind is None:
+            continue
+        settings[name or "model"] = kind.__name__
+        before = f"{name}." if name else ""
+        settings |= {f"{before}{field}": value for field, value in _fields_of(module, kind).items()}
+        if kind is not MoE:
+            settings |= describe_tensors(module, before)
+    return settings
+
+
+def _fields_of(module: Any, kind: type[nn.Module]) -> dict[str, object]:
+    if kind in _FIELDS:
+        return {field: getattr(module, field) for field in _FIELDS[kind]}
+    return {f"config.{name}": value for name, value in dataclasses.asdict(module.config).items() if name not in _FREE}
+
+
+def describe_tensors(module: nn.Module, before: str = "") -> dict[str, object]:
+    """The module's own parameters and buffers: shape, dtype, device type, and whether they are trained."""
+    tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    return {f"{before}{name}": _Described(tensor) for name, tensor in tensors}
+
+
+class _Described:
+    """One tensor's properties, as they are compared and printed."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        kind = "" if type(tensor) in (Tensor, nn.Parameter) else f" {type(tensor).__name__}"
+        trained = "trained" if tensor.requires_grad else "not trained"
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        self.text = f"{dtype} {tuple(tensor.shape)} on {tensor.device.type}, {trained}{kind}"
+
+    def __repr__(self) -> str:
+        return self.text
