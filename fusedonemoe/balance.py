@@ -211,6 +211,15 @@ def update_selection_bias(bias: Tensor, counts: Tensor, rate: float, *, num_shar
     return bias
 
 
+def check_step_dtype(name: str, bias: Tensor) -> None:
+    """The bias can take small steps: half precision stops at 0.5, where a step of 0.001 is rounded away."""
+    if bias.dtype not in (torch.float32, torch.float64):
+        raise RuntimeError(
+            f"{name} must be float32 to move by small steps, got {bias.dtype}: casts of its module leave it alone, so something "
+            "has replaced it, such as MixedPrecision(buffer_dtype=...) of FSDP or MoE.from_hf of a model that was cast"
+        )
+
+
 def _check_rate(rate: float) -> None:
     check_number("rate", rate)
     if not 0 <= rate < math.inf:
@@ -239,6 +248,7 @@ class LossFreeBalance:
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: ``model`` has no such router, ``rate`` is negative, or ``group`` has several dimensions.
+        RuntimeError: at a step, a bias is in half precision, where small steps are lost. Casts of a model do not do that.
 
     Source:
         Wang et al. 2024 (arXiv 2408.15664); DeepSeek-V3 (arXiv 2412.19437) section 2.1.2.
@@ -292,6 +302,9 @@ class LossFreeBalance:
         Raises:
             ValueError: the ranks' rates or routers differ; the message says which ranks have what.
         """
+        for name, router in self._routers.items():
+            assert router.e_score_correction_bias is not None
+            check_step_dtype(f"{name}.e_score_correction_bias".lstrip("."), router.e_score_correction_bias)
         counts = [hook.counts for hook in self._hooks.values()]
         total = torch.cat(counts)  # one message for all layers
         if dist.is_available() and dist.is_initialized():

@@ -264,7 +264,7 @@ class MoE(nn.Module):
         """A block over the parameters of a transformers sparse block, which are shared and not copied.
 
         The parameters are the same objects: values, gradients and optimizer states are common, and training either trains both.
-        A selection bias shares its storage only: moving or casting either module later parts the two.
+        A selection bias shares its storage only: moving either module later parts the two, and so does a cast of ``module``.
 
         Args:
             module: the block: router, experts and what stands beside them, as transformers 5 has them in memory.

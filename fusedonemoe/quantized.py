@@ -1,6 +1,5 @@
 """Experts with weights of 8 or 4 bits."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from fusedonemoe import functional as F
 from fusedonemoe.checks import check_one_of
 from fusedonemoe.config import MoEConfig
 from fusedonemoe.functional.quantized import FORMATS, check_finite, check_group_size, new_weight
+from fusedonemoe.kept_buffers import KeptBuffers
 from fusedonemoe.layers import Experts
 
 _PARTS = ("", "_scale", "_zero_point")  # of a name, in the order of a QuantizedWeight
@@ -57,7 +57,7 @@ def check_source(experts: Experts, name: str, dtype: str) -> None:
         raise ValueError(f"dtype must be 'int8' for {name}, which is torchao's Int8Tensor already, got {dtype!r}")
 
 
-class QuantizedExperts(nn.Module):
+class QuantizedExperts(KeptBuffers):
     """The experts of a block with weights of 8 or 4 bits, in plain buffers.
 
     In place of the parameters of :class:`Experts` of the same names there are buffers with their values, int8 ``[E, O, I]``
@@ -87,6 +87,7 @@ class QuantizedExperts(nn.Module):
     """
 
     down_proj_bias: Tensor | None
+    fixed_buffers = tuple(name + part for name in ("gate_up_proj", "up_proj", "down_proj") for part in _PARTS)
 
     def __init__(
         self,
@@ -188,16 +189,6 @@ class QuantizedExperts(nn.Module):
     def nbytes(self) -> int:
         """Bytes of both weights, with scales and zero points."""
         return sum(weight.nbytes for weight in self.quantized_weights())
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedExperts":
-        scales = {name: self._buffers[name] for name in (f"{self._up_name}_scale", "down_proj_scale")}
-        super()._apply(fn, recurse)
-        for name, scale in scales.items():
-            moved = self._buffers[name]
-            assert scale is not None and moved is not None
-            if moved.dtype != scale.dtype:  # a cast of the model is not for them
-                self._buffers[name] = scale.to(moved.device)
-        return self
 
     def extra_repr(self) -> str:
         """The sizes, for ``print(module)``."""

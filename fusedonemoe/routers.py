@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fusedonemoe import functional as F
 from fusedonemoe.checks import check_count
+from fusedonemoe.kept_buffers import KeptBuffers
 from fusedonemoe.linear import in_dtype, in_routing_dtype, outside_autocast, routing_linear, uniform_by_fan_in
 from fusedonemoe.ops.route import NORM_EPS
 
@@ -30,7 +31,7 @@ class RouterOutput(NamedTuple):
     experts: Tensor
 
 
-class TopKRouter(nn.Module):
+class TopKRouter(KeptBuffers):
     """A linear router: ``l = x W^T (+ b)``, then :func:`fusedonemoe.functional.route`.
 
     The linear map and everything after it run in float32 whatever the dtype of x and of the module, autocast included:
@@ -46,7 +47,7 @@ class TopKRouter(nn.Module):
         routed_scaling_factor: factor on the weights.
         bias: whether the linear map has one.
         selection_bias: keep a float32 buffer ``e_score_correction_bias`` ``[E]``, zero at first, added for the selection
-            only; it is not trained by gradients.
+            only; it is not trained by gradients. Casts to half precision leave it as it is, ``.double()`` widens it.
         n_group: contiguous expert groups.
         topk_group: groups that stay open.
         group_score: ``top2_sum`` or ``max``.
@@ -68,6 +69,7 @@ class TopKRouter(nn.Module):
 
     bias: Tensor | None
     e_score_correction_bias: Tensor | None
+    float32_buffers = ("e_score_correction_bias",)  # it accumulates small steps
 
     def __init__(
         self,
@@ -102,7 +104,7 @@ class TopKRouter(nn.Module):
         self.impl = impl
         self.weight: nn.Parameter = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype)) if bias else None
-        # float32 whatever the module's or the default dtype is: it accumulates small steps.
+        # float32 whatever the module's or the default dtype is.
         correction = torch.empty(num_experts, device=device, dtype=torch.float32) if selection_bias else None
         self.register_buffer("e_score_correction_bias", correction)
         self.reset_parameters()
@@ -143,6 +145,20 @@ class TopKRouter(nn.Module):
         return f"hidden_size={D}, num_experts={E}, top_k={self.top_k}, scoring={self.scoring!r}"
 
 
+class _BatchNorm(KeptBuffers, nn.BatchNorm1d):
+    """BatchNorm with running statistics in float32, whatever the dtype of scale and shift: they move by small steps."""
+
+    float32_buffers = ("running_mean", "running_var")
+    fixed_buffers = ("num_batches_tracked",)
+
+    def __init__(self, num_features: int, *, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        super().__init__(num_features, device=device, dtype=dtype)
+        for name in self.float32_buffers:
+            statistic = self._buffers[name]
+            assert statistic is not None
+            self._buffers[name] = in_routing_dtype(statistic)
+
+
 class ProductKeyRouter(nn.Module):
     """A router over ``G * G`` experts with ``2 G`` keys.
 
@@ -158,7 +174,8 @@ class ProductKeyRouter(nn.Module):
         num_heads: ``H``.
         norm_topk_prob: whether the weights of a token's head sum to 1.
         input_norm: ``"batch"`` for BatchNorm over the tokens (FlashMoE, PEER), ``"rms"`` for RMSNorm over D, None for none;
-            both have a trained scale for each of the D features, BatchNorm a shift too. BatchNorm in training takes 2 tokens.
+            both have a trained scale for each of the D features, BatchNorm a shift too. BatchNorm in training takes 2 tokens;
+            its running statistics are float32, after casts to half precision too.
         bias: whether the linear map has one.
         impl: ``auto``, ``dense`` for derivatives of every order, or ``portable`` for export.
         device: of the parameters.
@@ -213,7 +230,7 @@ class ProductKeyRouter(nn.Module):
         rows = num_heads * 2 * num_keys
         self.norm: nn.BatchNorm1d | nn.RMSNorm | None = None
         if input_norm == "batch":
-            self.norm = nn.BatchNorm1d(hidden_size, device=device, dtype=dtype)
+            self.norm = _BatchNorm(hidden_size, device=device, dtype=dtype)
         elif input_norm == "rms":
             self.norm = nn.RMSNorm(hidden_size, eps=1e-6, device=device, dtype=dtype)
         self.weight: nn.Parameter = nn.Parameter(torch.empty(rows, hidden_size, device=device, dtype=dtype))
@@ -249,8 +266,10 @@ class ProductKeyRouter(nn.Module):
         x = in_routing_dtype(x)
         if isinstance(self.norm, nn.BatchNorm1d):
             x = self._batch_norm(self.norm, x.reshape(-1, x.shape[-1])).reshape(x.shape)
-        elif self.norm is not None:
+        elif isinstance(self.norm, nn.RMSNorm):
             x = nn.functional.rms_norm(x, x.shape[-1:], in_dtype(self.norm.weight, x.dtype), self.norm.eps)
+        elif self.norm is not None:  # such as SyncBatchNorm, which convert_sync_batchnorm puts in its place
+            raise TypeError(f"the router's norm must be BatchNorm1d, RMSNorm or None, got {type(self.norm).__name__}")
         return routing_linear(x, self.weight, self.bias).reshape(*x.shape[:-1], self.num_heads, 2, self.num_keys)
 
     def forward(self, x: Tensor) -> RouterOutput:

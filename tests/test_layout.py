@@ -22,7 +22,7 @@ FLOORS = [
     ["files", "ops.reference", "ops.plan", "ops.activation", "ops.route", "ops.product_keys", "ops.notice"],
     ["ops.dense", "ops.grouped", "ops.lora", "ops.neurons", "ops.quantized", "ops.cpu", "ops.cuda", "ops.triton", "ops.portable"],
     ["ops.library", "ops.shortcut", "ops.choice", "ops"],
-    ["checks", "linear", "agreement"],
+    ["checks", "linear", "agreement", "kept_buffers"],
     ["functional", "config", "hf"],
     [
         "balance",

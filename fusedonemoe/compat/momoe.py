@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fusedonemoe import functional as F
-from fusedonemoe.balance import update_selection_bias
+from fusedonemoe.balance import check_step_dtype, update_selection_bias
 from fusedonemoe.checks import check_count, check_float, check_same_device, check_save_percent, check_shape, check_tensor
 from fusedonemoe.compat.arguments import check_finite, check_last, router_logits
+from fusedonemoe.kept_buffers import KeptBuffers
 from fusedonemoe.linear import uniform_by_fan_in
 from fusedonemoe.routers import routing_impl
 
@@ -252,7 +253,7 @@ class TopKRouter(nn.Module):
         return f"embedding_dim={self.D}, num_experts={self.N}, num_chosen_experts={self.K}, num_shared_experts={self.Ks}"
 
 
-class MoE(nn.Module):
+class MoE(KeptBuffers):
     """MoMoE's block: :class:`TopKRouter`, :class:`MoMoE`, and expert biases that even out the load without a loss.
 
     After each step of a torch optimizer that holds a parameter of the block, ``bias_i += bias_update_rate * sign(mean(c) - c_i)``
@@ -288,6 +289,8 @@ class MoE(nn.Module):
 
     biases_N: Tensor
     counts_N: Tensor
+    float32_buffers = ("biases_N",)
+    fixed_buffers = ("counts_N",)
 
     def __init__(
         self,
@@ -327,6 +330,7 @@ class MoE(nn.Module):
     def update_biases(self) -> None:
         """Move the biases by what was counted and start counting anew; steps of torch's optimizers call this."""
         if self.Ks < self.N:
+            check_step_dtype("biases_N", self.biases_N)
             update_selection_bias(self.biases_N, self.counts_N, self.bias_update_rate, num_shared_experts=self.Ks)
         self.counts_N.zero_()
 

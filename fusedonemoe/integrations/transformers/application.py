@@ -1,7 +1,6 @@
 """enable, apply and their undoing: what changes in transformers and in a loaded model, and how it is put back."""
 
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,10 +10,13 @@ from fusedonemoe.integrations.transformers.experts import experts_forward
 from fusedonemoe.integrations.transformers.gates import activation_of
 from fusedonemoe.integrations.transformers.layers import FoundLayer, find_layers
 from fusedonemoe.integrations.transformers.report import LayerReport, Report
-from fusedonemoe.integrations.transformers.routers import RouterPlan, find_router, fuse_router, unfuse_router
+from fusedonemoe.integrations.transformers.routers import RouterPlan, find_router, fuse_router, is_fused, unfuse_router
 from fusedonemoe.ops.activation import PLAIN
 
-_undo: "weakref.WeakKeyDictionary[nn.Module, list[Callable[[], None]]]" = weakref.WeakKeyDictionary()
+_applied: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+# On a module of experts, the implementation that its configuration named before. What apply did is kept on the modules, so that
+# copies, pickles and parts of a model, and what wraps it, know it too.
+_BEFORE = "_fusedonemoe_before"
 
 
 def enable() -> None:
@@ -35,12 +37,12 @@ def enable() -> None:
 
 
 def disable() -> None:
-    """Take the name out again, after :func:`unapply` of every model that :func:`apply` changed.
+    """Take the name out again, after :func:`unapply` of every model that :func:`apply` was given.
 
-    A model that was loaded with ``experts_implementation="fusedonemoe"`` raises transformers' own error from then on, until
-    it is set to another.
+    A copy of such a model, and one that was loaded with ``experts_implementation="fusedonemoe"``, raise transformers' own
+    error from then on, until they are set to another.
     """
-    for model in list(_undo):
+    for model in list(_applied):
         unapply(model)
     registry.unregister()
 
@@ -72,30 +74,49 @@ def apply(model: nn.Module, *, routers: bool = True) -> Report:
         2 of 2 MoE layers use fusedonemoe.
           2 x Qwen3MoeExperts: silu, fused; router: softmax, top 2, fused
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    _check_model(model)
     enable()
-    unapply(model)
-    undo: list[Callable[[], None]] = []
-    _undo[model] = undo
-    return Report(tuple(_apply_to(layer, undo, routers) for layer in find_layers(model)))
+    _restore_implementations(model)
+    fused_before = [module for module in model.modules() if is_fused(module)]
+    _applied.add(model)
+    befores: dict[int, Any] = {}
+    fused: list[nn.Module] = []
+    report = Report(tuple(_apply_to(layer, befores, fused, routers) for layer in find_layers(model)))
+    for router in fused_before:
+        if not any(router is other for other in fused):
+            unfuse_router(router)
+    return report
 
 
 def unapply(model: nn.Module) -> None:
-    """Undo :func:`apply`: the implementations that were set before, and the routers' own forwards. Without it, nothing.
+    """Undo :func:`apply` in a model, or in a part of one: the implementations from before, and the routers' own forwards.
+
+    What others have put around a router since stays there, and works as before. A model that was never given to
+    :func:`apply` stays as it is. The layers of a model share one configuration, so their experts go back together.
 
     Args:
-        model: what :func:`apply` was given.
+        model: what :func:`apply` was given, a copy of it, a part of it, or what wraps it now.
+
+    Raises:
+        TypeError: ``model`` is no ``torch.nn.Module``.
     """
-    for step in reversed(_undo.pop(model, [])):
-        step()
+    _check_model(model)
+    _restore_implementations(model)
+    for module in model.modules():
+        unfuse_router(module)
+    _applied.discard(model)
 
 
-def _apply_to(layer: FoundLayer, undo: list[Callable[[], None]], routers: bool) -> LayerReport:
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def _apply_to(layer: FoundLayer, befores: dict[int, Any], fused: list[nn.Module], routers: bool) -> LayerReport:
     experts, kind = layer.module, type(layer.module).__name__
     if refusal := layer.refusal or _refusal(experts):
         return LayerReport(layer.name, kind, False, refusal)
-    _set_implementation(experts.config, undo)
+    _set_implementation(experts, befores)
     description = _describe_experts(experts)
     if not routers:
         return LayerReport(layer.name, kind, True, description, "its own, as asked")
@@ -103,7 +124,7 @@ def _apply_to(layer: FoundLayer, undo: list[Callable[[], None]], routers: bool) 
     if isinstance(why, RouterPlan):
         assert router is not None
         fuse_router(router, why)
-        undo.append(lambda: unfuse_router(router))
+        fused.append(router)
         return LayerReport(layer.name, kind, True, description, f"{why}, fused", True)
     return LayerReport(layer.name, kind, True, description, f"its own: {why}")
 
@@ -135,9 +156,20 @@ def _describe_experts(experts: Any) -> str:
     return f"{act.name}{layout}{plain}, fused"
 
 
-def _set_implementation(config: Any, undo: list[Callable[[], None]]) -> None:
-    """Of this configuration alone: the public setter would set those of parts without experts as well."""
-    before = config._experts_implementation
-    if before != registry.NAME:
+def _set_implementation(experts: Any, befores: dict[int, Any]) -> None:
+    """Of this module's configuration alone: the public setter would set those of parts without experts as well."""
+    config = experts.config
+    if config._experts_implementation != registry.NAME:
+        befores[id(config)] = config._experts_implementation
         config._experts_implementation_internal = registry.NAME
-        undo.append(lambda: setattr(config, "_experts_implementation_internal", before))
+    if id(config) in befores:  # otherwise somebody else chose this library
+        setattr(experts, _BEFORE, befores[id(config)])
+
+
+def _restore_implementations(model: nn.Module) -> None:
+    """Give each configuration the implementation that it named, unless it was set to another since."""
+    for module in model.modules():
+        if _BEFORE in vars(module):
+            before, config = vars(module).pop(_BEFORE), vars(module)["config"]
+            if config._experts_implementation == registry.NAME:
+                config._experts_implementation_internal = before

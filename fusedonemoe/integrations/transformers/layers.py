@@ -5,6 +5,7 @@ from typing import NamedTuple
 from torch import nn
 
 from fusedonemoe.integrations.transformers.registry import interface_of
+from fusedonemoe.integrations.transformers.wrapping import is_around
 
 _NO_REGISTRY = "its experts do not ask transformers' registry of experts functions"
 
@@ -15,7 +16,7 @@ class FoundLayer(NamedTuple):
     Attributes:
         name: of the module.
         module: the experts where they ask the registry; otherwise whatever shows that there are experts.
-        parent: the module that it stands in; None for the model itself.
+        parent: the module that it stands in, wrappers of the experts left out; None for the model itself.
         refusal: why it cannot be replaced; empty where it asks the registry.
     """
 
@@ -27,6 +28,13 @@ class FoundLayer(NamedTuple):
 
 def _parent_name(name: str) -> str:
     return name.rpartition(".")[0]
+
+
+def _outermost(name: str, modules: dict[str, nn.Module]) -> str:
+    """The name of the last wrapper around a module: PEFT puts one around experts for each parameter that it adapts."""
+    while is_around(modules.get(_parent_name(name)), name.rpartition(".")[2]) and _parent_name(name):
+        name = _parent_name(name)
+    return name
 
 
 def _stands_for_experts(name: str, module: nn.Module) -> bool:
@@ -44,10 +52,10 @@ def find_layers(model: nn.Module) -> list[FoundLayer]:
     """Every mixture-of-experts layer, in the order of the model."""
     modules = dict(model.named_modules())
     order = {name: position for position, name in enumerate(modules)}
-    asking = [name for name, module in modules.items() if interface_of(module) is not None]
-    found = [FoundLayer(name, modules[name], modules.get(_parent_name(name)) if name else None, "") for name in asking]
+    asking = {name: _outermost(name, modules) for name, module in modules.items() if interface_of(module) is not None}
+    found = [FoundLayer(n, modules[n], modules.get(_parent_name(outer)) if outer else None, "") for n, outer in asking.items()]
     # A block that has experts which ask is theirs with all that stands in it: the router, shared experts.
-    taken = {_parent_name(name) for name in asking} | set(asking)
+    taken = {_parent_name(outer) for outer in asking.values()} | set(asking.values())
     others: list[str] = []
     for name, module in modules.items():
         inside = any(name == t or name.startswith(f"{t}.") for t in [*taken, *others] if t)

@@ -13,16 +13,20 @@ import itertools
 import types
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from fusedonemoe import functional as F
+from fusedonemoe.integrations.transformers import wrapping
 
 _PLAN = "_fusedonemoe_plan"
 _SCALES = ("routed_scaling_factor", "router_scaling_factor", "route_scale")
 _BIAS_BUFFER = "e_score_correction_bias"
+# What this library and accelerate keep on a router's instance; accelerate's hook leads to every weight of the model.
+_OTHERS = ("forward", _PLAN, "_old_forward", "_hf_hook")
 _TOKENS = 96
 _RELATIVE_ERROR = 1e-4
 # On CPU, outside a graph, the half dozen operators of a router's own forward were measured faster than the checks and calls of
@@ -44,6 +48,8 @@ class RouterPlan(NamedTuple):
         float_logits: whether the logits are turned to float32.
         weights_like: whose dtype the weights have: ``"input"``, ``"logits"`` or ``"float32"``.
         flattens: whether leading dimensions are flattened away.
+        settings: numbers and words that the router's own code reads, from itself or its configuration, as they were: a plan
+            holds for these alone.
     """
 
     linear: str
@@ -63,6 +69,7 @@ class RouterPlan(NamedTuple):
     float_logits: bool = False
     weights_like: str = "input"
     flattens: bool = True
+    settings: tuple[tuple[str, str, Any], ...] = ()
 
     def __str__(self) -> str:
         order = self.scoring if self.score_first else f"{self.scoring} of the picked"
@@ -127,7 +134,9 @@ def forward(self: Any, hidden_states: Tensor, *arguments: Tensor | None) -> tupl
     By this name, a pickled router comes back with its own: a bound method is pickled as "the object's attribute of the
     function's name". No ``functools.partial``, which torch.compile guards on the identity of.
     """
-    plan = self._fusedonemoe_plan
+    plan = getattr(self, _PLAN, None)
+    if plan is None or not _holds(plan, self):  # taken off beneath a later wrapper, or the router was changed since
+        return type(self).forward(self, hidden_states, *arguments)
     logits = hidden_states.numel() // hidden_states.shape[-1] * plan.num_experts
     if not torch.compiler.is_compiling() and logits < FEWEST_LOGITS and hidden_states.device.type == "cpu":
         return type(self).forward(self, hidden_states, *arguments)
@@ -135,27 +144,77 @@ def forward(self: Any, hidden_states: Tensor, *arguments: Tensor | None) -> tupl
 
 
 def fuse_router(router: nn.Module, plan: RouterPlan) -> None:
-    """Replace the forward of this one router."""
+    """Replace the forward of this one router, or give the one that is there already, beneath a later wrapper, this plan."""
     setattr(router, _PLAN, plan)
-    router.forward = types.MethodType(forward, router)
+    if not wrapping.reaches(router, forward):
+        router.forward = types.MethodType(forward, router)
+
+
+def is_fused(router: nn.Module) -> bool:
+    """Whether this library has replaced the router's forward, here or in the process that pickled it."""
+    return _PLAN in vars(router)
 
 
 def unfuse_router(router: nn.Module) -> None:
-    """Give a router its own forward back."""
-    for name in ("forward", _PLAN):
-        router.__dict__.pop(name, None)
+    """Give a router its own forward back, beneath the wrappers that others have put around it since."""
+    if is_fused(router):
+        if _is_unpickled(router):
+            del vars(router)["forward"]
+        wrapping.remove(router, forward)
+        delattr(router, _PLAN)
+
+
+def _is_unpickled(router: nn.Module) -> bool:
+    """Whether the instance's forward is that of its class, which pickle puts in the place of ours."""
+    return is_fused(router) and wrapping.is_bound(vars(router).get("forward"), type(router).forward, router)
+
+
+@lru_cache(maxsize=256)
+def _names_in(kind: type[nn.Module]) -> tuple[str, ...]:
+    """Every name that the code of a router's class mentions."""
+    names: set[str] = set()
+    for owner in kind.__mro__:
+        if owner is nn.Module:
+            break
+        for name, function in vars(owner).items():
+            code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
+            if code is not None and name != "__init__":
+                names.update(code.co_names)
+    return tuple(sorted(names - {"training"}))
+
+
+def _settings_of(router: nn.Module) -> tuple[tuple[str, str, Any], ...]:
+    """Owner (``""`` or ``"config"``), name and value of each number and word that the router's own code reads."""
+    found = []
+    for owner, holder in (("", router), ("config", getattr(router, "config", None))):
+        for name in _names_in(cast(Any, type(router))) if holder is not None else ():
+            value = None
+            with suppress(Exception):  # a configuration may have a value for each layer, and no common one
+                value = getattr(holder, name)
+            if isinstance(value, bool | int | float | str):
+                found.append((owner, name, value))
+    return tuple(found)
+
+
+def _holds(plan: RouterPlan, router: Any) -> bool:
+    """Whether the router is set as it was when it was tried."""
+    return all(getattr(getattr(router, owner) if owner else router, name) == value for owner, name, value in plan.settings)
 
 
 def find_router(parent: nn.Module | None, experts: nn.Module) -> tuple[nn.Module | None, RouterPlan | str]:
     """The router that stands beside an experts module, and its plan, or why it has none."""
-    beside = [] if parent is None else [m for m in parent.children() if m is not experts and _top_k(m) and _linear(m) is not None]
+    children = [] if parent is None else [wrapping.inside(child) for child in parent.children()]
+    beside = [m for m in children if m is not experts and _top_k(m) and _linear(m) is not None]
     if len(beside) != 1:
         return None, f"{len(beside)} routers found beside the experts" if beside else "no router found beside the experts"
     router = beside[0]
-    if "forward" in router.__dict__:
+    ours = _is_unpickled(router) or wrapping.reaches(router, forward)
+    if "forward" in vars(router) and not ours:
         return router, "its forward was replaced already"
     if any(p.is_meta for p in router.parameters()):
-        return router, "its weights are on the meta device"
+        # Off-loaded since it was tried, unless it was changed: nothing can be tried now.
+        plan: RouterPlan | None = getattr(router, _PLAN, None)
+        return router, plan if plan is not None and _holds(plan, router) else "its weights are on the meta device"
     return router, _plan_of(router)
 
 
@@ -176,7 +235,7 @@ def _linear(module: nn.Module) -> str | None:
 
 def _takes_bias(router: nn.Module) -> bool | None:
     """Whether the forward takes one more argument beside the input; None where it takes more, or others."""
-    parameters = list(inspect.signature(router.forward).parameters.values())[1:]
+    parameters = list(inspect.signature(type(router).forward).parameters.values())[2:]
     if any(p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters) or len(parameters) > 1:
         return None
     return "bias" in parameters[0].name or None if parameters else False
@@ -196,7 +255,10 @@ class _Probe(NamedTuple):
 
 def _make_probe(router: nn.Module, takes_bias: bool) -> _Probe:
     """Every tensor is drawn anew: a bias of zeros, as it is before training, would hide whether it is used."""
-    clone = copy.deepcopy(router).to("cpu", torch.float32).requires_grad_(False)
+    bare = copy.copy(router)
+    for name in _OTHERS:
+        bare.__dict__.pop(name, None)
+    clone = copy.deepcopy(bare).to("cpu", torch.float32).requires_grad_(False)
     for module in clone.modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
@@ -320,5 +382,5 @@ def _matched(probe: _Probe, linear: str, takes_bias: bool) -> RouterPlan | str:
         seen.append((half, _own(half), False))
     for candidate in _modes(plan):
         if all(_same_dtypes(candidate, *view) for view in seen):
-            return candidate
+            return candidate._replace(settings=_settings_of(router))
     return "its logits are no plain product of its input and weight, or its outputs have dtypes of their own"
