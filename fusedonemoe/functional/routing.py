@@ -12,8 +12,9 @@ from fusedonemoe.checks import (
     check_one_of,
     check_selection_bias,
 )
-from fusedonemoe.functional.calls import as_rows, choose_routing, refuse_transforms, with_leading
+from fusedonemoe.functional.calls import as_rows, choose_routing, with_leading
 from fusedonemoe.ops import library
+from fusedonemoe.ops.derivatives import refuse_transforms
 from fusedonemoe.ops.plan import Plan, make_plan
 from fusedonemoe.ops.plan import tokens_per_expert as _count_tokens
 from fusedonemoe.ops.route import GROUP_SCORES, NORM_EPS, SCORINGS, RouteRule

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from fusedonemoe.ops import lora
 from fusedonemoe.ops.activation import Activation
+from fusedonemoe.ops.derivatives import no_second_derivative
 from fusedonemoe.ops.library.registration import (
     BUILD,
     composite,
     define_autocast,
     gpu_kernels,
     keeping,
-    no_second_derivative,
     operator,
 )
 from fusedonemoe.ops.lora import Adapter, LoRANeeds

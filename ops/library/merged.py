@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fusedonemoe.ops import dense, grouped
 from fusedonemoe.ops.cpu import native
+from fusedonemoe.ops.derivatives import no_second_derivative
 from fusedonemoe.ops.grouped import MergedNeeds
 from fusedonemoe.ops.library.registration import (
     BUILD,
@@ -16,7 +17,6 @@ from fusedonemoe.ops.library.registration import (
     define_cpu,
     gpu_kernels,
     keeping,
-    no_second_derivative,
     operator,
     wanted,
 )

@@ -9,6 +9,7 @@ from torch import Tensor
 from fusedonemoe.ops import dense, grouped
 from fusedonemoe.ops.activation import Activation
 from fusedonemoe.ops.cpu import native, packing
+from fusedonemoe.ops.derivatives import no_second_derivative
 from fusedonemoe.ops.grouped import MLPNeeds, saved_rows
 from fusedonemoe.ops.library.registration import (
     BUILD,
@@ -17,7 +18,6 @@ from fusedonemoe.ops.library.registration import (
     define_cpu,
     gpu_kernels,
     keeping,
-    no_second_derivative,
     operator,
     wanted,
 )

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fusedonemoe.ops import neurons
 from fusedonemoe.ops.cpu import neurons as native
+from fusedonemoe.ops.derivatives import no_second_derivative
 from fusedonemoe.ops.library.registration import (
     BUILD,
     composite,
@@ -15,7 +16,6 @@ from fusedonemoe.ops.library.registration import (
     define_cpu,
     gpu_kernels,
     keeping,
-    no_second_derivative,
     operator,
     wanted,
 )

@@ -9,6 +9,7 @@ from torch import Tensor
 from fusedonemoe.ops import quantized
 from fusedonemoe.ops.activation import Activation
 from fusedonemoe.ops.cpu import quantized as native
+from fusedonemoe.ops.derivatives import no_second_derivative
 from fusedonemoe.ops.library.mlp import ACT, forward_fake
 from fusedonemoe.ops.library.registration import (
     BUILD,
@@ -17,7 +18,6 @@ from fusedonemoe.ops.library.registration import (
     define_cpu,
     gpu_kernels,
     keeping,
-    no_second_derivative,
     operator,
     wanted,
 )

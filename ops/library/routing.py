@@ -9,12 +9,12 @@ from torch import Tensor
 from fusedonemoe.ops import route as routing
 from fusedonemoe.ops import triton
 from fusedonemoe.ops.cpu import routing as cpu_routing
+from fusedonemoe.ops.derivatives import no_second_derivative
 from fusedonemoe.ops.library.registration import (
     composite,
     define_autocast,
     define_cpu,
     gpu_kernels,
-    no_second_derivative,
     operator,
 )
 from fusedonemoe.ops.route import RouteRule
