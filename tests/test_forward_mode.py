@@ -172,7 +172,7 @@ def test_dense_has_them_compiled(name):
 def layers() -> dict[str, nn.Module]:
     config = MoEConfig(hidden_size=32, intermediate_size=32, num_experts=E, top_k=K)
     with_int8 = MoE(config)
-    with_int8.experts = QuantizedExperts.from_experts(with_int8.experts, "int8")
+    with_int8.register_module("experts", QuantizedExperts.from_experts(with_int8.experts, "int8"))
     return {
         "MoE": MoE(config),
         "with int8": with_int8,
