@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fusedonemoe.ops import library
+from fusedonemoe.ops.operands import check_rows
 from fusedonemoe.ops.route import NORM_EPS
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -70,6 +71,7 @@ def check_choices(experts: Tensor) -> None:
     check_ids(experts)
     if experts.dim() < 1 or experts.shape[-1] < 1:
         raise ValueError(f"experts must have shape [..., K] with K >= 1, got {tuple(experts.shape)}")
+    check_rows(experts)
 
 
 def check_same_device(name: str, tensor: Tensor, owner: str, device: torch.device) -> None:
@@ -130,6 +132,7 @@ def check_routing(x: Tensor, experts: Tensor, weights: Tensor) -> None:
     if not experts_shape or experts_shape[-1] < 1:
         raise ValueError(f"experts must have shape [..., K] with K >= 1, got {tuple(experts_shape)}")
     check_shape("experts", experts, x_shape[:-1] + experts_shape[-1:])
+    check_rows(experts)
     check_shape("weights", weights, experts_shape)
     check_same_device("experts", experts, "x", device)
     check_same_device("weights", weights, "x", device)

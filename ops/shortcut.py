@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 
+from fusedonemoe.ops.derivatives import in_forward_mode
+
 
 def _bits(*keys: DispatchKey) -> int:
     union = DispatchKeySet(keys[0])
@@ -38,11 +40,12 @@ def unwatched(tensors: tuple[Tensor | None, ...]) -> bool:
 
     Returns:
         False under torch.compile, export and ``torch.jit.trace``, in a dispatch or a function mode, in a transform of
-        ``torch.func``, under CPU autocast and under the profiler, and for tensors of a subclass, of another device or
-        layout; otherwise True.
+        ``torch.func``, in a level of forward mode, under CPU autocast and under the profiler, and for tensors of a subclass,
+        of another device or layout; otherwise True.
     """
     return not (
         torch.compiler.is_compiling()
+        or in_forward_mode()
         or torch._C._dispatch_tls_local_include_set().raw_repr() not in _RESTING
         or torch._C._has_torch_function(tensors)
         or torch.is_autocast_enabled("cpu")

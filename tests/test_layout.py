@@ -19,7 +19,17 @@ PACKAGE_ROOTS = {"fusedonemoe": ROOT / "fusedonemoe", "fusedonemoe.ops": ROOT / 
 # Floors from the ground up. A name stands for the module and, when it is a package, for everything inside it.
 # A module imports from its own floor and from those below.
 FLOORS = [
-    ["files", "ops.reference", "ops.plan", "ops.activation", "ops.route", "ops.product_keys", "ops.notice"],
+    [
+        "files",
+        "ops.reference",
+        "ops.plan",
+        "ops.activation",
+        "ops.route",
+        "ops.product_keys",
+        "ops.notice",
+        "ops.derivatives",
+        "ops.operands",
+    ],
     ["ops.dense", "ops.grouped", "ops.lora", "ops.neurons", "ops.quantized", "ops.cpu", "ops.cuda", "ops.triton", "ops.portable"],
     ["ops.library", "ops.shortcut", "ops.choice", "ops"],
     ["checks", "linear", "agreement", "kept_buffers"],

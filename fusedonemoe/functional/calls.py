@@ -69,14 +69,3 @@ def as_rows(tensor: Tensor) -> Tensor:
 def with_leading(rows: Tensor, like: Tensor) -> Tensor:
     """The leading dimensions of ``like`` again."""
     return rows if like.dim() == 2 else rows.reshape(*like.shape[:-1], rows.shape[-1])
-
-
-def refuse_transforms() -> None:
-    """The operators have no rule for forward mode, where torch would take a zero for the tangent, nor for torch.func."""
-    if torch.compiler.is_compiling():
-        return
-    if torch.autograd.forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
-        raise RuntimeError(
-            "forward-mode derivatives and torch.func need impl='dense'; the other implementations have first derivatives "
-            "in reverse mode only"
-        )

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from fusedonemoe.checks import check_dim, check_fits, check_like_x, check_routing
 from fusedonemoe.functional.arguments import activation_arguments, check_biases, check_call, projections
-from fusedonemoe.functional.calls import as_rows, choose_impl, records_gradients, refuse_transforms, run_portable, with_leading
+from fusedonemoe.functional.calls import as_rows, choose_impl, records_gradients, run_portable, with_leading
 from fusedonemoe.ops import PackedExperts, library
 from fusedonemoe.ops.activation import Activation
+from fusedonemoe.ops.derivatives import refuse_transforms
 from fusedonemoe.ops.portable import experts_merged_portable, experts_mlp_portable
 
 _ops = torch.ops.fusedonemoe

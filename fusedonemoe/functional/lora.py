@@ -7,8 +7,9 @@ from torch import Tensor
 
 from fusedonemoe.checks import check_dim, check_float, check_same_device, check_shape
 from fusedonemoe.functional.arguments import activation_arguments, check_biases, check_call, projections
-from fusedonemoe.functional.calls import as_rows, choose_impl, records_gradients, refuse_transforms, with_leading
+from fusedonemoe.functional.calls import as_rows, choose_impl, records_gradients, with_leading
 from fusedonemoe.ops import library
+from fusedonemoe.ops.derivatives import refuse_transforms
 
 _ops = torch.ops.fusedonemoe
 

@@ -17,7 +17,7 @@ from fusedonemoe.checks import (
     check_same_device,
     check_shape,
 )
-from fusedonemoe.functional.calls import as_rows, compute_dtype, records_gradients, refuse_transforms, run_portable
+from fusedonemoe.functional.calls import as_rows, compute_dtype, records_gradients, run_portable
 from fusedonemoe.ops import library
 from fusedonemoe.ops.activation import ACTIVATIONS
 from fusedonemoe.ops.choice import (
@@ -31,6 +31,7 @@ from fusedonemoe.ops.choice import (
     no_onnx_form,
     refusal,
 )
+from fusedonemoe.ops.derivatives import refuse_transforms
 from fusedonemoe.ops.portable import experts_neurons_portable, experts_values_portable
 
 _ops = torch.ops.fusedonemoe

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from fusedonemoe.checks import check_float, check_integer
-from fusedonemoe.functional.calls import choose_routing, refuse_transforms
+from fusedonemoe.functional.calls import choose_routing
 from fusedonemoe.ops import library
+from fusedonemoe.ops.derivatives import refuse_transforms
 from fusedonemoe.ops.product_keys import route_product_key as _route_portably
 
 

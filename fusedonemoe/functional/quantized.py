@@ -5,9 +5,10 @@ from torch import Tensor
 
 from fusedonemoe.checks import check_dim, check_fits, check_float, check_one_of, check_same_device, check_shape, check_tensor
 from fusedonemoe.functional.arguments import activation_arguments, check_biases, check_call, intermediate_size
-from fusedonemoe.functional.calls import as_rows, choose_impl, records_gradients, refuse_transforms, with_leading
+from fusedonemoe.functional.calls import as_rows, choose_impl, records_gradients, with_leading
 from fusedonemoe.ops import library
 from fusedonemoe.ops.cpu.quantized import new_weight as new_weight  # for the modules above
+from fusedonemoe.ops.derivatives import refuse_transforms
 from fusedonemoe.ops.quantized import GROUP_SIZES, QuantizedWeight, dequantize, quantize_int4, quantize_int8
 
 _ops = torch.ops.fusedonemoe

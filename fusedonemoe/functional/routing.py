@@ -12,8 +12,10 @@ from fusedonemoe.checks import (
     check_one_of,
     check_selection_bias,
 )
-from fusedonemoe.functional.calls import as_rows, choose_routing, refuse_transforms, with_leading
+from fusedonemoe.functional.calls import as_rows, choose_routing, with_leading
 from fusedonemoe.ops import library
+from fusedonemoe.ops.derivatives import refuse_transforms
+from fusedonemoe.ops.operands import check_rows
 from fusedonemoe.ops.plan import Plan, make_plan
 from fusedonemoe.ops.plan import tokens_per_expert as _count_tokens
 from fusedonemoe.ops.route import GROUP_SCORES, NORM_EPS, SCORINGS, RouteRule
@@ -121,7 +123,7 @@ def plan(experts: Tensor, num_experts: int) -> Plan:
 
     Raises:
         TypeError: ``experts`` has no integer dtype, or ``num_experts`` is no integer.
-        ValueError: ``num_experts`` is below 1.
+        ValueError: ``num_experts`` is below 1, or there are 2**31 rows or more.
 
     Example:
         >>> import torch
@@ -130,6 +132,7 @@ def plan(experts: Tensor, num_experts: int) -> Plan:
         Plan(order=tensor([1, 0, 2, 3], dtype=torch.int32), offsets=tensor([0, 1, 3], dtype=torch.int32))
     """
     check_ids(experts)
+    check_rows(experts)
     check_count("num_experts", num_experts)
     return make_plan(experts, num_experts)
 

@@ -24,6 +24,14 @@ def _padded_index(offsets: Tensor, first: int, last: int, length: int, num_rows:
     return index.clamp_(max=num_rows - 1), is_real
 
 
+def _bounds(offsets: Tensor, num_experts: int, num_rows: int) -> list[int]:
+    """The offsets as numbers, which every row of the result is found by."""
+    bounds: list[int] = offsets.tolist()
+    if len(bounds) != num_experts + 1 or bounds[0] != 0 or bounds[-1] > num_rows or sorted(bounds) != bounds:
+        raise ValueError(f"offsets must be {num_experts + 1} rising numbers from 0 to at most {num_rows}, got {bounds}")
+    return bounds
+
+
 def grouped_mm(rows_NA: Tensor, weights_EAB: Tensor, offsets: Tensor) -> Tensor:
     """``out[i] = rows[i] @ weights[e]`` for ``offsets[e] <= i < offsets[e + 1]``, zeros past ``offsets[E]``.
 
@@ -36,7 +44,7 @@ def grouped_mm(rows_NA: Tensor, weights_EAB: Tensor, offsets: Tensor) -> Tensor:
         ``[N, B]`` in the dtype of the rows.
     """
     N, E = rows_NA.shape[0], weights_EAB.shape[0]
-    bounds = offsets.tolist()
+    bounds = _bounds(offsets, E, N)
     out_NB = rows_NA.new_empty(N, weights_EAB.shape[2])
     out_NB[bounds[-1] :] = 0
     per_batch = 1
@@ -75,7 +83,7 @@ def grouped_outer(left_NA: Tensor, right_NB: Tensor, offsets: Tensor) -> Tensor:
     Returns:
         ``[E, A, B]`` in the dtype of the rows.
     """
-    bounds = offsets.tolist()
+    bounds = _bounds(offsets, offsets.numel() - 1, left_NA.shape[0])
     out_EAB = left_NA.new_empty(len(bounds) - 1, left_NA.shape[1], right_NB.shape[1])
     for e, out_AB in enumerate(out_EAB.unbind()):
         rows = slice(bounds[e], bounds[e + 1])

@@ -14,12 +14,14 @@ from torch import Tensor
 from fusedonemoe.ops.activation import ACTIVATIONS, PLAIN, Activation
 from fusedonemoe.ops.cpu import build
 from fusedonemoe.ops.grouped import saved_rows
+from fusedonemoe.ops.operands import check_percent, read_merged, read_mlp
 
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 # Weight-row products below which a second thread costs more than it saves. No result depends on the number of threads.
 PRODUCTS_PER_THREAD = 1 << 18
 # Outputs from this size on come from the kernels' own pool: torch gives each fresh pages, and the system zeroes them.
 POOLED_BYTES = 1 << 20
+BAD_PLAN = 2  # what a kernel returns that was given a plan of another routing, as in native/moe.cpp
 
 
 def refusal(dtype: torch.dtype, contiguous: bool) -> str | None:
@@ -96,7 +98,10 @@ def addresses(*tensors: Tensor | None) -> list[int]:
 
 def call(name: str, dtype: torch.dtype, words: Sequence[int], floats: Sequence[float] = ()) -> None:
     """Run a kernel on its argument block: addresses and int64s, then float64s, in the order of the struct."""
-    if _kernel(name, dtype)(struct.pack(f"{len(words)}q{len(floats)}d", *words, *floats)):
+    code = _kernel(name, dtype)(struct.pack(f"{len(words)}q{len(floats)}d", *words, *floats))
+    if code == BAD_PLAN:
+        raise ValueError(f"order and offsets must be the plan of experts, got another for {name}")
+    if code:
         raise MemoryError(f"no memory for the scratch buffers of {name}")
 
 
@@ -160,6 +165,12 @@ def returned(gradients: Sequence[Tensor | None], owner: Tensor, weights_dtype: t
     if dweights is not None:
         dweights = dweights.to(weights_dtype)
     return tuple(owner.new_empty(0) if gradient is None else gradient for gradient in (dx, dweights, *rest))
+
+
+def experts_mlp_checked(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`experts_mlp` of operands that nobody has looked at: the seven tensors, the activation and the percentage."""
+    check_percent(args[8])
+    return experts_mlp(*read_mlp(*args[:8])[1], *args[7:])
 
 
 def _mlp_sizes(experts_TK: Tensor, up_EGD: Tensor, down_EDF: Tensor, act: Activation) -> tuple[int, ...]:
@@ -284,7 +295,12 @@ def experts_mlp_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As :func:`fusedonemoe.ops.grouped.experts_mlp_backward`, in one kernel (two where rows of z were not kept)."""
-    dtype, N = x_TD.dtype, order.shape[0]
+    reader, operands = read_mlp(x_TD, experts_TK, weights_TK, up_EGD, down_EDF, up_bias_EG, down_bias_ED, act)
+    x_TD, experts_TK, weights_TK, up_EGD, down_EDF, up_bias_EG, down_bias_ED = operands
+    dtype, N = x_TD.dtype, experts_TK.numel()
+    z = reader.saved(z, N, up_EGD.shape[1])
+    dy_TD = reader.read("dy", dy_TD, x_TD.shape)
+    order, offsets = reader.plan(order, offsets, experts_TK, up_EGD.shape[0])
     if z.shape[0] != N:
         full = new((N, up_EGD.shape[1]), dtype)
         full[: z.shape[0]] = z
@@ -293,8 +309,7 @@ def experts_mlp_backward(
             *(full, order.data_ptr(), offsets.data_ptr(), z.shape[0], N),
         )
         z = full
-    dy_TD, x_TD, ids, float_weights = dy_TD.contiguous(), x_TD.contiguous(), as_ids(experts_TK), as_float_weights(weights_TK)
-    down_bias_ED = as_bias(down_bias_ED)
+    ids, float_weights = as_ids(experts_TK), as_float_weights(weights_TK)
     gradients = new_gradients(needs, x_TD, weights_TK, up_EGD, down_EDF, up_bias_EG, down_bias_ED)
     call(
         "mlp_backward",
@@ -307,6 +322,11 @@ def experts_mlp_backward(
         (act.alpha, act.limit),
     )
     return returned(gradients, x_TD, weights_TK.dtype)  # type: ignore[return-value]
+
+
+def experts_merged_checked(*operands: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`experts_merged` of operands that nobody has looked at."""
+    return experts_merged(*read_merged(*operands)[1])
 
 
 def experts_merged(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, proj_EDF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -332,7 +352,10 @@ def experts_merged_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`fusedonemoe.ops.grouped.experts_merged_backward`, in one kernel."""
-    dh_TF, x_TD, ids, float_weights = dh_TF.contiguous(), x_TD.contiguous(), as_ids(experts_TK), as_float_weights(weights_TK)
+    reader, (x_TD, experts_TK, weights_TK, proj_EDF) = read_merged(x_TD, experts_TK, weights_TK, proj_EDF)
+    dh_TF = reader.read("dh", dh_TF, (x_TD.shape[0], proj_EDF.shape[2]))
+    order, offsets = reader.plan(order, offsets, experts_TK, proj_EDF.shape[0])
+    ids, float_weights = as_ids(experts_TK), as_float_weights(weights_TK)
     gradients = new_gradients(needs, x_TD, weights_TK, proj_EDF)
     sizes = (*experts_TK.shape, *proj_EDF.shape, threads(order.shape[0], *proj_EDF.shape[1:]))
     call(

@@ -1,17 +1,49 @@
 """The CPU kernels of single-neuron experts and of value memory as functions of tensors."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusedonemoe.ops.activation import ACTIVATIONS
 from fusedonemoe.ops.cpu import native
+from fusedonemoe.ops.operands import INTEGERS, Reader, reader_of
 
 
 def _sizes(experts_TK: Tensor, table_ED: Tensor, activation: str) -> tuple[int, ...]:
     E, D = table_ED.shape
     return (*experts_TK.shape, E, D, native.threads(experts_TK.numel(), D), ACTIVATIONS.index(activation))
+
+
+def _read(
+    x_TD: Tensor | None, experts_TK: Tensor, weights_TK: Tensor, down_ED: Tensor | None, up_ED: Tensor
+) -> tuple[Reader, tuple[Any, ...]]:
+    """The operands; without x and the first table, those of value memory."""
+    reader = reader_of(up_ED, "up" if down_ED is not None else "table")
+    experts_TK, weights_TK = reader.routing(experts_TK, weights_TK)
+    T, (E, D) = experts_TK.shape[0], up_ED.shape
+    return reader, (
+        reader.read_optional("x", x_TD, (T, D)),
+        experts_TK,
+        weights_TK,
+        reader.read_optional("down", down_ED, (E, D)),
+        reader.read("up" if down_ED is not None else "table", up_ED, (E, D)),
+    )
+
+
+def experts_neurons_checked(
+    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, down_ED: Tensor, up_ED: Tensor, activation: str
+) -> tuple[Tensor, Tensor]:
+    """:func:`experts_neurons` of operands that nobody has looked at."""
+    _, (x_TD, experts_TK, weights_TK, down_ED, up_ED) = _read(x_TD, experts_TK, weights_TK, down_ED, up_ED)
+    return experts_neurons(x_TD, experts_TK, weights_TK, down_ED, up_ED, activation)
+
+
+def experts_values_checked(experts_TK: Tensor, weights_TK: Tensor, table_ED: Tensor) -> Tensor:
+    """:func:`experts_values` of operands that nobody has looked at."""
+    _, experts_TK, weights_TK, _, table_ED = _read(None, experts_TK, weights_TK, None, table_ED)[1]
+    return experts_values(experts_TK, weights_TK, table_ED)
 
 
 def _forward(
@@ -65,8 +97,15 @@ def _backward(
     slots_TK: Tensor | None,
     num_slots: int,
 ) -> tuple[Tensor, ...]:
-    dy_TD, ids, float_weights = dy_TD.contiguous(), native.as_ids(experts_TK), native.as_float_weights(weights_TK)
-    x_TD, s_TK = (None if t is None else t.contiguous() for t in (x_TD, s_TK))
+    reader, (x_TD, experts_TK, weights_TK, down_ED, up_ED) = _read(x_TD, experts_TK, weights_TK, down_ED, up_ED)
+    dy_TD = reader.read("dy", dy_TD, (experts_TK.shape[0], up_ED.shape[1]))
+    if s_TK is not None:
+        s_TK = reader.read("s", s_TK, experts_TK.shape, (torch.float32,))
+    if slots_TK is not None:
+        slots_TK = native.as_ids(reader.read("slots", slots_TK, experts_TK.shape, INTEGERS))
+    if num_slots < 0:
+        raise ValueError(f"num_slots must be at least 0, got {num_slots}")
+    ids, float_weights = native.as_ids(experts_TK), native.as_float_weights(weights_TK)
     likes = (x_TD, float_weights, down_ED, up_ED)
     shapes = [None if like is None else tuple(like.shape) for like in likes]
     if slots_TK is not None:

@@ -1,6 +1,7 @@
 """The CPU kernels of the MLP over quantised weights as functions of tensors."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,7 +9,8 @@ from torch import Tensor
 from fusedonemoe.ops.activation import ACTIVATIONS, Activation
 from fusedonemoe.ops.cpu import native
 from fusedonemoe.ops.grouped import saved_rows
-from fusedonemoe.ops.quantized import QuantizedWeight
+from fusedonemoe.ops.operands import Reader, check_dim, check_percent, check_widths, reader_of
+from fusedonemoe.ops.quantized import GROUP_SIZES, QuantizedWeight
 
 
 def _new(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -28,6 +30,58 @@ def new_weight(
     groups = (*rows, width // group_size)
     zero_point = None if symmetric else _new(groups, torch.uint8, device)
     return QuantizedWeight(_new((*rows, width // 2), torch.uint8, device), _new(groups, torch.float32, device), zero_point)
+
+
+def _read_weight(reader: Reader, name: str, weight: QuantizedWeight, shape: tuple[int, int, int]) -> QuantizedWeight:
+    *rows, width = shape
+    if weight.bits == 8:
+        values, scale = reader.read(name, weight.values, shape, (torch.int8,)), (*rows,)
+        return QuantizedWeight(values, reader.read(f"{name}_scale", weight.scale, scale, (torch.float32,)))
+    group = weight.group_size
+    if group not in GROUP_SIZES or width % group:
+        raise ValueError(f"{name}_scale must have a scale for {GROUP_SIZES} inputs, got shape {tuple(weight.scale.shape)}")
+    zero, groups = weight.zero_point, (*rows, width // group)
+    return QuantizedWeight(
+        reader.read(name, weight.values, (*rows, width // 2), (torch.uint8,)),
+        reader.read(f"{name}_scale", weight.scale, groups, (torch.float32,)),
+        None if zero is None else reader.read(f"{name}_zero", zero, groups, (torch.uint8,)),
+    )
+
+
+def _read(
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    up: QuantizedWeight,
+    down: QuantizedWeight,
+    up_bias_EG: Tensor | None,
+    down_bias_ED: Tensor | None,
+    act: Activation,
+) -> tuple[Reader, tuple[Any, ...]]:
+    reader = reader_of(x_TD)
+    for name, weight in (("up", up), ("down", down)):
+        check_dim(name, weight.values, 3)
+        check_dim(f"{name}_scale", weight.scale, 2 if weight.bits == 8 else 3)
+    (T, D), (E, G, _), F = x_TD.shape, up.shape, down.shape[2]
+    check_widths(G, F, act)
+    if _width_of_bits(up)[0] != down.bits or (down.bits == 4 and up.group_size != down.group_size):
+        raise ValueError("down must have the bits and the group size of up")
+    experts_TK, weights_TK = reader.routing(experts_TK, weights_TK, T)
+    return reader, (
+        reader.read("x", x_TD, (T, D)),
+        experts_TK,
+        weights_TK,
+        _read_weight(reader, "up", up, (E, G, D)),
+        _read_weight(reader, "down", down, (E, D, F)),
+        reader.read_optional("up_bias", up_bias_EG, (E, G)),
+        reader.read_optional("down_bias", down_bias_ED, (E, D)),
+    )
+
+
+def experts_mlp_checked(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`experts_mlp` of operands that nobody has looked at: the tensors, the activation and the percentage."""
+    check_percent(args[8])
+    return experts_mlp(*_read(*args[:8])[1], *args[7:])
 
 
 def _sizes(experts_TK: Tensor, up: QuantizedWeight, down: QuantizedWeight, act: Activation) -> tuple[int, ...]:
@@ -108,16 +162,19 @@ def experts_mlp_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As :func:`fusedonemoe.ops.quantized.experts_mlp_backward`, in one kernel (two where rows of z were not kept)."""
-    dtype, N = x_TD.dtype, order.shape[0]
+    reader, operands = _read(x_TD, experts_TK, weights_TK, up, down, up_bias_EG, down_bias_ED, act)
+    x_TD, experts_TK, weights_TK, up, down, up_bias_EG, down_bias_ED = operands
+    dtype, N = x_TD.dtype, experts_TK.numel()
+    z = reader.saved(z, N, up.shape[1])
+    dy_TD = reader.read("dy", dy_TD, x_TD.shape)
+    order, offsets = reader.plan(order, offsets, experts_TK, up.shape[0])
     if z.shape[0] != N:
         full = native.new((N, up.shape[1]), dtype)
         full[: z.shape[0]] = z
         rows = (z.shape[0], N)
         _run_forward(x_TD, experts_TK, weights_TK, up, down, up_bias_EG, down_bias_ED, act, None, full, order, offsets, rows)
         z = full
-    dy_TD, z = dy_TD.contiguous(), z.contiguous()
     ids, float_weights = native.as_ids(experts_TK), native.as_float_weights(weights_TK)
-    down_bias_ED = native.as_bias(down_bias_ED)
     gradients = native.new_gradients(needs, x_TD, weights_TK, up_bias_EG, down_bias_ED)
     native.call(
         "quantized_backward",

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fusedonemoe.ops.cpu import native
 from fusedonemoe.ops.cpu.selection import threads_for
+from fusedonemoe.ops.operands import FLOATS, INTEGERS, check_dim, reader_of
 from fusedonemoe.ops.route import RouteRule
 
 
@@ -16,6 +17,25 @@ def _flags(rule: RouteRule) -> tuple[int, ...]:
 def refusal(dtype: torch.dtype) -> str | None:
     """Why the kernels cannot route logits of a dtype; None when they can."""
     return native.refusal(dtype, contiguous=True)
+
+
+def _check_rule(rule: RouteRule, E: int) -> None:
+    """Groups and a number of choices that ``E`` experts have."""
+    if rule.n_group < 1 or E % rule.n_group or not 1 <= rule.topk_group <= rule.n_group:
+        raise ValueError(f"n_group must divide {E} experts and be at least topk_group, got {rule.n_group}, {rule.topk_group}")
+    selectable = E // rule.n_group * rule.topk_group
+    if not 0 <= rule.top_k <= selectable:
+        raise ValueError(f"top_k must be from 0 to {selectable}, got {rule.top_k}")
+
+
+def route_checked(logits_TE: Tensor, selection_bias: Tensor | None, rule: RouteRule) -> tuple[Tensor, Tensor]:
+    """:func:`route` of operands that nobody has looked at."""
+    reader = reader_of(logits_TE, "logits")
+    E = logits_TE.shape[1]
+    _check_rule(rule, E)
+    if selection_bias is not None:
+        selection_bias = reader.read("selection_bias", selection_bias, (E,), FLOATS)
+    return route(reader.read("logits", logits_TE, logits_TE.shape), selection_bias, rule)
 
 
 def route(logits_TE: Tensor, selection_bias: Tensor | None, rule: RouteRule) -> tuple[Tensor, Tensor]:
@@ -35,9 +55,15 @@ def route(logits_TE: Tensor, selection_bias: Tensor | None, rule: RouteRule) -> 
 
 def route_backward(dweights_TK: Tensor, logits_TE: Tensor, experts_TK: Tensor, rule: RouteRule) -> Tensor:
     """As :func:`fusedonemoe.ops.route.route_backward`, in one kernel; ids outside ``[0, E)`` are skipped."""
-    logits_TE, experts_TK = logits_TE.contiguous(), native.as_ids(experts_TK)
-    dweights_TK = native.as_float_weights(dweights_TK)
-    T, E = logits_TE.shape
+    reader = reader_of(logits_TE, "logits")
+    check_dim("experts", experts_TK, 2)
+    (T, E), K = logits_TE.shape, experts_TK.shape[1]
+    _check_rule(rule, E)
+    if (rule.top_k or E) != K:
+        raise ValueError(f"experts must have shape {(T, rule.top_k or E)}, got {tuple(experts_TK.shape)}")
+    logits_TE = reader.read("logits", logits_TE, (T, E))
+    experts_TK = native.as_ids(reader.read("experts", experts_TK, (T, K), INTEGERS))
+    dweights_TK = native.as_float_weights(reader.read("dweights", dweights_TK, (T, K), FLOATS))
     dlogits_TE = torch.empty_like(logits_TE)
     addresses = native.addresses(dweights_TK, logits_TE, experts_TK, dlogits_TE)
     words = (*addresses, T, E, experts_TK.shape[1], *_flags(rule), threads_for(T, E))

@@ -31,6 +31,8 @@ def threads_for(T: int, E: int) -> int:
 
 def select(keys_TE: Tensor, k: int) -> Tensor:
     """As :func:`fusedonemoe.ops.route.select`, in one kernel where there is one."""
+    if keys_TE.dim() != 2 or not 0 <= k <= keys_TE.shape[1]:
+        raise ValueError(f"keys must have shape [T, E] with E >= k, got {tuple(keys_TE.shape)} and k = {k}")
     if keys_TE.dtype != torch.float32 or (kernel := _kernel()) is None:
         return route.select(keys_TE, k)
     keys_TE = keys_TE.contiguous()

@@ -11,16 +11,17 @@ from torch import Tensor
 
 from fusedonemoe.ops import lora
 from fusedonemoe.ops.activation import Activation
+from fusedonemoe.ops.derivatives import no_second_derivative
 from fusedonemoe.ops.library.registration import (
     BUILD,
     composite,
     define_autocast,
     gpu_kernels,
     keeping,
-    no_second_derivative,
     operator,
 )
 from fusedonemoe.ops.lora import Adapter, LoRANeeds
+from fusedonemoe.ops.operands import check_rows, reader_of
 
 
 def _experts_mlp_lora(
@@ -45,6 +46,7 @@ def _experts_mlp_lora(
     build: int,
     impl: str = "grouped",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_rows(experts)
     act = Activation(activation, layout, alpha, limit)
     up, down = Adapter(up_A, up_B, up_scale), Adapter(down_A, down_B, down_scale)
     kernels = gpu_kernels("lora") if impl == "triton" else lora
@@ -78,11 +80,12 @@ def _experts_mlp_lora_backward(
     build: int,
     impl: str = "grouped",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    check_rows(experts)
     act = Activation(activation, layout, alpha, limit)
     up, down = Adapter(up_A, up_B, up_scale), Adapter(down_A, down_B, down_scale)
     kernels = gpu_kernels("lora") if impl == "triton" else lora
     parameters = (up_proj, down_proj, up_bias, down_bias, up, down)
-    saved = (dy, z, order, offsets, x, experts, weights)
+    saved = (dy, *reader_of(x).rows(z, order, offsets, experts, up_proj), x, experts, weights)
     return kernels.experts_mlp_lora_backward(*saved, *parameters, act, save_percent, LoRANeeds(*needs))
 
 

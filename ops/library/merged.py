@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fusedonemoe.ops import dense, grouped
 from fusedonemoe.ops.cpu import native
+from fusedonemoe.ops.derivatives import no_second_derivative
 from fusedonemoe.ops.grouped import MergedNeeds
 from fusedonemoe.ops.library.registration import (
     BUILD,
@@ -16,10 +17,10 @@ from fusedonemoe.ops.library.registration import (
     define_cpu,
     gpu_kernels,
     keeping,
-    no_second_derivative,
     operator,
     wanted,
 )
+from fusedonemoe.ops.operands import check_rows, read_merged
 from fusedonemoe.ops.shortcut import recorder, shortcut
 
 _MERGED = "Tensor x, Tensor experts, Tensor weights, Tensor proj"
@@ -30,7 +31,7 @@ def _merged_cpu_fake(x: Tensor, experts: Tensor, weights: Tensor, proj: Tensor) 
     return x.new_empty(x.shape[0], proj.shape[2]), order, offsets
 
 
-define_cpu(f"experts_merged_cpu({_MERGED}) -> (Tensor, Tensor, Tensor)", native.experts_merged, _merged_cpu_fake)
+define_cpu(f"experts_merged_cpu({_MERGED}) -> (Tensor, Tensor, Tensor)", native.experts_merged_checked, _merged_cpu_fake)
 define_cpu(
     f"experts_merged_cpu_backward(Tensor dh, Tensor order, Tensor offsets, {_MERGED}, bool[] needs) -> (Tensor, Tensor, Tensor)",
     native.experts_merged_backward,
@@ -41,6 +42,7 @@ define_cpu(
 def _experts_merged(
     x: Tensor, experts: Tensor, weights: Tensor, proj: Tensor, build: int, impl: str = "grouped"
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_rows(experts)
     if impl == "cpu":
         return torch.ops.fusedonemoe.experts_merged_cpu(x, experts, weights, proj)
     kernels = gpu_kernels("merged") if impl == "triton" else grouped
@@ -59,9 +61,14 @@ def _experts_merged_backward(
     build: int,
     impl: str = "grouped",
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_rows(experts)
     if impl == "cpu":
         return torch.ops.fusedonemoe.experts_merged_cpu_backward(dh, order, offsets, x, experts, weights, proj, needs)
     kernels = gpu_kernels("merged") if impl == "triton" else grouped
+    if impl == "triton":
+        reader, (x, experts, weights, proj) = read_merged(x, experts, weights, proj, views=True)
+        dh = reader.read("dh", dh, (x.shape[0], proj.shape[2]))
+        order, offsets = reader.plan(order, offsets, experts, proj.shape[0])
     return kernels.experts_merged_backward(dh, order, offsets, x, experts, weights, proj, MergedNeeds(*needs))
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from fusedonemoe.ops import dense, grouped
 from fusedonemoe.ops.activation import Activation
 from fusedonemoe.ops.cpu import native, packing
+from fusedonemoe.ops.derivatives import no_second_derivative
 from fusedonemoe.ops.grouped import MLPNeeds, saved_rows
 from fusedonemoe.ops.library.registration import (
     BUILD,
@@ -17,10 +18,10 @@ from fusedonemoe.ops.library.registration import (
     define_cpu,
     gpu_kernels,
     keeping,
-    no_second_derivative,
     operator,
     wanted,
 )
+from fusedonemoe.ops.operands import check_rows, read_mlp
 from fusedonemoe.ops.shortcut import recorder, shortcut
 from fusedonemoe.ops.triton import rules
 
@@ -47,7 +48,7 @@ _mlp_backward_kernel = _with_act(native.experts_mlp_backward, 11)
 
 define_cpu(
     f"experts_mlp_cpu({_MLP}, {ACT}, int save_percent) -> (Tensor, Tensor, Tensor, Tensor)",
-    _mlp_kernel,
+    _with_act(native.experts_mlp_checked, 7),
     forward_fake,
 )
 define_cpu(
@@ -79,6 +80,7 @@ def _experts_mlp(
     build: int,
     impl: str = "grouped",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_rows(experts)
     act = Activation(activation, layout, alpha, limit)
     if impl == "cpu":
         return torch.ops.fusedonemoe.experts_mlp_cpu(
@@ -102,6 +104,7 @@ def _experts_mlp_inference(
     limit: float,
     build: int,
 ) -> Tensor:
+    check_rows(experts)
     arguments = (x, experts, weights, up_proj, down_proj, up_bias, down_bias, Activation(activation, layout, alpha, limit))
     if rules.few_rows(rules.hint(experts.numel()), up_proj.shape[0]):
         return gpu_kernels("decode").experts_mlp(*arguments)
@@ -129,12 +132,18 @@ def _experts_mlp_backward(
     build: int,
     impl: str = "grouped",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    check_rows(experts)
     act = Activation(activation, layout, alpha, limit)
     if impl == "cpu":
         return torch.ops.fusedonemoe.experts_mlp_cpu_backward(
             dy, z, order, offsets, x, experts, weights, up_proj, down_proj, up_bias, down_bias, *act, needs
         )
     kernels = gpu_kernels("mlp_backward") if impl == "triton" else grouped
+    if impl == "triton":
+        reader, operands = read_mlp(x, experts, weights, up_proj, down_proj, up_bias, down_bias, act, views=True)
+        x, experts, weights, up_proj, down_proj, up_bias, down_bias = operands
+        dy, z = reader.read("dy", dy, x.shape), reader.saved(z, experts.numel(), up_proj.shape[1])
+        order, offsets = reader.plan(order, offsets, experts, up_proj.shape[0])
     return kernels.experts_mlp_backward(
         dy, z, order, offsets, x, experts, weights, up_proj, down_proj, up_bias, down_bias, act, save_percent, MLPNeeds(*needs)
     )

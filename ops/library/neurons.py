@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fusedonemoe.ops import neurons
 from fusedonemoe.ops.cpu import neurons as native
+from fusedonemoe.ops.derivatives import no_second_derivative
 from fusedonemoe.ops.library.registration import (
     BUILD,
     composite,
@@ -15,11 +16,11 @@ from fusedonemoe.ops.library.registration import (
     define_cpu,
     gpu_kernels,
     keeping,
-    no_second_derivative,
     operator,
     wanted,
 )
 from fusedonemoe.ops.neurons import NeuronNeeds, ValueNeeds
+from fusedonemoe.ops.operands import check_rows
 from fusedonemoe.ops.shortcut import recorder, shortcut
 
 _NEURONS = "Tensor x, Tensor experts, Tensor weights, Tensor down, Tensor up, str activation"
@@ -41,7 +42,7 @@ def _wanted_tables(
 
 define_cpu(
     f"experts_neurons_cpu({_NEURONS}) -> (Tensor, Tensor)",
-    native.experts_neurons,
+    native.experts_neurons_checked,
     lambda x, experts, *_: (x.new_empty(x.shape), x.new_empty(experts.shape, dtype=torch.float32)),
 )
 define_cpu(
@@ -51,7 +52,7 @@ define_cpu(
 )
 define_cpu(
     f"experts_values_cpu({_VALUES}) -> Tensor",
-    native.experts_values,
+    native.experts_values_checked,
     lambda experts, weights, table: table.new_empty(experts.shape[0], table.shape[1]),
 )
 define_cpu(
@@ -71,6 +72,7 @@ def _experts_neurons(
     build: int,
     impl: str = "grouped",
 ) -> tuple[Tensor, Tensor]:
+    check_rows(experts)
     if impl == "cpu":
         return torch.ops.fusedonemoe.experts_neurons_cpu(x, experts, weights, down, up, activation)
     kernels = gpu_kernels("neurons") if impl == "triton" else neurons
@@ -92,6 +94,7 @@ def _experts_neurons_backward(
     slots: Tensor | None = None,
     num_slots: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_rows(experts)
     arguments = (dy, s, x, experts, weights, down, up, activation)
     if impl == "cpu":
         return torch.ops.fusedonemoe.experts_neurons_cpu_backward(*arguments, needs, slots, num_slots)
@@ -106,6 +109,7 @@ def _experts_neurons_dense(
 
 
 def _experts_values(experts: Tensor, weights: Tensor, table: Tensor, build: int, impl: str = "grouped") -> Tensor:
+    check_rows(experts)
     if impl == "cpu":
         return torch.ops.fusedonemoe.experts_values_cpu(experts, weights, table)
     kernels = gpu_kernels("neurons") if impl == "triton" else neurons
@@ -123,6 +127,7 @@ def _experts_values_backward(
     slots: Tensor | None = None,
     num_slots: int = 0,
 ) -> tuple[Tensor, Tensor]:
+    check_rows(experts)
     if impl == "cpu":
         return torch.ops.fusedonemoe.experts_values_cpu_backward(dy, experts, weights, table, needs, slots, num_slots)
     kernels = gpu_kernels("neurons") if impl == "triton" else neurons

@@ -9,6 +9,7 @@ from torch import Tensor
 from fusedonemoe.ops import quantized
 from fusedonemoe.ops.activation import Activation
 from fusedonemoe.ops.cpu import quantized as native
+from fusedonemoe.ops.derivatives import no_second_derivative
 from fusedonemoe.ops.library.mlp import ACT, forward_fake
 from fusedonemoe.ops.library.registration import (
     BUILD,
@@ -17,10 +18,10 @@ from fusedonemoe.ops.library.registration import (
     define_cpu,
     gpu_kernels,
     keeping,
-    no_second_derivative,
     operator,
     wanted,
 )
+from fusedonemoe.ops.operands import check_rows, reader_of
 from fusedonemoe.ops.quantized import QuantizedNeeds, QuantizedWeight
 from fusedonemoe.ops.shortcut import recorder, shortcut
 
@@ -45,7 +46,7 @@ _forward_kernel, _backward_kernel = _grouped(native.experts_mlp), _grouped(nativ
 
 define_cpu(
     f"experts_mlp_quantized_cpu({_MLP}, {ACT}, int save_percent) -> (Tensor, Tensor, Tensor, Tensor)",
-    _forward_kernel,
+    _grouped(native.experts_mlp_checked),
     forward_fake,
 )
 define_cpu(
@@ -76,6 +77,7 @@ def _experts_mlp(
     build: int,
     impl: str = "grouped",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_rows(experts)
     act = (activation, layout, alpha, limit)
     arguments = (x, experts, weights, up, up_scale, up_zero, down, down_scale, down_zero, up_bias, down_bias, *act, save_percent)
     if impl == "cpu":
@@ -109,7 +111,8 @@ def _experts_mlp_backward(
     build: int,
     impl: str = "grouped",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    saved, act = (dy, z, order, offsets), (activation, layout, alpha, limit)
+    check_rows(experts)
+    saved, act = (dy, *reader_of(x).rows(z, order, offsets, experts, up)), (activation, layout, alpha, limit)
     arguments = (x, experts, weights, up, up_scale, up_zero, down, down_scale, down_zero, up_bias, down_bias, *act)
     if impl == "cpu":
         return torch.ops.fusedonemoe.experts_mlp_quantized_cpu_backward(*saved, *arguments, needs)

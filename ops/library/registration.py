@@ -14,6 +14,7 @@ import hashlib
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.library import triton_op
 
 from fusedonemoe.ops import triton
+from fusedonemoe.ops.derivatives import refuse_forward_mode, refused
 
 NAMESPACE = "fusedonemoe"
 
@@ -68,10 +70,28 @@ def without_source_search() -> Iterator[None]:
         setattr(torch._library.triton, search, found)
 
 
+def _in_reverse_mode(body: Callable[..., Any]) -> Callable[..., Any]:
+    """``body``, which a level of forward mode refuses: torch would take its missing rule for a tangent of zeros."""
+
+    @wraps(body)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        refuse_forward_mode()
+        return body(*args, **kwargs)
+
+    return checked
+
+
+def refuse_torch_func(name: str) -> None:
+    """Have an operator refuse the transforms of torch.func, traced as well as eager."""
+    lib.impl(name, refused, "FuncTorchDynamicLayerFrontMode")
+
+
 def operator(name: str, body: Callable[..., Any]) -> Any:
     """Register an operator with an opaque eager body that compilation inlines; the schema is read off its annotations."""
     with without_source_search():
-        return triton_op(f"{NAMESPACE}::{name}", body, mutates_args=())
+        made = triton_op(f"{NAMESPACE}::{name}", _in_reverse_mode(body), mutates_args=())
+    refuse_torch_func(name)
+    return made
 
 
 def composite(name: str, body: Callable[..., Any]) -> None:
@@ -106,10 +126,17 @@ def define_autocast(name: str, casts: Sequence[int]) -> None:
 
 def define_cpu(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Register a compiled CPU kernel: opaque to compilation."""
+    define_opaque(schema, fake, CPU=kernel)
+
+
+def define_opaque(schema: str, fake: Callable[..., Any], **kernels: Callable[..., Any]) -> None:
+    """Register an operator that is opaque to compilation, with a kernel for each dispatch key."""
     lib.define(schema)
     name = schema.partition("(")[0]
-    lib.impl(name, kernel, "CPU")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=lib)
+    for key, kernel in kernels.items():
+        lib.impl(name, _in_reverse_mode(kernel), key)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", _in_reverse_mode(fake), lib=lib)
+    refuse_torch_func(name)
 
 
 def wanted(needs: Sequence[bool], *likes: Tensor | None) -> tuple[Tensor, ...]:
@@ -136,11 +163,6 @@ def keeping(tensors: int) -> Callable[..., None]:
         ctx.constants, ctx.impl = inputs[tensors:-2], inputs[-1]
 
     return setup_context
-
-
-def no_second_derivative(ctx: Any, *_: Any) -> Any:
-    """The backward of what has none."""
-    raise RuntimeError("fusedonemoe's operators have first derivatives only; impl='dense' has derivatives of every order")
 
 
 def gpu_kernels(name: str) -> Any:

@@ -9,12 +9,12 @@ from torch import Tensor
 from fusedonemoe.ops import route as routing
 from fusedonemoe.ops import triton
 from fusedonemoe.ops.cpu import routing as cpu_routing
+from fusedonemoe.ops.derivatives import no_second_derivative
 from fusedonemoe.ops.library.registration import (
     composite,
     define_autocast,
     define_cpu,
     gpu_kernels,
-    no_second_derivative,
     operator,
 )
 from fusedonemoe.ops.route import RouteRule
@@ -39,6 +39,10 @@ def _route_cpu(logits: Tensor, selection_bias: Tensor | None, *rule: Any) -> tup
     return cpu_routing.route(logits, selection_bias, RouteRule(*rule))
 
 
+def _route_cpu_checked(logits: Tensor, selection_bias: Tensor | None, *rule: Any) -> tuple[Tensor, Tensor]:
+    return cpu_routing.route_checked(logits, selection_bias, RouteRule(*rule))
+
+
 def _route_cpu_fake(logits: Tensor, selection_bias: Tensor | None, top_k: int, *_: Any) -> tuple[Tensor, Tensor]:
     shape = logits.shape[0], top_k or logits.shape[1]
     return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int64)
@@ -48,7 +52,7 @@ def _route_cpu_backward(dweights: Tensor, logits: Tensor, experts: Tensor, *rule
     return cpu_routing.route_backward(dweights, logits, experts, RouteRule(*rule))
 
 
-define_cpu(f"route_cpu(Tensor logits, Tensor? selection_bias, {_RULE}) -> (Tensor, Tensor)", _route_cpu, _route_cpu_fake)
+define_cpu(f"route_cpu(Tensor logits, Tensor? selection_bias, {_RULE}) -> (Tensor, Tensor)", _route_cpu_checked, _route_cpu_fake)
 define_cpu(
     f"route_cpu_backward(Tensor dweights, Tensor logits, Tensor experts, {_RULE}) -> Tensor",
     _route_cpu_backward,

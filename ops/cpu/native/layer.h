@@ -3,6 +3,7 @@
 #include <atomic>
 #include <mutex>
 #include <new>
+#include <stdexcept>
 #include <vector>
 #include <pthread.h>
 #if defined(__linux__)
@@ -158,7 +159,28 @@ struct Plan {
             if (count(e)) ids.push_back(e);
         return ids;
     }
+    // Whether make_plan makes this of these ids.
+    bool is_of(const int64_t* ids, int num_rows) const {
+        if (offsets[0] != 0 || routed() > num_rows) return false;
+        for (int e = 0; e < num_experts; e++)
+            if (count(e) < 0) return false;
+        auto holds = [&](int begin, int end, auto belongs) {
+            for (int i = begin, last = -1; i < end; last = order[i++])
+                if (order[i] <= last || order[i] >= num_rows || !belongs(ids[order[i]])) return false;
+            return true;
+        };
+        for (int e = 0; e < num_experts; e++)
+            if (!holds(first(e), offsets[e + 1], [&](int64_t id) { return id == e; })) return false;
+        return holds(routed(), num_rows, [&](int64_t id) { return id < 0 || id >= num_experts; });
+    }
 };
+
+// A plan that comes from outside, from autograd or from a caller of the operator. All memory of a pass is reached through it.
+static inline Plan given_plan(int num_experts, int top_k, const int32_t* order, const int32_t* offsets, const int64_t* ids, int num_rows) {
+    const Plan plan{num_experts, top_k, order, offsets};
+    if (!plan.is_of(ids, num_rows)) throw std::invalid_argument("plan");
+    return plan;
+}
 
 // Stable counting sort of the rows by expert; ids outside [0, E) go to the end.
 static inline void make_plan(const int64_t* ids, int num_rows, int num_experts, int32_t* order, int32_t* offsets) {

@@ -78,7 +78,7 @@ template <class M> class MergedBackwardPass {
     void run() {
         const int D = a.hidden, F = a.inner, E = a.num_experts, N = a.tokens * a.top_k, d_blocks = blocks_of(D);
         const int d_strips = strips_of(D), f_strips = strips_of(F);
-        const Plan plan{E, (int)a.top_k, a.order, a.offsets};
+        const Plan plan = given_plan(E, (int)a.top_k, a.order, a.offsets, a.experts, N);
         const std::vector<size_t> unit_of = units_before<M>(plan);
         const size_t all = unit_of[E], panel_bytes = Scratch::padded(units<M>(F) * COLUMNS * sizeof(U));
         auto bytes = [](size_t count, size_t size) { return Scratch::padded(count * size); };

@@ -235,7 +235,7 @@ template <class M> class BackwardPass {
     explicit BackwardPass(const MLPBackward& a)
         : a(a), D(a.hidden), F(a.inner), G(a.up_rows), E(a.num_experts), N(a.tokens * a.top_k),
           at{(ptrdiff_t)a.gate, (ptrdiff_t)a.up_from, (ptrdiff_t)a.step}, act{(int)a.activation, (float)a.alpha, (float)a.limit},
-          plan{E, (int)a.top_k, a.order, a.offsets}, f_blocks(blocks_of(F)), d_blocks(blocks_of(D)), f_strips(strips_of(F)),
+          plan(given_plan(E, (int)a.top_k, a.order, a.offsets, a.experts, N)), f_blocks(blocks_of(F)), d_blocks(blocks_of(D)), f_strips(strips_of(F)),
           d_strips(strips_of(D)), halves(a.gated ? 2 : 1), dz_stride((G * sizeof(T) + 127) / 64 * 64 / sizeof(T)),
           stream_down(is_streamed((T*)a.ddown, (size_t)E * D, F)), stream_up(is_streamed((T*)a.dup, (size_t)E * G, D)),
           d_tasks((D + ROWS_PER_TASK - 1) / ROWS_PER_TASK), f_tasks((F + ROWS_PER_TASK - 1) / ROWS_PER_TASK),

@@ -307,7 +307,7 @@ template <class M> class ForwardPass {
     void run() {
         const int N = a.tokens * a.top_k;
         if (a.y) make_plan(a.experts, N, E, a.order, a.offsets);
-        const Plan plan{E, (int)a.top_k, a.order, a.offsets};
+        const Plan plan = a.y ? Plan{E, (int)a.top_k, a.order, a.offsets} : given_plan(E, (int)a.top_k, a.order, a.offsets, a.experts, N);
         cut_into_tiles();
         auto bytes = [](size_t count, size_t size) { return Scratch::padded(count * size); };
         Scratch scratch(bytes(x_size, sizeof(U)) + bytes(h_size, sizeof(U)) + bytes((size_t)N * D, 4) + bytes(N, 4));

@@ -20,6 +20,8 @@ template <class Pass, class Args> static int run(const void* given) {
             return 0;
         } catch (const std::bad_alloc&) {
             return 1;
+        } catch (const std::invalid_argument&) {
+            return 2;
         }
     });
 }

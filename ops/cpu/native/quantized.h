@@ -166,7 +166,7 @@ template <class T, class Rows> class QuantizedForwardPass {
     void run() {
         const int N = a.tokens * a.top_k;
         if (a.y) make_plan(a.experts, N, E, a.order, a.offsets);
-        const Plan plan{E, (int)a.top_k, a.order, a.offsets};
+        const Plan plan = a.y ? Plan{E, (int)a.top_k, a.order, a.offsets} : given_plan(E, (int)a.top_k, a.order, a.offsets, a.experts, N);
         auto bytes = [](size_t count, size_t size) { return Scratch::padded(count * size); };
         const size_t made_size = QUAD * std::max(x_stride, h_stride);
         Scratch scratch(bytes(a.tokens * x_stride, 4) + bytes(N * h_stride, 4) + bytes((size_t)N * D, 4) + bytes(N, 4) + a.threads * bytes(made_size, 4));

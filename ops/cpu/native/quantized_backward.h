@@ -159,7 +159,7 @@ template <class T, class Rows> class QuantizedBackwardPass {
     explicit QuantizedBackwardPass(const QuantizedBackward& a)
         : a(a), D(a.hidden), F(a.inner), G(a.up_rows), E(a.num_experts), N(a.tokens * a.top_k),
           at{(ptrdiff_t)a.gate, (ptrdiff_t)a.up_from, (ptrdiff_t)a.step}, act{(int)a.activation, (float)a.alpha, (float)a.limit},
-          plan{E, (int)a.top_k, a.order, a.offsets}, up(a.up, G, D, a.group), down(a.down, D, F, a.group), f_blocks(blocks_of(F)),
+          plan(given_plan(E, (int)a.top_k, a.order, a.offsets, a.experts, N)), up(a.up, G, D, a.group), down(a.down, D, F, a.group), f_blocks(blocks_of(F)),
           d_blocks(blocks_of(D)), dy_stride(stride_of(D)), dz_stride(stride_of(G)) {}
 
     void run() {

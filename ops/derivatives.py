@@ -1,0 +1,49 @@
+"""The derivatives that the operators do not have: each way to ask for them is refused, with the name of what has them.
+
+The operators have first derivatives in reverse mode. torch takes a zero for the tangent of an operator that has no rule for
+forward mode, and says nothing. So each operator refuses by itself, on every path that leads to it: called eagerly, while
+torch.compile, torch.export or make_fx trace it, and while a compiled graph runs it.
+"""
+
+from typing import Any, NoReturn
+
+import torch
+from torch.autograd import forward_ad
+
+REFUSAL = (
+    "forward-mode derivatives and torch.func need impl='dense'; the other implementations have first derivatives in reverse "
+    "mode only"
+)
+
+
+def in_forward_mode() -> bool:
+    """Whether tensors may have tangents: inside ``forward_ad.dual_level`` and inside ``torch.func.jvp``."""
+    return forward_ad._current_level >= 0
+
+
+def refuse_forward_mode() -> None:
+    """Raise inside of a level of forward mode."""
+    if in_forward_mode():
+        raise RuntimeError(REFUSAL)
+
+
+def refuse_transforms() -> None:
+    """Raise in forward mode and in a transform of torch.func.
+
+    Dynamo has the operators raise, where it meets them: an error of traced Python would break the graph, and the part before
+    the break would run with tangents. Here it reads the level alone, which guards the graph: one that was compiled outside of
+    a level is not used inside.
+    """
+    forbidden = in_forward_mode() or (not torch.compiler.is_dynamo_compiling() and torch._C._are_functorch_transforms_active())
+    if forbidden and not torch.compiler.is_dynamo_compiling():
+        raise RuntimeError(REFUSAL)
+
+
+def refused(*_: Any, **__: Any) -> NoReturn:
+    """An operator's kernel for the transforms of torch.func."""
+    raise RuntimeError(REFUSAL)
+
+
+def no_second_derivative(ctx: Any, *_: Any) -> NoReturn:
+    """The backward of what has none."""
+    raise RuntimeError("fusedonemoe's operators have first derivatives only; impl='dense' has derivatives of every order")

@@ -1,0 +1,166 @@
+"""Operands: tensors as a kernel reads them, by their addresses: of one shape, one dtype and one device, contiguous.
+
+A tensor that autograd saved may come back in other strides, or as another tensor altogether: that is for the hooks of
+``torch.autograd.graph.saved_tensors_hooks`` to say. And an operator can be called by its name, past the public functions.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedonemoe.ops.activation import PLAIN, Activation
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (
+    *(torch.int64, torch.int32, torch.int16, torch.int8),
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+)
+# Rows are counted, sorted and numbered in 32 bits.
+MOST_ROWS = 2**31 - 1
+
+
+def check_rows(experts: Tensor) -> None:
+    """``T * K`` fits into 32 bits; of a symbolic size, which would become a guard of the graph, the kernels say so."""
+    if torch.compiler.is_dynamo_compiling():
+        return
+    rows = experts.numel()
+    if isinstance(rows, int) and rows > MOST_ROWS:
+        raise ValueError(f"experts must have fewer than 2**31 entries, T * K, got {rows} of shape {tuple(experts.shape)}")
+
+
+def check_dim(name: str, tensor: Tensor, dims: int) -> None:
+    """As many dimensions."""
+    if tensor.dim() != dims:
+        raise ValueError(f"{name} must have {dims} dimensions, got shape {tuple(tensor.shape)}")
+
+
+def check_widths(up_rows: int, inner: int, act: Activation) -> None:
+    """As many rows of the up-projection as the layout says."""
+    expected = inner if act.layout == PLAIN else 2 * inner
+    if up_rows != expected:
+        raise ValueError(f"up_proj must have {expected} rows with down_proj of width {inner}, got {up_rows}")
+
+
+def check_percent(save_percent: int) -> None:
+    """A share of the rows."""
+    if not 0 <= save_percent <= 100:
+        raise ValueError(f"save_percent must be from 0 to 100, got {save_percent}")
+
+
+class Reader(NamedTuple):
+    """Reads the tensors of one call.
+
+    Attributes:
+        device: where they are.
+        dtype: of x and of the expert weights.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def check(self, name: str, tensor: Tensor, shape: Sequence[int], dtypes: tuple[torch.dtype, ...] = ()) -> Tensor:
+        """``tensor``, of any strides.
+
+        Args:
+            name: of the operand.
+            tensor: what came.
+            shape: it must have; symbolic sizes are those of a graph that is traced, and no question to it.
+            dtypes: it may have; that of x, if none is given.
+
+        Raises:
+            TypeError: another dtype.
+            ValueError: another shape or device.
+        """
+        if tensor.dtype not in (dtypes or (self.dtype,)):
+            raise TypeError(f"{name} must have dtype {' or '.join(map(str, dtypes or (self.dtype,)))}, got {tensor.dtype}")
+        known = all(type(size) is int for size in (*shape, *tensor.shape))
+        if (known and tensor.shape != torch.Size(shape)) or tensor.dim() != len(shape):
+            raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+        if tensor.device != self.device:
+            raise ValueError(f"{name} must be on {self.device}, got {tensor.device}")
+        return tensor
+
+    def read(self, name: str, tensor: Tensor, shape: Sequence[int], dtypes: tuple[torch.dtype, ...] = ()) -> Tensor:
+        """:meth:`check`, and contiguous."""
+        return self.check(name, tensor, shape, dtypes).contiguous()
+
+    def read_optional(self, name: str, tensor: Tensor | None, shape: Sequence[int]) -> Tensor | None:
+        """:meth:`read`, where there is one."""
+        return None if tensor is None else self.read(name, tensor, shape)
+
+    def routing(self, experts: Tensor, weights: Tensor, tokens: int | None = None) -> tuple[Tensor, Tensor]:
+        """Ids and weights ``[T, K]``."""
+        check_dim("experts", experts, 2)
+        check_rows(experts)
+        shape = (experts.shape[0] if tokens is None else tokens, experts.shape[1])
+        if shape[1] < 1:
+            raise ValueError(f"experts must have shape [T, K] with K >= 1, got {tuple(experts.shape)}")
+        return self.read("experts", experts, shape, INTEGERS), self.read("weights", weights, shape, FLOATS)
+
+    def plan(self, order: Tensor, offsets: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+        """The sorted order of a routing; that it is the one of these ids is for a kernel to see."""
+        order = self.read("order", order, (experts.numel(),), (torch.int32,))
+        return order, self.read("offsets", offsets, (num_experts + 1,), (torch.int32,))
+
+    def saved(self, z: Tensor, rows: int, width: int) -> Tensor:
+        """The pre-activations that were kept: of all rows, or of some."""
+        check_dim("z", z, 2)
+        if type(rows) is int and type(z.shape[0]) is int and z.shape[0] > rows:
+            raise ValueError(f"z must have at most {rows} rows, got {z.shape[0]}")
+        return self.read("z", z, (z.shape[0], width))
+
+    def rows(self, z: Tensor, order: Tensor, offsets: Tensor, experts: Tensor, up_EG_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What a forward keeps of its sorted rows, for experts ``[E, G, ...]``."""
+        E, G = up_EG_.shape[:2]
+        return self.saved(z, experts.numel(), G), *self.plan(order, offsets, experts, E)
+
+
+def reader_of(x: Tensor, name: str = "x") -> Reader:
+    """The reader of a call with this x ``[T, D]``, or with another tensor that has the dtype of the expert weights."""
+    check_dim(name, x, 2)
+    return Reader(x.device, x.dtype)
+
+
+def read_mlp(
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    up_EGD: Tensor,
+    down_EDF: Tensor,
+    up_bias_EG: Tensor | None,
+    down_bias_ED: Tensor | None,
+    act: Activation,
+    *,
+    views: bool = False,
+) -> tuple[Reader, tuple[Any, ...]]:
+    """The reader of an MLP's call, and its seven tensors; with ``views`` the weights keep their strides."""
+    reader = reader_of(x_TD)
+    read = reader.check if views else reader.read
+    check_dim("up_proj", up_EGD, 3)
+    check_dim("down_proj", down_EDF, 3)
+    (T, D), (E, G), F = x_TD.shape, up_EGD.shape[:2], down_EDF.shape[2]
+    check_widths(G, F, act)
+    experts_TK, weights_TK = reader.routing(experts_TK, weights_TK, T)
+    return reader, (
+        reader.read("x", x_TD, (T, D)),
+        experts_TK,
+        weights_TK,
+        read("up_proj", up_EGD, (E, G, D)),
+        read("down_proj", down_EDF, (E, D, F)),
+        reader.read_optional("up_bias", up_bias_EG, (E, G)),
+        reader.read_optional("down_bias", down_bias_ED, (E, D)),
+    )
+
+
+def read_merged(
+    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, proj_EDF: Tensor, *, views: bool = False
+) -> tuple[Reader, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """The reader of a merged projection's call, and its four tensors; with ``views`` the weights keep their strides."""
+    reader = reader_of(x_TD)
+    read = reader.check if views else reader.read
+    check_dim("proj", proj_EDF, 3)
+    (T, D), (E, _, F) = x_TD.shape, proj_EDF.shape
+    experts_TK, weights_TK = reader.routing(experts_TK, weights_TK, T)
+    return reader, (reader.read("x", x_TD, (T, D)), experts_TK, weights_TK, read("proj", proj_EDF, (E, D, F)))
