@@ -138,6 +138,16 @@ def load_balancing_loss(
     return num_experts * (share * (rows.sum(0) / T)).sum()
 
 
+def _logsumexp(rows: Tensor) -> Tensor:
+    """``torch.logsumexp(rows, -1)`` whose gradient is a softmax of the differences to the maximum.
+
+    torch's own gradient is ``exp(rows - logsumexp)``, which is as wrong as a large logsumexp is rounded.
+    """
+    largest = rows.detach().amax(-1, keepdim=True)
+    finite = torch.where(largest.isfinite(), largest, 0.0)
+    return (rows - finite).exp().sum(-1).log() + finite.squeeze(-1)
+
+
 def router_z_loss(logits: Tensor, *, attention_mask: Tensor | None = None) -> Tensor:
     """The loss that keeps router logits small: ``mean_t logsumexp(l_t)^2``.
 
@@ -163,7 +173,7 @@ def router_z_loss(logits: Tensor, *, attention_mask: Tensor | None = None) -> Te
     """
     check_logits(logits)
     rows, counted, T = _tokens(logits, attention_mask)
-    squares = rows.logsumexp(-1).square()
+    squares = _logsumexp(rows).square()
     if counted is not None:
         squares = squares.masked_fill(~counted, 0.0)
     return squares.sum() / T

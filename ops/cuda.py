@@ -16,8 +16,11 @@ def refusal(dtype: torch.dtype, widths: tuple[int, ...]) -> str | None:
 
 
 def grouped_mm(rows_NA: Tensor, weights_EAB: Tensor, offsets: Tensor) -> Tensor:
-    """``out[i] = rows[i] @ weights[e]`` for ``offsets[e] <= i < offsets[e + 1]``, zeros past ``offsets[E]``. ``[N, B]``."""
-    out_NB = torch.nn.functional.grouped_mm(rows_NA, weights_EAB, offs=offsets[1:])
+    """``out[i] = rows[i] @ weights[e]`` for ``offsets[e] <= i < offsets[e + 1]``, zeros past ``offsets[E]``. ``[N, B]``.
+
+    Weights of a narrower dtype than the rows are widened.
+    """
+    out_NB = torch.nn.functional.grouped_mm(rows_NA, weights_EAB.to(rows_NA.dtype), offs=offsets[1:])
     is_routed = torch.arange(rows_NA.shape[0], device=rows_NA.device) < offsets[-1]
     return torch.where(is_routed[:, None], out_NB, 0)
 

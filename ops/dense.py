@@ -1,26 +1,49 @@
 """The static-graph formulation: masked batched matmul. No Python loop, no branch on data, any device, any derivative.
 
-Every expert sees every token, and a mask keeps what was routed: E/K times the arithmetic of a sorted formulation, in
-exchange for three plain tensor contractions that autograd, ``torch.func``, ``torch.export`` and every backend understand.
+Every expert computes a row for every token, and a mask keeps what was routed: E/K times the arithmetic of a sorted formulation,
+in exchange for plain tensor contractions that autograd, ``torch.func``, ``torch.export`` and every backend understand.
+
+An expert gets zeros in place of a token that was not routed to it, and its row for such a token is replaced by zeros. So no
+token, no gradient of a token and no expert that holds NaN or infinity reaches what it was not routed to: zero times NaN is NaN,
+and is never computed.
 """
 
 import torch
 from torch import Tensor
 
 from fusedonemoe.ops.activation import Activation, activate
+from fusedonemoe.ops.precision import row_dtype, sum_dtype
 
 
-def routing_masks(experts_TK: Tensor, weights_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+def routing_masks(
+    experts_TK: Tensor, weights_TK: Tensor, num_experts: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """Spread a routing over all experts.
 
     Returns:
-        ``weights_TE``, the summed weight of each expert for each token (0 where unrouted; at least float32), and
-        ``routed_TE``, the mask.
+        ``weights_TE``, the summed weight of each expert for each token (0 where unrouted; at least float32, and at least
+        ``dtype``), and ``routed_TE``, the mask.
         An id outside ``[0, E)`` equals no expert and so drops out, whatever its weight.
     """
-    weights_TK = weights_TK.to(torch.promote_types(weights_TK.dtype, torch.float32))
+    weights_TK = weights_TK.to(sum_dtype(weights_TK.dtype, dtype))
     hit_TKE = experts_TK.to(torch.int64)[:, :, None] == torch.arange(num_experts, device=experts_TK.device)
     return torch.where(hit_TKE, weights_TK[:, :, None], 0).sum(1), hit_TKE.any(1)
+
+
+def by_expert(experts_TK: Tensor, weights_TK: Tensor, num_experts: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """:func:`routing_masks` with the experts first: ``weights_ET1`` and ``routed_ET1``."""
+    weights_TE, routed_TE = routing_masks(experts_TK, weights_TK, num_experts, dtype)
+    return weights_TE.t()[:, :, None], routed_TE.t()[:, :, None]
+
+
+def tokens_of_experts(x_TD: Tensor, routed_ET1: Tensor) -> Tensor:
+    """``[E, T, D]`` every expert's tokens, with zeros for those that were not routed to it."""
+    return torch.where(routed_ET1, x_TD.to(row_dtype(x_TD.dtype)), 0)
+
+
+def sum_of_experts(rows_ETB: Tensor, routed_ET1: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[T, B]`` the sum of a token's rows, of the experts that it was routed to; rounded once."""
+    return torch.where(routed_ET1, rows_ETB, 0).sum(0, dtype=sum_dtype(rows_ETB.dtype)).to(dtype)
 
 
 def experts_mlp_dense(
@@ -35,25 +58,26 @@ def experts_mlp_dense(
 ) -> Tensor:
     """``y_t = sum_e w_te (act(x_t Wup_e + bup_e) Wdown_e + bdown_e)`` over all experts at once.
 
-    Pre-activations of unrouted pairs are set to 0 before the activation: an expert that overflows on a token that was
-    never sent to it must not turn ``0 * inf`` into NaN, in the output or in a gradient. (An expert whose weights are
-    themselves infinite or NaN does poison the sum; masking those would copy every weight on every call.)
+    Pre-activations of unrouted pairs are set to 0 before the activation: a bias that overflows in the activation must not
+    turn ``0 * inf`` into NaN in a gradient.
     """
-    weights_TE, routed_TE = routing_masks(experts_TK, weights_TK, up_EGD.shape[0])
-    z_ETG = torch.matmul(x_TD, up_EGD.transpose(1, 2))
+    weights_ET1, routed_ET1 = by_expert(experts_TK, weights_TK, up_EGD.shape[0], x_TD.dtype)
+    x_ETD = tokens_of_experts(x_TD, routed_ET1)
+    dtype = x_ETD.dtype
+    z_ETG = torch.matmul(x_ETD, up_EGD.to(dtype).transpose(1, 2))
     if up_bias_EG is not None:
         z_ETG = z_ETG + up_bias_EG[:, None, :]
-    z_ETG = torch.where(routed_TE.t()[:, :, None], z_ETG, 0)
-    h_ETF = (activate(z_ETG, act) * weights_TE.t()[:, :, None]).to(x_TD.dtype)
-    y_TD = torch.einsum("etf,edf->td", h_ETF, down_EDF)
+    z_ETG = torch.where(routed_ET1, z_ETG, 0)
+    h_ETF = (activate(z_ETG, act) * weights_ET1).to(dtype)
+    y_ETD = torch.matmul(h_ETF, down_EDF.to(dtype).transpose(1, 2))
     if down_bias_ED is not None:
-        y_TD = (y_TD + weights_TE @ down_bias_ED.to(weights_TE.dtype)).to(x_TD.dtype)
-    return y_TD
+        y_ETD = y_ETD + weights_ET1 * down_bias_ED[:, None, :]
+    return sum_of_experts(y_ETD, routed_ET1, x_TD.dtype)
 
 
 def experts_merged_dense(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, proj_EDF: Tensor) -> Tensor:
-    """``h_t = sum_e (w_te x_t) W_e``: one matmul of the weighted copies of each token with all experts stacked."""
-    E, D, F = proj_EDF.shape
-    weights_TE, routed_TE = routing_masks(experts_TK, weights_TK, E)
-    scaled_TED = torch.where(routed_TE[:, :, None], weights_TE[:, :, None] * x_TD[:, None, :], 0).to(x_TD.dtype)
-    return scaled_TED.reshape(-1, E * D) @ proj_EDF.reshape(E * D, F)
+    """``h_t = sum_e (w_te x_t) W_e``: a batched matmul of the weighted tokens of each expert with its weights."""
+    weights_ET1, routed_ET1 = by_expert(experts_TK, weights_TK, proj_EDF.shape[0], x_TD.dtype)
+    x_ETD = tokens_of_experts(x_TD, routed_ET1)
+    h_ETF = torch.matmul((weights_ET1 * x_ETD).to(x_ETD.dtype), proj_EDF.to(x_ETD.dtype))
+    return sum_of_experts(h_ETF, routed_ET1, x_TD.dtype)

@@ -3,6 +3,8 @@
 Forward and hand-written backward of both expert layers, as static-shape tensor code around :func:`grouped_mm` and
 :func:`grouped_outer`. ``N = T * K`` rows; row suffix ``N`` means sorted (plan) order. Rows whose id lies outside
 ``[0, E)`` stand at the end; the grouped products write zeros there, so they add nothing anywhere.
+
+Of float16, everything between x and y is float32 but the saved ``z``: see :func:`fusedonemoe.ops.precision.row_dtype`.
 """
 
 from typing import NamedTuple
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from fusedonemoe.ops.activation import Activation, activate, activate_backward
 from fusedonemoe.ops.plan import in_range, make_plan
+from fusedonemoe.ops.precision import row_dtype, sum_dtype
 
 
 def grouped_mm(rows_NA: Tensor, weights_EAB: Tensor, offsets: Tensor) -> Tensor:
@@ -25,10 +28,10 @@ def grouped_outer(left_NA: Tensor, right_NB: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _outer_laid_out_like(weights_EAB: Tensor, left_NA: Tensor, right_NB: Tensor, offsets: Tensor) -> Tensor:
-    """:func:`grouped_outer`, in the layout of the weights whose gradient it is: autograd would copy it into that."""
+    """:func:`grouped_outer`, in the dtype and the layout of the weights, into which autograd would copy their gradient."""
     if weights_EAB.stride(1) < weights_EAB.stride(2):
-        return grouped_outer(right_NB, left_NA, offsets).transpose(1, 2)
-    return grouped_outer(left_NA, right_NB, offsets)
+        return grouped_outer(right_NB, left_NA, offsets).to(weights_EAB.dtype).transpose(1, 2)
+    return grouped_outer(left_NA, right_NB, offsets).to(weights_EAB.dtype)
 
 
 class Rows(NamedTuple):
@@ -72,9 +75,10 @@ def sorted_rows(
 
 
 def bias_of_row(bias_EB: Tensor, experts_TK: Tensor, order: Tensor) -> Tensor:
-    """``[N, B]`` the bias of each sorted row, any expert's where the id is out of range."""
+    """``[N, B]`` the bias of each sorted row; zeros where the id is out of range, as any expert's bias may be NaN."""
     ids = experts_TK.reshape(-1).to(torch.int64).index_select(0, order)
-    return bias_EB.index_select(0, ids.clamp(0, bias_EB.shape[0] - 1).to(torch.int32))
+    rows_NB = bias_EB.index_select(0, ids.clamp(0, bias_EB.shape[0] - 1).to(torch.int32))
+    return torch.where(in_range(ids, bias_EB.shape[0])[:, None], rows_NB, 0)
 
 
 def sum_over_choices(rows_NB: Tensor, rows: Rows, *, weighted: bool, dtype: torch.dtype) -> Tensor:
@@ -84,7 +88,7 @@ def sum_over_choices(rows_NB: Tensor, rows: Rows, *, weighted: bool, dtype: torc
     the largest tensor of the whole block.
     """
     position_TK = rows.position.view(rows.weights_TK.shape)
-    wide = torch.promote_types(dtype, torch.float32)
+    wide = sum_dtype(dtype)
     sum_TB = None
     for position, weight in zip(position_TK.unbind(1), rows.weights_TK.to(wide).split(1, dim=1), strict=True):
         choice_TB = rows_NB.index_select(0, position).to(wide)
@@ -104,6 +108,11 @@ def of_choices(dweight_N: Tensor, rows: Rows, experts_TK: Tensor, num_experts: i
     return torch.where(in_range(experts_TK, num_experts), dweights_TK, 0)
 
 
+def dots(left_NB: Tensor, right_NB: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[N]`` ``<left[i], right[i]>``, summed in the wider of ``dtype`` and that of the rows."""
+    return (left_NB * right_NB).sum(1, dtype=torch.promote_types(dtype, left_NB.dtype))
+
+
 def column_sums(rows_NB: Tensor, offsets: Tensor) -> Tensor:
     """``[E, B]`` sum of each expert's rows, as a grouped product with ones: one fixed order of summation."""
     # Several columns of ones, not one: torch's CUDA grouped GEMM wants rows of whole 16 bytes.
@@ -114,11 +123,11 @@ def column_sums(rows_NB: Tensor, offsets: Tensor) -> Tensor:
 def _pre_activation(
     x_ND: Tensor, up_EGD: Tensor, up_bias_EG: Tensor | None, experts_TK: Tensor, order: Tensor, offsets: Tensor
 ) -> Tensor:
-    """``z = x Wup_e (+ bup_e)`` for sorted rows."""
-    z_NG = grouped_mm(x_ND, up_EGD.transpose(1, 2), offsets)
+    """``z = x Wup_e (+ bup_e)`` for sorted rows, in the dtype of x."""
+    z_NG = grouped_mm(x_ND.to(row_dtype(x_ND.dtype)), up_EGD.transpose(1, 2), offsets)
     if up_bias_EG is not None:
         z_NG += bias_of_row(up_bias_EG, experts_TK, order)
-    return z_NG
+    return z_NG.to(x_ND.dtype)
 
 
 def saved_rows(num_rows: int, save_percent: int) -> int:
@@ -158,7 +167,7 @@ def experts_mlp(
     x_ND = x_TD.index_select(0, rows.token)
     z_NG = _pre_activation(x_ND, up_EGD, up_bias_EG, experts_TK, plan.order, plan.offsets)
     del x_ND
-    h_NF = activate(z_NG, act, reuse=True)
+    h_NF = activate(z_NG.to(row_dtype(z_NG.dtype)), act, reuse=True)
     saved = first_rows(z_NG, save_percent)
     del z_NG
     y_ND = grouped_mm(h_NF, down_EDF.transpose(1, 2), plan.offsets)
@@ -203,7 +212,7 @@ def experts_mlp_backward(
     Returns:
         Gradients of x, weights, up, down, up bias and down bias; a zero-size tensor where not needed.
     """
-    E = up_EGD.shape[0]
+    E, dtype = up_EGD.shape[0], row_dtype(x_TD.dtype)
     rows, experts_TK, order = sorted_rows(experts_TK, weights_TK, order, E, dy_TD)
     x_ND = x_TD.index_select(0, rows.token)
     if save_percent < 100:
@@ -211,29 +220,29 @@ def experts_mlp_backward(
         rest_offsets = (offsets - kept).clamp(min=0)
         rest = _pre_activation(x_ND[kept:], up_EGD, up_bias_EG, experts_TK, order[kept:], rest_offsets)
         z = torch.cat((z, rest))
-    dy_ND = dy_TD.index_select(0, rows.token)
+    x_ND, z, dy_ND = x_ND.to(dtype), z.to(dtype), dy_TD.index_select(0, rows.token).to(dtype)
     h_NF = activate(z, act, reuse=True)
 
     # Operators may not return one tensor twice, so each unneeded gradient is an empty tensor of its own.
     dx, dweights, dup, ddown, dup_bias, ddown_bias = (x_TD.new_empty(0) for _ in range(6))
     if needs.down:
-        ddown = _outer_laid_out_like(down_EDF, dy_ND, (h_NF * rows.weight).to(h_NF.dtype), offsets)
+        ddown = _outer_laid_out_like(down_EDF, dy_ND, (h_NF * rows.weight).to(dtype), offsets)
     if needs.down_bias:
-        ddown_bias = column_sums((dy_ND * rows.weight).to(dy_ND.dtype), offsets)
+        ddown_bias = column_sums((dy_ND * rows.weight).to(dtype), offsets).to(x_TD.dtype)
     if needs.x or needs.weights or needs.up or needs.up_bias:
         dh_NF = grouped_mm(dy_ND, down_EDF, offsets)
     if needs.weights:
-        dweight = (dh_NF * h_NF).sum(1, dtype=weights_TK.dtype)
+        dweight = dots(dh_NF, h_NF, weights_TK.dtype)
         if down_bias_ED is not None:
-            dweight = dweight + (dy_ND * bias_of_row(down_bias_ED, experts_TK, order)).sum(1, dtype=weights_TK.dtype)
-        dweights = of_choices(dweight, rows, experts_TK, E)
+            dweight = dweight + dots(dy_ND, bias_of_row(down_bias_ED, experts_TK, order), weights_TK.dtype)
+        dweights = of_choices(dweight, rows, experts_TK, E).to(weights_TK.dtype)
     del h_NF, dy_ND
     if needs.x or needs.up or needs.up_bias:
-        dz_NG = activate_backward((dh_NF * rows.weight).to(dh_NF.dtype), z, act)
+        dz_NG = activate_backward((dh_NF * rows.weight).to(dtype), z, act)
     if needs.up:
         dup = _outer_laid_out_like(up_EGD, dz_NG, x_ND, offsets)
     if needs.up_bias:
-        dup_bias = column_sums(dz_NG, offsets)
+        dup_bias = column_sums(dz_NG, offsets).to(x_TD.dtype)
     del x_ND
     if needs.x:
         dx = sum_over_choices(grouped_mm(dz_NG, up_EGD, offsets), rows, weighted=False, dtype=x_TD.dtype)
@@ -244,7 +253,7 @@ def experts_merged(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, proj_ED
     """``h_t = sum_j w_tj (x_t W_e)``, with the plan's ``order`` and ``offsets``."""
     plan = make_plan(experts_TK, proj_EDF.shape[0])
     rows, *_ = sorted_rows(experts_TK, weights_TK, plan.order, proj_EDF.shape[0])
-    h_NF = grouped_mm(x_TD.index_select(0, rows.token), proj_EDF, plan.offsets)
+    h_NF = grouped_mm(x_TD.index_select(0, rows.token).to(row_dtype(x_TD.dtype)), proj_EDF, plan.offsets)
     return sum_over_choices(h_NF, rows, weighted=True, dtype=x_TD.dtype), plan.order, plan.offsets
 
 
@@ -271,19 +280,19 @@ def experts_merged_backward(
     Returns:
         Gradients of x, weights and proj; a zero-size tensor where not needed.
     """
-    E = proj_EDF.shape[0]
+    E, dtype = proj_EDF.shape[0], row_dtype(x_TD.dtype)
     rows, experts_TK, order = sorted_rows(experts_TK, weights_TK, order, E, dh_TF)
-    dh_NF = dh_TF.index_select(0, rows.token)
+    dh_NF = dh_TF.index_select(0, rows.token).to(dtype)
     dx, dweights, dproj = (x_TD.new_empty(0) for _ in range(3))
     if needs.weights or needs.proj:
-        x_ND = x_TD.index_select(0, rows.token)
+        x_ND = x_TD.index_select(0, rows.token).to(dtype)
     if needs.proj:
-        dproj = grouped_outer((x_ND * rows.weight).to(x_ND.dtype), dh_NF, offsets)
+        dproj = grouped_outer((x_ND * rows.weight).to(dtype), dh_NF, offsets).to(proj_EDF.dtype)
     if needs.x or needs.weights:
         q_ND = grouped_mm(dh_NF, proj_EDF.transpose(1, 2), offsets)
     if needs.weights:
-        dweight = (q_ND * x_ND).sum(1, dtype=weights_TK.dtype)
-        dweights = of_choices(dweight, rows, experts_TK, E)
+        dweight = dots(q_ND, x_ND, weights_TK.dtype)
+        dweights = of_choices(dweight, rows, experts_TK, E).to(weights_TK.dtype)
     if needs.x:
         dx = sum_over_choices(q_ND, rows, weighted=True, dtype=x_TD.dtype)
     return dx, dweights, dproj

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from fusedonemoe.ops.activation import Activation, activate, activate_backward
 from fusedonemoe.ops.cuda import ALIGNMENT_BYTES
-from fusedonemoe.ops.dense import routing_masks
+from fusedonemoe.ops.dense import by_expert, sum_of_experts, tokens_of_experts
 from fusedonemoe.ops.grouped import (
     bias_of_row,
     column_sums,
+    dots,
     first_rows,
     grouped_mm,
     grouped_outer,
@@ -24,6 +25,7 @@ from fusedonemoe.ops.grouped import (
     sum_over_choices,
 )
 from fusedonemoe.ops.plan import make_plan
+from fusedonemoe.ops.precision import row_dtype
 
 
 class Adapter(NamedTuple):
@@ -52,6 +54,11 @@ class Adapter(NamedTuple):
         """``s gradients B_e`` ``[N, R]``: back into the adapter."""
         return grouped_mm(gradients_NB, self.B, offsets) * self.scale
 
+    def dense(self, rows_ETA: Tensor) -> Tensor:
+        """``s (rows A_e^T) B_e^T`` ``[E, T, B]``: all the way through the adapter, for rows of every expert."""
+        A, B = self.A.to(rows_ETA.dtype), self.B.to(rows_ETA.dtype)
+        return torch.matmul(torch.matmul(rows_ETA, A.transpose(1, 2)) * self.scale, B.transpose(1, 2))
+
 
 def _aligned(adapter: Adapter) -> Adapter:
     """With ranks that torch's CUDA grouped GEMM takes: rows of whole 16 bytes. The added columns are zeros, and add zeros."""
@@ -77,13 +84,14 @@ def _pre_activation(
     order: Tensor,
     offsets: Tensor,
 ) -> Tensor:
-    """``z = x Wup_e + s (x A_e) B_e (+ bup_e)`` for sorted rows."""
+    """``z = x Wup_e + s (x A_e) B_e (+ bup_e)`` for sorted rows, in the dtype of x."""
+    dtype, x_ND = x_ND.dtype, x_ND.to(row_dtype(x_ND.dtype))
     z_NG = grouped_mm(x_ND, up_EGD.transpose(1, 2), offsets)
     if not up.is_absent:
         z_NG += grouped_mm(up.narrow(x_ND, offsets), up.B.transpose(1, 2), offsets)
     if up_bias_EG is not None:
         z_NG += bias_of_row(up_bias_EG, experts_TK, order)
-    return z_NG
+    return z_NG.to(dtype)
 
 
 def experts_mlp_lora(
@@ -112,7 +120,7 @@ def experts_mlp_lora(
     x_ND = x_TD.index_select(0, rows.token)
     z_NG = _pre_activation(x_ND, up_EGD, up_bias_EG, up, experts_TK, plan.order, plan.offsets)
     del x_ND
-    h_NF = activate(z_NG, act, reuse=True)
+    h_NF = activate(z_NG.to(row_dtype(z_NG.dtype)), act, reuse=True)
     saved = first_rows(z_NG, save_percent)
     del z_NG
     y_ND = grouped_mm(h_NF, down_EDF.transpose(1, 2), plan.offsets)
@@ -175,7 +183,7 @@ def experts_mlp_lora_backward(
         Gradients of x, weights, up, down, up bias, down bias, up's A and B, down's A and B; a zero-size tensor where not
         needed.
     """
-    E = up_EGD.shape[0]
+    E, dtype = up_EGD.shape[0], row_dtype(x_TD.dtype)
     rank_up, rank_down = up.A.shape[1], down.A.shape[1]
     up, down = _aligned(up), _aligned(down)
     rows, experts_TK, order = sorted_rows(experts_TK, weights_TK, order, E, dy_TD)
@@ -189,33 +197,35 @@ def experts_mlp_lora_backward(
         rest_offsets = (offsets - kept).clamp(min=0)
         rest = _pre_activation(x_ND[kept:], up_EGD, up_bias_EG, up, experts_TK, order[kept:], rest_offsets)
         z = torch.cat((z, rest))
-    dy_ND = dy_TD.index_select(0, rows.token)
+    if needs.up or needs.up_A or needs.up_B:
+        x_ND = x_ND.to(dtype)
+    z, dy_ND = z.to(dtype), dy_TD.index_select(0, rows.token).to(dtype)
     h_NF = activate(z, act, reuse=True)
 
     if needs.down:
-        ddown = grouped_outer(dy_ND, (h_NF * rows.weight).to(h_NF.dtype), offsets)
+        ddown = grouped_outer(dy_ND, (h_NF * rows.weight).to(dtype), offsets)
     if needs.down_B:
-        narrow_NR = (down.narrow(h_NF, offsets) * rows.weight).to(h_NF.dtype)
+        narrow_NR = (down.narrow(h_NF, offsets) * rows.weight).to(dtype)
         ddown_B = _trimmed(grouped_outer(dy_ND, narrow_NR, offsets), 2, rank_down)
     if needs.down_bias:
-        ddown_bias = column_sums((dy_ND * rows.weight).to(dy_ND.dtype), offsets)
+        ddown_bias = column_sums((dy_ND * rows.weight).to(dtype), offsets)
     if needs.dz or needs.weights or needs.down_A:
         if not down.is_absent:
             v_NR = down.narrow_back(dy_ND, offsets)
         if needs.down_A:
-            ddown_A = _trimmed(grouped_outer((v_NR * rows.weight).to(v_NR.dtype), h_NF, offsets), 1, rank_down)
+            ddown_A = _trimmed(grouped_outer((v_NR * rows.weight).to(dtype), h_NF, offsets), 1, rank_down)
     if needs.dz or needs.weights:
         dh_NF = grouped_mm(dy_ND, down_EDF, offsets)
         if not down.is_absent:
             dh_NF += grouped_mm(v_NR, down.A, offsets)
     if needs.weights:
-        dweight = (dh_NF * h_NF).sum(1, dtype=weights_TK.dtype)
+        dweight = dots(dh_NF, h_NF, weights_TK.dtype)
         if down_bias_ED is not None:
-            dweight = dweight + (dy_ND * bias_of_row(down_bias_ED, experts_TK, order)).sum(1, dtype=weights_TK.dtype)
-        dweights = of_choices(dweight, rows, experts_TK, E)
+            dweight = dweight + dots(dy_ND, bias_of_row(down_bias_ED, experts_TK, order), weights_TK.dtype)
+        dweights = of_choices(dweight, rows, experts_TK, E).to(weights_TK.dtype)
     del h_NF, dy_ND
     if needs.dz:
-        dz_NG = activate_backward((dh_NF * rows.weight).to(dh_NF.dtype), z, act)
+        dz_NG = activate_backward((dh_NF * rows.weight).to(dtype), z, act)
         del dh_NF
     if needs.up:
         dup = grouped_outer(dz_NG, x_ND, offsets)
@@ -232,6 +242,9 @@ def experts_mlp_lora_backward(
         if not up.is_absent:
             dx_ND += grouped_mm(g_NR, up.A, offsets)
         dx = sum_over_choices(dx_ND, rows, weighted=False, dtype=x_TD.dtype)
+    dup, ddown, dup_bias, ddown_bias, dup_A, dup_B, ddown_A, ddown_B = (
+        gradient.to(x_TD.dtype) for gradient in (dup, ddown, dup_bias, ddown_bias, dup_A, dup_B, ddown_A, ddown_B)
+    )
     return dx, dweights, dup, ddown, dup_bias, ddown_bias, dup_A, dup_B, ddown_A, ddown_B
 
 
@@ -248,18 +261,19 @@ def experts_mlp_lora_dense(
     act: Activation,
 ) -> Tensor:
     """:func:`experts_mlp_lora` over all experts at once, as ``ops.dense.experts_mlp_dense`` is."""
-    weights_TE, routed_TE = routing_masks(experts_TK, weights_TK, up_EGD.shape[0])
-    z_ETG = torch.matmul(x_TD, up_EGD.transpose(1, 2))
+    weights_ET1, routed_ET1 = by_expert(experts_TK, weights_TK, up_EGD.shape[0], x_TD.dtype)
+    x_ETD = tokens_of_experts(x_TD, routed_ET1)
+    dtype = x_ETD.dtype
+    z_ETG = torch.matmul(x_ETD, up_EGD.to(dtype).transpose(1, 2))
     if not up.is_absent:
-        z_ETG = z_ETG + torch.matmul(torch.matmul(x_TD, up.A.transpose(1, 2)) * up.scale, up.B.transpose(1, 2))
+        z_ETG = z_ETG + up.dense(x_ETD)
     if up_bias_EG is not None:
         z_ETG = z_ETG + up_bias_EG[:, None, :]
-    z_ETG = torch.where(routed_TE.t()[:, :, None], z_ETG, 0)
-    h_ETF = (activate(z_ETG, act) * weights_TE.t()[:, :, None]).to(x_TD.dtype)
-    y_TD = torch.einsum("etf,edf->td", h_ETF, down_EDF)
+    z_ETG = torch.where(routed_ET1, z_ETG, 0)
+    h_ETF = (activate(z_ETG, act) * weights_ET1).to(dtype)
+    y_ETD = torch.matmul(h_ETF, down_EDF.to(dtype).transpose(1, 2))
     if not down.is_absent:
-        narrow_ETR = torch.matmul(h_ETF, down.A.transpose(1, 2)) * down.scale
-        y_TD = y_TD + torch.einsum("etr,edr->td", narrow_ETR, down.B)
+        y_ETD = y_ETD + down.dense(h_ETF)
     if down_bias_ED is not None:
-        y_TD = (y_TD + weights_TE @ down_bias_ED.to(weights_TE.dtype)).to(x_TD.dtype)
-    return y_TD
+        y_ETD = y_ETD + weights_ET1 * down_bias_ED[:, None, :]
+    return sum_of_experts(y_ETD, routed_ET1, x_TD.dtype)

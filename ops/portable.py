@@ -7,7 +7,8 @@ Grouped products are in neither, so experts are batches of ordinary ones. ``N = 
   experts are evenly used, and where one takes every token that of dense, never more. C is read from the data: the one number
   that is.
 
-The number of tokens may be a symbol of the graph, which then holds both ways. Autograd differentiates all of it.
+The number of tokens may be a symbol of the graph, which then holds both ways. Autograd differentiates all of it. Of float16,
+everything between x and y is float32: see :func:`fusedonemoe.ops.precision.row_dtype`.
 """
 
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from torch import Tensor
 from fusedonemoe.ops.activation import PLAIN, Activation, activate
 from fusedonemoe.ops.dense import experts_merged_dense
 from fusedonemoe.ops.plan import in_range
+from fusedonemoe.ops.precision import row_dtype, sum_dtype
 
 
 def few_rows(rows: int, num_experts: int) -> bool:
@@ -72,7 +74,7 @@ def _rows_of_tokens(x_TD: Tensor, experts_TK: Tensor, num_experts: int) -> tuple
 
 def _summed(out_TKD: Tensor, experts_TK: Tensor, weights_TK: Tensor, num_experts: int, dtype: torch.dtype) -> Tensor:
     """``sum_j w_tj out_tj``, in float32 at least, over the ids in range."""
-    wide = torch.promote_types(torch.promote_types(weights_TK.dtype, dtype), torch.float32)
+    wide = sum_dtype(weights_TK.dtype, dtype)
     weights_TK1 = weights_TK[:, :, None].to(wide)
     routed_TK1 = in_range(experts_TK, num_experts)[:, :, None]
     # Both factors are masked: each is the gradient of the other.
@@ -86,26 +88,26 @@ def _mix(
 
     Args:
         apply: of rows ``[B, C, D]``, the mask ``[B, C, 1]`` of those that are routed, the others being zero, and B experts'
-            parameters.
+            parameters; rows and parameters in the dtype of single experts' rows.
         x_TD: tokens.
         experts_TK: ids.
         weights_TK: routing weights.
         parameters: each ``[E, ...]``.
     """
-    E = parameters[0].shape[0]
+    E, dtype = parameters[0].shape[0], row_dtype(x_TD.dtype)
 
     def few(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, *parameters: Tensor) -> Tensor:
-        rows_N1D, ids = _rows_of_tokens(x_TD, experts_TK, E)
+        rows_N1D, ids = _rows_of_tokens(x_TD.to(dtype), experts_TK, E)
         routed_N11 = in_range(experts_TK, E).reshape(-1, 1, 1)
-        out_N1D = apply(rows_N1D, routed_N11, *(parameter.index_select(0, ids) for parameter in parameters))
+        out_N1D = apply(rows_N1D, routed_N11, *(parameter.index_select(0, ids).to(dtype) for parameter in parameters))
         out_TKD = out_N1D.reshape(*experts_TK.shape, out_N1D.shape[2])
         return _summed(out_TKD, experts_TK, weights_TK, E, x_TD.dtype)
 
     def many(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, *parameters: Tensor) -> Tensor:
         slots = _make_slots(experts_TK, E)
-        rows_ECD = _with_zero_row(x_TD).index_select(0, slots.token).reshape(E, -1, x_TD.shape[1])
+        rows_ECD = _with_zero_row(x_TD.to(dtype)).index_select(0, slots.token).reshape(E, -1, x_TD.shape[1])
         routed_EC1 = (slots.token < x_TD.shape[0]).reshape(E, -1, 1)
-        out_ECD = apply(rows_ECD, routed_EC1, *parameters)
+        out_ECD = apply(rows_ECD, routed_EC1, *(parameter.to(dtype) for parameter in parameters))
         out_SD = _with_zero_row(out_ECD.reshape(-1, out_ECD.shape[2]))
         out_TKD = out_SD.index_select(0, slots.slot).reshape(*experts_TK.shape, out_SD.shape[1])
         return _summed(out_TKD, experts_TK, weights_TK, E, x_TD.dtype)
@@ -130,15 +132,16 @@ def experts_mlp_portable(
 ) -> Tensor:
     """``y_t = sum_j w_tj (act(x_t Wup_e + bup_e) Wdown_e + bdown_e)``, ``e = experts_tj``. ``[T, D]`` in the dtype of x.
 
-    Pre-activations are 0 where nothing is routed, as in :mod:`fusedonemoe.ops.dense`: a bias that overflows in the activation
-    must not turn ``0 * inf`` into NaN in a gradient.
+    Pre-activations are 0 where nothing is routed, as in :mod:`fusedonemoe.ops.dense`: a bias that overflows in the activation,
+    or an expert that holds NaN, must not turn a product with 0 into NaN in a gradient.
     """
     has_up_bias, has_down_bias = up_bias_EG is not None, down_bias_ED is not None
 
     def apply(rows_BCD: Tensor, routed_BC1: Tensor, up_BGD: Tensor, down_BDF: Tensor, *biases: Tensor) -> Tensor:
         z_BCG = torch.bmm(rows_BCD, up_BGD.transpose(1, 2))
         if has_up_bias:
-            z_BCG = torch.where(routed_BC1, z_BCG + biases[0][:, None, :], 0)
+            z_BCG = z_BCG + biases[0][:, None, :]
+        z_BCG = torch.where(routed_BC1, z_BCG, 0)
         out_BCD = torch.bmm(activate(z_BCG, act).to(rows_BCD.dtype), down_BDF.transpose(1, 2))
         return out_BCD + biases[-1][:, None, :] if has_down_bias else out_BCD
 

@@ -136,8 +136,11 @@ def _weigh(logits: Tensor, experts: Tensor, norm_topk_prob: bool) -> tuple[Tenso
     if norm_topk_prob:  # cancels the two logsumexps; the first pair is the best
         a, b = _picked(logits[:, 0], i), _picked(logits[:, 1], j)
         return ((a - a[:, :1]) + (b - b[:, :1])).softmax(-1), i, j
-    la, lb = logits.log_softmax(-1).unbind(1)
-    return torch.exp(_picked(la, i) + _picked(lb, j)), i, j
+    # The differences to the two maxima are exact enough for logits of any size; the two sums are from 1 to G.
+    below = logits - logits.detach().amax(-1, keepdim=True)
+    total_T2 = below.exp().sum(-1)
+    a, b = below.unbind(1)
+    return torch.exp(_picked(a, i) + _picked(b, j)) / (total_T2[:, :1] * total_T2[:, 1:]), i, j
 
 
 def route_product_key(logits: Tensor, top_k: int, norm_topk_prob: bool, opaque: bool = False) -> tuple[Tensor, Tensor]:

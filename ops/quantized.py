@@ -13,6 +13,7 @@ from torch import Tensor
 from fusedonemoe.ops import dense, grouped
 from fusedonemoe.ops.activation import Activation
 from fusedonemoe.ops.grouped import MLPNeeds
+from fusedonemoe.ops.precision import row_dtype
 
 GROUP_SIZES = (32, 64, 128)
 MIDDLE = 8  # of the 16 values of four bits: the zero point where none is stored
@@ -108,7 +109,8 @@ def experts_mlp_dense(
     act: Activation,
 ) -> Tensor:
     """:func:`fusedonemoe.ops.dense.experts_mlp_dense` of the widened weights."""
-    wide = (dequantize(up, x_TD.dtype), dequantize(down, x_TD.dtype))
+    dtype = row_dtype(x_TD.dtype)
+    wide = (dequantize(up, dtype), dequantize(down, dtype))
     return dense.experts_mlp_dense(x_TD, experts_TK, weights_TK, *wide, up_bias_EG, down_bias_ED, act)
 
 
@@ -128,7 +130,8 @@ def experts_mlp(
     All experts are widened: which of them have tokens is known on the device alone, and a loop over those that have would
     ask it.
     """
-    wide = (dequantize(up, x_TD.dtype), dequantize(down, x_TD.dtype))
+    dtype = row_dtype(x_TD.dtype)
+    wide = (dequantize(up, dtype), dequantize(down, dtype))
     return grouped.experts_mlp(x_TD, experts_TK, weights_TK, *wide, up_bias_EG, down_bias_ED, act, save_percent)
 
 
@@ -161,7 +164,8 @@ def experts_mlp_backward(
     # The weights are widened a second time, not kept from the forward: that would cost what quantising saved. Values that
     # depend on the gradient keep torch.compile from seeing that it has them already.
     scales = grouped.in_backward(dy_TD, up.scale, down.scale)
-    up_EGD, down_EDF = (dequantize(w._replace(scale=s), x_TD.dtype) for w, s in zip((up, down), scales, strict=True))
+    dtype = row_dtype(x_TD.dtype)
+    up_EGD, down_EDF = (dequantize(w._replace(scale=s), dtype) for w, s in zip((up, down), scales, strict=True))
     wants = MLPNeeds(needs.x, needs.weights, False, False, needs.up_bias, needs.down_bias)
     routing = (experts_TK, weights_TK)
     dx, dweights, _, _, dup_bias, ddown_bias = grouped.experts_mlp_backward(

@@ -93,7 +93,9 @@ def _close_groups(keys: Tensor, rule: RouteRule) -> Tensor:
     """Keys with everything outside the best ``topk_group`` groups at minus infinity."""
     grouped = keys.unflatten(-1, (rule.n_group, -1))
     best = min(2 if rule.group_score == "top2_sum" else 1, grouped.shape[-1])
-    value = grouped.topk(best, dim=-1).values.sum(-1)
+    value = grouped.topk(best, dim=-1).values
+    # Two halves are added: the sum of two large keys could be infinite, and then no group would be better than another.
+    value = value[..., 0] if best == 1 else (0.5 * value).sum(-1)
     kept = select_largest(value, rule.topk_group)
     is_open = (kept[:, :, None] == torch.arange(rule.n_group, device=keys.device)).any(1)
     # An open group's own minus infinity must still beat a closed group.
@@ -136,7 +138,8 @@ def route(logits: Tensor, selection_bias: Tensor | None, rule: RouteRule) -> tup
     """Weights and ids of the selected experts.
 
     A softmax over all experts, divided by the sum of the picked, is the softmax over the picked logits, so only the
-    unnormalised softmax has to look at the other logits, and there only at their logsumexp.
+    unnormalised softmax has to look at the other logits. It subtracts the maximum, which is exact enough for logits of any
+    size: a logsumexp of large logits is rounded by more than the weights may be wrong.
 
     Returns:
         ``[T, K]`` weights (float32, or float64 for float64 logits) and ``[T, K]`` int64 ids.
@@ -144,11 +147,10 @@ def route(logits: Tensor, selection_bias: Tensor | None, rule: RouteRule) -> tup
     if logits.dtype != (dtype := routing_dtype(logits.dtype)):  # a conversion to the same costs a microsecond
         logits = logits.to(dtype)
     experts = select_experts(logits, selection_bias, rule)
-    picked = logits.gather(-1, experts)
     if _softmax_over_all(rule):
-        weights = torch.exp(picked - logits.logsumexp(-1, keepdim=True))
+        weights = logits.softmax(-1).gather(-1, experts)
     else:
-        weights = _score(picked, rule.scoring)
+        weights = _score(logits.gather(-1, experts), rule.scoring)
         if rule.scoring == "sigmoid" and rule.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + rule.norm_eps)
     return weights * rule.scale if rule.scale != 1.0 else weights, experts
@@ -162,13 +164,12 @@ def route_backward(dweights: Tensor, logits: Tensor, experts: Tensor, rule: Rout
     """
     dtype = routing_dtype(logits.dtype)
     wide = logits.to(dtype)
-    picked = wide.gather(-1, experts)
     dscore = dweights.to(dtype) * rule.scale
     if _softmax_over_all(rule):
-        score = torch.exp(picked - wide.logsumexp(-1, keepdim=True))
-        from_sum = (dscore * score).sum(-1, keepdim=True)
-        return (-wide.softmax(-1) * from_sum).scatter_add(-1, experts, dscore * score).to(logits.dtype)
-    score = _score(picked, rule.scoring)
+        shares = wide.softmax(-1)
+        dshare = dscore * shares.gather(-1, experts)
+        return (shares * -dshare.sum(-1, keepdim=True)).scatter_add(-1, experts, dshare).to(logits.dtype)
+    score = _score(wide.gather(-1, experts), rule.scoring)
     if rule.scoring == "softmax":
         dpicked = score * (dscore - (dscore * score).sum(-1, keepdim=True))
     else:

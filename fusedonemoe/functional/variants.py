@@ -81,7 +81,9 @@ def route_top_p(
     if not 0 <= noise < math.inf:
         raise ValueError(f"noise must be at least 0 and finite, got {noise}")
     wide = in_routing_dtype(logits)
-    probabilities = (wide.detach() / temperature).softmax(-1)
+    # Divided after the maximum is subtracted: large logits keep their differences, and a low temperature overflows nothing.
+    below = wide.detach() - wide.detach().amax(-1, keepdim=True)
+    probabilities = (below / temperature).softmax(-1)
     if training and noise > 0:
         draw = torch.randn(wide.shape, dtype=wide.dtype, device=wide.device, generator=generator)
         probabilities = probabilities + (noise * top_p) * draw

@@ -37,7 +37,7 @@ def grouped_mm(rows_NA: Tensor, weights_EAB: Tensor, offsets: Tensor) -> Tensor:
 
     Args:
         rows_NA: ``[N, A]`` rows in expert order.
-        weights_EAB: ``[E, A, B]``, any strides.
+        weights_EAB: ``[E, A, B]``, any strides; of a narrower dtype than the rows they are widened, some experts at a time.
         offsets: ``[E + 1]`` int32.
 
     Returns:
@@ -63,11 +63,11 @@ def grouped_mm(rows_NA: Tensor, weights_EAB: Tensor, offsets: Tensor) -> Tensor:
             for e in range(first, last):
                 if bounds[e] < bounds[e + 1]:
                     rows = slice(bounds[e], bounds[e + 1])
-                    torch.mm(rows_NA[rows], weights_EAB[e], out=out_NB[rows])
+                    torch.mm(rows_NA[rows], weights_EAB[e].to(rows_NA.dtype), out=out_NB[rows])
         else:
             index, is_real = _padded_index(offsets, first, last, longest, N)
             padded = rows_NA.index_select(0, index.view(-1)).view(last - first, longest, -1)
-            y = torch.bmm(padded, weights_EAB[first:last]).flatten(0, 1)
+            y = torch.bmm(padded, weights_EAB[first:last].to(padded.dtype)).flatten(0, 1)
             torch.index_select(y, 0, is_real.view(-1).nonzero().squeeze(1), out=out_NB[start:stop])
     return out_NB
 

@@ -64,7 +64,8 @@ def route_with_shared(
         picked: list[int] = []
         if top_k > S:
             routed = softmax(row[: E - S])
-            picked = sorted(range(E - S), key=lambda e: (-(routed[e] + bias[e]), e))[: top_k - S]
+            keys = row if selection_bias is None else routed + bias[: E - S]
+            picked = sorted(range(E - S), key=lambda e: (-keys[e], e))[: top_k - S]
             total = sum(routed[e] for e in picked) if norm_topk_prob else 1.0
             weights[t, : top_k - S] = [routed[e] / total for e in picked]
         if S:

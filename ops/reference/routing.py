@@ -92,7 +92,9 @@ def route(
         if top_k is None:
             picked = list(range(E))
         else:
-            key_E = (_score(logits_TE[t], scoring) if score_first else logits_TE[t]) + bias_E
+            # Scores rise with the logits, and far apart logits have scores that a float64 cannot tell from 0.
+            scored = score_first and (selection_bias is not None or n_group > 1)
+            key_E = (_score(logits_TE[t], scoring) if scored else logits_TE[t]) + bias_E
             picked = _select(key_E, top_k, n_group, topk_group, group_score)
         if score_first:
             weights_K = _score(logits_TE[t], scoring)[picked]

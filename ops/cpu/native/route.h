@@ -112,7 +112,8 @@ template <class T> class RoutePass {
             }
             has_second = true;
         }
-        return a.rule.group_by_max || !has_second ? first : first + second;
+        // Two halves are added: the sum of two large keys could be infinite.
+        return a.rule.group_by_max || !has_second ? first : 0.5f * first + 0.5f * second;
     }
     void close_groups(float* keys, float* values, int64_t* buffer, const Selection& of_groups, int64_t* open) const {
         const int groups = a.rule.groups, size = E / groups;
