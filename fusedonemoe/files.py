@@ -105,10 +105,7 @@ def check(path: AnyPath) -> None:
         if found is not None and _is_stream(found):
             _check_stream(path, found)
             return
-        target = Path(os.path.realpath(path))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if found is not None and not os.access(target, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        target = _target(path, found)
         # A byte, because a full disk still has room for the name of an empty file.
         with _temporary_beside(target) as (temporary, file):
             file.write(b"\n")
@@ -150,8 +147,7 @@ def write(path: AnyPath, content: bytes) -> Stamp | None:
             with _stream(path, found) as stream:
                 stream.write(content)
             return None
-        target = Path(os.path.realpath(path))
-        target.parent.mkdir(parents=True, exist_ok=True)
+        target = _target(path, found)
         with _temporary_beside(target) as (temporary, file):
             file.write(content)
             file.close()
@@ -160,6 +156,15 @@ def write(path: AnyPath, content: bytes) -> Stamp | None:
             stamp = stamp_of(temporary)
             os.replace(temporary, target)
         return stamp
+
+
+def _target(path: AnyPath, found: os.stat_result | None) -> Path:
+    """The file itself behind links, in a folder that is there; an error where it may not be written."""
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if found is not None:
+        os.close(os.open(target, os.O_WRONLY))  # Its folder alone decides whether its name may be taken.
+    return target
 
 
 def _stream(path: AnyPath, found: os.stat_result) -> IO[bytes]:

@@ -1,9 +1,13 @@
 """The command line, with stand-ins for the commands that have tests of their own."""
 
 import argparse
+import errno
+import io
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -117,6 +121,93 @@ def test_ctrl_c_ends_without_a_traceback(monkeypatch, capsys, stand_ins):
     assert cli.main(["demo"]) == 130
     out, err = capsys.readouterr()
     assert out == "" and err == "\ninterrupted\n"
+
+
+class Refusing(io.StringIO):
+    """An output that refuses what is written, or what is flushed."""
+
+    def __init__(self, error, moment):
+        super().__init__()
+        self.error, self.moment = error, moment
+
+    def write(self, text):
+        if self.moment == "write":
+            raise self.error
+        return super().write(text)
+
+    def flush(self):
+        if self.moment == "flush":
+            raise self.error
+
+
+@pytest.mark.parametrize("moment", ["write", "flush"])
+@pytest.mark.parametrize("argv", [["demo"], ["--version"], []])
+def test_a_reader_that_went_away_ends_it_without_a_traceback(argv, moment, monkeypatch, capsys, stand_ins):
+    monkeypatch.setattr(sys, "stdout", Refusing(BrokenPipeError(errno.EPIPE, "Broken pipe"), moment))
+    if argv == ["--version"] and moment == "write":  # argparse passes over it
+        assert exit_code(argv) == 0
+    else:
+        assert cli.main(argv) == 141
+    assert capsys.readouterr().err == ""
+
+
+def test_a_reader_that_went_away_is_no_failure_of_a_peer(monkeypatch, stand_ins):
+    console = pytest.importorskip("rich.console").Console
+
+    def run(args):
+        console(file=Refusing(BrokenPipeError(), "write")).print("a table")
+
+    monkeypatch.setattr(sys.modules["fusedonemoe.bench"], "run", run)
+    # rich would let the program end with 1, which is another thing for bench.
+    monkeypatch.setattr("rich.console.os.dup2", lambda *args: None)
+    assert cli.main(["bench"]) == 141
+
+
+@pytest.mark.parametrize("moment", ["write", "flush"])
+@pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EFBIG, errno.EIO])
+def test_a_full_output_ends_it_with_two_and_the_reason(reason, moment, monkeypatch, capsys, stand_ins):
+    monkeypatch.setattr(sys, "stdout", Refusing(OSError(reason, os.strerror(reason)), moment))
+    assert cli.main(["demo"]) == 2
+    assert capsys.readouterr().err == f"cannot write the output: {os.strerror(reason)}\n"
+
+
+def test_other_errors_of_the_system_are_not_taken_for_the_output(monkeypatch, stand_ins):
+    def run(args):
+        raise OSError(errno.ENOSPC, "No space left on device", "/somewhere/else")
+
+    monkeypatch.setattr(sys.modules["fusedonemoe.demo"], "run", run)
+    with pytest.raises(OSError, match="/somewhere/else"):
+        cli.main(["demo"])
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_character_that_the_terminal_lacks_ends_nothing(encoding, monkeypatch, stand_ins):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding, errors="strict"))
+    monkeypatch.setattr(sys.modules["fusedonemoe.demo"], "run", lambda args: print("x \u2500 \ud800") or 0)
+    assert cli.main(["demo"]) == 0
+    sign = "\u2500".encode() if encoding == "utf-8" else rb"\u2500"
+    assert written.getvalue() == b"x " + sign + rb" \ud800" + b"\n" and sys.stdout.errors == "strict"
+
+
+@pytest.mark.parametrize("columns", ["0", "1", "-1", "x"])
+def test_any_width_of_the_terminal_will_do(columns, monkeypatch, capsys, stand_ins):
+    monkeypatch.setenv("COLUMNS", columns)
+    console = pytest.importorskip("rich.console").Console
+    monkeypatch.setattr(sys.modules["fusedonemoe.demo"], "run", lambda args: console().print("abc") or 0)
+    assert cli.main(["demo"]) == 0 and "".join(capsys.readouterr().out.split()) == "abc"
+    for argv in (["--help"], ["bench", "--help"]):
+        assert exit_code(argv) == 0
+
+
+def test_a_closed_pipe_is_told_by_the_exit_status():
+    results = Path(__file__).parent.parent / "docs" / "results" / "dial.json"
+    command = [sys.executable, "-m", "fusedonemoe", "report", str(results), "-o", "/dev/stdout"]
+    read, write = os.pipe()
+    os.close(read)
+    run = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    os.close(write)
+    assert (run.returncode, run.stderr) == (141, "")
 
 
 def completed(script, words):

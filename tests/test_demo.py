@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fusedonemoe import MoE
-from fusedonemoe.demo import add_arguments, run
+from fusedonemoe.demo import PICTURE, add_arguments, run
 from fusedonemoe.demo.settings import FULL, QUICK
 from fusedonemoe.demo.text import Corpus, load_corpus, source_files, split_files, training_batches, validation_batches
 
@@ -277,6 +277,17 @@ def test_picture_needs_no_more_than_one_step(corpus, tmp_path):
     train_side_by_side(trainers, corpus, settings, seed=0, device=CPU, on_step=lambda: None)
     picture.draw(tmp_path / "new" / "demo.png", trainers, settings)
     assert (tmp_path / "new" / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_is_whole_or_the_older_one(corpus, tmp_path, monkeypatch):
+    settings = dataclasses.replace(TINY, steps=1, validations=1)
+    trainers, path = make_trainers(settings), tmp_path / PICTURE
+    train_side_by_side(trainers, corpus, settings, seed=0, device=CPU, on_step=lambda: None)
+    path.write_bytes(b"old")
+    monkeypatch.setattr("fusedonemoe.files.os.replace", Mock(side_effect=OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match=f"cannot write {path}: No space left on device"):
+        picture.draw(path, trainers, settings)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_terminal_shows_a_bar_and_no_colour_when_asked(corpus, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 from itertools import count
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -83,9 +84,18 @@ def test_what_was_measured_is_used_here_and_in_later_processes(cache, monkeypatc
     assert rules.tiles_for("sm90", torch.bfloat16, 64, 2048, 768, gated=True) == best
 
 
-@pytest.mark.parametrize("content", ["", "[1]", '[{"layer": {}}]', "{"])
+@pytest.mark.parametrize(
+    "content", ["", "[1]", '[{"layer": {}}]', "{", "3", "null", "[" * 100_000, "\0", '[{"layer": {}, "tiles": []}]']
+)
 def test_a_damaged_cache_is_no_cache(cache, content):
     cache.write_text(content)
+    assert rules.tiles_for("sm90", torch.bfloat16, 64, 2048, 768, gated=True) == BY_RULE
+
+
+@pytest.mark.parametrize("number", [0, -1, 3, 2048, 64.0, "64", None, True, float("nan"), 10**400, [64]])
+def test_a_tile_with_another_number_is_no_tile(cache, number):
+    entry = {"layer": a_layer()._asdict(), "tiles": START._replace(up=START.up._replace(BLOCK_N=number))._asdict()}
+    cache.write_text(json.dumps([entry]))
     assert rules.tiles_for("sm90", torch.bfloat16, 64, 2048, 768, gated=True) == BY_RULE
 
 
@@ -122,6 +132,38 @@ def test_what_cannot_be_tuned_is_refused(layer, tokens, error, message, monkeypa
     monkeypatch.setattr(triton, "INSTALLED", True)
     with pytest.raises(error, match=message):
         tune(layer, tokens)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "error", "message"),
+    [
+        (float("nan"), ValueError, "^seconds must be a number from 0, got nan$"),
+        (-1, ValueError, "^seconds must be a number from 0, got -1$"),
+        ("60", TypeError, "^seconds must be a number, got str$"),
+        (None, TypeError, "^seconds must be a number, got NoneType$"),
+        (True, TypeError, "^seconds must be a number, got bool$"),
+    ],
+)
+def test_a_time_that_is_none_is_refused(seconds, error, message):
+    with pytest.raises(error, match=message):
+        tune(MoE(CONFIG), 4096, seconds=seconds)
+
+
+def test_a_cache_that_cannot_be_written_is_noticed_before_anything_is_measured(cache, monkeypatch):
+    cache.mkdir()
+    monkeypatch.setattr(tuning, "refusal", lambda *args, **kind: None)
+    monkeypatch.setattr(tuning, "search", None)
+    with pytest.raises(OSError, match=r"^cannot write .*tiles-triton-0\.0\.json: Is a directory$"):
+        tune(MoE(CONFIG), 4096)
+
+
+def test_a_failure_keeps_what_was_measured_before(cache, monkeypatch):
+    rules.keep(a_layer(), START)
+    before = cache.read_bytes()
+    monkeypatch.setattr("fusedonemoe.files.os.replace", Mock(side_effect=OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match=r"^cannot write .*: No space left on device$"):
+        rules.keep(a_layer(1000), START)
+    assert cache.read_bytes() == before and list(cache.parent.iterdir()) == [cache]
 
 
 def test_nothing_is_measured_while_a_graph_is_made(monkeypatch):

@@ -16,6 +16,7 @@ from typing import Any
 
 from fusedonemoe.bench import earlier
 from fusedonemoe.bench.peers import OURS, is_ours
+from fusedonemoe.bench.records import DamagedError
 from fusedonemoe.report.runs import times_ours
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -36,8 +37,8 @@ def results_of(suite: str) -> dict[str, Any]:
     """The committed file of a suite."""
     try:
         return earlier.read(RESULTS / f"{suite}.json")
-    except OSError as error:
-        raise NotThereError(f"no results of the suite {suite!r} are committed") from error
+    except DamagedError as error:
+        raise NotThereError(f"no results of the suite {suite!r} are committed: {error}") from error
 
 
 def suites() -> list[str]:

@@ -95,11 +95,11 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace, processes: Processes) -> int:
     try:
         device = _device(args.device)
+        files.check(args.output / PICTURE)
         corpus = load_corpus()
     except (AssertionError, RuntimeError, FileNotFoundError) as reason:
         print(f"The demo cannot run here: {reason}", file=sys.stderr)
         return 2
-    files.check(args.output / PICTURE)
     if args.threads:
         torch.set_num_threads(args.threads)
     settings = QUICK if args.quick else FULL

@@ -206,7 +206,7 @@ def _measured() -> dict[Layer, Tiles]:
 
 def _tile(values: Sequence[object]) -> Tile:
     """A tile as it was read from a file."""
-    if not all(isinstance(value, int) and 1 <= value <= LARGEST for value in values):
+    if not all(type(value) is int and 1 <= value <= LARGEST for value in values):
         raise ValueError(f"a tile must have whole numbers from 1 to {LARGEST}, got {values}")
     tile = Tile(*values)  # type: ignore[arg-type]
     if any(block & (block - 1) for block in (tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K)):
