@@ -34,8 +34,10 @@ LOAD = f"{BUILD}    print(build.load().fusedonemoe_lanes())\n"
 
 
 def process(script, *arguments, **environment):
-    command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    """A process that runs a script, or the parts of one."""
+    parts = [script] if isinstance(script, str) else script
+    command = [sys.executable, "-c", "".join(map(textwrap.dedent, parts)), *map(str, arguments)]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "start_new_session": True}
     return subprocess.Popen(command, env={**os.environ, **environment}, text=True, cwd=ROOT, **pipes)
 
 

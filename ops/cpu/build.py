@@ -24,6 +24,7 @@ from pathlib import Path
 from fusedonemoe.ops.cpu import compiler as compilers
 from fusedonemoe.ops.cpu.cache import ATTEMPTS, Folder, Found
 from fusedonemoe.ops.cpu.compiler import Unavailable as Unavailable
+from fusedonemoe.ops.cpu.forks import no_fork
 from fusedonemoe.ops.notice import say
 
 SOURCES = Path(__file__).parent / "native"
@@ -122,7 +123,7 @@ def _make(compiler: str, flags: list[str], folder: Folder, name: str, seen: Foun
         except Unavailable as error:
             folder.note_failure(name, str(error))
             raise
-        folder.forget_failures(name)
+        folder.forget_failures()
 
 
 def _open(folder: Folder, name: str, found: Found | None) -> ctypes.CDLL | str:
@@ -131,7 +132,7 @@ def _open(folder: Folder, name: str, found: Found | None) -> ctypes.CDLL | str:
         return ""
     path = folder.path / name
     try:
-        with _dlopen_lock:
+        with no_fork:
             handle = ctypes.CDLL(folder.name_to_load(name))._handle
     except OSError as error:
         return f"the kernels could not be cached or loaded: {error}"
@@ -184,19 +185,16 @@ class _Turn:
 
 
 _turn = _Turn()
-# fork() while another thread is in the dynamic loader leaves the loader's state as it is, in the child for ever.
-_dlopen_lock = threading.RLock()
 
 
 def _forget_other_threads() -> None:
     """In a forked child: the thread whose turn it was is not there."""
     global _turn
     _turn = _Turn()
-    _dlopen_lock.release()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_dlopen_lock.acquire, after_in_parent=_dlopen_lock.release, after_in_child=_forget_other_threads)
+    os.register_at_fork(after_in_child=_forget_other_threads)
 
 
 def load() -> ctypes.CDLL:

@@ -24,7 +24,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from fusedonemoe.ops.cpu.compiler import Unavailable, owned
+from fusedonemoe.ops.cpu.compiler import Unavailable
+from fusedonemoe.ops.cpu.forks import owned
 from fusedonemoe.ops.notice import say
 
 CHECKSUM_BYTES = 12
@@ -201,9 +202,10 @@ class Folder:
         with contextlib.suppress(OSError):  # a full disk may be the very reason
             Path(self._at(f"{name}.failed")).write_text(f"{times}\n{reason}")
 
-    def forget_failures(self, name: str) -> None:
-        """Forget the failures, after a success."""
-        Path(self._at(f"{name}.failed")).unlink(missing_ok=True)
+    def forget_failures(self) -> None:
+        """Forget the failures after a success, and with them those of compilers and sources that are gone."""
+        for path in Path(self.name).glob("*.failed"):
+            path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def lock(self, seconds: float) -> Iterator[bool]:
@@ -219,7 +221,7 @@ class Folder:
         """
         end, has_said = time.monotonic() + seconds, False
         while True:
-            with owned(os.open(self._at("lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)) as descriptor:
+            with owned(self._open_lock) as (descriptor,):
                 match self._try(descriptor):
                     case None:
                         yield False
@@ -236,6 +238,9 @@ class Folder:
                 say(f"another process compiles the CPU kernels into {self.path}; waiting for it, {seconds} seconds at most ...")
                 has_said = True
             time.sleep(SECONDS_BETWEEN_TRIES)
+
+    def _open_lock(self) -> tuple[int]:
+        return (os.open(self._at("lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600),)
 
     def _try(self, descriptor: int) -> bool | None:
         """Return True with the lock, False without it, None where there are no locks."""

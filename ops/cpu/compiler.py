@@ -10,9 +10,10 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from fusedonemoe.ops.cpu.forks import no_fork, owned
 
 SECONDS_TO_DIE = 5.0
 # The shell's exit codes for a command that it could not start.
@@ -30,31 +31,6 @@ exit $status
 
 class Unavailable(Exception):
     """The kernels cannot be had on this machine; the message says why."""
-
-
-_not_for_children: set[int] = set()
-
-
-def _close_in_child() -> None:
-    for descriptor in _not_for_children:
-        with contextlib.suppress(OSError):
-            os.close(descriptor)
-    _not_for_children.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_close_in_child)
-
-
-@contextlib.contextmanager
-def owned(descriptor: int) -> Iterator[int]:
-    """Close a descriptor at the end, and at once in a forked child, which would otherwise keep the lock or the pipe alive."""
-    _not_for_children.add(descriptor)
-    try:
-        yield descriptor
-    finally:
-        _not_for_children.discard(descriptor)
-        os.close(descriptor)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -86,14 +62,14 @@ def run(commands: list[list[str]], folder: str, seconds: float) -> None:
     compiler, end = commands[0][0], time.monotonic() + seconds
     messages = [Path(folder, f"{index}.txt") for index in range(len(commands))]
     running: list[subprocess.Popen[bytes]] = []
-    reading, writing = os.pipe()
-    with owned(reading), owned(writing):
+    with owned(os.pipe) as (reading, _):
         try:
             for command, message in zip(commands, messages, strict=True):
                 with message.open("wb") as stderr:
                     pipes: dict[str, Any] = {"stdin": reading, "stdout": subprocess.DEVNULL, "stderr": stderr}
                     shell = ["/bin/sh", "-c", GUARDED, "sh", *command]
-                    running.append(subprocess.Popen(shell, cwd=folder, start_new_session=True, **pipes))
+                    with no_fork:
+                        running.append(subprocess.Popen(shell, cwd=folder, start_new_session=True, **pipes))
             for process, message in zip(running, messages, strict=True):
                 code = process.wait(max(0.0, end - time.monotonic()))
                 if code in NOT_STARTED:

@@ -1,0 +1,38 @@
+"""Guards against os.fork() in another thread: what it must wait for, and what the child must not keep."""
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+
+# fork() waits while a thread holds this. The child would otherwise keep for ever the state of a dynamic loader at work, and the
+# ends of the pipe by which subprocess learns that a program has started.
+no_fork = threading.RLock()
+_not_for_children: set[int] = set()
+
+
+@contextlib.contextmanager
+def owned(make: Callable[[], tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
+    """Open descriptors, and close them at the end; in a forked child at once, where they would keep a lock or a pipe alive."""
+    with no_fork:
+        descriptors = make()
+        _not_for_children.update(descriptors)
+    try:
+        yield descriptors
+    finally:
+        with no_fork:
+            _not_for_children.difference_update(descriptors)
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+
+def _in_child() -> None:
+    for descriptor in _not_for_children:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+    _not_for_children.clear()
+    no_fork.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=no_fork.acquire, after_in_parent=no_fork.release, after_in_child=_in_child)

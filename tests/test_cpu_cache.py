@@ -1,0 +1,526 @@
+"""The cache of compiled kernels: one process or thread compiles at a time, and only what the user alone can write is loaded."""
+
+import contextlib
+import os
+import shutil
+import signal
+import stat
+import time
+from pathlib import Path
+
+import pytest
+
+from fusedonemoe.ops.cpu import build, cache
+from tests.test_cpu_build import BUILD, LOAD, cached, compiler, finished, linked, load_in_a_process, needs_kernels, process
+
+__all__ = ["compiler"]
+pytestmark = [needs_kernels, pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no users")]
+SYMBOL = b"fusedonemoe_pack_f32"
+
+
+def write_compiler(script):
+    """Replace the fixture's compiler; ``make_it`` is what that does."""
+    Path(os.environ["CXX"]).write_text(
+        f'#!/bin/sh\nmake_it() {{ for last; do :; done; cp "$COMPILED" "$last"; }}\necho "$$ $@" >> "$LOG"\n{script}\n'
+    )
+
+
+def attempts(log):
+    """How many compilations have begun."""
+    return sum("-DCOMMON" in call for call in log.read_text().splitlines())
+
+
+def wait_until(condition, seconds=30.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.02)
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def compilers(log):
+    """The process ids of the compilers, and of what they started and noted in the log."""
+    return [int(line.split()[0]) for line in log.read_text().splitlines()]
+
+
+def reason_of(started):
+    """The reason why a process has no kernels."""
+    return finished(started)[0]
+
+
+REASON = (
+    BUILD
+    + """
+    try:
+        print(build.load().fusedonemoe_lanes())
+    except build.Unavailable as error:
+        print(error)
+"""
+)
+
+
+# Many processes and threads
+
+
+def test_of_eight_processes_one_compiles(compiler, tmp_path):
+    racers = [load_in_a_process(SECONDS_IT_TAKES="0.5") for _ in range(8)]
+    results = [finished(racer) for racer in racers]
+    assert len({lanes for lanes, _ in results}) == 1 and attempts(compiler) == len(linked(compiler)) == 1
+    said = [err for _, err in results]
+    assert sum("compiling the CPU kernels" in err for err in said) == 1
+    assert all(err.count("waiting for it, 660 seconds at most") <= 1 for err in said)
+    assert [path.suffix for path in cached(tmp_path)] == [".so"]
+
+
+def test_of_eight_threads_one_compiles(compiler, tmp_path):
+    script = """
+        import threading
+        found = []
+        threads = [threading.Thread(target=lambda: found.append(build.load())) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(found) == 8 and len({id(library) for library in found}) == 1
+    """
+    _, err = finished(process([BUILD, script], SECONDS_IT_TAKES="0.3"))
+    assert attempts(compiler) == 1 and err.count("\n") == 1
+
+
+def test_another_takes_over_from_a_killed_process(compiler, tmp_path):
+    # The killed process has a child, which must not keep its lock; and compilers that have children, which must end.
+    write_compiler('if mkdir "$LOG.first" 2>/dev/null; then :; fi; if [ -e "$LOG.killed" ]; then make_it "$@"; exit; fi; '
+                   'sleep 100 & echo "$! child" >> "$LOG"; wait')  # fmt: skip
+    holder = process([BUILD, """
+        import os, threading, time
+        threading.Thread(target=build.load, daemon=True).start()
+        while not os.path.exists(os.environ["LOG"] + ".first"):
+            time.sleep(0.01)
+        if os.fork() == 0:
+            time.sleep(100)
+        time.sleep(100)
+    """])  # fmt: skip
+    try:
+        wait_until(lambda: compiler.read_text().count("child") == 3)
+        started = compilers(compiler)
+        assert len(started) == 6 and all(map(is_alive, started))
+        waiting = load_in_a_process()
+        assert "another process compiles the CPU kernels" in waiting.stderr.readline()
+        Path(f"{compiler}.killed").write_text("")
+        os.kill(holder.pid, signal.SIGKILL)
+        lanes, err = finished(waiting)
+        assert int(lanes) and err.startswith("fusedonemoe: compiling")
+        wait_until(lambda: not any(map(is_alive, started)), 5)
+        assert [path.suffix for path in cached(tmp_path)] == [".so"]
+    finally:
+        os.killpg(holder.pid, signal.SIGKILL)
+        holder.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_compilers_too(compiler, tmp_path, number):
+    write_compiler('sleep 100 & echo "$! child" >> "$LOG"; wait')
+    started = load_in_a_process()
+    wait_until(lambda: compiler.read_text().count("child") == 3)
+    os.kill(started.pid, number)
+    started.communicate(timeout=10)
+    assert started.returncode != 0
+    wait_until(lambda: not any(map(is_alive, compilers(compiler))), 5)
+    write_compiler('make_it "$@"')
+    finished(load_in_a_process())
+    assert [path.suffix for path in cached(tmp_path)] == [".so"]
+
+
+@pytest.mark.parametrize(
+    "script", ["sleep 100", "sleep 100 & wait", "(sleep 100 &) ; sleep 100", "trap '' TERM INT HUP; sleep 100 & wait"]
+)
+def test_a_time_out_ends_what_the_compiler_started(compiler, tmp_path, script):
+    write_compiler(script.replace("sleep 100", "sh -c 'echo $$ >> $LOG; exec sleep 100'"))
+    limited = REASON.replace("    try:", "    build.SECONDS_TO_COMPILE = 1\n    try:", 1)
+    begun = time.monotonic()
+    assert reason_of(process([limited])).endswith("c++ could not be run: it timed out after 1 seconds")
+    assert time.monotonic() - begun < 15
+    assert not any(map(is_alive, compilers(compiler))) and len(compilers(compiler)) >= 6
+    assert not list((tmp_path / "cache").glob("compiling-*"))
+
+
+def test_a_failure_is_tried_once_more_and_then_shared(compiler, tmp_path):
+    write_compiler('while [ ! -e "$LOG.go" ]; do sleep 0.02; done; echo "no luck" >&2; exit 1')
+    ranks = [process([REASON]) for _ in range(8)]
+    first = [rank.stderr.readline() for rank in ranks]
+    assert sum("compiling the CPU kernels" in line for line in first) == 1
+    assert sum("another process compiles" in line for line in first) == 7
+    Path(f"{compiler}.go").write_text("")
+    reasons = {reason_of(rank) for rank in ranks}
+    assert len(reasons) == 1 and reasons.pop().endswith("c++ failed: no luck")
+    assert attempts(compiler) == 2
+    # A process that comes later tries again: what was wrong may have been mended.
+    write_compiler('make_it "$@"')
+    assert int(reason_of(process([REASON]))) and [path.suffix for path in cached(tmp_path)] == [".so"]
+
+
+def test_a_failure_of_one_process_is_made_good_by_the_next(compiler, tmp_path):
+    write_compiler(
+        'while [ ! -e "$LOG.go" ]; do sleep 0.02; done; if mkdir "$LOG.first" 2>/dev/null; then exit 1; fi; make_it "$@"'
+    )
+    ranks = [process([REASON]) for _ in range(4)]
+    for rank in ranks:
+        rank.stderr.readline()
+    Path(f"{compiler}.go").write_text("")
+    reasons = [reason_of(rank) for rank in ranks]
+    assert sum(reason.isdigit() for reason in reasons) == 3 and sum("failed: no message" in reason for reason in reasons) == 1
+    assert attempts(compiler) == 2 and [path.suffix for path in cached(tmp_path)] == [".so"]
+
+
+def test_waiting_has_an_end(compiler, tmp_path):
+    write_compiler('while [ ! -e "$LOG.go" ]; do sleep 0.02; done; make_it "$@"')
+    holder = load_in_a_process()
+    assert "compiling" in holder.stderr.readline()
+    hurried = REASON.replace("    try:", "    build.SECONDS_TO_WAIT = 0.3\n    try:", 1)
+    reason = f"another process has been compiling the kernels into {tmp_path / 'cache'} for 0.3 seconds"
+    out, err = finished(process([hurried]))
+    assert out == reason and f"going on without the CPU kernels: {reason}" in err
+    Path(f"{compiler}.go").write_text("")
+    finished(holder)
+
+
+def test_a_file_system_without_locks_compiles_as_well(compiler, tmp_path):
+    script = """
+        import errno, fcntl
+        def flock(descriptor, operation):
+            raise OSError(errno.ENOLCK, "No locks available")
+        fcntl.flock = flock
+    """
+    assert int(finished(process([BUILD, script, LOAD.removeprefix(BUILD)]))[0])
+    assert len(linked(compiler)) == 1
+
+
+def test_a_child_that_was_forked_during_the_compilation(compiler, tmp_path):
+    script = """
+        import os, threading, time
+        compiling = threading.Thread(target=build.load)
+        compiling.start()
+        while not os.path.getsize(os.environ["LOG"]):
+            time.sleep(0.01)
+        children = []
+        for leaves_at_once in (True, False):
+            child = os.fork()
+            if child == 0:
+                if leaves_at_once:
+                    sys.exit(0)  # what runs at exit must leave the parent's files alone
+                os._exit(0 if build.load().fusedonemoe_lanes() else 1)
+            children.append(child)
+        compiling.join()
+        assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+        print(build.load().fusedonemoe_lanes())
+    """
+    finished(process([BUILD, script], SECONDS_IT_TAKES="1"))
+    assert attempts(compiler) == len(linked(compiler)) == 1 and [path.suffix for path in cached(tmp_path)] == [".so"]
+
+
+def test_a_stderr_that_calls_the_library_does_not_wait_for_itself(compiler):
+    script = """
+        class Stream:
+            def write(self, text):
+                try:
+                    build.load()
+                except build.Unavailable as error:
+                    print(error)
+            def flush(self):
+                pass
+        sys.stderr = Stream()
+        print(build.load().fusedonemoe_lanes())
+    """
+    said, lanes = finished(process([BUILD, script]))[0].splitlines()
+    assert said == "the kernels are being loaded by this very thread" and int(lanes)
+
+
+@pytest.mark.parametrize(
+    "stderr",
+    [
+        "None",
+        "open('/dev/full', 'w')",
+        "open('/dev/null', 'w'); sys.stderr.close()",
+        "os.fdopen(broken, 'w')",
+        "Raises()",
+    ],
+)
+@pytest.mark.parametrize("outcome", ["kernels", "none"])
+def test_no_stderr_is_no_obstacle(compiler, tmp_path, stderr, outcome):
+    if outcome == "none":
+        write_compiler("echo no luck >&2; exit 1")
+    script = f"""
+        import os
+        class Raises:
+            def __getattr__(self, name):
+                raise RuntimeError("no stream")
+        reading, broken = os.pipe()
+        os.close(reading)
+        sys.stderr = {stderr}
+    """
+    # The process ends with 120 where its stderr has something left to write. Of a stream that always raises it says so itself.
+    restore = "sys.stderr = sys.__stderr__" if stderr == "Raises()" else ""
+    out, err = finished(process([BUILD, script, REASON.removeprefix(BUILD), restore]))
+    assert (out.isdigit() if outcome == "kernels" else out.endswith("failed: no luck")) and "\n" not in out and err == ""
+
+
+# Whose the cache is
+
+
+@pytest.fixture
+def planted(compiler, tmp_path):
+    """A cache that holds a whole library under the right name, of this user and safe."""
+    folder = tmp_path / "cache"
+    folder.mkdir(mode=0o700)
+    library = folder / f"kernels-{build._digest(build._compiler(), build.FLAGS)}.so"
+    plant(library, Path(os.environ["COMPILED"]).read_bytes())
+    return library
+
+
+def plant(path, content):
+    path.touch(mode=0o600)
+    path.write_bytes(content + cache.checksum(content))
+
+
+def load_again():
+    return build._load.__wrapped__()
+
+
+def as_root():
+    if os.geteuid() != 0:
+        pytest.skip("only root gives files away")
+
+
+def folder_all_may_write(library, monkeypatch):
+    library.parent.chmod(0o777)
+    return library.parent, "can be written by other users (its mode is 0777)"
+
+
+def folder_a_group_may_write(library, monkeypatch):
+    library.parent.chmod(0o770)
+    return library.parent, "can be written by other users (its mode is 0770)"
+
+
+def sticky_folder(library, monkeypatch):
+    library.parent.chmod(0o1777)
+    return library.parent, "can be written by other users (its mode is 1777)"
+
+
+def library_all_may_write(library, monkeypatch):
+    library.chmod(0o666)
+    return library, "can be written by other users (its mode is 0666)"
+
+
+def library_a_group_may_write(library, monkeypatch):
+    library.chmod(0o760)
+    return library, "can be written by other users (its mode is 0760)"
+
+
+def folder_of_another(library, monkeypatch):
+    as_root()
+    os.chown(library.parent, 12345, -1)
+    return library.parent, "belongs to user 12345, and this process is user 0's"
+
+
+def library_of_another(library, monkeypatch):
+    as_root()
+    os.chown(library, 12345, -1)
+    return library, "belongs to user 12345, and this process is user 0's"
+
+
+def all_of_another(library, monkeypatch):
+    me = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: me + 1)
+    return library.parent, f"belongs to user {me}, and this process is user {me + 1}'s"
+
+
+def home_of_another(library, monkeypatch):
+    as_root()
+    shutil.rmtree(library.parent)
+    os.chown(library.parent.parent, 12345, -1)
+    return library.parent.parent, "belongs to user 12345, and this process is user 0's"
+
+
+def link_to_a_folder(library, monkeypatch):
+    real = library.parent.rename(library.parent.parent / "real")
+    library.parent.symlink_to(real)
+    return library.parent, "is a symbolic link"
+
+
+def link_to_nothing(library, monkeypatch):
+    link_to_a_folder(library, monkeypatch)
+    shutil.rmtree(library.parent.parent / "real")
+    return library.parent, "is a symbolic link"
+
+
+def link_to_a_library(library, monkeypatch):
+    real = library.rename(library.parent.parent / "real")
+    library.symlink_to(real)
+    return library, "is a symbolic link"
+
+
+def fifo(library, monkeypatch):
+    library.unlink()
+    os.mkfifo(library)
+    return library, "is not a file"
+
+
+def folder_for_a_library(library, monkeypatch):
+    library.unlink()
+    library.mkdir(mode=0o700)
+    return library, "is not a file"
+
+
+def parent_all_may_write(library, monkeypatch):
+    library.parent.parent.chmod(0o777)
+    return library.parent.parent, "can be written by other users (its mode is 0777)"
+
+
+def parent_of_a_link_all_may_write(library, monkeypatch):
+    above = library.parent.parent
+    (above / "open").mkdir()
+    (above / "open" / "link").symlink_to(above)
+    (above / "open").chmod(0o777)
+    monkeypatch.setenv("FUSEDONEMOE_CACHE_DIR", str(above / "open" / "link" / library.parent.name))
+    return above / "open", "can be written by other users (its mode is 0777)"
+
+
+REFUSED = [
+    *(folder_all_may_write, folder_a_group_may_write, sticky_folder, library_all_may_write, library_a_group_may_write),
+    *(folder_of_another, library_of_another, all_of_another, home_of_another, link_to_a_folder, link_to_nothing),
+    *(link_to_a_library, fifo, folder_for_a_library, parent_all_may_write, parent_of_a_link_all_may_write),
+]
+
+
+@pytest.mark.parametrize("danger", REFUSED)
+def test_what_another_user_could_write_is_refused_by_name(planted, compiler, capfd, monkeypatch, danger):
+    path, fault = danger(planted, monkeypatch)
+    before = path.lstat()
+    why = load_again()
+    assert isinstance(why, str) and f"{path} {fault}" in why, why
+    assert "set FUSEDONEMOE_CACHE_DIR to a folder that is yours and that no other user can write" in why
+    assert capfd.readouterr().err == f"fusedonemoe: going on without the CPU kernels: {why}\n"
+    assert attempts(compiler) == 0  # neither loaded nor made again
+    after = path.lstat()
+    assert (before.st_mode, before.st_uid) == (after.st_mode, after.st_uid)
+
+
+def sticky_parent(library, monkeypatch):
+    library.parent.parent.chmod(0o1777)
+
+
+def parent_a_group_may_write(library, monkeypatch):
+    library.parent.parent.chmod(0o775)  # a umask of 002 makes ~/.cache so
+
+
+def readable_by_all(library, monkeypatch):
+    library.parent.chmod(0o755)
+    library.chmod(0o644)
+
+
+def link_above(library, monkeypatch):
+    above = library.parent.parent
+    (above / "link").symlink_to(above)
+    monkeypatch.setenv("FUSEDONEMOE_CACHE_DIR", str(above / "link" / library.parent.name))
+
+
+def relative(library, monkeypatch):
+    monkeypatch.chdir(library.parent.parent)
+    monkeypatch.setenv("FUSEDONEMOE_CACHE_DIR", library.parent.name)
+
+
+@pytest.mark.parametrize("layout", [sticky_parent, parent_a_group_may_write, readable_by_all, link_above, relative])
+def test_what_only_the_user_can_write_is_loaded(planted, compiler, monkeypatch, layout):
+    layout(planted, monkeypatch)
+    assert load_again()._name.endswith(planted.name) and attempts(compiler) == 0
+
+
+@pytest.mark.parametrize("danger", [parent_a_group_may_write, sticky_parent])
+def test_without_proc_a_group_may_not_write_above(planted, monkeypatch, danger):
+    monkeypatch.setattr(cache, "IS_BY_DESCRIPTOR", False)
+    danger(planted, monkeypatch)
+    library = load_again()
+    if danger is sticky_parent:
+        assert library._name == str(planted)
+    else:
+        assert f"{planted.parent.parent} can be written by other users (its mode is 0775)" in library
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o002, 0o077])
+def test_what_is_made_is_the_users_alone(compiler, tmp_path, umask):
+    folder = tmp_path / "new" / "cache"
+    script = f"import os; os.umask({umask})\n"
+    finished(process([script, LOAD], FUSEDONEMOE_CACHE_DIR=str(folder)))
+    (library,) = folder.iterdir()
+    for path, mode in ((folder.parent, 0o700), (folder, 0o700), (library, 0o700)):
+        assert stat.S_IMODE(path.stat().st_mode) == mode
+    finished(process([script, LOAD], FUSEDONEMOE_CACHE_DIR=str(folder)))
+    assert attempts(compiler) == 1
+
+
+@pytest.mark.skipif(not cache.IS_BY_DESCRIPTOR, reason="open folders have no names here")
+def test_a_folder_that_is_exchanged_puts_no_library_in_place(planted, monkeypatch):
+    with contextlib.closing(cache.Folder(planted.parent)) as folder:
+        found = folder.look(planted.name)
+        moved = planted.parent.rename(planted.parent.parent / "moved")
+        planted.parent.mkdir(mode=0o777)
+        plant(planted, b"planted")
+        assert folder.look(planted.name) == found
+        library = build._open(folder, planted.name, found)
+    assert not isinstance(library, str)
+    mapped = Path("/proc/self/maps").read_text()
+    assert str(moved / planted.name) in mapped and f" {planted}\n" not in mapped
+
+
+# A library that is whole and does not fit
+
+
+def test_a_library_without_a_symbol_is_made_again(planted, compiler):
+    content = planted.read_bytes()
+    assert SYMBOL in content
+    plant(planted, content[: -cache.CHECKSUM_BYTES].replace(SYMBOL, SYMBOL[::-1]))
+    assert hasattr(load_again(), SYMBOL.decode()) and attempts(compiler) == 1
+    assert planted.read_bytes() == content
+
+
+@pytest.mark.parametrize("content", [b"", b"not a library", b"\x7fELF" + bytes(100)])
+def test_a_library_that_does_not_load_is_made_again(planted, compiler, content):
+    whole = planted.read_bytes()
+    plant(planted, content)
+    assert not isinstance(load_again(), str) and attempts(compiler) == 1 and planted.read_bytes() == whole
+
+
+def test_of_eight_processes_one_makes_it_again(planted, compiler):
+    plant(planted, planted.read_bytes()[: -cache.CHECKSUM_BYTES].replace(SYMBOL, SYMBOL[::-1]))
+    for started in [load_in_a_process(SECONDS_IT_TAKES="0.3") for _ in range(8)]:
+        finished(started)
+    assert attempts(compiler) == 1
+
+
+@pytest.mark.parametrize("content", ["without a symbol", "not a library"])
+def test_what_does_not_fit_when_it_is_new_is_made_once(planted, compiler, tmp_path, monkeypatch, content):
+    bad = tmp_path / "bad.so"
+    bad.write_bytes(planted.read_bytes().replace(SYMBOL, SYMBOL[::-1]) if content == "without a symbol" else b"not a library")
+    planted.unlink()
+    monkeypatch.setenv("COMPILED", str(bad))
+    reasons = {reason_of(process([REASON])) for _ in range(3)}
+    text = (
+        f"{planted} has no {SYMBOL.decode()}" if content == "without a symbol" else "the kernels could not be cached or loaded: "
+    )
+    assert all(text in reason for reason in reasons) and attempts(compiler) == 1
+
+
+def test_a_system_without_users_goes_on_without_kernels(compiler):
+    script = """
+        import os, sys, tempfile
+        del os.geteuid, os.register_at_fork
+        sys.modules["fcntl"] = None
+    """
+    reason = "the CPU kernels need a system with users and locks, such as Linux or macOS"
+    assert finished(process([script, REASON])) == (reason, "")
