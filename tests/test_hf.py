@@ -312,3 +312,34 @@ def test_shared_parameters_follow_a_cast_of_either():
     x = torch.randn(3, 2, D, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(moe(x), output_of(block, x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "value", [[], {}, "x", "false", "1", -1, 0, 1.5, True, float("nan"), float("inf"), 10**400, b"1"], ids=repr
+)
+def test_fields_of_another_type_are_refused_by_name(value):
+    """What JSON can hold in a field: each is refused by the field's name, or means what it says."""
+    fields: dict[str, Any] = {
+        "model_type": "qwen3_moe", "hidden_size": 16, "moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2,
+        "norm_topk_prob": True, "hidden_act": "silu",
+    }  # fmt: skip
+    valid = MoEConfig.from_hf(SimpleNamespace(**fields))
+    said = {"moe_intermediate_size": "intermediate_size", "num_experts_per_tok": "top_k", "hidden_act": "activation"}
+    said |= {"num_experts": "num_(local_)?experts", "model_type": "model_type|MoEConfig does not know the block"}
+    for name in fields:
+        changed = SimpleNamespace(**(fields | {name: value}))
+        if name == "norm_topk_prob" and value is True:
+            assert MoEConfig.from_hf(changed) == valid
+            continue
+        with pytest.raises((ValueError, TypeError), match=f"{name}|{said.get(name, name)}"):
+            MoEConfig.from_hf(changed)
+    deepseek = fields | {"model_type": "glm4_moe", "n_routed_experts": 4, "n_shared_experts": None, "n_group": 1, "topk_group": 1}
+    with pytest.raises((ValueError, TypeError), match="routed_scaling_factor"):
+        MoEConfig.from_hf(SimpleNamespace(**deepseek, routed_scaling_factor="x" if value in (0, 1.5) else value))
+
+
+def test_layers_that_a_configuration_does_not_have_are_refused():
+    empty: list[Any] = [[], {}, None, 3]
+    for per_layer in empty:
+        with pytest.raises(ValueError, match="layer must be one of per_layer_config of SimpleNamespace"):
+            MoEConfig.from_hf(SimpleNamespace(model_type="qwen3_moe", per_layer_config=per_layer), layer=7)

@@ -23,8 +23,14 @@ def fields_of(config: Any, layer: int | None = None) -> Fields:
         ValueError: the family is not known, or its block does something that the fields do not say.
     """
     if layer is not None:
-        config = getattr(config, "per_layer_config", {layer: config})[layer]
+        per_layer = getattr(config, "per_layer_config", {layer: config})
+        try:
+            config = per_layer[layer]
+        except (LookupError, TypeError) as error:
+            raise ValueError(f"layer must be one of per_layer_config of {title(config)}, got {layer!r}") from error
     model_type = getattr(config, "model_type", None)
+    if model_type is not None and not isinstance(model_type, str):
+        raise ValueError(f"model_type of {type(config).__name__} must be a string, got {model_type!r}")
     family = FAMILIES.get(model_type or "")
     if model_type in UNSUPPORTED:
         raise refuse(config, UNSUPPORTED[model_type])

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fusedonemoe.hf.reading import Fields, activation, get, known_activation, refuse, whole
+from fusedonemoe.hf.reading import Fields, activation, flag, get, known_activation, number, refuse, whole
 
 # Routers
 
 
 def _softmax(config: Any) -> Fields:
-    return {"norm_topk_prob": bool(get(config, "norm_topk_prob"))}
+    return {"norm_topk_prob": flag(config, "norm_topk_prob")}
 
 
 def _softmax_normalised(config: Any) -> Fields:
@@ -40,8 +40,8 @@ def _deepseek_v3(config: Any) -> Fields:
     return {
         "scoring": "sigmoid",
         "selection_bias": True,
-        "norm_topk_prob": bool(get(config, "norm_topk_prob")),
-        "routed_scaling_factor": float(get(config, "routed_scaling_factor")),
+        "norm_topk_prob": flag(config, "norm_topk_prob"),
+        "routed_scaling_factor": number(config, "routed_scaling_factor"),
         **_groups(config),
     }
 
@@ -57,20 +57,20 @@ def _deepseek_v2(config: Any) -> Fields:
     if method not in ("greedy", "group_limited_greedy"):
         raise refuse(config, f"topk_method {method!r} is neither 'greedy' nor 'group_limited_greedy'")
     groups = _groups(config) if method == "group_limited_greedy" else {}
-    scale = float(get(config, "routed_scaling_factor"))
+    scale = number(config, "routed_scaling_factor")
     return {"norm_topk_prob": False, "routed_scaling_factor": scale, "group_score": "max", **groups}
 
 
 def _mistral4(config: Any) -> Fields:
-    norm = bool(getattr(config, "norm_topk_prob", True))
-    return {"norm_topk_prob": norm, "routed_scaling_factor": float(get(config, "routed_scaling_factor")), **_groups(config)}
+    norm = flag(config, "norm_topk_prob", default=True)
+    return {"norm_topk_prob": norm, "routed_scaling_factor": number(config, "routed_scaling_factor"), **_groups(config)}
 
 
 def _sigmoid_with_bias(*scale: str) -> Callable[[Any], Fields]:
     """Sigmoid, selection bias, normalisation, and a factor of one of these names."""
 
     def route(config: Any) -> Fields:
-        factor = float(get(config, *scale)) if scale else 1.0
+        factor = number(config, *scale) if scale else 1.0
         return {"scoring": "sigmoid", "selection_bias": True, "routed_scaling_factor": factor}
 
     return route
@@ -107,10 +107,10 @@ def _laguna(config: Any) -> Fields:
 def _lfm2(config: Any) -> Fields:
     return {
         "scoring": "sigmoid",
-        "selection_bias": bool(get(config, "use_expert_bias")),
-        "norm_topk_prob": bool(get(config, "norm_topk_prob")),
+        "selection_bias": flag(config, "use_expert_bias"),
+        "norm_topk_prob": flag(config, "norm_topk_prob"),
         "norm_eps": 1e-6,
-        "routed_scaling_factor": float(get(config, "routed_scaling_factor")),
+        "routed_scaling_factor": number(config, "routed_scaling_factor"),
     }
 
 
@@ -119,7 +119,7 @@ def _cohere2(config: Any) -> Fields:
     if scoring not in ("softmax", "sigmoid"):
         raise refuse(config, f"expert_selection_fn {scoring!r} is neither 'softmax' nor 'sigmoid'")
     # A softmax over the picked logits sums to 1 as it is.
-    norm = scoring == "softmax" or bool(get(config, "norm_topk_prob"))
+    norm = scoring == "softmax" or flag(config, "norm_topk_prob")
     return {"scoring": scoring, "score_first": False, "norm_topk_prob": norm}
 
 
@@ -130,7 +130,7 @@ def _ernie(config: Any) -> Fields:
 def _longcat(config: Any) -> Fields:
     if getattr(config, "zero_expert_num", 0):
         raise refuse(config, f"{config.zero_expert_num} experts are identities without weights (zero_expert_num)")
-    scale = float(get(config, "routed_scaling_factor"))
+    scale = number(config, "routed_scaling_factor")
     return {"selection_bias": True, "norm_topk_prob": False, "routed_scaling_factor": scale}
 
 
@@ -205,7 +205,7 @@ def _as_configured(config: Any) -> Fields:
 
 
 def _clamped_swiglu(config: Any) -> Fields:
-    alpha, limit = float(get(config, "swiglu_alpha")), float(get(config, "swiglu_limit"))
+    alpha, limit = number(config, "swiglu_alpha"), number(config, "swiglu_limit")
     return {"activation": "swiglu_oai", "swiglu_alpha": alpha, "swiglu_limit": limit}
 
 

@@ -1,5 +1,6 @@
 """Reading a Hugging Face configuration: names that mean the same, and refusals that name the configuration."""
 
+import sys
 from typing import Any
 
 Fields = dict[str, Any]
@@ -46,12 +47,35 @@ def whole(config: Any, *names: str) -> int:
     """A whole number; where there is one for each layer, they have to be equal."""
     value = get(config, *names)
     if isinstance(value, list | tuple):
-        if len(set(value)) != 1:
+        if not value or any(other != value[0] for other in value):
             raise refuse(config, f"{names[0]} differs between layers: {list(value)}")
         value = value[0]
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{names[0]} of {title(config)} must be an integer, got {value!r}")
+    if abs(value) > sys.maxsize:
+        raise ValueError(
+            f"{names[0]} of {title(config)} must be at most {sys.maxsize}, got a number of {value.bit_length()} bits"
+        )
     return value
+
+
+def flag(config: Any, name: str, *, default: bool | None = None) -> bool:
+    """A yes or a no. Another value's truth would turn ``"false"`` into a yes.
+
+    With a ``default``, which counts where the attribute is missing, None is a no.
+    """
+    value = get(config, name) if default is None else getattr(config, name, default) or False
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} of {title(config)} must be a bool, got {value!r}")
+    return value
+
+
+def number(config: Any, *names: str) -> float:
+    """A factor."""
+    value = get(config, *names)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+        raise ValueError(f"{names[0]} of {title(config)} must be a finite number, got {value!r}")
+    return float(value)
 
 
 def activation(config: Any) -> str:
@@ -61,6 +85,6 @@ def activation(config: Any) -> str:
 
 def known_activation(config: Any, name: str) -> str:
     """The library's name of an activation."""
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise refuse(config, f"activation {name!r} is none of {sorted(ACTIVATIONS)}")
     return ACTIVATIONS[name]
