@@ -29,10 +29,11 @@ FLOORS = [
         "ops.notice",
         "ops.derivatives",
         "ops.operands",
+        "ops.precision",
     ],
     ["ops.dense", "ops.grouped", "ops.lora", "ops.neurons", "ops.quantized", "ops.cpu", "ops.cuda", "ops.triton", "ops.portable"],
     ["ops.library", "ops.shortcut", "ops.choice", "ops"],
-    ["checks", "linear", "agreement", "kept_buffers"],
+    ["checks", "linear", "agreement", "kept_buffers", "peft_refusal"],
     ["functional", "config", "hf"],
     [
         "balance",
