@@ -99,7 +99,7 @@ def load_experts(
             branch. None returns tensors.
         num_experts: ``E``, for a flat layout (``megablocks``, ``dbrx``) without a router beside the experts.
         dtype: of the tensors that are returned; the checkpoint's own if None. A module keeps its dtype.
-        device: of the tensors that are returned.
+        device: of the tensors that are returned; the CPU if None.
 
     Returns:
         ``into``, filled; or :class:`ExpertWeights`.
@@ -286,7 +286,7 @@ def _allocate(
     up = stored.get("gate_up") or stored["up"]
 
     def empty(own: torch.dtype | None, *shape: int) -> Tensor:
-        return torch.empty(*shape, dtype=dtype or own, device=device)
+        return torch.empty(*shape, dtype=dtype or own, device=device or "cpu")
 
     beside = {ours: source.read(block.key(theirs)) for ours, theirs in names.items()}
     return ExpertWeights(
