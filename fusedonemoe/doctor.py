@@ -230,7 +230,7 @@ def compile_smoke(device: str) -> list[Row]:
     def measure() -> list[Errors]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            moe = MoE(hidden_size=D, intermediate_size=F, num_experts=E, top_k=K).to(device)
+            moe = MoE(hidden_size=D, intermediate_size=F, num_experts=E, top_k=K, device=device, dtype=torch.float32)
         x, seed = normal(D, torch.float32, device).requires_grad_(), normal(D, torch.float32, device, seed=8)
         leaves = {"x": x, **dict(moe.named_parameters())}
 

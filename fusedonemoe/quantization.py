@@ -108,9 +108,9 @@ def _random_call(module: Experts) -> tuple[Tensor, Tensor, Tensor]:
     config, weight = module.config, module.down_proj
     generator = torch.Generator().manual_seed(0)
     K = config.top_k or config.num_experts
-    x = torch.randn(TOKENS, config.hidden_size, generator=generator)
-    experts = torch.rand(TOKENS, config.num_experts, generator=generator).topk(K).indices
-    tensors = (x.to(weight.dtype), experts, torch.full((TOKENS, K), 1 / K))
+    x = torch.randn(TOKENS, config.hidden_size, generator=generator, dtype=torch.float32, device="cpu")
+    experts = torch.rand(TOKENS, config.num_experts, generator=generator, dtype=torch.float32, device="cpu").topk(K).indices
+    tensors = (x.to(weight.dtype), experts, torch.full((TOKENS, K), 1 / K, dtype=torch.float32, device="cpu"))
     return tuple(tensor.to(weight.device) for tensor in tensors)  # type: ignore[return-value]
 
 

@@ -139,7 +139,8 @@ CALLS: dict[str, Any] = {
 
 
 def gradients(leaves, y):
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(y.dtype)
+    draw = torch.Generator().manual_seed(5)
+    dy = torch.randn(y.shape, generator=draw, dtype=torch.float32, device="cpu").to(y.dtype)
     return [g.to_dense() for g in torch.autograd.grad(y, leaves, dy)]
 
 

@@ -59,13 +59,13 @@ class Ceilings:
         Args:
             dtype: of the matrix products.
         """
-        stream = torch.ones(STREAM_BYTES // 4)
+        stream = torch.ones(STREAM_BYTES // 4, device="cpu")
 
         def sample() -> None:
             for _ in range(2):
                 self.bytes_per_s = max(self.bytes_per_s, STREAM_BYTES / _seconds(stream.sum))
             for n in GEMM_SIZES:
-                a, b = (torch.ones(n, n, dtype=dtype) for _ in range(2))
+                a, b = (torch.ones(n, n, dtype=dtype, device="cpu") for _ in range(2))
                 for product in _products(a, b):
                     self.flops_per_s[dtype] = max(self.flops_per_s.get(dtype, 0.0), 2 * n**3 / _seconds(product))
 

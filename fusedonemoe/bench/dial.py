@@ -173,7 +173,7 @@ def measure(
     T, D, inner, E, K = sizes
     inputs = make_mlp_inputs(T, D, inner, E, K, dtype=dtype, routing="distinct", requires_grad=True)
     leaves = [inputs.x, inputs.weights, inputs.up_proj, inputs.down_proj]
-    dy = torch.randn(T, D, generator=torch.Generator().manual_seed(1)).to(dtype)
+    dy = torch.randn(T, D, generator=torch.Generator().manual_seed(1), device="cpu").to(dtype)
 
     def ours(save_percent: int) -> Callable[[], Tensor]:
         arguments = (inputs.x, inputs.experts, inputs.weights, inputs.up_proj, inputs.down_proj)

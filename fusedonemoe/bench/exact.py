@@ -92,7 +92,7 @@ def _exact_neurons(cell: Cell, inputs: NeuronInputs) -> Named:
 
 def _experts_in_float64(*stacks: Tensor) -> Callable[[int], list[Tensor]]:
     """A function from an expert to its weights, which holds them in the same memory every time: fresh pages cost more."""
-    buffers = [torch.empty(stack.shape[1:], dtype=torch.float64) for stack in stacks]
+    buffers = [torch.empty(stack.shape[1:], dtype=torch.float64, device="cpu") for stack in stacks]
     return lambda e: [buffer.copy_(stack[e]) for buffer, stack in zip(buffers, stacks, strict=True)]
 
 
@@ -128,7 +128,7 @@ def exact_step(cell: Cell, inputs: BlockInputs) -> ExactStep:
     router_ED = inputs.router.double()
     weights_TK = (x_TD @ router_ED.t()).gather(1, experts_TK).softmax(1)
     generator = torch.Generator().manual_seed(9)
-    random_DC, random_FC = (torch.randn(n, COLUMNS, generator=generator).double() for n in (cell.D, cell.F))
+    random_DC, random_FC = (torch.randn(n, COLUMNS, generator=generator, device="cpu").double() for n in (cell.D, cell.F))
     weights_of = _experts_in_float64(inputs.gate_up_proj, inputs.down_proj)
     y, dx, dweights_TK = torch.zeros_like(x_TD), torch.zeros_like(x_TD), torch.zeros_like(weights_TK)
     gate_up_EGC, down_EDC = (x_TD.new_zeros(cell.E, n, COLUMNS) for n in (2 * cell.F, cell.D))
@@ -161,9 +161,9 @@ def _product(gradients: ExpertGradients, random: Tensor, exact: Tensor) -> Tenso
     """Every expert's gradient times the random matrix, in the shape of the exact one; a gradient of None is zero."""
     wanted = (exact.shape[1], random.shape[0])
     if len(gradients) != exact.shape[0] or any(g is not None and g.shape != wanted for g in gradients):
-        return torch.empty(0)  # relative_error knows what to make of another shape
+        return torch.empty(0, device="cpu")  # relative_error knows what to make of another shape
     random = random.float()
-    return torch.stack([torch.zeros(exact.shape[1:]) if g is None else g.float() @ random for g in gradients])
+    return torch.stack([torch.zeros(exact.shape[1:], device="cpu") if g is None else g.float() @ random for g in gradients])
 
 
 def errors_of(answer: Tensor | Step | Named, exact: Exact) -> dict[str, float]:

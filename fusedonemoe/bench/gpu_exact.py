@@ -56,7 +56,7 @@ def _random_columns(cell: GpuCell, weights: dict[str, Tensor]) -> dict[str, Tens
     for name, weight in weights.items():
         if weight.dim() == 3:
             generator = torch.Generator().manual_seed(9)
-            columns = torch.randn(weight.shape[-1], COLUMNS, generator=generator, dtype=torch.float64)
+            columns = torch.randn(weight.shape[-1], COLUMNS, generator=generator, dtype=torch.float64, device="cpu")
             found[name] = columns.to(weight.device)
     return found
 

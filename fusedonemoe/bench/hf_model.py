@@ -181,10 +181,10 @@ def greedy_tokens(model: Any, prompt: Tensor, new_tokens: int) -> Tensor:
 def _steps(model: Any, cell: ModelCell) -> Callable[[], list[Callable[[], Tensor]]]:
     """What prepares the timed calls of a turn, with whatever experts the model has then."""
     vocabulary, generator = cell.sizes["vocab_size"], torch.Generator().manual_seed(1)
-    batch = torch.randint(vocabulary, (BATCH, LENGTH), generator=generator)
-    prompt = torch.randint(vocabulary, (1, CONTEXT), generator=generator)
+    batch = torch.randint(vocabulary, (BATCH, LENGTH), generator=generator, device="cpu")
+    prompt = torch.randint(vocabulary, (1, CONTEXT), generator=generator, device="cpu")
     # Other tokens choose other experts: a decoding step finds its weights in memory, not in a cache that the last one filled.
-    tokens = torch.randint(vocabulary, (DECODES_PER_ROUND, 1, 1), generator=generator)
+    tokens = torch.randint(vocabulary, (DECODES_PER_ROUND, 1, 1), generator=generator, device="cpu")
 
     def prepared() -> list[Callable[[], Tensor]]:
         if cell.mode == "training":
@@ -213,7 +213,7 @@ def _mode(model: Any, cell: ModelCell) -> Iterator[None]:
 
 def _checked(model: Any, cell: ModelCell, prepared: Callable[[], list[Callable[[], Tensor]]]) -> dict[str, Line]:
     """The lines without their times."""
-    prompt = torch.randint(cell.sizes["vocab_size"], (1, CONTEXT), generator=torch.Generator().manual_seed(2))
+    prompt = torch.randint(cell.sizes["vocab_size"], (1, CONTEXT), generator=torch.Generator().manual_seed(2), device="cpu")
     generated, answers = {}, {}
     for name, using in IMPLEMENTATIONS.items():
         with using(model):

@@ -90,9 +90,9 @@ def _zentorch(cell: Cell, inputs: Inputs) -> Call:
         torch.ops.zentorch.zentorch_fused_moe(y, x, gate_up, down, None, None, weights, experts, False, "silu")
 
     # It repacks an expert when the expert is first hit: here, and not while it is timed.
-    every = torch.arange(cell.E)[:, None].add(torch.arange(cell.K)).remainder(cell.E).to(torch.int32)
-    x = torch.zeros(cell.E, cell.D, dtype=cell.dtype)
-    kernel(torch.zeros_like(x), x, torch.full((cell.E, cell.K), 1 / cell.K), every)
+    every = torch.arange(cell.E, device="cpu")[:, None].add(torch.arange(cell.K, device="cpu")).remainder(cell.E).to(torch.int32)
+    x = torch.zeros(cell.E, cell.D, dtype=cell.dtype, device="cpu")
+    kernel(torch.zeros_like(x), x, torch.full((cell.E, cell.K), 1 / cell.K, device="cpu"), every)
     return _routed(cell, given, kernel)
 
 

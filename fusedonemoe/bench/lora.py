@@ -134,7 +134,9 @@ def _peft_model(sizes: Sequence[int], dtype: torch.dtype) -> Adapted:
 
 
 def _step_of(forward: Callable[..., Any], wanted: Sequence[Tensor], embeddings: Tensor) -> Callable[[], list[Tensor]]:
-    dy = torch.randn(1, embeddings.shape[1], VOCABULARY, generator=torch.Generator().manual_seed(2)).to(embeddings.dtype)
+    dy = torch.randn(1, embeddings.shape[1], VOCABULARY, generator=torch.Generator().manual_seed(2), device="cpu").to(
+        embeddings.dtype
+    )
 
     def step() -> list[Tensor]:
         logits = forward(inputs_embeds=embeddings, use_cache=False).logits
@@ -173,7 +175,9 @@ def measure(
     from fusedonemoe.integrations.peft import from_peft
 
     sizes, dtype = cell.sizes, cell.dtype
-    embeddings = torch.randn(1, sizes[0], sizes[1], generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+    embeddings = (
+        torch.randn(1, sizes[0], sizes[1], generator=torch.Generator().manual_seed(1), device="cpu").to(dtype).requires_grad_()
+    )
 
     def trained(model: nn.Module) -> list[Tensor]:
         return [embeddings, *(parameter for parameter in model.parameters() if parameter.requires_grad)]

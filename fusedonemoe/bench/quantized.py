@@ -105,9 +105,9 @@ def measure(cell: QuantizedCell, ceilings: Ceilings, *, real_time: bool = True) 
     (tokens, D, inner, E, K), dtype = cell.sizes, cell.dtype
     inputs = make_mlp_inputs(tokens, D, inner, E, K, dtype=dtype)
     up, down = inputs.up_proj, inputs.down_proj
-    xs = [torch.randn(tokens, D, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(ROTATION)]
+    xs = [torch.randn(tokens, D, generator=torch.Generator().manual_seed(i), device="cpu").to(dtype) for i in range(ROTATION)]
     ids = [make_experts(tokens, E, K, routing="distinct", seed=i) for i in range(ROTATION)]
-    weights = torch.full((tokens, K), 1 / K)
+    weights = torch.full((tokens, K), 1 / K, device="cpu")
     hit = sum(experts.unique().numel() for experts in ids) / ROTATION / E
     calls: dict[str, Callable[[int], Tensor]] = {PLAIN: lambda i: F.experts_mlp(xs[i], ids[i], weights, up, down)}
     packed = F.pack_experts(up, down)

@@ -49,7 +49,7 @@ def load_of(experts: Iterable[Tensor], num_experts: int) -> tuple[float, ...]:
     ids = torch.cat([e.flatten() for e in experts])
     counts = torch.bincount(ids, minlength=num_experts).sort(descending=True).values.double()
     if num_experts > LOAD_POINTS:
-        counts = counts[torch.linspace(0, num_experts - 1, LOAD_POINTS).round().long()]
+        counts = counts[torch.linspace(0, num_experts - 1, LOAD_POINTS, device="cpu").round().long()]
     return tuple((counts * num_experts / max(ids.numel(), 1)).tolist())
 
 

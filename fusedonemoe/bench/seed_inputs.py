@@ -50,7 +50,7 @@ def make_inputs(cell: SeedCell) -> SeedInputs:
     T, D, F, E, K = cell.T, cell.D, cell.F, cell.E, cell.K
 
     def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = cell.dtype) -> Tensor:
-        return torch.randn(shape, generator=generator).mul_(scale).to(dtype)
+        return torch.randn(shape, generator=generator, device="cpu").mul_(scale).to(dtype)
 
     if cell.operator in ROUTERS:
         shape = (T, E) if cell.operator == "topk" else (T, 2, math.isqrt(E))
@@ -73,7 +73,7 @@ def make_inputs(cell: SeedCell) -> SeedInputs:
         weights = {"table": normal(E, D)}
     draws = []
     for ids in experts:
-        scores = torch.rand(T, K, generator=generator).add_(0.25).div_(K**0.5)
+        scores = torch.rand(T, K, generator=generator, device="cpu").add_(0.25).div_(K**0.5)
         draws.append((ids, scores) if cell.operator == "values" else (normal(T, D), ids, scores))
     return SeedInputs(tuple(draws), weights, experts, normal(T, D) if cell.mode == "training" else None)
 
@@ -83,7 +83,7 @@ def _ids(cell: SeedCell, seed: int) -> Tensor:
     if cell.T * cell.E <= GATHERED:
         return make_experts(cell.T, cell.E, cell.K, routing="distinct", seed=seed)
     generator = torch.Generator().manual_seed(seed)
-    return torch.stack([torch.randperm(cell.E, generator=generator)[: cell.K] for _ in range(cell.T)])
+    return torch.stack([torch.randperm(cell.E, generator=generator, device="cpu")[: cell.K] for _ in range(cell.T)])
 
 
 def _route(cell: SeedCell, logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -208,8 +208,8 @@ def run_cell(
     layers = [LoopBlock(block, torch.float64) for block in blocks]
     wide = Blocks(layers)
     lengths = [LENGTHS[n % len(LENGTHS)] for n in range(DISTINCT)]
-    xs = [torch.randn(length, cell.D, generator=generator) for length in lengths]
-    order = torch.randint(DISTINCT, (cell.requests,), generator=generator).tolist()
+    xs = [torch.randn(length, cell.D, generator=generator, device="cpu") for length in lengths]
+    order = torch.randint(DISTINCT, (cell.requests,), generator=generator, device="cpu").tolist()
     exact: list[Tensor] = []
     works: list[list[LeastWork]] = []
     with torch.no_grad():

@@ -241,7 +241,7 @@ def make_inputs(cell: Cell) -> Inputs:
     xs, experts, router = unambiguous_tokens(cell)
     generator = torch.Generator().manual_seed(8)
     count = cell.rotation if cell.mode == "training" else 0
-    dys = tuple(torch.randn(cell.T, cell.D, generator=generator).to(cell.dtype) for _ in range(count))
+    dys = tuple(torch.randn(cell.T, cell.D, generator=generator, device="cpu").to(cell.dtype) for _ in range(count))
     return BlockInputs(xs, router, mlp.up_proj, mlp.down_proj, experts, dys)
 
 
@@ -253,15 +253,15 @@ def unambiguous_tokens(cell: Cell) -> tuple[tuple[Tensor, ...], tuple[Tensor, ..
     """
     generator = torch.Generator().manual_seed(7)
     wanted = cell.rotation * cell.T
-    router_ED = (torch.randn(cell.E, cell.D, generator=generator) * cell.D**-0.5).to(cell.dtype)
-    x_CD = torch.randn(CANDIDATES_PER_TOKEN * wanted, cell.D, generator=generator).to(cell.dtype)
+    router_ED = (torch.randn(cell.E, cell.D, generator=generator, device="cpu") * cell.D**-0.5).to(cell.dtype)
+    x_CD = torch.randn(CANDIDATES_PER_TOKEN * wanted, cell.D, generator=generator, device="cpu").to(cell.dtype)
     best = (x_CD.double() @ router_ED.double().t()).topk(min(cell.K + 1, cell.E), dim=1)
     if cell.K < cell.E:
         gap = best.values[:, cell.K - 1] - best.values[:, cell.K]
         clear = gap > LEAST_GAP * torch.finfo(torch.bfloat16).eps * best.values.abs().amax(1)
         kept = clear.nonzero().squeeze(1)[:wanted]
     else:
-        kept = torch.arange(wanted)
+        kept = torch.arange(wanted, device="cpu")
     if kept.numel() < wanted:
         raise ValueError(f"{cell.name}: only {kept.numel()} of {wanted} tokens have an unambiguous top {cell.K}")
     xs = x_CD[kept].split(cell.T)
@@ -273,13 +273,13 @@ def _neuron_inputs(cell: Cell) -> NeuronInputs:
     draw = torch.Generator().manual_seed(7)
 
     def normal(rows: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(rows, cell.D, generator=draw) * scale).to(cell.dtype)
+        return (torch.randn(rows, cell.D, generator=draw, device="cpu") * scale).to(cell.dtype)
 
     rotation = range(cell.rotation)
     return NeuronInputs(
         tuple(normal(cell.T) for _ in rotation),
         tuple(make_experts(cell.T, cell.E, cell.K, routing="distinct", seed=seed) for seed in rotation),
-        tuple(torch.rand(cell.T, cell.K, generator=draw) for _ in rotation),
+        tuple(torch.rand(cell.T, cell.K, generator=draw, device="cpu") for _ in rotation),
         normal(cell.E if cell.operator == "neurons" else 0, cell.D**-0.5),
         normal(cell.E),
         tuple(normal(cell.T) for _ in rotation),
@@ -293,7 +293,7 @@ def _key_inputs(cell: Cell) -> KeyInputs:
     xs: list[Tensor] = []
     experts: list[Tensor] = []
     while found < tokens:
-        x = torch.randn(512, 2, round(cell.E**0.5), generator=draw)
+        x = torch.randn(512, 2, round(cell.E**0.5), generator=draw, device="cpu")
         best = (x[:, 0, :, None].double() + x[:, 1, None, :].double()).flatten(1).topk(min(cell.K + 1, cell.E))
         clear = (best.values.diff() < -1e-5).all(1)
         xs.append(x[clear])

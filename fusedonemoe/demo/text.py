@@ -88,7 +88,7 @@ def load_corpus(root: Path | None = None) -> Corpus:
 
 def _windows(text: Tensor, starts: Tensor, window: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Inputs and targets ``[B, S]`` int64: the bytes from each start on, and the same shifted by one."""
-    bytes_BS = text[starts[:, None] + torch.arange(window + 1)].to(device=device, dtype=torch.int64)
+    bytes_BS = text[starts[:, None] + torch.arange(window + 1, device="cpu")].to(device=device, dtype=torch.int64)
     return bytes_BS[:, :-1], bytes_BS[:, 1:]
 
 
@@ -110,7 +110,7 @@ def training_batches(
     """
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        starts = torch.randint(text.shape[0] - window, (batch,), generator=generator)
+        starts = torch.randint(text.shape[0] - window, (batch,), generator=generator, device="cpu")
         yield _windows(text, starts, window, device)
 
 
@@ -129,5 +129,5 @@ def validation_batches(
     Returns:
         Pairs of inputs and targets ``[B, S]`` int64.
     """
-    starts = torch.linspace(0, text.shape[0] - window - 1, batch * batches, dtype=torch.float64).long()
+    starts = torch.linspace(0, text.shape[0] - window - 1, batch * batches, dtype=torch.float64, device="cpu").long()
     return [_windows(text, part, window, device) for part in starts.split(batch)]

@@ -109,7 +109,7 @@ class Measurement:
 def clear_tokens(moe: MoE, tokens: int, *, seed: int, device: torch.device) -> Tensor:
     """``[T, D]`` normal values whose routing does not hang on rounding, so that all peers must agree on it."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(2 * tokens, moe.config.hidden_size, generator=generator).to(device)
+    x = torch.randn(2 * tokens, moe.config.hidden_size, generator=generator, device="cpu").to(device)
     K = moe.config.experts_per_token
     best = functional.linear(x, moe.gate.weight.detach()).topk(K + 1, dim=-1).values
     clear = x[best[:, K - 1] - best[:, K] > CLEAR_MARGIN][:tokens]
@@ -157,7 +157,7 @@ def compare(moe: MoE, tokens: int, *, peers: tuple[Peer, ...] = PEERS, rounds: i
         return clear_tokens(moe, tokens, seed=next(seeds), device=device).requires_grad_()
 
     x_TD = fresh_input()
-    dy_TD = torch.randn(x_TD.shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    dy_TD = torch.randn(x_TD.shape, generator=torch.Generator().manual_seed(seed), device="cpu").to(device)
     exact = forward_backward(
         per_expert_loop, copy.deepcopy(moe).double(), x_TD.detach().double().requires_grad_(), dy_TD.double()
     )

@@ -54,7 +54,7 @@ class History:
     train: list[float] = field(default_factory=list)
     val: list[tuple[int, float]] = field(default_factory=list)
     seconds: float = 0.0
-    tokens_per_expert: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    tokens_per_expert: Tensor = field(default_factory=lambda: torch.zeros(0, 0, device="cpu"))
 
     def tokens_per_second(self, settings: Settings) -> float:
         """Bytes trained on per second of training."""

@@ -57,11 +57,11 @@ class _Draw:
         self.requires_grad = requires_grad
 
     def normal(self, *shape: int, scale: float, dtype: torch.dtype) -> Tensor:
-        return self._finish(torch.randn(shape, generator=self.generator, dtype=torch.float32) * scale, dtype)
+        return self._finish(torch.randn(shape, generator=self.generator, dtype=torch.float32, device="cpu") * scale, dtype)
 
     def weights(self, T: int, K: int, dtype: torch.dtype) -> Tensor:
         # Not normalised: an operator that normalises once more must show.
-        values = torch.rand(T, K, generator=self.generator, dtype=torch.float32)
+        values = torch.rand(T, K, generator=self.generator, dtype=torch.float32, device="cpu")
         return self._finish((values + 0.25) / K**0.5, dtype)
 
     def _finish(self, values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -107,20 +107,22 @@ def make_experts(
         if K > E:
             raise ValueError(f"routing {routing!r} needs K <= E, got K={K} and E={E}")
         # Gumbel top-k: sampling without replacement in proportion to the popularity.
-        popularity_E = torch.zeros(E)
+        popularity_E = torch.zeros(E, dtype=torch.float32, device="cpu")
         if routing == "skewed":
-            popularity_E = -torch.arange(1.0, E + 1.0).log()[torch.randperm(E, generator=generator)]
-        gumbel_TE = -torch.empty(T, E).exponential_(generator=generator).log()
+            popularity_E = -torch.arange(1.0, E + 1.0, dtype=torch.float32, device="cpu").log()[
+                torch.randperm(E, generator=generator, device="cpu")
+            ]
+        gumbel_TE = -torch.empty(T, E, dtype=torch.float32, device="cpu").exponential_(generator=generator).log()
         experts = (popularity_E + gumbel_TE).topk(K, dim=1).indices
     elif routing == "one_expert":
-        experts = torch.full((T, K), E // 2)
+        experts = torch.full((T, K), E // 2, device="cpu")
     elif routing == "some_empty":
-        experts = torch.randint(max(E // 2, 1), (T, K), generator=generator) * 2 + (1 if E > 1 else 0)
+        experts = torch.randint(max(E // 2, 1), (T, K), generator=generator, device="cpu") * 2 + (1 if E > 1 else 0)
     elif routing in ("uniform", "out_of_range"):
-        experts = torch.randint(E, (T, K), generator=generator)
+        experts = torch.randint(E, (T, K), generator=generator, device="cpu")
         if routing == "out_of_range":
-            outside = torch.tensor([-1, E, E + 5])[torch.randint(3, (T, K), generator=generator)]
-            elsewhere = torch.rand(T, K, generator=generator) < 1 / 3
+            outside = torch.tensor([-1, E, E + 5], device="cpu")[torch.randint(3, (T, K), generator=generator, device="cpu")]
+            elsewhere = torch.rand(T, K, generator=generator, dtype=torch.float32, device="cpu") < 1 / 3
             elsewhere[-1:] = True
             experts = torch.where(elsewhere, outside, experts)
     else:
@@ -266,11 +268,13 @@ def make_logits(
     """
     generator = torch.Generator().manual_seed(seed)
     if ties:
-        logits = torch.randint(-1, 2, (T, E), generator=generator).to(torch.float32)
+        logits = torch.randint(-1, 2, (T, E), generator=generator, device="cpu").to(torch.float32)
     else:
-        order_TE = torch.rand(T, E, generator=generator).argsort(dim=1)
+        order_TE = torch.rand(T, E, generator=generator, dtype=torch.float32, device="cpu").argsort(dim=1)
         # A shift per row, which moves every sigmoid and no softmax, keeps rows from being permutations of one.
-        logits = torch.linspace(-3.0, 3.0, E)[order_TE] + torch.rand(T, 1, generator=generator)
+        logits = torch.linspace(-3.0, 3.0, E, dtype=torch.float32, device="cpu")[order_TE] + torch.rand(
+            T, 1, generator=generator, dtype=torch.float32, device="cpu"
+        )
     return logits.to(device, dtype).requires_grad_(requires_grad)
 
 

@@ -19,7 +19,7 @@ MOST_PADDING, MOST_PADDING_OF_ALL, FREE_PADDING_ROWS = 4, 1 / 4, 512
 
 def _padded_index(offsets: Tensor, first: int, last: int, length: int, num_rows: int) -> tuple[Tensor, Tensor]:
     """Rows of experts ``first`` to ``last``, each as ``length`` indices, and the mask of the real ones. ``[experts, length]``."""
-    index = offsets[first:last, None] + torch.arange(length, dtype=offsets.dtype)
+    index = offsets[first:last, None] + torch.arange(length, dtype=offsets.dtype, device="cpu")
     is_real = index < offsets[first + 1 : last + 1, None]
     return index.clamp_(max=num_rows - 1), is_real
 

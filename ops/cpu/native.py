@@ -60,7 +60,7 @@ def new(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """An uninitialised tensor; a large one from the pool, to which its memory returns when it dies."""
     size = math.prod(shape) * dtype.itemsize
     if size < POOLED_BYTES:
-        return torch.empty(*shape, dtype=dtype)  # torch is faster at numbers than at a tuple of them
+        return torch.empty(*shape, dtype=dtype, device="cpu")  # torch is faster at numbers than at a tuple of them
     allocate, capsule = _pool()
     managed = allocate(size)
     if managed is None:
@@ -195,8 +195,8 @@ def experts_mlp(
     y_TD = new(x_TD.shape, x_TD.dtype)
     kept = saved_rows(N, save_percent)
     z = new((kept, G), x_TD.dtype)
-    order = torch.empty(N, dtype=torch.int32)
-    offsets = torch.empty(E + 1, dtype=torch.int32)
+    order = torch.empty(N, dtype=torch.int32, device="cpu")
+    offsets = torch.empty(E + 1, dtype=torch.int32, device="cpu")
     if N == 0:
         return y_TD, z, order, offsets.zero_()
     _run_forward(
@@ -221,7 +221,7 @@ def experts_mlp_output(
     N, E = experts_TK.numel(), up_EGD.shape[0]
     y_TD = new(x_TD.shape, x_TD.dtype)
     if N:
-        order_and_offsets = torch.empty(N + E + 1, dtype=torch.int32)
+        order_and_offsets = torch.empty(N + E + 1, dtype=torch.int32, device="cpu")
         address = order_and_offsets.data_ptr()
         _run_forward(
             *(x_TD, experts_TK, weights_TK, up_EGD, down_EDF, up_bias_EG, down_bias_ED, act, y_TD, None),
@@ -334,8 +334,8 @@ def experts_merged(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, proj_ED
     E, D, F = proj_EDF.shape
     x_TD, ids, weights_TK = x_TD.contiguous(), as_ids(experts_TK), as_float_weights(weights_TK)
     h_TF = new((x_TD.shape[0], F), x_TD.dtype)
-    order = torch.empty(experts_TK.numel(), dtype=torch.int32)
-    offsets = torch.empty(E + 1, dtype=torch.int32)
+    order = torch.empty(experts_TK.numel(), dtype=torch.int32, device="cpu")
+    offsets = torch.empty(E + 1, dtype=torch.int32, device="cpu")
     sizes = (*experts_TK.shape, E, D, F, threads(experts_TK.numel(), *proj_EDF.shape[1:]))
     call("merged_forward", x_TD.dtype, (*addresses(x_TD, proj_EDF, ids, weights_TK, h_TF, order, offsets), *sizes))
     return h_TF, order, offsets

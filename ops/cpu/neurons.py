@@ -68,7 +68,7 @@ def experts_neurons(
     x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, down_ED: Tensor, up_ED: Tensor, activation: str
 ) -> tuple[Tensor, Tensor]:
     """As :func:`fusedonemoe.ops.neurons.experts_neurons`, in one kernel."""
-    s_TK = torch.empty(experts_TK.shape, dtype=torch.float32)
+    s_TK = torch.empty(experts_TK.shape, dtype=torch.float32, device="cpu")
     return _forward(x_TD, experts_TK, weights_TK, down_ED, up_ED, activation, s_TK), s_TK
 
 

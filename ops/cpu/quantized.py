@@ -110,7 +110,7 @@ def experts_mlp(
     y_TD = native.new(x_TD.shape, x_TD.dtype)
     kept = saved_rows(N, save_percent)
     z = native.new((kept, G), x_TD.dtype)
-    order, offsets = torch.empty(N, dtype=torch.int32), torch.empty(E + 1, dtype=torch.int32)
+    order, offsets = torch.empty(N, dtype=torch.int32, device="cpu"), torch.empty(E + 1, dtype=torch.int32, device="cpu")
     if N == 0:
         return y_TD, z, order, offsets.zero_()
     _run_forward(x_TD, experts_TK, weights_TK, up, down, up_bias_EG, down_bias_ED, act, y_TD, z, order, offsets, (0, kept))

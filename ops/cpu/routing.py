@@ -45,8 +45,8 @@ def route(logits_TE: Tensor, selection_bias: Tensor | None, rule: RouteRule) -> 
         selection_bias = native.read_as(selection_bias.detach(), torch.float32)
     T, E = logits_TE.shape
     K = rule.top_k or E
-    weights_TK = torch.empty(T, K, dtype=torch.float32)
-    experts_TK = torch.empty(T, K, dtype=torch.int64)
+    weights_TK = torch.empty(T, K, dtype=torch.float32, device="cpu")
+    experts_TK = torch.empty(T, K, dtype=torch.int64, device="cpu")
     addresses = native.addresses(logits_TE, selection_bias, weights_TK, experts_TK)
     words = (*addresses, T, E, K, rule.top_k > 0, *_flags(rule), threads_for(T, E))
     native.call("route", logits_TE.dtype, words, (rule.scale, rule.norm_eps))

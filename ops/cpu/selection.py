@@ -37,7 +37,7 @@ def select(keys_TE: Tensor, k: int) -> Tensor:
         return route.select(keys_TE, k)
     keys_TE = keys_TE.contiguous()
     T, E = keys_TE.shape
-    ids_TK = torch.empty((T, k), dtype=torch.int64)
+    ids_TK = torch.empty((T, k), dtype=torch.int64, device="cpu")
     if kernel(_pack(keys_TE.data_ptr(), ids_TK.data_ptr(), T, E, k, threads_for(T, E))):
         raise MemoryError(f"no memory for the buffers of a selection of {k} from {E}")
     return ids_TK

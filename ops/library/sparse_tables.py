@@ -19,7 +19,9 @@ _ops = torch.ops.fusedonemoe
 
 
 def _sparse(touched: Tensor, rows: Tensor, like: Tensor) -> Tensor:
-    return torch.sparse_coo_tensor(touched[None], rows.to(like.dtype), like.shape, is_coalesced=True, check_invariants=False)
+    return torch.sparse_coo_tensor(
+        touched[None], rows.to(like.dtype), like.shape, is_coalesced=True, check_invariants=False, device=like.device
+    )
 
 
 def _uncompiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -115,7 +115,7 @@ def load_experts(
             branch. None returns tensors.
         num_experts: ``E``, for a flat layout (``megablocks``, ``dbrx``) without a router beside the experts.
         dtype: of the tensors that are returned; the checkpoint's own if None. A module keeps its dtype.
-        device: of the tensors that are returned.
+        device: of the tensors that are returned; the CPU if None.
 
     Returns:
         ``into``, filled; or :class:`ExpertWeights`.
@@ -217,14 +217,14 @@ def _allocate(
     up = stored.get("gate_up") or stored["up"]
 
     def empty(own: Any, *shape: int) -> Tensor:
-        return torch.empty(*shape, dtype=dtype or own, device=device)
+        return torch.empty(*shape, dtype=dtype or own, device=device or "cpu")
 
     def empty_beside(ours: str, key: str) -> Tensor:
         own: Any = source.dtype(key)
         # A selection bias is the sum of many small steps, which half precision would lose.
         narrow = ours == "gate.e_score_correction_bias" and dtype in (torch.bfloat16, torch.float16)
         shape = block_shapes(block).get(ours, source.shape(key))
-        return torch.empty(shape, dtype=torch.float32 if narrow else dtype or own, device=device)
+        return torch.empty(shape, dtype=torch.float32 if narrow else dtype or own, device=device or "cpu")
 
     return ExpertWeights(
         gate_up_proj=empty(up, E, G, D),

@@ -252,7 +252,7 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
         raise ValueError(f"max_norm must be above 0, got {max_norm}")
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
-        return torch.zeros(())
+        return torch.zeros((), device="cpu")
     dtype = torch.float64 if any(gradient.dtype == torch.float64 for gradient in gradients) else torch.float32
     by_mesh: dict[Any, list[Tensor]] = {}
     for gradient in gradients:

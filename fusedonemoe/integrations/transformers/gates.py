@@ -60,12 +60,13 @@ def _name_of_act(act_fn: Any) -> str | None:
 def _probe(magnitudes: Iterable[float]) -> Tensor:
     """Pre-activations ``[rows, 16]`` of every magnitude and sign, float64."""
     generator = torch.Generator().manual_seed(0)
-    z = torch.randn(64, 16, generator=generator, dtype=torch.float64)
+    z = torch.randn(64, 16, generator=generator, dtype=torch.float64, device="cpu")
     return torch.cat([z * magnitude for magnitude in magnitudes])
 
 
 def _agrees(gate: Callable[[Tensor], Tensor], z: Tensor, candidate: Activation) -> bool:
-    expected, actual = activate(z, candidate), gate(z)
+    with torch.device("cpu"):  # what a gate makes beside its argument
+        expected, actual = activate(z, candidate), gate(z)
     if actual.shape != expected.shape:
         return False
     scale = expected.abs().clamp(min=1e-3)

@@ -265,7 +265,7 @@ def _make_probe(router: nn.Module, takes_bias: bool) -> _Probe:
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
     linear = _linear(clone)
     weight: Any = getattr(clone, linear).weight if linear else clone.weight
@@ -305,7 +305,9 @@ def _candidates(router: nn.Module, linear: str, takes_bias: bool, num_experts: i
 
 def _dense(weights: Tensor, experts: Tensor, num_experts: int) -> Tensor:
     """``[..., E]``: the order of a token's experts has no meaning."""
-    return torch.zeros(*weights.shape[:-1], num_experts).scatter(-1, experts, weights.float())
+    return torch.zeros(*weights.shape[:-1], num_experts, dtype=torch.float32, device=weights.device).scatter(
+        -1, experts, weights.float()
+    )
 
 
 def _same_routing(plan: RouterPlan, probe: _Probe, own: tuple[Tensor, ...]) -> bool:
@@ -351,7 +353,9 @@ def _plan_of(router: nn.Module) -> RouterPlan | str:
     linear = _linear(router)
     if takes_bias is None or linear is None:
         return "its forward takes more than hidden states and a selection bias"
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast("cpu", enabled=False):
+    # A router's own forward may make tensors on the default device, which is another matter than where the probe is.
+    on_cpu = torch.device("cpu")
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast("cpu", enabled=False), on_cpu:
         for dimensions in (2, 3):  # some unpack three, as their block gives them
             try:
                 probe = _make_probe(router, takes_bias)
