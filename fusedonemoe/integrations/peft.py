@@ -28,6 +28,7 @@ from fusedonemoe.integrations.adapter_layouts import (
     write_stacked,
 )
 from fusedonemoe.integrations.forms import form_of
+from fusedonemoe.layers import Experts
 from fusedonemoe.lora import ExpertsForm, LoRAExperts
 from fusedonemoe.lora import add_lora as add_lora_to_experts
 
@@ -119,6 +120,9 @@ def load_adapter(
     tensors, checked = _read(source, config)
     modules, others = sort_keys(tensors)
     forms = {name: form for name, module in model.named_modules() if (form := form_of(module)) is not None}
+    for name in forms:
+        if isinstance(module := model.get_submodule(name), Experts):
+            module.unpack()
     stacked: dict[str, dict[int, dict[str, Tensor]]] = {}
     separate: dict[str, dict[tuple[str, int], dict[str, Tensor]]] = {}
     for module, factors in modules.items():

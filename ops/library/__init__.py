@@ -6,13 +6,14 @@ them all.
 
 from fusedonemoe.ops.library import counting, lora, opaque
 from fusedonemoe.ops.library.merged import experts_merged, experts_merged_backward
-from fusedonemoe.ops.library.mlp import experts_mlp, experts_mlp_backward, experts_mlp_packed, pack
+from fusedonemoe.ops.library.mlp import experts_mlp, experts_mlp_backward
 from fusedonemoe.ops.library.neurons import (
     experts_neurons,
     experts_neurons_backward,
     experts_values,
     experts_values_backward,
 )
+from fusedonemoe.ops.library.packed import FOR_INFERENCE, experts_mlp_packed, unpack_weights
 from fusedonemoe.ops.library.product_keys import route_product_key, route_product_key_backward
 from fusedonemoe.ops.library.quantized import experts_mlp_quantized, experts_mlp_quantized_backward
 from fusedonemoe.ops.library.registration import BUILD, NAMESPACE, autocast_dtype
@@ -21,6 +22,7 @@ from fusedonemoe.ops.library.sparse_tables import experts_neurons_sparse, expert
 
 __all__ = [
     "BUILD",
+    "FOR_INFERENCE",
     "NAMESPACE",
     "autocast_dtype",
     "counting",
@@ -39,9 +41,9 @@ __all__ = [
     "experts_values_sparse",
     "lora",
     "opaque",
-    "pack",
     "route",
     "route_backward",
     "route_product_key",
     "route_product_key_backward",
+    "unpack_weights",
 ]

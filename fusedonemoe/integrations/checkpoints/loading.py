@@ -12,7 +12,7 @@ from fusedonemoe.integrations.checkpoints.blocks import Block, find_blocks
 from fusedonemoe.integrations.checkpoints.layouts import LAYOUTS, Part
 from fusedonemoe.integrations.checkpoints.mxfp4 import dequantize_mxfp4
 from fusedonemoe.integrations.checkpoints.sources import Checkpoint, Source
-from fusedonemoe.integrations.checkpoints.weights import ExpertWeights, pieces, weights_of
+from fusedonemoe.integrations.checkpoints.weights import ExpertWeights, pieces, store_packed, weights_of
 from fusedonemoe.layers import Experts, MoE
 
 Module = TypeVar("Module", Experts, MoE)
@@ -147,6 +147,8 @@ def load_experts(
         beside = {ours: block.key(theirs) for ours, theirs in names.items() if ours in home.block}
         _check_beside(source, beside, home)
         _copy(source, block, parts, home)
+        if into is not None:
+            store_packed(into, home)
         for ours, key in beside.items():
             home.block[ours].copy_(source.read(key).reshape(home.block[ours].shape))
     return home if into is None else into

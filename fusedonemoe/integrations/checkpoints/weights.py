@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fusedonemoe.integrations.checkpoints.layouts import Target
 from fusedonemoe.layers import Experts, MoE
+from fusedonemoe.panels import home_of, packed_names, write_home
 
 
 def rows_of(up: Tensor, part: Target, rows: str) -> Tensor:
@@ -70,13 +71,15 @@ class ExpertWeights:
 
 
 def weights_of(module: Experts | MoE) -> ExpertWeights:
-    """A module's parameters, not copied and without autograd."""
+    """A module's parameters without autograd: themselves, and of packed ones the home form in new tensors."""
     experts = module.experts if isinstance(module, MoE) else module
     if not isinstance(experts, Experts):
         raise TypeError(f"experts must be Experts, with the plain weights that checkpoints hold, got {type(experts).__name__}")
     config = experts.config
     name = "gate_up_proj" if config.gated else "up_proj"
-    held = {key: value.detach() for key, value in experts.named_parameters()}
+    held = {key: value.detach() for key, value in experts.named_parameters()} | {
+        key: home_of(experts, key) for key in packed_names(experts)
+    }
     block = {}
     if isinstance(module, MoE):
         block = {key: value.detach() for key, value in module.state_dict().items() if not key.startswith("experts.")}
@@ -90,6 +93,13 @@ def weights_of(module: Experts | MoE) -> ExpertWeights:
         gate_up_layout=config.gate_up_layout,
         block=block,
     )
+
+
+def store_packed(module: Experts | MoE, home: ExpertWeights) -> None:
+    """Write what :func:`weights_of` returned back into the parameters that are packed, of which it holds copies."""
+    experts = module.experts if isinstance(module, MoE) else module
+    for name in packed_names(experts):
+        write_home(experts, name, home.down_proj if name == "down_proj" else home.gate_up_proj)
 
 
 def pieces(home: ExpertWeights, piece: Tensor, target: Target, expert: int, order: str) -> list[tuple[Tensor, Tensor]]:
