@@ -201,9 +201,7 @@ class Experts(nn.Module):
             state_dict = panels.as_panels(self, state_dict, prefix, error_msgs, assign)
             if state_dict is None:
                 return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Experts":
         """A copy in the same form, whose parameters are those that ``memo`` has for the module's."""
@@ -306,7 +304,8 @@ class MoE(nn.Module):
         """A block over the parameters of a transformers sparse block, which are shared and not copied.
 
         The parameters are the same objects: values, gradients and optimizer states are common, and training either trains both.
-        A selection bias shares its storage only: moving or casting either module later parts the two.
+        A selection bias shares its storage only: moving or casting either module later parts the two. While the weights are
+        packed (:meth:`prepack`), ``module`` raises when it is called or saved.
 
         Args:
             module: the block: router, experts and what stands beside them, as transformers 5 has them in memory.

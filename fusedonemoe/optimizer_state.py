@@ -39,4 +39,3 @@ def _refuse_other_form(optimizer: Optimizer, *_: Any) -> None:
                     f"{type(optimizer).__name__} has {name} of shape {tuple(value.shape)} for a parameter that is {form} now, of "
                     f"shape {tuple(parameter.shape)}: unpack() before training, with an optimizer that has trained it unpacked"
                 )
-

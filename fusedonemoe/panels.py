@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from fusedonemoe.functional.packed import PackedExperts, check_can_pack, refuse_packed_training
-from fusedonemoe.optimizer_state import remember_forms
 from fusedonemoe.ops import library
 from fusedonemoe.ops.activation import PLAIN
 from fusedonemoe.ops.cpu import packing
 from fusedonemoe.ops.cpu.packing import Projection
+from fusedonemoe.optimizer_state import remember_forms
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -137,7 +137,7 @@ def _refuse_shared_memory(name: str, parameter: nn.Parameter) -> None:
 def _holders(tensor: Tensor) -> int:
     """How many tensors, storages and arrays hold the memory of a tensor, itself and this function included."""
     storage = tensor.untyped_storage()
-    return torch._C._storage_Use_Count(storage._cdata)  # type: ignore[attr-defined, no-any-return]
+    return torch._C._storage_Use_Count(storage._cdata)
 
 
 def _put(parameter: nn.Parameter, value: Tensor) -> None:

@@ -220,7 +220,8 @@ def test_another_default_device_changes_nothing():
     with torch.device("meta"):
         packed = packed_of(inputs)
         assert torch.equal(run(inputs, packed).to("cpu"), expected)
-        assert all(torch.equal(home.to("cpu"), w) for home, w in zip(packed.unpack(), (inputs.up_proj, inputs.down_proj)))
+        for home, weight in zip(packed.unpack(), (inputs.up_proj, inputs.down_proj), strict=True):
+            assert torch.equal(home, weight)
 
 
 @needs_kernels
@@ -238,13 +239,13 @@ def test_one_call_has_one_set_of_weights():
     inputs = make_mlp_inputs(5, 16, 8, 4, 2)
     packed, arguments = packed_of(inputs), (inputs.x, inputs.experts, inputs.weights)
     for both in ((inputs.up_proj, inputs.down_proj), (inputs.up_proj, None), (None, inputs.down_proj)):
-        with pytest.raises(TypeError, match="give either gate_up_proj and down_proj or packed, .* got both"):
+        with pytest.raises(TypeError, match=r"give either gate_up_proj and down_proj or packed, .* got both"):
             F.experts_mlp(*arguments, *both, packed=packed)
-    with pytest.raises(TypeError, match="gate_up_proj must be a torch.Tensor where packed is not given, got None"):
+    with pytest.raises(TypeError, match=r"gate_up_proj must be a torch\.Tensor where packed is not given, got None"):
         F.experts_mlp(*arguments)
-    with pytest.raises(TypeError, match="down_proj must be a torch.Tensor where packed is not given, got None"):
+    with pytest.raises(TypeError, match=r"down_proj must be a torch\.Tensor where packed is not given, got None"):
         F.experts_mlp(*arguments, inputs.up_proj)
-    with pytest.raises(TypeError, match="packed must be PackedExperts, .* got tuple"):
+    with pytest.raises(TypeError, match=r"packed must be PackedExperts, .* got tuple"):
         F.experts_mlp(*arguments, packed=(packed.up, packed.down))
 
 
@@ -275,7 +276,7 @@ def test_panels_that_do_not_fit_are_refused(change, options, error, message):
 def test_panels_of_other_strides_or_experts_are_refused():
     inputs = make_mlp_inputs(5, 16, 8, 4, 2)
     packed = packed_of(inputs)
-    with pytest.raises(ValueError, match="packed.down must be contiguous panels"):
+    with pytest.raises(ValueError, match=r"packed\.down must be contiguous panels"):
         run(inputs, replace(packed, down=packed.down.transpose(2, 3).contiguous().transpose(2, 3)))
     with pytest.raises(ValueError, match="as many experts in up as in down, got 4 and 3"):
         run(inputs, replace(packed, down=packed.down[:3].contiguous()))

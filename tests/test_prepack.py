@@ -1,4 +1,4 @@
-"""Modules with packed weights: one copy, in the parameters themselves; what reads the home form gets it, and the rest is refused."""
+"""Modules with packed weights: one copy, in the parameters. What reads the home form gets it; the rest is refused."""
 
 import copy
 import io
@@ -44,7 +44,9 @@ def plain_of(moe):
     return plain
 
 
-@pytest.mark.parametrize("form", [{}, {"gate_up_layout": "up_gate", "bias": True}, {"gated": False, "activation": "relu"}], ids=str)
+@pytest.mark.parametrize(
+    "form", [{}, {"gate_up_layout": "up_gate", "bias": True}, {"gated": False, "activation": "relu"}], ids=str
+)
 @every_dtype
 def test_a_block_packs_and_unpacks_in_the_same_parameters(form, dtype, packed_uses):
     moe = small_block(dtype=dtype, **form)
@@ -169,9 +171,9 @@ def test_what_cannot_be_packed_is_not_loaded():
     moe.load_state_dict(state)  # copied into float32
     missing = moe.load_state_dict({"experts.down_proj": state["experts.down_proj"]}, strict=False).missing_keys
     assert "experts.gate_up_proj" in missing and "experts.down_proj" not in missing
-    with pytest.raises(RuntimeError, match="Missing key.*experts.gate_up_proj"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*experts\.gate_up_proj"):
         moe.load_state_dict({name: value for name, value in state.items() if "gate_up" not in name})
-    with pytest.raises(RuntimeError, match="Unexpected key.*experts.more"):
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*experts\.more"):
         moe.load_state_dict(state | {"experts.more": torch.ones(1)})
 
 
@@ -286,7 +288,10 @@ def test_another_order_of_rows_in_the_config_is_refused():
     moe.prepack()
     expected = {name: value.clone() for name, value in moe.state_dict().items()}
     moe.experts.config = replace(moe.config, gate_up_layout="interleaved")
-    with torch.no_grad(), pytest.raises(RuntimeError, match=r"packed with gate_up_layout 'gate_up', and config has 'interleaved'"):
+    with (
+        torch.no_grad(),
+        pytest.raises(RuntimeError, match=r"packed with gate_up_layout 'gate_up', and config has 'interleaved'"),
+    ):
         moe(tokens())
     moe.unpack()
     assert all(torch.equal(value, expected[name]) for name, value in moe.state_dict().items())
@@ -313,7 +318,7 @@ def test_a_parametrized_weight_is_refused_or_computed():
     moe.prepack()
     prune.identity(moe.experts, "down_proj")
     assert torch.equal(output(moe), output(small_block()))
-    with pytest.raises(RuntimeError, match="down_proj_orig is packed .*no state dict"):
+    with pytest.raises(RuntimeError, match=r"down_proj_orig is packed .*no state dict"):
         moe.state_dict()
 
 

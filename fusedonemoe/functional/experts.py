@@ -4,8 +4,6 @@ Suffixes of tensor names: T tokens, D hidden size, F intermediate size, E expert
 G rows of the up-projection (2F when gated, F when plain).
 """
 
-from typing import overload
-
 import torch
 from torch import Tensor
 
@@ -20,46 +18,6 @@ from fusedonemoe.ops.portable import experts_merged_portable, experts_mlp_portab
 _ops = torch.ops.fusedonemoe
 
 
-@overload
-def experts_mlp(
-    x: Tensor,
-    experts: Tensor,
-    weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    *,
-    gate_up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    activation: str = "silu",
-    gated: bool = True,
-    gate_up_layout: str = "gate_up",
-    transposed: bool = False,
-    swiglu_alpha: float = 1.702,
-    swiglu_limit: float = 7.0,
-    save_percent: int = 100,
-    packed: None = None,
-    impl: str = "auto",
-) -> Tensor: ...
-@overload
-def experts_mlp(
-    x: Tensor,
-    experts: Tensor,
-    weights: Tensor,
-    gate_up_proj: None = None,
-    down_proj: None = None,
-    *,
-    gate_up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    activation: str = "silu",
-    gated: bool = True,
-    gate_up_layout: str = "gate_up",
-    transposed: bool = False,
-    swiglu_alpha: float = 1.702,
-    swiglu_limit: float = 7.0,
-    save_percent: int = 100,
-    packed: PackedExperts,
-    impl: str = "auto",
-) -> Tensor: ...
 def experts_mlp(
     x: Tensor,
     experts: Tensor,

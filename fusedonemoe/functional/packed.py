@@ -43,7 +43,7 @@ class PackedExperts:
         return self.up.nbytes + self.down.nbytes
 
     @property
-    def homes(self) -> tuple[Projection, Projection]:
+    def _homes(self) -> tuple[Projection, Projection]:
         """Sizes and order of rows of both weights."""
         rows = self.intermediate_size if self.layout == PLAIN else 2 * self.intermediate_size
         return Projection(rows, self.hidden_size, self.layout), Projection(self.hidden_size, self.intermediate_size, PLAIN)
@@ -56,7 +56,7 @@ class PackedExperts:
 
 def home_weights(packed: PackedExperts) -> tuple[Tensor, Tensor]:
     """Both weights in home form."""
-    up, down = packed.homes
+    up, down = packed._homes
     return library.unpack_weights(packed.up, *up), library.unpack_weights(packed.down, *down)
 
 
@@ -106,9 +106,7 @@ def pack_experts(
     check_can_pack({"gate_up_proj": gate_up_proj, "down_proj": down_proj})
     layout = gate_up_layout if gated else PLAIN
     with torch.inference_mode(False):  # else nothing could write into them later
-        return PackedExperts(
-            packing.pack(gate_up_proj.detach(), layout), packing.pack(down_proj.detach(), PLAIN), layout, D, F
-        )
+        return PackedExperts(packing.pack(gate_up_proj.detach(), layout), packing.pack(down_proj.detach(), PLAIN), layout, D, F)
 
 
 def check_can_pack(weights: dict[str, Tensor]) -> None:
@@ -148,7 +146,7 @@ def _check_packed(packed: PackedExperts, x: Tensor, layout: str, transposed: boo
     if packed.layout != layout:
         raise ValueError(f"packed must have been packed with gate_up_layout {layout!r}, got {packed.layout!r}")
     check_fits(x, packed.hidden_size, "packed")
-    for name, panels, home in zip(("packed.up", "packed.down"), (packed.up, packed.down), packed.homes, strict=True):
+    for name, panels, home in zip(("packed.up", "packed.down"), (packed.up, packed.down), packed._homes, strict=True):
         check_like_x(name, panels, x)
         if reason := refusal("cpu", device_type=panels.device.type, dtype=panels.dtype, widths=()):
             raise ValueError(f"{name} cannot be read here: {reason}")
@@ -173,7 +171,7 @@ def run_packed(
 ) -> Tensor | None:
     """The output from panels; None where autocast computes in another dtype than theirs."""
     _check_packed(packed, x, act[1], transposed, impl)
-    (up, down), E = packed.homes, packed.up.shape[0]
+    (up, down), E = packed._homes, packed.up.shape[0]
     check_biases(x, gate_up_bias, down_bias, (E, up.rows, up.width))
     refuse_packed_training(x, weights, packed.up, packed.down, gate_up_bias, down_bias)
     autocast = library.autocast_dtype(x.device.type)

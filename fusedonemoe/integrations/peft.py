@@ -121,8 +121,8 @@ def load_adapter(
     modules, others = sort_keys(tensors)
     forms = {name: form for name, module in model.named_modules() if (form := form_of(module)) is not None}
     for name in forms:
-        if isinstance(module := model.get_submodule(name), Experts):
-            module.unpack()
+        if isinstance(experts := model.get_submodule(name), Experts):
+            experts.unpack()
     stacked: dict[str, dict[int, dict[str, Tensor]]] = {}
     separate: dict[str, dict[tuple[str, int], dict[str, Tensor]]] = {}
     for module, factors in modules.items():

@@ -133,9 +133,7 @@ def experts_mlp_packed(
         "mlp_forward",
         x_TD.dtype,
         (
-            *native.addresses(
-                *(x_TD, None, None, up_bias_EG, down_bias_ED, packed_up, packed_down, ids, weights_TK, y_TD, None)
-            ),
+            *native.addresses(*(x_TD, None, None, up_bias_EG, down_bias_ED, packed_up, packed_down, ids, weights_TK, y_TD, None)),
             *(order, order + 4 * N),
             *(*experts_TK.shape, E, D, F, G, *native.gate_up_rows(activation, F)),
             *(0, 0, native.threads(N, G, D), ACTIVATIONS.index(activation.name)),
