@@ -203,6 +203,12 @@ class Experts(nn.Module):
                 return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
+    def __copy__(self) -> "Experts":
+        """A copy in the same form, with the module's own parameters."""
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "Experts":
         """A copy in the same form, whose parameters are those that ``memo`` has for the module's."""
         copied = type(self).__new__(type(self))

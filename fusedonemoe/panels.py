@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from fusedonemoe.functional.packed import PackedExperts, check_can_pack, refuse_packed_training
 from fusedonemoe.ops import library
 from fusedonemoe.ops.activation import PLAIN
-from fusedonemoe.ops.cpu import packing
-from fusedonemoe.ops.cpu.packing import Projection
+from fusedonemoe.ops.library import Projection
 from fusedonemoe.optimizer_state import remember_forms
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 def is_panels(tensor: Tensor | None) -> bool:
     """Whether a weight is in the form of panels."""
-    return tensor is not None and tensor.dim() == packing.PANEL_DIMS
+    return tensor is not None and tensor.dim() == library.PANEL_DIMS
 
 
 def layout_of(config: "MoEConfig") -> str:
@@ -75,8 +74,8 @@ def home_of(experts: "Experts", name: str) -> Tensor:
 def write_home(experts: "Experts", name: str, weight: Tensor) -> None:
     """Write a contiguous weight in home form into the panels of a parameter."""
     parameter, home = experts.get_parameter(name), homes_of(experts)[name]
-    packing.check_panels(name, parameter, home)
-    packing.pack(weight, home.layout, out=parameter.detach())
+    library.check_panels(name, parameter, home)
+    library.pack_weight(weight, home.layout, out=parameter.detach())
     torch.autograd.graph.increment_version(parameter)
 
 
@@ -176,7 +175,7 @@ def pack_in_place(experts: "Experts") -> None:
             raise ValueError(f"{name} must have shape {shape} to be packed, got {tuple(parameter.shape)}")
         _refuse_shared_memory(name, parameter)
     with torch.inference_mode(False), torch.no_grad():
-        panels = {name: packing.pack(parameter.detach(), homes[name].layout) for name, parameter in parameters.items()}
+        panels = {name: library.pack_weight(parameter.detach(), homes[name].layout) for name, parameter in parameters.items()}
         for name, parameter in parameters.items():
             remember_forms(parameter, parameter.shape, panels[name].shape)
             _put(parameter, panels[name])
@@ -296,7 +295,7 @@ def as_panels(
                     weight = torch.empty(shape, dtype=dtype, device="cpu")
                     weight.copy_(value)
                     check_can_pack({name: weight})
-                    loaded[prefix + name] = packing.pack(weight, home.layout)
+                    loaded[prefix + name] = library.pack_weight(weight, home.layout)
             except Exception as error:  # as load_state_dict itself does with what a copy raises
                 errors.append(f"While packing {prefix}{name}, an exception occurred: {error}.")
     return loaded if len(errors) == count else None

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import parametrize, prune
 
 from fusedonemoe import Experts, MoE, MoEConfig, QuantizedExperts, explain, quantize_
@@ -101,6 +102,23 @@ def test_a_graph_that_was_recorded_before_packing_refuses_its_backward():
             y.sum().backward()
 
 
+def test_the_home_form_leaves_memory():
+    moe = small_block()
+    expected = output(moe)
+    home = [StorageWeakRef(moe.experts.get_parameter(name).untyped_storage()) for name in WEIGHTS]
+    assert not any(reference.expired() for reference in home)
+    moe.prepack()
+    assert all(reference.expired() for reference in home) and torch.equal(output(moe), expected)
+    assert len(list(moe.experts.parameters())) == 2 and not list(moe.experts.buffers())
+
+
+def test_under_fake_tensors_nothing_is_packed():
+    moe = small_block()
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True), pytest.raises((RuntimeError, AssertionError)):
+        moe.prepack()
+    assert not moe.experts.packed_bytes and torch.equal(output(moe), output(small_block()))
+
+
 # State dicts
 
 
@@ -192,6 +210,8 @@ def test_copies_and_files_compute_the_same():
         assert torch.equal(output(other), expected)
         other.prepack()
         assert torch.equal(output(other), expected)
+    shallow = copy.copy(moe.experts)
+    assert shallow.down_proj is moe.experts.down_proj and shallow.packed_bytes == moe.experts.packed_bytes
     other, same = copy.deepcopy((moe, moe.experts.down_proj))  # as a module and its optimizer are copied
     assert other.experts.down_proj is same and other.experts.packed_bytes and torch.equal(output(other), expected)
     with torch.no_grad():

@@ -12,8 +12,7 @@ from fusedonemoe.functional.calls import as_rows, records_gradients, refuse_tran
 from fusedonemoe.ops import library
 from fusedonemoe.ops.activation import GATE_UP_LAYOUTS, PLAIN
 from fusedonemoe.ops.choice import refusal
-from fusedonemoe.ops.cpu import packing
-from fusedonemoe.ops.cpu.packing import Projection
+from fusedonemoe.ops.library import Projection
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +105,9 @@ def pack_experts(
     check_can_pack({"gate_up_proj": gate_up_proj, "down_proj": down_proj})
     layout = gate_up_layout if gated else PLAIN
     with torch.inference_mode(False):  # else nothing could write into them later
-        return PackedExperts(packing.pack(gate_up_proj.detach(), layout), packing.pack(down_proj.detach(), PLAIN), layout, D, F)
+        return PackedExperts(
+            library.pack_weight(gate_up_proj.detach(), layout), library.pack_weight(down_proj.detach(), PLAIN), layout, D, F
+        )
 
 
 def check_can_pack(weights: dict[str, Tensor]) -> None:
@@ -150,7 +151,7 @@ def _check_packed(packed: PackedExperts, x: Tensor, layout: str, transposed: boo
         check_like_x(name, panels, x)
         if reason := refusal("cpu", device_type=panels.device.type, dtype=panels.dtype, widths=()):
             raise ValueError(f"{name} cannot be read here: {reason}")
-        packing.check_panels(name, panels, home)
+        library.check_panels(name, panels, home)
     if packed.up.shape[0] != packed.down.shape[0]:
         raise ValueError(
             f"packed must hold as many experts in up as in down, got {packed.up.shape[0]} and {packed.down.shape[0]}"

@@ -78,7 +78,10 @@ def _move(weight_EOI: Tensor, panels: Tensor, home: Projection, *, back: bool) -
     E, rows, width = weight_EOI.shape
     first, second, step, gated = native.gate_up_rows(Activation("identity", home.layout, 0.0, 0.0), home.columns)
     sizes = (E, home.columns, rows, width, first, second, step, gated, int(back), native.threads(E, rows, width))
-    native.call("pack", weight_EOI.dtype, (*native.addresses(weight_EOI, panels), *sizes))
+    addresses = native.addresses(weight_EOI, panels)
+    if not all(addresses) and panels.numel():
+        raise RuntimeError("weights can be packed and unpacked in memory alone, and under this mode a tensor has none")
+    native.call("pack", weight_EOI.dtype, (*addresses, *sizes))
 
 
 def pack(weight_EOI: Tensor, layout: str, out: Tensor | None = None) -> Tensor:

@@ -4,6 +4,7 @@
 them all.
 """
 
+from fusedonemoe.ops.cpu.packing import PANEL_DIMS, Projection, check_panels
 from fusedonemoe.ops.library import counting, lora, opaque
 from fusedonemoe.ops.library.merged import experts_merged, experts_merged_backward
 from fusedonemoe.ops.library.mlp import experts_mlp, experts_mlp_backward
@@ -13,7 +14,7 @@ from fusedonemoe.ops.library.neurons import (
     experts_values,
     experts_values_backward,
 )
-from fusedonemoe.ops.library.packed import FOR_INFERENCE, experts_mlp_packed, unpack_weights
+from fusedonemoe.ops.library.packed import FOR_INFERENCE, experts_mlp_packed, pack_weight, unpack_weights
 from fusedonemoe.ops.library.product_keys import route_product_key, route_product_key_backward
 from fusedonemoe.ops.library.quantized import experts_mlp_quantized, experts_mlp_quantized_backward
 from fusedonemoe.ops.library.registration import BUILD, NAMESPACE, autocast_dtype
@@ -24,7 +25,10 @@ __all__ = [
     "BUILD",
     "FOR_INFERENCE",
     "NAMESPACE",
+    "PANEL_DIMS",
+    "Projection",
     "autocast_dtype",
+    "check_panels",
     "counting",
     "experts_merged",
     "experts_merged_backward",
@@ -41,6 +45,7 @@ __all__ = [
     "experts_values_sparse",
     "lora",
     "opaque",
+    "pack_weight",
     "route",
     "route_backward",
     "route_product_key",

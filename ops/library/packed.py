@@ -38,3 +38,4 @@ for _name in ("experts_mlp_packed", "unpack_weights"):
 
 experts_mlp_packed: Callable[..., Any] = shortcut("experts_mlp_packed", packing.experts_mlp_packed, 7)
 unpack_weights: Callable[..., Any] = shortcut("unpack_weights", packing.unpack, 1)
+pack_weight: Callable[..., Tensor] = packing.pack
