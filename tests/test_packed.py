@@ -257,10 +257,10 @@ def test_one_call_has_one_set_of_weights():
         ({}, {"gated": False}, ValueError, "packed with gate_up_layout 'plain', got 'gate_up'"),
         ({}, {"impl": "grouped"}, ValueError, r"for impl='auto' or 'cpu', got impl='grouped': call unpack\(\)"),
         ({}, {"transposed": True}, ValueError, "packed weights have no transposed form"),
-        ({"intermediate_size": 24}, {}, ValueError, "packed.up must be panels of shape .* of 48 rows of 16"),
+        ({"intermediate_size": 24}, {}, ValueError, "packed_up must be panels of shape .* of 48 rows of 16"),
         ({"hidden_size": 15}, {}, ValueError, r"x must have shape \[..., 15\] to fit packed"),
-        ({"down": torch.zeros(4, 16, 8)}, {}, ValueError, r"packed.down must be panels, .* got shape \(4, 16, 8\)"),
-        ({"up": torch.zeros(4, 1, 16, 4, 1)}, {}, ValueError, "packed.up must be panels of shape"),
+        ({"down": torch.zeros(4, 16, 8)}, {}, ValueError, r"packed must hold panels, .*got shapes .*, \(4, 16, 8\)"),
+        ({"up": torch.zeros(4, 1, 16, 4, 1)}, {}, ValueError, "packed_up must be panels of shape"),
         ({"down": torch.zeros(1, dtype=torch.bfloat16)}, {}, TypeError, "packed.down must have the dtype of x"),
         ({"down": torch.zeros(1, device="meta")}, {}, ValueError, "packed.down must be on the device of x"),
     ],
@@ -276,9 +276,9 @@ def test_panels_that_do_not_fit_are_refused(change, options, error, message):
 def test_panels_of_other_strides_or_experts_are_refused():
     inputs = make_mlp_inputs(5, 16, 8, 4, 2)
     packed = packed_of(inputs)
-    with pytest.raises(ValueError, match=r"packed\.down must be contiguous panels"):
+    with pytest.raises(ValueError, match=r"packed_down must be contiguous panels"):
         run(inputs, replace(packed, down=packed.down.transpose(2, 3).contiguous().transpose(2, 3)))
-    with pytest.raises(ValueError, match="as many experts in up as in down, got 4 and 3"):
+    with pytest.raises(ValueError, match="packed_down must have as many experts as packed_up \\(4\\), got 3"):
         run(inputs, replace(packed, down=packed.down[:3].contiguous()))
     arguments = (inputs.x, inputs.experts, inputs.weights, packed.up, packed.down[:3], None, None, 8)
     with pytest.raises(ValueError, match="as many experts as packed_up"):  # the operator trusts its caller no more
