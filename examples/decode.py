@@ -38,20 +38,18 @@ def main():
     torch.manual_seed(0)
     model = Recurrent().eval()
     plain = generate(model)
-    model.moe.prepack()
     experts = model.moe.experts
     print("implementation:", explain(model.moe, tokens=1).impl)
-    print(f"weights {sum(p.nbytes for p in experts.parameters()) / 1e6:.1f} MB, packed copy {experts.packed_bytes / 1e6:.1f} MB")
+    weights = sum(p.nbytes for p in experts.parameters()) / 1e6
+    model.moe.prepack()
+    print(f"weights {weights:.1f} MB, packed in their place {experts.packed_bytes / 1e6:.1f} MB")
     print("text with packed weights:", "the same" if generate(model) == plain else "another")
 
     with torch.no_grad():
-        experts.down_proj.mul_(1.01)  # the copy is stale now, and says so instead of giving old results
-    try:
-        generate(model)
-    except RuntimeError as error:
-        print("after a change:", str(error).split(":")[0])
-    model.moe.prepack()
-    generate(model)
+        experts.down_proj.mul_(100)  # the panels are the weights, so what writes into the parameter changes them
+    packed = generate(model)
+    model.moe.unpack()
+    print("after a change:", "the new weights'" if packed == generate(model) != plain else "another")
 
 
 if __name__ == "__main__":

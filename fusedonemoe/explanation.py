@@ -45,7 +45,7 @@ class Explanation:
         device: device type.
         dtype: of the computation.
         candidates: every implementation, with its counted work.
-        packed_bytes: size of the copy that ``prepack()`` made of the expert weights; 0 without one.
+        packed_bytes: size of the expert weights where ``prepack()`` packed them; 0 in home form.
         configuration: how the GPU kernels cut the work there, for as many tokens; empty for another implementation, or for a
             GPU that is not here to ask.
     """
@@ -74,7 +74,7 @@ class Explanation:
         if self.configuration:
             lines.append(f"  {self.configuration}")
         if self.packed_bytes:
-            lines.append(f"  packed for inference: {self.packed_bytes / 1e6:.2f} MB beside the parameters")
+            lines.append(f"  packed for inference: {self.packed_bytes / 1e6:.2f} MB, the expert weights themselves")
         return "\n".join(lines)
 
 

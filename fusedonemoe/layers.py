@@ -1,6 +1,8 @@
 """The modules: parameters, their initialisation, and a forward that is one call into :mod:`fusedonemoe.functional`."""
 
+import copy
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, overload
 
@@ -8,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedonemoe import functional as F
+from fusedonemoe import panels
 from fusedonemoe.checks import check_last_dim
 from fusedonemoe.config import MoEConfig
 from fusedonemoe.hf import config_of, tensors_of
@@ -60,6 +63,9 @@ class Experts(nn.Module):
     """
 
     down_proj_bias: Tensor | None
+    _packed_layout: str | None = None  # the order of rows in the panels, should config be replaced
+    _shared_with: "weakref.ref[nn.Module] | None" = None  # the module that from_hf took the parameters of
+    _guards: tuple[Any, ...] = ()  # its hooks, while the parameters are packed
 
     def __init__(self, config: MoEConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -75,16 +81,16 @@ class Experts(nn.Module):
         self.down_proj: nn.Parameter = parameter(E, F_, D) if config.transposed else parameter(E, D, F_)
         self.register_parameter(f"{self._up_name}_bias", parameter(E, G) if config.bias else None)
         self.register_parameter("down_proj_bias", parameter(E, D) if config.bias else None)
-        self._packed: F.PackedExperts | None = None
         # How rows reach experts that other processes hold; integrations.distributed sets it, None where all are here.
         self.exchange: Callable[[Experts, Tensor, Tensor, Tensor], Tensor] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Initialise every expert as ``nn.Linear`` does: uniform within ``1 / sqrt(fan_in)``."""
-        for name, parameter in self.named_parameters():
-            up = name.startswith(self._up_name)
-            uniform_by_fan_in(parameter, self.config.hidden_size if up else self.config.intermediate_size)
+        with panels.unpacked(self):
+            for name, parameter in self.named_parameters():
+                up = name.startswith(self._up_name)
+                uniform_by_fan_in(parameter, self.config.hidden_size if up else self.config.intermediate_size)
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """Run each row of ``x`` through its experts and sum by weight."""
@@ -123,61 +129,101 @@ class Experts(nn.Module):
         up_bias: Tensor | None,
         down_bias: Tensor | None,
     ) -> Tensor:
-        """The forward with weights of the caller's, whose ids ``experts`` are: all of them or some, whole or slices of F."""
+        """Forward with weights passed in; ``experts`` indexes them. They may be a subset of the experts, or slices of F."""
         config = self.config
-        return F.experts_mlp(
-            x,
-            experts,
-            weights,
-            up_proj,
-            down_proj,
-            gate_up_bias=up_bias,
-            down_bias=down_bias,
-            activation=config.activation,
-            gated=config.gated,
-            gate_up_layout=config.gate_up_layout,
-            transposed=config.transposed,
-            swiglu_alpha=config.swiglu_alpha,
-            swiglu_limit=config.swiglu_limit,
-            save_percent=config.save_percent,
-            packed=self._packed,
-            impl=config.impl,
-        )
+        options: dict[str, Any] = {
+            "gate_up_bias": up_bias,
+            "down_bias": down_bias,
+            "activation": config.activation,
+            "gated": config.gated,
+            "gate_up_layout": config.gate_up_layout,
+            "transposed": config.transposed,
+            "swiglu_alpha": config.swiglu_alpha,
+            "swiglu_limit": config.swiglu_limit,
+            "save_percent": config.save_percent,
+            "impl": config.impl,
+        }
+        if panels.is_panels(up_proj) or panels.is_panels(down_proj):
+            given = panels.weights_for_call(self, x, weights, up_proj, down_proj)
+            if isinstance(given, F.PackedExperts):
+                return F.experts_mlp(x, experts, weights, packed=given, **options)
+            up_proj, down_proj = given
+        return F.experts_mlp(x, experts, weights, up_proj, down_proj, **options)
 
     def prepack(self) -> None:
-        """Keep a second copy of the weights in the order in which the CPU kernels read them, for inference.
+        """Put the weights into the order in which the CPU kernels read them, for inference.
 
-        Calls that record no gradients use it; others use the parameters, which stay what is saved and trained. When they
-        are changed or replaced afterwards, a call that would use the copy raises until :meth:`prepack` or :meth:`unpack`
-        is called. Moving or casting the module, copying it and pickling it leave the copy out.
+        The parameters stay the same objects under the same names; their values become panels, five-dimensional, of the same
+        dtype. There is no second copy: what writes into the parameters afterwards, an optimizer or a collective, writes into
+        what is computed with. ``state_dict``, ``load_state_dict`` and pickles hold the home form. Moving or casting the module
+        unpacks it. Packing packed weights changes nothing.
 
         Raises:
-            ValueError: there are no CPU kernels for these weights here; the message says why.
-            RuntimeError: ``impl`` names another implementation.
+            ValueError: there are no CPU kernels for these weights here, or they share their memory; the message says which.
+            RuntimeError: the weights cannot be packed as they are: ``impl`` names another implementation, a gradient waits, or
+                the parameters are sharded, parallel, parametrized or managed by FSDP. Nothing is changed then.
         """
-        config = self.config
-        if config.impl not in ("auto", "cpu"):
-            raise RuntimeError(f"packed weights are for impl='auto' or 'cpu', got impl={config.impl!r}")
-        if config.transposed:
-            raise ValueError("transposed weights cannot be packed: the CPU kernels read contiguous rows")
-        up, down, *_ = self.local_weights()
-        self._packed = F.pack_experts(up, down, gated=config.gated, gate_up_layout=config.gate_up_layout)
+        panels.pack_in_place(self)
 
     def unpack(self) -> None:
-        """Drop the copy that :meth:`prepack` made."""
-        self._packed = None
+        """Put the weights back into their home form, with the bits that the panels hold, in the same parameters.
+
+        Raises:
+            RuntimeError: FSDP manages the module, or something computes the parameters.
+        """
+        panels.unpack_in_place(self)
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes that :meth:`prepack` holds beside the parameters."""
-        return 0 if self._packed is None else self._packed.nbytes
+        """Bytes of the weights that are packed; 0 for weights in home form."""
+        return sum(getattr(self, name).nbytes for name in panels.packed_names(self))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Experts":
         self.unpack()
         return super()._apply(fn, recurse)
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        panels.save_home(self, destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if panels.is_packed(self):
+            assign = bool(local_metadata.get("assign_to_params_buffers", False))
+            state_dict = panels.as_panels(self, state_dict, prefix, error_msgs, assign)
+            if state_dict is None:
+                return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+    def __copy__(self) -> "Experts":
+        """A copy in the same form, with the module's own parameters."""
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Experts":
+        """A copy in the same form, whose parameters are those that ``memo`` has for the module's."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy({**self.__dict__, "_shared_with": None, "_guards": ()}, memo))
+        return copied
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None}
+        """The home form: panels are of this machine."""
+        state = {**self.__dict__, "_shared_with": None, "_guards": (), "_packed_layout": None}
+        state["_parameters"] = dict(self._parameters)
+        for name in panels.packed_names(self):
+            requires_grad = getattr(self, name).requires_grad
+            state["_parameters"][name] = nn.Parameter(panels.home_of(self, name), requires_grad=requires_grad)
+        return state
 
     def extra_repr(self) -> str:
         """The sizes, for ``print(module)``."""
@@ -265,6 +311,7 @@ class MoE(nn.Module):
 
         The parameters are the same objects: values, gradients and optimizer states are common, and training either trains both.
         A selection bias shares its storage only: moving either module later parts the two, and so does a cast of ``module``.
+        While the weights are packed (:meth:`prepack`), ``module`` raises when it is called or saved.
 
         Args:
             module: the block: router, experts and what stands beside them, as transformers 5 has them in memory.
@@ -292,6 +339,7 @@ class MoE(nn.Module):
         for name, tensor in tensors_of(module, expected).items():
             owner, _, leaf = name.rpartition(".")
             setattr(moe.get_submodule(owner), leaf, tensor)
+        panels.remember_shared(moe.experts, module)
         return moe.train(module.training)
 
     def reset_parameters(self) -> None:
@@ -303,11 +351,11 @@ class MoE(nn.Module):
                 part.reset_parameters()
 
     def prepack(self) -> None:
-        """Pack the expert weights for inference on CPU; see :meth:`Experts.prepack`."""
+        """Pack the expert weights for inference on CPU, in place; see :meth:`Experts.prepack`."""
         self.experts.prepack()
 
     def unpack(self) -> None:
-        """Drop the copy that :meth:`prepack` made."""
+        """Put packed expert weights back into their home form; see :meth:`Experts.unpack`."""
         self.experts.unpack()
 
     @overload

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fusedonemoe import functional as F
 from fusedonemoe.layers import Experts
 from fusedonemoe.linear import uniform_by_fan_in
+from fusedonemoe.panels import is_packed
 from fusedonemoe.peft_refusal import RefusesPeft, check_no_peft, show_to_peft
 
 TARGETS = ("gate_up", "down")
@@ -149,6 +150,8 @@ class LoRAExperts(RefusesPeft):
             form = form_of(base)
         if isinstance(targets, str) or not targets or set(targets) - set(TARGETS) or len(set(targets)) != len(targets):
             raise ValueError(f"targets must be some of {TARGETS}, each once, got {targets!r}")
+        if isinstance(base, Experts):
+            base.unpack()
         self.form = form
         self.targets: tuple[str, ...] = tuple(target for target in TARGETS if target in targets)
         self.r: dict[str, int] = _per_target("r", r, self.targets, int)
@@ -202,6 +205,7 @@ class LoRAExperts(RefusesPeft):
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """Run each row of ``x`` through its adapted experts and sum by weight."""
+        self._refuse_packed()
         form, base = self.form, self.base
 
         def parameter(name: str | None) -> Tensor | None:
@@ -233,6 +237,10 @@ class LoRAExperts(RefusesPeft):
             **options,
         )
 
+    def _refuse_packed(self) -> None:
+        if isinstance(self.base, Experts) and is_packed(self.base):
+            raise RuntimeError("the weights of the base are packed, which adapters cannot use: call unpack() first")
+
     @torch.no_grad()
     def _merge_into(self, target: str, out: Tensor, weight: Tensor) -> None:
         """``out = weight + scale B A``, one expert at a time, added in float32 or wider and rounded once."""
@@ -246,9 +254,10 @@ class LoRAExperts(RefusesPeft):
         """The adapted projections by their names in the base, as new tensors of the base's dtype and layout.
 
         Raises:
-            RuntimeError: the base holds the adapters already.
+            RuntimeError: the base holds the adapters already, or its weights are packed.
         """
         refuse_merged(self)
+        self._refuse_packed()
         merged = {}
         for target in self.targets:
             name = self.form.name(target)
@@ -267,11 +276,11 @@ class LoRAExperts(RefusesPeft):
         Raises:
             RuntimeError: they are merged already.
         """
+        self.unpack()
         for name, merged in self.merged_weights().items():
             parameter = getattr(self.base, name)
             self._originals[name] = parameter.data
             parameter.data = merged
-        self.unpack()
 
     def unmerge(self) -> None:
         """Put the original weights back, the very same tensors.
@@ -281,10 +290,10 @@ class LoRAExperts(RefusesPeft):
         """
         if not self.merged:
             raise RuntimeError("unmerge() undoes merge(), and nothing is merged")
+        self.unpack()
         for name, original in self._originals.items():
             getattr(self.base, name).data = original
         self._originals = {}
-        self.unpack()
 
     def unload(self, *, merge: bool = True) -> nn.Module:
         """The base without adapters, to put in this module's place.
@@ -294,11 +303,11 @@ class LoRAExperts(RefusesPeft):
         """
         if self.merged:
             self.unmerge()
+        self.unpack()
         if merge:
             for target in self.targets:
                 weight = getattr(self.base, self.form.name(target)).data
                 self._merge_into(target, weight, weight)
-            self.unpack()
         return self.base
 
     def prepack(self) -> None:
@@ -310,7 +319,7 @@ class LoRAExperts(RefusesPeft):
         raise RuntimeError("packed weights are of plain experts: put unload() in this module's place, then prepack()")
 
     def unpack(self) -> None:
-        """Drop what the base had packed before it was adapted."""
+        """Put the weights of the base back into their home form, should it have been packed by itself."""
         if isinstance(self.base, Experts):
             self.base.unpack()
 

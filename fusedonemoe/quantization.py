@@ -217,6 +217,7 @@ def quantize_(
     layers = []
     for name in list(modules):
         module = modules.pop(name)  # whose weights nothing holds any more, once they are replaced
+        module.unpack()  # they are read expert by expert below
         quantized = QuantizedExperts.from_experts(module, dtype, **options)
         call = calls.get(name) or _random_call(module)
         exact, actual = _exact_output(module, *call), quantized(*call).double()

@@ -12,7 +12,6 @@ if __name__ != "fusedonemoe.ops":
 
 from fusedonemoe.ops import library
 from fusedonemoe.ops.choice import IMPLEMENTATIONS, Choice, Work, choose, count_work
-from fusedonemoe.ops.cpu.packing import PackedExperts
 from fusedonemoe.ops.plan import Plan
 
-__all__ = ["IMPLEMENTATIONS", "Choice", "PackedExperts", "Plan", "Work", "choose", "count_work", "library"]
+__all__ = ["IMPLEMENTATIONS", "Choice", "Plan", "Work", "choose", "count_work", "library"]

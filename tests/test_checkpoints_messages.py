@@ -221,10 +221,21 @@ def test_dtype_is_the_checkpoints_or_the_one_asked_for():
 
 
 @needs_kernels
-def test_packed_weights_are_refused_once_a_checkpoint_was_loaded_over_them():
-    moe = _moe(hidden_size=16, intermediate_size=16)
-    x = torch.randn(2, 16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_checkpoint_is_read_into_packed_weights_and_written_from_them(dtype):
+    moe = _moe(hidden_size=16, intermediate_size=16, dtype=dtype)
+    plain = _moe(hidden_size=16, intermediate_size=16, dtype=dtype)
+    x, state = torch.randn(2, 16, dtype=dtype), make("hf", 3, 16, 16, dtype=dtype)
     moe.prepack()
-    load_experts(make("hf", 3, 16, 16, dtype=torch.float32), into=moe)
-    with torch.no_grad(), pytest.raises(RuntimeError, match="changed"):
-        moe(x)
+    parameters = list(moe.parameters())
+    for block in (moe, plain):
+        load_experts(state, into=block)
+    assert moe.experts.packed_bytes and all(a is b for a, b in zip(parameters, moe.parameters(), strict=True))
+    with torch.no_grad():
+        assert torch.equal(moe(x), plain(x))
+    written, expected = to_state_dict(moe, "hf"), to_state_dict(plain, "hf")
+    assert written.keys() == expected.keys() and all(torch.equal(written[key], expected[key]) for key in written)
+    before = moe.experts.down_proj.clone()
+    with pytest.raises((ValueError, TypeError)):
+        load_experts(state | {next(key for key in state if "down_proj" in key): torch.zeros(3, 3)}, into=moe)
+    assert torch.equal(moe.experts.down_proj, before)

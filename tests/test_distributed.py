@@ -227,20 +227,26 @@ def the_first_rank_says_what_the_weights_are(rank, world, folder):
     assert moe(torch.randn(3, D)).isfinite().all()
 
 
-def packed_weights_are_the_local_ones(rank, world, folder):
+def packed_experts_become_parallel_and_parallel_ones_stay_unpacked(rank, world, folder):
     if refusal(torch.float32, True):
         return
-    moe = ExpertParallel().apply(make_moe(dtype=torch.float32, impl="cpu", bias=False))
+    moe = make_moe(dtype=torch.float32, impl="cpu", bias=False)
     x, _ = batch([5] * world, torch.float32)
     with torch.no_grad():
-        expected = moe(x.chunk(world)[rank])
+        expected = moe(x)
         moe.prepack()
-        local = moe.experts.down_proj.to_local()
-        assert moe.experts._packed.is_of(moe.experts.gate_up_proj.to_local(), local)
-        assert torch.equal(moe(x.chunk(world)[rank]), expected)
-        local.mul_(2)
-        with pytest.raises(RuntimeError, match="changed or replaced after they were packed"):
-            moe(x.chunk(world)[rank])
+        before = [w.data_ptr() for w in (moe.experts.gate_up_proj, moe.experts.down_proj)]
+        for parameter in (moe.experts.gate_up_proj, moe.experts.down_proj):
+            dist.broadcast(parameter.mul_(2), 0)  # a write that torch does not count, into the panels
+        assert before == [w.data_ptr() for w in (moe.experts.gate_up_proj, moe.experts.down_proj)]
+        doubled = moe(x)
+        assert not torch.equal(doubled, expected)
+        ExpertParallel().apply(moe)
+        torch.testing.assert_close(moe(x.chunk(world)[rank]), doubled.chunk(world)[rank])
+        with pytest.raises(RuntimeError, match="parallel experts cannot be packed: they have an exchange"):
+            moe.prepack()
+        moe.experts.down_proj.to_local().mul_(2)
+        torch.testing.assert_close(moe(x.chunk(world)[rank]), 2 * doubled.chunk(world)[rank])
 
 
 def frozen_parts(rank, world, folder):
@@ -259,7 +265,7 @@ def frozen_parts(rank, world, folder):
 AT_TWO = [
     "equal_to_one_process",
     "the_first_rank_says_what_the_weights_are",
-    "packed_weights_are_the_local_ones",
+    "packed_experts_become_parallel_and_parallel_ones_stay_unpacked",
 ]
 AT_FOUR = [
     "equal_to_one_process",

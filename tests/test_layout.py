@@ -40,6 +40,8 @@ FLOORS = [
         "usage",
         "routers",
         "layers",
+        "panels",
+        "optimizer_state",
         "fused_one_moe",
         "lora",
         "shared_expert",

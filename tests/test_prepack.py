@@ -1,125 +1,572 @@
-"""Modules with packed weights: what uses the copy, what drops it, and that a stale one is refused, compiled calls included."""
+"""Modules with packed weights: one copy, in the parameters. What reads the home form gets it; the rest is refused."""
 
 import copy
+import io
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.utils import parametrize, prune
 
-from fusedonemoe import Experts, MoE, MoEConfig, explain
+from fusedonemoe import Experts, MoE, MoEConfig, QuantizedExperts, explain, quantize_
+from fusedonemoe.export import portable
 from fusedonemoe.ops.cpu import native
 from fusedonemoe.testing import make_mlp_inputs
 
 _REFUSAL = native.refusal(torch.float32, True)
 needs_kernels = pytest.mark.skipif(_REFUSAL is not None, reason=f"no CPU kernels: {_REFUSAL}")
-STALE = "changed or replaced after they were packed"
+pytestmark = needs_kernels
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+TRAINING = r"packed weights are for inference, and this call records gradients: .*torch.no_grad\(\).*unpack\(\)"
+WEIGHTS = ("gate_up_proj", "down_proj")
 
 
-def small_block(**options):
-    torch.manual_seed(0)
+def small_block(seed=0, **options):
+    torch.manual_seed(seed)
     return MoE(hidden_size=24, intermediate_size=20, num_experts=4, top_k=2, **{"impl": "cpu", **options})
 
 
-@needs_kernels
-def test_a_block_packs_and_unpacks(packed_uses):
-    moe, x = small_block(), torch.randn(7, 24)
-    with torch.no_grad():
-        plain = moe(x)
+def tokens(dtype=torch.float32):
+    return torch.randn(7, 24, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+@torch.no_grad()
+def output(moe):
+    return moe(tokens(moe.gate.weight.dtype))
+
+
+def plain_of(moe):
+    """A fresh module in home form with the weights that the state dict has."""
+    plain = MoE(moe.config, dtype=moe.gate.weight.dtype)
+    plain.load_state_dict(moe.state_dict())
+    return plain
+
+
+@pytest.mark.parametrize(
+    "form", [{}, {"gate_up_layout": "up_gate", "bias": True}, {"gated": False, "activation": "relu"}], ids=str
+)
+@every_dtype
+def test_a_block_packs_and_unpacks_in_the_same_parameters(form, dtype, packed_uses):
+    moe = small_block(dtype=dtype, **form)
+    expected, parameters = output(moe), dict(moe.named_parameters())
+    home = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    for _ in range(2):
+        for _ in range(2):  # the second time there is nothing to do
+            moe.prepack()
+            panels = moe.experts.down_proj.data_ptr()
+        assert torch.equal(output(moe), expected)
+        assert all(parameter is parameters[name] for name, parameter in moe.named_parameters())
+        assert moe.experts.down_proj.dim() == 5 and moe.experts.down_proj.dtype == dtype
+        assert moe.experts.packed_bytes >= moe.experts.down_proj.nbytes and moe.experts.down_proj.data_ptr() == panels
+        assert "packed for inference" in str(explain(moe)) and explain(moe).packed_bytes == moe.experts.packed_bytes
+        for _ in range(2):
+            moe.unpack()
+        assert all(torch.equal(parameter, home[name]) for name, parameter in moe.named_parameters())
+        assert torch.equal(output(moe), expected) and moe.experts.packed_bytes == explain(moe).packed_bytes == 0
+    assert len(packed_uses) == 2
+
+
+def test_calls_that_record_gradients_are_refused_and_unpacking_trains(packed_uses):
+    moe, x = small_block(), tokens()
+    moe.prepack()
+    calls = (moe, torch.compile(moe, fullgraph=True, backend="aot_eager"))
+    for call in calls:
+        with pytest.raises(RuntimeError, match=TRAINING):
+            call(x)
+    frozen = copy.deepcopy(moe).requires_grad_(False)
+    assert torch.equal(frozen(x), output(moe))  # nothing to record
+    with pytest.raises(RuntimeError, match=TRAINING):
+        frozen(x.clone().requires_grad_())
+    moe.unpack()
+    reference = plain_of(moe)
+    for block in (moe, reference):
+        optimizer = torch.optim.SGD(block.parameters(), lr=0.1)
+        block(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moe.prepack()
+    assert torch.equal(output(moe), output(reference)) and len(packed_uses) == 3
+
+
+def test_a_graph_that_was_recorded_before_packing_refuses_its_backward():
+    moe = small_block()
+    for change in (moe.prepack, moe.unpack):
+        moe.unpack()
+        y = moe(tokens())
         moe.prepack()
-        assert torch.equal(moe(x), plain) and len(packed_uses) == 1
-        assert moe.experts.packed_bytes == moe.experts._packed.nbytes > 0
-        assert "packed for inference" in str(explain(moe, x)) and explain(moe, x).packed_bytes == moe.experts.packed_bytes
-        moe.unpack()
-        assert torch.equal(moe(x), plain) and len(packed_uses) == 1
-        assert moe.experts.packed_bytes == explain(moe, x).packed_bytes == 0
+        change()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
 
 
-@needs_kernels
-def test_a_training_step_makes_the_copy_stale():
-    moe, x = small_block(), torch.randn(7, 24)
+def test_the_home_form_leaves_memory():
+    moe = small_block()
+    expected = output(moe)
+    home = [StorageWeakRef(moe.experts.get_parameter(name).untyped_storage()) for name in WEIGHTS]
+    assert not any(reference.expired() for reference in home)
     moe.prepack()
-    optimizer = torch.optim.SGD(moe.parameters(), lr=0.1)
-    moe(x).square().sum().backward()
-    optimizer.step()
-    with torch.no_grad(), pytest.raises(RuntimeError, match=STALE):
-        moe(x)
+    assert all(reference.expired() for reference in home) and torch.equal(output(moe), expected)
+    assert len(list(moe.experts.parameters())) == 2 and not list(moe.experts.buffers())
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_under_fake_tensors_nothing_is_packed():
+    moe = small_block()
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True), pytest.raises((RuntimeError, AssertionError)):
+        moe.prepack()
+    assert not moe.experts.packed_bytes and torch.equal(output(moe), output(small_block()))
+
+
+# State dicts
+
+
+def test_a_state_dict_is_in_home_form_from_packed_to_packed():
+    moe, other = small_block(), small_block(seed=1)
+    expected, state = output(moe), {name: value.clone() for name, value in moe.state_dict().items()}
     moe.prepack()
-    with torch.no_grad():
-        packed = moe(x)
-        moe.unpack()
-        assert torch.equal(packed, moe(x))
-
-
-@needs_kernels
-def test_loading_other_weights_makes_the_copy_stale():
-    moe, other, x = small_block(), small_block(), torch.randn(7, 24)
+    other.prepack()
     for assign in (False, True):
-        moe.prepack()
-        moe.load_state_dict(other.state_dict(), assign=assign)
-        with torch.no_grad(), pytest.raises(RuntimeError, match=STALE):
-            moe(x)
+        assert not torch.equal(output(other), expected)
+        own = {name: value.clone() for name, value in moe.state_dict().items()}  # assigned values are shared
+        assert other.load_state_dict(own, assign=assign).missing_keys == []
+        assert other.experts.packed_bytes and torch.equal(output(other), expected)
+        other.load_state_dict(small_block(seed=2).state_dict())
+    for keep_vars in (False, True):
+        saved = moe.state_dict(keep_vars=keep_vars)
+        assert saved.keys() == state.keys() and all(torch.equal(saved[name], state[name]) for name in state)
+        assert all(value.requires_grad == keep_vars for value in saved.values())
+    file = io.BytesIO()
+    torch.save(moe.state_dict(), file)
+    file.seek(0)
+    plain = small_block(seed=3)
+    plain.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(output(plain), expected)
 
 
-@needs_kernels
-def test_copies_casts_and_files_leave_the_packed_weights_out():
-    moe, x = small_block(), torch.randn(7, 24)
-    keys = set(moe.state_dict())
+def test_loading_keeps_identity_and_converts_as_copying_does():
+    moe, other = small_block(), small_block(seed=1, dtype=torch.bfloat16)
     moe.prepack()
-    assert set(moe.state_dict()) == keys
+    parameters = list(moe.parameters())
+    moe.load_state_dict(other.state_dict())
+    assert all(a is b for a, b in zip(parameters, moe.parameters(), strict=True))
+    assert torch.equal(output(moe), output(other.float())) and moe.experts.packed_bytes
+    strided = {name: value.t().contiguous().t() if value.dim() == 2 else value for name, value in moe.state_dict().items()}
+    strided["experts.down_proj"] = strided["experts.down_proj"].transpose(0, 2).contiguous().transpose(0, 2)
+    other = small_block(seed=2)
+    other.prepack()
+    other.load_state_dict(strided)
+    assert torch.equal(output(other), output(moe))
+    with torch.inference_mode():
+        other.load_state_dict(small_block(seed=3).state_dict())
+    assert torch.equal(output(other), output(small_block(seed=3)))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("value", [torch.zeros(4, 24, 21), torch.zeros(4, 1, 24, 32, 1), "text"], ids=["shape", "panels", "type"])
+def test_what_does_not_fit_changes_neither_weight(value, name, assign):
+    moe = small_block()
+    moe.prepack()
+    before = [moe.experts.get_parameter(weight) for weight in WEIGHTS]
+    panels = [parameter.clone() for parameter in before]
+    state = small_block(seed=1).state_dict() | {f"experts.{name}": value}
+    with pytest.raises(RuntimeError, match=f"size mismatch for experts.{name}: expected .*the shape of the unpacked weight"):
+        moe.load_state_dict(state, assign=assign)
+    for weight, parameter, panel in zip(WEIGHTS, before, panels, strict=True):
+        assert moe.experts.get_parameter(weight) is parameter and torch.equal(parameter, panel)
+
+
+def test_what_cannot_be_packed_is_not_loaded():
+    moe = small_block()
+    moe.prepack()
+    expected, state = output(moe), small_block(seed=1).state_dict()
+    state = {name: value.double() if "experts" in name else moe.state_dict()[name] for name, value in state.items()}
+    with pytest.raises(RuntimeError, match=r"While packing experts\.\w+, .*cannot be packed: the CPU kernels have"):
+        moe.load_state_dict(state, assign=True)
+    assert torch.equal(output(moe), expected)
+    moe.load_state_dict(state)  # copied into float32
+    missing = moe.load_state_dict({"experts.down_proj": state["experts.down_proj"]}, strict=False).missing_keys
+    assert "experts.gate_up_proj" in missing and "experts.down_proj" not in missing
+    with pytest.raises(RuntimeError, match=r"Missing key.*experts\.gate_up_proj"):
+        moe.load_state_dict({name: value for name, value in state.items() if "gate_up" not in name})
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*experts\.more"):
+        moe.load_state_dict(state | {"experts.more": torch.ones(1)})
+
+
+# Copies, casts, files
+
+
+def test_copies_and_files_compute_the_same():
+    moe = small_block()
+    moe.prepack()
+    expected = output(moe)
+    file = io.BytesIO()
+    torch.save(moe, file)
+    file.seek(0)
+    for other in (pickle.loads(pickle.dumps(moe)), torch.load(file, weights_only=False)):
+        assert other.experts.packed_bytes == 0 and other.experts.down_proj.shape == (4, 24, 20)
+        assert torch.equal(output(other), expected)
+        other.prepack()
+        assert torch.equal(output(other), expected)
+    shallow = copy.copy(moe.experts)
+    assert shallow.down_proj is moe.experts.down_proj and shallow.packed_bytes == moe.experts.packed_bytes
+    other, same = copy.deepcopy((moe, moe.experts.down_proj))  # as a module and its optimizer are copied
+    assert other.experts.down_proj is same and other.experts.packed_bytes and torch.equal(output(other), expected)
     with torch.no_grad():
-        for other in (copy.deepcopy(moe), pickle.loads(pickle.dumps(moe))):
-            assert other.experts.packed_bytes == 0 and torch.equal(other(x), moe(x))
-        assert moe.experts.packed_bytes > 0
-        assert moe.bfloat16()(x.bfloat16()).dtype == torch.bfloat16 and moe.experts.packed_bytes == 0
+        other.experts.down_proj.zero_()
+    assert torch.equal(output(moe), expected) and moe.experts.packed_bytes
+    assert isinstance(pickle.loads(pickle.dumps(moe.experts.down_proj)), nn.Parameter)
 
 
-@needs_kernels
-def test_under_autocast_the_parameters_are_read(packed_uses):
-    moe, x = small_block(), torch.randn(7, 24)
+@pytest.mark.parametrize(
+    "change",
+    [
+        nn.Module.bfloat16,
+        nn.Module.half,
+        nn.Module.double,
+        lambda moe: moe.to(torch.bfloat16),
+        lambda moe: moe.to("meta"),
+        lambda moe: moe.to_empty(device="cpu"),
+        nn.Module.share_memory,
+        lambda moe: moe.apply(lambda module: None)._apply(lambda t: t * 2),
+    ],
+    ids=["bfloat16", "half", "double", "to", "meta", "to_empty", "share_memory", "_apply"],
+)
+def test_moving_and_casting_unpack(change):
+    moe, plain = small_block(impl="auto"), small_block(impl="auto")
     moe.prepack()
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.isfinite(moe(x)).all()
-    assert not packed_uses
+    change(moe), change(plain)
+    assert moe.experts.packed_bytes == 0
+    for actual, expected in zip(moe.parameters(), plain.parameters(), strict=True):
+        assert actual.shape == expected.shape and actual.dtype == expected.dtype and actual.device == expected.device
+    if not moe.gate.weight.is_meta and moe.gate.weight.dtype != torch.float64:
+        for block in (moe, plain):
+            block.load_state_dict(small_block(seed=2).state_dict())
+        assert torch.equal(output(moe), output(plain))
 
 
-@needs_kernels
-def test_other_implementations_refuse_to_pack():
+def test_initialising_again_draws_what_a_plain_module_draws():
+    moe, plain = small_block(), small_block()
+    moe.prepack()
+    for block in (moe, plain):
+        torch.manual_seed(5)
+        block.reset_parameters()
+    assert moe.experts.packed_bytes and torch.equal(output(moe), output(plain))
+
+
+# The tensor that is there decides
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_parameter_that_was_replaced_is_what_is_read(name, compiled):
+    moe, other = small_block(), small_block(seed=1)
+    call = torch.compile(moe, fullgraph=True, backend="aot_eager") if compiled else moe
+    with torch.no_grad():
+        moe.prepack()
+        call(tokens())
+        setattr(moe.experts, name, other.experts.get_parameter(name))
+        plain = plain_of(moe)
+        assert torch.equal(plain.experts.get_parameter(name), other.experts.get_parameter(name))
+        assert torch.equal(call(tokens()), output(plain))
+        moe.prepack() if name == "nothing" else moe.unpack()
+        assert torch.equal(call(tokens()), output(plain))
+    moe.prepack()
+    setattr(moe.experts, name, nn.Parameter(other.experts.get_parameter(name).detach().clone()))
+    moe.requires_grad_(False)
+    moe.experts.get_parameter(name).requires_grad_()
+    with pytest.raises(RuntimeError, match=TRAINING):
+        call(tokens())
+    with torch.no_grad():
+        moe.prepack()
+        assert moe.experts.packed_bytes and torch.equal(call(tokens()), output(plain))
+
+
+def test_functional_calls_compute_with_the_tensors_that_they_are_given():
+    moe, other, x = small_block(), small_block(seed=1), tokens()
+    moe.prepack()
+    with torch.no_grad():
+        home = dict(other.named_parameters())
+        assert torch.equal(torch.func.functional_call(moe, home, (x,)), output(other))
+        one = {"experts.down_proj": home["experts.down_proj"]}
+        mixed = plain_of(moe)
+        mixed.load_state_dict(one, strict=False)
+        assert torch.equal(torch.func.functional_call(moe, one, (x,)), output(mixed))
+        panels = {name: value.detach() * 2 for name, value in moe.named_parameters() if "experts" in name}
+        twice = plain_of(moe)
+        for name in WEIGHTS:
+            twice.experts.get_parameter(name).mul_(2)
+        assert torch.equal(torch.func.functional_call(moe, panels, (x,)), output(twice))
+        with pytest.raises(ValueError, match="must be panels of shape"):
+            torch.func.functional_call(moe, {"experts.down_proj": torch.zeros(1, 2, 3, 4, 5)}, (x,))
+
+
+def test_another_order_of_rows_in_the_config_is_refused():
+    moe = small_block()
+    moe.prepack()
+    expected = {name: value.clone() for name, value in moe.state_dict().items()}
+    moe.experts.config = replace(moe.config, gate_up_layout="interleaved")
+    with (
+        torch.no_grad(),
+        pytest.raises(RuntimeError, match=r"packed with gate_up_layout 'gate_up', and config has 'interleaved'"),
+    ):
+        moe(tokens())
+    moe.unpack()
+    assert all(torch.equal(value, expected[name]) for name, value in moe.state_dict().items())
+
+
+def test_a_parametrized_weight_is_refused_or_computed():
+    moe = small_block()
+    parametrize.register_parametrization(moe.experts, "down_proj", nn.Identity())
+    with pytest.raises(RuntimeError, match="down_proj must be a parameter of the module itself"):
+        moe.prepack()
+    assert moe.experts.packed_bytes == 0
+    moe = small_block()
+    moe.prepack()
+    twice, expected = nn.Module(), plain_of(moe)
+    twice.forward = lambda weight: weight * 2
+    parametrize.register_parametrization(moe.experts, "down_proj", twice)
+    with torch.no_grad():
+        expected.experts.down_proj.mul_(2)
+    assert torch.equal(output(moe), output(expected))
+    for refused in (moe.unpack, moe.float):
+        with pytest.raises(RuntimeError, match="down_proj must be a parameter of the module itself"):
+            refused()
+    moe = small_block()
+    moe.prepack()
+    prune.identity(moe.experts, "down_proj")
+    assert torch.equal(output(moe), output(small_block()))
+    with pytest.raises(RuntimeError, match=r"down_proj_orig is packed .*no state dict"):
+        moe.state_dict()
+
+
+# Refusals
+
+
+def give_gradient(experts):
+    experts.down_proj.grad = torch.zeros_like(experts.down_proj)
+
+
+def give_part(experts):
+    experts.down_proj = nn.Parameter(torch.randn(8, 24, 20)[:4])
+
+
+def give_alias(experts):
+    experts.alias = experts.down_proj.detach()
+
+
+def give_array(experts):
+    experts.alias = experts.down_proj.detach().numpy()
+
+
+def give_shared(experts):
+    experts.down_proj.data = experts.down_proj.data.clone().share_memory_()
+
+
+def give_inference(experts):
+    with torch.inference_mode():
+        experts.down_proj = nn.Parameter(torch.randn(4, 24, 20), requires_grad=False)
+
+
+def give_subclass(experts):
+    class Other(nn.Parameter):
+        pass
+
+    experts._parameters["down_proj"] = Other(experts.down_proj.detach().clone())
+
+
+def give_strides(experts):
+    experts.down_proj = nn.Parameter(torch.randn(4, 20, 24).transpose(1, 2))
+
+
+def give_dtype(experts):
+    experts.down_proj = nn.Parameter(experts.down_proj.detach().bfloat16())
+
+
+def give_shape(experts):
+    experts.down_proj = nn.Parameter(torch.randn(4, 24, 22))
+
+
+@pytest.mark.parametrize(
+    ("give", "error", "message"),
+    [
+        (give_gradient, RuntimeError, r"down_proj has a gradient that waits .*zero_grad\(\) first"),
+        (give_part, ValueError, r"down_proj is a part of a larger piece of memory: .*\.clone\(\)"),
+        (give_alias, ValueError, r"down_proj shares its memory with another tensor"),
+        (give_array, ValueError, r"down_proj shares its memory with another tensor"),
+        (give_shared, ValueError, r"down_proj is in memory that is shared"),
+        (give_inference, ValueError, r"down_proj was made in inference mode"),
+        (give_subclass, RuntimeError, r"down_proj must be a plain parameter, got a Other"),
+        (give_strides, ValueError, r"down_proj cannot be packed: the CPU kernels read contiguous"),
+        (give_dtype, TypeError, r"down_proj must have the dtype of gate_up_proj \(torch.float32\), got torch.bfloat16"),
+        (give_shape, ValueError, r"down_proj must have shape \(4, 24, 20\) to be packed"),
+        (lambda experts: setattr(experts, "exchange", "E"), RuntimeError, "parallel experts cannot be packed"),
+        (lambda experts: setattr(experts, "_is_fsdp_managed_module", True), RuntimeError, "FSDP manages these experts"),
+        (lambda experts: experts.to("meta"), ValueError, "do not run on device 'meta'"),
+        (lambda experts: experts.double(), ValueError, "the CPU kernels have"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_what_cannot_be_packed_is_refused_and_nothing_is_changed(give, error, message):
+    experts = small_block(impl="auto").experts
+    give(experts)
+    before = [(experts.get_parameter(name), experts.get_parameter(name).data_ptr()) for name in WEIGHTS]
+    with pytest.raises(error, match=message):
+        experts.prepack()
+    assert experts.packed_bytes == 0
+    for name, (parameter, address) in zip(WEIGHTS, before, strict=True):
+        assert experts.get_parameter(name) is parameter and parameter.data_ptr() == address
+
+
+def test_other_implementations_refuse():
     with pytest.raises(RuntimeError, match="packed weights are for impl='auto' or 'cpu', got impl='grouped'"):
         small_block(impl="grouped").prepack()
+    moe = small_block()
+    moe.prepack()
+    with portable(moe), torch.no_grad(), pytest.raises(ValueError, match=r"got impl='portable': call unpack\(\) for the others"):
+        moe(tokens())
 
 
-@needs_kernels
+@every_dtype
+def test_a_gradient_that_was_given_to_panels_is_unpacked_with_them(dtype):
+    moe, plain = small_block(dtype=dtype), small_block(dtype=dtype)
+    moe.prepack()
+    for block in (moe, plain):
+        for name in WEIGHTS:
+            parameter = block.experts.get_parameter(name)
+            parameter.grad = parameter.detach() * 2
+    moe.bfloat16(), plain.bfloat16()
+    for actual, expected in zip(moe.experts.parameters(), plain.experts.parameters(), strict=True):
+        assert torch.equal(actual, expected) and torch.equal(actual.grad, expected.grad)
+
+
+@pytest.mark.parametrize("impl", ["auto", "cpu"])
+def test_exporting_is_refused_and_works_unpacked(impl):
+    moe, x = small_block(impl=impl), tokens()
+    moe.prepack()
+    with torch.no_grad():
+        for strict in (False, True):
+            with pytest.raises(RuntimeError, match=r"call unpack\(\) before exporting"):
+                torch.export.export(moe, (x,), strict=strict)
+        moe.unpack()
+        torch.testing.assert_close(torch.export.export(moe, (x,)).module()(x), moe(x))
+
+
+def test_a_block_that_shares_the_parameters_fails_loudly_until_they_are_unpacked():
+    pytest.importorskip("transformers")
+    from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+    from fusedonemoe.integrations.transformers import disable, enable
+
+    enable()
+    try:
+        for implementation in ("eager", "grouped_mm", "batched_mm", "fusedonemoe"):
+            config = Qwen3MoeConfig(
+                hidden_size=24, moe_intermediate_size=20, num_experts=4, num_experts_per_tok=2, num_hidden_layers=1
+            )
+            config._experts_implementation = implementation
+            block = Qwen3MoeSparseMoeBlock(config)
+            for parameter in block.parameters():
+                nn.init.normal_(parameter, std=0.1)
+            moe, x = MoE.from_hf(block, MoEConfig.from_hf(config)), tokens()[None]
+            with torch.no_grad():
+                expected, plain = block(x), moe(x)
+                moe.prepack()
+                assert torch.equal(moe(x), plain)
+                for use in (lambda: block(x), block.state_dict, nn.Sequential(block).state_dict, block.experts.state_dict):  # noqa: B023
+                    with pytest.raises(RuntimeError, match=r"are packed, by prepack\(\) of a MoE .*call its unpack\(\) first"):
+                        use()
+                for handle in moe.experts._guards:
+                    handle.remove()  # without the hooks the shapes are wrong, which no implementation overlooks
+                with pytest.raises((RuntimeError, ValueError, IndexError)):
+                    block(x)
+                moe.unpack()
+                assert torch.equal(block(x), expected) and set(block.state_dict())
+                assert not block.experts._forward_pre_hooks
+    finally:
+        disable()
+
+
+# The rest of the library
+
+
+def test_quantising_reads_what_the_panels_hold():
+    moe, plain = small_block(), small_block()
+    moe.prepack()
+    for actual, expected in zip(
+        QuantizedExperts.from_experts(moe.experts).quantized_weights(),
+        QuantizedExperts.from_experts(plain.experts).quantized_weights(),
+        strict=True,
+    ):
+        assert torch.equal(actual.values, expected.values) and torch.equal(actual.scale, expected.scale)
+    assert moe.experts.packed_bytes
+    assert str(quantize_(moe)) == str(quantize_(plain)) and torch.equal(output(moe), output(plain))
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_a_compiled_call_reads_packed_weights_and_refuses_stale_ones(dynamic, packed_uses):
+def test_a_compiled_module_follows_packing_and_unpacking(dynamic, packed_uses):
+    torch._dynamo.reset()
     experts = Experts(MoEConfig(hidden_size=24, intermediate_size=20, num_experts=4, top_k=2, impl="cpu"))
     inputs = make_mlp_inputs(7, 24, 20, 4, 2)
     compiled = torch.compile(experts, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    few = (inputs.x[:3], inputs.experts[:3], inputs.weights[:3])
     with torch.no_grad():
         plain = compiled(inputs.x, inputs.experts, inputs.weights)
         experts.prepack()
         assert torch.equal(compiled(inputs.x, inputs.experts, inputs.weights), plain) and len(packed_uses) == 1
-        assert torch.equal(compiled(inputs.x[:3], inputs.experts[:3], inputs.weights[:3]), plain[:3]) and len(packed_uses) == 2
+        assert torch.equal(compiled(*few), plain[:3]) and len(packed_uses) == 2
         experts.down_proj.mul_(2)
-        with pytest.raises(RuntimeError, match=STALE):
-            compiled(inputs.x, inputs.experts, inputs.weights)
+        assert torch.equal(compiled(inputs.x, inputs.experts, inputs.weights), 2 * plain) and len(packed_uses) == 3
+        experts.unpack()
+        assert torch.equal(compiled(inputs.x, inputs.experts, inputs.weights), 2 * plain) and len(packed_uses) == 3
         experts.prepack()
-        assert torch.allclose(compiled(inputs.x, inputs.experts, inputs.weights), 2 * plain) and len(packed_uses) == 3
+        assert torch.equal(compiled(inputs.x, inputs.experts, inputs.weights), 2 * plain) and len(packed_uses) == 4
 
 
-@needs_kernels
 def test_inductor_and_inference_mode_too(packed_uses):
-    moe, x = small_block(), torch.randn(7, 24)
-    moe.prepack()
+    moe, x = small_block(), tokens()
     with torch.inference_mode():
+        moe.prepack()
         assert torch.equal(moe(x), moe(x.clone()))
         torch.testing.assert_close(torch.compile(moe, fullgraph=True)(x), moe(x))
     assert len(packed_uses) == 4
-
-
-@needs_kernels
-def test_an_exported_graph_has_the_weights_alone():
-    moe, x = small_block(impl="auto"), torch.randn(7, 24)
-    moe.prepack()
     with torch.no_grad():
-        names = [str(node.target) for node in torch.export.export(moe, (x,)).graph.nodes]
-    assert not any("packed" in name for name in names)
+        moe.experts.down_proj.mul_(2)  # an inference tensor would refuse
+    moe.unpack()
+    assert not moe.experts.down_proj.is_inference() and moe(x).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_under_autocast_the_bits_are_those_of_home_weights(dtype, compiled):
+    torch._dynamo.reset()
+    moe, plain = small_block(dtype=dtype, bias=True), small_block(dtype=dtype, bias=True)
+    moe.prepack()
+    call = torch.compile(moe, fullgraph=True, backend="aot_eager") if compiled else moe
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(call(tokens(dtype)), plain(tokens(dtype)))
+
+
+@pytest.mark.parametrize("context", [True, False])
+def test_another_default_device_changes_nothing(context):
+    moe = small_block()
+    expected, x = output(moe), tokens()
+    try:
+        if not context:
+            torch.set_default_device("meta")
+        with torch.device("meta") if context else torch.no_grad():
+            moe.prepack()
+            assert moe.experts.down_proj.device.type == "cpu"
+            for reached in (moe, copy.deepcopy(moe), pickle.loads(pickle.dumps(moe))):
+                with torch.no_grad():
+                    assert (reached(x) == expected).all()
+            moe.load_state_dict(moe.state_dict())
+            moe.unpack()
+            assert moe.experts.down_proj.device.type == "cpu"
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(output(moe), expected)

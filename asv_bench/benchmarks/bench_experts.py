@@ -59,9 +59,11 @@ class MLPPacked(_Forward):
         needs(F.experts_mlp, "packed")
         _, i = _mlp(device, case)
         packed = pack_experts(i.up_proj, i.down_proj)
+        # At earlier commits the weights came along with their packed copy.
+        home = () if hasattr(packed, "unpack") else (i.up_proj, i.down_proj)
 
         def call(x, weights):
-            return F.experts_mlp(x, i.experts, weights, i.up_proj, i.down_proj, packed=packed)
+            return F.experts_mlp(x, i.experts, weights, *home, packed=packed)
 
         return Subject(call, (i.x, i.weights))
 

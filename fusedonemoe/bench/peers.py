@@ -105,6 +105,8 @@ def _our_block(cell: Cell, inputs: Inputs, impl: str = "auto", prepack: bool = F
         moe: Any = MoE(**sizes, dtype=cell.dtype, impl=impl)
     moe.gate.weight, moe.experts.gate_up_proj, moe.experts.down_proj = weights
     if prepack:
+        for parameter in moe.experts.parameters():  # the inputs, which other peers read, are not packed
+            parameter.data = parameter.data.clone()
         moe.prepack()
     return call_of(cell, given, weights, moe)
 

@@ -111,7 +111,7 @@ def measure(cell: QuantizedCell, ceilings: Ceilings, *, real_time: bool = True) 
     hit = sum(experts.unique().numel() for experts in ids) / ROTATION / E
     calls: dict[str, Callable[[int], Tensor]] = {PLAIN: lambda i: F.experts_mlp(xs[i], ids[i], weights, up, down)}
     packed = F.pack_experts(up, down)
-    calls[PACKED] = lambda i: F.experts_mlp(xs[i], ids[i], weights, up, down, packed=packed)
+    calls[PACKED] = lambda i: F.experts_mlp(xs[i], ids[i], weights, packed=packed)
     sizes_of = {PLAIN: up.nbytes + down.nbytes, PACKED: packed.nbytes}
     errors, changes = {}, {}
     plain = calls[PLAIN](0)

@@ -97,7 +97,6 @@ class FusedMoE:
         self.num_selected_experts = num_selected_experts
         self.activation = activation
         self.impl = impl
-        self._joined: tuple[Tensor, Tensor, int, int, Tensor] | None = None
 
     def forward(
         self,
@@ -112,7 +111,8 @@ class FusedMoE:
         """Run tokens through their experts.
 
         ``moe_type`` 0 (Qwen3): ``y_t = sum_j w_tj ((act(x_t Wgate_e) * (x_t Wup_e)) Wdown_e)``. ``moe_type`` 1 (Nomic):
-        ``y_t = sum_j w_tj (act(x_t Wgate_e) Wup_e^T)``.
+        ``y_t = sum_j w_tj (act(x_t Wgate_e) Wup_e^T)``. Each call with ``moe_type`` 0 copies gate and up into one tensor;
+        :func:`fusedonemoe.functional.stack_gate_up` and :func:`fusedonemoe.functional.experts_mlp` do it once.
 
         Args:
             input: ``[T, D]``, any float dtype.
@@ -156,7 +156,9 @@ class FusedMoE:
         gated = moe_type == QWEN3
         if gated:
             assert down_weights is not None
-            up_EGD, down_EDF = self._gate_up(gate_weights, up_weights), down_weights.transpose(1, 2)
+            # Joined in every call: what was joined in an earlier one would be old after a write that torch does not count,
+            # as those of fused optimizers and of collectives.
+            up_EGD, down_EDF = torch.cat((gate_weights, up_weights), 2).transpose(1, 2), down_weights.transpose(1, 2)
         else:
             up_EGD, down_EDF = gate_weights.transpose(1, 2), up_weights
         experts = expert_indices.to(torch.int64)
@@ -164,22 +166,3 @@ class FusedMoE:
         return F.experts_mlp(
             input, experts, routing_weights, up_EGD, down_EDF, activation=activation, gated=gated, impl=self.impl
         )
-
-    def forget(self) -> None:
-        """Drop the joined weights that :meth:`forward` keeps for ``moe_type`` 0."""
-        self._joined = None
-
-    def _gate_up(self, gate_EDF: Tensor, up_EDF: Tensor) -> Tensor:
-        """Gate and up in one ``[E, 2F, D]``: kept from call to call while the two stay what they were and need no gradient."""
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and (gate_EDF.requires_grad or up_EDF.requires_grad)):
-            return torch.cat((gate_EDF, up_EDF), 2).transpose(1, 2)
-        if gate_EDF.is_inference() or up_EDF.is_inference():  # they do not tell when they are changed
-            return torch.cat((gate_EDF, up_EDF), 2).transpose(1, 2)
-        if self._joined is not None:
-            gate, up, gate_version, up_version, joined = self._joined
-            if gate is gate_EDF and up is up_EDF and gate._version == gate_version and up._version == up_version:
-                return joined
-        with torch.inference_mode(False), torch.no_grad():
-            joined = F.stack_gate_up(gate_EDF.transpose(1, 2), up_EDF.transpose(1, 2))
-        self._joined = (gate_EDF, up_EDF, gate_EDF._version, up_EDF._version, joined)
-        return joined

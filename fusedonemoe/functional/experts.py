@@ -10,7 +10,8 @@ from torch import Tensor
 from fusedonemoe.checks import check_dim, check_fits, check_like_x, check_routing
 from fusedonemoe.functional.arguments import activation_arguments, check_biases, check_call, projections
 from fusedonemoe.functional.calls import as_rows, choose_impl, records_gradients, run_portable, with_leading
-from fusedonemoe.ops import PackedExperts, library
+from fusedonemoe.functional.packed import PackedExperts, home_weights, run_packed
+from fusedonemoe.ops import library
 from fusedonemoe.ops.activation import Activation
 from fusedonemoe.ops.derivatives import refuse_transforms
 from fusedonemoe.ops.portable import experts_merged_portable, experts_mlp_portable
@@ -18,20 +19,12 @@ from fusedonemoe.ops.portable import experts_merged_portable, experts_mlp_portab
 _ops = torch.ops.fusedonemoe
 
 
-def _check_packed(packed: PackedExperts, up_EGD: Tensor, down_EDF: Tensor, layout: str) -> None:
-    if packed.layout != layout:
-        raise ValueError(f"packed must have been packed with gate_up_layout {layout!r}, got {packed.layout!r}")
-    shapes = tuple(tuple(source.shape) for source in packed.sources)
-    if shapes != (tuple(up_EGD.shape), tuple(down_EDF.shape)):
-        raise ValueError(f"packed must be of weights of shapes {tuple(up_EGD.shape)}, {tuple(down_EDF.shape)}, got {shapes}")
-
-
 def experts_mlp(
     x: Tensor,
     experts: Tensor,
     weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
+    gate_up_proj: Tensor | None = None,
+    down_proj: Tensor | None = None,
     *,
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
@@ -67,9 +60,9 @@ def experts_mlp(
         swiglu_limit: clamp of ``swiglu_oai``.
         save_percent: 0 to 100, the share of pre-activation rows kept for the backward; the rest is computed again there.
             Less memory for more time, the same gradients. ``dense`` is left to autograd and keeps everything.
-        packed: what :func:`pack_experts` made of these very weights. Used where ``impl`` is or comes out as ``"cpu"``, no
-            gradients are recorded, no graph is exported and autocast is off; otherwise the weights themselves are. The same
-            bits.
+        packed: what :func:`pack_experts` made, in place of ``gate_up_proj`` and ``down_proj``; it holds the weights. For
+            ``impl`` ``"auto"`` or ``"cpu"``, and for calls that record no gradients. The same bits. Where autocast computes in
+            another dtype than that of the panels, each call unpacks them first, which takes time and memory.
         impl: ``"auto"``, ``"dense"`` (masked batched matmul, derivatives of every order), ``"grouped"`` (sorted rows),
             ``"cpu"`` (kernels that are compiled on first use; contiguous weights, no float64), ``"triton"`` (GPU kernels;
             no float64) or ``"portable"`` (for export: torch's own operators only; reads a number back where many rows are
@@ -80,9 +73,9 @@ def experts_mlp(
         once; each row is written once, in a fixed order of summation.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
+        TypeError: an argument of the wrong type or dtype; no weights, or both forms of them.
         ValueError: a shape or name that does not fit, or an ``impl`` that cannot run here.
-        RuntimeError: the weights were changed or replaced after they were packed.
+        RuntimeError: the weights are packed, and the call records gradients or is exported.
 
     Source:
         Shazeer et al. 2017 (arXiv 1701.06538); backward after SonicMoE (arXiv 2512.14080) section 3.
@@ -97,13 +90,23 @@ def experts_mlp(
         torch.Size([5, 16])
     """
     check_call(x, experts, weights, activation, gated, gate_up_layout, save_percent)
+    act = activation_arguments(activation, gated, gate_up_layout, swiglu_alpha, swiglu_limit)
+    if packed is not None:
+        if gate_up_proj is not None or down_proj is not None:
+            raise TypeError("give either gate_up_proj and down_proj or packed, which holds the weights, got both")
+        y = run_packed(x, experts, weights, packed, gate_up_bias, down_bias, act, transposed=transposed, impl=impl)
+        if y is not None:
+            return y
+        gate_up_proj, down_proj = home_weights(packed)
+    if gate_up_proj is None or down_proj is None:
+        missing = "gate_up_proj" if gate_up_proj is None else "down_proj"
+        raise TypeError(f"{missing} must be a torch.Tensor where packed is not given, got None")
     up_EGD, down_EDF = projections(x, gate_up_proj, down_proj, gated=gated, transposed=transposed)
     (E, G, D), F = up_EGD.shape, down_EDF.shape[2]
     check_biases(x, gate_up_bias, down_bias, (E, G, D))
     chosen = choose_impl("experts_mlp", impl, x, experts, (D, G, F), up_EGD, down_EDF)
     flat = (as_rows(x), as_rows(experts), as_rows(weights))
     parameters = (up_EGD, down_EDF, gate_up_bias, down_bias)
-    act = activation_arguments(activation, gated, gate_up_layout, swiglu_alpha, swiglu_limit)
     if chosen == "dense":
         y = _ops.experts_mlp_dense(*flat, *parameters, *act, library.BUILD)
     elif chosen == "portable":
@@ -111,13 +114,6 @@ def experts_mlp(
     else:
         refuse_transforms()
         recording = records_gradients(x, weights, *parameters)
-        if packed is not None:
-            _check_packed(packed, up_EGD, down_EDF, act[1])
-            # Autocast casts the arguments on their way into an operator, and what was packed stays as it is.
-            as_they_are = library.autocast_dtype(x.device.type) is None and not torch.compiler.is_exporting()
-            if chosen == "cpu" and as_they_are and not recording:
-                y = library.experts_mlp_packed(*flat, *parameters, packed.up, packed.down, *act)
-                return with_leading(y, x)
         if chosen == "triton" and not recording:
             return with_leading(_ops.experts_mlp_inference(*flat, *parameters, *act, library.BUILD), x)
         kept = save_percent if recording else 0

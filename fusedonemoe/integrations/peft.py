@@ -33,6 +33,7 @@ from fusedonemoe.integrations.adapter_layouts import (
 from fusedonemoe.integrations.checkpoints.files import read_json
 from fusedonemoe.integrations.forms import form_of
 from fusedonemoe.integrations.save_refusal import refuse_save
+from fusedonemoe.layers import Experts
 from fusedonemoe.lora import ExpertsForm, LoRAExperts
 from fusedonemoe.lora import add_lora as add_lora_to_experts
 from fusedonemoe.peft_refusal import check_no_peft
@@ -168,6 +169,9 @@ def load_adapter(
     tensors, checked = _read(source, config)
     modules, others = sort_keys(tensors)
     forms = {name: form for name, module in model.named_modules() if (form := form_of(module)) is not None}
+    for name in forms:
+        if isinstance(experts := model.get_submodule(name), Experts):
+            experts.unpack()
     stacked: dict[str, dict[int, dict[str, Tensor]]] = {}
     separate: dict[str, dict[tuple[str, int], dict[str, Tensor]]] = {}
     for module, factors in modules.items():

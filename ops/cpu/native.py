@@ -215,9 +215,8 @@ def experts_mlp_output(
     up_bias_EG: Tensor | None,
     down_bias_ED: Tensor | None,
     act: Activation,
-    packed: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:
-    """The first output of :func:`experts_mlp`, for who needs no backward; from :func:`pack_mlp`'s panels, if given."""
+    """The first output of :func:`experts_mlp`, for calls that need no backward."""
     N, E = experts_TK.numel(), up_EGD.shape[0]
     y_TD = new(x_TD.shape, x_TD.dtype)
     if N:
@@ -226,7 +225,6 @@ def experts_mlp_output(
         _run_forward(
             *(x_TD, experts_TK, weights_TK, up_EGD, down_EDF, up_bias_EG, down_bias_ED, act, y_TD, None),
             *(address, address + 4 * N, 0, 0),
-            packed,
         )
     return y_TD
 
@@ -246,7 +244,6 @@ def _run_forward(
     offsets: int,
     first_row: int,
     last_row: int,
-    packed: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> None:
     x_TD, ids, weights_TK = x_TD.contiguous(), as_ids(experts_TK), as_float_weights(weights_TK)
     up_bias_EG, down_bias_ED = as_bias(up_bias_EG), as_bias(down_bias_ED)
@@ -254,29 +251,13 @@ def _run_forward(
         "mlp_forward",
         x_TD.dtype,
         (
-            *addresses(x_TD, up_EGD, down_EDF, up_bias_EG, down_bias_ED, *packed, ids, weights_TK, y_TD, z),
+            *addresses(x_TD, up_EGD, down_EDF, up_bias_EG, down_bias_ED, None, None, ids, weights_TK, y_TD, z),
             *(order, offsets),
             *_mlp_sizes(experts_TK, up_EGD, down_EDF, act),
             *(first_row, last_row, threads(experts_TK.numel(), *up_EGD.shape[1:]), ACTIVATIONS.index(act.name)),
         ),
         (act.alpha, act.limit),
     )
-
-
-def pack_mlp(up_EGD: Tensor, down_EDF: Tensor, act: Activation) -> tuple[Tensor, Tensor]:
-    """Both weights as the panels that the forward kernel multiplies by: int32 ``[E, panels, units of k, columns]``.
-
-    A unit is a float32, or on machines with a bfloat16 dot product two bfloat16. Rows are padded to whole panels.
-    """
-    (E, G, D), F, dtype = up_EGD.shape, down_EDF.shape[2], up_EGD.dtype
-    first, second, step, gated = gate_up_rows(act, F)
-    columns, per_unit = build.load().fusedonemoe_panel_columns(), _kernel("elements_per_unit", dtype)()
-    up_panels, down_panels = -(-F // (columns // 2 if gated else columns)), -(-D // columns)
-    packed_up = new((E, up_panels, -(-D // per_unit), columns), torch.int32)
-    packed_down = new((E, down_panels, -(-F // per_unit), columns), torch.int32)
-    words = (E, D, F, G, first, second, step, gated, threads(E, *up_EGD.shape[1:]))
-    call("pack", dtype, (*addresses(up_EGD, down_EDF, packed_up, packed_down), *words))
-    return packed_up, packed_down
 
 
 def experts_mlp_backward(

@@ -4,15 +4,17 @@
 them all.
 """
 
+from fusedonemoe.ops.cpu.packing import PANEL_DIMS, Projection, check_panels
 from fusedonemoe.ops.library import counting, lora, opaque
 from fusedonemoe.ops.library.merged import experts_merged, experts_merged_backward
-from fusedonemoe.ops.library.mlp import experts_mlp, experts_mlp_backward, experts_mlp_packed, pack
+from fusedonemoe.ops.library.mlp import experts_mlp, experts_mlp_backward
 from fusedonemoe.ops.library.neurons import (
     experts_neurons,
     experts_neurons_backward,
     experts_values,
     experts_values_backward,
 )
+from fusedonemoe.ops.library.packed import FOR_INFERENCE, experts_mlp_packed, pack_weight, unpack_weights
 from fusedonemoe.ops.library.product_keys import route_product_key, route_product_key_backward
 from fusedonemoe.ops.library.quantized import experts_mlp_quantized, experts_mlp_quantized_backward
 from fusedonemoe.ops.library.registration import BUILD, NAMESPACE, autocast_dtype
@@ -21,8 +23,12 @@ from fusedonemoe.ops.library.sparse_tables import experts_neurons_sparse, expert
 
 __all__ = [
     "BUILD",
+    "FOR_INFERENCE",
     "NAMESPACE",
+    "PANEL_DIMS",
+    "Projection",
     "autocast_dtype",
+    "check_panels",
     "counting",
     "experts_merged",
     "experts_merged_backward",
@@ -39,9 +45,10 @@ __all__ = [
     "experts_values_sparse",
     "lora",
     "opaque",
-    "pack",
+    "pack_weight",
     "route",
     "route_backward",
     "route_product_key",
     "route_product_key_backward",
+    "unpack_weights",
 ]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fusedonemoe.ops import dense, grouped
 from fusedonemoe.ops.activation import Activation
-from fusedonemoe.ops.cpu import native, packing
+from fusedonemoe.ops.cpu import native
 from fusedonemoe.ops.derivatives import no_second_derivative
 from fusedonemoe.ops.grouped import MLPNeeds, saved_rows
 from fusedonemoe.ops.library.registration import (
@@ -50,11 +50,6 @@ define_cpu(
     f"experts_mlp_cpu({_MLP}, {ACT}, int save_percent) -> (Tensor, Tensor, Tensor, Tensor)",
     _with_act(native.experts_mlp_checked, 7),
     forward_fake,
-)
-define_cpu(
-    f"experts_mlp_packed({_MLP}, Tensor packed_up, Tensor packed_down, {ACT}) -> Tensor",
-    packing.experts_mlp_packed,
-    lambda x, *_: x.new_empty(x.shape),
 )
 define_cpu(
     f"experts_mlp_cpu_backward(Tensor dy, Tensor z, Tensor order, Tensor offsets, {_MLP}, {ACT}, bool[] needs)"
@@ -211,5 +206,3 @@ experts_mlp: Callable[..., Any] = shortcut(
     "experts_mlp", _mlp_output, 7, recorder("experts_mlp", _mlp, _experts_mlp_grad, _experts_mlp_save), impl="cpu"
 )
 experts_mlp_backward: Callable[..., Any] = shortcut("experts_mlp_backward", _mlp_gradients, 11, impl="cpu")
-experts_mlp_packed: Callable[..., Any] = shortcut("experts_mlp_packed", packing.experts_mlp_packed, 9)
-pack: Callable[[Tensor, Tensor, Activation], packing.PackedExperts] = packing.pack

@@ -23,7 +23,7 @@ from fusedonemoe.integrations.checkpoints.layouts import LAYOUTS, Part
 from fusedonemoe.integrations.checkpoints.mxfp4 import dequantize_mxfp4
 from fusedonemoe.integrations.checkpoints.sources import Checkpoint, Source
 from fusedonemoe.integrations.checkpoints.targets import check_apart, check_writable
-from fusedonemoe.integrations.checkpoints.weights import ExpertWeights, pieces, weights_of
+from fusedonemoe.integrations.checkpoints.weights import ExpertWeights, pieces, store_packed, weights_of
 from fusedonemoe.layers import Experts, MoE
 
 Module = TypeVar("Module", Experts, MoE)
@@ -172,6 +172,8 @@ def load_experts(
             for key, pairs in _plan(source, block, parts, beside, home, in_memory=True):
                 check_apart(key, pairs, extents)
         _copy(source, block, parts, beside, home, into)
+        if into is not None:
+            store_packed(into, home)
     return home if into is None else into
 
 

@@ -10,6 +10,7 @@ from fusedonemoe.integrations.checkpoints.files import refusal
 from fusedonemoe.integrations.checkpoints.layouts import Target
 from fusedonemoe.layers import Experts, MoE
 from fusedonemoe.ops.activation import GATE_UP_LAYOUTS
+from fusedonemoe.panels import home_of, packed_names, write_home
 
 
 def rows_of(up: Tensor, part: Target, rows: str) -> Tensor:
@@ -74,7 +75,7 @@ class ExpertWeights:
 
 
 def weights_of(module: Experts | MoE) -> ExpertWeights:
-    """A module's parameters, not copied and without autograd.
+    """A module's parameters without autograd: themselves, and of packed ones the home form in new tensors.
 
     Raises:
         TypeError: the experts are of another kind, or a tensor is sharded or quantised.
@@ -92,7 +93,9 @@ def weights_of(module: Experts | MoE) -> ExpertWeights:
     }
     if config.bias:
         shapes |= {f"{name}_bias": (E, G), "down_proj_bias": (E, D)}
-    held = {key: _readable(f"experts.{key}", getattr(experts, key, None), shape) for key, shape in shapes.items()}
+    names = packed_names(experts)
+    tensors = {key: home_of(experts, key) if key in names else getattr(experts, key, None) for key in shapes}
+    held = {key: _readable(f"experts.{key}", tensors[key], shape) for key, shape in shapes.items()}
     block = {}
     if isinstance(module, MoE):
         state = {key: value for key, value in module.state_dict().items() if not key.startswith("experts.")}
@@ -147,6 +150,13 @@ def check_weights(weights: ExpertWeights) -> None:
         raise ValueError(f"block must have names of {sorted(BLOCK_NAMES)}, got {unknown}")
     for name, tensor in weights.block.items():
         _readable(name, tensor, None)
+
+
+def store_packed(module: Experts | MoE, home: ExpertWeights) -> None:
+    """Write what :func:`weights_of` returned back into the parameters that are packed, of which it holds copies."""
+    experts = module.experts if isinstance(module, MoE) else module
+    for name in packed_names(experts):
+        write_home(experts, name, home.down_proj if name == "down_proj" else home.gate_up_proj)
 
 
 def pieces(home: ExpertWeights, piece: Tensor, target: Target, expert: int, order: str) -> list[tuple[Tensor, Tensor]]:

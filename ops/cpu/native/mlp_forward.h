@@ -14,7 +14,7 @@
 // as it is given; with y, first_row is 0 and the plan is made here.
 struct MLPForward {
     const void *x, *up, *down, *up_bias, *down_bias;
-    const void *packed_up, *packed_down;  // from PackWeights, or null; with them, up and down are not read
+    const void *packed_up, *packed_down;  // panels, or null; with them, up and down are null
     const int64_t* experts;
     const float* weights;
     void *y, *z;
@@ -231,9 +231,10 @@ template <class M> class ForwardPass {
                 else store_some(acc[r][c], out + c * LANES, std::clamp(D - d - c * LANES, 0, LANES));
         }
     }
-    template <bool UP> const U* packed(int e, int column) const {
+    template <bool UP> MadePanel<M> packed(int e, int column) const {
         const int step = UP ? up_columns : PANEL, panels = ((UP ? F : D) + step - 1) / step;
-        return (const U*)(UP ? a.packed_up : a.packed_down) + ((size_t)e * panels + column / step) * (UP ? xu : hu) * PANEL;
+        const auto* all = (const typename M::Stored*)(UP ? a.packed_up : a.packed_down);
+        return {all + ((size_t)e * panels + column / step) * (UP ? xu : hu) * PANEL, UP ? D : F};
     }
 
     // Columns [begin, end) of h (UP) or of the rows, for one tile.
@@ -252,7 +253,7 @@ template <class M> class ForwardPass {
             auto times = [&](const auto& source) {
                 multiply_panel<M>(UP ? x + t.x : h + t.h, UP ? x_stride : h_stride, t.rows, source, panel, UP ? xu : hu, ahead, acc);
             };
-            if (a.packed_up) times(MadePanel<M>{packed<UP>(e, c)});
+            if (a.packed_up) times(packed<UP>(e, c));
             else times(UP ? weights.up_rows(e, c) : weights.down_rows(e, c));
             if constexpr (UP) finish_up_rows(e, t, c, acc);
             else finish_down_rows(t, c, acc);

@@ -49,7 +49,7 @@ int ENTRY(quantized_forward)(const void* args) { return run<OfBits<Mac, Quantize
 int ENTRY(quantized_backward)(const void* args) { return run<OfBits<Mac, QuantizedBackwardPass, QuantizedBackward>, QuantizedBackward>(args); }
 int ENTRY(route)(const void* args) { return run<RoutePass<Mac::T>, Route>(args); }
 int ENTRY(route_backward)(const void* args) { return run<RouteBackwardPass<Mac::T>, RouteBackward>(args); }
-int ENTRY(pack)(const void* args) { return run<PackingPass<Mac>, PackWeights>(args); }
+int ENTRY(pack)(const void* args) { return run<PackingPass<Mac>, Pack>(args); }
 int ENTRY(elements_per_unit)() { return Mac::PER; }
 }
 

@@ -1,4 +1,4 @@
-// The weights of the MLP as panels: which rows make one, and all of them made at once, for who keeps them.
+// The weights of the MLP as panels: which rows make one, and the permutation that makes all of them, or undoes it.
 #pragma once
 #include "panel.h"
 
@@ -28,35 +28,52 @@ template <class M> struct PanelsOfWeights {
     }
 };
 
-// The weights as panels, in their order: [E, panels, units of k, PANEL], once and for all.
-struct PackWeights {
-    const void *up, *down;
-    void *packed_up, *packed_down;
-    int64_t num_experts, hidden, inner, up_rows, gate, up_from, step, gated, threads;
+// One weight [E, rows, k] and the same elements as panels [E, panels, units of k, PANEL, PER], zeros where there are none.
+struct Pack {
+    void *home, *panels;
+    int64_t num_experts, columns, rows, k, first, second, step, gated, back, threads;
 };
 
+// Elements are moved as bits: minus zeros and the payloads of NaNs come back as they were.
 template <class M> class PackingPass {
-    const PackWeights& a;
+    using Bits = std::conditional_t<sizeof(typename M::T) == 4, uint32_t, uint16_t>;
+    static constexpr int BLOCK = 64 / sizeof(Bits);  // elements of k moved at once: a line of each row
+    const Pack& a;
+    const int width, panels, padded;  // columns of a panel, panels of an expert, elements of k with their padding
+
+    // The row of the weight in column c of panel p; -1 for padding.
+    int64_t row_of(int p, int c) const {
+        const int64_t column = (int64_t)p * width + (a.gated ? c % LANES : c);
+        if (column >= a.columns) return -1;
+        return (a.gated && c >= LANES ? a.second : a.first) + column * a.step;
+    }
+    template <bool BACK> void move(int e, int p) const {
+        Bits* panel = (Bits*)a.panels + ((size_t)e * panels + p) * padded * PANEL;
+        for (int begin = 0; begin < padded; begin += BLOCK)
+            for (int c = 0; c < PANEL; c++) {
+                const int64_t row = row_of(p, c);
+                Bits* home = row < 0 ? nullptr : (Bits*)a.home + ((size_t)e * a.rows + row) * a.k;
+                for (int i = begin; i < std::min(begin + BLOCK, padded); i++) {
+                    Bits& there = panel[((size_t)(i / M::PER) * PANEL + c) * M::PER + i % M::PER];
+                    const bool exists = home && i < a.k;
+                    if constexpr (BACK) {
+                        if (exists) home[i] = there;
+                    } else
+                        there = exists ? home[i] : Bits{0};
+                }
+            }
+    }
 
   public:
-    explicit PackingPass(const PackWeights& a) : a(a) {}
+    explicit PackingPass(const Pack& a)
+        : a(a), width(a.gated ? LANES : PANEL), panels((int)((a.columns + width - 1) / width)), padded((int)units<M>(a.k) * M::PER) {}
 
     void run() {
-        using T = typename M::T;
-        using U = typename M::U;
-        const int D = a.hidden, F = a.inner, up_columns = a.gated ? LANES : PANEL;
-        const PanelsOfWeights<M> weights{(const T*)a.up, (const T*)a.down, D, F, (int)a.up_rows,
-                                         {(ptrdiff_t)a.gate, (ptrdiff_t)a.up_from, (ptrdiff_t)a.step}, a.gated != 0};
-        const int up_panels = (F + up_columns - 1) / up_columns, down_panels = (D + PANEL - 1) / PANEL;
-        Tasks up, down;
+        Tasks tasks;
 #pragma omp parallel num_threads(a.threads)
-        {
-            up.run(a.num_experts, up_panels, [&](int e, int p) {
-                weights.up_rows(e, p * up_columns).make((U*)a.packed_up + ((size_t)e * up_panels + p) * units<M>(D) * PANEL);
-            });
-            down.run(a.num_experts, down_panels, [&](int e, int p) {
-                weights.down_rows(e, p * PANEL).make((U*)a.packed_down + ((size_t)e * down_panels + p) * units<M>(F) * PANEL);
-            });
-        }
+        tasks.run(a.num_experts, panels, [&](int e, int p) {
+            if (a.back) move<true>(e, p);
+            else move<false>(e, p);
+        });
     }
 };

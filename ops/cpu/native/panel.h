@@ -89,15 +89,6 @@ template <class M> struct PanelRows {
         return buffer;
     }
     static INLINE void look_ahead(const typename M::U*) {}
-    // All units, to out[units][PANEL].
-    void make(typename M::U* out) const {
-        const int whole = (int)units<M>(k);
-        alignas(64) typename M::U buffer[LANES * PANEL];
-        for (int unit = 0; unit < whole; unit += LANES) {
-            transpose_to(unit, buffer);
-            memcpy(out + (size_t)unit * PANEL, buffer, (size_t)std::min(LANES, whole - unit) * PANEL * sizeof(*out));
-        }
-    }
 };
 
 // Memory that will be read soon, in up to two runs, asked for a few lines at a time while something else is computed.
@@ -123,15 +114,36 @@ class Ahead {
     }
 };
 
+// LANES columns of one unit, widened where they are stored narrower than they are multiplied.
+template <class Stored> static INLINE vf columns_of_unit(const Stored* p) {
+    if constexpr (sizeof(Stored) == sizeof(float)) return load<vf>(p);
+    else return load_wide(p);
+}
+
 // A panel that was made before, all units of k. The memory behind it is that of the next, so it is read as one stream; asking
 // for it some distance ahead is worth a tenth of the time where the panels come from memory, and nothing where they do not.
 template <class M> struct MadePanel {
+    using Stored = typename M::Stored;
     static constexpr int BYTES_AHEAD = 8 << 10;
-    const typename M::U* panel;
+    const Stored* panel;
+    int k;  // in elements
 
-    INLINE const typename M::U* block(int unit, typename M::U*) const { return panel + (size_t)unit * PANEL; }
-    static INLINE void look_ahead(const typename M::U* columns) {
-        for (int byte = 0; byte < PANEL * 4; byte += 64) __builtin_prefetch((const char*)columns + BYTES_AHEAD + byte, 0, 2);
+    // The second half of an odd row's last pair is padding, which an optimizer or a fill of the whole tensor may have written.
+    // The row of tokens has a zero there, but zero times infinity is no number, so the padding is masked.
+    INLINE const Stored* block(int unit, typename M::U* buffer) const {
+        const Stored* stored = panel + (size_t)unit * PANEL;
+        if constexpr (M::PER == 2) {
+            const int left = (int)units<M>(k) - unit;
+            if (k % 2 && left <= LANES) {
+                memcpy(buffer, stored, (size_t)left * PANEL * sizeof(Stored));
+                for (int c = 0; c < PANEL; c++) buffer[(left - 1) * PANEL + c] &= 0xFFFF;
+                return buffer;
+            }
+        }
+        return stored;
+    }
+    static INLINE void look_ahead(const Stored* columns) {
+        for (size_t byte = 0; byte < PANEL * sizeof(Stored); byte += 64) __builtin_prefetch((const char*)columns + BYTES_AHEAD + byte, 0, 2);
     }
 };
 
@@ -142,13 +154,13 @@ static inline void multiply_rows_by_panel(const typename M::U* rows, size_t stri
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = vf{};
     for (int unit = 0; unit < k; unit += LANES) {
-        const typename M::U* block = source.block(unit, buffer);
+        const auto* block = source.block(unit, buffer);
         ahead.step();
         const typename M::U* a = rows + unit;
         const int count = std::min(LANES, k - unit);
         for (int i = 0; i < count; i++) {
             Source::look_ahead(block + i * PANEL);
-            const vf b0 = load<vf>(block + i * PANEL), b1 = load<vf>(block + i * PANEL + LANES);
+            const vf b0 = columns_of_unit(block + i * PANEL), b1 = columns_of_unit(block + i * PANEL + LANES);
 #pragma GCC unroll 16
             for (int r = 0; r < R; r++) {
                 const auto unit_of_row = a[r * stride + i];

@@ -4,11 +4,13 @@
 #pragma once
 #include "vector.h"
 
-// One step along k takes PER consecutive elements. U is such a unit, as it stands in a packed operand.
-// Elements that are multiplied as float32, being that or widened when they are packed.
+// One step along k takes PER consecutive elements. U is such a unit, as it is multiplied; Stored is the same unit in the
+// panels that hold a module's weights, which stay as narrow as the weights are.
+// Elements that are multiplied as float32, being that or widened when they are read.
 template <class Element> struct MacWidened {
     using T = Element;
     using U = float;
+    using Stored = Element;
     static constexpr int PER = 1;
     static INLINE U unit(const T* p, int) { return widen(*p); }
     static INLINE vf units_of(const T* p) { return load_wide(p); }  // LANES of them
@@ -20,6 +22,7 @@ using MacF16 = MacWidened<f16>;
 struct MacBF16 {
     using T = bf16;
     using U = uint32_t;
+    using Stored = uint32_t;
     static constexpr int PER = 2;
     // Two elements, or one and a zero where the row has ended.
     static INLINE U unit(const T* p, int count) {

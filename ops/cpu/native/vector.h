@@ -105,6 +105,8 @@ static INLINE void narrow(float v, f16* p) {
 static INLINE vf load_wide(const f16* p) {
 #if defined(__AVX512F__)
     return (vf)_mm512_cvtph_ps((__m256i)load<vh>(p));
+#elif defined(__AVX__) && defined(__F16C__)
+    return (vf)_mm256_cvtph_ps((__m128i)load<vh>(p));
 #else
     vf v;
     for (int i = 0; i < LANES; i++) v[i] = widen(p[i]);
