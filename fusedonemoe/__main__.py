@@ -122,7 +122,7 @@ def _run_to_the_last_byte(argv: Sequence[str]) -> int:
 
 @contextmanager
 def _every_character() -> Iterator[None]:
-    """A character that the terminal's encoding lacks is written as its number, and ends nothing."""
+    """Write a character that the encoding of stdout lacks as its number, where Python would raise an error."""
     before: list[tuple[io.TextIOWrapper, str]] = []
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         before.append((sys.stdout, sys.stdout.errors))

@@ -57,7 +57,7 @@ def _named(path: AnyPath) -> Iterator[None]:
 
 
 def _found(path: AnyPath) -> os.stat_result | None:
-    """What is at the path now, links followed; None where there is nothing."""
+    """Return the status of the file at a path, links followed; None where there is none."""
     try:
         return os.stat(path)
     except FileNotFoundError:

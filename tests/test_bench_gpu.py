@@ -173,8 +173,9 @@ def test_a_run_resumes_where_it_stopped(two_cells, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(report, "version_of", lambda package: "0.0")
     assert suite.run(arguments(*run)) == 0 and two_cells[5:] == ["a", "b"]
     assert "is of another versions: starting afresh" in capsys.readouterr().err
+    # A damaged file is not lost.
     file.write_text("{")
-    assert suite.run(arguments(*run)) == 0 and two_cells[7:] == ["a", "b"]
+    assert suite.run(arguments(*run)) == 2 and two_cells[7:] == [] and file.read_text() == "{"
 
 
 def test_an_interrupted_run_has_its_finished_cells_in_the_file(two_cells, tmp_path, monkeypatch):

@@ -56,11 +56,16 @@ def listed(folder):
 
 
 def test_two_runs_at_once_both_end_and_the_file_is_of_one(tmp_path, capsys):
-    file, ended, problems = tmp_path / "r.json", [], []
+    file, ended, problems, all_here = tmp_path / "r.json", [], [], threading.Barrier(3)
 
     def one(seconds):
+        def measure(name):
+            if name == "0":
+                all_here.wait()
+            return cell(name, seconds)
+
         try:
-            ended.append(run(["--json", str(file)], [f"{n}" for n in range(60)], lambda name: cell(name, seconds)))
+            ended.append(run(["--json", str(file)], [f"{n}" for n in range(60)], measure))
         except BaseException as error:
             problems.append(error)
 

@@ -1,4 +1,4 @@
-"""The fields of a file of results, and what each may hold: checked once, when a file is read.
+"""The fields of a file of results, and the values that each may hold: checked once, when a file is read.
 
 A reader may rely on every field of these tables that is there; those that are needed are there. Other fields are left alone.
 """
@@ -24,7 +24,7 @@ class DamagedError(ValueError):
 
 @dataclass(frozen=True)
 class Kind:
-    """What a field may hold.
+    """The values that a field may hold.
 
     Attributes:
         told: the same in words.

@@ -93,8 +93,8 @@ def finished_cells(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]
 class _Keeper:
     """Keeps the results of a run in a file.
 
-    A pipe or a device gets them once, when the run ends. Where two runs write one file, it has all of one of them: the last one
-    wins, and says so.
+    A pipe or a device gets them once, when the run ends. Where two runs write one file, it has all cells of the run that wrote
+    last and none of the other; a run that finds the other's version says so.
     """
 
     def __init__(self, path: Path | None, cells: int) -> None:
