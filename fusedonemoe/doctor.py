@@ -28,6 +28,7 @@ from torch import Tensor
 
 from fusedonemoe import MoE, __version__
 from fusedonemoe.ops.choice import refusal
+from fusedonemoe.ops.cpu import build
 from fusedonemoe.ops.reference import FloatArray
 from fusedonemoe.probes import BUDGET_TEXT, BUDGETS, DTYPES, D, E, F, K, Probe, make_probes, normal
 from fusedonemoe.testing import exact_float64
@@ -139,6 +140,14 @@ def _compiler_finding() -> Finding:
     return Finding("C++ compiler", "ok", run.stdout.partition("\n")[0] or compiler)
 
 
+def _kernels_finding() -> Finding:
+    """The CPU kernels of this library; a cache that another user could write is wrong, and the detail says what to do."""
+    try:
+        return Finding("CPU kernels", "ok", build.load()._name)
+    except build.Unavailable as error:
+        return Finding("CPU kernels", "FAIL" if build.cache_fault() else "absent", str(error))
+
+
 def _gpu_findings() -> list[Finding]:
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
@@ -171,6 +180,7 @@ def check_environment() -> list[Finding]:
         *(_package_finding(name) for name in ("numpy", "triton", "transformers")),
         *_cpu_findings(),
         _compiler_finding(),
+        _kernels_finding(),
         *_gpu_findings(),
         _cache_finding(),
     ]

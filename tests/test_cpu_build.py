@@ -181,6 +181,11 @@ def unwritable_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("FUSEDONEMOE_CACHE_DIR", str(tmp_path / "file" / "cache"))
 
 
+def cache_that_others_can_write(monkeypatch, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o777)
+
+
 def no_home(monkeypatch, tmp_path):
     def nobody():
         raise RuntimeError("Could not determine home directory.")
@@ -200,6 +205,7 @@ def no_home(monkeypatch, tmp_path):
         (compiler_that_never_ends, "timed out after 0.2 seconds"),
         (compiler_that_makes_no_library, "the kernels could not be cached or loaded: "),
         (unwritable_cache, "the kernels could not be cached or loaded: "),
+        (cache_that_others_can_write, "the kernels' cache is not safe: "),
         (no_home, "the kernels could not be cached or loaded: Could not determine home directory."),
     ],
 )

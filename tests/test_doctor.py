@@ -5,6 +5,7 @@ import importlib.metadata
 import itertools
 import json
 import math
+import os
 import re
 import sys
 from functools import partial
@@ -16,6 +17,7 @@ import torch
 from fusedonemoe import __version__, doctor, functional, probes
 from fusedonemoe.ops import IMPLEMENTATIONS, dense, grouped, lora, neurons, product_keys, quantized
 from fusedonemoe.ops import route as routing
+from fusedonemoe.ops.cpu import build
 from fusedonemoe.ops.cpu import routing as cpu_routing
 
 IMPLEMENTATIONS_OF = {
@@ -90,7 +92,9 @@ def test_a_sound_installation(capsys):
             assert row["ok"] is True and row["error"] <= row["budget"] and (row["error"] > 0 or two_terms), row
     assert report["environment"]["fusedonemoe"]["detail"] == __version__
     assert report["environment"]["torch"]["detail"].startswith(torch.__version__)
-    assert {"python", "numpy", "triton", "transformers", "CPU", "threads", "C++ compiler"} < set(report["environment"])
+    assert {"python", "numpy", "triton", "transformers", "CPU", "threads", "C++ compiler", "CPU kernels"} < set(
+        report["environment"]
+    )
     assert {finding["status"] for finding in report["environment"].values()} <= {"ok", "absent"}
 
 
@@ -341,6 +345,20 @@ def test_a_compilation_to_something_else_fails(capsys, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no users")
+@pytest.mark.parametrize(("mode", "status"), [(0o777, "FAIL"), (0o700, "absent")])
+def test_a_cache_that_others_can_write_is_a_failure(capsys, monkeypatch, no_self_test, tmp_path, mode, status):
+    def load():
+        raise build.Unavailable("a reason that names the folder")
+
+    tmp_path.chmod(mode)
+    monkeypatch.setenv("FUSEDONEMOE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(build, "load", load)
+    code, report = examine(capsys)
+    assert report["environment"]["CPU kernels"] == {"status": status, "detail": "a reason that names the folder"}
+    assert code == (status == "FAIL")
+
+
 @pytest.mark.skipif(doctor.find_cpp_compiler() is None, reason="needs a C++ compiler")
 def test_compilation():
     forward, backward = doctor.compile_smoke("cpu")

@@ -12,6 +12,7 @@ from fusedonemoe.functional.calls import as_rows, records_gradients, run_portabl
 from fusedonemoe.ops import library
 from fusedonemoe.ops.activation import GATE_UP_LAYOUTS, PLAIN
 from fusedonemoe.ops.choice import refusal
+from fusedonemoe.ops.derivatives import refuse_transforms
 from fusedonemoe.ops.library import Projection
 
 

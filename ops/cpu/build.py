@@ -22,7 +22,7 @@ from functools import cache
 from pathlib import Path
 
 from fusedonemoe.ops.cpu import compiler as compilers
-from fusedonemoe.ops.cpu.cache import ATTEMPTS, Folder, Found
+from fusedonemoe.ops.cpu.cache import ATTEMPTS, Folder, Found, Untrusted
 from fusedonemoe.ops.cpu.compiler import Unavailable as Unavailable
 from fusedonemoe.ops.cpu.forks import no_fork
 from fusedonemoe.ops.notice import say
@@ -141,10 +141,15 @@ def _open(folder: Folder, name: str, found: Found | None) -> ctypes.CDLL | str:
     return f"the kernels could not be loaded: {path} has no {missing[0]}" if missing else library
 
 
-def _find() -> ctypes.CDLL:
+def _plan() -> tuple[str, list[str], str]:
+    """The compiler, its flags, and the name of the library that they make."""
     compiler = _compiler()
     flags = [*FLAGS, *os.environ.get("FUSEDONEMOE_CXXFLAGS", "").split()]
-    name = f"kernels-{_digest(compiler, flags)}.so"
+    return compiler, flags, f"kernels-{_digest(compiler, flags)}.so"
+
+
+def _find() -> ctypes.CDLL:
+    compiler, flags, name = _plan()
     with contextlib.closing(Folder(cache_directory())) as folder:
         found = folder.look(name)
         library = _open(folder, name, found)
@@ -174,6 +179,18 @@ def _load() -> ctypes.CDLL | str:
         reason = f"the kernels could not be cached or loaded: {error}"
     say(f"going on without the CPU kernels: {reason}")
     return reason
+
+
+def cache_fault() -> str | None:
+    """Return why no library of the cache may be loaded, because another user could have written it; None where none could."""
+    try:
+        with contextlib.closing(Folder(cache_directory())) as folder:
+            folder.look(_plan()[2])
+    except Untrusted as error:
+        return str(error)
+    except (Unavailable, OSError, RuntimeError):  # faults of another kind
+        return None
+    return None
 
 
 class _Turn:

@@ -1,5 +1,6 @@
 // The library across fork(): the child has one thread, and nothing that the parent's other threads did will ever end there.
 #pragma once
+#include <cstdint>
 #include <pthread.h>
 #include <system_error>
 #include <thread>
@@ -22,14 +23,15 @@ class __attribute__((visibility("hidden"))) Fork {
     static bool is_survivor() { return happened && pthread_equal(pthread_self(), survivor); }
 };
 
-// pass(threads), which must not throw, on a thread that may start OpenMP's workers.
-template <class Pass> static inline int run_with_workers(int64_t threads, Pass pass) {
-    if (threads == 1 || !Fork::is_survivor()) return pass(threads);
+// pass(), which must not throw and whose parallel regions are of so many threads, on a thread that may start OpenMP's workers.
+template <class Pass> static inline int with_workers(int64_t& threads, Pass pass) {
+    if (threads == 1 || !Fork::is_survivor()) return pass();
     int result = 0;
     try {
-        std::thread([&] { result = pass(threads); }).join();
+        std::thread([&] { result = pass(); }).join();
     } catch (const std::system_error&) {  // no new thread can be had
-        result = pass((int64_t)1);
+        threads = 1;
+        result = pass();
     }
     return result;
 }

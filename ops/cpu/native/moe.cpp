@@ -11,19 +11,20 @@
 #include "quantized_backward.h"
 #include "route.h"
 
+template <class Pass, class Args> __attribute__((noinline)) static int run_pass(const Args& args) {
+    try {
+        Pass(args).run();
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    } catch (const std::invalid_argument&) {
+        return 2;
+    }
+}
+
 template <class Pass, class Args> static int run(const void* given) {
     Args args = *(const Args*)given;
-    return run_with_workers(args.threads, [&](int64_t threads) {
-        args.threads = threads;
-        try {
-            Pass(args).run();
-            return 0;
-        } catch (const std::bad_alloc&) {
-            return 1;
-        } catch (const std::invalid_argument&) {
-            return 2;
-        }
-    });
+    return with_workers(args.threads, [&] { return run_pass<Pass>(args); });
 }
 
 #define JOIN_(a, b) a##b
