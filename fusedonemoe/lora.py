@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fusedonemoe import functional as F
 from fusedonemoe.layers import Experts
 from fusedonemoe.linear import uniform_by_fan_in
+from fusedonemoe.peft_refusal import RefusesPeft, check_no_peft, show_to_peft
 
 TARGETS = ("gate_up", "down")
 
@@ -87,7 +88,7 @@ def _per_target(name: str, value: Any, targets: Sequence[str], kind: type | tupl
     return values
 
 
-class LoRAExperts(nn.Module):
+class LoRAExperts(RefusesPeft):
     """Experts with a low-rank adapter on each targeted projection: ``W_e + scale * B_e A_e``, never formed.
 
     The base is frozen: its parameters get no gradient, and none is computed. Parameters are ``gate_up_lora_A`` ``[E, r, D]``,
@@ -167,9 +168,10 @@ class LoRAExperts(nn.Module):
             self.register_parameter(f"{target}_lora_A", A)
             self.register_parameter(f"{target}_lora_B", B)
         self.base = base
-        self.register_state_dict_pre_hook(_refuse_merged)
-        self.register_load_state_dict_pre_hook(_refuse_merged)
+        self.register_state_dict_pre_hook(refuse_merged)
+        self.register_load_state_dict_pre_hook(refuse_merged)
         self.reset_parameters()
+        show_to_peft(LoRAExperts)
 
     @property
     def scale(self) -> dict[str, float]:
@@ -179,7 +181,11 @@ class LoRAExperts(nn.Module):
     @property
     def merged(self) -> bool:
         """Whether the base holds the adapters at the moment."""
-        return bool(self._originals)
+        return len(self._originals) > 0  # torch.compile guards on the length of a dict and not on its truth
+
+    @property
+    def _adapts(self) -> bool:
+        return not self.merged
 
     def factors(self, target: str) -> tuple[Tensor, Tensor]:
         """``A`` and ``B`` of a target that has an adapter."""
@@ -214,15 +220,14 @@ class LoRAExperts(nn.Module):
             "impl": form.impl,
         }
         arguments = (x, experts, weights, getattr(base, form.up), getattr(base, form.down))
-        if self._originals:
+        if not self._adapts:
             return F.experts_mlp(*arguments, **options)
         scale = self.scale
+        for target in self.targets:
+            A, B = self.factors(target)
+            options |= {f"{target}_A": A, f"{target}_B": B}
         return F.experts_mlp_lora(
             *arguments,
-            gate_up_A=self.gate_up_lora_A,
-            gate_up_B=self.gate_up_lora_B,
-            down_A=self.down_lora_A,
-            down_B=self.down_lora_B,
             gate_up_scale=scale.get("gate_up", 1.0),
             down_scale=scale.get("down", 1.0),
             **options,
@@ -243,7 +248,7 @@ class LoRAExperts(nn.Module):
         Raises:
             RuntimeError: the base holds the adapters already.
         """
-        _refuse_merged(self)
+        refuse_merged(self)
         merged = {}
         for target in self.targets:
             name = self.form.name(target)
@@ -319,7 +324,8 @@ class LoRAExperts(nn.Module):
         return ", ".join((*adapters, "merged" if self.merged else "not merged"))
 
 
-def _refuse_merged(module: nn.Module, *_: Any) -> None:
+def refuse_merged(module: nn.Module, *_: Any) -> None:
+    """No state dict while the base holds the adapters."""
     if isinstance(module, LoRAExperts) and module.merged:
         raise RuntimeError("the base holds the adapters, which would count twice: call unmerge() first")
 
@@ -362,7 +368,7 @@ def add_lora(
         The new modules by name.
 
     Raises:
-        ValueError: the model holds no experts, is itself one, or has adapters already.
+        ValueError: the model holds no experts, is itself one, or has adapters already, of this library or of PEFT.
 
     Example:
         >>> from fusedonemoe import MoE, add_lora
@@ -373,6 +379,7 @@ def add_lora(
     """
     if any(isinstance(module, LoRAExperts) for module in model.modules()):
         raise ValueError("model must have no adapters yet, got one with LoRAExperts in it")
+    check_no_peft(model)
 
     def default(module: nn.Module) -> ExpertsForm | None:
         return form_of(module) if isinstance(module, Experts) else None

@@ -22,7 +22,7 @@ FLOORS = [
     ["ops.reference", "ops.plan", "ops.activation", "ops.route", "ops.product_keys"],
     ["ops.dense", "ops.grouped", "ops.lora", "ops.neurons", "ops.quantized", "ops.cpu", "ops.cuda", "ops.triton", "ops.portable"],
     ["ops.library", "ops.shortcut", "ops.choice", "ops"],
-    ["checks", "kept_buffers", "linear"],
+    ["checks", "kept_buffers", "linear", "peft_refusal"],
     ["functional", "config", "hf"],
     [
         "balance",

@@ -4,8 +4,11 @@ A model trains here, with ``add_lora``, and its adapters go back with ``save_ada
 ``load_adapter`` from a file and with ``from_peft`` from a ``PeftModel``. The layouts are in :mod:`.adapter_layouts`.
 """
 
+import importlib
 import json
+import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +31,10 @@ from fusedonemoe.integrations.adapter_layouts import (
     write_stacked,
 )
 from fusedonemoe.integrations.forms import form_of
+from fusedonemoe.integrations.save_refusal import refuse_save
 from fusedonemoe.lora import ExpertsForm, LoRAExperts
 from fusedonemoe.lora import add_lora as add_lora_to_experts
+from fusedonemoe.peft_refusal import check_no_peft
 
 __all__ = [
     "adapter_config",
@@ -43,10 +48,16 @@ __all__ = [
 ]
 
 LAYOUTS = ("peft", "vllm")
+# Names that wrappers add to those of modules: torch.compile, FSDP and activation checkpointing.
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 def add_lora(model: nn.Module, **options: Any) -> dict[str, LoRAExperts]:
     """:func:`fusedonemoe.add_lora` for a transformers model: its modules of experts, and ours, get adapters.
+
+    They are this library's: save them with :func:`save_adapter`. The model's own ``save_pretrained`` raises from then on, and so
+    does ``get_peft_model``, which could neither switch nor save them. For adapters that PEFT switches and saves, let PEFT add
+    them, and call :func:`from_peft`.
 
     Args:
         model: is changed: every module of experts is replaced by a :class:`~fusedonemoe.LoRAExperts` over it, and all
@@ -57,9 +68,19 @@ def add_lora(model: nn.Module, **options: Any) -> dict[str, LoRAExperts]:
         The new modules by name.
 
     Raises:
-        ValueError: the model holds no experts, or such as the operators cannot compute; the message says which.
+        ValueError: the model holds no experts, or such as the operators cannot compute; the message says which. Or it has
+            adapters of PEFT's.
     """
-    return add_lora_to_experts(model, read=form_of, **options)
+    _import_peft()
+    added = add_lora_to_experts(model, read=form_of, **options)
+    refuse_save(model)
+    return added
+
+
+def _import_peft() -> None:
+    """Let PEFT be there before adapters are, if it is installed, so that it can be told of them."""
+    with suppress(ImportError):
+        importlib.import_module("peft.tuners.lora.layer")
 
 
 def _read(source: Any, config: Any) -> tuple[Mapping[str, Tensor], AdapterConfig]:
@@ -116,6 +137,8 @@ def load_adapter(
     """
     if any(isinstance(module, LoRAExperts) for module in model.modules()):
         raise ValueError("model must have no adapters yet, got one with LoRAExperts in it")
+    _import_peft()
+    check_no_peft(model)
     tensors, checked = _read(source, config)
     modules, others = sort_keys(tensors)
     forms = {name: form for name, module in model.named_modules() if (form := form_of(module)) is not None}
@@ -146,10 +169,12 @@ def load_adapter(
     for name, found in adapters.items():
         _check_shapes(name, model.get_submodule(name), forms[name], found)
     model.requires_grad_(False)
-    return {
+    added = {
         name: _attach(model, name, model.get_submodule(name), forms[name], found, trainable=trainable, dtype=dtype)
         for name, found in adapters.items()
     }
+    refuse_save(model)
+    return added
 
 
 def _check_shapes(name: str, base: nn.Module, form: ExpertsForm, adapters: Mapping[str, Factors]) -> None:
@@ -184,9 +209,8 @@ def _attach(
     return module
 
 
-def _wrapped_adapters(name: str, wrapper: Any, form: ExpertsForm, adapter: str | None) -> tuple[dict[str, Factors], bool]:
-    """The factors in PEFT's nested wrappers of one module, and whether they are trained."""
-    adapters, trainable = {}, False
+def _check_wrapped(name: str, wrapper: Any, form: ExpertsForm, adapter: str | None) -> None:
+    """PEFT's nested wrappers of one module hold the adapter, unmerged, and are of its projections."""
     layer = wrapper
     while hasattr(layer, "parameter_name"):
         active = layer.active_adapters
@@ -195,25 +219,22 @@ def _wrapped_adapters(name: str, wrapper: Any, form: ExpertsForm, adapter: str |
             raise ValueError(f"adapter must be one of {sorted(layer.lora_A)}, got {chosen!r} with {active} active")
         if layer.merged:
             raise ValueError(f"{name} must not be merged: call unmerge_adapter() first")
-        target = {form.up: "gate_up", form.down: "down"}.get(layer.parameter_name)
-        if target is None:
+        if layer.parameter_name not in (form.up, form.down):
             raise ValueError(f"{name} must have adapters of its projections alone, got one of {layer.parameter_name}")
-        lora_A, lora_B = layer.lora_A[chosen].weight, layer.lora_B[chosen].weight
-        trainable = trainable or lora_A.requires_grad
-        A, B = split_factors(lora_A.detach(), lora_B.detach(), layer.num_experts)
-        adapters[target] = Factors(A, B, layer.scaling[chosen])
         layer = layer.base_layer
-    return adapters, trainable
 
 
 def from_peft(model: nn.Module, adapter: str | None = None) -> dict[str, LoRAExperts]:
     """Take over the adapters of experts in a ``PeftModel``: its wrappers become :class:`~fusedonemoe.LoRAExperts`.
 
-    Other adapters of the model, such as those of attention, are left to PEFT.
+    The parameters stay PEFT's, and so do their names: ``disable_adapter``, ``set_adapter``, ``merge_adapter``,
+    ``merge_and_unload``, ``delete_adapter``, ``load_adapter`` into an adapter that is there, ``save_pretrained`` and what else
+    PEFT and transformers do to adapters works on these as on all. All adapters of the experts are taken over; others of the
+    model, such as those of attention, are left as they are. To add one to the experts, add it before.
 
     Args:
         model: a ``PeftModel``, or what it wraps. It is changed.
-        adapter: which adapter; by default the active one.
+        adapter: the adapter that the experts use; by default the active one.
 
     Returns:
         The new modules by name.
@@ -226,28 +247,48 @@ def from_peft(model: nn.Module, adapter: str | None = None) -> dict[str, LoRAExp
         from peft.tuners.lora.layer import ParamWrapper
     except ImportError as error:
         raise ImportError("a PeftModel comes with peft: pip install peft") from error
+    from fusedonemoe.integrations.peft_experts import PeftExperts
+
     wrappers: dict[str, Any] = {}
     for name, module in model.named_modules():
         if isinstance(module, ParamWrapper) and not any(name.startswith(f"{outer}.") for outer in wrappers):
             wrappers[name] = module
-    added = {}
-    for name, wrapper in wrappers.items():
-        base = wrapper.get_base_layer()
-        if (form := form_of(base)) is None:
-            continue
-        found, trainable = _wrapped_adapters(name, wrapper, form, adapter)
-        dtype = next(iter(found.values())).A.dtype
-        added[name] = _attach(model, name, base, form, found, trainable=trainable, dtype=dtype)
-    if not added:
+    forms = {name: form for name, wrapper in wrappers.items() if (form := form_of(wrapper.get_base_layer())) is not None}
+    if not forms:
         raise ValueError(f"model must hold adapters of experts, got {type(model).__name__} without any")
+    for name, form in forms.items():
+        _check_wrapped(name, wrappers[name], form, adapter)
+    added: dict[str, LoRAExperts] = {}
+    for name, form in forms.items():
+        added[name] = PeftExperts(wrappers[name], form, adapter).train(wrappers[name].training)
+        model.set_submodule(name, added[name])
     return added
 
 
 def _adapted(model: nn.Module) -> dict[str, LoRAExperts]:
-    found = {name: module for name, module in model.named_modules() if isinstance(module, LoRAExperts)}
+    """The modules with adapters, by the names that they have without what wraps the model."""
+    bare = _unwrapped(model)
+    found = {name: m for name, m in bare.named_modules() if isinstance(m, LoRAExperts) and m.targets}
     if not found or "" in found:
         raise ValueError(f"model must hold modules of LoRAExperts inside, got {type(model).__name__}")
-    return found
+    names = (".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in found)
+    return dict(zip(names, found.values(), strict=True))
+
+
+def _unwrapped(model: Any) -> nn.Module:
+    """The model without torch.compile, DataParallel and PEFT around it."""
+    peft_model, tuners = (sys.modules.get(f"peft.{name}") for name in ("peft_model", "tuners.tuners_utils"))
+    while True:
+        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif peft_model is not None and isinstance(model, peft_model.PeftModel):
+            model = model.base_model
+        elif tuners is not None and isinstance(model, tuners.BaseTuner):
+            model = model.model
+        else:
+            return model
 
 
 def _check_layout(layout: str) -> None:

@@ -23,6 +23,15 @@ from fusedonemoe.ops.library.registration import (
 from fusedonemoe.ops.lora import Adapter, LoRANeeds
 
 
+def _adapter(A: Tensor, B: Tensor, scale: float) -> Adapter:
+    """The factors as the products want them: in PEFT's matrices an expert's B has no two values side by side.
+
+    Those of GPUs read whole rows; those of CPUs copy one expert's at a time. The copy is made here and not in front of the
+    operator, which would keep it for the backward.
+    """
+    return Adapter(A.contiguous(), B.contiguous(), scale) if A.is_cuda else Adapter(A, B, scale)
+
+
 def _experts_mlp_lora(
     x: Tensor,
     experts: Tensor,
@@ -46,7 +55,7 @@ def _experts_mlp_lora(
     impl: str = "grouped",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     act = Activation(activation, layout, alpha, limit)
-    up, down = Adapter(up_A, up_B, up_scale), Adapter(down_A, down_B, down_scale)
+    up, down = _adapter(up_A, up_B, up_scale), _adapter(down_A, down_B, down_scale)
     kernels = gpu_kernels("lora") if impl == "triton" else lora
     return kernels.experts_mlp_lora(x, experts, weights, up_proj, down_proj, up_bias, down_bias, up, down, act, save_percent)
 
@@ -79,7 +88,7 @@ def _experts_mlp_lora_backward(
     impl: str = "grouped",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     act = Activation(activation, layout, alpha, limit)
-    up, down = Adapter(up_A, up_B, up_scale), Adapter(down_A, down_B, down_scale)
+    up, down = _adapter(up_A, up_B, up_scale), _adapter(down_A, down_B, down_scale)
     kernels = gpu_kernels("lora") if impl == "triton" else lora
     parameters = (up_proj, down_proj, up_bias, down_bias, up, down)
     saved = (dy, z, order, offsets, x, experts, weights)
