@@ -229,7 +229,7 @@ class LoRAExperts(RefusesPeft):
         scale = self.scale
         for target in self.targets:
             A, B = self.factors(target)
-            options |= {f"{target}_A": A, f"{target}_B": B.contiguous()}  # of PEFT's matrices, B is a permuted view
+            options |= {f"{target}_A": A, f"{target}_B": B}
         return F.experts_mlp_lora(
             *arguments,
             gate_up_scale=scale.get("gate_up", 1.0),

@@ -1,6 +1,6 @@
 """Experts with weights of 8 or 4 bits."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,9 @@ class QuantizedExperts(KeptBuffers):
     """
 
     down_proj_bias: Tensor | None
-    fixed_buffers = tuple(name + part for name in ("gate_up_proj", "up_proj", "down_proj") for part in _PARTS)
+    fixed_buffers: ClassVar[tuple[str, ...]] = tuple(
+        name + part for name in ("gate_up_proj", "up_proj", "down_proj") for part in _PARTS
+    )
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """Router modules: from hidden states to routing weights and expert ids."""
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ class TopKRouter(KeptBuffers):
 
     bias: Tensor | None
     e_score_correction_bias: Tensor | None
-    float32_buffers = ("e_score_correction_bias",)  # it accumulates small steps
+    float32_buffers: ClassVar[tuple[str, ...]] = ("e_score_correction_bias",)  # it accumulates small steps
 
     def __init__(
         self,
@@ -148,8 +148,8 @@ class TopKRouter(KeptBuffers):
 class _BatchNorm(KeptBuffers, nn.BatchNorm1d):
     """BatchNorm with running statistics in float32, whatever the dtype of scale and shift: they move by small steps."""
 
-    float32_buffers = ("running_mean", "running_var")
-    fixed_buffers = ("num_batches_tracked",)
+    float32_buffers: ClassVar[tuple[str, ...]] = ("running_mean", "running_var")
+    fixed_buffers: ClassVar[tuple[str, ...]] = ("num_batches_tracked",)
 
     def __init__(self, num_features: int, *, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         super().__init__(num_features, device=device, dtype=dtype)

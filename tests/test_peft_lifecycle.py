@@ -396,7 +396,7 @@ def test_a_model_of_compiled_blocks_is_disabled():
 
 
 def test_compiled_adapters_of_ours_follow_a_merge():
-    # The truth of an empty dict is nothing that torch.compile guards on: the adapters were added twice.
+    # torch.compile guards on the length of a dict, and not on bool(dict) or not dict: adapters may not be added twice.
     moe = MoE(hidden_size=8, intermediate_size=8, num_experts=2, top_k=1)
     experts = add_lora(moe, r=2)["experts"]
     nn.init.normal_(experts.factors("down")[1])

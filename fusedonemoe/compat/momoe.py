@@ -8,7 +8,7 @@ Source:
 """
 
 import weakref
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -289,8 +289,8 @@ class MoE(KeptBuffers):
 
     biases_N: Tensor
     counts_N: Tensor
-    float32_buffers = ("biases_N",)
-    fixed_buffers = ("counts_N",)
+    float32_buffers: ClassVar[tuple[str, ...]] = ("biases_N",)
+    fixed_buffers: ClassVar[tuple[str, ...]] = ("counts_N",)
 
     def __init__(
         self,

@@ -23,12 +23,22 @@ from fusedonemoe.lora import TARGETS, ExpertsForm, LoRAExperts, refuse_merged
 class AdapterLevel(LoraLayer):
     """The adapters of one parameter, as PEFT's wrapper of it kept them."""
 
-    adapter_layer_names = ("lora_A", "lora_B")
-    other_param_names = ("scaling",)
+    adapter_layer_names: tuple[str, ...] = ("lora_A", "lora_B")
+    other_param_names: tuple[str, ...] = ("scaling",)
     lora_embedding_A: Any = MappingProxyType({})
     lora_embedding_B: Any = MappingProxyType({})
-    get_param = ParamWrapper.get_param
-    _move_adapter_to_device_of_base_layer = ParamWrapper._move_adapter_to_device_of_base_layer
+
+    def get_param(self) -> Tensor:
+        """The adapted parameter."""
+        parameter: Tensor = getattr(self.get_base_layer(), self.parameter_name)
+        return parameter
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's own asks the base for a weight, which experts do not have under that name.
+        parameter = self.get_param()
+        for level in (self.lora_A, self.lora_B):
+            if adapter_name in level and not level[adapter_name].weight.is_meta:
+                level[adapter_name].to(parameter.device if device is None else device)
 
     def _take(self, wrapper: Any) -> None:
         self.parameter_name: str = wrapper.parameter_name
@@ -162,10 +172,25 @@ class PeftExperts(AdapterLevel, LoRAExperts):
     def _factor(self, target: str, index: int) -> Tensor | None:
         return self.factors(target)[index] if target in self.targets else None
 
-    gate_up_lora_A = property(lambda self: self._factor("gate_up", 0))
-    gate_up_lora_B = property(lambda self: self._factor("gate_up", 1))
-    down_lora_A = property(lambda self: self._factor("down", 0))
-    down_lora_B = property(lambda self: self._factor("down", 1))
+    @property
+    def gate_up_lora_A(self) -> Tensor | None:  # type: ignore[override]
+        """As in :class:`~fusedonemoe.LoRAExperts`, like the next three: a view of PEFT's matrix."""
+        return self._factor("gate_up", 0)
+
+    @property
+    def gate_up_lora_B(self) -> Tensor | None:  # type: ignore[override]
+        """A view of PEFT's matrix."""
+        return self._factor("gate_up", 1)
+
+    @property
+    def down_lora_A(self) -> Tensor | None:  # type: ignore[override]
+        """A view of PEFT's matrix."""
+        return self._factor("down", 0)
+
+    @property
+    def down_lora_B(self) -> Tensor | None:  # type: ignore[override]
+        """A view of PEFT's matrix."""
+        return self._factor("down", 1)
 
     def reset_parameters(self) -> None:
         """Draw A anew and set B to zero, for the active adapters."""

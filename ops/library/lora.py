@@ -24,6 +24,15 @@ from fusedonemoe.ops.lora import Adapter, LoRANeeds
 from fusedonemoe.ops.operands import check_rows, reader_of
 
 
+def _adapter(A: Tensor, B: Tensor, scale: float) -> Adapter:
+    """The factors as the products want them: in PEFT's matrices an expert's B has no two values side by side.
+
+    Those of GPUs read whole rows; those of CPUs copy one expert's at a time. The copy is made here and not in front of the
+    operator, which would keep it for the backward.
+    """
+    return Adapter(A.contiguous(), B.contiguous(), scale) if A.is_cuda else Adapter(A, B, scale)
+
+
 def _experts_mlp_lora(
     x: Tensor,
     experts: Tensor,
@@ -48,7 +57,7 @@ def _experts_mlp_lora(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_rows(experts)
     act = Activation(activation, layout, alpha, limit)
-    up, down = Adapter(up_A, up_B, up_scale), Adapter(down_A, down_B, down_scale)
+    up, down = _adapter(up_A, up_B, up_scale), _adapter(down_A, down_B, down_scale)
     kernels = gpu_kernels("lora") if impl == "triton" else lora
     return kernels.experts_mlp_lora(x, experts, weights, up_proj, down_proj, up_bias, down_bias, up, down, act, save_percent)
 
@@ -82,7 +91,7 @@ def _experts_mlp_lora_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_rows(experts)
     act = Activation(activation, layout, alpha, limit)
-    up, down = Adapter(up_A, up_B, up_scale), Adapter(down_A, down_B, down_scale)
+    up, down = _adapter(up_A, up_B, up_scale), _adapter(down_A, down_B, down_scale)
     kernels = gpu_kernels("lora") if impl == "triton" else lora
     parameters = (up_proj, down_proj, up_bias, down_bias, up, down)
     saved = (dy, *reader_of(x).rows(z, order, offsets, experts, up_proj), x, experts, weights)
