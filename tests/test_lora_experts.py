@@ -216,6 +216,22 @@ def test_merging_drops_packed_weights():
         torch.testing.assert_close(merged, module(*inputs), rtol=1e-5, atol=1e-5)
 
 
+@needs_kernels
+def test_adapters_never_compute_with_panels():
+    module, inputs = make(), routed()
+    module.base.prepack()
+    for use in (lambda: module(*inputs), module.merged_weights):
+        with torch.no_grad(), pytest.raises(RuntimeError, match=r"the weights of the base are packed, .*call unpack\(\) first"):
+            use()
+    module.unpack()
+    expected = module(*inputs)
+    base = module.unload(merge=False)
+    base.prepack()
+    adapted = LoRAExperts(base, r=module.r, alpha=module.alpha)  # unpacks
+    adapted.load_state_dict(module.state_dict())
+    assert base.packed_bytes == 0 and torch.equal(adapted(*inputs), expected)
+
+
 def test_a_state_dict_comes_back_and_adapters_alone_can_be_taken_from_it():
     source, other = make(), make()
     other.reset_parameters()
