@@ -4,7 +4,6 @@ A tensor that autograd saved may come back in other strides, or as another tenso
 ``torch.autograd.graph.saved_tensors_hooks`` to say. And an operator can be called by its name, past the public functions.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -55,38 +54,39 @@ class Reader(NamedTuple):
     Attributes:
         device: where they are.
         dtype: of x and of the expert weights.
+        symbolic: whether x has symbolic sizes, those of a graph that is traced.
     """
 
     device: torch.device
     dtype: torch.dtype
+    symbolic: bool
 
-    def check(self, name: str, tensor: Tensor, shape: Sequence[int], dtypes: tuple[torch.dtype, ...] = ()) -> Tensor:
+    def check(self, name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...] = ()) -> Tensor:
         """``tensor``, of any strides.
 
         Args:
             name: of the operand.
             tensor: what came.
-            shape: it must have; symbolic sizes are those of a graph that is traced, and no question to it.
+            shape: it must have; symbolic sizes are not compared, which would make guards of the graph.
             dtypes: it may have; that of x, if none is given.
 
         Raises:
             TypeError: another dtype.
             ValueError: another shape or device.
         """
-        if tensor.dtype not in (dtypes or (self.dtype,)):
+        if tensor.dtype != self.dtype if not dtypes else tensor.dtype not in dtypes:
             raise TypeError(f"{name} must have dtype {' or '.join(map(str, dtypes or (self.dtype,)))}, got {tensor.dtype}")
-        known = all(type(size) is int for size in (*shape, *tensor.shape))
-        if (known and tensor.shape != torch.Size(shape)) or tensor.dim() != len(shape):
+        if tensor.dim() != len(shape) or (not self.symbolic and tensor.shape != shape):
             raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
         if tensor.device != self.device:
             raise ValueError(f"{name} must be on {self.device}, got {tensor.device}")
         return tensor
 
-    def read(self, name: str, tensor: Tensor, shape: Sequence[int], dtypes: tuple[torch.dtype, ...] = ()) -> Tensor:
+    def read(self, name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...] = ()) -> Tensor:
         """:meth:`check`, and contiguous."""
         return self.check(name, tensor, shape, dtypes).contiguous()
 
-    def read_optional(self, name: str, tensor: Tensor | None, shape: Sequence[int]) -> Tensor | None:
+    def read_optional(self, name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
         """:meth:`read`, where there is one."""
         return None if tensor is None else self.read(name, tensor, shape)
 
@@ -107,7 +107,7 @@ class Reader(NamedTuple):
     def saved(self, z: Tensor, rows: int, width: int) -> Tensor:
         """The pre-activations that were kept: of all rows, or of some."""
         check_dim("z", z, 2)
-        if type(rows) is int and type(z.shape[0]) is int and z.shape[0] > rows:
+        if not self.symbolic and z.shape[0] > rows:
             raise ValueError(f"z must have at most {rows} rows, got {z.shape[0]}")
         return self.read("z", z, (z.shape[0], width))
 
@@ -120,7 +120,7 @@ class Reader(NamedTuple):
 def reader_of(x: Tensor, name: str = "x") -> Reader:
     """The reader of a call with this x ``[T, D]``, or with another tensor that has the dtype of the expert weights."""
     check_dim(name, x, 2)
-    return Reader(x.device, x.dtype)
+    return Reader(x.device, x.dtype, any(type(size) is not int for size in x.shape))
 
 
 def read_mlp(
