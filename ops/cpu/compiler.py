@@ -25,6 +25,7 @@ exec 3<&0
 status=$?
 exec 2>/dev/null
 kill -s KILL $!
+wait $!
 exit $status
 """
 
