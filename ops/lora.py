@@ -54,10 +54,11 @@ class Adapter(NamedTuple):
         """``s gradients B_e`` ``[N, R]``: back into the adapter."""
         return grouped_mm(gradients_NB, self.B, offsets) * self.scale
 
-    def dense(self, rows_ETA: Tensor) -> Tensor:
-        """``s (rows A_e^T) B_e^T`` ``[E, T, B]``: all the way through the adapter, for rows of every expert."""
+    def dense(self, rows_ETA: Tensor, routed_ET1: Tensor) -> Tensor:
+        """``s (rows A_e^T) B_e^T`` ``[E, T, B]``: all the way through the adapter, for the rows that were routed."""
         A, B = self.A.to(rows_ETA.dtype), self.B.to(rows_ETA.dtype)
-        return torch.matmul(torch.matmul(rows_ETA, A.transpose(1, 2)) * self.scale, B.transpose(1, 2))
+        narrow_ETR = torch.where(routed_ET1, torch.matmul(rows_ETA, A.transpose(1, 2)) * self.scale, 0)
+        return torch.matmul(narrow_ETR, B.transpose(1, 2))
 
 
 def _aligned(adapter: Adapter) -> Adapter:
@@ -266,14 +267,14 @@ def experts_mlp_lora_dense(
     dtype = x_ETD.dtype
     z_ETG = torch.matmul(x_ETD, up_EGD.to(dtype).transpose(1, 2))
     if not up.is_absent:
-        z_ETG = z_ETG + up.dense(x_ETD)
+        z_ETG = z_ETG + up.dense(x_ETD, routed_ET1)
     if up_bias_EG is not None:
         z_ETG = z_ETG + up_bias_EG[:, None, :]
     z_ETG = torch.where(routed_ET1, z_ETG, 0)
     h_ETF = (activate(z_ETG, act) * weights_ET1).to(dtype)
     y_ETD = torch.matmul(h_ETF, down_EDF.to(dtype).transpose(1, 2))
     if not down.is_absent:
-        y_ETD = y_ETD + down.dense(h_ETF)
+        y_ETD = y_ETD + down.dense(h_ETF, routed_ET1)
     if down_bias_ED is not None:
         y_ETD = y_ETD + weights_ET1 * down_bias_ED[:, None, :]
     return sum_of_experts(y_ETD, routed_ET1, x_TD.dtype)

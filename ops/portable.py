@@ -174,9 +174,10 @@ def experts_neurons_portable(
 ) -> Tensor:
     """``y_t = sum_j act(<x_t, d_e>) w_tj u_e``, from gathered copies of the rows, ``[T, K, D]`` of each table."""
     down_TKD = _table_rows(experts_TK, down_ED)
-    s_TK = torch.bmm(down_TKD, x_TD.to(down_TKD.dtype)[:, :, None])[:, :, 0]
+    routed_TK = in_range(experts_TK, up_ED.shape[0])
+    s_TK = torch.where(routed_TK, torch.bmm(down_TKD, x_TD.to(down_TKD.dtype)[:, :, None])[:, :, 0], 0)
     h_TK = activate(s_TK, Activation(activation, PLAIN, 0.0, 0.0))
-    weights_TK = torch.where(in_range(experts_TK, up_ED.shape[0]), weights_TK, 0).to(h_TK.dtype)
+    weights_TK = torch.where(routed_TK, weights_TK, 0).to(h_TK.dtype)
     return _weighted_rows(h_TK * weights_TK, experts_TK, up_ED).to(x_TD.dtype)
 
 

@@ -216,8 +216,9 @@ def _down_kernel(
         if HAS_BIAS:
             bias_ptrs = bias_ptr + expert[:, None] * D + d[None, :]
             rows += tl.load(bias_ptrs, mask=here[:, None] & in_d[None, :], other=0.0).to(tl.float32)
-        # Rounded as the rows of the sorted path are, which are stored.
-        rows = rows.to(y_ptr.dtype.element_ty).to(tl.float32)
+        # Rounded as the rows of the sorted path are, which are stored. A row of float16 may be too large for it.
+        if y_ptr.dtype.element_ty != tl.float16:
+            rows = rows.to(y_ptr.dtype.element_ty).to(tl.float32)
         y += tl.sum(rows * weight[:, None], 0)
     tl.store(y_ptr + token * D + d, y.to(y_ptr.dtype.element_ty), mask=in_d)
 
@@ -245,7 +246,8 @@ def experts_mlp(
         act: between the projections.
 
     Returns:
-        ``[T, D]`` in the dtype of x; pre-activations, h and the row of each choice are rounded to it on the way.
+        ``[T, D]`` in the dtype of x; pre-activations, h and the row of each choice are rounded to it on the way, but a row
+        not to float16.
     """
     T, K = experts_TK.shape
     E, D, F = down_EDF.shape

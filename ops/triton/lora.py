@@ -9,6 +9,7 @@ from torch import Tensor
 from fusedonemoe.ops.activation import PLAIN, Activation, activate, activate_backward
 from fusedonemoe.ops.grouped import first_rows
 from fusedonemoe.ops.lora import Adapter, Gradients, LoRANeeds
+from fusedonemoe.ops.precision import row_dtype
 from fusedonemoe.ops.triton import rules
 from fusedonemoe.ops.triton.combine import combine
 from fusedonemoe.ops.triton.low_rank import NARROW, low_rank_rows, narrow_tile
@@ -47,11 +48,12 @@ class _Products:
         bias_EB: Tensor | None = None,
         top_k: int | None = None,
         first_row: int = 0,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
         """``rows weights_e + narrow factor_e (+ bias_e)``, ``[N, B]``; rows before ``first_row`` need not be written."""
         if narrow_NR is None:
-            return grouped_rows(rows, weights_EAB, self.plan, self.tile, bias_EB=bias_EB, top_k=top_k)
-        out_NB = rows.new_empty(self.plan.order.shape[0], weights_EAB.shape[2])
+            return grouped_rows(rows, weights_EAB, self.plan, self.tile, bias_EB=bias_EB, top_k=top_k, dtype=dtype)
+        out_NB = rows.new_empty(self.plan.order.shape[0], weights_EAB.shape[2], dtype=dtype)
         low_rank_rows(
             *(rows, weights_EAB, narrow_NR, factor_ERB, self.plan, self.tile, out_NB),
             bias_EB=bias_EB,
@@ -89,7 +91,11 @@ def experts_mlp_lora(
     h_NF = activate(z_NG, act, reuse=True)
     saved = first_rows(z_NG, save_percent)
     del z_NG
-    y_ND = downs.through(h_NF, down_EDF.transpose(1, 2), downs.into(h_NF), down.B.transpose(1, 2), bias_EB=down_bias_ED)
+    y_ND = downs.through(
+        *(h_NF, down_EDF.transpose(1, 2), downs.into(h_NF), down.B.transpose(1, 2)),
+        bias_EB=down_bias_ED,
+        dtype=row_dtype(x_TD.dtype),
+    )
     del h_NF
     return combine(y_ND, weights_TK, plan, x_TD.dtype), saved, plan.order, plan.offsets
 
@@ -118,7 +124,7 @@ def experts_mlp_lora_backward(
         Gradients of x, weights, up, down, up bias, down bias, up's A and B, down's A and B; a zero-size tensor where not
         needed, and then neither launched nor allocated.
     """
-    N, K = order.shape[0], experts_TK.shape[1]
+    N, K, dtype = order.shape[0], experts_TK.shape[1], row_dtype(x_TD.dtype)
     tiles = rules.tiles_of(x_TD, N, down_EDF.shape, gated=act.layout != PLAIN)
     plan = from_saved(order, offsets, tiles.dx.BLOCK_M)
     dy_TD, x_TD, weights_TK = dy_TD.contiguous(), x_TD.contiguous(), weights_TK.contiguous()
@@ -163,14 +169,14 @@ def experts_mlp_lora_backward(
         assert v_NR is not None
         ddown_A = outer(weighted(v_NR), h_NF)
     if needs.dz or needs.weights:
-        dh_NF = downs.through(dy_TD, down_EDF, v_NR, down.A, top_k=K)
+        dh_NF = downs.through(dy_TD, down_EDF, v_NR, down.A, top_k=K, dtype=dtype)
     if needs.weights:
         partial_N1 = (dh_NF.to(torch.float32) * h_NF).sum(1, keepdim=True)
         bias_ED = None if down_bias_ED is None else down_bias_ED.contiguous()
         dweights = routing_gradient(partial_N1, dy_TD, experts_TK.contiguous(), bias_ED, plan, weights_TK.dtype)
     del h_NF
     if needs.dz:
-        dz_NG = activate_backward(weighted(dh_NF), z, act)
+        dz_NG = activate_backward(weighted(dh_NF), z.to(dtype), act).to(x_TD.dtype)
         del dh_NF
     if needs.up:
         dup = grouped_outer(dz_NG, x_TD, plan, tiles.dup, gather_right=K)
@@ -184,6 +190,6 @@ def experts_mlp_lora_backward(
     if needs.up_A:
         dup_A = outer(g_NR, x_TD, K)
     if needs.x:
-        dx_ND = ups.through(dz_NG, up_EGD, g_NR, up.A)
+        dx_ND = ups.through(dz_NG, up_EGD, g_NR, up.A, dtype=dtype)
         dx = combine(dx_ND, None, plan, x_TD.dtype, top_k=K)
     return dx, dweights, dup, ddown, dup_bias, ddown_bias, dup_A, dup_B, ddown_A, ddown_B

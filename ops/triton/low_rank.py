@@ -127,7 +127,7 @@ def low_rank_rows(
         factor_ERB: a view with any strides, in the dtype of ``rows``.
         plan: the schedule of rows, in blocks of ``tile.BLOCK_M``.
         tile: how the wide product is cut.
-        out_NB: contiguous, in the dtype of ``rows``. Positions from ``offsets[E]`` on are not written.
+        out_NB: contiguous. Positions from ``offsets[E]`` on are not written.
         first_row: rows before it are not written.
         bias_EB: added in float32.
         top_k: choices per token, where the rows are gathered.

@@ -12,6 +12,7 @@ from torch.library import wrap_triton
 
 from fusedonemoe.ops.grouped import MergedNeeds
 from fusedonemoe.ops.plan import Plan
+from fusedonemoe.ops.precision import row_dtype
 from fusedonemoe.ops.triton import rules
 from fusedonemoe.ops.triton.combine import combine
 from fusedonemoe.ops.triton.outer import grouped_outer
@@ -36,11 +37,12 @@ def experts_merged(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, proj_ED
         proj_EDF: a view with any strides, in the dtype of x.
 
     Returns:
-        ``h [T, F]`` in the dtype of x, the row of each choice rounded to it before the sum; ``order``; ``offsets``.
+        ``h [T, F]`` in the dtype of x, the row of each choice rounded to it before the sum (not to float16); ``order``;
+        ``offsets``.
     """
     tiles = _tiles(experts_TK, proj_EDF)
     plan = make_plan(experts_TK, proj_EDF.shape[0], tiles.down.BLOCK_M)
-    rows_NF = grouped_rows(x_TD, proj_EDF, plan, tiles.down, top_k=experts_TK.shape[1])
+    rows_NF = grouped_rows(x_TD, proj_EDF, plan, tiles.down, top_k=experts_TK.shape[1], dtype=row_dtype(x_TD.dtype))
     return combine(rows_NF, weights_TK, plan, x_TD.dtype), plan.order, plan.offsets
 
 
@@ -127,7 +129,7 @@ def experts_merged_backward(
         dproj = grouped_outer(x_TD, dh_TF, Plan(order, offsets), tiles.dup, gather_left=K, gather_right=K, weights_TK=weights_TK)
     if needs.x or needs.weights:
         plan = from_saved(order, offsets, tiles.dx.BLOCK_M)
-        q_ND = grouped_rows(dh_TF, proj_EDF.transpose(1, 2), plan, tiles.dx, top_k=K)
+        q_ND = grouped_rows(dh_TF, proj_EDF.transpose(1, 2), plan, tiles.dx, top_k=K, dtype=row_dtype(x_TD.dtype))
         if needs.weights:
             dweights = routing_gradient(q_ND, x_TD, plan, K, weights_TK.dtype)
         if needs.x:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fusedonemoe.ops.activation import PLAIN, Activation
 from fusedonemoe.ops.grouped import MLPNeeds
+from fusedonemoe.ops.precision import row_dtype
 from fusedonemoe.ops.triton import rules
 from fusedonemoe.ops.triton.combine import combine
 from fusedonemoe.ops.triton.dh import hidden_gradient
@@ -99,7 +100,7 @@ def experts_mlp_backward(
         assert up_bias_EG is not None
         dup_bias = column_sums(dz_NG, plan, dtype=up_bias_EG.dtype)
     if needs.x:
-        dx_ND = grouped_rows(dz_NG, up_EGD, plan, tiles.dx)
+        dx_ND = grouped_rows(dz_NG, up_EGD, plan, tiles.dx, dtype=row_dtype(x_TD.dtype))
         del dz_NG
         dx = combine(dx_ND, None, plan, x_TD.dtype, top_k=K)
     return dx, dweights, dup, ddown, dup_bias, ddown_bias

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fusedonemoe.ops.activation import PLAIN, Activation
 from fusedonemoe.ops.grouped import saved_rows
+from fusedonemoe.ops.precision import row_dtype
 from fusedonemoe.ops.triton.combine import combine
 from fusedonemoe.ops.triton.plan import make_plan
 from fusedonemoe.ops.triton.rows import grouped_rows
@@ -49,6 +50,7 @@ def experts_mlp(
     plan = make_plan(experts_TK, E, tiles.up.BLOCK_M)
     z = x_TD.new_empty(saved_rows(N, save_percent), G)
     h_NF = up_projection(x_TD, up_EGD, up_bias_EG, plan, K, act, tiles.up, z)
-    y_ND = grouped_rows(h_NF, down_EDF.transpose(1, 2), plan, tiles.down, bias_EB=down_bias_ED)
+    dtype = row_dtype(x_TD.dtype)
+    y_ND = grouped_rows(h_NF, down_EDF.transpose(1, 2), plan, tiles.down, bias_EB=down_bias_ED, dtype=dtype)
     del h_NF
     return combine(y_ND, weights_TK, plan, x_TD.dtype), z, plan.order, plan.offsets

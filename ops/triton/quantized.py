@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fusedonemoe.ops.activation import PLAIN, Activation, activate, activate_backward
 from fusedonemoe.ops.grouped import first_rows
+from fusedonemoe.ops.precision import row_dtype
 from fusedonemoe.ops.quantized import QuantizedNeeds, QuantizedWeight
 from fusedonemoe.ops.triton import rules
 from fusedonemoe.ops.triton.combine import combine
@@ -40,7 +41,7 @@ def experts_mlp(
     h_NF = activate(z_NG, act, reuse=True)
     saved = first_rows(z_NG, save_percent)
     del z_NG
-    y_ND = quantized_rows(h_NF, down, plan, tile, bias_EB=down_bias_ED)
+    y_ND = quantized_rows(h_NF, down, plan, tile, bias_EB=down_bias_ED, dtype=row_dtype(x_TD.dtype))
     del h_NF
     return combine(y_ND, weights_TK, plan, x_TD.dtype), saved, plan.order, plan.offsets
 
@@ -62,7 +63,7 @@ def experts_mlp_backward(
     needs: QuantizedNeeds,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weights, up bias and down bias; a zero-size tensor where not needed, and nothing launched for it."""
-    N, K = order.shape[0], experts_TK.shape[1]
+    N, K, dtype = order.shape[0], experts_TK.shape[1], row_dtype(x_TD.dtype)
     tile = rules.tiles_of(x_TD, N, down.shape, gated=act.layout != PLAIN).dx
     plan = from_saved(order, offsets, tile.BLOCK_M)
     dy_TD, weights_TK = dy_TD.contiguous(), weights_TK.contiguous()
@@ -79,7 +80,7 @@ def experts_mlp_backward(
         if save_percent > 0:
             z_NG[:kept].copy_(z)
         z = quantized_rows(x_TD, up, plan, tile, bias_EB=up_bias_EG, top_k=K, out_NB=z_NG, first_row=kept)
-    dh_NF = quantized_rows(dy_TD, down, plan, tile, back=True, top_k=K)
+    dh_NF = quantized_rows(dy_TD, down, plan, tile, back=True, top_k=K, dtype=dtype)
     if needs.weights:
         partial_N1 = (dh_NF.to(torch.float32) * activate(z, act, reuse=True)).sum(1, keepdim=True)
         bias_ED = None if down_bias_ED is None else down_bias_ED.contiguous()
@@ -87,12 +88,12 @@ def experts_mlp_backward(
     if needs_dz:
         scaled_NF = (dh_NF * weights_TK.reshape(-1).index_select(0, order)[:, None]).to(dh_NF.dtype)
         del dh_NF
-        dz_NG = activate_backward(scaled_NF, z, act)
+        dz_NG = activate_backward(scaled_NF, z.to(dtype), act).to(x_TD.dtype)
         del scaled_NF
         if needs.up_bias:
             assert up_bias_EG is not None
             dup_bias = column_sums(dz_NG, plan, dtype=up_bias_EG.dtype)
         if needs.x:
-            dx_ND = quantized_rows(dz_NG, up, plan, tile, back=True)
+            dx_ND = quantized_rows(dz_NG, up, plan, tile, back=True, dtype=dtype)
             dx = combine(dx_ND, None, plan, x_TD.dtype, top_k=K)
     return dx, dweights, dup_bias, ddown_bias

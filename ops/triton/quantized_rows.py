@@ -230,6 +230,7 @@ def quantized_rows(
     top_k: int | None = None,
     out_NB: Tensor | None = None,
     first_row: int = 0,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``out[i] = W_e rows[i] (+ bias[e])`` for the sorted rows ``i`` of expert ``e``; ``back``: ``out[i] = rows[i] W_e``.
 
@@ -241,8 +242,9 @@ def quantized_rows(
         back: from outputs to inputs.
         bias_EB: added in float32.
         top_k: choices per token, where the rows are gathered.
-        out_NB: contiguous, in the dtype of ``rows``; a new tensor where not given.
+        out_NB: contiguous; a new tensor where not given.
         first_row: rows before it are not written.
+        dtype: of a new tensor; that of ``rows`` if None.
 
     Returns:
         ``[N, B]``, accumulated in float32 and rounded once. Positions from ``offsets[E]`` on are not written.
@@ -254,7 +256,7 @@ def quantized_rows(
     along_A, along_B = (1, 2) if back else (2, 1)
     tile = _fitted(tile, weight, rows.dtype, back)
     if out_NB is None:
-        out_NB = rows.new_empty(plan.order.shape[0], B)
+        out_NB = rows.new_empty(plan.order.shape[0], B, dtype=dtype)
     grid = (plan.blocks.shape[0] * triton.cdiv(B, tile.BLOCK_N),)
     wrap_triton(quantized_rows_kernel)[grid](
         rows,

@@ -3,6 +3,7 @@
 It is the down projection, the gradient of the gathered rows of x, and the merged projection.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -73,6 +74,7 @@ def grouped_rows(
     *,
     bias_EB: Tensor | None = None,
     top_k: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``out[i] = rows[i] @ weights[e] (+ bias[e])`` for the sorted rows ``i`` of expert ``e``.
 
@@ -83,14 +85,15 @@ def grouped_rows(
         tile: how the product is cut.
         bias_EB: added in float32.
         top_k: choices per token, where the rows are gathered.
+        dtype: of the result; that of ``rows`` if None.
 
     Returns:
-        ``[N, B]`` in the dtype of ``rows``, accumulated in float32 and rounded once. Positions from ``offsets[E]`` on are not
+        ``[N, B]``, accumulated in float32 and rounded once. Positions from ``offsets[E]`` on are not
         written.
     """
     rows = rows.contiguous()
     A, B = weights_EAB.shape[1:]
-    out_NB = rows.new_empty(plan.order.shape[0], B)
+    out_NB = rows.new_empty(plan.order.shape[0], B, dtype=dtype)
     grid = (plan.blocks.shape[0] * triton.cdiv(B, tile.BLOCK_N),)
     wrap_triton(rows_kernel)[grid](
         rows,

@@ -52,8 +52,14 @@ static INLINE __m512i narrowed(const vf (&v)[2]) { return (__m512i)_mm512_cvtne2
 static INLINE void store_pair(const vf (&v)[2], bf16* out) { _mm512_storeu_si512(out, narrowed(v)); }
 static INLINE void stream(const vf (&v)[2], bf16* out) { _mm512_stream_si512((__m512i*)out, narrowed(v)); }
 #endif
-// One unit of a strip, rounded to T.
-template <class T> static INLINE void store_unit(vf row, vf, float* out) { store(out, rounded(row, (const T*)nullptr)); }
+// Rounded to T where T can hold it: a factor of a gradient may pass the largest float16, though the gradient does not.
+template <class T> static INLINE vf rounded_or_large(vf v) { return rounded(v, (const T*)nullptr); }
+template <> INLINE vf rounded_or_large<f16>(vf v) {
+    const vf narrow = rounded(v, (const f16*)nullptr), infinity = splat(INFINITY);
+    return choose((narrow == infinity) | (narrow == -infinity), v, narrow);
+}
+// One unit of a strip.
+template <class T> static INLINE void store_unit(vf row, vf, float* out) { store(out, rounded_or_large<T>(row)); }
 #if defined(__AVX512BF16__)
 template <class T> static INLINE void store_unit(vf even, vf odd, uint32_t* out) {
     const vf v[2] = {even, odd};

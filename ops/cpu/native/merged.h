@@ -85,7 +85,7 @@ template <class M> class MergedBackwardPass {
         Scratch scratch(bytes((size_t)N * D, 4) + bytes((size_t)N * D, sizeof(T)) + bytes(all * d_strips * LANES, sizeof(U)) +
                         bytes(all * f_strips * LANES, sizeof(U)) + bytes(N, 4) + a.threads * panel_bytes);
         float* q = scratch.take<float>((size_t)N * D);
-        T* scaled = scratch.take<T>((size_t)N * D);  // w x, sorted
+        T* scaled = scratch.take<T>((size_t)N * D);  // w x, sorted; not of float16
         U* x_strips = scratch.take<U>(all * d_strips * LANES);
         U* dh_strips = scratch.take<U>(all * f_strips * LANES);
         int32_t* position = scratch.take<int32_t>(N);
@@ -119,11 +119,20 @@ template <class M> class MergedBackwardPass {
             if (a.dproj)
                 turning.run(E, [&](int64_t i) {
                     const int e = (int)i, first = plan.first(e), m = plan.count(e);
-                    for (int r = first; r < first + m; r++) {
-                        const float w = a.weights[plan.order[r]];
-                        for (int d = 0; d < D; d++) narrow(w * widen(x_row(r)[d]), scaled + (size_t)r * D + d);
+                    U* strips = x_strips + unit_of[e] * d_strips * LANES;
+                    if constexpr (std::is_same_v<T, f16>) {
+                        // Scaled as float32: w x may pass the largest float16.
+                        pack_strips<M>([&](int r) { return x_row(first + r); }, m, 0, D, strips);
+                        for (int s = 0; s < d_strips; s++)
+                            for (int r = 0; r < m; r++, strips += LANES)
+                                store(strips, rounded_or_large<T>(load<vf>(strips) * splat(a.weights[plan.order[first + r]])));
+                    } else {
+                        for (int r = first; r < first + m; r++) {
+                            const float w = a.weights[plan.order[r]];
+                            for (int d = 0; d < D; d++) narrow(w * widen(x_row(r)[d]), scaled + (size_t)r * D + d);
+                        }
+                        pack_strips<M>([&](int r) { return scaled + (size_t)(first + r) * D; }, m, 0, D, strips);
                     }
-                    pack_strips<M>([&](int r) { return scaled + (size_t)(first + r) * D; }, m, 0, D, x_strips + unit_of[e] * d_strips * LANES);
                     pack_strips<M>([&](int r) { return dh_row(first + r); }, m, 0, F, dh_strips + unit_of[e] * f_strips * LANES);
                 });
 #pragma omp barrier
