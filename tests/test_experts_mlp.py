@@ -166,9 +166,8 @@ def test_an_expert_that_would_overflow_poisons_nothing_where_it_is_not_routed(dt
         assert_close(actual, clean)
 
 
-# Not so with dense, which multiplies by every expert: its docstring says it.
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
-@pytest.mark.parametrize("impl", ["grouped"])
+@every_impl
 def test_an_expert_that_holds_no_numbers_poisons_nothing_where_it_is_not_routed(value, impl):
     inputs = make_mlp_inputs(6, 8, 4, 4, 2, bias=True)
     inputs = dataclasses.replace(inputs, experts=torch.tensor([[0, 1], [1, 3], [3, 0], [0, 7], [1, 1], [3, 3]]))

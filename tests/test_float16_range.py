@@ -18,10 +18,10 @@ def draw(*shape, seed, scale=1.0):
     return values.clamp(-6e4, 6e4)
 
 
-def case(layer, size, weight):
+def case(layer, size, weight, device="cpu"):
     """Arguments whose expert rows are ``size`` large, at routing weights of about ``weight``: leaves, and the call of them."""
     x, down = draw(T, D, seed=1), draw(E, D, INNER, seed=3, scale=size / INNER)
-    experts = torch.tensor([[0, 1], [1, 2], [3, 0], [2, -1], [2, 3]])
+    experts = torch.tensor([[0, 1], [1, 2], [3, 0], [2, -1], [2, 3]], device=device)
     leaves = {"x": x, "weights": weight * (1 + draw(T, K, seed=4) / 10)}
     if layer in ("experts_mlp", "experts_mlp_lora"):
         leaves |= {"gate_up_proj": draw(E, 2 * INNER, D, seed=2, scale=0.5), "down_proj": down}
@@ -31,7 +31,8 @@ def case(layer, size, weight):
         leaves |= {"down_A": draw(E, 3, INNER, seed=9), "down_B": draw(E, D, 3, seed=10, scale=size / 50)}
     if layer == "experts_mlp_quantized":
         leaves |= {"gate_up_bias": draw(E, 2 * INNER, seed=5), "down_bias": draw(E, D, seed=6, scale=size / 20)}
-        up, down = F.quantize_weight(draw(E, 2 * INNER, D, seed=2, scale=0.5).float()), F.quantize_weight(down.float())
+        up = F.quantize_weight(draw(E, 2 * INNER, D, seed=2, scale=0.5).float().to(device))
+        down = F.quantize_weight(down.float().to(device))
         return leaves, lambda x, weights, impl, **rest: F.experts_mlp_quantized(x, experts, weights, up, down, **rest, impl=impl)
     if layer == "experts_merged":
         leaves["proj"] = draw(E, D, INNER, seed=2, scale=size / 5)
@@ -49,15 +50,15 @@ def case(layer, size, weight):
     return leaves, lambda x, weights, impl, **rest: operator(x, experts, weights, impl=impl, **rest)
 
 
-def run(layer, impl, size, weight, weights_dtype, upstream):
+def run(layer, impl, size, weight, weights_dtype, upstream, device="cpu"):
     """Output and gradients in float16, and those of the same numbers in float64."""
-    leaves, call = case(layer, size, weight)
+    leaves, call = case(layer, size, weight, device)
     results = []
     for wide in (False, True):
         own = {name: leaf.to(weights_dtype if name == "weights" else torch.float16) for name, leaf in leaves.items()}
-        own = {name: (leaf.double() if wide else leaf).requires_grad_() for name, leaf in own.items()}
+        own = {name: (leaf.double() if wide else leaf).to(device).requires_grad_() for name, leaf in own.items()}
         y = call(**own, impl="dense" if wide else impl)
-        dy = (upstream * torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y)).half().to(y.dtype)
+        dy = (upstream * torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=device).view_as(y)).half().to(y.dtype)
         results.append({"y": y, **dict(zip(own, torch.autograd.grad(y, list(own.values()), dy), strict=True))})
     return results
 

@@ -41,7 +41,8 @@ def make_leaves(layer):
 
 def call(layer, impl, experts, x, weights, **parameters):
     if layer == "experts_mlp_quantized":
-        up, down = F.quantize_weight(draw(E, 2 * INNER, D, seed=3)), F.quantize_weight(draw(E, D, INNER, seed=4))
+        weights_of_experts = draw(E, 2 * INNER, D, seed=3), draw(E, D, INNER, seed=4)
+        up, down = (F.quantize_weight(weight.to(experts.device)) for weight in weights_of_experts)
         return F.experts_mlp_quantized(x, experts, weights, up, down, **parameters, impl=impl)
     if layer in ("experts_mlp", "experts_mlp_lora"):
         return getattr(F, layer)(x, experts, weights, impl=impl, **parameters)
@@ -53,7 +54,7 @@ def call(layer, impl, experts, x, weights, **parameters):
 def run(layer, impl, leaves, experts=EXPERTS):
     """The output and the gradient of the sum of its squares, which a NaN in the output enters."""
     leaves = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
-    y = call(layer, impl, experts, **leaves)
+    y = call(layer, impl, experts.to(leaves["weights"].device), **leaves)
     # Of an infinite output the square's slope is infinite, and that of a finite one is what it is.
     grads = torch.autograd.grad(y.square().sum(), list(leaves.values()), allow_unused=True)
     return {"y": y.detach(), **{name: grad for name, grad in zip(leaves, grads, strict=True) if grad is not None}}

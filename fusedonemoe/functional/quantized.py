@@ -173,8 +173,9 @@ def experts_mlp_quantized(
         swiglu_limit: clamp of ``swiglu_oai``.
         save_percent: 0 to 100, the share of pre-activation rows kept for the backward; the rest is computed again there.
         impl: ``"cpu"`` (compiled kernels; contiguous weights, no float64), ``"triton"`` (GPU kernels, no float64),
-            ``"grouped"`` or ``"dense"`` (all weights are widened to the dtype of x for the time of the call, then as in
-            :func:`experts_mlp`), or ``"auto"``: the kernels where there are some, else grouped. There is no portable form.
+            ``"grouped"`` or ``"dense"`` (all weights are widened to the dtype of x, float32 for float16, for the time of the
+            call, then as in :func:`experts_mlp`), or ``"auto"``: the kernels where there are some, else grouped. There is no
+            portable form.
 
     Returns:
         ``[..., D]`` in the dtype of x.
