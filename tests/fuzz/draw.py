@@ -34,7 +34,7 @@ class Draw:
         self.rng = np.random.default_rng([seed, index])
         self.offered: dict[str, set[str]] = {}
         self.chosen: dict[str, Any] = {}
-        self.computes_in_float16 = False  # autocast may, and then no input may be larger than that holds
+        self.computes_in_float16 = False  # then no input of whatever dtype may be larger than a float16 is
 
     def pick(self, name: str, options: Sequence[T]) -> T:
         """One of the options; an option that is listed twice comes twice as often."""
@@ -54,6 +54,7 @@ class Draw:
         dtype = self.pick("dtype", DTYPES)
         if dtype not in legal_dtypes(impl):
             dtype = self.chosen["dtype"] = torch.float32
+        self.computes_in_float16 |= dtype == torch.float16
         return dtype
 
     def chance(self, probability: float) -> bool:
@@ -71,9 +72,7 @@ class Draw:
 
 def legal_dtypes(impl: str) -> tuple[torch.dtype, ...]:
     """What an implementation computes in."""
-    if impl == "triton":  # the interpreter is wrong in bfloat16
-        return (torch.float32, torch.float16)
-    return (torch.float32, *HALVES) if impl == "cpu" else DTYPES
+    return (torch.float32, *HALVES) if impl in ("cpu", "triton") else DTYPES
 
 
 def finite_cast(values: Any, dtype: torch.dtype) -> Tensor:

@@ -177,8 +177,8 @@ def experts_mlp(
 ) -> tuple[Bounded, Gradients]:
     """``y_t = sum_j w_tj (act(x_t Wup_e + bup_e) Wdown_e + bdown_e)`` with its gradients where ``dy`` is given.
 
-    What is written in the dtype of x is ``z``, ``h``, the output, ``dz`` and each gradient; other intermediates may be rounded
-    but must not overflow.
+    What is written in the dtype of x is ``z``, ``h``, ``w h``, the output, ``dz`` and each gradient; other intermediates may be
+    rounded but must not overflow.
     """
     T, E, stored = x.value.shape[0], up.value.shape[0], form.stored
     rows = routed_rows(ids, E)
@@ -223,7 +223,7 @@ def experts_mlp(
         part = (dact.rounded(stored) * slope.rounded(stored)).written(stored)
         dz.value[:, columns], dz.error[:, columns] = part.value, part.error + small[:, columns]
     dx_N = _back(dz, up_N)
-    weighted_h = (w_N * h).rounded(stored)
+    weighted_h = (w_N * h).written(stored)  # a factor of its own, for which some kernels have a tensor
     gradients = {
         "weights": add_at(weights.value.shape, (rows.token, rows.choice), dweight),
         "up": by_expert(rows, dz, x_N, E),
@@ -262,7 +262,7 @@ def experts_merged(
     gradients = {
         "weights": add_at(weights.value.shape, (rows.token, rows.choice), contract("nd,nd->n", q, x_N.rounded(stored), D)),
         "x": add_at((T, D), rows.token, (w_N * q).rounded(stored)).written(stored),
-        "proj": by_expert(rows, (w_N * x_N).rounded(stored), dh_N, E).written(stored),
+        "proj": by_expert(rows, (w_N * x_N).written(stored), dh_N, E).written(stored),
     }
     return settle_tokens(x, h, gradients)
 

@@ -29,8 +29,9 @@ def work(seed: int, indices: Iterable[int], triton: bool, out: TextIO) -> None:
 
     torch.set_num_threads(1)
     if triton:
-        from tests.triton.values import interpreter_checks
+        from tests.triton.values import interpreter_bf16, interpreter_checks
 
+        interpreter_bf16.install()
         interpreter_checks.install()
     for index in indices:
         print(json.dumps({"begins": index}), file=out, flush=True)

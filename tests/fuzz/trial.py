@@ -108,5 +108,5 @@ def autocast_of(draw: Draw, dtype: torch.dtype) -> tuple[torch.dtype | None, tor
     if enabled == "off" or draw.implementations:
         return None, dtype
     cast = HALVES[0] if enabled == "bfloat16" else HALVES[1]
-    draw.computes_in_float16 = enabled == "float16"
+    draw.computes_in_float16 |= enabled == "float16"
     return cast, dtype if dtype == torch.float64 else cast
