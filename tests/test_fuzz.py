@@ -78,7 +78,8 @@ FAULTS = {
     "zeros": lambda y, x: y * 0,
     "one token lost": lambda y, x: torch.cat((y[:1] * 0, y[1:])),
     "a hundredth off": lambda y, x: y * 1.02,
-    "another dtype": lambda y, x: y.to(torch.bfloat16),
+    "another dtype": lambda y, x: y.to(torch.float64),
+    "another shape": lambda y, x: y[None],
     "a gradient off": lambda y, x: HalfGradient.apply(y),
     "NaN": lambda y, x: y + torch.nan,
 }

@@ -167,6 +167,11 @@ def check(trial: Trial, draw: Draw, compiled: bool) -> Outcome:
     with np.errstate(all="ignore"):
         expected = trial.exact(Given(trial.inputs, run.outputs, run.upstream))
         outcome.failures += expected.wrong
+        for name, (dtype, shape) in trial.outputs.items():
+            output = run.outputs[name]
+            if output.dtype != dtype or output.shape != shape:
+                found = f"{output.dtype} {tuple(output.shape)}"
+                outcome.failures.append(f"{name} is {found}, expected {dtype} {shape}")
         for name, answer in expected.outputs.items():
             if answer is not None:
                 outcome.hold(name, run.outputs[name], answer)

@@ -1,6 +1,6 @@
 """A case: tensors, a call of the library, and the exact answer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -68,6 +68,20 @@ class Expected:
     wrong: list[str] = field(default_factory=list)
 
 
+Like = tuple[torch.dtype, tuple[int, ...]]
+
+
+def like(dtype: torch.dtype, shape: Sequence[int], *last: int) -> Like:
+    """A dtype, and a shape with other last dimensions."""
+    return dtype, (*shape, *last)
+
+
+def routed_like(x: Tensor, K: int, row_dims: int = 1) -> dict[str, Like]:
+    """Weights and ids ``[..., K]`` of routing ``x``, whose last dimensions are a token's own."""
+    leading = x.shape[: x.dim() - row_dims]
+    return {"weights": like(work_dtype(x.dtype), leading, K), "experts": like(torch.int64, leading, K)}
+
+
 @dataclass
 class Trial:
     """One case, ready to run.
@@ -76,7 +90,7 @@ class Trial:
         call: the library's function of the inputs; returns a tensor for each name in ``outputs``.
         inputs: by name.
         exact: the answer.
-        outputs: their names.
+        outputs: by name, of which dtype and shape each has to be.
         differentiable: inputs that have gradients.
         impl: the implementation that was asked for.
         autocast: the dtype of ``torch.autocast`` around the call, if any.
@@ -88,7 +102,7 @@ class Trial:
     call: Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
     inputs: dict[str, Tensor]
     exact: Callable[[Given], Expected]
-    outputs: tuple[str, ...]
+    outputs: dict[str, Like]
     differentiable: tuple[str, ...]
     impl: str
     autocast: torch.dtype | None = None

@@ -13,7 +13,7 @@ from tests.fuzz.bounds import PRECISIONS, Bounded, contract, work_dtype
 from tests.fuzz.draw import DTYPES, Draw
 from tests.fuzz.exact_experts import Form
 from tests.fuzz.exact_routing import Rule, best_pairs, route_product_key
-from tests.fuzz.trial import Expected, Given, Trial, widened
+from tests.fuzz.trial import Expected, Given, Trial, like, routed_like, widened
 from tests.fuzz.trials_experts import (
     ACTIVATIONS,
     LIKE_X,
@@ -101,7 +101,7 @@ def case_experts(draw: Draw) -> Trial:
 
     call, differentiable = module_call(module, "x", "experts", "weights"), tuple(name for name in inputs if name != "experts")
     bits: dict[str, Any] = {"tokens": LIKE_X, "batch_invariant": impl == "cpu"}
-    return Trial(call, inputs, exact, ("y",), differentiable, impl, **bits)
+    return Trial(call, inputs, exact, {"y": like(dtype, inputs["x"].shape)}, differentiable, impl, **bits)
 
 
 def case_lora_experts(draw: Draw) -> Trial:
@@ -131,7 +131,7 @@ def case_lora_experts(draw: Draw) -> Trial:
 
     names = tuple(name for name in inputs if name != "experts" and not name.startswith("base."))
     call = module_call(module, "x", "experts", "weights")
-    return Trial(call, inputs, exact, ("y",), names, impl)
+    return Trial(call, inputs, exact, {"y": like(dtype, inputs["x"].shape)}, names, impl)
 
 
 def case_quantized_experts(draw: Draw) -> Trial:
@@ -163,7 +163,7 @@ def case_quantized_experts(draw: Draw) -> Trial:
 
     call, names = module_call(module, "x", "experts", "weights"), tuple(name for name in inputs if name != "experts")
     bits: dict[str, Any] = {"tokens": LIKE_X, "batch_invariant": impl == "cpu", "compiles": False}
-    return Trial(call, inputs, exact, ("y",), names, impl, **bits)
+    return Trial(call, inputs, exact, {"y": like(dtype, inputs["x"].shape)}, names, impl, **bits)
 
 
 def case_fused_one_moe(draw: Draw) -> Trial:
@@ -201,8 +201,8 @@ def case_fused_one_moe(draw: Draw) -> Trial:
         gradients |= {"up_bias": dh.sum(0), "down_bias": dy.sum(0)}
         return Expected({"y": y.written(dtype)}, add_gradients(gradients, {name: g.rounded(dtype) for name, g in more.items()}))
 
-    names = ("y", "experts")
-    return Trial(_WithIds(module), inputs, exact, names, tuple(inputs), impl, compiles=False)
+    outputs = {"y": like(dtype, inputs["x"].shape), "experts": like(torch.int64, inputs["x"].shape[:-1], K)}
+    return Trial(_WithIds(module), inputs, exact, outputs, tuple(inputs), impl, compiles=False)
 
 
 class _WithIds:
@@ -284,8 +284,9 @@ def case_product_key_router(draw: Draw) -> Trial:
         logits, weights, gradients, wrong = _exact_product_keys(given, "", dtype, sizes, heads, keys, norm, upstream)
         return Expected({} if wrong else {"logits": logits, "weights": weights}, gradients, wrong)
 
-    names = ("logits", "weights", "experts")
-    return Trial(module_call(module, "x"), inputs, exact, names, tuple(inputs), impl)
+    x = inputs["x"]
+    outputs = {"logits": like(work_dtype(dtype), x.shape[:-1], heads, 2, keys)} | routed_like(x, heads * sizes.K)
+    return Trial(module_call(module, "x"), inputs, exact, outputs, tuple(inputs), impl)
 
 
 def case_fine_grained_moe(draw: Draw) -> Trial:
@@ -323,8 +324,10 @@ def case_fine_grained_moe(draw: Draw) -> Trial:
             gradients = add_gradients(gradients, {key: g.rounded(dtype) for key, g in more.items()})
         return Expected({"y": y, "logits": logits}, gradients)
 
-    names = ("y", "logits", "experts")
-    return Trial(_WithIds(module), inputs, exact, names, tuple(inputs), impl, compiles=False)
+    x = inputs["x"]
+    outputs = {"y": like(dtype, x.shape), "logits": like(work_dtype(dtype), x.shape[:-1], heads, 2, keys)}
+    outputs["experts"] = like(torch.int64, x.shape[:-1], HK)
+    return Trial(_WithIds(module), inputs, exact, outputs, tuple(inputs), impl, compiles=False)
 
 
 CASES = {

@@ -22,7 +22,7 @@ from tests.fuzz.draw import (
     token_count,
 )
 from tests.fuzz.exact_experts import Adapter, Form
-from tests.fuzz.trial import Expected, Given, Trial, autocast_of
+from tests.fuzz.trial import Expected, Given, Trial, autocast_of, like
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "identity")
 WIDTHS = (1, 2, 3, 5, 8, 13, 16, 17, 24, 32, 33, 40)
@@ -165,7 +165,7 @@ def case_experts_mlp(draw: Draw) -> Trial:
 
     differentiable = tuple(name for name in inputs if name != "experts")
     return Trial(
-        *(call, inputs, exact, ("y",), differentiable, impl, autocast, LIKE_X),
+        *(call, inputs, exact, {"y": like(stored, inputs["x"].shape)}, differentiable, impl, autocast, LIKE_X),
         batch_invariant=impl == "cpu",
     )
 
@@ -194,7 +194,9 @@ def case_packed(draw: Draw) -> Trial:
     def exact(given: Given) -> Expected:
         return Expected({"y": exact_call(given, sizes, form, *exact_projections(given, form, False))[0]})
 
-    return Trial(call, inputs, exact, ("y",), (), impl, tokens=LIKE_X, batch_invariant=True, compiles=False)
+    return Trial(
+        call, inputs, exact, {"y": like(dtype, inputs["x"].shape)}, (), impl, tokens=LIKE_X, batch_invariant=True, compiles=False
+    )
 
 
 def drawn_adapters(draw: Draw, sizes: Sizes, form: Form, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -243,7 +245,7 @@ def case_experts_mlp_lora(draw: Draw) -> Trial:
         return Expected({"y": y}, like_inputs(gradients, transposed))
 
     differentiable = tuple(name for name in inputs if name != "experts")
-    return Trial(*(call, inputs, exact, ("y",), differentiable, impl))
+    return Trial(*(call, inputs, exact, {"y": like(dtype, inputs["x"].shape)}, differentiable, impl))
 
 
 ADDITIONS = ("up_bias", "down_bias", "up_A", "up_B", "down_A", "down_B")
@@ -308,7 +310,7 @@ def case_experts_mlp_quantized(draw: Draw) -> Trial:
 
     differentiable = tuple(name for name in inputs if name != "experts")
     bits: dict[str, Any] = {"tokens": LIKE_X, "batch_invariant": impl == "cpu", "compiles": False}
-    return Trial(call, inputs, exact, ("y",), differentiable, impl, autocast, **bits)
+    return Trial(call, inputs, exact, {"y": like(stored, inputs["x"].shape)}, differentiable, impl, autocast, **bits)
 
 
 CASES = {

@@ -9,11 +9,11 @@ from torch.func import functional_call
 
 from fusedonemoe import MoE, TopKRouter
 from tests.fuzz import exact_experts, exact_routing
-from tests.fuzz.bounds import Bounded, contract, join
+from tests.fuzz.bounds import Bounded, contract, join, work_dtype
 from tests.fuzz.draw import DTYPES, Draw, arranged, finite_cast, leading, spoilt
 from tests.fuzz.exact_experts import Form, activation
 from tests.fuzz.exact_routing import Rule
-from tests.fuzz.trial import Expected, Given, Trial, widened
+from tests.fuzz.trial import Expected, Given, Trial, like, routed_like, widened
 from tests.fuzz.trials_experts import Sizes, drawn_form, form_options
 from tests.fuzz.trials_routing import drawn_rule, drawn_selection_bias
 
@@ -135,8 +135,9 @@ def case_topk_router(draw: Draw) -> Trial:
         logits, weights, gradients, wrong = exact_router(given, router, rule, dtype, sizes, "", dweights, dlogits)
         return Expected({} if wrong else {"logits": logits, "weights": weights}, gradients, wrong)
 
-    names = ("logits", "weights", "experts")
-    return Trial(module_call(router, "x"), inputs, exact, names, tuple(inputs), impl)
+    x = inputs["x"]
+    outputs = {"logits": like(work_dtype(dtype), x.shape[:-1], sizes.E)} | routed_like(x, sizes.K)
+    return Trial(module_call(router, "x"), inputs, exact, outputs, tuple(inputs), impl)
 
 
 def shared_branch(
@@ -227,8 +228,10 @@ def case_moe(draw: Draw) -> Trial:
         outputs: Any = {"y": y, "logits": logits, "weights": weights, "tokens_per_expert": counts}
         return Expected(outputs, gradients)
 
-    names = ("y", "logits", "weights", "experts", "tokens_per_expert")
-    return Trial(call, inputs, exact, names, tuple(inputs), impl)
+    x = inputs["x"]
+    outputs = {"y": like(dtype, x.shape), "logits": like(work_dtype(dtype), x.shape[:-1], sizes.E)} | routed_like(x, sizes.K)
+    outputs["tokens_per_expert"] = like(torch.int64, (sizes.E,))
+    return Trial(call, inputs, exact, outputs, tuple(inputs), impl)
 
 
 def _add_shared(

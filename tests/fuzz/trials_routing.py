@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fusedonemoe import functional as F
 from fusedonemoe.balance import load_balancing_loss, router_z_loss
-from tests.fuzz.bounds import Array, Bounded
+from tests.fuzz.bounds import Array, Bounded, work_dtype
 from tests.fuzz.draw import DTYPES, Draw, arranged, expert_ids, finite_cast, floats, leading, router_logits, spoilt, token_count
 from tests.fuzz.exact_routing import (
     Rule,
@@ -22,7 +22,7 @@ from tests.fuzz.exact_routing import (
     softmax,
     wrong_choices,
 )
-from tests.fuzz.trial import Expected, Given, Trial
+from tests.fuzz.trial import Expected, Given, Trial, like, routed_like
 
 ROUTING_IMPLEMENTATIONS = ("auto", "dense", "portable")
 
@@ -95,7 +95,7 @@ def case_route(draw: Draw) -> Trial:
     tokens = {"logits": 1}
     bits = impl == "auto" and logits.dtype != torch.float64
     return Trial(
-        *(call, inputs, exact, ("weights", "experts"), ("logits",), impl),
+        *(call, inputs, exact, routed_like(logits, rule.top_k or E), ("logits",), impl),
         tokens=tokens,
         batch_invariant=bits,
     )
@@ -119,8 +119,9 @@ def case_topk_softmax(draw: Draw) -> Trial:
         outputs = {"weights": weights, "experts": ids, "token_expert_indices": places}
         return Expected(outputs, {} if dlogits is None else {"logits": dlogits})
 
-    names = ("weights", "experts", "token_expert_indices")
-    return Trial(call, {"logits": logits}, exact, names, ("logits",), impl)
+    outputs = routed_like(logits, K)
+    outputs["token_expert_indices"] = outputs["experts"]
+    return Trial(call, {"logits": logits}, exact, outputs, ("logits",), impl)
 
 
 def case_route_with_shared(draw: Draw) -> Trial:
@@ -163,7 +164,7 @@ def case_route_with_shared(draw: Draw) -> Trial:
         gradients = {} if dweights is None else {"logits": Bounded(logit_bound[0], logit_bound[1], l.work)}
         return Expected({"weights": Bounded(weight_bound[0], weight_bound[1], l.work), "experts": wanted}, gradients)
 
-    return Trial(call, inputs, exact, ("weights", "experts"), ("logits",), impl)
+    return Trial(call, inputs, exact, routed_like(logits, K), ("logits",), impl)
 
 
 def case_route_top_p(draw: Draw) -> Trial:
@@ -193,7 +194,7 @@ def case_route_top_p(draw: Draw) -> Trial:
             gradients["logits"] = Bounded(np.where(kept, dl.value, 0), np.where(kept | np.isnan(l.value), dl.error, 0), l.work)
         return Expected({"weights": weights, "experts": ids}, gradients, wrong)
 
-    return Trial(call, {"logits": logits}, exact, ("weights", "experts"), ("logits",), "auto")
+    return Trial(call, {"logits": logits}, exact, routed_like(logits, E), ("logits",), "auto")
 
 
 def _top(values: Array) -> Array:
@@ -225,7 +226,7 @@ def case_route_product_key(draw: Draw) -> Trial:
         weights, dlogits = route_product_key(pairs, ids, norm, given.gradient("weights", logits.dtype, T, K))
         return Expected({"weights": weights, "experts": ids}, {} if dlogits is None else {"logits": dlogits})
 
-    return Trial(call, {"logits": logits}, exact, ("weights", "experts"), ("logits",), impl)
+    return Trial(call, {"logits": logits}, exact, routed_like(logits, K, 2), ("logits",), impl)
 
 
 def case_apply_capacity(draw: Draw) -> Trial:
@@ -261,7 +262,13 @@ def case_apply_capacity(draw: Draw) -> Trial:
         gradients = {} if dweights is None else {"weights": Bounded(np.where(kept, dweights.value, 0), None, weights.work)}
         return Expected(outputs, gradients)
 
-    return Trial(call, inputs, exact, ("experts", "weights", "dropped"), ("weights",), "auto")
+    signed = torch.int64 if inputs["experts"].dtype == torch.uint8 else inputs["experts"].dtype
+    outputs = {
+        "experts": like(signed, inputs["experts"].shape),
+        "weights": like(inputs["weights"].dtype, inputs["weights"].shape),
+        "dropped": like(torch.int64, ()),
+    }
+    return Trial(call, inputs, exact, outputs, ("weights",), "auto")
 
 
 def case_counts(draw: Draw) -> Trial:
@@ -281,7 +288,12 @@ def case_counts(draw: Draw) -> Trial:
         order = np.array([n for rows in (*mine, absent) for n in rows], dtype=np.int64)
         return Expected({"order": order, "offsets": np.concatenate(([0], counts.cumsum())), "counts": counts})
 
-    return Trial(call, inputs, exact, ("order", "offsets", "counts"), (), "auto")
+    outputs = {
+        "order": like(torch.int32, (T * K,)),
+        "offsets": like(torch.int32, (E + 1,)),
+        "counts": like(torch.int64, (E,)),
+    }
+    return Trial(call, inputs, exact, outputs, (), "auto")
 
 
 def _masked(draw: Draw, inputs: dict[str, Tensor], T: int) -> None:
@@ -341,7 +353,7 @@ def case_load_balancing_loss(draw: Draw) -> Trial:
             gradients["logits"] = Bounded(value, error, l.work)
         return Expected({"loss": loss}, gradients)
 
-    return Trial(call, inputs, exact, ("loss",), ("logits",), "auto")
+    return Trial(call, inputs, exact, {"loss": like(work_dtype(logits.dtype), ())}, ("logits",), "auto")
 
 
 def case_router_z_loss(draw: Draw) -> Trial:
@@ -369,7 +381,7 @@ def case_router_z_loss(draw: Draw) -> Trial:
             gradients["logits"] = Bounded(value, error, l.work)
         return Expected({"loss": (z * z).sum(0) / n}, gradients)
 
-    return Trial(call, inputs, exact, ("loss",), ("logits",), "auto")
+    return Trial(call, inputs, exact, {"loss": like(work_dtype(logits.dtype), ())}, ("logits",), "auto")
 
 
 CASES = {

@@ -8,7 +8,7 @@ from torch import Tensor
 from fusedonemoe import functional as F
 from tests.fuzz import exact_experts
 from tests.fuzz.draw import Draw, arranged, finite_cast, floats
-from tests.fuzz.trial import Expected, Given, Trial, autocast_of
+from tests.fuzz.trial import Expected, Given, Trial, autocast_of, like
 from tests.fuzz.trials_experts import ACTIVATIONS, LIKE_X, Sizes, spoil_an_expert, tokens_and_routing, weight_layouts
 
 
@@ -37,7 +37,7 @@ def case_experts_merged(draw: Draw) -> Trial:
 
     names = ("x", "weights", "proj")
     bits: dict[str, Any] = {"tokens": LIKE_X, "batch_invariant": impl == "cpu"}
-    return Trial(call, inputs, exact, ("h",), names, impl, autocast, **bits)
+    return Trial(call, inputs, exact, {"h": like(stored, inputs["x"].shape[:-1], F_)}, names, impl, autocast, **bits)
 
 
 def case_experts_neurons(draw: Draw) -> Trial:
@@ -65,7 +65,7 @@ def case_experts_neurons(draw: Draw) -> Trial:
 
     names = ("x", "weights", "down", "up")
     bits: dict[str, Any] = {"tokens": LIKE_X, "batch_invariant": impl == "cpu", "compiles": not sparse}
-    return Trial(call, inputs, exact, ("y",), names, impl, autocast, **bits)
+    return Trial(call, inputs, exact, {"y": like(stored, inputs["x"].shape)}, names, impl, autocast, **bits)
 
 
 def case_experts_values(draw: Draw) -> Trial:
@@ -90,7 +90,9 @@ def case_experts_values(draw: Draw) -> Trial:
 
     tokens = {"experts": 1, "weights": 1}
     bits: dict[str, Any] = {"tokens": tokens, "batch_invariant": impl == "cpu", "compiles": not sparse}
-    return Trial(call, inputs, exact, ("y",), ("weights", "table"), impl, autocast, **bits)
+    return Trial(
+        call, inputs, exact, {"y": like(stored, inputs["weights"].shape[:-1], D)}, ("weights", "table"), impl, autocast, **bits
+    )
 
 
 CASES = {
