@@ -1,7 +1,8 @@
 """The expert layers in float64 with their error bounds, forward and backward: each routed row alone with its expert's weights.
 
 Written from the formulas in the documentation, and from nothing that the library computes with. Suffixes as everywhere:
-T tokens, D hidden size, F intermediate size, E experts, K experts per token, G rows of the up-projection, N routed rows.
+T tokens, D hidden size, F intermediate size, E experts, K experts per token, G rows of the up-projection, N routed rows (r in
+sums).
 """
 
 import math
@@ -128,7 +129,7 @@ def by_expert(rows: Rows, left: Bounded, right: Bounded, E: int) -> Bounded:
     out = Bounded(np.zeros(shape), None, left.work)
     for e in np.unique(rows.expert):
         mine = rows.expert == e
-        part = contract("na,nb->ab", left[mine], right[mine], int(mine.sum()))
+        part = contract("ra,rb->ab", left[mine], right[mine], int(mine.sum()))
         out.value[e], out.error[e] = part.value, part.error
     return out
 
@@ -153,12 +154,12 @@ def settle_tokens(x: Bounded, y: Bounded, gradients: Gradients) -> tuple[Bounded
 
 def _through(x: Bounded, weight: Bounded) -> Bounded:
     """``x_n W_n^T``."""
-    return contract("nd,ngd->ng", x, weight, x.value.shape[1])
+    return contract("rd,rgd->rg", x, weight, x.value.shape[1])
 
 
 def _back(dz: Bounded, weight: Bounded) -> Bounded:
     """``dz_n W_n``."""
-    return contract("ng,ngd->nd", dz, weight, dz.value.shape[1])
+    return contract("rg,rgd->rd", dz, weight, dz.value.shape[1])
 
 
 def experts_mlp(
@@ -212,9 +213,9 @@ def experts_mlp(
         dh = dh.rounded(stored) + _back(v, A2).rounded(stored)
     dh = dh.rounded(stored)
     F = h.value.shape[1]
-    dweight = contract("nf,nf->n", dh, h.rounded(stored), F)
+    dweight = contract("rf,rf->r", dh, h.rounded(stored), F)
     if down_bias is not None:
-        dweight = dweight + contract("nd,nd->n", dy_N.rounded(stored), down_bias[rows.expert], dy_N.value.shape[1])
+        dweight = dweight + contract("rd,rd->r", dy_N.rounded(stored), down_bias[rows.expert], dy_N.value.shape[1])
     dact = (w_N * dh).rounded(stored)
     dz = Bounded(np.zeros_like(z.value), None, z.work)
     # A product of several factors passes through small numbers, in an order that is nobody's business.
@@ -253,14 +254,14 @@ def experts_merged(
     rows = routed_rows(ids, E)
     x_N, w_N, proj_N = x[rows.token], weights[rows.token, rows.choice][:, None], proj[rows.expert]
     # Some implementations weigh the token before the product, which rounds it: as much as once more after it.
-    row = contract("nd,ndf->nf", x_N.rounded(stored), proj_N, D)
+    row = contract("rd,rdf->rf", x_N.rounded(stored), proj_N, D)
     h = add_at((T, F), rows.token, w_N * row.rounded(stored)).written(stored)
     if dh is None:
         return settle_tokens(x, h, {})
     dh_N = dh[rows.token]
-    q = contract("nf,ndf->nd", dh_N.rounded(stored), proj_N, F).rounded(stored)
+    q = contract("rf,rdf->rd", dh_N.rounded(stored), proj_N, F).rounded(stored)
     gradients = {
-        "weights": add_at(weights.value.shape, (rows.token, rows.choice), contract("nd,nd->n", q, x_N.rounded(stored), D)),
+        "weights": add_at(weights.value.shape, (rows.token, rows.choice), contract("rd,rd->r", q, x_N.rounded(stored), D)),
         "x": add_at((T, D), rows.token, (w_N * q).rounded(stored)).written(stored),
         "proj": by_expert(rows, (w_N * x_N).written(stored), dh_N, E).written(stored),
     }
@@ -282,14 +283,14 @@ def experts_neurons(
     rows = routed_rows(ids, E)
     x_N, w_N = x[rows.token], weights[rows.token, rows.choice]
     down_N, up_N = down[rows.expert], up[rows.expert]
-    s = contract("nd,nd->n", x_N, down_N, D).rounded(stored)
+    s = contract("rd,rd->r", x_N, down_N, D).rounded(stored)
     a, slope = activation(name, s, stored)
     coefficient = (a.rounded(stored) * w_N).rounded(stored)
     y = add_at(x.value.shape, rows.token, coefficient[:, None] * up_N).written(stored)
     if dy is None:
         return settle_tokens(x, y, {})
     dy_N = dy[rows.token]
-    q = contract("nd,nd->n", dy_N.rounded(stored), up_N, D).rounded(stored)
+    q = contract("rd,rd->r", dy_N.rounded(stored), up_N, D).rounded(stored)
     ds = ((q * w_N).rounded(stored) * slope.rounded(stored)).rounded(stored)[:, None]
     index = (rows.token, rows.choice)
     gradients = {
@@ -313,7 +314,7 @@ def experts_values(
         return y, {}
     dy_N = dy[rows.token]
     gradients = {
-        "weights": add_at(weights.value.shape, (rows.token, rows.choice), contract("nd,nd->n", dy_N, table_N, D)),
+        "weights": add_at(weights.value.shape, (rows.token, rows.choice), contract("rd,rd->r", dy_N, table_N, D)),
         "table": add_at((E, D), rows.expert, w_N[:, None] * dy_N).written(stored),
     }
     return y, gradients
