@@ -128,6 +128,7 @@ class Bounded:
         value = function(self.value)
         ends = (function(self.value + self.error), function(self.value - self.error))
         moved = np.maximum(*(np.abs(end - value) for end in ends))
+        moved = np.where(np.isfinite(self.error), moved, np.inf)  # NaN is not above 0, and relu of it is no number all the same
         scale = np.abs(value) if size is None else size(self.value)
         return self._rounded(value, moved + 6 * self.work.unit * scale)
 

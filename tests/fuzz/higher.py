@@ -43,8 +43,9 @@ def forward_mode(
         outputs = trial.call(trial.inputs | dict(zip(wanted, values, strict=True)))
         return tuple(output for output in outputs if output.is_floating_point())
 
-    # torch makes no dual number of an expanded tensor.
-    values, tangents = tuple(trial.inputs[name].contiguous() for name in wanted), tuple(directions[name] for name in wanted)
+    # torch makes no dual number of an expanded tensor, and asks for the strides of the tangent.
+    values = tuple(trial.inputs[name].clone(memory_format=torch.contiguous_format) for name in wanted)
+    tangents = tuple(directions[name] for name in wanted)
     names = [name for name in trial.outputs if name in upstream]
     found: list[Tensor | None]
     try:
@@ -57,6 +58,8 @@ def forward_mode(
                 outputs = call(*map(forward_ad.make_dual, values, tangents))
                 found = [forward_ad.unpack_dual(output).tangent for output in outputs]
     except (RuntimeError, NotImplementedError) as error:
+        while forward_ad._current_level >= 0:  # a compilation that fails inside of jvp leaves its level behind
+            forward_ad.exit_dual_level()
         return _refused(error, trial, "a derivative in forward mode")
     left = [
         (widened(upstream[name]), 0 * upstream[name].double().numpy() if t is None else widened(t))
