@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
+# Of `make fuzz`.
+CASES ?= 20000
+SEED ?= 0
 # What `make try` tries.
 TORCH ?= 2.11.0
 
@@ -25,7 +28,8 @@ $(VENV)/.installed-%: constraints.txt pyproject.toml
 	@$(py) -m pip install -qq -c constraints.txt --no-build-isolation -e '.[$(extras_$*)]'
 	@touch $@
 
-.PHONY: help demo test bench docs links-elsewhere site-check check verifytypes pytest triton-values doctest wheel-smoke try clean
+.PHONY: help demo test bench docs links-elsewhere site-check check verifytypes pytest triton-values fuzz doctest wheel-smoke try
+.PHONY: clean
 .PHONY: asv-smoke asv-machine asv-run asv-range asv-compare asv-check asv-history asv-publish
 
 help:
@@ -62,6 +66,9 @@ triton-values: $(VENV)/.installed-full  ## values of the GPU kernels, in Triton'
 	  echo '$(one_thread) TRITON_INTERPRET=1 $(py) -m pytest -n $(JOBS) --dist worksteal tests/triton/values'; \
 	  $(one_thread) TRITON_INTERPRET=1 $(py) -m pytest -n $(JOBS) --dist worksteal tests/triton/values; \
 	else echo 'triton is not installed (it has wheels for Linux alone): its tests are left out'; fi
+
+fuzz: $(VENV)/.installed-full  ## small random cases against a loop in float64: CASES=20000 SEED=0
+	$(py) -m tests.fuzz --cases $(CASES) --seed $(SEED) $(FUZZ_OPTIONS)
 
 doctest: $(VENV)/.installed-full  ## the examples in docstrings, README and docs
 	$(one_thread) $(py) -m pytest -q --doctest-modules --doctest-glob='*.md' fusedonemoe docs README.md

@@ -191,10 +191,14 @@ def experts_values_backward(
 def experts_neurons_dense(
     x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, down_ED: Tensor, up_ED: Tensor, activation: str
 ) -> Tensor:
-    """As :func:`experts_neurons`, every expert computed for every token, ``[T, K, E]`` masks and all: for small E."""
+    """As :func:`experts_neurons`, every expert computed for every token, ``[T, K, E]`` masks and all: for small E.
+
+    An expert gets zeros in place of a token that was not routed to it: zero times NaN is NaN, in the gradient of its row too.
+    """
     x_wide = _wide(x_TD)
     weights_TE, routed_TE = routing_masks(experts_TK, weights_TK.to(x_wide.dtype), up_ED.shape[0])
-    s_TE = torch.where(routed_TE, x_wide @ _wide(down_ED).t(), 0)
+    x_TED = torch.where(routed_TE[:, :, None], x_wide[:, None, :], 0)
+    s_TE = torch.where(routed_TE, torch.einsum("ted,ed->te", x_TED, _wide(down_ED)), 0)
     return ((activate(s_TE, _act(activation)) * weights_TE) @ _wide(up_ED)).to(x_TD.dtype)
 
 

@@ -166,6 +166,18 @@ def test_a_row_without_numbers_reaches_nobody_it_was_not_routed_to(value, impl):
         assert torch.equal(tensor, clean[name]), name
 
 
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+@pytest.mark.parametrize("impl", ["dense", "portable", "grouped", CPU])
+def test_a_token_without_numbers_reaches_the_gradients_of_its_own_experts_alone(value, impl):
+    inputs = replace(make_inputs(4, 9, 6, 2), experts=torch.tensor([[1, 3], [-1, 6], [3, -1], [0, 5]]))
+    clean = gradients(neurons, inputs, NAMES, impl=impl)
+    inputs.x[0] = value
+    for name, tensor in gradients(neurons, inputs, NAMES, impl=impl).items():
+        touched = [1, 3] if name.endswith("table") else [0]
+        others = [row for row in range(tensor.shape[0]) if row not in touched]
+        assert torch.equal(tensor[others], clean[name][others]), name
+
+
 @pytest.mark.parametrize("weights_dtype", [torch.float64, torch.bfloat16], ids=str)
 @every_impl
 def test_routing_weights_of_another_dtype(weights_dtype, impl):

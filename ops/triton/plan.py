@@ -306,7 +306,7 @@ def make_plan(experts_TK: Tensor, num_experts: int, block_m: int) -> RowPlan:
     """
     if num_experts > MAX_EXPERTS:
         return from_saved(*torch_plan.make_plan(experts_TK, num_experts), block_m)
-    ids = experts_TK.reshape(-1)
+    ids = experts_TK.reshape(-1).contiguous()  # a flat view of every second column has a stride, and the kernels read an address
     N, E = ids.shape[0], num_experts
     B = num_blocks(N, E, block_m)
     order, position = (torch.empty(N, dtype=torch.int32, device=ids.device) for _ in range(2))

@@ -50,6 +50,21 @@ def test_one_tile_holds_all_rows(device, routing, T, E, K, block_m):
     assert_plan(plan.make_plan(experts, E, block_m), experts, E, block_m)
 
 
+STRIDES = {
+    "every second column": lambda ids: ids.repeat_interleave(2, 1)[:, ::2],
+    "every second row": lambda ids: ids.repeat_interleave(2, 0)[::2],
+    "transposed": lambda ids: ids.t().contiguous().t(),
+    "expanded": lambda ids: ids[:1].expand(ids.shape),
+}
+
+
+@pytest.mark.parametrize("strides", STRIDES)
+def test_ids_in_any_strides(device, small_tiles, strides):
+    for T, E, K in ((5, 4, 3), (31, 5, 3)):  # one tile, and several
+        experts = STRIDES[strides](make_experts(T, E, K).to(device))
+        assert_plan(plan.make_plan(experts, E, 16), experts, E, 16)
+
+
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize(("T", "E", "K", "block_m"), [(31, 5, 3, 16), (64, 6, 2, 64), (12, 100, 7, 16)])
 def test_many_tiles(device, small_tiles, routing, T, E, K, block_m):

@@ -52,6 +52,23 @@ def test_the_merged_projection_with_all_gradients(device):
     assert_close(gradients(lambda: call("triton"), leaves), gradients(lambda: call("dense"), leaves))
 
 
+def test_ids_that_are_every_second_column_of_a_tensor(device):
+    mlp = make_mlp_inputs(9, 16, 8, 4, 2, requires_grad=True, device=device)
+    merged = make_merged_inputs(9, 16, 8, 4, 2, requires_grad=True, device=device)
+    experts = mlp.experts.repeat_interleave(2, 1)[:, ::2]
+    assert not experts.is_contiguous() and torch.equal(experts, mlp.experts)
+    for function, inputs, parameters in (
+        (F.experts_mlp, mlp, (mlp.up_proj, mlp.down_proj)),
+        (F.experts_merged, merged, (merged.proj,)),
+    ):
+        leaves = [inputs.x, inputs.weights, *parameters]
+        ours, theirs = (
+            gradients(lambda ids=ids, f=function, i=inputs, p=parameters: f(i.x, ids, i.weights, *p, impl="triton"), leaves)
+            for ids in (experts, mlp.experts)
+        )
+        assert all(map(torch.equal, ours, theirs))
+
+
 @pytest.mark.parametrize("T", [1, 3, 40])
 def test_without_gradients_few_rows_need_no_plan(T, device, monkeypatch):
     from fusedonemoe.ops.triton import decode, mlp_forward
