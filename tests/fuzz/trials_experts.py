@@ -174,7 +174,7 @@ def packed_call(arguments: list[Tensor], packing: dict[str, Any], options: dict[
     """``F.experts_mlp`` with weights that are packed here: the one place that knows how packed weights are passed."""
     x, experts, weights, up, down = arguments
     packed = F.pack_experts(up, down, **packing)
-    return F.experts_mlp(x, experts, weights, up, down, packed=packed, **options, **packing)
+    return F.experts_mlp(x, experts, weights, packed=packed, **options, **packing)
 
 
 def case_packed(draw: Draw) -> Trial:
