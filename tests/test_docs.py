@@ -161,11 +161,11 @@ def test_every_named_test_exists():
 def test_every_promise_names_a_test():
     promised, _, rest = prose(DOCS / "numerics.md").partition("## What is not promised")
     promises = re.findall(r"^- .*(?:\n  .*)*", promised, flags=re.MULTILINE)
-    notes = dict(re.findall(r"^\[\^(\d+)\]: (.*)$", rest, flags=re.MULTILINE))
+    notes = dict(re.findall(r"^\[\^([\w-]+)\]: (.*)$", rest, flags=re.MULTILINE))
     assert len(promises) > 30
     for promise in promises:
-        (number,) = re.findall(r"\[\^(\d+)\]$", promise)
-        assert "::" in notes.pop(number), promise
+        (note,) = re.findall(r"\[\^([\w-]+)\]$", promise)
+        assert "::" in notes.pop(note), promise
     assert not notes
 
 

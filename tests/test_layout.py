@@ -19,7 +19,7 @@ PACKAGE_ROOTS = {"fusedonemoe": ROOT / "fusedonemoe", "fusedonemoe.ops": ROOT / 
 # Floors from the ground up. A name stands for the module and, when it is a package, for everything inside it.
 # A module imports from its own floor and from those below.
 FLOORS = [
-    ["ops.reference", "ops.plan", "ops.activation", "ops.route", "ops.product_keys"],
+    ["ops.reference", "ops.plan", "ops.activation", "ops.precision", "ops.route", "ops.product_keys"],
     ["ops.dense", "ops.grouped", "ops.lora", "ops.neurons", "ops.quantized", "ops.cpu", "ops.cuda", "ops.triton", "ops.portable"],
     ["ops.library", "ops.shortcut", "ops.choice", "ops"],
     ["checks", "linear"],
