@@ -29,6 +29,8 @@ from fusedonemoe.testing import (
     make_mlp_inputs,
 )
 from tests.strategies import activations, gate_up_layouts, merged_inputs, mlp_inputs
+from tests.test_experts_merged import plain_merged
+from tests.test_experts_mlp_precision import plain_experts
 
 _REFUSAL = native.refusal(torch.float32, True)
 pytestmark = pytest.mark.skipif(_REFUSAL is not None, reason=f"no CPU kernels: {_REFUSAL}")
@@ -58,7 +60,10 @@ def names_of(inputs):
 
 
 def run(inputs, impl="cpu", **options):
-    """The public function on a set of inputs."""
+    """The public function on a set of inputs, or plain PyTorch, every step rounded to the dtype of x."""
+    if impl == "plain":
+        form = (options.get("activation", "silu"), options.get("gated", True), options.get("gate_up_layout", "gate_up"))
+        return plain_experts(inputs, *form) if isinstance(inputs, MLPInputs) else plain_merged(inputs)
     if not isinstance(inputs, MLPInputs):
         return F.experts_merged(inputs.x, inputs.experts, inputs.weights, inputs.proj, impl=impl)
     arguments = (inputs.x, inputs.experts, inputs.weights, inputs.up_proj, inputs.down_proj)
@@ -90,10 +95,13 @@ def oracle(inputs, **options):
 
 
 def assert_as_exact_as_can_be(inputs, **options):
-    """float32 within a few roundings of the oracle; half precision within a multiple of the error of impl="grouped"."""
+    """float32 within a few roundings of the oracle; half precision within a multiple of the error of impl="grouped".
+
+    Of float16, of the error of plain PyTorch: grouped computes that in float32.
+    """
     actual, exact = gradients(inputs, **options), oracle(inputs, **options)
     if inputs.x.dtype != torch.float32:
-        plain = gradients(inputs, "grouped", **options)
+        plain = gradients(inputs, "plain" if inputs.x.dtype == torch.float16 else "grouped", **options)
         for name, tensor in actual.items():
             assert_within_budget(tensor, plain[name], exact[name], factor=FACTOR, name=name)
         return

@@ -164,8 +164,8 @@ def test_every_promise_names_a_test():
     notes = dict(re.findall(r"^\[\^([\w-]+)\]: (.*)$", rest, flags=re.MULTILINE))
     assert len(promises) > 30
     for promise in promises:
-        (number,) = re.findall(r"\[\^([\w-]+)\]$", promise)
-        assert "::" in notes.pop(number), promise
+        (note,) = re.findall(r"\[\^([\w-]+)\]$", promise)
+        assert "::" in notes.pop(note), promise
     assert not notes
 
 
