@@ -5,7 +5,6 @@ class, and keeps PEFT's modules ``lora_A`` and ``lora_B`` in the places that PEF
 was registered last on the outer module, that of the other one on its ``base_layer``.
 """
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from fusedonemoe.integrations.adapter_layouts import split_factors
 from fusedonemoe.linear import uniform_by_fan_in
 from fusedonemoe.lora import TARGETS, ExpertsForm, LoRAExperts, refuse_merged
+from fusedonemoe.ops import notice
 
 
 class AdapterLevel(LoraLayer):
@@ -252,7 +252,7 @@ class PeftExperts(AdapterLevel, LoRAExperts):
         names = list(self.active_adapters if adapter_names is None else adapter_names)
         if self.merged:
             if not set(names) - set(self.merged_adapters):
-                warnings.warn("the adapters of the experts are merged already, nothing to do", stacklevel=2)
+                notice.warn("the adapters of the experts are merged already, nothing to do", stacklevel=2)
                 return
             names = list(dict.fromkeys([*self.merged_adapters, *names]))
             self.unmerge()
@@ -265,7 +265,7 @@ class PeftExperts(AdapterLevel, LoRAExperts):
     def unmerge(self) -> None:
         """Put the original weights back; a warning where nothing is merged, as in PEFT."""
         if not self.merged:
-            warnings.warn("the adapters of the experts are not merged, nothing to do", stacklevel=2)
+            notice.warn("the adapters of the experts are not merged, nothing to do", stacklevel=2)
             return
         LoRAExperts.unmerge(self)
         for level in self._levels():
