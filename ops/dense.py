@@ -79,5 +79,8 @@ def experts_merged_dense(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, p
     """``h_t = sum_e (w_te x_t) W_e``: a batched matmul of the weighted tokens of each expert with its weights."""
     weights_ET1, routed_ET1 = by_expert(experts_TK, weights_TK, proj_EDF.shape[0], x_TD.dtype)
     x_ETD = tokens_of_experts(x_TD, routed_ET1)
-    h_ETF = torch.matmul((weights_ET1 * x_ETD).to(x_ETD.dtype), proj_EDF.to(x_ETD.dtype))
+    proj_EDF = proj_EDF.to(x_ETD.dtype)
+    # A bmm with beta=0, of which nothing is read: Inductor's lowering of bmm asks whether an unbacked number of tokens is 1.
+    unread_E1F = proj_EDF[:, :1].detach()
+    h_ETF = torch.baddbmm(unread_E1F, (weights_ET1 * x_ETD).to(x_ETD.dtype), proj_EDF, beta=0)
     return sum_of_experts(h_ETF, routed_ET1, x_TD.dtype)

@@ -118,7 +118,8 @@ def test_another_takes_over_from_a_killed_process(compiler, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_compilers_too(compiler, tmp_path, number):
     write_compiler('sleep 100 & echo "$! child" >> "$LOG"; wait')
-    started = load_in_a_process()
+    # A shell starts what runs in its background with SIGINT ignored, and children inherit that.
+    started = process(["import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n", LOAD])
     wait_until(lambda: compiler.read_text().count("child") == 3)
     os.kill(started.pid, number)
     started.communicate(timeout=10)

@@ -21,10 +21,10 @@ GUARDED = """
 
     libc, PAGE, kept = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE, []
 
-    def empty(shape, dtype):
+    def empty(shape, dtype, device="cpu"):
         size = math.prod(shape) * dtype.itemsize
         if size == 0:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device=device)
         inside = -(-size // PAGE) * PAGE
         memory = mmap.mmap(-1, inside + 2 * PAGE)
         start = ctypes.addressof(ctypes.c_char.from_buffer(memory))

@@ -100,7 +100,7 @@ def experts_mlp(
         gate_up_proj, down_proj = home_weights(packed)
     if gate_up_proj is None or down_proj is None:
         missing = "gate_up_proj" if gate_up_proj is None else "down_proj"
-        raise TypeError(f"{missing} must be a torch.Tensor where packed is not given, got None")
+        raise TypeError(f"{missing} must be a torch.Tensor, got NoneType")
     up_EGD, down_EDF = projections(x, gate_up_proj, down_proj, gated=gated, transposed=transposed)
     (E, G, D), F = up_EGD.shape, down_EDF.shape[2]
     check_biases(x, gate_up_bias, down_bias, (E, G, D))

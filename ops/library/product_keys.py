@@ -48,7 +48,8 @@ _route, _route_dense = _route_body(opaque=True), _route_body(opaque=False)
 
 def _route_backward(dweights: Tensor, logits: Tensor, experts: Tensor, norm_topk_prob: bool, build: int) -> Tensor:
     kernels = _gpu_routing(logits, None) or product_keys
-    return kernels.route_product_key_backward(dweights, logits, experts, norm_topk_prob)
+    # In one order of memory, whatever a saved-tensor hook returned: sums over other strides may round in another order.
+    return kernels.route_product_key_backward(dweights, logits.contiguous(), experts.contiguous(), norm_topk_prob)
 
 
 def _route_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
