@@ -4,6 +4,7 @@ A tensor that autograd saved may come back in other strides, or as another tenso
 ``torch.autograd.graph.saved_tensors_hooks`` to say. And an operator can be called by its name, past the public functions.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,17 @@ def check_rows(experts: Tensor) -> None:
     rows = experts.numel()
     if isinstance(rows, int) and rows > MOST_ROWS:
         raise ValueError(f"experts must have fewer than 2**31 entries, T * K, got {rows} of shape {tuple(experts.shape)}")
+
+
+def check_choices_of(logits: Tensor, top_k: int, dims: int = 1) -> None:
+    """The routing of logits, the last ``dims`` dimensions of which are a token's, has as many entries as kernels can number."""
+    if torch.compiler.is_dynamo_compiling():
+        return
+    rows = math.prod(logits.shape[:-dims]) * top_k
+    if isinstance(rows, int) and rows > MOST_ROWS:
+        raise ValueError(
+            f"logits must be of fewer than 2**31 choices, T * K, got {rows} of shape {tuple(logits.shape)} and top_k {top_k}"
+        )
 
 
 def check_dim(name: str, tensor: Tensor, dims: int) -> None:

@@ -396,6 +396,25 @@ def test_rows_that_32_bits_cannot_count_are_refused(name):
         calls_with_too_many()[name]()
 
 
+def routings_with_too_many():
+    logits = torch.zeros(1, 4).expand(2**30, 4)
+    pairs = torch.zeros(1, 2, 2).expand(2**30, 2, 2)
+    return {
+        **{impl: partial(F.route, logits, 2, impl=impl) for impl in ("auto", "dense", "portable")},
+        "all experts": lambda: F.route(logits[: 2**29], None),
+        "in three dimensions": lambda: F.route(logits[None], 2),
+        "topk_softmax": lambda: F.topk_softmax(logits, 2),
+        "route_with_shared": lambda: F.route_with_shared(logits, 2, num_shared_experts=1),
+        **{f"product keys {impl}": partial(F.route_product_key, pairs, 2, impl=impl) for impl in ("auto", "dense", "portable")},
+    }
+
+
+@pytest.mark.parametrize("name", routings_with_too_many())
+def test_routings_that_32_bits_cannot_count_are_refused(name):
+    with pytest.raises(ValueError, match=r"logits must be of fewer than 2\*\*31 choices, T \* K, got 2147483648"):
+        routings_with_too_many()[name]()
+
+
 @needs_kernels
 def test_the_kernels_refuse_too_many_rows_themselves():
     x, experts, weights = too_many()

@@ -7,6 +7,7 @@ from fusedonemoe.checks import check_float, check_integer
 from fusedonemoe.functional.calls import choose_routing
 from fusedonemoe.ops import library
 from fusedonemoe.ops.derivatives import refuse_transforms
+from fusedonemoe.ops.operands import check_choices_of
 from fusedonemoe.ops.product_keys import route_product_key as _route_portably
 
 
@@ -59,6 +60,7 @@ def route_product_key(
     G = int(logits.shape[-1])  # the candidates are listed in Python: the number of keys is no symbol of a compiled graph
     if not 1 <= top_k <= G * G:
         raise ValueError(f"top_k must be from 1 to {G * G}, the pairs of {G} keys, got {top_k}")
+    check_choices_of(logits, top_k, dims=2)
     pairs = logits.reshape(-1, 2, G)
     if impl == "portable":
         weights, experts = _route_portably(pairs, top_k, norm_topk_prob)

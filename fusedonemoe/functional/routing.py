@@ -15,7 +15,7 @@ from fusedonemoe.checks import (
 from fusedonemoe.functional.calls import as_rows, choose_routing, with_leading
 from fusedonemoe.ops import library
 from fusedonemoe.ops.derivatives import refuse_transforms
-from fusedonemoe.ops.operands import check_rows
+from fusedonemoe.ops.operands import check_choices_of, check_rows
 from fusedonemoe.ops.plan import Plan, make_plan
 from fusedonemoe.ops.plan import tokens_per_expert as _count_tokens
 from fusedonemoe.ops.route import GROUP_SCORES, NORM_EPS, SCORINGS, RouteRule
@@ -63,7 +63,7 @@ def route(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a shape, name or count that does not fit, naming the argument.
+        ValueError: a shape, name or count that does not fit, naming the argument, or 2**31 choices or more.
 
     Source:
         Shazeer et al. 2017 (arXiv 1701.06538) section 2.1; DeepSeek-V3 (arXiv 2412.19437) section 2.1.2.
@@ -98,6 +98,7 @@ def route(
         raise ValueError(f"top_k must be from 1 to {selectable}, the experts that can be picked, got {top_k}")
     if selection_bias is not None:
         check_selection_bias(selection_bias, logits)
+    check_choices_of(logits, E if top_k is None else top_k)
     factor = float(routed_scaling_factor)
     rule = RouteRule(top_k or 0, scoring, score_first, norm_topk_prob, factor, n_group, topk_group, group_score, float(norm_eps))
     if impl == "portable":

@@ -10,6 +10,7 @@ from fusedonemoe.checks import check_count, check_integer, check_logits, check_n
 from fusedonemoe.functional.calls import choose_routing
 from fusedonemoe.functional.routing import route
 from fusedonemoe.linear import in_routing_dtype
+from fusedonemoe.ops.operands import check_choices_of
 
 
 class TopKSoftmax(NamedTuple):
@@ -140,6 +141,7 @@ def route_with_shared(
     choose_routing(impl)  # says what is wrong with it where no expert is routed
     E, S = logits.shape[-1], num_shared_experts
     check_count("top_k", top_k, 1, E, "the number of experts")
+    check_choices_of(logits, top_k)
     check_count("num_shared_experts", S, 0, top_k, "top_k")
     if selection_bias is not None:
         check_selection_bias(selection_bias, logits)
