@@ -1,6 +1,7 @@
 """Routing weights of logits of any size: those of an independent float64 computation, to a few units in the last place."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 IMPLS = ("auto", "dense", "portable")
 SHIFTS = (30.0, -30.0, 1e4, -1e4, 1e6, 1e30, -1e30)
 NOT_NUMBERS = {"inf": torch.inf, "nan": torch.nan}
-RULES = [
+RULES: list[dict[str, Any]] = [
     *({"score_first": first, "norm_topk_prob": norm} for first, norm in itertools.product((True, False), repeat=2)),
     *({"scoring": "sigmoid", "norm_topk_prob": norm} for norm in (True, False)),
     {"norm_topk_prob": False, "n_group": 4, "topk_group": 2, "group_score": "max", "routed_scaling_factor": 2.5},

@@ -1,5 +1,7 @@
 """How far a NaN or an infinity reaches, forward and backward: its own token, its experts, and nothing else."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -135,7 +137,7 @@ def test_everything_is_float64_beside_a_float64_x(layer, impl, weights_dtype):
     found, exact = run(layer, impl, leaves), run(layer, "dense", wide)
     for name, expected in exact.items():
         eps = torch.finfo(weights_dtype).eps if name == "weights" else 1e-12
-        assert_close(found[name].double(), expected, rtol=eps, atol=1e-12, msg=lambda text, n=name: f"{n}: {text}")
+        assert_close(found[name].double(), expected, rtol=eps, atol=1e-12, msg=partial("{}: {}".format, name))
 
 
 def test_merged_experts_that_every_token_takes_are_float64_too():
