@@ -39,7 +39,7 @@ class PackedExperts:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the panels: those of the weights, in whole panels."""
+        """The bytes of both tensors of panels, the zeros that fill the last panel included."""
         return self.up.nbytes + self.down.nbytes
 
     @property
