@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def is_panels(tensor: Tensor | None) -> bool:
-    """Whether a weight is in the form of panels."""
+    """Return whether a weight is in the form of panels."""
     return tensor is not None and tensor.dim() == library.PANEL_DIMS
 
 
@@ -59,7 +59,7 @@ def packed_names(experts: "Experts") -> list[str]:
 
 
 def is_packed(experts: "Experts") -> bool:
-    """Whether any of the two weights is panels."""
+    """Return whether any of the two weights is panels."""
     return bool(packed_names(experts))
 
 

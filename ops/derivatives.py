@@ -17,7 +17,7 @@ REFUSAL = (
 
 
 def in_forward_mode() -> bool:
-    """Whether tensors may have tangents: inside ``forward_ad.dual_level`` and inside ``torch.func.jvp``."""
+    """Return whether tensors may have tangents: inside ``forward_ad.dual_level`` and inside ``torch.func.jvp``."""
     return forward_ad._current_level >= 0
 
 

@@ -42,13 +42,13 @@ def check_choices_of(logits: Tensor, top_k: int, dims: int = 1) -> None:
 
 
 def check_dim(name: str, tensor: Tensor, dims: int) -> None:
-    """As many dimensions."""
+    """Check the number of dimensions."""
     if tensor.dim() != dims:
         raise ValueError(f"{name} must have {dims} dimensions, got shape {tuple(tensor.shape)}")
 
 
 def check_widths(up_rows: int, inner: int, act: Activation) -> None:
-    """As many rows of the up-projection as the layout says."""
+    """Check that the up-projection has as many rows as the layout says."""
     expected = inner if act.layout == PLAIN else 2 * inner
     if up_rows != expected:
         raise ValueError(f"up_proj must have {expected} rows with down_proj of width {inner}, got {up_rows}")

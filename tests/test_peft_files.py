@@ -33,7 +33,7 @@ def saved(request, tmp_path) -> Path:
 
 
 def attempt(folder: Path, *, named: bool = True) -> bool:
-    """Whether the adapter loads; if not, the model has no adapter and is trained as before."""
+    """Return whether the adapter loads; if not, the model has no adapter and is trained as before."""
     into = model()
     refusal: Exception | None = None
     try:

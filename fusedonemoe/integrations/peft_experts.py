@@ -151,7 +151,7 @@ class PeftExperts(AdapterLevel, LoRAExperts):
 
     @property
     def merged(self) -> bool:
-        """Whether the base holds the adapters at the moment."""
+        """Return whether the base holds the adapters at the moment."""
         return len(self._originals) > 0
 
     @property

@@ -19,7 +19,7 @@ SLACK = 2.0  # of each bound, which already counts every rounding once
 
 @dataclass
 class Outcome:
-    """What a case found.
+    """The findings of a case.
 
     Attributes:
         failures: one line each.

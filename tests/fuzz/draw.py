@@ -71,7 +71,7 @@ class Draw:
 
 
 def legal_dtypes(impl: str) -> tuple[torch.dtype, ...]:
-    """What an implementation computes in."""
+    """Return the dtype that an implementation computes in."""
     return (torch.float32, *HALVES) if impl in ("cpu", "triton") else DTYPES
 
 

@@ -68,7 +68,7 @@ def sigmoid(logits: Bounded) -> Bounded:
 
 
 def logsumexp(logits: Bounded) -> Bounded:
-    """Of each row ``[T]``."""
+    """The value of each row ``[T]``."""
     difference, lost = differences(logits)
     total = exponentials(difference).sum(1)
     top = np.where(lost, 0.0, np.max(np.where(lost[:, None], 0.0, logits.value), 1))

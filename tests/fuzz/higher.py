@@ -15,7 +15,7 @@ REFUSALS = ("dense", "sparse=True")  # what a refusal names: the way out
 
 
 def _refused(error: Exception, trial: Trial, what: str) -> list[str]:
-    """What is wrong with a refusal."""
+    """Return what is wrong with a refusal."""
     if trial.impl == "dense":
         return [f"impl='dense' refuses {what}: {error}"]
     return [] if any(name in str(error) for name in REFUSALS) else [f"{what} ended in {type(error).__name__}: {str(error)[:300]}"]

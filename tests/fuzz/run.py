@@ -39,7 +39,7 @@ def work(seed: int, indices: Iterable[int], triton: bool, out: TextIO) -> None:
 
 
 def _lines(process: "subprocess.Popen[str]") -> Iterator[dict[str, Any] | None]:
-    """What a worker prints; None where it has been silent for too long."""
+    """Return what a worker prints; None where it has been silent for too long."""
     lines: queue.Queue[str | None] = queue.Queue()
 
     def read() -> None:

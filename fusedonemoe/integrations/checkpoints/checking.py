@@ -28,7 +28,7 @@ def keys_of(block: Block, part: Part) -> list[str]:
 
 
 def check_shapes(source: Source, block: Block, parts: list[Part]) -> None:
-    """What was found for the first expert holds for all."""
+    """Check that all experts have what was found for the first."""
     for part in parts:
         if part.form == "each":
             first, *others = keys_of(block, part)

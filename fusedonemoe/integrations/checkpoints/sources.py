@@ -159,7 +159,7 @@ class Source:
         return self._owner[name].read(name, index)
 
     def in_memory(self, name: str) -> bool:
-        """Whether reading a tensor gives a view of memory that somebody else may hold as well."""
+        """Return whether reading a tensor gives a view of memory that somebody else may hold as well."""
         return self._path is None and self._owner[name].in_memory
 
     def close(self) -> None:

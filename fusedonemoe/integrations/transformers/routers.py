@@ -151,7 +151,7 @@ def fuse_router(router: nn.Module, plan: RouterPlan) -> None:
 
 
 def is_fused(router: nn.Module) -> bool:
-    """Whether this library has replaced the router's forward, here or in the process that pickled it."""
+    """Return whether this library has replaced the router's forward, here or in the process that pickled it."""
     return _PLAN in vars(router)
 
 
@@ -165,7 +165,7 @@ def unfuse_router(router: nn.Module) -> None:
 
 
 def _is_unpickled(router: nn.Module) -> bool:
-    """Whether the instance's forward is that of its class, which pickle puts in the place of ours."""
+    """Return whether the instance's forward is that of its class, which pickle puts in the place of ours."""
     return is_fused(router) and wrapping.is_bound(vars(router).get("forward"), type(router).forward, router)
 
 
@@ -197,7 +197,7 @@ def _settings_of(router: nn.Module) -> tuple[tuple[str, str, Any], ...]:
 
 
 def _holds(plan: RouterPlan, router: Any) -> bool:
-    """Whether the router is set as it was when it was tried."""
+    """Return whether the router is set as it was when it was tried."""
     return all(getattr(getattr(router, owner) if owner else router, name) == value for owner, name, value in plan.settings)
 
 

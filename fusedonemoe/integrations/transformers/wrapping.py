@@ -16,7 +16,7 @@ _MOST = 10_000  # values that a search looks at
 
 
 def is_around(wrapper: nn.Module | None, leaf: str) -> bool:
-    """Whether a module is a wrapper of its child of this name."""
+    """Return whether a module is a wrapper of its child of this name."""
     return wrapper is not None and leaf in _INNER and (leaf != "base" or isinstance(wrapper, LoRAExperts))
 
 
@@ -28,7 +28,7 @@ def inside(module: nn.Module) -> nn.Module:
 
 
 def _parts(value: Any) -> Iterator[Any]:
-    """What a callable holds that it may call in turn."""
+    """Return what a callable holds that it may call in turn."""
     if isinstance(value, types.MethodType):
         yield value.__func__
         yield value.__self__
@@ -53,12 +53,12 @@ def _parts(value: Any) -> Iterator[Any]:
 
 
 def is_bound(value: Any, function: Callable[..., Any], module: nn.Module) -> bool:
-    """Whether a value is this function, bound to this module."""
+    """Return whether a value is this function, bound to this module."""
     return isinstance(value, types.MethodType) and value.__func__ is function and value.__self__ is module
 
 
 def reaches(module: nn.Module, function: Callable[..., Any]) -> bool:
-    """Whether the forward of a module's instance is this function bound to it, or a wrapper that may call it.
+    """Return whether the forward of a module's instance is this function bound to it, or a wrapper that may call it.
 
     Accelerate keeps what it wrapped as an attribute of the module; others keep it in a closure, a partial or an object.
     """
