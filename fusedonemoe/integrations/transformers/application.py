@@ -79,9 +79,9 @@ def apply(model: nn.Module, *, routers: bool = True) -> Report:
     _restore_implementations(model)
     fused_before = [module for module in model.modules() if is_fused(module)]
     _applied.add(model)
-    befores: dict[int, Any] = {}
+    previous: dict[int, Any] = {}
     fused: list[nn.Module] = []
-    report = Report(tuple(_apply_to(layer, befores, fused, routers) for layer in find_layers(model)))
+    report = Report(tuple(_apply_to(layer, previous, fused, routers) for layer in find_layers(model)))
     for router in fused_before:
         if not any(router is other for other in fused):
             unfuse_router(router)
@@ -112,11 +112,11 @@ def _check_model(model: object) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
-def _apply_to(layer: FoundLayer, befores: dict[int, Any], fused: list[nn.Module], routers: bool) -> LayerReport:
+def _apply_to(layer: FoundLayer, previous: dict[int, Any], fused: list[nn.Module], routers: bool) -> LayerReport:
     experts, kind = layer.module, type(layer.module).__name__
     if refusal := layer.refusal or _refusal(experts):
         return LayerReport(layer.name, kind, False, refusal)
-    _set_implementation(experts, befores)
+    _set_implementation(experts, previous)
     description = _describe_experts(experts)
     if not routers:
         return LayerReport(layer.name, kind, True, description, "its own, as asked")
@@ -156,14 +156,14 @@ def _describe_experts(experts: Any) -> str:
     return f"{act.name}{layout}{plain}, fused"
 
 
-def _set_implementation(experts: Any, befores: dict[int, Any]) -> None:
+def _set_implementation(experts: Any, previous: dict[int, Any]) -> None:
     """Of this module's configuration alone: the public setter would set those of parts without experts as well."""
     config = experts.config
     if config._experts_implementation != registry.NAME:
-        befores[id(config)] = config._experts_implementation
+        previous[id(config)] = config._experts_implementation
         config._experts_implementation_internal = registry.NAME
-    if id(config) in befores:  # otherwise somebody else chose this library
-        setattr(experts, _BEFORE, befores[id(config)])
+    if id(config) in previous:  # otherwise somebody else chose this library
+        setattr(experts, _BEFORE, previous[id(config)])
 
 
 def _restore_implementations(model: nn.Module) -> None:
