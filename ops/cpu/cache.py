@@ -120,14 +120,14 @@ class Folder:
         for folder in (*reversed(path.parents), path):
             if not folder.is_dir():
                 folder.mkdir(mode=0o700, exist_ok=True)
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        self.descriptor: int = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             _check_own(path, os.fstat(self.descriptor))
         except BaseException:
             self.close()
             raise
         # How the open folder is called: under this name nobody can exchange it.
-        self.name = f"/proc/self/fd/{self.descriptor}" if IS_BY_DESCRIPTOR else str(path)
+        self.name: str = f"/proc/self/fd/{self.descriptor}" if IS_BY_DESCRIPTOR else str(path)
 
     def close(self) -> None:
         """Close the folder."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 # fork() waits while a thread holds this. The child would otherwise keep for ever the state of a dynamic loader at work, and the
 # ends of the pipe by which subprocess learns that a program has started.
-no_fork = threading.RLock()
+no_fork: "threading.RLock" = threading.RLock()
 _not_for_children: set[int] = set()
 
 
