@@ -113,6 +113,7 @@ def data_parallel(model: nn.Module, **options: Any) -> DistributedDataParallel:
         >>> moe = ExpertParallel().apply(MoE(hidden_size=16, intermediate_size=8, num_experts=4, top_k=2))
         >>> model = data_parallel(moe)
         >>> model(torch.randn(5, 16)).sum().backward()
+        >>> dist.barrier()  # the group goes when its collectives have come to their end
         >>> dist.destroy_process_group()
     """
     group = group_of(options.get("process_group"))
