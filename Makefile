@@ -30,7 +30,7 @@ $(VENV)/.installed-%: constraints.txt pyproject.toml
 
 .PHONY: help demo test bench docs links-elsewhere site-check check verifytypes pytest triton-values fuzz doctest wheel-smoke try
 .PHONY: clean
-.PHONY: asv-smoke asv-machine asv-run asv-range asv-compare asv-check asv-history asv-publish
+.PHONY: asv-smoke asv-machine asv-run asv-range asv-compare asv-check asv-history
 
 help:
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -75,7 +75,6 @@ doctest: $(VENV)/.installed-full  ## the examples in docstrings, README and docs
 
 docs: $(VENV)/.installed-full  ## the documentation, into docs/_build/html
 	$(py) -m sphinx -W --keep-going -q -b html docs docs/_build/html
-	$(py) asv_bench/publish.py docs/_build/html/asv
 	$(py) tests/site/links.py docs/_build/html
 
 links-elsewhere: $(VENV)/.installed-full  ## try the links to other sites, which needs the network
@@ -124,9 +123,6 @@ asv-history: asv-machine  ## what is missing of the commits in asv_bench/milesto
 	@# choice with one in ASV_OPTIONS.
 	-$(if $(filter -b% --bench%,$(ASV_OPTIONS)),,$(milestones) | $(asv_run) --bench '^(?!bench_compile.Compile|bench_layers.Compiled)' --skip-existing-successful HASHFILE:-)
 	$(milestones) | $(asv_run) --skip-existing-successful HASHFILE:-
-
-asv-publish: $(VENV)/.installed-full  ## the history's graphs, into asv_bench/.asv/html
-	$(py) asv_bench/publish.py asv_bench/.asv/html
 
 wheel-smoke: $(VENV)/.installed-full  ## wheel and sdist, installed and run elsewhere
 	tests/smoke_wheel.sh $(py)
