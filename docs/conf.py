@@ -17,7 +17,7 @@ import fusedonemoe.ops  # noqa: F401  # registers the operators whose schemas th
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "FusedOneMoE"
-author = "the FusedOneMoE authors"
+author = "The FusedOneMoE authors"
 copyright = author
 version = release = installed_version("fusedonemoe")
 
