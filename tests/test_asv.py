@@ -1,4 +1,4 @@
-"""asv's configuration and benchmarks: they load, run once, hold old commits out, and track nothing of which more is better."""
+"""asv's configuration and benchmarks: they load, run once, run at old commits, and track only quantities that should be small."""
 
 import importlib
 import inspect
@@ -20,9 +20,9 @@ from fusedonemoe.bench.workloads import SUITES
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "asv_bench"
-# Units of which less is better. asv reports a rise as a regression, whatever the unit.
+# Units where smaller is better. asv reports every rise as a regression.
 SMALLER_IS_BETTER = {"bytes", "relative error", "graphs"}
-# What a full run, and a quick one in CI, may cost.
+# A full run, and a quick one in CI, must stay short.
 MOST_COMBINATIONS = 250
 
 
@@ -72,7 +72,7 @@ def test_configuration(configuration):
     assert (FOLDER / configuration["benchmark_dir"]).is_dir()
     assert configuration["results_dir"] == "results"  # committed
     for folder in ("env_dir", "html_dir"):
-        assert configuration[folder].startswith(".asv/")  # what .gitignore names
+        assert configuration[folder].startswith(".asv/")  # the folder in .gitignore
 
 
 def test_the_pinned_versions_are_those_of_the_repository(configuration):
@@ -137,7 +137,7 @@ if child == 0:
     os._exit(0 if len(os.listdir("/proc/self/task")) > 1 and bool(y.isfinite().all()) else 3)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, "the fork did not compute on two threads"
 """
-    # Numpy's own library of products starts threads, which are ready for forks.
+    # NumPy's BLAS starts threads, which would count in /proc/self/task.
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", program, str(FOLDER)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
@@ -149,7 +149,7 @@ TINY = {"E4096": (16, 16, 64, 4), "E16384": (16, 16, 64, 4), "E102400": (16, 16,
 
 @pytest.mark.parametrize("name", [name for name in CLASSES if not name.startswith("bench_compile.") and "Compiled" not in name])
 def test_every_benchmark_runs(name, monkeypatch):
-    """The same dtypes and code over shapes that a test has time for; here nothing is n/a."""
+    """The same dtypes and code with small shapes; at this commit nothing is n/a."""
     subjects = importlib.import_module("benchmarks.subjects")
     monkeypatch.setattr(importlib.import_module("benchmarks.bench_fine_grained"), "SHAPES", TINY)
     for shape in subjects.SHAPES:
@@ -202,7 +202,7 @@ def test_a_wrong_result_has_an_error():
 
 
 def asv_table(before, after):
-    """What asv itself prints for two sets of values, from the pinned version's own code."""
+    """Print the table of the pinned version of asv for two sets of values."""
     compare = pytest.importorskip("asv.commands.compare")
     config = pytest.importorskip("asv.config")
 

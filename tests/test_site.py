@@ -1,4 +1,4 @@
-"""The checks of the built site find what they are for; ``make docs`` and ``make site-check`` run them."""
+"""The checks that ``make docs`` and ``make site-check`` run find dead links and wrong spelling."""
 
 import re
 import subprocess

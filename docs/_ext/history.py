@@ -212,7 +212,7 @@ class History(SphinxDirective):
         """Return the nodes; a file without results is an error of the build."""
         for path in ASV.glob("results/**/*.json"):
             self.env.note_dependency(str(path))
-        # One numbering for a page: the titles of pictures are named by ids.
+        # One numbering for a page: the ids of the pictures' titles must differ.
         album = self.env.temp_data.setdefault("album of results", Album())
         assert isinstance(album, Album)
         asked = self.arguments[0]

@@ -29,7 +29,7 @@ async function serve(site, others) {
       response.writeHead(200, { "content-type": TYPES[extname(file)] ?? "application/octet-stream" });
       response.end(content);
     } catch {
-      response.writeHead(path === "/favicon.ico" ? 204 : 404); // a browser asks for it unbidden
+      response.writeHead(path === "/favicon.ico" ? 204 : 404); // browsers ask for it by themselves
       response.end();
     }
   });
@@ -43,7 +43,7 @@ function htmlFiles(site) {
     .sort();
 }
 
-/** A tab whose errors end up in a list. */
+/** Opens a tab and collects its errors in a list. */
 async function tab(browser, screen, problems) {
   const page = await browser.newPage();
   await page.setViewport(screen);
@@ -56,7 +56,7 @@ async function tab(browser, screen, problems) {
   return page;
 }
 
-/** What reaches beyond the right edge of a page that is wider than its window. */
+/** Lists the elements beyond the right edge of a page that is wider than its window. */
 function tooWide() {
   const width = document.documentElement.clientWidth;
   if (document.documentElement.scrollWidth <= width) return [];
@@ -87,7 +87,7 @@ async function searchProblems(browser, base) {
   return problems;
 }
 
-/** The list of benchmarks on the page of the history: all rows at first, those with the words while some are typed. */
+/** Types into the filter of the list of benchmarks: only the rows with all words may stay visible. */
 async function filterProblems(browser, base) {
   const problems = [];
   const page = await tab(browser, SCREENS[0], problems);
