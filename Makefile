@@ -2,10 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
-# Of `make fuzz`.
+# For `make fuzz`.
 CASES ?= 20000
 SEED ?= 0
-# What `make try` tries.
+# For `make try`.
 TORCH ?= 2.11.0
 
 py := $(VENV)/bin/python
@@ -16,7 +16,7 @@ py := $(VENV)/bin/python
 # Workers share the cores, so each gets one thread: torch's default would start a full set in every worker.
 one_thread := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-# `demo` is what a first visitor waits for, so it installs little.
+# `demo` installs little, because it is the first command of a new user.
 extras_demo := cli,plot
 extras_full := test,docs,bench,hf,dev
 
@@ -30,7 +30,7 @@ $(VENV)/.installed-%: constraints.txt pyproject.toml
 
 .PHONY: help demo test bench docs links-elsewhere site-check check verifytypes pytest triton-values fuzz doctest wheel-smoke try
 .PHONY: clean
-.PHONY: asv-smoke asv-machine asv-run asv-range asv-compare asv-check asv-history asv-publish
+.PHONY: asv-smoke asv-machine asv-run asv-range asv-compare asv-check asv-history
 
 help:
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -38,7 +38,7 @@ help:
 demo: $(VENV)/.installed-demo  ## train a small compiled MoE language model here, in about three minutes
 	$(py) -m fusedonemoe demo
 
-# What is soon known comes first.
+# Fast steps come first.
 steps := check doctest docs wheel-smoke asv-smoke triton-values pytest
 
 test: $(addprefix timed-,$(steps))  ## everything CI runs
@@ -61,11 +61,11 @@ pytest: $(VENV)/.installed-full  ## the tests alone
 	$(one_thread) $(py) -m pytest -n $(JOBS) --dist worksteal --durations=20 --durations-min=5 tests
 
 triton-values: $(VENV)/.installed-full  ## values of the GPU kernels, in Triton's interpreter
-	@# A process of its own: whether triton interprets or compiles is settled when it is imported.
+	@# A process of its own: triton decides at its import whether it interprets or compiles.
 	@if $(py) -c 'import triton' 2>/dev/null; then \
 	  echo '$(one_thread) TRITON_INTERPRET=1 $(py) -m pytest -n $(JOBS) --dist worksteal tests/triton/values'; \
 	  $(one_thread) TRITON_INTERPRET=1 $(py) -m pytest -n $(JOBS) --dist worksteal tests/triton/values; \
-	else echo 'triton is not installed (it has wheels for Linux alone): its tests are left out'; fi
+	else echo 'triton is not installed (it has wheels for Linux only): its tests are left out'; fi
 
 fuzz: $(VENV)/.installed-full  ## small random cases against a loop in float64: CASES=20000 SEED=0
 	$(py) -m tests.fuzz --cases $(CASES) --seed $(SEED) $(FUZZ_OPTIONS)
@@ -73,9 +73,8 @@ fuzz: $(VENV)/.installed-full  ## small random cases against a loop in float64: 
 doctest: $(VENV)/.installed-full  ## the examples in docstrings, README and docs
 	$(one_thread) $(py) -m pytest -q --doctest-modules --doctest-glob='*.md' fusedonemoe docs README.md
 
-docs: $(VENV)/.installed-full  ## the documentation, into docs/_build/html
+docs: $(VENV)/.installed-full  ## the documentation and the benchmarks' history, into docs/_build/html
 	$(py) -m sphinx -W --keep-going -q -b html docs docs/_build/html
-	$(py) asv_bench/publish.py docs/_build/html/asv
 	$(py) tests/site/links.py docs/_build/html
 
 links-elsewhere: $(VENV)/.installed-full  ## try the links to other sites, which needs the network
@@ -92,7 +91,7 @@ bench: $(VENV)/.installed-full  ## the side-by-side comparison, quick form
 asv-smoke: asv-machine  ## every asv benchmark once
 	$(one_thread) ASV_SMOKE=1 $(py) -m asv run --config "$$($(py) asv_bench/configuration.py smoke)" --machine $(MACHINE) --quick --python=same --show-stderr $(ASV_OPTIONS)
 
-# Results are kept by machine, so a machine whose results are committed gets a name: MACHINE=epyc-2core.
+# Results are kept by machine, so a machine with committed results gets a name: MACHINE=epyc-2core.
 MACHINE ?= local
 COMMIT ?= HEAD
 RANGE ?= main..HEAD
@@ -102,8 +101,8 @@ asv_run = $(py) -m asv run --config asv_bench/asv.conf.json --machine $(MACHINE)
 milestones = sed -n 's/^\([0-9a-f][0-9a-f]*\) .*/\1/p' asv_bench/milestones.txt
 
 asv-machine: $(VENV)/.installed-full
-	@# asv asks about a machine once; nobody is there to answer in CI, and an answer already given stays. What a new name is not told
-	@# comes from the entry of this host.
+	@# asv asks about a machine once, and CI cannot answer; an answer that asv already has stays. A new name takes the missing
+	@# details from the entry of this host.
 	@known() { grep -qs "\"$$1\":" "$$HOME/.asv-machine.json"; }; asv="$(py) -m asv machine --yes --config asv_bench/asv.conf.json"; \
 	known "$(MACHINE)" || { known "$$(uname -n)" || $$asv; $$asv --machine "$(MACHINE)" --os "$$(uname -s)"; } >/dev/null
 
@@ -116,25 +115,22 @@ asv-range: asv-machine  ## commits measured: RANGE=main..HEAD
 asv-compare: $(VENV)/.installed-full  ## two measured commits: BASE=main HEAD=HEAD
 	$(py) -m asv compare --config asv_bench/asv.conf.json --machine $(MACHINE) $(BASE) $(HEAD)
 
-asv-check: asv-machine  ## fails where HEAD=HEAD is more than 15 % slower than BASE=main
+asv-check: asv-machine  ## fails if HEAD=HEAD is more than 15 % slower than BASE=main
 	$(py) asv_bench/check.py $(BASE) $(HEAD) --machine $(MACHINE) $(ASV_OPTIONS)
 
-asv-history: asv-machine  ## what is missing of the commits in asv_bench/milestones.txt
-	@# First what needs no compiler for graphs, which is most; whoever stops it after that has a history too. asv would join the
-	@# choice with one in ASV_OPTIONS.
+asv-history: asv-machine  ## measure the missing results of the commits in asv_bench/milestones.txt
+	@# The benchmarks without torch.compile come first, which are most, so that a run that is stopped early has a history too. asv
+	@# would combine this choice with one in ASV_OPTIONS.
 	-$(if $(filter -b% --bench%,$(ASV_OPTIONS)),,$(milestones) | $(asv_run) --bench '^(?!bench_compile.Compile|bench_layers.Compiled)' --skip-existing-successful HASHFILE:-)
 	$(milestones) | $(asv_run) --skip-existing-successful HASHFILE:-
-
-asv-publish: $(VENV)/.installed-full  ## the history's graphs, into asv_bench/.asv/html
-	$(py) asv_bench/publish.py asv_bench/.asv/html
 
 wheel-smoke: $(VENV)/.installed-full  ## wheel and sdist, installed and run elsewhere
 	tests/smoke_wheel.sh $(py)
 
-try:  ## a cut of the tests with another torch or Python, as in `make try TORCH=2.11.0 PYTHON=python3.13`
+try:  ## a part of the tests with another torch or Python, as in `make try TORCH=2.11.0 PYTHON=python3.13`
 	tests/try_versions.sh $(TORCH) $(PYTHON) -n $(JOBS)
 
-clean:  ## remove what the other targets made
+clean:  ## remove the files that the other targets made
 	rm -rf .venv build dist *.egg-info docs/_build demo-output asv_bench/.asv tests/site/node_modules
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,10 +1,9 @@
-"""Is a commit more than 15 % slower than another? Exit status 1 says so, after two measurements that agree.
+"""Compare the speed of two commits. Exit with 1 if two measurements both find the second one more than 15 % slower.
 
     python asv_bench/check.py main HEAD
 
-asv measures both commits in turn, each in several rounds, on the machine it runs on; its statistics mark what is slower. On
-a machine that does other things too some of that is chance, so what is marked is measured again, in more rounds, and only
-what is marked twice counts.
+asv measures both commits in turn, each in several rounds, and its statistics mark slower benchmarks. On a busy machine some of
+the marks are chance, so the marked benchmarks are measured again, in more rounds, and only those marked twice count.
 """
 
 import argparse
@@ -17,27 +16,27 @@ from collections.abc import Callable, Sequence
 from configuration import FOLDER, scratch
 
 FACTOR = 1.15
-# Rounds for each commit: the first look, and the second at what it marked.
+# Rounds for each commit: of the first measurement, and of the second one of the marked benchmarks.
 ROUNDS, ROUNDS_AGAIN = 4, 8
 
 
 def marked(table: str) -> list[str]:
-    """The benchmarks, with their parameters, that asv's table marks as slower (``+``) or as failing now (``!``)."""
+    """Return the benchmarks, with their parameters, that asv's table marks as slower (``+``) or as failing now (``!``)."""
     rows = (line.strip().strip("|").split("|") for line in table.splitlines() if line.lstrip().startswith("|"))
     return [row[-1].strip() for row in rows if row[0].strip() in ("+", "!")]
 
 
 def exactly(benchmark: str) -> str:
-    """asv's expression for one benchmark with its parameters."""
+    """Return asv's expression for one benchmark with its parameters."""
     return f"^{re.escape(benchmark)}$"
 
 
 def slower(measure: Callable[[Sequence[str], int], str], benchmarks: Sequence[str]) -> list[str]:
-    """What two measurements both mark; the second is of what the first one marked.
+    """Return the benchmarks that two measurements both mark; the second one measures only those that the first one marked.
 
     Args:
         measure: takes expressions for benchmarks and a number of rounds, and returns asv's table.
-        benchmarks: expressions for all that is looked at.
+        benchmarks: expressions for the benchmarks of the first measurement.
     """
     first = marked(measure(benchmarks, ROUNDS))
     if not first:
@@ -48,7 +47,7 @@ def slower(measure: Callable[[Sequence[str], int], str], benchmarks: Sequence[st
 
 
 def asv_continuous(base: str, head: str, machine: str) -> Callable[[Sequence[str], int], str]:
-    """Measures with ``asv continuous``, each time into an empty folder."""
+    """Return a function that measures with ``asv continuous``, each time into an empty folder."""
 
     def measure(benchmarks: Sequence[str], rounds: int) -> str:
         shutil.rmtree(FOLDER / ".asv" / "check", ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Writes asv.conf.json under .asv/ with a results folder of its own, and prints where: runs that are not to be kept use it."""
+"""Write a copy of asv.conf.json whose results folder is under .asv/, for results that are not committed; print its path."""
 
 import json
 import sys
@@ -7,9 +7,9 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 
 
-def scratch(name: str, **changes: object) -> Path:
-    """A configuration whose results lie in ``.asv/NAME``, beside the committed ones and not among them."""
-    import json5  # asv's own reader of its configuration, which has comments; here: a check or a page may need no asv
+def scratch(name: str) -> Path:
+    """Write a configuration whose results go to ``.asv/NAME``, apart from the committed ones, and return its path."""
+    import json5  # asv reads its configuration with it, because of the comments; imported here so that tests need no asv
 
     settings = json5.loads((FOLDER / "asv.conf.json").read_text(encoding="utf-8"))
     for key in ("repo", "benchmark_dir", "env_dir", "html_dir"):
@@ -17,7 +17,7 @@ def scratch(name: str, **changes: object) -> Path:
     settings["results_dir"] = str(FOLDER / ".asv" / name)
     path = FOLDER / ".asv" / f"{name}.conf.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(settings | changes, indent=4), encoding="utf-8")
+    path.write_text(json.dumps(settings, indent=4), encoding="utf-8")
     return path
 
 

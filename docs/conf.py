@@ -17,7 +17,7 @@ import fusedonemoe.ops  # noqa: F401  # registers the operators whose schemas th
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "FusedOneMoE"
-author = "the FusedOneMoE authors"
+author = "The FusedOneMoE authors"
 copyright = author
 version = release = installed_version("fusedonemoe")
 
@@ -27,6 +27,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.doctest",
     "sphinx_copybutton",
+    "history",
     "results",
 ]
 exclude_patterns = ["_build"]
@@ -42,7 +43,7 @@ html_copy_source = False
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
 
-# API pages name every entry, so that a public name without a page is a failing test and not an accident of order.
+# API pages name every entry, so that a test can find public names without an entry.
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
@@ -59,7 +60,7 @@ nitpick_ignore_regex = [
     # Other projects' names; their inventories would need the network.
     (r"py:.*", r"(torch|numpy|np|nn|argparse|collections|os|pathlib|typing)(\..*)?"),
     (r"py:.*", r"(Tensor|Module|NDArray|ArrayLike|NamedTuple|Any|optional)"),
-    # Modules and internals that docstrings name in passing; no page describes them.
+    # Modules and internals that docstrings mention; no page describes them.
     (r"py:.*", r"fusedonemoe\.(functional|ops|layers)"),
     # Sphinx cannot read a signature with a default factory in it, and takes the first word of its types for a name.
     (r"py:class", r"dict\[str"),
@@ -70,11 +71,11 @@ nitpick_ignore_regex = [
 
 for _field in PyObject.doc_field_types:
     if _field.name == "variable":
-        _field.label = "Attributes"  # what our docstrings call them
+        _field.label = "Attributes"  # the heading in our docstrings
 
 
 class Operator(Directive):
-    """``{operator} name``: an operator's schema, read from the registry, above the text that describes it."""
+    """``{operator} name``: an operator's schema from the registry, with the text that describes it."""
 
     required_arguments = 1
     has_content = True

@@ -1,4 +1,4 @@
-"""Decoding on a CPU: one token at a time, with the expert weights packed in the order in which the kernels read them."""
+"""Decoding on a CPU: one token at a time, with the expert weights packed in the reading order of the kernels."""
 
 import torch
 from torch import nn
@@ -25,7 +25,7 @@ class Recurrent(nn.Module):
 
 @torch.inference_mode()
 def generate(model, length=24):
-    """The most likely token after each token, from token 0."""
+    """Generate the most likely next tokens, from token 0."""
     token, state, text = torch.zeros(1, dtype=torch.long), torch.zeros(1, HIDDEN), []
     for _ in range(length):
         logits, state = model(token, state)

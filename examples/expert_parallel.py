@@ -19,13 +19,13 @@ HIDDEN, BATCH, STEPS = 32, 256, 60
 
 
 def make_model():
-    """The same weights in every process."""
+    """Make the model with the same weights in every process."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(HIDDEN, HIDDEN), MoE(hidden_size=HIDDEN, intermediate_size=64, num_experts=8, top_k=2))
 
 
 def train(model, rank, world, clip):
-    """Losses on the mean of the whole batch, of which this process sees its part."""
+    """Train on this process's part of each batch; return the mean losses of the whole batches."""
     optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay=0.1), lr=1e-2)
     draw, losses = torch.Generator().manual_seed(1), []
     for _ in range(STEPS):

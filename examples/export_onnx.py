@@ -1,4 +1,4 @@
-"""A block as ONNX: one file for any number of tokens, run by onnxruntime, where neither PyTorch nor this library is."""
+"""A block as ONNX: one file for any number of tokens, run by onnxruntime without PyTorch and without this library."""
 
 import tempfile
 from pathlib import Path

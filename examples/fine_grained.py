@@ -1,4 +1,4 @@
-"""A hundred thousand experts of one neuron each, found by product keys; only the rows that were used are touched."""
+"""A hundred thousand experts of one neuron each, found by product keys; a step touches only the rows of chosen experts."""
 
 import torch
 
@@ -12,7 +12,7 @@ def main():
     layer = FineGrainedMoE(HIDDEN, num_experts=SIDE * SIDE, top_k=TOP_K, sparse=True)
     tables = [layer.down_embed, layer.up_embed]
     rest = [parameter for parameter in layer.parameters() if all(parameter is not table for table in tables)]
-    # Sparse gradients for the two tables, so a step costs what was used and not what there is.
+    # Sparse gradients for the two tables, so the cost of a step depends on the used rows only.
     optimizers = [torch.optim.SparseAdam(tables, lr=3e-2), torch.optim.Adam(rest, lr=1e-2)]
     teacher = torch.randn(HIDDEN, HIDDEN) / HIDDEN**0.5
 

@@ -1,4 +1,4 @@
-"""Adapters on frozen experts: fine-tuned to a second task, merged for inference, taken back to the bit."""
+"""Adapters on frozen experts: fine-tuned to a second task, merged for inference, and unmerged with equal bits."""
 
 import torch
 from torch import nn
@@ -9,7 +9,7 @@ HIDDEN = 32
 
 
 def fit(model, target, steps):
-    """Train what may be trained; the first loss and the last."""
+    """Train the parameters that require gradients; return the first and the last loss."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
     losses = []

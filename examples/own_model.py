@@ -7,7 +7,7 @@ from fusedonemoe import functional as F  # 1: the import
 
 
 class Loop(nn.Module):
-    """The block as one often writes it: the experts in turn, each with the tokens that chose it."""
+    """A common way to write the block: a loop over experts, each with its tokens."""
 
     def __init__(self, hidden=64, intermediate=128, experts=8, top_k=2):
         super().__init__()
@@ -29,7 +29,7 @@ class Loop(nn.Module):
 
 
 class Fused(Loop):
-    """The same parameters and the same result."""
+    """The block with the same parameters and the same result."""
 
     def forward(self, x):
         weights, experts = F.route(self.gate(x), self.top_k)  # 2: instead of softmax, topk and the division
@@ -37,7 +37,7 @@ class Fused(Loop):
 
 
 def run(block, x):
-    """The output, and the gradients of its squared mean."""
+    """Return the output, and the gradients of its squared mean."""
     y = block(x)
     return y, *torch.autograd.grad(y.square().mean(), list(block.parameters()))
 

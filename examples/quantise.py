@@ -1,4 +1,4 @@
-"""Experts with weights of 8 and 4 bits: how small they get, and by how much outputs change."""
+"""Experts with weights of 8 and 4 bits: their size, and the change of the outputs."""
 
 import torch
 

@@ -5,7 +5,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from fusedonemoe.integrations.transformers import apply  # 1
 
-# Random weights, so that nothing is downloaded; AutoModelForCausalLM.from_pretrained(...) serves as well.
+# Random weights, so that nothing is downloaded; AutoModelForCausalLM.from_pretrained(...) works too.
 CONFIG = Qwen3MoeConfig(
     hidden_size=64,
     moe_intermediate_size=32,

@@ -14,7 +14,7 @@ BAD = 2  # the token that holds no numbers, or the expert
 IMPLS = ("dense", "grouped", "cpu", "portable")
 LAYERS = ("experts_mlp", "experts_mlp_lora", "experts_mlp_quantized", "experts_merged", "experts_neurons", "experts_values")
 CASES = [(layer, impl) for layer in LAYERS for impl in IMPLS if (impl, layer) not in LACKING]
-# Of single-neuron experts and values, dense multiplies all rows of the table with zeros.
+# For single-neuron experts and values, dense multiplies every row of the last table, by zero if it was not chosen.
 ISOLATED = [case for case in CASES if case[1] != "dense" or case[0] not in ("experts_neurons", "experts_values")]
 EXPERTS = torch.tensor([[0, 1], [1, 3], [3, 0], [0, 4], [4, -1], [E, 7]])
 of_each = pytest.mark.parametrize(("layer", "impl"), ISOLATED)

@@ -167,6 +167,15 @@ def test_a_row_without_numbers_reaches_nobody_it_was_not_routed_to(value, impl):
 
 
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_in_dense_a_row_of_the_down_table_without_numbers_reaches_no_token_that_was_not_routed_to_it(value):
+    inputs = replace(make_inputs(4, 9, 6, 2), experts=torch.tensor([[1, 3], [-1, 6], [3, -1], [9, 5]]))
+    clean = gradients(neurons, inputs, NAMES, impl="dense")
+    inputs.down_table[[0, 2, 4]] = value
+    for name, tensor in gradients(neurons, inputs, NAMES, impl="dense").items():
+        assert torch.equal(tensor, clean[name]), name
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
 @pytest.mark.parametrize("impl", ["dense", "portable", "grouped", CPU])
 def test_a_token_without_numbers_reaches_the_gradients_of_its_own_experts_alone(value, impl):
     inputs = replace(make_inputs(4, 9, 6, 2), experts=torch.tensor([[1, 3], [-1, 6], [3, -1], [0, 5]]))

@@ -252,7 +252,8 @@ def built(tmp_path, text):
         str(tmp_path / "html"),
         str(tmp_path / "trees"),
         "html",
-        confoverrides={"extensions": ["myst_parser", "results"]},
+        # Another build of this process has registered the nodes already.
+        confoverrides={"extensions": ["myst_parser", "results", "history"], "suppress_warnings": ["app"]},
         status=None,
         warning=warnings,
     )

@@ -15,7 +15,7 @@ from .subjects import DEVICES
 
 
 class Graphs:
-    """How many graphs dynamo makes of a layer, forward and backward, for four numbers of tokens: 1 when none breaks."""
+    """The number of dynamo's graphs of a layer, forward and backward, for four numbers of tokens: 1 without graph breaks."""
 
     params = (DEVICES, COMPILED)
     param_names = ("device", "layer")
@@ -35,7 +35,7 @@ class Graphs:
 
 
 class Compile:
-    """The first call of a compiled layer, with nothing on disk to take it from."""
+    """The first call of a compiled layer, with an empty cache on disk."""
 
     params = (DEVICES, ("MoE",))
     param_names = ("device", "layer")
@@ -66,7 +66,7 @@ class Compile:
 
 
 class Import:
-    """``import fusedonemoe`` where torch is imported already."""
+    """``import fusedonemoe`` after ``import torch``."""
 
     number = rounds = 1
     repeat = 3

@@ -34,7 +34,7 @@ class MLP(_MLP, _Operator):
 
 
 class MLPBlocks(_MLP, _Both):
-    """Many experts, blocks of known models, a few tokens, and what a call costs."""
+    """Many experts, blocks of known models, a few tokens, and the overhead of a call."""
 
     params = (
         DEVICES,
@@ -59,7 +59,7 @@ class MLPPacked(_Forward):
         needs(F.experts_mlp, "packed")
         _, i = _mlp(device, case)
         packed = pack_experts(i.up_proj, i.down_proj)
-        # At earlier commits the weights came along with their packed copy.
+        # At earlier commits the function took the weights and their packed copy.
         home = () if hasattr(packed, "unpack") else (i.up_proj, i.down_proj)
 
         def call(x, weights):
@@ -113,7 +113,7 @@ class Adapters(_Operator):
 
 
 class Quantized(_Operator):
-    """``[experts_mlp_quantized]``; the error is that of the arithmetic, and not that of rounding the weights."""
+    """``[experts_mlp_quantized]``; the error is that of the arithmetic, without the rounding of the weights."""
 
     params = (DEVICES, ("int8 E32 float32", "int8 E32 bfloat16", "int4 E32 bfloat16"))
 

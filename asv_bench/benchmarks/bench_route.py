@@ -1,4 +1,4 @@
-"""Routing: from logits to weights and ids, the plan that sorts them, and what changes a routing afterwards."""
+"""Routing: from logits to weights and ids, the plan that sorts them, and functions that change a routing."""
 
 import torch
 
@@ -11,7 +11,7 @@ T, K = 512, 8
 
 
 class Route(_Operator):
-    """Softmax over all, as Qwen3 and Mixtral route; sigmoid in groups with a bias, as DeepSeek-V3; the other forms."""
+    """The softmax of Qwen3 and Mixtral, the sigmoid in groups with a bias of DeepSeek-V3, and the other forms."""
 
     params = (DEVICES, ("softmax E1024", "groups E256", "shared E128", "topk_softmax E128"))
 
@@ -60,7 +60,7 @@ class ProductKeys(_Operator):
 
 
 class Plan:
-    """What follows from the ids alone; ``top_p`` and ``capacity`` mask rows."""
+    """Functions of the ids alone; ``top_p`` and ``capacity`` mask rows."""
 
     params = (DEVICES, (1024,))
     param_names = ("device", "experts")

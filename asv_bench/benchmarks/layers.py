@@ -6,7 +6,7 @@ from .subjects import SHAPES, SMOKE, present
 
 LAYERS = ("MoE", "MoE-shared", "FusedOneMoE", "LoRAExperts", "QuantizedExperts", "FineGrainedMoE")
 BACKEND = "aot_eager" if SMOKE else "inductor"
-# The shared branch compiles to plain matrix products beside the same block.
+# A shared branch would only add plain matrix products to the same compiled block.
 COMPILED = ("MoE", "FusedOneMoE", "LoRAExperts", "QuantizedExperts", "FineGrainedMoE")
 
 
@@ -36,5 +36,5 @@ def make(layer, device):
 
 
 def output(result):
-    """The tensor among what a layer returns."""
+    """Return the output tensor from a layer's result."""
     return result if isinstance(result, torch.Tensor) else result[0]

@@ -1,4 +1,4 @@
-"""What is measured, and how: a function of leaf tensors, its gradients, its peak memory, its error against float64."""
+"""Subjects of measurement: a function of leaf tensors, its gradients, its peak memory, its error against float64."""
 
 import inspect
 import os
@@ -11,7 +11,7 @@ from torch import Tensor
 import fusedonemoe
 
 try:
-    # setup may raise any NotImplementedError; a benchmark itself this one only.
+    # setup may raise any NotImplementedError; a benchmark itself may raise only this one.
     from asv_runner.benchmarks.mark import SkipNotImplemented as NotApplicable
 except ImportError:
     NotApplicable = NotImplementedError
@@ -30,7 +30,7 @@ SHAPES = {
     "call": (1, 16, 16, 4, 2),  # next to no arithmetic: what a call costs
 }
 
-# A smoke run is to see that everything runs: it draws fewer weights, and leaves inductor's compiler out.
+# A smoke run only shows that everything runs: it draws fewer weights and does not use inductor's compiler.
 SMOKE = "ASV_SMOKE" in os.environ
 if SMOKE:
     SHAPES = {name: (T, min(D, 256), min(F, 256), min(E, 128), K) for name, (T, D, F, E, K) in SHAPES.items()}

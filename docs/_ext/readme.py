@@ -1,6 +1,6 @@
 """Write the measured figures of the README again: ``python docs/_ext/readme.py``.
 
-Such a part begins with a comment that says what it shows, and ends with another::
+Such a part begins with a comment that describes it, and ends with another::
 
     <!-- results quick
     where: operator=block; peer=fusedonemoe
@@ -9,7 +9,7 @@ Such a part begins with a comment that says what it shows, and ends with another
     -->
     <!-- end of results -->
 
-``<!-- measured quick -->`` is a sentence in place of a table. See ``records`` for what a line means.
+``<!-- measured quick -->`` gives a sentence instead of a table. ``records`` explains the lines.
 """
 
 import re
@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# The script runs in a clone that is not installed, too.
+# The script also runs in a clone that is not installed.
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import records  # noqa: E402
@@ -35,12 +35,12 @@ def _part(match: "re.Match[str]") -> str:
 
 
 def rewritten(text: str) -> str:
-    """A text with every measured part as the committed files have it."""
+    """Return a text with every measured part filled in from the committed files."""
     return PART.sub(_part, text)
 
 
 def without(text: str) -> str:
-    """A text without its measured parts, on as many lines."""
+    """Return a text with its measured parts replaced by blank lines."""
     return PART.sub(lambda match: "\n" * match[0].count("\n"), text)
 
 

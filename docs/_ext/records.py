@@ -1,11 +1,11 @@
-"""What the pages and the README show of the committed result files: records, chosen by conditions, as Markdown.
+"""Tables and figures from the committed result files for the pages and the README: records, chosen by conditions, as Markdown.
 
 A *record* is one row of one cell of a file, as a flat dictionary.
 
 - A condition is ``field=value``, ``field!=value``, ``field<number`` or ``field>number``; several are joined by ``;``.
-- A quantity is a field, ``field[conditions]``, or one such divided by another. In brackets stand the fields in which another
-  record differs from this one: its field is taken. ``peer=@yardstick`` is the peer that this record's ``yardstick`` names.
-  Behind a ``|`` stands how a number is written, as Python has it.
+- A quantity is a field, ``field[conditions]``, or a quotient of two of them. The conditions in brackets select another record,
+  which differs from this one only in these fields, and its field is taken. ``peer=@yardstick`` is the peer in this record's field
+  ``yardstick``. A number's format, as in Python, follows after a ``|``.
 """
 
 import re
@@ -22,19 +22,19 @@ from fusedonemoe.report.runs import times_ours
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "docs" / "results"
 SIZES = ("T", "D", "F", "E", "K")
-# What a record keeps when `field[conditions]` looks for its sibling.
+# The fields that stay equal when `field[conditions]` looks for another record.
 IDENTITY = ("operator", "system", "label", "routing", "dtype", "mode", "allocator", "dial", *SIZES, "peer")
 
 Record = dict[str, Any]
 
 
 class NotThereError(Exception):
-    """A field, or a record, that a page asks for is not in the file."""
+    """A page asks for a field or a record that is not in the file."""
 
 
 @cache
 def results_of(suite: str) -> dict[str, Any]:
-    """The committed file of a suite."""
+    """Return the content of the committed file of a suite."""
     try:
         return earlier.read(RESULTS / f"{suite}.json")
     except DamagedError as error:
@@ -42,7 +42,7 @@ def results_of(suite: str) -> dict[str, Any]:
 
 
 def suites() -> list[str]:
-    """Every suite with a committed file."""
+    """Return the names of the suites with a committed file."""
     return sorted(path.stem for path in RESULTS.glob("*.json"))
 
 
@@ -63,7 +63,7 @@ def _of_a_cell(cell: dict[str, Any]) -> Iterator[Record]:
 
 @cache
 def records_of(suite: str) -> tuple[Record, ...]:
-    """Every record of a suite's file, in its order, with what is derived from its fields."""
+    """Return every record of a suite's file, in order, with derived fields."""
     found = [record for cell in results_of(suite)["cells"] for record in _of_a_cell(cell)]
     for record in found:
         for name in ("seconds", "p95_seconds", "p99_seconds"):
@@ -91,7 +91,7 @@ def _holds(record: Record, condition: str) -> bool:
 
 
 def chosen(records: Sequence[Record], where: str) -> list[Record]:
-    """The records for which every condition holds."""
+    """Return the records that meet every condition."""
     conditions = [condition for condition in where.split(";") if condition.strip()]
     for condition in conditions:
         field = re.split(r"!=|[=<>]", condition)[0].strip()
@@ -122,7 +122,7 @@ def _term(records: Sequence[Record], record: Record, term: str) -> Any:
 
 
 def value_of(records: Sequence[Record], record: Record, quantity: str) -> Any:
-    """A quantity of a record; None where it, or a part of it, was not measured."""
+    """Return a quantity of a record; None if it, or a part of it, was not measured."""
     parts = [_term(records, record, term) for term in re.split(r" / (?![^\[]*\])", quantity)]
     value = parts[0]
     for divisor in parts[1:]:
@@ -131,7 +131,7 @@ def value_of(records: Sequence[Record], record: Record, quantity: str) -> Any:
 
 
 def written(value: Any, form: str) -> str:
-    """A value as it stands on a page."""
+    """Return a value as text for a page."""
     if value is None:
         return ""
     if isinstance(value, float) and not form:
@@ -145,13 +145,13 @@ def _split(text: str) -> tuple[str, str]:
 
 
 def table(suite: str, where: str, columns: str, empty: str = "") -> list[str]:
-    """A Markdown table with a row for every record.
+    """Return a Markdown table with a row for every record.
 
     Args:
-        suite: whose file.
+        suite: the suite whose file is read.
         where: the conditions.
-        columns: a line for each: ``heading: quantity | form``. Columns with a form stand to the right.
-        empty: what is returned where no record is chosen; without it that is an error.
+        columns: one line each: ``heading: quantity | form``. Columns with a form are aligned to the right.
+        empty: the line that is returned if no record is chosen; without it that is an error.
     """
     records = records_of(suite)
     rows = chosen(records, where)
@@ -167,7 +167,7 @@ def table(suite: str, where: str, columns: str, empty: str = "") -> list[str]:
 
 
 def figure(text: str) -> str:
-    """One figure: ``suite | quantity | form | where``, with ``min``, ``max`` or ``count`` before the quantity of several."""
+    """Return one figure of ``suite | quantity | form | where``; ``min``, ``max`` or ``count`` reduce several records to one."""
     suite, quantity, form, where = (part.strip() for part in text.split("|"))
     records = records_of(suite)
     rows = chosen(records, where)
@@ -186,24 +186,24 @@ def figure(text: str) -> str:
 
 
 def command_of(suite: str) -> str:
-    """The command that measures a suite again."""
+    """Return the command that measures a suite again."""
     peers = results_of(suite).get("peers")
     return f"python -m fusedonemoe bench --suite {suite}{f' --peers {peers!r}' if peers else ''} --json {suite}.json"
 
 
 def versions_of(suite: str) -> str:
-    """What a suite was measured with."""
+    """Return the versions of a suite's measurement."""
     return ", ".join(f"{name} {number}" for name, number in results_of(suite)["versions"].items() if number)
 
 
 def machine_of(suite: str) -> str:
-    """What a suite was measured on."""
+    """Return the machine of a suite's measurement."""
     found = results_of(suite)
     return f"{found['cpu']} ({found['cpu_capability']}), {found['threads']} threads on {found['cores']} cores"
 
 
 def measured(suite: str) -> str:
-    """A sentence: when, on what and with what a suite was measured."""
+    """Return a sentence with the date, the machine, the versions and the command of a measurement."""
     found = results_of(suite)
     if found.get("dry"):
         raise NotThereError(f"{suite}: a dry run measures nothing")

@@ -2,7 +2,7 @@
 
 - ``{results} suite`` with ``:where:`` and a line for each column: a table.
 - ``{pictures} suite`` with ``:draw:`` (latency, scaling, memory, usage or ratios) and ``:where:``: pictures.
-- ``{measured} suite``: when, on what and by which command; without a suite, a table of all.
+- ``{measured} suite``: the date, the machine and the command; without a suite, a table of all.
 - ``{result}`suite | quantity | form | where` ``: one figure in running text.
 """
 
@@ -33,18 +33,18 @@ class _Shown(SphinxDirective):
     optional_arguments = 1
 
     def parsed(self, lines: list[str]) -> list[nodes.Node]:
-        """Markdown as nodes."""
+        """Return the nodes of Markdown lines."""
         holder = nodes.Element()
         self.state.nested_parse(StringList(lines, self.get_source_info()[0]), self.content_offset, holder)
         return holder.children
 
     def suite(self) -> str:
-        """The suite; the page is built again when its file changes."""
+        """Return the suite; Sphinx builds the page again when its file changes."""
         self.env.note_dependency(str(records.RESULTS / f"{self.arguments[0]}.json"))
         return self.arguments[0]
 
     def run(self) -> list[nodes.Node]:
-        """What is shown; a field or a record that is not there is an error of the build."""
+        """Return the nodes; a missing field or record is an error of the build."""
         try:
             return self.show()
         except (records.NotThereError, ValueError) as reason:
@@ -58,16 +58,16 @@ class Results(_Shown):
     option_spec: ClassVar = {"where": directives.unchanged_required, "empty": directives.unchanged}
 
     def show(self):
-        """The table."""
+        """Return the table."""
         where, empty = self.options.get("where", ""), self.options.get("empty", "")
         return self.parsed(records.table(self.suite(), where, "\n".join(self.content), empty))
 
 
 class Measured(_Shown):
-    """When, on what and by which command."""
+    """The date, the machine and the command of a measurement."""
 
     def show(self):
-        """A sentence, or the table of every suite."""
+        """Return a sentence, or the table of every suite."""
         if self.arguments:
             suite = self.suite()
             return self.parsed([f"{records.measured(suite)} The file: [{suite}.json](results/{suite}.json)."])
@@ -87,13 +87,13 @@ class Pictures(_Shown):
     option_spec: ClassVar = {"where": directives.unchanged, "draw": lambda name: directives.choice(name, sorted(DRAWN))}
 
     def show(self):
-        """The pictures, as HTML; other builders leave them out."""
+        """Return the pictures, as HTML; other builders leave them out."""
         suite = self.suite()
         found = records.results_of(suite)
         wanted = {record["cell"] for record in records.chosen(records.records_of(suite), self.options.get("where", ""))}
         cells = tuple(cell for cell in found["cells"] if cell["name"] in wanted)
         settings = {key: value for key, value in found.items() if key != "cells"}
-        # One numbering for a page: the pictures' titles are named by ids.
+        # One numbering for a page: the ids of the pictures' titles must differ.
         album = self.env.temp_data.setdefault("album of results", pictures.Album())
         drawn = DRAWN[self.options["draw"]](album, Run(f"{suite}, {found['date'][:10]}", settings, cells))
         if not any(drawn):
@@ -106,7 +106,7 @@ class Result(SphinxRole):
     """One figure."""
 
     def run(self):
-        """The figure as text."""
+        """Return the figure as text."""
         self.env.note_dependency(str(records.RESULTS / f"{self.text.partition('|')[0].strip()}.json"))
         try:
             return [nodes.Text(records.figure(" ".join(self.text.split())))], []
@@ -116,7 +116,7 @@ class Result(SphinxRole):
 
 
 def setup(app: Any) -> dict[str, Any]:
-    """Register all."""
+    """Register the directives and the role."""
     app.add_directive("results", Results)
     app.add_directive("measured", Measured)
     app.add_directive("pictures", Pictures)

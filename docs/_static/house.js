@@ -1,4 +1,4 @@
-// What the theme leaves out for keyboards and screen readers. The pages read the same without it.
+// Labels and roles for keyboards and screen readers that the theme leaves out, and filters of long tables. The pages can be read without it.
 document.addEventListener("DOMContentLoaded", () => {
   for (const caption of document.querySelectorAll('p.caption[role="heading"]')) caption.ariaLevel = "2";
   for (const [drawer, label] of [[".sidebar-drawer", "All pages"], [".toc-drawer", "On this page"]])
@@ -8,8 +8,18 @@ document.addEventListener("DOMContentLoaded", () => {
     list.role = "list";
     for (const item of list.children) item.role = "listitem";
   }
+  // A searchable table gets a field that hides the rows without the words typed into it.
+  for (const table of document.querySelectorAll("table.searchable")) {
+    const field = Object.assign(document.createElement("input"), { type: "search", placeholder: "Filter, as in: MLP bfloat16" });
+    field.ariaLabel = `Filter: ${table.caption.textContent}`;
+    field.addEventListener("input", () => {
+      const words = field.value.toLowerCase().split(/\s+/);
+      for (const row of table.tBodies[0].rows) row.hidden = !words.every((word) => row.textContent.toLowerCase().includes(word));
+    });
+    table.parentElement.before(field);
+  }
   const reach = () => {
-    // What scrolls sideways can be reached with the tabulator key, and scrolled with the arrows.
+    // Boxes that scroll sideways can be reached with the tabulator key, and scrolled with the arrows.
     for (const box of document.querySelectorAll("pre, .table-wrapper"))
       if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
       else box.removeAttribute("tabindex");

@@ -1,5 +1,6 @@
 // Opens every page of a built site in headless Chromium, on a desktop in light colours and on a phone in dark ones: no error on the
-// console, nothing missing, no page wider than the phone, and no serious finding of axe-core; and the search finds something.
+// console, nothing missing, no request to another server, no page wider than the phone, and no serious finding of axe-core. Then it
+// tries the search, and the filter of the history.
 //
 //     node tests/site/check.mjs docs/_build/html [more pages.html ...]
 //
@@ -15,8 +16,6 @@ const SCREENS = [
   { name: "desktop", width: 1280, height: 800, scheme: "light" },
   { name: "phone", width: 390, height: 844, scheme: "dark", isMobile: true, hasTouch: true },
 ];
-// asv's own pages: what they show is made while they run, and how they look is asv's. They have to open without an error.
-const APPS = ["asv"];
 const TYPES = { ".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml", ".json": "application/json" };
 
 /** Serves a folder, and single files under /other/, on a port that the system picks. */
@@ -30,7 +29,7 @@ async function serve(site, others) {
       response.writeHead(200, { "content-type": TYPES[extname(file)] ?? "application/octet-stream" });
       response.end(content);
     } catch {
-      response.writeHead(path === "/favicon.ico" ? 204 : 404); // a browser asks for it unbidden
+      response.writeHead(path === "/favicon.ico" ? 204 : 404); // browsers ask for it by themselves
       response.end();
     }
   });
@@ -41,23 +40,23 @@ async function serve(site, others) {
 function htmlFiles(site) {
   return readdirSync(site, { recursive: true })
     .filter((path) => path.endsWith(".html") && statSync(join(site, path)).isFile())
-    .filter((path) => !APPS.includes(path.split(sep)[0]) || path.endsWith(`${sep}index.html`))
     .sort();
 }
 
-/** A tab whose errors end up in a list. */
+/** Opens a tab and collects its errors in a list. */
 async function tab(browser, screen, problems) {
   const page = await browser.newPage();
   await page.setViewport(screen);
   await page.emulateMediaFeatures([{ name: "prefers-color-scheme", value: screen.scheme }]);
   page.on("console", (message) => message.type() === "error" && problems.push(`console: ${message.text()}`));
   page.on("pageerror", (error) => problems.push(`error: ${error.message}`));
+  page.on("request", (request) => /^(data:|http:\/\/127\.0\.0\.1:)/.test(request.url()) || problems.push(`asks another server: ${request.url()}`));
   page.on("requestfailed", (request) => problems.push(`not loaded: ${request.url()} ${request.failure()?.errorText}`));
   page.on("response", (response) => response.status() >= 400 && problems.push(`${response.status()}: ${response.url()}`));
   return page;
 }
 
-/** What reaches beyond the right edge of a page that is wider than its window. */
+/** Lists the elements beyond the right edge of a page that is wider than its window. */
 function tooWide() {
   const width = document.documentElement.clientWidth;
   if (document.documentElement.scrollWidth <= width) return [];
@@ -88,6 +87,22 @@ async function searchProblems(browser, base) {
   return problems;
 }
 
+/** Types into the filter of the list of benchmarks: only the rows with all words may stay visible. */
+async function filterProblems(browser, base) {
+  const problems = [];
+  const page = await tab(browser, SCREENS[0], problems);
+  await page.goto(`${base}/history.html`, { waitUntil: "load" });
+  const rows = () => page.$$eval("table.searchable tbody tr:not([hidden])", (found) => found.map((row) => row.textContent));
+  const all = await rows();
+  await page.type("input[type=search]:not([name])", "mlp BFLOAT16");
+  const left = await rows();
+  const expected = all.filter((text) => /mlp/i.test(text) && /bfloat16/i.test(text));
+  if (!left.length || left.length === all.length || left.join() !== expected.join())
+    problems.push(`the filter shows ${left.length} of ${all.length} rows, ${expected.length} have the words`);
+  await page.close();
+  return problems;
+}
+
 async function main(folder, ...extra) {
   const site = resolve(folder);
   const server = await serve(site, extra.map((path) => resolve(path)));
@@ -110,15 +125,14 @@ async function main(folder, ...extra) {
         const page = await tab(browser, screen, problems);
         await page.goto(url, { waitUntil: "load", timeout: 60_000 });
         await new Promise((settled) => setTimeout(settled, 200)); // for scripts that begin when the page has loaded
-        if (!APPS.includes(path.split(sep)[0])) {
-          problems.push(...(await page.evaluate(tooWide)));
-          problems.push(...(await accessibility(page)));
-        }
+        problems.push(...(await page.evaluate(tooWide)));
+        problems.push(...(await accessibility(page)));
         report(`${screen.name} ${path}`, problems);
         await page.close();
       }
     }
     report("search", await searchProblems(browser, base));
+    report("history", await filterProblems(browser, base));
   } finally {
     await browser.close();
     server.close();

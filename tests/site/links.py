@@ -1,8 +1,8 @@
-"""Follows every link and picture of a built site that leads into it: the file is there, and so is the anchor.
+"""Follow every internal link and picture of a built site, and check that the file and the anchor exist.
 
     python tests/site/links.py docs/_build/html
 
-Links to other sites are Sphinx's to try (``make links-elsewhere``), as they need the network.
+``make links-elsewhere`` tries the links to other sites, which needs the network.
 """
 
 import sys
@@ -10,12 +10,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-# asv's pages make their anchors while they run; that they are there is checked, and what they link to is not.
-MADE_BY_SCRIPTS = ("asv",)
-
 
 class Page(HTMLParser):
-    """What a page links to, with the line, and what can be linked to in it."""
+    """The links of a page, with their lines, and its anchors."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -32,9 +29,9 @@ class Page(HTMLParser):
 
 
 def dead_links(site: Path) -> tuple[int, list[str]]:
-    """How many links were followed, and those that lead nowhere, as ``page:line: link: why``."""
+    """Return the number of followed links, and the dead ones as ``page:line: link: why``."""
     site = site.resolve()
-    pages = {path: Page(path) for path in sorted(site.rglob("*.html")) if path.relative_to(site).parts[0] not in MADE_BY_SCRIPTS}
+    pages = {path: Page(path) for path in sorted(site.rglob("*.html"))}
     followed, dead = 0, []
     for path, page in pages.items():
         for line, link in page.links:
@@ -58,7 +55,7 @@ def dead_links(site: Path) -> tuple[int, list[str]]:
 
 
 def main(folder: str) -> int:
-    """Print what was found; 1 for a dead link, or for a folder without any."""
+    """Print the result; return 1 for a dead link, or for a folder without links."""
     followed, dead = dead_links(Path(folder))
     print(*dead, f"{folder}: {followed} links followed, {len(dead)} dead", sep="\n")
     return int(bool(dead) or not followed)
