@@ -14,9 +14,9 @@
 #endif
 #include "tile.h"
 
-// Large buffers are kept between calls: a fresh one costs a page fault for every 4 KiB, more than the products in it. At
-// most as much lies idle as was in use at once. Hidden, because gcc otherwise makes the pool one for all libraries of a process,
-// those of another version of this code included.
+// Large buffers are kept between calls: a fresh one costs a page fault for every 4 KiB, more than the
+// products in it. At most as much lies idle as was in use at once. Hidden, because gcc otherwise makes the
+// pool one for all libraries of a process, those of another version of this code included.
 class __attribute__((visibility("hidden"))) Memory {
   public:
     struct Block {
@@ -30,10 +30,11 @@ class __attribute__((visibility("hidden"))) Memory {
     std::vector<Block> idle;
     size_t in_use = 0, most_in_use = 0, idle_bytes = 0, peak = 0, peak_from = 0;
 
-    // fork() copies the mutex as it is. Another thread may hold it, which the child does not have; so the forking thread takes it
-    // first.
+    // fork() copies the mutex as it is. Another thread may hold it, which the child does not have; so the
+    // forking thread takes it first.
     Memory() {
-        pthread_atfork([] { instance->mutex.lock(); }, [] { instance->mutex.unlock(); }, [] { instance->mutex.unlock(); });
+        pthread_atfork([] { instance->mutex.lock(); }, [] { instance->mutex.unlock(); },
+                       [] { instance->mutex.unlock(); });
     }
 
     static void release(Block b) {
@@ -44,8 +45,8 @@ class __attribute__((visibility("hidden"))) Memory {
 #endif
     }
 
-    // Made when the library is loaded: a static of a function is made behind a lock, which a forked child could find taken. Never
-    // destroyed: tensors may outlive this library's static objects.
+    // Made when the library is loaded: a static of a function is made behind a lock, which a forked child
+    // could find taken. Never destroyed: tensors may outlive this library's static objects.
     static Memory* const instance;
 
   public:
@@ -56,7 +57,9 @@ class __attribute__((visibility("hidden"))) Memory {
             std::lock_guard<std::mutex> guard(mutex);
             size_t best = idle.size();
             for (size_t i = 0; i < idle.size(); i++)
-                if (idle[i].size >= size && idle[i].size <= 2 * size && (best == idle.size() || idle[i].size < idle[best].size)) best = i;
+                if (idle[i].size >= size && idle[i].size <= 2 * size &&
+                    (best == idle.size() || idle[i].size < idle[best].size))
+                    best = i;
             const bool found = best < idle.size();
             Block b{nullptr, size};
             if (found) {
@@ -97,7 +100,8 @@ class __attribute__((visibility("hidden"))) Memory {
                 idle.erase(idle.begin());
             }
         }
-        for (Block b : surplus) release(b);
+        for (Block b : surplus)
+            release(b);
     }
     // The most bytes in use at once since the last call, beyond those in use at that call.
     size_t peak_since_last() {
@@ -114,7 +118,8 @@ class __attribute__((visibility("hidden"))) Memory {
             idle_bytes = 0;
             most_in_use = in_use;
         }
-        for (Block b : all) release(b);
+        for (Block b : all)
+            release(b);
     }
 };
 inline Memory* const Memory::instance = new Memory;
@@ -175,30 +180,36 @@ struct Plan {
     }
 };
 
-// A plan that comes from outside, from autograd or from a caller of the operator. All memory of a pass is reached through it.
-static inline Plan given_plan(int num_experts, int top_k, const int32_t* order, const int32_t* offsets, const int64_t* ids, int num_rows) {
+// A plan that comes from outside, from autograd or from a caller of the operator. All memory of a pass is
+// reached through it.
+static inline Plan given_plan(int num_experts, int top_k, const int32_t* order, const int32_t* offsets,
+                              const int64_t* ids, int num_rows) {
     const Plan plan{num_experts, top_k, order, offsets};
     if (!plan.is_of(ids, num_rows)) throw std::invalid_argument("plan");
     return plan;
 }
 
 // Stable counting sort of the rows by expert; ids outside [0, E) go to the end.
-static inline void make_plan(const int64_t* ids, int num_rows, int num_experts, int32_t* order, int32_t* offsets) {
+static inline void make_plan(const int64_t* ids, int num_rows, int num_experts, int32_t* order,
+                             int32_t* offsets) {
     std::vector<int32_t> next(num_experts + 1, 0);
     auto bin = [&](int64_t id) { return id >= 0 && id < num_experts ? (int)id : num_experts; };
-    for (int n = 0; n < num_rows; n++) next[bin(ids[n])]++;
+    for (int n = 0; n < num_rows; n++)
+        next[bin(ids[n])]++;
     int32_t sum = 0;
     for (int e = 0; e <= num_experts; e++) {
         int32_t count = next[e];
         next[e] = offsets[e] = sum;
         sum += count;
     }
-    for (int n = 0; n < num_rows; n++) order[next[bin(ids[n])]++] = n;
+    for (int n = 0; n < num_rows; n++)
+        order[next[bin(ids[n])]++] = n;
 }
 
 // Where each flattened row t * K + j stands in sorted order; -1 for a row without an expert.
 static inline void invert(const Plan& plan, int num_rows, int32_t* position) {
-    for (int i = 0; i < num_rows; i++) position[plan.order[i]] = i < plan.routed() ? i : -1;
+    for (int i = 0; i < num_rows; i++)
+        position[plan.order[i]] = i < plan.routed() ? i : -1;
 }
 
 // Tasks are taken in order from a counter: whoever is free takes the next, and no result depends on who did.
@@ -207,9 +218,11 @@ class Tasks {
 
   public:
     template <class Body> void run(int64_t count, Body body) {
-        for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(task);
+        for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < count;)
+            body(task);
     }
-    // The same, telling the body which task this thread will do after this one; `count` or more when there is none.
+    // The same, telling the body which task this thread will do after this one; `count` or more when there is
+    // none.
     template <class Body> void run_with_next(int64_t count, Body body) {
         int64_t task = next.fetch_add(1, std::memory_order_relaxed);
         while (task < count) {
@@ -220,19 +233,21 @@ class Tasks {
     }
     // A task for every expert and block of something.
     template <class Body> void run(int experts, int blocks, Body body) {
-        run((int64_t)experts * blocks, [&](int64_t task) { body((int)(task / blocks), (int)(task % blocks)); });
+        run((int64_t)experts * blocks,
+            [&](int64_t task) { body((int)(task / blocks), (int)(task % blocks)); });
     }
 };
 
 // y_t = sum_j w_tj * rows[position(t, j)] (+ w_tj * bias of its expert), in the order of j, rounded once.
 template <class T>
-static inline void combine(const float* rows, const int32_t* position, const int64_t* ids, const float* weights, const T* bias, int t,
-                           int top_k, int width, T* y) {
+static inline void combine(const float* rows, const int32_t* position, const int64_t* ids,
+                           const float* weights, const T* bias, int t, int top_k, int width, T* y) {
     constexpr int BLOCK = 256;
     float acc[BLOCK];
     for (int begin = 0; begin < width; begin += BLOCK) {
         const int n = std::min(BLOCK, width - begin);
-        for (int d = 0; d < n; d++) acc[d] = 0.f;
+        for (int d = 0; d < n; d++)
+            acc[d] = 0.f;
         for (int j = 0; j < top_k; j++) {
             const int64_t at = (int64_t)t * top_k + j;
             if (position[at] < 0) continue;
@@ -240,11 +255,14 @@ static inline void combine(const float* rows, const int32_t* position, const int
             const float w = weights ? weights[at] : 1.f;
             if (bias) {
                 const T* b = bias + (size_t)ids[at] * width + begin;
-                for (int d = 0; d < n; d++) acc[d] += w * (row[d] + widen(b[d]));
+                for (int d = 0; d < n; d++)
+                    acc[d] += w * (row[d] + widen(b[d]));
             } else {
-                for (int d = 0; d < n; d++) acc[d] += w * row[d];
+                for (int d = 0; d < n; d++)
+                    acc[d] += w * row[d];
             }
         }
-        for (int d = 0; d < n; d++) narrow(acc[d], y + (size_t)t * width + begin + d);
+        for (int d = 0; d < n; d++)
+            narrow(acc[d], y + (size_t)t * width + begin + d);
     }
 }

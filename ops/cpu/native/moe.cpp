@@ -1,5 +1,5 @@
-// Entry points of one element type, which is given as -DELEMENT=f32, bf16 or f16, and behind those of f32 the common ones. An
-// argument block is an array of 8-byte words that Python fills in the order of the struct.
+// Entry points of one element type, which is given as -DELEMENT=f32, bf16 or f16, and behind those of f32 the
+// common ones. An argument block is an array of 8-byte words that Python fills in the order of the struct.
 #include "dlpack.h"
 #include "fork.h"
 #include "merged.h"
@@ -46,8 +46,12 @@ int ENTRY(merged_forward)(const void* args) { return run<MergedForwardPass<Mac>,
 int ENTRY(merged_backward)(const void* args) { return run<MergedBackwardPass<Mac>, MergedBackward>(args); }
 int ENTRY(neurons_forward)(const void* args) { return run<NeuronsForwardPass<Mac>, NeuronsForward>(args); }
 int ENTRY(neurons_backward)(const void* args) { return run<NeuronsBackwardPass<Mac>, NeuronsBackward>(args); }
-int ENTRY(quantized_forward)(const void* args) { return run<OfBits<Mac, QuantizedForwardPass, QuantizedForward>, QuantizedForward>(args); }
-int ENTRY(quantized_backward)(const void* args) { return run<OfBits<Mac, QuantizedBackwardPass, QuantizedBackward>, QuantizedBackward>(args); }
+int ENTRY(quantized_forward)(const void* args) {
+    return run<OfBits<Mac, QuantizedForwardPass, QuantizedForward>, QuantizedForward>(args);
+}
+int ENTRY(quantized_backward)(const void* args) {
+    return run<OfBits<Mac, QuantizedBackwardPass, QuantizedBackward>, QuantizedBackward>(args);
+}
 int ENTRY(route)(const void* args) { return run<RoutePass<Mac::T>, Route>(args); }
 int ENTRY(route_backward)(const void* args) { return run<RouteBackwardPass<Mac::T>, RouteBackward>(args); }
 int ENTRY(pack)(const void* args) { return run<PackingPass<Mac>, Pack>(args); }

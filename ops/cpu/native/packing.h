@@ -1,4 +1,5 @@
-// The weights of the MLP as panels: which rows make one, and the permutation that makes all of them, or undoes it.
+// The weights of the MLP as panels: which rows make one, and the permutation that makes all of them, or
+// undoes it.
 #pragma once
 #include "panel.h"
 
@@ -10,7 +11,8 @@ template <class M> struct PanelsOfWeights {
     GateUp at;
     bool gated;
 
-    // The rows behind columns f .. of h: gate and up rows, or plain ones. The last stands in for missing ones.
+    // The rows behind columns f .. of h: gate and up rows, or plain ones. The last stands in for missing
+    // ones.
     PanelRows<M> up_rows(int e, int f) const {
         PanelRows<M> p{{}, D};
         const T* w = up + (size_t)e * G * D;
@@ -23,12 +25,14 @@ template <class M> struct PanelsOfWeights {
     }
     PanelRows<M> down_rows(int e, int d) const {
         PanelRows<M> p{{}, F};
-        for (int i = 0; i < PANEL; i++) p.row[i] = down + ((size_t)e * D + std::min(d + i, D - 1)) * F;
+        for (int i = 0; i < PANEL; i++)
+            p.row[i] = down + ((size_t)e * D + std::min(d + i, D - 1)) * F;
         return p;
     }
 };
 
-// One weight [E, rows, k] and the same elements as panels [E, panels, units of k, PANEL, PER], zeros where there are none.
+// One weight [E, rows, k] and the same elements as panels [E, panels, units of k, PANEL, PER], zeros where
+// there are none.
 struct Pack {
     void *home, *panels;
     int64_t num_experts, columns, rows, k, first, second, step, gated, back, threads;
@@ -39,7 +43,8 @@ template <class M> class PackingPass {
     using Bits = std::conditional_t<sizeof(typename M::T) == 4, uint32_t, uint16_t>;
     static constexpr int BLOCK = 64 / sizeof(Bits);  // elements of k moved at once: a line of each row
     const Pack& a;
-    const int width, panels, padded;  // columns of a panel, panels of an expert, elements of k with their padding
+    const int width, panels,
+        padded;  // columns of a panel, panels of an expert, elements of k with their padding
 
     // The row of the weight in column c of panel p; -1 for padding.
     int64_t row_of(int p, int c) const {
@@ -66,14 +71,17 @@ template <class M> class PackingPass {
 
   public:
     explicit PackingPass(const Pack& a)
-        : a(a), width(a.gated ? LANES : PANEL), panels((int)((a.columns + width - 1) / width)), padded((int)units<M>(a.k) * M::PER) {}
+        : a(a), width(a.gated ? LANES : PANEL), panels((int)((a.columns + width - 1) / width)),
+          padded((int)units<M>(a.k) * M::PER) {}
 
     void run() {
         Tasks tasks;
 #pragma omp parallel num_threads(a.threads)
         tasks.run(a.num_experts, panels, [&](int e, int p) {
-            if (a.back) move<true>(e, p);
-            else move<false>(e, p);
+            if (a.back)
+                move<true>(e, p);
+            else
+                move<false>(e, p);
         });
     }
 };

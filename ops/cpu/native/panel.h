@@ -1,5 +1,6 @@
-// Panels: PANEL columns of a product side by side for every unit of k, made from rows of weights as they lie in memory.
-// Lanes are columns, so a panel serves every row of tokens; a product is rows times panel, at most MOST_ROWS at once.
+// Panels: PANEL columns of a product side by side for every unit of k, made from rows of weights as they lie
+// in memory. Lanes are columns, so a panel serves every row of tokens; a product is rows times panel, at most
+// MOST_ROWS at once.
 #pragma once
 #include "layer.h"
 
@@ -10,16 +11,20 @@ static constexpr int panels_of(int rows) { return (rows + PANEL - 1) / PANEL; }
 template <int FROM_SECOND_EVERY, int OFFSET> static constexpr int zipped(int j) {
     // Inside each part of four: elements OFFSET .. of the first and the second vector in turns.
     const int part = j / 4, p = j % 4;
-    return FROM_SECOND_EVERY == 1 ? part * 4 + OFFSET + p / 2 + (p % 2) * LANES : part * 4 + OFFSET + p % 2 + (p / 2) * LANES;
+    return FROM_SECOND_EVERY == 1 ? part * 4 + OFFSET + p / 2 + (p % 2) * LANES
+                                  : part * 4 + OFFSET + p % 2 + (p / 2) * LANES;
 }
-template <int OFFSET> static constexpr int every_other_part(int j) { return (2 * (j / 4) + OFFSET) * 4 + j % 4; }
+template <int OFFSET> static constexpr int every_other_part(int j) {
+    return (2 * (j / 4) + OFFSET) * 4 + j % 4;
+}
 template <int STEP, int OFFSET, size_t... J> static INLINE vf zip(vf a, vf b, std::index_sequence<J...>) {
     return __builtin_shufflevector(a, b, zipped<STEP, OFFSET>(J)...);
 }
 template <int OFFSET, size_t... J> static INLINE vf parts(vf a, vf b, std::index_sequence<J...>) {
     return __builtin_shufflevector(a, b, every_other_part<OFFSET>(J)...);
 }
-// v[i * STRIDE], i < LANES / 4: the same column group of each four rows. Afterwards v[l * STRIDE] holds part l of each.
+// v[i * STRIDE], i < LANES / 4: the same column group of each four rows. Afterwards v[l * STRIDE] holds part
+// l of each.
 template <int COUNT, int STRIDE> static INLINE void transpose_parts(vf* v) {
     constexpr auto all = std::make_index_sequence<LANES>{};
     if constexpr (COUNT > 1) {
@@ -30,7 +35,10 @@ template <int COUNT, int STRIDE> static INLINE void transpose_parts(vf* v) {
         }
         transpose_parts<COUNT / 2, 1>(even);
         transpose_parts<COUNT / 2, 1>(odd);
-        for (int i = 0; i < COUNT / 2; i++) v[2 * i * STRIDE] = even[i], v[(2 * i + 1) * STRIDE] = odd[i];
+        for (int i = 0; i < COUNT / 2; i++) {
+            v[2 * i * STRIDE] = even[i];
+            v[(2 * i + 1) * STRIDE] = odd[i];
+        }
     }
 }
 static INLINE void transpose(vf (&v)[LANES]) {
@@ -39,27 +47,34 @@ static INLINE void transpose(vf (&v)[LANES]) {
     for (int i = 0; i < LANES; i += 4) {
         const vf lo0 = zip<1, 0>(v[i], v[i + 1], all), hi0 = zip<1, 2>(v[i], v[i + 1], all);
         const vf lo1 = zip<1, 0>(v[i + 2], v[i + 3], all), hi1 = zip<1, 2>(v[i + 2], v[i + 3], all);
-        v[i] = zip<2, 0>(lo0, lo1, all), v[i + 1] = zip<2, 2>(lo0, lo1, all);
-        v[i + 2] = zip<2, 0>(hi0, hi1, all), v[i + 3] = zip<2, 2>(hi0, hi1, all);
+        v[i] = zip<2, 0>(lo0, lo1, all);
+        v[i + 1] = zip<2, 2>(lo0, lo1, all);
+        v[i + 2] = zip<2, 0>(hi0, hi1, all);
+        v[i + 3] = zip<2, 2>(hi0, hi1, all);
     }
     // v[4 g + p] holds, for rows 4 g .. 4 g + 3, column 4 l + p in part l.
     vf out[LANES];
 #pragma GCC unroll 4
     for (int p = 0; p < 4; p++) {
         transpose_parts<LANES / 4, 4>(v + p);
-        for (int l = 0; l < LANES / 4; l++) out[4 * l + p] = v[4 * l + p];
+        for (int l = 0; l < LANES / 4; l++)
+            out[4 * l + p] = v[4 * l + p];
     }
     memcpy((void*)v, out, sizeof(out));
 }
 
-// Rows [0, count) of length k as columns column .. column + LANES of a panel [units of k][width]; missing ones are zero.
-template <class M, class Row> static inline void turn(Row row, int count, int k, typename M::U* panel, int width, int column) {
+// Rows [0, count) of length k as columns column .. column + LANES of a panel [units of k][width]; missing
+// ones are zero.
+template <class M, class Row>
+static inline void turn(Row row, int count, int k, typename M::U* panel, int width, int column) {
     const int whole = (int)units<M>(k);
     for (int unit = 0; unit < whole; unit += LANES) {
         vf v[LANES];
-        for (int i = 0; i < LANES; i++) v[i] = i < count ? units_at<M>(row(i), unit, k - unit * M::PER) : vf{};
+        for (int i = 0; i < LANES; i++)
+            v[i] = i < count ? units_at<M>(row(i), unit, k - unit * M::PER) : vf{};
         transpose(v);
-        for (int i = 0; i < std::min(LANES, whole - unit); i++) store(panel + (size_t)(unit + i) * width + column, v[i]);
+        for (int i = 0; i < std::min(LANES, whole - unit); i++)
+            store(panel + (size_t)(unit + i) * width + column, v[i]);
     }
 }
 
@@ -68,11 +83,13 @@ template <class M> struct PanelRows {
     const typename M::T* row[PANEL];
     int k;
 
-    // Units [unit, unit + LANES) of the first or the second half of the rows, transposed; zeros where the rows have ended.
+    // Units [unit, unit + LANES) of the first or the second half of the rows, transposed; zeros where the
+    // rows have ended.
     INLINE void load_transposed(int half, int unit, vf (&v)[LANES]) const {
         const int left = k - unit * M::PER;
 #pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++) v[i] = units_at<M>(row[half * LANES + i], unit, left);
+        for (int i = 0; i < LANES; i++)
+            v[i] = units_at<M>(row[half * LANES + i], unit, left);
         transpose(v);
     }
     // The same of both halves, to out[LANES][PANEL].
@@ -81,7 +98,8 @@ template <class M> struct PanelRows {
             vf v[LANES];
             load_transposed(half, unit, v);
 #pragma GCC unroll 16
-            for (int i = 0; i < LANES; i++) store(out + i * PANEL + half * LANES, v[i]);
+            for (int i = 0; i < LANES; i++)
+                store(out + i * PANEL + half * LANES, v[i]);
         }
     }
     INLINE const typename M::U* block(int unit, typename M::U* buffer) const {
@@ -91,7 +109,8 @@ template <class M> struct PanelRows {
     static INLINE void look_ahead(const typename M::U*) {}
 };
 
-// Memory that will be read soon, in up to two runs, asked for a few lines at a time while something else is computed.
+// Memory that will be read soon, in up to two runs, asked for a few lines at a time while something else is
+// computed.
 class Ahead {
     const char* run[2];
     ptrdiff_t left[2];
@@ -99,10 +118,14 @@ class Ahead {
 
   public:
     Ahead() : run{}, left{} {}
-    template <class T> Ahead(const T* first, size_t first_count, const T* second, size_t second_count)
-        : run{(const char*)first, (const char*)second}, left{(ptrdiff_t)(first_count * sizeof(T)), (ptrdiff_t)(second_count * sizeof(T))} {}
+    template <class T>
+    Ahead(const T* first, size_t first_count, const T* second, size_t second_count)
+        : run{(const char*)first, (const char*)second},
+          left{(ptrdiff_t)(first_count * sizeof(T)), (ptrdiff_t)(second_count * sizeof(T))} {}
     // Spread over this many steps.
-    void over(int64_t steps) { lines = (int)((left[0] / 64 + left[1] / 64) / std::max<int64_t>(steps, 1) + 1); }
+    void over(int64_t steps) {
+        lines = (int)((left[0] / 64 + left[1] / 64) / std::max<int64_t>(steps, 1) + 1);
+    }
     INLINE void step() {
         for (int i = 0; i < lines; i++) {
             const int r = left[0] > 0 ? 0 : 1;
@@ -116,43 +139,50 @@ class Ahead {
 
 // LANES columns of one unit, widened where they are stored narrower than they are multiplied.
 template <class Stored> static INLINE vf columns_of_unit(const Stored* p) {
-    if constexpr (sizeof(Stored) == sizeof(float)) return load<vf>(p);
-    else return load_wide(p);
+    if constexpr (sizeof(Stored) == sizeof(float))
+        return load<vf>(p);
+    else
+        return load_wide(p);
 }
 
-// A panel that was made before, all units of k. The memory behind it is that of the next, so it is read as one stream; asking
-// for it some distance ahead is worth a tenth of the time where the panels come from memory, and nothing where they do not.
+// A panel that was made before, all units of k. The memory behind it is that of the next, so it is read as
+// one stream; asking for it some distance ahead is worth a tenth of the time where the panels come from
+// memory, and nothing where they do not.
 template <class M> struct MadePanel {
     using Stored = typename M::Stored;
     static constexpr int BYTES_AHEAD = 8 << 10;
     const Stored* panel;
     int k;  // in elements
 
-    // The second half of an odd row's last pair is padding, which an optimizer or a fill of the whole tensor may have written.
-    // The row of tokens has a zero there, but zero times infinity is no number, so the padding is masked.
+    // The second half of an odd row's last pair is padding, which an optimizer or a fill of the whole tensor
+    // may have written. The row of tokens has a zero there, but zero times infinity is no number, so the
+    // padding is masked.
     INLINE const Stored* block(int unit, typename M::U* buffer) const {
         const Stored* stored = panel + (size_t)unit * PANEL;
         if constexpr (M::PER == 2) {
             const int left = (int)units<M>(k) - unit;
             if (k % 2 && left <= LANES) {
                 memcpy(buffer, stored, (size_t)left * PANEL * sizeof(Stored));
-                for (int c = 0; c < PANEL; c++) buffer[(left - 1) * PANEL + c] &= 0xFFFF;
+                for (int c = 0; c < PANEL; c++)
+                    buffer[(left - 1) * PANEL + c] &= 0xFFFF;
                 return buffer;
             }
         }
         return stored;
     }
     static INLINE void look_ahead(const Stored* columns) {
-        for (size_t byte = 0; byte < PANEL * sizeof(Stored); byte += 64) __builtin_prefetch((const char*)columns + BYTES_AHEAD + byte, 0, 2);
+        for (size_t byte = 0; byte < PANEL * sizeof(Stored); byte += 64)
+            __builtin_prefetch((const char*)columns + BYTES_AHEAD + byte, 0, 2);
     }
 };
 
 template <class M, int R, class Source>
-static inline void multiply_rows_by_panel(const typename M::U* rows, size_t stride, const Source& source, typename M::U* buffer, int k,
-                                          Ahead& ahead, vf (*acc)[2]) {
+static inline void multiply_rows_by_panel(const typename M::U* rows, size_t stride, const Source& source,
+                                          typename M::U* buffer, int k, Ahead& ahead, vf (*acc)[2]) {
     vf sum[R][2];  // not acc itself: what a caller can see does not stay in registers
 #pragma GCC unroll 16
-    for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = vf{};
+    for (int r = 0; r < R; r++)
+        sum[r][0] = sum[r][1] = vf{};
     for (int unit = 0; unit < k; unit += LANES) {
         const auto* block = source.block(unit, buffer);
         ahead.step();
@@ -170,14 +200,19 @@ static inline void multiply_rows_by_panel(const typename M::U* rows, size_t stri
         }
     }
 #pragma GCC unroll 16
-    for (int r = 0; r < R; r++) acc[r][0] = sum[r][0], acc[r][1] = sum[r][1];
+    for (int r = 0; r < R; r++) {
+        acc[r][0] = sum[r][0];
+        acc[r][1] = sum[r][1];
+    }
 }
 
 // The same for so few rows that a panel in memory is not worth its stores.
 template <class M, int R>
-static inline void multiply_few_rows(const typename M::U* rows, size_t stride, const PanelRows<M>& source, int k, Ahead& ahead, vf (*acc)[2]) {
+static inline void multiply_few_rows(const typename M::U* rows, size_t stride, const PanelRows<M>& source,
+                                     int k, Ahead& ahead, vf (*acc)[2]) {
     vf sum[R][2];
-    for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = vf{};
+    for (int r = 0; r < R; r++)
+        sum[r][0] = sum[r][1] = vf{};
     for (int unit = 0; unit < k; unit += LANES) {
         const int count = std::min(LANES, k - unit);
 #pragma GCC unroll 2
@@ -189,21 +224,28 @@ static inline void multiply_few_rows(const typename M::U* rows, size_t stride, c
 #pragma GCC unroll 16
                 for (int i = 0; i < LANES; i++)
 #pragma GCC unroll 4
-                    for (int r = 0; r < R; r++) sum[r][half] = M::step(sum[r][half], rows[r * stride + unit + i], v[i]);
+                    for (int r = 0; r < R; r++)
+                        sum[r][half] = M::step(sum[r][half], rows[r * stride + unit + i], v[i]);
             } else
                 for (int i = 0; i < count; i++)
-                    for (int r = 0; r < R; r++) sum[r][half] = M::step(sum[r][half], rows[r * stride + unit + i], v[i]);
+                    for (int r = 0; r < R; r++)
+                        sum[r][half] = M::step(sum[r][half], rows[r * stride + unit + i], v[i]);
         }
     }
-    for (int r = 0; r < R; r++) acc[r][0] = sum[r][0], acc[r][1] = sum[r][1];
+    for (int r = 0; r < R; r++) {
+        acc[r][0] = sum[r][0];
+        acc[r][1] = sum[r][1];
+    }
 }
 
-// acc[r][.] = row r . columns of the source, for n rows of k units, 1 <= n <= MOST_ROWS; rows stand `stride` units apart. A panel
-// that is made on the way needs a buffer for LANES units.
+// acc[r][.] = row r . columns of the source, for n rows of k units, 1 <= n <= MOST_ROWS; rows stand `stride`
+// units apart. A panel that is made on the way needs a buffer for LANES units.
 template <class M, class Source>
-static inline void multiply_panel(const typename M::U* rows, size_t stride, int n, const Source& source, typename M::U* buffer, int k,
-                                  Ahead& ahead, vf (*acc)[2]) {
-    auto go = [&]<int R>() { multiply_rows_by_panel<M, std::min(R, MOST_ROWS)>(rows, stride, source, buffer, k, ahead, acc); };
+static inline void multiply_panel(const typename M::U* rows, size_t stride, int n, const Source& source,
+                                  typename M::U* buffer, int k, Ahead& ahead, vf (*acc)[2]) {
+    auto go = [&]<int R>() {
+        multiply_rows_by_panel<M, std::min(R, MOST_ROWS)>(rows, stride, source, buffer, k, ahead, acc);
+    };
     if constexpr (std::is_same_v<Source, PanelRows<M>>) {
         if (n == 1) return multiply_few_rows<M, 1>(rows, stride, source, k, ahead, acc);
         if (n == 2) return multiply_few_rows<M, 2>(rows, stride, source, k, ahead, acc);

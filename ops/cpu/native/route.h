@@ -1,7 +1,8 @@
-// The router: from logits to the weights and ids of the chosen experts in one pass over a row, and the gradient of that.
+// The router: from logits to the weights and ids of the chosen experts in one pass over a row, and the
+// gradient of that.
 //
-// A row becomes float32 in a buffer that ends in minus infinity, whose exponential is zero, so no loop has a remainder. Sums
-// go lane by lane and then over the lanes, in an order that depends on nothing but E and K.
+// A row becomes float32 in a buffer that ends in minus infinity, whose exponential is zero, so no loop has a
+// remainder. Sums go lane by lane and then over the lanes, in an order that depends on nothing but E and K.
 #pragma once
 #include "select.h"
 
@@ -40,10 +41,12 @@ static INLINE vf probability(vf x) { return choose(x < splat(-87.33f), splat(0.f
 // n numbers as float32, and minus infinity up to a whole vector.
 template <class T> static inline void widen_row(const T* row, int n, float* wide) {
     int i = 0;
-    for (; i + LANES <= n; i += LANES) store(wide + i, load_wide(row + i));
+    for (; i + LANES <= n; i += LANES)
+        store(wide + i, load_wide(row + i));
     if (i == n) return;
     vf rest = splat(-INFINITY);
-    for (int lane = 0; lane < n - i; lane++) rest[lane] = widen(row[i + lane]);
+    for (int lane = 0; lane < n - i; lane++)
+        rest[lane] = widen(row[i + lane]);
     store(wide + i, rest);
 }
 #if defined(__AVX512F__)
@@ -71,17 +74,21 @@ static inline float exponentials(const float* v, int n, float* out) {
     return sum_of_lanes(sum);
 }
 static inline void scaled(float* v, int n, float factor) {
-    for (int i = 0; i < n; i += LANES) store(v + i, load<vf>(v + i) * splat(factor));
+    for (int i = 0; i < n; i += LANES)
+        store(v + i, load<vf>(v + i) * splat(factor));
 }
 static inline void divided(float* v, int n, float divisor) {
-    for (int i = 0; i < n; i += LANES) store(v + i, load<vf>(v + i) / splat(divisor));
+    for (int i = 0; i < n; i += LANES)
+        store(v + i, load<vf>(v + i) / splat(divisor));
 }
 static inline void probabilities(const float* v, int n, float* out) {
-    for (int i = 0; i < n; i += LANES) store(out + i, probability(load<vf>(v + i)));
+    for (int i = 0; i < n; i += LANES)
+        store(out + i, probability(load<vf>(v + i)));
 }
 static inline float sum_of(const float* v, int n) {
     vf sum = {};
-    for (int i = 0; i < n; i += LANES) sum += load<vf>(v + i);
+    for (int i = 0; i < n; i += LANES)
+        sum += load<vf>(v + i);
     return sum_of_lanes(sum);
 }
 
@@ -115,32 +122,40 @@ template <class T> class RoutePass {
         // Two halves are added: the sum of two large keys could be infinite.
         return a.rule.group_by_max || !has_second ? first : 0.5f * first + 0.5f * second;
     }
-    void close_groups(float* keys, float* values, int64_t* buffer, const Selection& of_groups, int64_t* open) const {
+    void close_groups(float* keys, float* values, int64_t* buffer, const Selection& of_groups,
+                      int64_t* open) const {
         const int groups = a.rule.groups, size = E / groups;
-        for (int g = 0; g < groups; g++) values[g] = value_of_group(keys + g * size, size);
+        for (int g = 0; g < groups; g++)
+            values[g] = value_of_group(keys + g * size, size);
         of_groups.select(values, buffer, open);
         std::fill(values, values + groups, 0.f);
-        for (int g = 0; g < a.rule.open_groups; g++) values[open[g]] = 1.f;
+        for (int g = 0; g < a.rule.open_groups; g++)
+            values[open[g]] = 1.f;
         for (int i = 0; i < E; i++) {
             // An open group's own minus infinity still beats a closed group.
-            if (values[i / size] == 0.f) keys[i] = -INFINITY;
-            else if (keys[i] == -INFINITY) keys[i] = std::numeric_limits<float>::lowest();
+            if (values[i / size] == 0.f)
+                keys[i] = -INFINITY;
+            else if (keys[i] == -INFINITY)
+                keys[i] = std::numeric_limits<float>::lowest();
         }
     }
 
   public:
-    explicit RoutePass(const Route& a) : a(a), E(a.experts), K(a.top_k), padded_E(padded_to_lanes(E)), padded_K(padded_to_lanes(K)) {}
+    explicit RoutePass(const Route& a)
+        : a(a), E(a.experts), K(a.top_k), padded_E(padded_to_lanes(E)), padded_K(padded_to_lanes(K)) {}
 
     void run() {
         const RouteRule& rule = a.rule;
         const Selection of_experts(E, K), of_groups(rule.groups, rule.open_groups);
-        const bool grouped = rule.groups > 1, scored = rule.score_first && (a.bias || grouped), own_keys = a.bias || grouped;
+        const bool grouped = rule.groups > 1, scored = rule.score_first && (a.bias || grouped),
+                   own_keys = a.bias || grouped;
         const bool only_compared = !rule.over_all() && !own_keys;  // all logits but the picked ones
         const size_t room = std::max(of_experts.room(), of_groups.room());
         std::vector<int64_t> buffers(a.threads * (room + rule.groups));
         RowBuffers rows(a.threads, 3 * padded_E + padded_K + padded_to_lanes(rule.groups));
         for_rows(a.rows, a.threads, [&](int64_t t, int thread) {
-            float *wide = rows.of(thread), *shares = wide + padded_E, *keys = shares + padded_E, *picked = keys + padded_E;
+            float *wide = rows.of(thread), *shares = wide + padded_E, *keys = shares + padded_E,
+                  *picked = keys + padded_E;
             int64_t *buffer = buffers.data() + thread * (room + rule.groups), *ids = a.ids + t * K;
             const T* logits = (const T*)a.logits + t * E;
             const float* row = wide;
@@ -150,24 +165,33 @@ template <class T> class RoutePass {
             float total = 0.f;
             if (rule.over_all() || (scored && !rule.sigmoid)) total = exponentials(wide, E, shares);
             if (!a.select) {
-                for (int e = 0; e < E; e++) ids[e] = e;
+                for (int e = 0; e < E; e++)
+                    ids[e] = e;
             } else if (own_keys) {
-                if (!scored) memcpy(keys, wide, E * sizeof(float));
-                else if (rule.sigmoid) probabilities(wide, E, keys);
-                else for (int i = 0; i < E; i += LANES) store(keys + i, load<vf>(shares + i) / splat(total));
+                if (!scored)
+                    memcpy(keys, wide, E * sizeof(float));
+                else if (rule.sigmoid)
+                    probabilities(wide, E, keys);
+                else
+                    for (int i = 0; i < E; i += LANES)
+                        store(keys + i, load<vf>(shares + i) / splat(total));
                 if (a.bias)
-                    for (int e = 0; e < E; e++) keys[e] += a.bias[e];
+                    for (int e = 0; e < E; e++)
+                        keys[e] += a.bias[e];
                 if (grouped) close_groups(keys, picked + padded_K, buffer, of_groups, buffer + room);
                 of_experts.select(keys, buffer, ids);
             } else {
                 of_experts.select(row, buffer, ids);
             }
-            for (int j = K; j < padded_K; j++) picked[j] = -INFINITY;
+            for (int j = K; j < padded_K; j++)
+                picked[j] = -INFINITY;
             if (rule.over_all()) {
-                for (int j = 0; j < K; j++) picked[j] = shares[ids[j]];
+                for (int j = 0; j < K; j++)
+                    picked[j] = shares[ids[j]];
                 divided(picked, K, total);
             } else {
-                for (int j = 0; j < K; j++) picked[j] = row[ids[j]];
+                for (int j = 0; j < K; j++)
+                    picked[j] = row[ids[j]];
                 if (rule.sigmoid) {
                     probabilities(picked, K, picked);
                     if (rule.normalised) divided(picked, K, sum_of(picked, K) + (float)a.eps);
@@ -193,7 +217,8 @@ template <class T> class RouteBackwardPass {
         float inner = 0.f;
         if (!a.rule.sigmoid || a.rule.normalised) {
             vf sum = {};
-            for (int j = 0; j < K; j += LANES) sum += load<vf>(gradients + j) * load<vf>(scores + j);
+            for (int j = 0; j < K; j += LANES)
+                sum += load<vf>(gradients + j) * load<vf>(scores + j);
             inner = sum_of_lanes(sum);
         }
         const float total = a.rule.sigmoid && a.rule.normalised ? sum_of(scores, K) + (float)a.eps : 1.f;
@@ -212,33 +237,44 @@ template <class T> class RouteBackwardPass {
     void run() {
         RowBuffers rows(a.threads, 2 * padded_E + 2 * padded_K);
         for_rows(a.rows, a.threads, [&](int64_t t, int thread) {
-            float *wide = rows.of(thread), *dwide = wide + padded_E, *scores = dwide + padded_E, *gradients = scores + padded_K;
+            float *wide = rows.of(thread), *dwide = wide + padded_E, *scores = dwide + padded_E,
+                  *gradients = scores + padded_K;
             const int64_t* ids = a.ids + t * K;
             widen_row((const T*)a.logits + t * E, E, wide);
-            for (int j = 0; j < K; j++) gradients[j] = a.dweights[t * K + j] * (float)a.scale;
-            for (int j = K; j < padded_K; j++) gradients[j] = 0.f;
+            for (int j = 0; j < K; j++)
+                gradients[j] = a.dweights[t * K + j] * (float)a.scale;
+            for (int j = K; j < padded_K; j++)
+                gradients[j] = 0.f;
             if (a.rule.over_all()) {
                 divided(wide, E, exponentials(wide, E, wide));
                 float inner = 0.f;
                 for (int j = 0; j < K; j++)
                     if (is_expert(ids[j])) inner += gradients[j] *= wide[ids[j]];
-                for (int i = 0; i < E; i += LANES) store(dwide + i, load<vf>(wide + i) * splat(-inner));
+                for (int i = 0; i < E; i += LANES)
+                    store(dwide + i, load<vf>(wide + i) * splat(-inner));
                 for (int j = 0; j < K; j++)
                     if (is_expert(ids[j])) dwide[ids[j]] += gradients[j];
             } else {
-                for (int j = 0; j < K; j++) scores[j] = is_expert(ids[j]) ? wide[ids[j]] : -INFINITY;
-                for (int j = K; j < padded_K; j++) scores[j] = -INFINITY;
-                if (a.rule.sigmoid) probabilities(scores, K, scores);
-                else divided(scores, K, exponentials(scores, K, scores));
+                for (int j = 0; j < K; j++)
+                    scores[j] = is_expert(ids[j]) ? wide[ids[j]] : -INFINITY;
+                for (int j = K; j < padded_K; j++)
+                    scores[j] = -INFINITY;
+                if (a.rule.sigmoid)
+                    probabilities(scores, K, scores);
+                else
+                    divided(scores, K, exponentials(scores, K, scores));
                 of_picked(scores, gradients);
-                for (int i = 0; i < E; i += LANES) store(dwide + i, vf{});
+                for (int i = 0; i < E; i += LANES)
+                    store(dwide + i, vf{});
                 for (int j = 0; j < K; j++)
                     if (is_expert(ids[j])) dwide[ids[j]] = gradients[j];
             }
             T* dlogits = (T*)a.dlogits + t * E;
             int i = 0;
-            for (; i + LANES <= E; i += LANES) store_narrow(load<vf>(dwide + i), dlogits + i);
-            for (; i < E; i++) narrow(dwide[i], dlogits + i);
+            for (; i + LANES <= E; i += LANES)
+                store_narrow(load<vf>(dwide + i), dlogits + i);
+            for (; i < E; i++)
+                narrow(dwide[i], dlogits + i);
         });
     }
 };

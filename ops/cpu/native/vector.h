@@ -1,5 +1,5 @@
-// Vectors of float32, element types, activations. Everything is written in GCC's vector extension, so that one source
-// serves AVX-512, AVX2, SSE and NEON; only the bfloat16 dot product is an intrinsic.
+// Vectors of float32, element types, activations. Everything is written in GCC's vector extension, so that
+// one source serves AVX-512, AVX2, SSE and NEON; only the bfloat16 dot product is an intrinsic.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -44,7 +44,8 @@ struct f16 {
     uint16_t bits;
 };
 
-// The nearest bfloat16, ties to even. A NaN stays one; the AVX-512 instruction takes numbers below 1.2e-38 for zeros.
+// The nearest bfloat16, ties to even. A NaN stays one; the AVX-512 instruction takes numbers below 1.2e-38
+// for zeros.
 static INLINE vh nearest_bf16(vf v) {
 #if defined(__AVX512BF16__)
     return (vh)_mm512_cvtneps_pbh((__m512)v);
@@ -55,10 +56,13 @@ static INLINE vh nearest_bf16(vf v) {
 #endif
 }
 static INLINE vf rounded(vf v, const float*) { return v; }
-static INLINE vf rounded(vf v, const bf16*) { return (vf)(__builtin_convertvector(nearest_bf16(v), vu) << 16); }
+static INLINE vf rounded(vf v, const bf16*) {
+    return (vf)(__builtin_convertvector(nearest_bf16(v), vu) << 16);
+}
 // Two bfloat16 side by side, the even one in the lower half.
 static INLINE vu pair_of_bf16(vf even, vf odd) {
-    return __builtin_convertvector(nearest_bf16(even), vu) | (__builtin_convertvector(nearest_bf16(odd), vu) << 16);
+    return __builtin_convertvector(nearest_bf16(even), vu) |
+           (__builtin_convertvector(nearest_bf16(odd), vu) << 16);
 }
 
 static INLINE float widen(float v) { return v; }
@@ -84,9 +88,12 @@ static INLINE float widen(f16 v) {
 #if defined(__F16C__)
     return _cvtsh_ss(v.bits);
 #else
-    // The exponents differ by 112. A product moves them, of numbers below the smallest normal one too; infinities and NaNs stay.
+    // The exponents differ by 112. A product moves them, of numbers below the smallest normal one too;
+    // infinities and NaNs stay.
     const uint32_t sign = (uint32_t)(v.bits & 0x8000) << 16, rest = (uint32_t)(v.bits & 0x7FFF) << 13;
-    const uint32_t bits = rest >= 0x0F800000u ? rest | 0x7F800000u : __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, rest) * 0x1p112f);
+    const uint32_t bits = rest >= 0x0F800000u
+                              ? rest | 0x7F800000u
+                              : __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, rest) * 0x1p112f);
     return __builtin_bit_cast(float, sign | bits);
 #endif
 }
@@ -95,11 +102,16 @@ static INLINE void narrow(float v, f16* p) {
     p->bits = _cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT);
 #else
     const uint32_t u = __builtin_bit_cast(uint32_t, v), sign = u >> 16 & 0x8000, size = u & 0x7FFFFFFF;
-    if (size > 0x7F800000u) p->bits = sign | 0x7E00 | (size >> 13 & 0x3FF);
-    else if (size >= 0x477FF000u) p->bits = sign | 0x7C00;                             // 65520 and above round to infinity
-    else if (size < 0x38800000u)  // below the smallest normal half: a sum with 0.5 leaves the rounded multiple of 2^-24
-        p->bits = sign | (uint16_t)(__builtin_bit_cast(uint32_t, __builtin_bit_cast(float, size) + 0.5f) - 0x3F000000u);
-    else p->bits = sign | (uint16_t)((size - 0x38000000u + 0xFFF + (size >> 13 & 1)) >> 13);
+    if (size > 0x7F800000u)
+        p->bits = sign | 0x7E00 | (size >> 13 & 0x3FF);
+    else if (size >= 0x477FF000u)
+        p->bits = sign | 0x7C00;  // 65520 and above round to infinity
+    else if (size < 0x38800000u)  // below the smallest normal half: a sum with 0.5 leaves the rounded
+                                  // multiple of 2^-24
+        p->bits = sign | (uint16_t)(__builtin_bit_cast(uint32_t, __builtin_bit_cast(float, size) + 0.5f) -
+                                    0x3F000000u);
+    else
+        p->bits = sign | (uint16_t)((size - 0x38000000u + 0xFFF + (size >> 13 & 1)) >> 13);
 #endif
 }
 static INLINE vf load_wide(const f16* p) {
@@ -109,7 +121,8 @@ static INLINE vf load_wide(const f16* p) {
     return (vf)_mm256_cvtph_ps((__m128i)load<vh>(p));
 #else
     vf v;
-    for (int i = 0; i < LANES; i++) v[i] = widen(p[i]);
+    for (int i = 0; i < LANES; i++)
+        v[i] = widen(p[i]);
     return v;
 #endif
 }
@@ -117,7 +130,8 @@ static INLINE void store_narrow(vf v, f16* p) {
 #if defined(__AVX512F__)
     store(p, (vh)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
-    for (int i = 0; i < LANES; i++) narrow(v[i], p + i);
+    for (int i = 0; i < LANES; i++)
+        narrow(v[i], p + i);
 #endif
 }
 static INLINE vf rounded(vf v, const f16*) {
@@ -127,7 +141,8 @@ static INLINE vf rounded(vf v, const f16*) {
 }
 // The first `count` lanes only.
 template <class T> static INLINE void store_some(vf v, T* p, int count) {
-    for (int i = 0; i < count; i++) narrow(v[i], p + i);
+    for (int i = 0; i < count; i++)
+        narrow(v[i], p + i);
 }
 
 // In a tree, the upper half added to the lower.
@@ -138,7 +153,8 @@ static INLINE float sum_of_lanes(vf v) {
     float lanes[LANES];
     store(lanes, v);
     for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+        for (int i = 0; i < half; i++)
+            lanes[i] += lanes[i + half];
     return lanes[0];
 #endif
 }
@@ -147,17 +163,20 @@ static INLINE float max_of_lanes(vf v) {
     return _mm512_reduce_max_ps((__m512)v);
 #else
     float max = v[0];
-    for (int i = 1; i < LANES; i++) max = v[i] > max ? v[i] : max;
+    for (int i = 1; i < LANES; i++)
+        max = v[i] > max ? v[i] : max;
     return max;
 #endif
 }
 
-// exp to about 2 ulp: 2^n times a polynomial in the rest (Cephes' expf). Nothing below the smallest normal number.
+// exp to about 2 ulp: 2^n times a polynomial in the rest (Cephes' expf). Nothing below the smallest normal
+// number.
 static INLINE vf vexp(vf x) {
 #if defined(__AVX512F__)
     // Of a NaN and a number, these return the second.
     x = (vf)_mm512_max_ps((__m512)splat(-87.33f), _mm512_min_ps((__m512)splat(89.f), (__m512)x));
-    vf n = (vf)_mm512_roundscale_ps((__m512)(x * splat(1.44269504088896341f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    vf n = (vf)_mm512_roundscale_ps((__m512)(x * splat(1.44269504088896341f)),
+                                    _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     vf r = x - n * splat(0.693359375f) - n * splat(-2.12194440e-4f);
 #else
     vf clamped = choose(x > splat(88.37f), splat(88.37f), x);
@@ -182,7 +201,8 @@ static INLINE vf vexp(vf x) {
 static INLINE vf vsigmoid(vf x) { return splat(1.f) / (splat(1.f) + vexp(-x)); }
 static INLINE vf verf(vf x) {
     vf r = {};
-    for (int i = 0; i < LANES; i++) r[i] = erff(x[i]);
+    for (int i = 0; i < LANES; i++)
+        r[i] = erff(x[i]);
     return r;
 }
 static INLINE vf vmin(vf a, float b) { return choose(a > splat(b), splat(b), a); }
@@ -212,7 +232,8 @@ template <int NAME> static INLINE ValueSlope act_one(vf v) {
         }
         case GELU_TANH: {
             vf s = vsigmoid(splat(1.5957691216057308f) * (v + splat(0.044715f) * v * v * v));
-            return {v * s, s + v * s * (one - s) * splat(1.5957691216057308f) * (one + splat(0.134145f) * v * v)};
+            return {v * s,
+                    s + v * s * (one - s) * splat(1.5957691216057308f) * (one + splat(0.134145f) * v * v)};
         }
         case RELU: return {choose(v > zero, v, zero), choose(v > zero, one, zero)};
         case RELU2: {
@@ -254,7 +275,8 @@ template <int NAME> static INLINE Backward act_backward(const Act& a, vf gate, v
     return {at_gate.value * up, dh * up * at_gate.slope, dh * at_gate.value};
 }
 
-// Calls body.template operator()<NAME>() with the activation as a constant, so that the choice stands outside of loops.
+// Calls body.template operator()<NAME>() with the activation as a constant, so that the choice stands outside
+// of loops.
 template <class Body> static INLINE void with_activation(int name, Body body) {
     switch (name) {
         case SILU: return body.template operator()<SILU>();
