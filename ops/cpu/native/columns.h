@@ -1,41 +1,22 @@
-// Rows of tokens times columns of a weight whose rows lie in memory along the columns: the product of the
-// backward passes and of the merged projection. Lanes are columns.
+// The product of rows of tokens and columns of a weight whose rows are contiguous in memory: for the backward
+// passes and the merged projection. Lanes are columns.
 #pragma once
 #include "panel.h"
 
 constexpr int ROWS_AT_ONCE = 6, VECTORS = ACCUMULATORS / ROWS_AT_ONCE, COLUMNS = VECTORS * LANES;
 static constexpr int blocks_of(int columns) { return (columns + COLUMNS - 1) / COLUMNS; }
-// Units of k that are packed and summed at once: 64 KiB of panel, so that it, the rows and what is read ahead
-// share the second cache. Sums of chunks are added in order, for however many rows, so a row's bits depend on
-// no other row.
+// Units of k that are packed and summed at once. A panel then has 64 KiB, and shares the second cache with
+// the rows and the prefetched weights. Sums of chunks are added in order for any number of rows, so a row's
+// bits depend on no other row.
 constexpr int CHUNK_UNITS = 256;
-// Rows that go over one packing; their unfinished sums fit into the second cache, too.
+// Rows that are multiplied by one panel; their unfinished sums fit into the second cache, too.
 constexpr int ROWS_PER_PACKING = 40 * ROWS_AT_ONCE;
-// Blocks of columns that are multiplied in turns, so that longer pieces of rows are read ahead: memory likes
-// those.
+// Blocks of columns that are multiplied in turn, so that longer pieces of rows are prefetched, which memory
+// serves faster.
 constexpr int BLOCKS_IN_TURNS = 4;
 
-// The first `cols` columns from `first` on, of rows `stride` apart; rows from `split` on count from `second`.
-template <class T> struct WeightRows {
-    const T* first;
-    ptrdiff_t stride;
-    int count, cols;
-    const T* second = nullptr;
-    int split = 0x7fffffff;
-
-    INLINE const T* row(int k) const {
-        return k < split ? first + k * stride : second + (k - split) * stride;
-    }
-};
-
-// Elements that lie in a row, to be read ahead.
-template <class T> static inline WeightRows<T> run_of(const T* first, size_t count) {
-    constexpr int LENGTH = 2048 / sizeof(T);
-    return {first, LENGTH, (int)((count + LENGTH - 1) / LENGTH), LENGTH};
-}
-
-// One unit of k: two vectors of columns of one row, or of a pair of rows side by side; there may be no odd
-// row.
+// One unit of k: two vectors of columns of one row, or of a pair of rows interleaved. The odd row may be
+// missing.
 template <class T> static INLINE void unit_of_columns(const T* row, const T*, vf (&v)[2]) {
     v[0] = load_wide(row);
     v[1] = load_wide(row + LANES);
@@ -53,7 +34,7 @@ static INLINE void unit_of_columns(const bf16* even, const bf16* odd, vf (&v)[2]
 }
 #endif
 
-// The same where only `cols` columns exist, cols < 2 * LANES; the rest are zeros.
+// The same for fewer than 2 * LANES columns; the rest are zeros.
 template <class T>
 static INLINE void unit_of_some_columns(const T* even, const T* odd, int cols, vf (&v)[2]) {
     T some[2][2 * LANES] = {};
@@ -62,7 +43,7 @@ static INLINE void unit_of_some_columns(const T* even, const T* odd, int cols, v
     unit_of_columns(some[0], some[1], v);
 }
 
-// Columns of k rows as a panel [units of k][COLUMNS]; columns that do not exist are zero.
+// Copies columns of k rows into a panel [units of k][COLUMNS]; columns that do not exist are zero.
 template <class M, class Row>
 static inline void pack_columns(Row row, int k, int cols, typename M::U* panel) {
     for (int i = 0; i < k; i += M::PER, panel += COLUMNS) {
@@ -80,8 +61,36 @@ static inline void pack_columns(Row row, int k, int cols, typename M::U* panel) 
     }
 }
 
-// Asks for some rows of weights, a few lines at each step: in bursts they would wait for each other, and the
-// products for them.
+template <class T> class RowsAhead;
+
+// The first `cols` columns of `count` rows that begin `stride` elements apart: rows below `split` from
+// `first` on, the others from `second` on.
+template <class T> struct WeightRows {
+    static constexpr bool IN_PLACE = true;  // a few rows of tokens are multiplied without a panel
+    const T* first;
+    ptrdiff_t stride;
+    int count, cols;
+    const T* second = nullptr;
+    int split = 0x7fffffff;
+
+    INLINE const T* row(int k) const {
+        return k < split ? first + k * stride : second + (k - split) * stride;
+    }
+    // Rows [begin, begin + n), to be prefetched over this many steps.
+    RowsAhead<T> ahead(int begin, int n, int64_t steps) const { return {*this, begin, begin + n, steps}; }
+    template <class M> void pack(int k0, int k, int c0, int cols, typename M::U* panel) const {
+        pack_columns<M>([&](int i) { return row(k0 + i) + c0; }, k, cols, panel);
+    }
+};
+
+// Contiguous elements, to be prefetched.
+template <class T> static inline WeightRows<T> run_of(const T* first, size_t count) {
+    constexpr int LENGTH = 2048 / sizeof(T);
+    return {first, LENGTH, (int)((count + LENGTH - 1) / LENGTH), LENGTH};
+}
+
+// Prefetches rows of weights, a few lines at each step: a burst of prefetches would wait for memory, and the
+// products would wait for the burst.
 template <class T> class RowsAhead {
     WeightRows<T> rows{};
     int next = 0, end = 0, line = 0, lines = 1, at_once = 0;
@@ -129,8 +138,8 @@ static inline void multiply(const typename M::T* const* rows, int n, const typen
         multiply_packed<M, ROWS_AT_ONCE>(rows, n, panel, k, ahead, acc);
 }
 
-// The same with rows [k0, k0 + k) of the weights as they lie, for so few rows of tokens that packing would
-// cost more.
+// The same with rows [k0, k0 + k) of the weights in place, for so few rows of tokens that packing would cost
+// more.
 template <class M, int ROWS, class Ahead>
 static INLINE void multiply_in_place(const typename M::T* const* rows, int n,
                                      const WeightRows<typename M::T>& w, int c0, int k0, int k, Ahead& ahead,
@@ -180,17 +189,18 @@ static inline void multiply_few(const typename M::T* const* rows, int n, const W
         multiply_in_place<M, ROWS_AT_ONCE>(rows, n, w, c0, k0, k, ahead, acc);
 }
 
-// What a thread needs for products.
+// Scratch memory of one thread for products.
 template <class M> struct ProductScratch {
     alignas(64) typename M::U panel[CHUNK_UNITS * COLUMNS];
     vf sums[BLOCKS_IN_TURNS][ROWS_PER_PACKING][VECTORS];
 };
 
-// finish(b, r, n, block) for rows r .. r + n of an expert's m and block b of up to BLOCKS_IN_TURNS of w's
-// columns: block = row(r ..) . w. r is even. `next` is what this thread multiplies next.
-template <class M, class Row, class Finish>
-static inline void product(Row row, int m, const WeightRows<typename M::T>& w,
-                           const WeightRows<typename M::T>& next, ProductScratch<M>& scratch, Finish finish) {
+// Multiplies m rows by the columns of w, in up to BLOCKS_IN_TURNS blocks. Calls finish(b, r, n, block) with
+// block = rows r .. r + n times block b of the columns; r is even. `next` is what this thread multiplies
+// next.
+template <class M, class Columns, class Row, class Finish>
+static inline void product(Row row, int m, const Columns& w, const Columns& next, ProductScratch<M>& scratch,
+                           Finish finish) {
     using T = typename M::T;
     constexpr int CHUNK = CHUNK_UNITS * M::PER;
     const int blocks = blocks_of(w.cols);
@@ -202,13 +212,13 @@ static inline void product(Row row, int m, const WeightRows<typename M::T>& w,
             const int k = std::min(CHUNK, w.count - k0);
             const bool last = k0 + k == w.count;
             const int64_t steps = (int64_t)blocks * tiles * (k / (LANES * M::PER));
-            RowsAhead<T> ahead = !last ? RowsAhead<T>(w, k0 + k, k0 + k + CHUNK, steps)
-                                 : first + ROWS_PER_PACKING < m ? RowsAhead<T>(w, 0, CHUNK, steps)
-                                                                : RowsAhead<T>(next, 0, CHUNK, steps);
+            auto ahead = !last                          ? w.ahead(k0 + k, CHUNK, steps)
+                         : first + ROWS_PER_PACKING < m ? w.ahead(0, CHUNK, steps)
+                                                        : next.ahead(0, CHUNK, steps);
             for (int b = 0; b < blocks; b++) {
                 const int c0 = b * COLUMNS, cols = std::min(COLUMNS, w.cols - c0);
-                const bool few = m <= ROWS_AT_ONCE && cols == COLUMNS;
-                if (!few) pack_columns<M>([&](int i) { return w.row(k0 + i) + c0; }, k, cols, scratch.panel);
+                const bool few = Columns::IN_PLACE && m <= ROWS_AT_ONCE && cols == COLUMNS;
+                if (!few) w.template pack<M>(k0, k, c0, cols, scratch.panel);
                 for (int tile = 0, r = 0; tile < tiles; tile++) {
                     const int left = tiles - tile,
                               n = std::min(((count - r + left - 1) / left + 1) / 2 * 2, count - r);
@@ -216,10 +226,9 @@ static inline void product(Row row, int m, const WeightRows<typename M::T>& w,
                     for (int i = 0; i < n; i++)
                         rows[i] = row(first + r + i) + k0;
                     Block acc;
-                    if (few)
-                        multiply_few<M>(rows, n, w, c0, k0, k, ahead, acc);
-                    else
-                        multiply<M>(rows, n, scratch.panel, k, ahead, acc);
+                    if (!few) multiply<M>(rows, n, scratch.panel, k, ahead, acc);
+                    if constexpr (Columns::IN_PLACE)
+                        if (few) multiply_few<M>(rows, n, w, c0, k0, k, ahead, acc);
                     vf(*sums)[VECTORS] = scratch.sums[b] + r;
                     for (int i = 0; k0 && i < n; i++)
                         for (int c = 0; c < VECTORS; c++)

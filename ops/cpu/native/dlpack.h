@@ -1,5 +1,5 @@
-// A buffer of the pool as a DLPack tensor, which is how Python gets one that comes back here when the tensor
-// dies.
+// A buffer of the pool as a DLPack tensor. Python makes a tensor of it, and its memory returns to the pool
+// when that tensor dies.
 #pragma once
 #include "layer.h"
 

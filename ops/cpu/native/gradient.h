@@ -1,7 +1,7 @@
-// Weight gradients: sums over an expert's rows of outer products. Both operands stand in strips, [strips of
-// LANES columns] [units of rows][LANES]: rows of tokens side by side in pairs (where M::PER is 2) but not
-// turned, so one strip serves as the vectors of a product or as its scalars. An element of a gradient is
-// written once, by the one task that owns its row.
+// Weight gradients: sums of outer products over an expert's rows. Both operands are stored in strips, [strips
+// of LANES columns][units of rows][LANES]. Rows of tokens are interleaved in pairs (where M::PER is 2) but
+// not transposed, so one strip serves as the vectors of a product or as its scalars. The one task that owns a
+// row of a gradient writes each of its elements once.
 #pragma once
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -11,11 +11,11 @@
 static constexpr int strips_of(int columns) { return (columns + LANES - 1) / LANES; }
 constexpr int GRADIENT_ROWS = std::min(8, LANES);
 constexpr int ROWS_PER_TASK = 64;
-// A gradient this large does not stay in a cache until it is read; its lines are written past them, and not
-// read before.
+// A gradient this large leaves the caches before it is read. Its lines are written past the caches, without
+// reading them first.
 constexpr size_t STREAMED_BYTES = size_t(16) << 20;
 
-// Units of rows before each expert's, [E + 1]: where an expert's part of an operand in strips begins.
+// The units of rows before each expert's, [E + 1]: an expert's part of an operand in strips begins there.
 template <class M> static inline std::vector<size_t> units_before(const Plan& plan) {
     std::vector<size_t> before(plan.num_experts + 1, 0);
     for (int e = 0; e < plan.num_experts; e++)
@@ -23,8 +23,8 @@ template <class M> static inline std::vector<size_t> units_before(const Plan& pl
     return before;
 }
 
-// Columns [begin, end) of an expert's m rows; begin is a multiple of 2 * LANES. Lanes that do not exist are
-// zero.
+// Copies columns [begin, end) of an expert's m rows into strips; begin is a multiple of 2 * LANES. Lanes that
+// do not exist are zero.
 template <class M, class Row>
 static inline void pack_strips(Row row, int m, int begin, int end, typename M::U* strips) {
     const size_t um = units<M>(m);
@@ -45,7 +45,7 @@ static inline void pack_strips(Row row, int m, int begin, int end, typename M::U
     }
 }
 
-// Two vectors side by side, into a cache or past it.
+// Stores two neighbouring vectors, into a cache or past it.
 template <class T> static INLINE void store_pair(const vf (&v)[2], T* out) {
     store_narrow(v[0], out);
     store_narrow(v[1], out + LANES);
@@ -69,14 +69,14 @@ static INLINE __m512i narrowed(const vf (&v)[2]) {
 static INLINE void store_pair(const vf (&v)[2], bf16* out) { _mm512_storeu_si512(out, narrowed(v)); }
 static INLINE void stream(const vf (&v)[2], bf16* out) { _mm512_stream_si512((__m512i*)out, narrowed(v)); }
 #endif
-// Rounded to T where T can hold it: a factor of a gradient may pass the largest float16, though the gradient
-// does not.
+// Rounded to T, or unrounded where T would overflow: a factor of a gradient may exceed the largest float16
+// though the gradient does not.
 template <class T> static INLINE vf rounded_or_large(vf v) { return rounded(v, (const T*)nullptr); }
 template <> INLINE vf rounded_or_large<f16>(vf v) {
     const vf narrow = rounded(v, (const f16*)nullptr), infinity = splat(INFINITY);
     return choose((narrow == infinity) | (narrow == -infinity), v, narrow);
 }
-// One unit of a strip.
+// Stores one unit of a strip.
 template <class T> static INLINE void store_unit(vf row, vf, float* out) {
     store(out, rounded_or_large<T>(row));
 }
@@ -89,15 +89,15 @@ template <class T> static INLINE void store_unit(vf even, vf odd, uint32_t* out)
 }
 #endif
 
-// Rows [begin, end) of a gradient, begin a multiple of GRADIENT_ROWS: out(r) is where row r, of `width`
-// elements, stands. `scalars` and `vectors` are strips of um units, um > 0, of the gradient's rows and
-// columns.
+// Writes rows [begin, end) of a gradient, of `width` elements; begin is a multiple of GRADIENT_ROWS, and
+// out(r) is the address of row r. `scalars` and `vectors` are strips of um > 0 units, of the gradient's rows
+// and columns.
 template <class M, class Out>
 static inline void weight_gradient(int begin, int end, int width, size_t um, const typename M::U* scalars,
                                    const typename M::U* vectors, bool streamed, Out out) {
     using T = typename M::T;
-    constexpr int R = GRADIENT_ROWS,
-                  BYTES = 256 << 10;  // of vectors, which stay in the second cache for all rows of a task
+    constexpr int R = GRADIENT_ROWS;
+    constexpr int BYTES = 256 << 10;  // of vectors, which stay in the second cache for all rows of a task
     const int block = (int)std::max<size_t>(BYTES / (um * 2 * LANES * sizeof(typename M::U)), 1) * 2 * LANES;
     for (int c_begin = 0; c_begin < width; c_begin += block)
         for (int r0 = begin; r0 < end; r0 += R) {
@@ -139,7 +139,7 @@ static inline void weight_gradient(int begin, int end, int width, size_t um, con
         }
 }
 
-// Whether a gradient of `count` rows from `out` on is large, and its lines are whole.
+// True for a gradient of `count` rows at `out` that is large and begins and ends with whole cache lines.
 template <class T>
 static inline bool is_streamed([[maybe_unused]] const T* out, [[maybe_unused]] size_t count,
                                [[maybe_unused]] int width) {
@@ -150,7 +150,7 @@ static inline bool is_streamed([[maybe_unused]] const T* out, [[maybe_unused]] s
     return false;
 #endif
 }
-// Behind the last streamed store of a thread: what others do next must see them.
+// Call it behind the last streamed store of a thread, so that other threads see the stores.
 static INLINE void end_of_streams() {
 #if defined(__AVX512F__)
     _mm_sfence();

@@ -39,10 +39,8 @@ template <class M> class MergedForwardPass {
             return {(const T*)a.proj + (size_t)hit[i / blocks] * D * F + f0, F, D, std::min(COLUMNS, F - f0)};
         };
         Tasks products, tokens;
-        std::atomic<int> threads{0};
-#pragma omp parallel num_threads(a.threads)
-        {
-            ProductScratch<M>& own = product_scratch[threads++];
+        in_threads(a.threads, [&](int thread) {
+            ProductScratch<M>& own = product_scratch[thread];
             products.run_with_next(count, [&](int64_t i, int64_t next) {
                 const int e = hit[i / blocks], first = plan.first(e), f0 = (int)(i % blocks) * COLUMNS;
                 const WeightRows<T> w = weights_of(i);
@@ -56,7 +54,7 @@ template <class M> class MergedForwardPass {
             tokens.run(a.tokens, [&](int64_t t) {
                 combine<T>(rows, position, a.experts, a.weights, nullptr, (int)t, plan.top_k, F, (T*)a.h);
             });
-        }
+        });
     }
 };
 
@@ -89,7 +87,7 @@ template <class M> class MergedBackwardPass {
                         bytes(all * d_strips * LANES, sizeof(U)) + bytes(all * f_strips * LANES, sizeof(U)) +
                         bytes(N, 4) + a.threads * panel_bytes);
         float* q = scratch.take<float>((size_t)N * D);
-        T* scaled = scratch.take<T>((size_t)N * D);  // w x, sorted; not of float16
+        T* scaled = scratch.take<T>((size_t)N * D);  // w x, sorted; unused for float16
         U* x_strips = scratch.take<U>(all * d_strips * LANES);
         U* dh_strips = scratch.take<U>(all * f_strips * LANES);
         int32_t* position = scratch.take<int32_t>(N);
@@ -100,10 +98,8 @@ template <class M> class MergedBackwardPass {
         const int tasks_per_expert = (D + ROWS_PER_TASK - 1) / ROWS_PER_TASK;
         const bool streamed = is_streamed((T*)a.dproj, (size_t)E * D, F);
         Tasks products, turning, gradients, tokens;
-        std::atomic<int> threads{0};
-#pragma omp parallel num_threads(a.threads)
-        {
-            U* panel = (U*)(panels + threads++ * panel_bytes);
+        in_threads(a.threads, [&](int thread) {
+            U* panel = (U*)(panels + thread * panel_bytes);
             if (a.dx || a.dweights)
                 products.run(E, d_blocks, [&](int e, int block) {
                     const int first = plan.first(e), m = plan.count(e), d0 = block * COLUMNS,
@@ -130,7 +126,7 @@ template <class M> class MergedBackwardPass {
                     const int e = (int)i, first = plan.first(e), m = plan.count(e);
                     U* strips = x_strips + unit_of[e] * d_strips * LANES;
                     if constexpr (std::is_same_v<T, f16>) {
-                        // Scaled as float32: w x may pass the largest float16.
+                        // Scaled as float32, because w x may exceed the largest float16.
                         pack_strips<M>([&](int r) { return x_row(first + r); }, m, 0, D, strips);
                         for (int s = 0; s < d_strips; s++)
                             for (int r = 0; r < m; r++, strips += LANES)
@@ -174,6 +170,6 @@ template <class M> class MergedBackwardPass {
                         ((float*)a.dweights)[at] = sum;
                     }
             });
-        }
+        });
     }
 };

@@ -1,32 +1,32 @@
-// What both directions of single-neuron experts (y_t = sum_j act(x_t . down_e) w_tj up_e) and of value memory
-// (y_t = sum_j w_tj table_e) do with a chunk of tokens.
+// Single-neuron experts, y_t = sum_j act(x_t . down_e) w_tj up_e, and value memory, y_t = sum_j w_tj table_e:
+// what both directions do with a chunk of tokens.
 //
-// Every routed row reads whole rows of tables that may be larger than any cache. A thread takes a chunk of
-// tokens and groups its routed rows by blocks of experts whose table rows fit into a third cache together, in
-// the order of tokens inside a block. In this order it forms all dot products, then all sums: a table row
-// comes from memory once a chunk, and from that cache for whoever else needs it; what belongs to a token
-// stays in registers for all its rows of a block. What there is one number of for a routed row stands at its
-// place, t * K + j. The blocks depend on the tables alone, so an output's order of summation (blocks, then j)
-// depends on no other token and on no number of threads.
+// Each routed row reads whole rows of tables that may be larger than any cache. A thread takes a chunk of
+// tokens and groups its routed rows by blocks of experts, in the order of tokens inside a block. The table
+// rows of a block fit into a third cache together. In this order the thread computes all dot products, then
+// all sums. A table row then comes from memory once in a chunk, and from that cache for all other rows. The
+// data of a token stay in registers for all its rows of a block. Per-row scalars are stored at index t * K +
+// j. The blocks depend only on the tables, so the order of summation of an output (blocks, then j) depends on
+// no other token and on no number of threads.
 //
-// Sorted by expert, with a table row in registers and the tokens' rows in the second cache, it takes longer:
-// 16-bit tables by a quarter and more, for the float32 sums are then read and written for every routed row;
-// tables of which a chunk needs hardly a row twice by a fifth. Only where it needs every row several times,
-// in float32, it was as fast.
+// An order by expert, with a table row in registers and the tokens' rows in the second cache, was slower. It
+// took a quarter longer or more for 16-bit tables, because it reads and writes the float32 sums for each
+// routed row. It took a fifth longer where a chunk hardly needs a table row twice. It was as fast only in
+// float32 where a chunk needs each table row several times.
 #pragma once
+#include "activation.h"
 #include "gradient.h"
 
 #define INLINED __attribute__((always_inline))
 
-// Inlined before gcc looks for functions without effect: it takes one that only prefetches for such, and
-// drops the calls.
+// Always inlined: gcc takes a function that only prefetches for one without effect, and drops its calls.
 template <class T> static INLINE void prefetch_row(const T* row, int64_t width) {
     for (size_t b = 0; b < width * sizeof(T); b += 64)
         __builtin_prefetch((const char*)row + b);
 }
 
-// The groups of experts. Measured from 512 KiB to 32 MiB: with small blocks what belongs to a token is read
-// and written too often, and large ones do not stay in a third cache.
+// The blocks of experts. Sizes from 512 KiB to 32 MiB were measured: small blocks read and write the data of
+// a token too often, and large ones leave a third cache.
 struct ExpertBlocks {
     static constexpr size_t BYTES = size_t(4) << 20;
     static constexpr int64_t MOST = 4096;
@@ -40,13 +40,13 @@ struct ExpertBlocks {
     }
 };
 
-// A routed row: its expert, and its place t * K + j in a chunk of tokens.
+// A routed row: its expert, and its index t * K + j in a chunk of tokens.
 struct RoutedRow {
     uint32_t expert, place;
 };
 
-// The routed rows of some tokens in groups; returns how many there are. `missing` hears of every place
-// without an expert. `next` has a number for each block.
+// Groups the routed rows of some tokens by block, and returns their number. Calls missing(index) for each row
+// without an expert. `next` has room for one number for each block.
 template <class Missing>
 static inline int64_t group_rows(const int64_t* ids, int64_t count, int64_t num_experts,
                                  const ExpertBlocks& blocks, RoutedRow* rows, uint32_t* next,
@@ -69,7 +69,7 @@ static inline int64_t group_rows(const int64_t* ids, int64_t count, int64_t num_
     return sum;
 }
 
-// A step of a dot product: WIDTH elements of each side.
+// One step of a dot product: WIDTH elements of each side.
 template <class T> struct DotStep {
     static constexpr int WIDTH = LANES;
     using Some = vf;
@@ -84,7 +84,7 @@ template <> struct DotStep<bf16> {
     static INLINE vf step(vf acc, Some a, Some b) { return (vf)_mm512_dpbf16_ps((__m512)acc, a, b); }
 };
 #endif
-constexpr int CHAINS = 4;  // of a dot product, in an order that is the same for every row
+constexpr int CHAINS = 4;  // of a dot product, added in the same order for every row
 
 template <class T> static INLINE float dot_product(const T* a, const T* b, int64_t width) {
     using Step = DotStep<T>;
@@ -106,7 +106,8 @@ template <class T> static INLINE float dot_product(const T* a, const T* b, int64
     return sum_of_lanes((acc[0] + acc[1]) + (acc[2] + acc[3]));
 }
 
-// The same bits for every i < count, b in registers: its width is STEPS steps.
+// The same dot products, to the bit, of `count` rows with b, which is STEPS steps wide and stays in
+// registers.
 template <class T, int STEPS, class Row, class Out>
 static INLINE void dot_products(Row a, const T* b, int64_t count, Out out) {
     using Step = DotStep<T>;
@@ -125,9 +126,9 @@ static INLINE void dot_products(Row a, const T* b, int64_t count, Out out) {
     }
 }
 
-// Two vectors of columns at once, 2 * LANES elements, of which a bfloat16 row gives the even and the odd
-// ones: whole lines are read, and widening takes one operation. Sums in float32 stand in the same order until
-// they are rounded.
+// Two vectors of columns: 2 * LANES elements. Of a bfloat16 row they are the even and the odd elements, so
+// whole lines are read, and widening takes one operation. Sums in float32 keep this order until they are
+// rounded.
 struct TwoVectors {
     vf first, second;
 };
@@ -167,8 +168,8 @@ template <class T> static INLINE void store_some_of_two(TwoVectors v, T* p, int 
     memcpy((void*)p, some, count * sizeof(T));
 }
 
-// acc += sum_r coefficient(r) * row(r)[d ..] over W times TWO columns, or over `part` of them where that is
-// not 0: each element one chain in the order of r.
+// acc += sum_r coefficient(r) * row(r)[d ..] over W times TWO columns, or over `part` columns if that is not
+// 0. Each element is one chain in the order of r.
 template <class T, int W, class Row, class Coefficient>
 static INLINE void accumulate(Row row, Coefficient coefficient, int64_t count, int64_t d, int part,
                               TwoVectors (&acc)[W]) {
@@ -184,7 +185,7 @@ static INLINE void accumulate(Row row, Coefficient coefficient, int64_t count, i
     }
 }
 
-// Calls columns<W>(d, part) for all columns: W times TWO of them from d on, or the last `part`.
+// Calls columns<W>(d, part) for all columns: for W times TWO of them from d on, or for the last `part`.
 template <class Columns> static INLINE void over_columns(int64_t width, Columns columns) {
     constexpr int MOST = ACCUMULATORS >= 16 ? 8 : 4;
     int64_t d = 0;
@@ -195,18 +196,18 @@ template <class Columns> static INLINE void over_columns(int64_t width, Columns 
     if (d < width) columns.template operator()<1>(d, (int)(width - d));
 }
 
-// The routed rows of a chunk of tokens in groups.
+// The grouped routed rows of a chunk of tokens.
 template <class T> class TokenChunk {
     const RoutedRow* rows;
     int64_t count;
     uint32_t top_k;
     int64_t width;
-    int64_t ahead;  // rows of a table that are asked for before their turn
+    int64_t ahead;  // rows of a table that are prefetched
 
     INLINE void ask(const T* table, int64_t i) const {
         if (i < count) prefetch_row(table + (size_t)rows[i].expert * width, width);
     }
-    // Calls each(token, first, rows) for the rows of a token that stand side by side.
+    // Calls each(token, first, rows) for each run of rows of the same token.
     template <class Each> INLINE void tokens(const T* table, Each each) const {
         for (int64_t i = 0; i < std::min(ahead, count); i++)
             ask(table, i);
@@ -221,7 +222,7 @@ template <class T> class TokenChunk {
     }
 
   public:
-    static constexpr int64_t BYTES_AHEAD = 8 << 10;  // what memory has under way at once
+    static constexpr int64_t BYTES_AHEAD = 8 << 10;  // bytes that memory delivers at once
 
     TokenChunk(const RoutedRow* rows, int64_t count, int64_t top_k, int64_t width)
         : rows(rows), count(count), top_k((uint32_t)top_k), width(width),
@@ -248,8 +249,8 @@ template <class T> class TokenChunk {
                 to(i) = dot_product(own, row(i), width);
         });
     }
-    // out[token] += coefficient[place] * its expert's row of the table, for every place; rows of out have a
-    // padded width
+    // out[token] += coefficient[place] * its expert's row of the table, for every place. Rows of out have a
+    // padded width.
     void add(const float* coefficient, const T* table, float* out) const {
         tokens(table, [&](size_t token, int64_t first, int64_t some) INLINED {
             auto row = [&](int64_t i, int64_t d) INLINED {
@@ -274,7 +275,7 @@ template <class T> class TokenChunk {
     }
 };
 
-// Tokens in chunks: about as many as threads, but no more rows in one than scratch memory should hold.
+// Chunks of tokens: about as many as threads, and small enough for scratch memory.
 struct Chunks {
     static constexpr int64_t MOST_ROWS = 1 << 20;
     static constexpr int64_t MOST_SUM_BYTES = 16 << 20;
@@ -288,7 +289,7 @@ struct Chunks {
     }
 };
 
-// Sums of some tokens in float32: in the output itself where it can be, else in a buffer that is rounded at
+// Sums of some tokens in float32: in the output itself where possible, else in a buffer that is rounded at
 // the end.
 template <class T> static bool is_buffered(int64_t width) { return !std::is_same_v<T, float> || width % TWO; }
 template <class T> static size_t buffered(int64_t tokens, int64_t width) {

@@ -1,20 +1,20 @@
-// Single-neuron experts and value memory, backward. A chunk of tokens is one task of the first pass, which
-// writes the gradients of tokens and weights and leaves the coefficients of the tables' gradients. Those are
-// sums over an expert's rows in the order of tokens, in registers, each row written by the one task of the
-// second pass that owns its expert.
+// Single-neuron experts and value memory, backward. In the first pass a task is a chunk of tokens: it writes
+// the gradients of tokens and weights, and the coefficients of the tables' gradients. Those gradients are
+// sums over an expert's rows in the order of tokens, in registers. In the second pass a task owns some
+// experts and writes each of their rows.
 #pragma once
 #include "neurons.h"
 
 struct NeuronsBackward {
     const void* dy;
     const float* s;
-    const void *x, *down, *up;  // without s, x and down, the values
+    const void *x, *down, *up;  // for value memory, s, x and down are null
     const int64_t* experts;
     const float* weights;
     void* dx;
     float* dweights;
     void *ddown, *dup;     // null where not needed
-    const int64_t* slots;  // the rows of ddown and dup, one for each routed row; null: those of its expert
+    const int64_t* slots;  // the row of ddown and dup for each routed row; null for its expert's
     int64_t tokens, top_k, num_experts, hidden, threads, activation, num_slots;
 };
 
@@ -40,11 +40,11 @@ static INLINE void write_sum(Row row, const float* coefficient, int64_t count, i
     });
 }
 
-// Counting sorts over digits of the id, the lowest first. Each keeps the order of equal digits, so the rows
-// of an expert stay in the order of places.
+// Counting sorts over the digits of the id, lowest first. Each sort keeps the order of equal digits, so the
+// rows of an expert stay in the order of places.
 class SortByExpert {
-    static constexpr int MOST_BITS =
-        10;  // of a digit: as many rows are written side by side as stay in a first cache
+    // Bits of a digit. A sort writes rows at so many places in turn, whose lines stay in a first cache.
+    static constexpr int MOST_BITS = 10;
     int64_t num_experts;
     int passes = 1, bits = 0;
 
@@ -58,7 +58,7 @@ class SortByExpert {
     }
     size_t counters() const { return (size_t)passes << bits; }
 
-    // Fills `rows` and returns how many there are. `other` is as long.
+    // Fills `rows` and returns their number. `other` has the same size.
     int64_t operator()(const int64_t* ids, int64_t count, RoutedRow* rows, RoutedRow* other,
                        uint32_t* counters) const {
         const uint32_t digits = 1u << bits, mask = digits - 1;
@@ -90,7 +90,7 @@ class SortByExpert {
     }
 };
 
-// Experts in tasks: begin[b] .. begin[b + 1] of a chunk's sorted rows are those of task b.
+// Tasks of neighbouring experts: task b has begin[b] .. begin[b + 1] of a chunk's sorted rows.
 struct ExpertTasks {
     static constexpr int64_t PER_THREAD = 64;
     int shift = 0;
@@ -114,25 +114,25 @@ struct ExpertTasks {
 template <class M> class NeuronsBackwardPass {
     using T = typename M::T;
     const NeuronsBackward& a;
-    const int64_t D, K, owners;  // of rows of the tables' gradients: slots, or experts
+    const int64_t D, K, owners;  // owners: rows of the tables' gradients, slots or experts
     const ExpertBlocks blocks;
     const SortByExpert sort;
     const ExpertTasks experts;
     const Chunks chunks;
     const bool tables, needs_q;
-    // Of the whole routing, chunk by chunk, each sorted by expert.
+    // The whole routing, chunk by chunk, each sorted by expert.
     RoutedRow* rows = nullptr;
     uint32_t* begins = nullptr;         // [chunks, tasks + 1]
     float *ds = nullptr, *c = nullptr;  // [tokens * K]
-    // A thread's own, for the chunk it is at.
+    // Scratch memory of a thread, for its chunk.
     struct Own {
         RoutedRow* rows;
         uint32_t* counters;
         float* sums;
     };
 
-    // From q = <dy, up_e>, which stands in ds: dw = q act(s), ds = q w act'(s) and c = w act(s), in the order
-    // of places.
+    // q = <dy, up_e> is in ds. Writes dw = q act(s), ds = q w act'(s) and c = w act(s), in the order of
+    // places.
     template <int NAME> void activate(int64_t from, int64_t count) const {
         auto some = [&](const float* w, const float* s, float* dw, float* ds, float* c) INLINED {
             const vf weight = load<vf>(w), q = needs_q ? load<vf>(ds) : vf{};
@@ -190,7 +190,7 @@ template <class M> class NeuronsBackwardPass {
         int64_t* token;
         float *ds, *c;
     };
-    // out[e] = sum of coefficient * row of its token, over the rows of experts `first` .. `last`.
+    // out[e] = sum of coefficient * row of its token, over the rows of each expert in [first, last).
     void write(const T* tokens, const float* coefficient, const Sorted& s, int64_t first, int64_t last,
                bool streamed, T* out) const {
         constexpr uint32_t AHEAD = 4;
@@ -254,20 +254,10 @@ template <class M> class NeuronsBackwardPass {
             o.counters = scratch.take<uint32_t>(counters);
             o.sums = scratch.take<float>(sums);
         }
-        {
-            Tasks tasks;
-            std::atomic<int> threads{0};
-            auto work = [&] {
-                const Own& own = owned[threads++];
-                tasks.run(chunks.count, [&](int64_t chunk) { do_chunk(chunk, own); });
-            };
-            if (a.threads == 1)
-                work();
-            else {
-#pragma omp parallel num_threads(a.threads)
-                work();
-            }
-        }
+        Tasks tasks;
+        in_threads(a.threads, [&](int thread) {
+            tasks.run(chunks.count, [&](int64_t chunk) { do_chunk(chunk, owned[thread]); });
+        });
         if (tables) gradients_of_tables();
     }
 
@@ -279,8 +269,8 @@ template <class M> class NeuronsBackwardPass {
             for (int64_t task = 0; task < experts.count; task++)
                 of_task[task] += begin[task + 1] - begin[task];
         }
-        const int64_t most = *std::max_element(of_task.begin(), of_task.end()), some = int64_t(1)
-                                                                                       << experts.shift;
+        const int64_t most = *std::max_element(of_task.begin(), of_task.end());
+        const int64_t some = int64_t(1) << experts.shift;
         const size_t own = Scratch::padded(some * 4) + Scratch::padded(most * 8) +
                            2 * Scratch::padded(most * 4);
         Scratch scratch(own * a.threads);
@@ -294,17 +284,12 @@ template <class M> class NeuronsBackwardPass {
         const bool stream_down = is_streamed((const T*)a.ddown, owners, (int)D);
         const bool stream_up = is_streamed((const T*)a.dup, owners, (int)D);
         Tasks tasks;
-        std::atomic<int> threads{0};
         std::vector<std::vector<uint32_t>> places(a.threads, std::vector<uint32_t>(chunks.count));
-        auto work = [&] {
-            const int thread = threads++;
+        in_threads(a.threads, [&](int thread) {
             tasks.run(experts.count, [&](int64_t task) {
                 do_experts(task, owned[thread], places[thread], stream_down, stream_up);
             });
             end_of_streams();
-        };
-        if (a.threads == 1) return work();
-#pragma omp parallel num_threads(a.threads)
-        work();
+        });
     }
 };

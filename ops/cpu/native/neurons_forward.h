@@ -1,10 +1,9 @@
-// Single-neuron experts and value memory, forward: a task is a chunk of tokens, whose outputs nobody else
-// writes.
+// Single-neuron experts and value memory, forward. A task is a chunk of tokens and writes their outputs.
 #pragma once
 #include "neurons.h"
 
 struct NeuronsForward {
-    const void *x, *down, *up;  // without x and down, the values: y = sum w up
+    const void *x, *down, *up;  // for value memory, x and down are null: y = sum w up
     const int64_t* experts;
     const float* weights;
     void* y;
@@ -52,7 +51,8 @@ template <class M> class NeuronsForwardPass {
             o.next = scratch.take<uint32_t>(blocks.count);
         }
         Tasks tasks;
-        auto work = [&](const Own& o) {
+        in_threads(a.threads, [&](int thread) {
+            const Own& o = owned[thread];
             tasks.run(chunks.count, [&](int64_t chunk) {
                 const int64_t first = chunk * chunks.tokens,
                               tokens = std::min(chunks.tokens, a.tokens - first);
@@ -70,10 +70,6 @@ template <class M> class NeuronsForwardPass {
                 in_float32((T*)a.y + first * D, tokens, D, o.sums,
                            [&](float* y) { rows.add(coefficient, (const T*)a.up, y); });
             });
-        };
-        std::atomic<int> threads{0};
-        if (a.threads == 1) return work(owned[0]);
-#pragma omp parallel num_threads(a.threads)
-        work(owned[threads++]);
+        });
     }
 };

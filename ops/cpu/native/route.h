@@ -1,23 +1,23 @@
-// The router: from logits to the weights and ids of the chosen experts in one pass over a row, and the
-// gradient of that.
+// The router: one pass over a row turns logits into the weights and ids of the chosen experts; another
+// computes the gradient.
 //
-// A row becomes float32 in a buffer that ends in minus infinity, whose exponential is zero, so no loop has a
-// remainder. Sums go lane by lane and then over the lanes, in an order that depends on nothing but E and K.
+// A row becomes float32 in a buffer that is padded with minus infinity, whose exponential is zero, so no loop
+// has a remainder. Sums are lane by lane and then over the lanes, in an order that depends only on E and K.
 #pragma once
 #include "select.h"
 
 struct RouteRule {
-    // Flags, and counts of groups, as ops/route.py's RouteRule has them.
+    // Flags, and counts of groups, as in the RouteRule of Python.
     int64_t sigmoid, score_first, normalised, groups, open_groups, group_by_max;
-    // Whether the weights are shares of a softmax over all experts, the ones that were not picked included.
+    // True if the weights are shares of a softmax over all experts, including those that were not picked.
     bool over_all() const { return !sigmoid && score_first && !normalised; }
 };
 struct Route {
     const void* logits;
-    const float* bias;  // of the selection, or null
+    const float* bias;  // added for the selection; may be null
     float* weights;
     int64_t* ids;
-    int64_t rows, experts, top_k, select;  // without selection the K = E experts stand in their order
+    int64_t rows, experts, top_k, select;  // without selection K = E, and the ids are 0 .. E - 1
     RouteRule rule;
     int64_t threads;
     double scale, eps;
@@ -34,11 +34,11 @@ struct RouteBackward {
 };
 
 static inline int padded_to_lanes(int n) { return (n + LANES - 1) / LANES * LANES; }
-// exp that reaches zero: a masked expert has no share.
+// exp that reaches zero, so that a masked expert has no share.
 static INLINE vf share(vf x) { return choose(x < splat(-87.33f), splat(0.f), vexp(x)); }
 static INLINE vf probability(vf x) { return choose(x < splat(-87.33f), splat(0.f), vsigmoid(x)); }
 
-// n numbers as float32, and minus infinity up to a whole vector.
+// Widens n numbers to float32, and pads them with minus infinity to a whole vector.
 template <class T> static inline void widen_row(const T* row, int n, float* wide) {
     int i = 0;
     for (; i + LANES <= n; i += LANES)
@@ -57,7 +57,7 @@ template <> inline void widen_row(const float* row, int n, float* wide) {
     }
 }
 #endif
-// exp(v - max v), and the sum of these; v ends as widen_row leaves it.
+// out = exp(v - max v); returns their sum. v is padded as widen_row does it.
 static inline float exponentials(const float* v, int n, float* out) {
     vf most = load<vf>(v);
     for (int i = LANES; i < n; i += LANES) {
@@ -92,7 +92,7 @@ static inline float sum_of(const float* v, int n) {
     return sum_of_lanes(sum);
 }
 
-// Float buffers of each thread, one behind the other.
+// Float buffers of each thread.
 class RowBuffers {
     const size_t size;
     std::vector<float> data;
@@ -106,7 +106,7 @@ template <class T> class RoutePass {
     const Route& a;
     const int E, K, padded_E, padded_K;
 
-    // The best keys of a group, added or alone. NaNs count as the selection orders them.
+    // The best key of a group, or the sum of the best two. NaNs are ordered as in the selection.
     float value_of_group(const float* keys, int size) const {
         float first = keys[0], second = -INFINITY;
         bool has_second = false;
@@ -119,7 +119,7 @@ template <class T> class RoutePass {
             }
             has_second = true;
         }
-        // Two halves are added: the sum of two large keys could be infinite.
+        // Halves are added, because the sum of two large keys could be infinite.
         return a.rule.group_by_max || !has_second ? first : 0.5f * first + 0.5f * second;
     }
     void close_groups(float* keys, float* values, int64_t* buffer, const Selection& of_groups,
@@ -132,7 +132,7 @@ template <class T> class RoutePass {
         for (int g = 0; g < a.rule.open_groups; g++)
             values[open[g]] = 1.f;
         for (int i = 0; i < E; i++) {
-            // An open group's own minus infinity still beats a closed group.
+            // Minus infinity in an open group still beats a closed group.
             if (values[i / size] == 0.f)
                 keys[i] = -INFINITY;
             else if (keys[i] == -INFINITY)
@@ -149,7 +149,8 @@ template <class T> class RoutePass {
         const Selection of_experts(E, K), of_groups(rule.groups, rule.open_groups);
         const bool grouped = rule.groups > 1, scored = rule.score_first && (a.bias || grouped),
                    own_keys = a.bias || grouped;
-        const bool only_compared = !rule.over_all() && !own_keys;  // all logits but the picked ones
+        const bool only_compared = !rule.over_all() &&
+                                   !own_keys;  // logits are only compared, except the picked ones
         const size_t room = std::max(of_experts.room(), of_groups.room());
         std::vector<int64_t> buffers(a.threads * (room + rule.groups));
         RowBuffers rows(a.threads, 3 * padded_E + padded_K + padded_to_lanes(rule.groups));
@@ -209,10 +210,11 @@ template <class T> class RouteBackwardPass {
     const RouteBackward& a;
     const int E, K, padded_E, padded_K;
 
-    // Ids of no expert, which route never gives, are skipped.
+    // Ids of no expert, which route never returns, are skipped.
     bool is_expert(int64_t id) const { return id >= 0 && id < E; }
 
-    // From the gradients of the scores to those of the picked logits, scores beside them; both end in zeros.
+    // Turns the gradients of the scores into those of the picked logits. scores and gradients are padded with
+    // zeros.
     void of_picked(float* scores, float* gradients) const {
         float inner = 0.f;
         if (!a.rule.sigmoid || a.rule.normalised) {

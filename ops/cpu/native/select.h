@@ -1,10 +1,11 @@
-// The router's selection: ids of the K largest keys of each row, best first, the lower id first among equals.
+// The router's selection: ids of the K largest keys of each row, best first, and the lower id first among
+// equals.
 //
-// Keys are compared as integers that stand in their order. A first look at a row takes the maxima of at least
-// 2K groups of its keys; K keys are no smaller than the K-th largest of those, so that one bounds the
-// selected from below, and a second look keeps little more than K candidates, which are ranked by counting.
-// Where K is too large for that, all keys are candidates, and whenever their buffer is full the best K of it
-// stay.
+// Keys are compared as integers in the same order. The first pass over a row computes the maxima of at least
+// 2K groups of its keys. The K-th largest of these maxima is a lower bound of the selected keys, because at
+// least K keys reach it. The second pass keeps little more than K candidates, which are ranked by counting.
+// Where K is too large for that, all keys are candidates, and the best K remain whenever their buffer is
+// full.
 #pragma once
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -21,8 +22,8 @@ struct Select {
 
 typedef int64_t vl __attribute__((vector_size(LANES * 4)));
 
-// Float bits in their numbers' order: magnitudes turned around below zero, -0 as +0. NaNs are the ends of it,
-// by their sign.
+// Float bits as integers in the order of the numbers: negative numbers are reversed, and -0 equals +0. NaNs
+// are at the ends, by their sign.
 static INLINE vi in_order(vi bits) {
     vi order = bits ^ ((bits >> 31) & 0x7FFFFFFF);
     return order - (order == -1);
@@ -36,7 +37,7 @@ static INLINE vi vmax(vi a, vi b) {
     return (a & larger) | (b & ~larger);
 }
 
-// The first `count` lanes; the others get the bits of the smallest key.
+// The first `count` lanes. The others get the bits of the smallest key.
 static INLINE vi load_some(const float* p, int count) {
 #if defined(__AVX512F__)
     return (vi)_mm512_mask_loadu_epi32(_mm512_set1_epi32(-1), (__mmask16)((1u << count) - 1), p);
@@ -48,7 +49,7 @@ static INLINE vi load_some(const float* p, int count) {
 #endif
 }
 
-// Bit i stands for a[i] >= b[i].
+// Bit i is a[i] >= b[i].
 static INLINE uint32_t lanes_at_least(vi a, vi b) {
 #if defined(__AVX512F__)
     return _mm512_cmpge_epi32_mask((__m512i)a, (__m512i)b);
@@ -65,7 +66,7 @@ static INLINE uint32_t lanes_at_least(vi a, vi b) {
 #endif
 }
 
-// The choice of K among the E keys of one row.
+// Chooses K of the E keys of one row.
 class Selection {
     static constexpr int LEAST = std::numeric_limits<int32_t>::min(),
                          MOST = std::numeric_limits<int32_t>::max();
@@ -103,11 +104,11 @@ class Selection {
         return 2 * K <= GROUP_VECTORS * LANES ? bound<GROUP_VECTORS>(row) : LEAST;
     }
 
-    // A key and its id as one number, none like another: the key above, the reversed id below.
+    // A key and its id as one unique number: the key above, the reversed id below.
     static int64_t packed(int key, int id) { return (int64_t)key << 32 | (uint32_t)~id; }
     static int64_t id_of(int64_t packed) { return (uint32_t)~packed; }
 
-    // Sorts by counting how many are larger, which has no branches to mispredict.
+    // Sorts by counting larger candidates, which has no branches to mispredict.
     void rank(const int64_t* candidates, int n, int64_t* ids) const {
         int64_t sorted[MOST_RANKED];
         for (int i = 0; i < n; i += LANES / 2) {
@@ -121,7 +122,7 @@ class Selection {
         memcpy(ids, sorted, K * sizeof(int64_t));
     }
 
-    // One vector of keys: who of them stands how far down is counted for all at once.
+    // Ranks one vector of keys; counts the larger keys for all of them at once.
     void rank_all(const float* row, int64_t* ids) const {
         const vi keys = in_order(E == LANES ? load<vi>(row) : load_some(row, E));
         vi lane, above = {};
@@ -140,9 +141,9 @@ class Selection {
   public:
     Selection(int E, int K) : E(E), K(K) {}
 
-    // Candidates at which a buffer is full; it has room for those of one vector more.
+    // The number of candidates at which the buffer is full.
     int slots() const { return std::min(E, std::max(4 * K, FEWEST_SLOTS)); }
-    // Of the buffer, in numbers.
+    // The size of the buffer, with room for one vector more.
     size_t room() const { return slots() + LANES; }
 
     void select(const float* row, int64_t* buffer, int64_t* ids) const {
@@ -164,7 +165,7 @@ class Selection {
             n = K;
             const int kth = (int)(buffer[K - 1] >> 32);
             if (kth == MOST) break;
-            least = kth + 1;  // an equal key that is yet to come has the higher id
+            least = kth + 1;  // an equal key that follows has a higher id
         }
         if (n <= MOST_RANKED) return rank(buffer, n, ids);
         if (n > K) std::nth_element(buffer, buffer + K, buffer + n, std::greater<>());
@@ -174,20 +175,16 @@ class Selection {
     }
 };
 
-// body(row, thread) for every row, by so many threads, which take a few rows at a time.
+// Calls body(row, thread) for every row. The threads take a few rows at a time.
 template <class Body> static inline void for_rows(int64_t rows, int64_t num_threads, Body body) {
     constexpr int64_t FEW = 8;
     Tasks tasks;
-    auto work = [&](int thread) {
+    in_threads(num_threads, [&](int thread) {
         tasks.run((rows + FEW - 1) / FEW, [&](int64_t task) {
             for (int64_t t = task * FEW; t < std::min(rows, (task + 1) * FEW); t++)
                 body(t, thread);
         });
-    };
-    if (num_threads == 1) return work(0);  // a parallel region takes as long as a row
-    std::atomic<int> threads{0};
-#pragma omp parallel num_threads(num_threads)
-    work(threads++);
+    });
 }
 
 class SelectPass {
