@@ -107,16 +107,19 @@ struct Int4 {
 
     // Elements [begin, end) of a row of W as float32; begin and end are multiples of the group or ends of the
     // row.
-    void widen_row(int e, ptrdiff_t r, int begin, int end, float* to) const {
-        const uint8_t* q = row(e, r);
+    void widen_row(int e, ptrdiff_t r, int begin, int end, float* __restrict to) const {
+        const uint8_t* q = row(e, r) + begin / 2;
         for (int i = begin; i < end;) {
             const size_t g = first_group(e, r) + i / group;
             const float scale = scales[g], zero = zeros ? zeros[g] : 8.f;
-            const int stop = std::min(end, (i / group + 1) * group);
-            for (; i < stop; i += 2) {
-                *to++ = ((float)(q[i / 2] & 15) - zero) * scale;
-                *to++ = ((float)(q[i / 2] >> 4) - zero) * scale;
+            const int stop = std::min(end, (i / group + 1) * group), bytes = (stop - i) / 2;
+            for (int b = 0; b < bytes; b++) {
+                to[2 * b] = ((float)(q[b] & 15) - zero) * scale;
+                to[2 * b + 1] = ((float)(q[b] >> 4) - zero) * scale;
             }
+            q += bytes;
+            to += 2 * bytes;
+            i = stop;
         }
     }
     Columns columns(int e, const RowOrder& order, int begin, int cols) const {
