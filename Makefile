@@ -50,6 +50,7 @@ timed-%: $(VENV)/.installed-full
 check: $(VENV)/.installed-full  ## lint, format, types and spelling
 	$(py) -m ruff check
 	$(py) -m ruff format --check
+	$(VENV)/bin/clang-format --dry-run --Werror ops/cpu/native/*
 	$(py) -m mypy
 	$(py) -m codespell_lib *.md docs examples fusedonemoe ops asv_bench tests
 	tests/verify_types.sh $(py)

@@ -30,7 +30,8 @@ def packed_uses(monkeypatch):
     call = native.call
 
     def watched(name, dtype, words, floats=()):
-        seen.extend([None] if name == "mlp_forward" and words[5] else [])  # the panels of the up-projection
+        is_packed = name == "mlp_forward" and words[-2] == native.FORMATS.index("panels")  # words end with format and group
+        seen.extend([None] if is_packed else [])
         return call(name, dtype, words, floats)
 
     monkeypatch.setattr(native, "call", watched)

@@ -1,11 +1,11 @@
-"""Compiles the CPU kernels on first use, for the machine they run on, into a per-user cache.
+"""Compile the CPU kernels on first use, for the machine they run on, into a per-user cache.
 
-The source needs no headers but the compiler's own. The library's file name is a digest of all that decides what the
-compiler makes of it (source, compiler, flags, the CPU's features), so nothing is ever stale. It is written under another
-name and moved into place, and it ends in a checksum, so a damaged one is made again.
+The source includes only the compiler's own headers. The library's file name is a digest of everything that determines the
+machine code (source, compiler, flags, the CPU's features), so the cache never holds a stale library. The library is written
+under another name and moved into place. It ends in a checksum, so a damaged library is compiled again.
 
-One thread of one process compiles; the others wait for it. Where it fails, one of those that waited tries once more; where that
-fails too, the rest take over its reason. Where it is killed, the next compiles.
+One thread of one process compiles, and the others wait for it. If the compilation fails, one process that waited tries once
+more; if that fails too, the rest report its reason. If the compiling process is killed, the next one compiles.
 """
 
 import contextlib
@@ -28,13 +28,13 @@ from fusedonemoe.ops.cpu.forks import no_fork
 from fusedonemoe.ops.notice import say
 
 SOURCES = Path(__file__).parent / "native"
-# -ffp-contract makes a * b + c one rounding wherever it is written, in every loop alike; without it the same sum could
-# round differently in a vector and in its tail.
+# -ffp-contract=fast rounds a * b + c once in every loop; without it a sum could round differently in a vector and in a scalar
+# tail.
 FLAGS = ["-std=c++20", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-fopenmp", "-fPIC"]
-ELEMENTS = ("f32", "bf16", "f16")  # compiled side by side: they take as long as the slowest
+ELEMENTS = ("f32", "bf16", "f16")  # compiled in parallel
 SECONDS_TO_COMPILE = 300
-SECONDS_TO_WAIT = 660  # for another process: as many compilations as may fail before the rest give up, and something over
+SECONDS_TO_WAIT = 660  # for another process, which may compile ATTEMPTS times
 HUGE_PAGE = 2 << 20  # the pool's unit, as in native/layer.h
 
 
@@ -46,7 +46,7 @@ def _compiler() -> str:
 
 
 def cache_directory() -> Path:
-    """Where compiled kernels are kept: ``$FUSEDONEMOE_CACHE_DIR``, else under ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    """Return the folder of the kernels: ``$FUSEDONEMOE_CACHE_DIR``, else one in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
     if chosen := os.environ.get("FUSEDONEMOE_CACHE_DIR"):
         return Path(chosen)
     base = os.environ.get("XDG_CACHE_HOME")
@@ -54,7 +54,7 @@ def cache_directory() -> Path:
 
 
 def _cpu_features() -> str:
-    """What -march=native looks at, as far as it can be read cheaply."""
+    """Return the features that -march=native depends on, as far as they can be read cheaply."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -68,14 +68,14 @@ def _digest(compiler: str, flags: list[str]) -> str:
     digest = hashlib.blake2b(digest_size=12)
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    status = os.stat(compiler)  # a new compiler is a new file; asking it for its version costs a process
+    status = os.stat(compiler)  # a new compiler is a new file; reading its version would start a process
     for part in (compiler, str(status.st_size), str(status.st_mtime_ns), *flags, platform.machine(), _cpu_features()):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()
 
 
 def _symbols() -> list[str]:
-    """The library's entry points, as the source declares them."""
+    """Return the library's entry points, read from the source."""
     source = (SOURCES / "moe.cpp").read_text()
     of_elements = re.findall(r"\bENTRY\((\w+)\)\(", source)
     return [
@@ -127,7 +127,7 @@ def _make(compiler: str, flags: list[str], folder: Folder, name: str, seen: Foun
 
 
 def _open(folder: Folder, name: str, found: Found | None) -> ctypes.CDLL | str:
-    """The library, or its fault: empty where it is not there or not as it was written, which the loader may die of."""
+    """Return the library, or what is wrong with it: "" if it is missing or damaged. The loader could crash on a damaged one."""
     if found is None or not found.is_whole:
         return ""
     path = folder.path / name
@@ -142,7 +142,7 @@ def _open(folder: Folder, name: str, found: Found | None) -> ctypes.CDLL | str:
 
 
 def _plan() -> tuple[str, list[str], str]:
-    """The compiler, its flags, and the name of the library that they make."""
+    """Return the compiler, its flags, and the library's file name."""
     compiler = _compiler()
     flags = [*FLAGS, *os.environ.get("FUSEDONEMOE_CXXFLAGS", "").split()]
     return compiler, flags, f"kernels-{_digest(compiler, flags)}.so"
@@ -153,7 +153,7 @@ def _find() -> ctypes.CDLL:
     with contextlib.closing(Folder(cache_directory())) as folder:
         found = folder.look(name)
         library = _open(folder, name, found)
-        # A library that was made elsewhere or by another version is made again, but not one that does not load when it is new.
+        # A library from elsewhere or of another version is compiled again. One that does not load when it is new is not.
         if isinstance(library, str) and not (library and folder.failures(name).times):
             _make(compiler, flags, folder, name, found)
             library = _open(folder, name, folder.look(name))
@@ -166,7 +166,7 @@ def _find() -> ctypes.CDLL:
 
 @cache
 def _load() -> ctypes.CDLL | str:
-    """The library, or why there is none; looked for once per process."""
+    """Return the library, or the reason why there is none. Each process looks once."""
     if os.environ.get("FUSEDONEMOE_CPU_KERNELS") == "0":
         return "FUSEDONEMOE_CPU_KERNELS=0 turns them off"
     if not hasattr(os, "geteuid"):
@@ -182,7 +182,7 @@ def _load() -> ctypes.CDLL | str:
 
 
 def cache_fault() -> str | None:
-    """Return why no library of the cache may be loaded, because another user could have written it; None where none could."""
+    """Return the reason if another user could have written the cached library, else None."""
     try:
         with contextlib.closing(Folder(cache_directory())) as folder:
             folder.look(_plan()[2])
@@ -205,7 +205,7 @@ _turn = _Turn()
 
 
 def _forget_other_threads() -> None:
-    """In a forked child: the thread whose turn it was is not there."""
+    """Reset the turn in a forked child, where the thread that had it does not exist."""
     global _turn
     _turn = _Turn()
 
@@ -215,18 +215,18 @@ if hasattr(os, "register_at_fork"):
 
 
 def load() -> ctypes.CDLL:
-    """The compiled kernels.
+    """Load the compiled kernels.
 
     Returns:
         The library, compiled if it is not in the cache.
 
     Raises:
-        Unavailable: no compiler, a cache that cannot be written or that another user can write, or kernels turned off by
-            ``FUSEDONEMOE_CPU_KERNELS=0``.
+        Unavailable: There is no compiler, the cache cannot be written or another user can write it, or
+            ``FUSEDONEMOE_CPU_KERNELS=0`` turns the kernels off.
     """
     turn = _turn
     with turn.lock:
-        if turn.is_taken:  # a signal's handler, or a stderr that somebody made of this library
+        if turn.is_taken:  # called again by a signal's handler or by a stderr that uses this library
             raise Unavailable("the kernels are being loaded by this very thread")
         turn.is_taken = True
         try:

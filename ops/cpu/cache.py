@@ -1,14 +1,14 @@
-"""The folder that keeps compiled kernels: it must be the user's alone, and one process at a time compiles into it.
+"""The folder of compiled kernels: only its user can write it, and one process at a time compiles into it.
 
-A library that this process loads may do all that the process may do. So the folder and the library must belong to the user of
-this process, no one else may write them, and neither may be a symbolic link. Both are opened once: owner, permissions and
-checksum are those of what is open, and the kernels are loaded from the open folder, so a folder that is moved or exchanged on the
-way puts no other library in its place.
+A loaded library may do everything that its process may do. So the folder and the library must belong to the user of this
+process, other users must not be able to write them, and neither may be a symbolic link. Both are opened once. Owner, permissions
+and checksum are read from the open files, and the kernels are loaded from the open folder, so moving or replacing the folder in
+between cannot substitute another library.
 
-The folders above it can therefore do little harm where Linux's ``/proc`` names open folders. Three things are refused there: a
-folder that every user may write and that is not sticky, as ``/tmp`` is; for root, a folder of another user, where root has no
-business; and without ``/proc``, a folder of another user or one that a group may write. A group may otherwise write the folders
-above, because a umask of 002 makes ``~/.cache`` so on many systems.
+The parent folders can therefore do little harm where Linux's ``/proc`` names open folders. Three kinds of parents are refused: a
+folder that every user may write and that is not sticky (``/tmp`` is sticky); for root, a folder of another user; and without
+``/proc``, a folder of another user or one that a group may write. Elsewhere a group may write the parents, because a umask of 002
+gives ``~/.cache`` such permissions on many systems.
 """
 
 import contextlib
@@ -30,10 +30,10 @@ from fusedonemoe.ops.notice import say
 
 CHECKSUM_BYTES = 12
 SECONDS_BETWEEN_TRIES = 0.1
-ATTEMPTS = 2  # failed compilations after which processes that waited for them give up too
+ATTEMPTS = 2  # processes that wait give up after so many failed compilations
 IS_BY_DESCRIPTOR = os.path.isdir("/proc/self/fd")
 WORKING = "compiling-"
-# How a file system says that it has no locks.
+# Errors of a file system without locks.
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)
 ADVICE = "set FUSEDONEMOE_CACHE_DIR to a folder that is yours and that no other user can write"
 
@@ -45,21 +45,21 @@ class Untrusted(Unavailable):
 
 
 class Failures(NamedTuple):
-    """How often the compilation of a library has failed since it last succeeded, and why it failed last."""
+    """The failed compilations of a library since the last success, and the reason of the last."""
 
     times: int
     reason: str
 
 
 class Found(NamedTuple):
-    """A library's file: what tells it from another file of its name, and whether it is as it was written."""
+    """A library's file: the identity of this version of the file, and whether its checksum is right."""
 
     identity: tuple[int, ...]
     is_whole: bool
 
 
 def checksum(library: bytes) -> bytes:
-    """Return what follows the library in its file."""
+    """Return the checksum that follows the library in its file."""
     return hashlib.blake2b(library, digest_size=CHECKSUM_BYTES).digest()
 
 
@@ -91,7 +91,7 @@ def _check_above(path: Path) -> None:
     for folder in dict.fromkeys((*path.absolute().parents, *path.resolve().parents)):
         try:
             status = os.stat(folder)
-        except OSError:  # not there yet; or not to be entered, which opening the cache will report
+        except OSError:  # missing, or without permission to enter, which opening the cache will report
             continue
         of_another = status.st_uid not in (0, os.geteuid())
         if of_another and (os.geteuid() == 0 or not IS_BY_DESCRIPTOR):
@@ -102,13 +102,13 @@ def _check_above(path: Path) -> None:
 
 
 class Folder:
-    """The cache, open and checked, and made if it is not there; close it.
+    """The cache, open and checked; made if it does not exist. The caller closes it.
 
     Args:
         path: The folder.
 
     Raises:
-        Untrusted: It is not the user's alone.
+        Untrusted: Another user owns it or can write it.
         OSError: It cannot be made or opened.
     """
 
@@ -126,7 +126,7 @@ class Folder:
         except BaseException:
             self.close()
             raise
-        # How the open folder is called: under this name nobody can exchange it.
+        # A name of the open folder itself, so that another folder cannot replace it.
         self.name: str = f"/proc/self/fd/{self.descriptor}" if IS_BY_DESCRIPTOR else str(path)
 
     def close(self) -> None:
@@ -137,10 +137,10 @@ class Folder:
         return f"{self.name}/{name}"
 
     def look(self, name: str) -> Found | None:
-        """Return the library of this name, or None where there is none.
+        """Return the library of this name, or None if it does not exist.
 
         Raises:
-            Untrusted: It is not a file of the user alone.
+            Untrusted: It is not a file, or another user owns it or can write it.
         """
         path = self.path / name
         if path.is_symlink():
@@ -162,13 +162,13 @@ class Folder:
         return Found((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns), is_whole)
 
     def name_to_load(self, name: str) -> str:
-        """Return a path of the library for the dynamic loader, which takes a path that it has seen for the same library."""
+        """Return a new path of the library: the dynamic loader does not load a path again that it has seen."""
         return self._at("./" * next(_loads) + name)
 
     @contextlib.contextmanager
     def working_folder(self) -> Iterator[str]:
-        """A new folder inside the cache, removed at the end."""
-        # Not TemporaryDirectory: a forked child would remove it when the child exits.
+        """Make a folder inside the cache, and remove it at the end."""
+        # TemporaryDirectory would also be removed by a forked child when the child exits.
         working = tempfile.mkdtemp(prefix=WORKING, dir=self.name)
         try:
             yield working
@@ -182,10 +182,10 @@ class Folder:
                 shutil.rmtree(self._at(name), ignore_errors=True)
 
     def keep(self, library: bytes, name: str, working: str) -> None:
-        """Put a library into the cache, whole or not at all."""
+        """Put a library into the cache in one step, so that no process sees a part of it."""
         descriptor = os.open(f"{working}/{name}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o700)
         with open(descriptor, "wb") as file:
-            file.write(library + checksum(library))  # the loader reads no further than the library's headers say
+            file.write(library + checksum(library))  # the loader does not read behind the library
         os.replace(f"{working}/{name}", self._at(name))
 
     def failures(self, name: str) -> Failures:
@@ -203,15 +203,15 @@ class Folder:
             Path(self._at(f"{name}.failed")).write_text(f"{times}\n{reason}")
 
     def forget_failures(self) -> None:
-        """Forget the failures after a success, and with them those of compilers and sources that are gone."""
+        """Forget all failures after a success, also those of other compilers and sources."""
         for path in Path(self.name).glob("*.failed"):
             path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def lock(self, seconds: float) -> Iterator[bool]:
-        """Wait until no other process compiles; yield False, without a lock, where the file system has no locks.
+        """Wait until no other process compiles; yield True, or False if the file system has no locks.
 
-        The system takes the lock from a process that dies.
+        The system releases the lock of a process that dies.
 
         Args:
             seconds: How long to wait at most.
@@ -243,12 +243,12 @@ class Folder:
         return (os.open(self._at("lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600),)
 
     def _try(self, descriptor: int) -> bool | None:
-        """Return True with the lock, False without it, None where there are no locks."""
+        """Return True if the lock was taken, False if another process has it, None if there are no locks."""
         import fcntl  # Windows has none
 
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Its last holder may have removed it between open() and here.
+            # The last holder may have removed the file since open().
             return os.path.samestat(os.fstat(descriptor), os.stat(self._at("lock")))
         except OSError as error:
             if error.errno in WITHOUT_LOCKS:

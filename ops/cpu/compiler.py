@@ -1,8 +1,8 @@
-"""Runs a C++ compiler so that no process of it outlives the call: after a time-out, an error, or the death of this process.
+"""Run a C++ compiler so that none of its processes outlives the call, a time-out, an error, or the death of this process.
 
-A compiler starts processes of its own, which go on when the compiler alone is killed. So each compiler runs in a process group
-of its own, and with it a shell that waits for the end of a pipe. This process alone holds the pipe's other end. When it closes
-that end or dies, even by SIGKILL, each shell kills its group.
+A compiler starts other processes, which go on when only the compiler is killed. So each compiler runs in its own process group,
+together with a shell that waits for the end of a pipe. Only this process holds the other end of the pipe. When it closes that
+end or dies, even by SIGKILL, each shell kills its group.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from typing import Any
 from fusedonemoe.ops.cpu.forks import no_fork, owned
 
 SECONDS_TO_DIE = 5.0
-# The shell's exit codes for a command that it could not start.
+# Exit codes of a shell that could not start a command.
 NOT_STARTED = (126, 127)
 GUARDED = """
 exec 3<&0
@@ -31,11 +31,11 @@ exit $status
 
 
 class Unavailable(Exception):
-    """The kernels cannot be had on this machine; the message says why."""
+    """This machine cannot have the kernels; the message says why."""
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a compiler that still runs, and all that it started."""
+    """Kill a compiler that still runs, and all processes that it started."""
     if process.poll() is None:
         with contextlib.suppress(OSError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -48,12 +48,12 @@ def _first_line(message: Path) -> str:
 
 
 def run(commands: list[list[str]], folder: str, seconds: float) -> None:
-    """Run commands of one compiler side by side.
+    """Run commands of one compiler in parallel.
 
     Args:
         commands: The commands; each begins with the compiler.
-        folder: The folder that they run in. Their messages are written there too: a pipe would stay open as long as any process
-            that a compiler started.
+        folder: The folder that they run in, and that gets their messages: a pipe would stay open as long as any process that a
+            compiler started.
         seconds: The time for all of them together.
 
     Raises:

@@ -1,19 +1,19 @@
-"""Guards against os.fork() in another thread: what it must wait for, and what the child must not keep."""
+"""Guard against os.fork() in another thread: make it wait, and close files that the child must not keep."""
 
 import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterator
 
-# fork() waits while a thread holds this. The child would otherwise keep for ever the state of a dynamic loader at work, and the
-# ends of the pipe by which subprocess learns that a program has started.
+# fork() waits while a thread holds this lock. Otherwise the child would keep the state of a busy dynamic loader for ever, and the
+# ends of the pipe that tells subprocess that a program has started.
 no_fork: "threading.RLock" = threading.RLock()
 _not_for_children: set[int] = set()
 
 
 @contextlib.contextmanager
 def owned(make: Callable[[], tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
-    """Open descriptors, and close them at the end; in a forked child at once, where they would keep a lock or a pipe alive."""
+    """Open descriptors and close them at the end. A forked child closes them at once: it would keep a lock or a pipe alive."""
     with no_fork:
         descriptors = make()
         _not_for_children.update(descriptors)

@@ -21,6 +21,7 @@ _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 PRODUCTS_PER_THREAD = 1 << 18
 # Outputs from this size on come from the kernels' own pool: torch gives each fresh pages, and the system zeroes them.
 POOLED_BYTES = 1 << 20
+FORMATS = ("plain", "panels", "int8", "int4")  # in the order of native/formats.h
 BAD_PLAN = 2  # what a kernel returns that was given a plan of another routing, as in native/moe.cpp
 
 
@@ -173,10 +174,13 @@ def experts_mlp_checked(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return experts_mlp(*read_mlp(*args[:8])[1], *args[7:])
 
 
-def _mlp_sizes(experts_TK: Tensor, up_EGD: Tensor, down_EDF: Tensor, act: Activation) -> tuple[int, ...]:
-    E, G, D = up_EGD.shape
-    F = down_EDF.shape[2]
-    return (*experts_TK.shape, E, D, F, G, *gate_up_rows(act, F))
+def mlp_sizes(
+    experts_TK: Tensor, up_shape: Sequence[int], F: int, act: Activation, weight_format: str, group: int = 0
+) -> tuple[int, ...]:
+    """Return the sizes of an MLP as native/mlp.h has them."""
+    E, G, D = up_shape
+    kind = ACTIVATIONS.index(act.name), FORMATS.index(weight_format), group
+    return (*experts_TK.shape, E, D, F, G, *gate_up_rows(act, F), *kind)
 
 
 def experts_mlp(
@@ -251,10 +255,9 @@ def _run_forward(
         "mlp_forward",
         x_TD.dtype,
         (
-            *addresses(x_TD, up_EGD, down_EDF, up_bias_EG, down_bias_ED, None, None, ids, weights_TK, y_TD, z),
-            *(order, offsets),
-            *_mlp_sizes(experts_TK, up_EGD, down_EDF, act),
-            *(first_row, last_row, threads(experts_TK.numel(), *up_EGD.shape[1:]), ACTIVATIONS.index(act.name)),
+            *addresses(x_TD, up_EGD, None, None, down_EDF, None, None, up_bias_EG, down_bias_ED, ids, weights_TK, y_TD, z),
+            *(order, offsets, first_row, last_row, threads(experts_TK.numel(), *up_EGD.shape[1:])),
+            *mlp_sizes(experts_TK, up_EGD.shape, down_EDF.shape[2], act, "plain"),
         ),
         (act.alpha, act.limit),
     )
@@ -296,9 +299,10 @@ def experts_mlp_backward(
         "mlp_backward",
         dtype,
         (
-            *addresses(dy_TD, z, x_TD, up_EGD, down_EDF, down_bias_ED, ids, float_weights, order, offsets, *gradients),
-            *_mlp_sizes(experts_TK, up_EGD, down_EDF, act),
-            *(threads(N, *up_EGD.shape[1:]), ACTIVATIONS.index(act.name)),
+            *addresses(dy_TD, z, x_TD, up_EGD, None, None, down_EDF, None, None, down_bias_ED, ids, float_weights),
+            *addresses(order, offsets, *gradients),
+            threads(N, *up_EGD.shape[1:]),
+            *mlp_sizes(experts_TK, up_EGD.shape, down_EDF.shape[2], act, "plain"),
         ),
         (act.alpha, act.limit),
     )

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedonemoe.ops.activation import ACTIVATIONS, PLAIN, Activation
+from fusedonemoe.ops.activation import PLAIN, Activation
 from fusedonemoe.ops.cpu import build, native
 
 PANEL_DIMS = 5
@@ -136,10 +136,10 @@ def experts_mlp_packed(
         "mlp_forward",
         x_TD.dtype,
         (
-            *native.addresses(*(x_TD, None, None, up_bias_EG, down_bias_ED, packed_up, packed_down, ids, weights_TK, y_TD, None)),
-            *(order, order + 4 * N),
-            *(*experts_TK.shape, E, D, F, G, *native.gate_up_rows(activation, F)),
-            *(0, 0, native.threads(N, G, D), ACTIVATIONS.index(activation.name)),
+            *native.addresses(x_TD, packed_up, None, None, packed_down, None, None, up_bias_EG, down_bias_ED),
+            *native.addresses(ids, weights_TK, y_TD, None),
+            *(order, order + 4 * N, 0, 0, native.threads(N, G, D)),
+            *native.mlp_sizes(experts_TK, (E, G, D), F, activation, "panels"),
         ),
         (activation.alpha, activation.limit),
     )

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedonemoe.ops.activation import ACTIVATIONS, Activation
+from fusedonemoe.ops.activation import Activation
 from fusedonemoe.ops.cpu import native
 from fusedonemoe.ops.grouped import saved_rows
 from fusedonemoe.ops.operands import Reader, check_dim, check_percent, check_widths, reader_of
@@ -64,7 +64,7 @@ def _read(
         check_dim(f"{name}_scale", weight.scale, 2 if weight.bits == 8 else 3)
     (T, D), (E, G, _), F = x_TD.shape, up.shape, down.shape[2]
     check_widths(G, F, act)
-    if _width_of_bits(up)[0] != down.bits or (down.bits == 4 and up.group_size != down.group_size):
+    if up.bits != down.bits or (down.bits == 4 and up.group_size != down.group_size):
         raise ValueError("down must have the bits and the group size of up")
     experts_TK, weights_TK = reader.routing(experts_TK, weights_TK, T)
     return reader, (
@@ -85,13 +85,7 @@ def experts_mlp_checked(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _sizes(experts_TK: Tensor, up: QuantizedWeight, down: QuantizedWeight, act: Activation) -> tuple[int, ...]:
-    E, G, D = up.shape
-    F = down.shape[2]
-    return (*experts_TK.shape, E, D, F, G, *native.gate_up_rows(act, F))
-
-
-def _width_of_bits(up: QuantizedWeight) -> tuple[int, int]:
-    return up.bits, up.group_size
+    return native.mlp_sizes(experts_TK, up.shape, down.shape[2], act, f"int{up.bits}", up.group_size)
 
 
 def experts_mlp(
@@ -135,12 +129,12 @@ def _run_forward(
     x_TD, ids, weights_TK = x_TD.contiguous(), native.as_ids(experts_TK), native.as_float_weights(weights_TK)
     up_bias_EG, down_bias_ED = native.as_bias(up_bias_EG), native.as_bias(down_bias_ED)
     native.call(
-        "quantized_forward",
+        "mlp_forward",
         x_TD.dtype,
         (
             *native.addresses(x_TD, *up, *down, up_bias_EG, down_bias_ED, ids, weights_TK, y_TD, z, order, offsets),
+            *(*rows, native.threads(experts_TK.numel(), *up.shape[1:])),
             *_sizes(experts_TK, up, down, act),
-            *(*rows, native.threads(experts_TK.numel(), *up.shape[1:]), ACTIVATIONS.index(act.name), *_width_of_bits(up)),
         ),
         (act.alpha, act.limit),
     )
@@ -177,12 +171,13 @@ def experts_mlp_backward(
     ids, float_weights = native.as_ids(experts_TK), native.as_float_weights(weights_TK)
     gradients = native.new_gradients(needs, x_TD, weights_TK, up_bias_EG, down_bias_ED)
     native.call(
-        "quantized_backward",
+        "mlp_backward",
         dtype,
         (
-            *native.addresses(dy_TD, z, *up, *down, down_bias_ED, ids, float_weights, order, offsets, *gradients),
+            *native.addresses(dy_TD, z, None, *up, *down, down_bias_ED, ids, float_weights, order, offsets),
+            *native.addresses(*gradients[:2], None, None, *gradients[2:]),
+            native.threads(N, *up.shape[1:]),
             *_sizes(experts_TK, up, down, act),
-            *(native.threads(N, *up.shape[1:]), ACTIVATIONS.index(act.name), *_width_of_bits(up)),
         ),
         (act.alpha, act.limit),
     )

@@ -1,37 +1,26 @@
-// Rows of tokens times columns of a weight whose rows lie in memory along the columns: the product of the backward passes
-// and of the merged projection. Lanes are columns.
+// The product of rows of tokens and columns of a weight whose rows are contiguous in memory: for the backward
+// passes and the merged projection. Lanes are columns.
 #pragma once
 #include "panel.h"
 
 constexpr int ROWS_AT_ONCE = 6, VECTORS = ACCUMULATORS / ROWS_AT_ONCE, COLUMNS = VECTORS * LANES;
 static constexpr int blocks_of(int columns) { return (columns + COLUMNS - 1) / COLUMNS; }
-// Units of k that are packed and summed at once: 64 KiB of panel, so that it, the rows and what is read ahead share the second
-// cache. Sums of chunks are added in order, for however many rows, so a row's bits depend on no other row.
+// Units of k that are packed and summed at once. A panel then has 64 KiB, and shares the second cache with
+// the rows and the prefetched weights. Sums of chunks are added in order for any number of rows, so a row's
+// bits depend on no other row.
 constexpr int CHUNK_UNITS = 256;
-// Rows that go over one packing; their unfinished sums fit into the second cache, too.
+// Rows that are multiplied by one panel; their unfinished sums fit into the second cache, too.
 constexpr int ROWS_PER_PACKING = 40 * ROWS_AT_ONCE;
-// Blocks of columns that are multiplied in turns, so that longer pieces of rows are read ahead: memory likes those.
+// Blocks of columns that are multiplied in turn, so that longer pieces of rows are prefetched, which memory
+// serves faster.
 constexpr int BLOCKS_IN_TURNS = 4;
 
-// The first `cols` columns from `first` on, of rows `stride` apart; rows from `split` on count from `second`.
-template <class T> struct WeightRows {
-    const T* first;
-    ptrdiff_t stride;
-    int count, cols;
-    const T* second = nullptr;
-    int split = 0x7fffffff;
-
-    INLINE const T* row(int k) const { return k < split ? first + k * stride : second + (k - split) * stride; }
-};
-
-// Elements that lie in a row, to be read ahead.
-template <class T> static inline WeightRows<T> run_of(const T* first, size_t count) {
-    constexpr int LENGTH = 2048 / sizeof(T);
-    return {first, LENGTH, (int)((count + LENGTH - 1) / LENGTH), LENGTH};
+// One unit of k: two vectors of columns of one row, or of a pair of rows interleaved. The odd row may be
+// missing.
+template <class T> static INLINE void unit_of_columns(const T* row, const T*, vf (&v)[2]) {
+    v[0] = load_wide(row);
+    v[1] = load_wide(row + LANES);
 }
-
-// One unit of k: two vectors of columns of one row, or of a pair of rows side by side; there may be no odd row.
-template <class T> static INLINE void unit_of_columns(const T* row, const T*, vf (&v)[2]) { v[0] = load_wide(row), v[1] = load_wide(row + LANES); }
 #if defined(__AVX512BF16__)
 typedef uint16_t two_vh __attribute__((vector_size(LANES * 4)));
 template <int FROM, size_t... J> static INLINE vf paired(two_vh even, two_vh odd, std::index_sequence<J...>) {
@@ -40,32 +29,68 @@ template <int FROM, size_t... J> static INLINE vf paired(two_vh even, two_vh odd
 static INLINE void unit_of_columns(const bf16* even, const bf16* odd, vf (&v)[2]) {
     constexpr auto all = std::make_index_sequence<2 * LANES>{};
     const two_vh e = load<two_vh>(even), o = odd ? load<two_vh>(odd) : two_vh{};
-    v[0] = paired<0>(e, o, all), v[1] = paired<LANES>(e, o, all);
+    v[0] = paired<0>(e, o, all);
+    v[1] = paired<LANES>(e, o, all);
 }
 #endif
 
-// The same where only `cols` columns exist, cols < 2 * LANES; the rest are zeros.
-template <class T> static INLINE void unit_of_some_columns(const T* even, const T* odd, int cols, vf (&v)[2]) {
+// The same for fewer than 2 * LANES columns; the rest are zeros.
+template <class T>
+static INLINE void unit_of_some_columns(const T* even, const T* odd, int cols, vf (&v)[2]) {
     T some[2][2 * LANES] = {};
     memcpy((void*)some[0], even, cols * sizeof(T));
     if (odd) memcpy((void*)some[1], odd, cols * sizeof(T));
     unit_of_columns(some[0], some[1], v);
 }
 
-// Columns of k rows as a panel [units of k][COLUMNS]; columns that do not exist are zero.
-template <class M, class Row> static inline void pack_columns(Row row, int k, int cols, typename M::U* panel) {
+// Copies columns of k rows into a panel [units of k][COLUMNS]; columns that do not exist are zero.
+template <class M, class Row>
+static inline void pack_columns(Row row, int k, int cols, typename M::U* panel) {
     for (int i = 0; i < k; i += M::PER, panel += COLUMNS) {
         const typename M::T *even = row(i), *odd = M::PER == 2 && i + 1 < k ? row(i + 1) : nullptr;
         for (int c = 0; c < COLUMNS; c += 2 * LANES) {
             vf v[2];
-            if (c + 2 * LANES <= cols) unit_of_columns(even + c, odd ? odd + c : nullptr, v);
-            else unit_of_some_columns(even + std::min(c, cols), odd ? odd + std::min(c, cols) : nullptr, std::max(cols - c, 0), v);
-            store(panel + c, v[0]), store(panel + c + LANES, v[1]);
+            if (c + 2 * LANES <= cols)
+                unit_of_columns(even + c, odd ? odd + c : nullptr, v);
+            else
+                unit_of_some_columns(even + std::min(c, cols), odd ? odd + std::min(c, cols) : nullptr,
+                                     std::max(cols - c, 0), v);
+            store(panel + c, v[0]);
+            store(panel + c + LANES, v[1]);
         }
     }
 }
 
-// Asks for some rows of weights, a few lines at each step: in bursts they would wait for each other, and the products for them.
+template <class T> class RowsAhead;
+
+// The first `cols` columns of `count` rows that begin `stride` elements apart: rows below `split` from
+// `first` on, the others from `second` on.
+template <class T> struct WeightRows {
+    static constexpr bool IN_PLACE = true;  // a few rows of tokens are multiplied without a panel
+    const T* first;
+    ptrdiff_t stride;
+    int count, cols;
+    const T* second = nullptr;
+    int split = 0x7fffffff;
+
+    INLINE const T* row(int k) const {
+        return k < split ? first + k * stride : second + (k - split) * stride;
+    }
+    // Rows [begin, begin + n), to be prefetched over this many steps.
+    RowsAhead<T> ahead(int begin, int n, int64_t steps) const { return {*this, begin, begin + n, steps}; }
+    template <class M> void pack(int k0, int k, int c0, int cols, typename M::U* panel) const {
+        pack_columns<M>([&](int i) { return row(k0 + i) + c0; }, k, cols, panel);
+    }
+};
+
+// Contiguous elements, to be prefetched.
+template <class T> static inline WeightRows<T> run_of(const T* first, size_t count) {
+    constexpr int LENGTH = 2048 / sizeof(T);
+    return {first, LENGTH, (int)((count + LENGTH - 1) / LENGTH), LENGTH};
+}
+
+// Prefetches rows of weights, a few lines at each step: a burst of prefetches would wait for memory, and the
+// products would wait for the burst.
 template <class T> class RowsAhead {
     WeightRows<T> rows{};
     int next = 0, end = 0, line = 0, lines = 1, at_once = 0;
@@ -73,14 +98,18 @@ template <class T> class RowsAhead {
   public:
     RowsAhead() {}
     RowsAhead(const WeightRows<T>& rows, int begin, int end, int64_t steps)
-        : rows(rows), next(begin), end(std::min(end, rows.count)), lines((int)(rows.cols * sizeof(T) + 63) / 64) {
+        : rows(rows), next(begin), end(std::min(end, rows.count)),
+          lines((int)(rows.cols * sizeof(T) + 63) / 64) {
         at_once = (int)((int64_t)std::max(this->end - begin, 0) * lines / std::max<int64_t>(steps, 1)) + 1;
     }
     INLINE void step() {
         for (int i = 0; i < at_once; i++) {
             if (next >= end) return;
             __builtin_prefetch((const char*)rows.row(next) + 64 * line, 0, 2);
-            if (++line == lines) line = 0, next++;
+            if (++line == lines) {
+                line = 0;
+                next++;
+            }
         }
     }
 };
@@ -89,98 +118,125 @@ typedef vf Block[ROWS_AT_ONCE][VECTORS];
 
 // acc[r] = rows[r] . panel for n rows, 1 <= n <= ROWS_AT_ONCE.
 template <class M, int ROWS, class Ahead>
-static INLINE void multiply_packed(const typename M::T* const* rows, int n, const typename M::U* panel, int k, Ahead& ahead, Block& acc) {
+static INLINE void multiply_packed(const typename M::T* const* rows, int n, const typename M::U* panel, int k,
+                                   Ahead& ahead, Block& acc) {
     const typename M::T* p[ROWS];
-    for (int r = 0; r < ROWS; r++) p[r] = rows[std::min(r, n - 1)];
+    for (int r = 0; r < ROWS; r++)
+        p[r] = rows[std::min(r, n - 1)];
     vf part[ROWS][VECTORS];
     lanes_tile<M, ROWS, VECTORS>([&](int r) { return p[r]; }, panel, k, ahead, part);
     memcpy((void*)acc, part, sizeof(part));
 }
 template <class M, class Ahead>
-static inline void multiply(const typename M::T* const* rows, int n, const typename M::U* panel, int k, Ahead& ahead, Block& acc) {
-    if (n <= 2) multiply_packed<M, 2>(rows, n, panel, k, ahead, acc);
-    else if (n <= 4) multiply_packed<M, 4>(rows, n, panel, k, ahead, acc);
-    else multiply_packed<M, ROWS_AT_ONCE>(rows, n, panel, k, ahead, acc);
+static inline void multiply(const typename M::T* const* rows, int n, const typename M::U* panel, int k,
+                            Ahead& ahead, Block& acc) {
+    if (n <= 2)
+        multiply_packed<M, 2>(rows, n, panel, k, ahead, acc);
+    else if (n <= 4)
+        multiply_packed<M, 4>(rows, n, panel, k, ahead, acc);
+    else
+        multiply_packed<M, ROWS_AT_ONCE>(rows, n, panel, k, ahead, acc);
 }
 
-// The same with rows [k0, k0 + k) of the weights as they lie, for so few rows of tokens that packing would cost more.
+// The same with rows [k0, k0 + k) of the weights in place, for so few rows of tokens that packing would cost
+// more.
 template <class M, int ROWS, class Ahead>
-static INLINE void multiply_in_place(const typename M::T* const* rows, int n, const WeightRows<typename M::T>& w, int c0, int k0, int k, Ahead& ahead,
+static INLINE void multiply_in_place(const typename M::T* const* rows, int n,
+                                     const WeightRows<typename M::T>& w, int c0, int k0, int k, Ahead& ahead,
                                      Block& acc) {
     using T = typename M::T;
     const T* p[ROWS];
-    for (int r = 0; r < ROWS; r++) p[r] = rows[std::min(r, n - 1)];
+    for (int r = 0; r < ROWS; r++)
+        p[r] = rows[std::min(r, n - 1)];
     vf sum[ROWS][VECTORS];
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 8
-        for (int c = 0; c < VECTORS; c++) sum[r][c] = vf{};
+        for (int c = 0; c < VECTORS; c++)
+            sum[r][c] = vf{};
     for (int i = 0; i < k; i += M::PER) {
         if (i % (LANES * M::PER) == 0) ahead.step();
-        const T *even = w.row(k0 + i) + c0, *odd = M::PER == 2 && i + 1 < k ? w.row(k0 + i + 1) + c0 : nullptr;
+        const T *even = w.row(k0 + i) + c0,
+                *odd = M::PER == 2 && i + 1 < k ? w.row(k0 + i + 1) + c0 : nullptr;
         vf b[VECTORS / 2][2];
 #pragma GCC unroll 8
-        for (int c = 0; c < VECTORS / 2; c++) unit_of_columns(even + c * 2 * LANES, odd ? odd + c * 2 * LANES : nullptr, b[c]);
+        for (int c = 0; c < VECTORS / 2; c++)
+            unit_of_columns(even + c * 2 * LANES, odd ? odd + c * 2 * LANES : nullptr, b[c]);
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++) {
             const typename M::U unit = M::unit(p[r] + i, k - i);
 #pragma GCC unroll 8
-            for (int c = 0; c < VECTORS; c++) sum[r][c] = M::step(sum[r][c], unit, b[c / 2][c % 2]);
+            for (int c = 0; c < VECTORS; c++)
+                sum[r][c] = M::step(sum[r][c], unit, b[c / 2][c % 2]);
         }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 8
-        for (int c = 0; c < VECTORS; c++) acc[r][c] = sum[r][c];
+        for (int c = 0; c < VECTORS; c++)
+            acc[r][c] = sum[r][c];
 }
 template <class M, class Ahead>
-static inline void multiply_few(const typename M::T* const* rows, int n, const WeightRows<typename M::T>& w, int c0, int k0, int k, Ahead& ahead, Block& acc) {
-    if (n == 1) multiply_in_place<M, 1>(rows, n, w, c0, k0, k, ahead, acc);
-    else if (n == 2) multiply_in_place<M, 2>(rows, n, w, c0, k0, k, ahead, acc);
-    else if (n <= 4) multiply_in_place<M, 4>(rows, n, w, c0, k0, k, ahead, acc);
-    else multiply_in_place<M, ROWS_AT_ONCE>(rows, n, w, c0, k0, k, ahead, acc);
+static inline void multiply_few(const typename M::T* const* rows, int n, const WeightRows<typename M::T>& w,
+                                int c0, int k0, int k, Ahead& ahead, Block& acc) {
+    if (n == 1)
+        multiply_in_place<M, 1>(rows, n, w, c0, k0, k, ahead, acc);
+    else if (n == 2)
+        multiply_in_place<M, 2>(rows, n, w, c0, k0, k, ahead, acc);
+    else if (n <= 4)
+        multiply_in_place<M, 4>(rows, n, w, c0, k0, k, ahead, acc);
+    else
+        multiply_in_place<M, ROWS_AT_ONCE>(rows, n, w, c0, k0, k, ahead, acc);
 }
 
-// What a thread needs for products.
+// Scratch memory of one thread for products.
 template <class M> struct ProductScratch {
     alignas(64) typename M::U panel[CHUNK_UNITS * COLUMNS];
     vf sums[BLOCKS_IN_TURNS][ROWS_PER_PACKING][VECTORS];
 };
 
-// finish(b, r, n, block) for rows r .. r + n of an expert's m and block b of up to BLOCKS_IN_TURNS of w's columns: block =
-// row(r ..) . w. r is even. `next` is what this thread multiplies next.
-template <class M, class Row, class Finish>
-static inline void product(Row row, int m, const WeightRows<typename M::T>& w, const WeightRows<typename M::T>& next, ProductScratch<M>& scratch,
+// Multiplies m rows by the columns of w, in up to BLOCKS_IN_TURNS blocks. Calls finish(b, r, n, block) with
+// block = rows r .. r + n times block b of the columns; r is even. `next` is what this thread multiplies
+// next.
+template <class M, class Columns, class Row, class Finish>
+static inline void product(Row row, int m, const Columns& w, const Columns& next, ProductScratch<M>& scratch,
                            Finish finish) {
     using T = typename M::T;
     constexpr int CHUNK = CHUNK_UNITS * M::PER;
     const int blocks = blocks_of(w.cols);
     for (int first = 0; first < m; first += ROWS_PER_PACKING) {
-        const int count = std::min(ROWS_PER_PACKING, m - first), tiles = (count + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+        const int count = std::min(ROWS_PER_PACKING, m - first),
+                  tiles = (count + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
         int k0 = 0;
         do {
             const int k = std::min(CHUNK, w.count - k0);
             const bool last = k0 + k == w.count;
             const int64_t steps = (int64_t)blocks * tiles * (k / (LANES * M::PER));
-            RowsAhead<T> ahead = !last                              ? RowsAhead<T>(w, k0 + k, k0 + k + CHUNK, steps)
-                                 : first + ROWS_PER_PACKING < m ? RowsAhead<T>(w, 0, CHUNK, steps)
-                                                                : RowsAhead<T>(next, 0, CHUNK, steps);
+            auto ahead = !last                          ? w.ahead(k0 + k, CHUNK, steps)
+                         : first + ROWS_PER_PACKING < m ? w.ahead(0, CHUNK, steps)
+                                                        : next.ahead(0, CHUNK, steps);
             for (int b = 0; b < blocks; b++) {
                 const int c0 = b * COLUMNS, cols = std::min(COLUMNS, w.cols - c0);
-                const bool few = m <= ROWS_AT_ONCE && cols == COLUMNS;
-                if (!few) pack_columns<M>([&](int i) { return w.row(k0 + i) + c0; }, k, cols, scratch.panel);
+                const bool few = Columns::IN_PLACE && m <= ROWS_AT_ONCE && cols == COLUMNS;
+                if (!few) w.template pack<M>(k0, k, c0, cols, scratch.panel);
                 for (int tile = 0, r = 0; tile < tiles; tile++) {
-                    const int left = tiles - tile, n = std::min(((count - r + left - 1) / left + 1) / 2 * 2, count - r);
+                    const int left = tiles - tile,
+                              n = std::min(((count - r + left - 1) / left + 1) / 2 * 2, count - r);
                     const T* rows[ROWS_AT_ONCE];
-                    for (int i = 0; i < n; i++) rows[i] = row(first + r + i) + k0;
+                    for (int i = 0; i < n; i++)
+                        rows[i] = row(first + r + i) + k0;
                     Block acc;
-                    if (few) multiply_few<M>(rows, n, w, c0, k0, k, ahead, acc);
-                    else multiply<M>(rows, n, scratch.panel, k, ahead, acc);
+                    if (!few) multiply<M>(rows, n, scratch.panel, k, ahead, acc);
+                    if constexpr (Columns::IN_PLACE)
+                        if (few) multiply_few<M>(rows, n, w, c0, k0, k, ahead, acc);
                     vf(*sums)[VECTORS] = scratch.sums[b] + r;
                     for (int i = 0; k0 && i < n; i++)
-                        for (int c = 0; c < VECTORS; c++) acc[i][c] += sums[i][c];
-                    if (last) finish(b, first + r, n, acc);
-                    else memcpy((void*)sums, acc, n * sizeof(acc[0]));
+                        for (int c = 0; c < VECTORS; c++)
+                            acc[i][c] += sums[i][c];
+                    if (last)
+                        finish(b, first + r, n, acc);
+                    else
+                        memcpy((void*)sums, acc, n * sizeof(acc[0]));
                     r += n;
                 }
             }
@@ -191,6 +247,8 @@ static inline void product(Row row, int m, const WeightRows<typename M::T>& w, c
 
 static INLINE void store_row(const vf (&acc)[VECTORS], float* out, int cols) {
     for (int c = 0; c < VECTORS; c++)
-        if (cols >= (c + 1) * LANES) store(out + c * LANES, acc[c]);
-        else store_some(acc[c], out + c * LANES, std::clamp(cols - c * LANES, 0, LANES));
+        if (cols >= (c + 1) * LANES)
+            store(out + c * LANES, acc[c]);
+        else
+            store_some(acc[c], out + c * LANES, std::clamp(cols - c * LANES, 0, LANES));
 }

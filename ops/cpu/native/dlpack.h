@@ -1,4 +1,5 @@
-// A buffer of the pool as a DLPack tensor, which is how Python gets one that comes back here when the tensor dies.
+// A buffer of the pool as a DLPack tensor. Python makes a tensor of it, and its memory returns to the pool
+// when that tensor dies.
 #pragma once
 #include "layer.h"
 
@@ -21,15 +22,18 @@ struct PooledTensor {
     size_t capacity;
 };
 
+static inline void give_back(ManagedTensor* managed) {
+    auto* tensor = (PooledTensor*)managed->context;
+    Memory::pool().give((char*)managed->data, tensor->capacity);
+    delete tensor;
+}
+
 static inline ManagedTensor* pooled_bytes(int64_t bytes) {
+    constexpr int32_t CPU = 1, UNSIGNED = 1, DIMENSIONS = 1;
     auto block = Memory::pool().take((size_t)bytes);
     auto* t = new PooledTensor{};
     t->bytes = bytes;
     t->capacity = block.size;
-    t->managed = {block.data, 1 /* CPU */, 0, 1, 1 /* unsigned */, 8, 1, &t->bytes, nullptr, 0, t, [](ManagedTensor* m) {
-                      auto* self = (PooledTensor*)m->context;
-                      Memory::pool().give((char*)m->data, self->capacity);
-                      delete self;
-                  }};
+    t->managed = {block.data, CPU, 0, DIMENSIONS, UNSIGNED, 8, 1, &t->bytes, nullptr, 0, t, give_back};
     return &t->managed;
 }

@@ -1,4 +1,5 @@
-// What every kernel needs to know of a layer: its arguments, its plan, its scratch memory.
+// What all kernels share: scratch memory, the plan of the rows by expert, tasks, and the sum over a token's
+// experts.
 #pragma once
 #include <atomic>
 #include <mutex>
@@ -14,9 +15,9 @@
 #endif
 #include "tile.h"
 
-// Large buffers are kept between calls: a fresh one costs a page fault for every 4 KiB, more than the products in it. At
-// most as much lies idle as was in use at once. Hidden, because gcc otherwise makes the pool one for all libraries of a process,
-// those of another version of this code included.
+// Keeps large buffers between calls: a fresh buffer costs a page fault for every 4 KiB, more than the
+// products in it. At most as many bytes are idle as were in use at once. The class is hidden because gcc
+// otherwise shares one pool among all libraries of a process, other versions of this code included.
 class __attribute__((visibility("hidden"))) Memory {
   public:
     struct Block {
@@ -30,10 +31,11 @@ class __attribute__((visibility("hidden"))) Memory {
     std::vector<Block> idle;
     size_t in_use = 0, most_in_use = 0, idle_bytes = 0, peak = 0, peak_from = 0;
 
-    // fork() copies the mutex as it is. Another thread may hold it, which the child does not have; so the forking thread takes it
-    // first.
+    // fork() copies the mutex as it is. A thread that does not exist in the child may hold it, so the forking
+    // thread takes it first.
     Memory() {
-        pthread_atfork([] { instance->mutex.lock(); }, [] { instance->mutex.unlock(); }, [] { instance->mutex.unlock(); });
+        pthread_atfork([] { instance->mutex.lock(); }, [] { instance->mutex.unlock(); },
+                       [] { instance->mutex.unlock(); });
     }
 
     static void release(Block b) {
@@ -44,8 +46,8 @@ class __attribute__((visibility("hidden"))) Memory {
 #endif
     }
 
-    // Made when the library is loaded: a static of a function is made behind a lock, which a forked child could find taken. Never
-    // destroyed: tensors may outlive this library's static objects.
+    // Made when the library is loaded: C++ makes a function's static behind a lock, and a forked child could
+    // find that lock taken. Never destroyed: tensors may outlive this library's static objects.
     static Memory* const instance;
 
   public:
@@ -56,7 +58,9 @@ class __attribute__((visibility("hidden"))) Memory {
             std::lock_guard<std::mutex> guard(mutex);
             size_t best = idle.size();
             for (size_t i = 0; i < idle.size(); i++)
-                if (idle[i].size >= size && idle[i].size <= 2 * size && (best == idle.size() || idle[i].size < idle[best].size)) best = i;
+                if (idle[i].size >= size && idle[i].size <= 2 * size &&
+                    (best == idle.size() || idle[i].size < idle[best].size))
+                    best = i;
             const bool found = best < idle.size();
             Block b{nullptr, size};
             if (found) {
@@ -97,9 +101,10 @@ class __attribute__((visibility("hidden"))) Memory {
                 idle.erase(idle.begin());
             }
         }
-        for (Block b : surplus) release(b);
+        for (Block b : surplus)
+            release(b);
     }
-    // The most bytes in use at once since the last call, beyond those in use at that call.
+    // The most bytes in use at once since the last call, less those in use at that call.
     size_t peak_since_last() {
         std::lock_guard<std::mutex> guard(mutex);
         const size_t rise = peak > peak_from ? peak - peak_from : 0;
@@ -114,7 +119,8 @@ class __attribute__((visibility("hidden"))) Memory {
             idle_bytes = 0;
             most_in_use = in_use;
         }
-        for (Block b : all) release(b);
+        for (Block b : all)
+            release(b);
     }
 };
 inline Memory* const Memory::instance = new Memory;
@@ -139,9 +145,18 @@ class Scratch {
     }
 };
 
-// How the rows of the up-projection hold gate and up: row f of the gate is gate + f * step.
+// The rows of the up-projection: row f of the gate half is gate + f * step, of the up half up + f * step.
 struct GateUp {
     ptrdiff_t gate, up, step;
+};
+
+// The rows of a weight in the order in which a product takes them: `split` rows from `first` on, then the
+// others from `second` on.
+struct RowOrder {
+    ptrdiff_t first, second, step;
+    int split, count;
+
+    ptrdiff_t row(int k) const { return k < split ? first + k * step : second + (k - split) * step; }
 };
 
 struct Plan {
@@ -159,7 +174,7 @@ struct Plan {
             if (count(e)) ids.push_back(e);
         return ids;
     }
-    // Whether make_plan makes this of these ids.
+    // True if make_plan makes this plan of these ids.
     bool is_of(const int64_t* ids, int num_rows) const {
         if (offsets[0] != 0 || routed() > num_rows) return false;
         for (int e = 0; e < num_experts; e++)
@@ -175,41 +190,48 @@ struct Plan {
     }
 };
 
-// A plan that comes from outside, from autograd or from a caller of the operator. All memory of a pass is reached through it.
-static inline Plan given_plan(int num_experts, int top_k, const int32_t* order, const int32_t* offsets, const int64_t* ids, int num_rows) {
+// A plan that the caller made, checked: every address that a pass computes depends on it.
+static inline Plan given_plan(int num_experts, int top_k, const int32_t* order, const int32_t* offsets,
+                              const int64_t* ids, int num_rows) {
     const Plan plan{num_experts, top_k, order, offsets};
     if (!plan.is_of(ids, num_rows)) throw std::invalid_argument("plan");
     return plan;
 }
 
-// Stable counting sort of the rows by expert; ids outside [0, E) go to the end.
-static inline void make_plan(const int64_t* ids, int num_rows, int num_experts, int32_t* order, int32_t* offsets) {
+// Makes a plan: a stable counting sort of the rows by expert. Ids outside [0, E) go to the end.
+static inline void make_plan(const int64_t* ids, int num_rows, int num_experts, int32_t* order,
+                             int32_t* offsets) {
     std::vector<int32_t> next(num_experts + 1, 0);
     auto bin = [&](int64_t id) { return id >= 0 && id < num_experts ? (int)id : num_experts; };
-    for (int n = 0; n < num_rows; n++) next[bin(ids[n])]++;
+    for (int n = 0; n < num_rows; n++)
+        next[bin(ids[n])]++;
     int32_t sum = 0;
     for (int e = 0; e <= num_experts; e++) {
         int32_t count = next[e];
         next[e] = offsets[e] = sum;
         sum += count;
     }
-    for (int n = 0; n < num_rows; n++) order[next[bin(ids[n])]++] = n;
+    for (int n = 0; n < num_rows; n++)
+        order[next[bin(ids[n])]++] = n;
 }
 
-// Where each flattened row t * K + j stands in sorted order; -1 for a row without an expert.
+// The sorted position of each routed row t * K + j; -1 for a row without an expert.
 static inline void invert(const Plan& plan, int num_rows, int32_t* position) {
-    for (int i = 0; i < num_rows; i++) position[plan.order[i]] = i < plan.routed() ? i : -1;
+    for (int i = 0; i < num_rows; i++)
+        position[plan.order[i]] = i < plan.routed() ? i : -1;
 }
 
-// Tasks are taken in order from a counter: whoever is free takes the next, and no result depends on who did.
+// Threads take tasks in order from a counter. No result depends on which thread takes which task.
 class Tasks {
     std::atomic<int64_t> next{0};
 
   public:
     template <class Body> void run(int64_t count, Body body) {
-        for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(task);
+        for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < count;)
+            body(task);
     }
-    // The same, telling the body which task this thread will do after this one; `count` or more when there is none.
+    // The same, with the task that this thread takes next as a second argument; it is `count` or more when
+    // there is none.
     template <class Body> void run_with_next(int64_t count, Body body) {
         int64_t task = next.fetch_add(1, std::memory_order_relaxed);
         while (task < count) {
@@ -218,21 +240,33 @@ class Tasks {
             task = following;
         }
     }
-    // A task for every expert and block of something.
+    // One task for each expert and block.
     template <class Body> void run(int experts, int blocks, Body body) {
-        run((int64_t)experts * blocks, [&](int64_t task) { body((int)(task / blocks), (int)(task % blocks)); });
+        run((int64_t)experts * blocks,
+            [&](int64_t task) { body((int)(task / blocks), (int)(task % blocks)); });
     }
 };
 
-// y_t = sum_j w_tj * rows[position(t, j)] (+ w_tj * bias of its expert), in the order of j, rounded once.
+// Calls work(thread) on so many threads. One thread needs no parallel region, which takes as long as a row of
+// the router.
+template <class Work> static inline void in_threads(int64_t threads, Work work) {
+    if (threads == 1) return work(0);
+    std::atomic<int> next{0};
+#pragma omp parallel num_threads(threads)
+    work(next++);
+}
+
+// y_t = sum_j w_tj (rows[position(t, j)] + bias of its expert), in the order of j, rounded once. bias may be
+// null.
 template <class T>
-static inline void combine(const float* rows, const int32_t* position, const int64_t* ids, const float* weights, const T* bias, int t,
-                           int top_k, int width, T* y) {
+static inline void combine(const float* rows, const int32_t* position, const int64_t* ids,
+                           const float* weights, const T* bias, int t, int top_k, int width, T* y) {
     constexpr int BLOCK = 256;
     float acc[BLOCK];
     for (int begin = 0; begin < width; begin += BLOCK) {
         const int n = std::min(BLOCK, width - begin);
-        for (int d = 0; d < n; d++) acc[d] = 0.f;
+        for (int d = 0; d < n; d++)
+            acc[d] = 0.f;
         for (int j = 0; j < top_k; j++) {
             const int64_t at = (int64_t)t * top_k + j;
             if (position[at] < 0) continue;
@@ -240,11 +274,14 @@ static inline void combine(const float* rows, const int32_t* position, const int
             const float w = weights ? weights[at] : 1.f;
             if (bias) {
                 const T* b = bias + (size_t)ids[at] * width + begin;
-                for (int d = 0; d < n; d++) acc[d] += w * (row[d] + widen(b[d]));
+                for (int d = 0; d < n; d++)
+                    acc[d] += w * (row[d] + widen(b[d]));
             } else {
-                for (int d = 0; d < n; d++) acc[d] += w * row[d];
+                for (int d = 0; d < n; d++)
+                    acc[d] += w * row[d];
             }
         }
-        for (int d = 0; d < n; d++) narrow(acc[d], y + (size_t)t * width + begin + d);
+        for (int d = 0; d < n; d++)
+            narrow(acc[d], y + (size_t)t * width + begin + d);
     }
 }

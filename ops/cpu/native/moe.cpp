@@ -1,19 +1,17 @@
-// Entry points of one element type, which is given as -DELEMENT=f32, bf16 or f16, and behind those of f32 the common ones. An
+// Entry points for one element type, -DELEMENT=f32, bf16 or f16, and with -DCOMMON those for all types. An
 // argument block is an array of 8-byte words that Python fills in the order of the struct.
 #include "dlpack.h"
 #include "fork.h"
+#include "formats.h"
 #include "merged.h"
-#include "mlp_backward.h"
-#include "mlp_forward.h"
 #include "neurons_backward.h"
 #include "neurons_forward.h"
-#include "quantized.h"
-#include "quantized_backward.h"
+#include "packing.h"
 #include "route.h"
 
 template <class Pass, class Args> __attribute__((noinline)) static int run_pass(const Args& args) {
     try {
-        Pass(args).run();
+        Pass{args}.run();
         return 0;
     } catch (const std::bad_alloc&) {
         return 1;
@@ -40,14 +38,12 @@ typedef ELEMENT Mac;
 using element::Mac;
 
 extern "C" {
-int ENTRY(mlp_forward)(const void* args) { return run<ForwardPass<Mac>, MLPForward>(args); }
-int ENTRY(mlp_backward)(const void* args) { return run<BackwardPass<Mac>, MLPBackward>(args); }
+int ENTRY(mlp_forward)(const void* args) { return run<MLPForwardPass<Mac>, MLPForward>(args); }
+int ENTRY(mlp_backward)(const void* args) { return run<MLPBackwardPass<Mac>, MLPBackward>(args); }
 int ENTRY(merged_forward)(const void* args) { return run<MergedForwardPass<Mac>, MergedForward>(args); }
 int ENTRY(merged_backward)(const void* args) { return run<MergedBackwardPass<Mac>, MergedBackward>(args); }
 int ENTRY(neurons_forward)(const void* args) { return run<NeuronsForwardPass<Mac>, NeuronsForward>(args); }
 int ENTRY(neurons_backward)(const void* args) { return run<NeuronsBackwardPass<Mac>, NeuronsBackward>(args); }
-int ENTRY(quantized_forward)(const void* args) { return run<OfBits<Mac, QuantizedForwardPass, QuantizedForward>, QuantizedForward>(args); }
-int ENTRY(quantized_backward)(const void* args) { return run<OfBits<Mac, QuantizedBackwardPass, QuantizedBackward>, QuantizedBackward>(args); }
 int ENTRY(route)(const void* args) { return run<RoutePass<Mac::T>, Route>(args); }
 int ENTRY(route_backward)(const void* args) { return run<RouteBackwardPass<Mac::T>, RouteBackward>(args); }
 int ENTRY(pack)(const void* args) { return run<PackingPass<Mac>, Pack>(args); }

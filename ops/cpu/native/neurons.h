@@ -1,28 +1,32 @@
-// What both directions of single-neuron experts (y_t = sum_j act(x_t . down_e) w_tj up_e) and of value memory (y_t = sum_j w_tj
-// table_e) do with a chunk of tokens.
+// Single-neuron experts, y_t = sum_j act(x_t . down_e) w_tj up_e, and value memory, y_t = sum_j w_tj table_e:
+// what both directions do with a chunk of tokens.
 //
-// Every routed row reads whole rows of tables that may be larger than any cache. A thread takes a chunk of tokens and groups its
-// routed rows by blocks of experts whose table rows fit into a third cache together, in the order of tokens inside a block. In
-// this order it forms all dot products, then all sums: a table row comes from memory once a chunk, and from that cache for
-// whoever else needs it; what belongs to a token stays in registers for all its rows of a block. What there is one number of for
-// a routed row stands at its place, t * K + j. The blocks depend on the tables alone, so an output's order of summation (blocks,
-// then j) depends on no other token and on no number of threads.
+// Each routed row reads whole rows of tables that may be larger than any cache. A thread takes a chunk of
+// tokens and groups its routed rows by blocks of experts, in the order of tokens inside a block. The table
+// rows of a block fit into a third cache together. In this order the thread computes all dot products, then
+// all sums. A table row then comes from memory once in a chunk, and from that cache for all other rows. The
+// data of a token stay in registers for all its rows of a block. Per-row scalars are stored at index t * K +
+// j. The blocks depend only on the tables, so the order of summation of an output (blocks, then j) depends on
+// no other token and on no number of threads.
 //
-// Sorted by expert, with a table row in registers and the tokens' rows in the second cache, it takes longer: 16-bit tables by a
-// quarter and more, for the float32 sums are then read and written for every routed row; tables of which a chunk needs hardly a
-// row twice by a fifth. Only where it needs every row several times, in float32, it was as fast.
+// An order by expert, with a table row in registers and the tokens' rows in the second cache, was slower. It
+// took a quarter longer or more for 16-bit tables, because it reads and writes the float32 sums for each
+// routed row. It took a fifth longer where a chunk hardly needs a table row twice. It was as fast only in
+// float32 where a chunk needs each table row several times.
 #pragma once
+#include "activation.h"
 #include "gradient.h"
 
 #define INLINED __attribute__((always_inline))
 
-// Inlined before gcc looks for functions without effect: it takes one that only prefetches for such, and drops the calls.
+// Always inlined: gcc takes a function that only prefetches for one without effect, and drops its calls.
 template <class T> static INLINE void prefetch_row(const T* row, int64_t width) {
-    for (size_t b = 0; b < width * sizeof(T); b += 64) __builtin_prefetch((const char*)row + b);
+    for (size_t b = 0; b < width * sizeof(T); b += 64)
+        __builtin_prefetch((const char*)row + b);
 }
 
-// The groups of experts. Measured from 512 KiB to 32 MiB: with small blocks what belongs to a token is read and written too often,
-// and large ones do not stay in a third cache.
+// The blocks of experts. Sizes from 512 KiB to 32 MiB were measured: small blocks read and write the data of
+// a token too often, and large ones leave a third cache.
 struct ExpertBlocks {
     static constexpr size_t BYTES = size_t(4) << 20;
     static constexpr int64_t MOST = 4096;
@@ -30,26 +34,30 @@ struct ExpertBlocks {
     int64_t count;
 
     ExpertBlocks(int64_t num_experts, size_t row_bytes) {
-        while ((size_t(2) << shift) * row_bytes <= BYTES || (num_experts - 1) >> shift >= MOST) shift++;
+        while ((size_t(2) << shift) * row_bytes <= BYTES || (num_experts - 1) >> shift >= MOST)
+            shift++;
         count = ((num_experts - 1) >> shift) + 1;
     }
 };
 
-// A routed row: its expert, and its place t * K + j in a chunk of tokens.
+// A routed row: its expert, and its index t * K + j in a chunk of tokens.
 struct RoutedRow {
     uint32_t expert, place;
 };
 
-// The routed rows of some tokens in groups; returns how many there are. `missing` hears of every place without an expert. `next` has a
-// number for each block.
+// Groups the routed rows of some tokens by block, and returns their number. Calls missing(index) for each row
+// without an expert. `next` has room for one number for each block.
 template <class Missing>
-static inline int64_t group_rows(const int64_t* ids, int64_t count, int64_t num_experts, const ExpertBlocks& blocks, RoutedRow* rows,
-                                 uint32_t* next, Missing missing) {
+static inline int64_t group_rows(const int64_t* ids, int64_t count, int64_t num_experts,
+                                 const ExpertBlocks& blocks, RoutedRow* rows, uint32_t* next,
+                                 Missing missing) {
     auto known = [&](int64_t id) { return (uint64_t)id < (uint64_t)num_experts; };
     std::fill(next, next + blocks.count, 0);
     for (int64_t n = 0; n < count; n++)
-        if (known(ids[n])) next[ids[n] >> blocks.shift]++;
-        else missing(n);
+        if (known(ids[n]))
+            next[ids[n] >> blocks.shift]++;
+        else
+            missing(n);
     uint32_t sum = 0;
     for (int64_t b = 0; b < blocks.count; b++) {
         const uint32_t here = next[b];
@@ -61,7 +69,7 @@ static inline int64_t group_rows(const int64_t* ids, int64_t count, int64_t num_
     return sum;
 }
 
-// A step of a dot product: WIDTH elements of each side.
+// One step of a dot product: WIDTH elements of each side.
 template <class T> struct DotStep {
     static constexpr int WIDTH = LANES;
     using Some = vf;
@@ -76,7 +84,7 @@ template <> struct DotStep<bf16> {
     static INLINE vf step(vf acc, Some a, Some b) { return (vf)_mm512_dpbf16_ps((__m512)acc, a, b); }
 };
 #endif
-constexpr int CHAINS = 4;  // of a dot product, in an order that is the same for every row
+constexpr int CHAINS = 4;  // of a dot product, added in the same order for every row
 
 template <class T> static INLINE float dot_product(const T* a, const T* b, int64_t width) {
     using Step = DotStep<T>;
@@ -85,8 +93,10 @@ template <class T> static INLINE float dot_product(const T* a, const T* b, int64
     int64_t d = 0;
     for (; d + CHAINS * W <= width; d += CHAINS * W)
 #pragma GCC unroll 4
-        for (int c = 0; c < CHAINS; c++) acc[c] = Step::step(acc[c], Step::some(a + d + c * W), Step::some(b + d + c * W));
-    for (; d + W <= width; d += W) acc[0] = Step::step(acc[0], Step::some(a + d), Step::some(b + d));
+        for (int c = 0; c < CHAINS; c++)
+            acc[c] = Step::step(acc[c], Step::some(a + d + c * W), Step::some(b + d + c * W));
+    for (; d + W <= width; d += W)
+        acc[0] = Step::step(acc[0], Step::some(a + d), Step::some(b + d));
     if (d < width) {
         T some[2][W] = {};
         memcpy((void*)some[0], a + d, (width - d) * sizeof(T));
@@ -96,40 +106,52 @@ template <class T> static INLINE float dot_product(const T* a, const T* b, int64
     return sum_of_lanes((acc[0] + acc[1]) + (acc[2] + acc[3]));
 }
 
-// The same bits for every i < count, b in registers: its width is STEPS steps.
-template <class T, int STEPS, class Row, class Out> static INLINE void dot_products(Row a, const T* b, int64_t count, Out out) {
+// The same dot products, to the bit, of `count` rows with b, which is STEPS steps wide and stays in
+// registers.
+template <class T, int STEPS, class Row, class Out>
+static INLINE void dot_products(Row a, const T* b, int64_t count, Out out) {
     using Step = DotStep<T>;
     constexpr int W = Step::WIDTH;
     typename Step::Some held[STEPS];
 #pragma GCC unroll 16
-    for (int k = 0; k < STEPS; k++) held[k] = Step::some(b + k * W);
+    for (int k = 0; k < STEPS; k++)
+        held[k] = Step::some(b + k * W);
     for (int64_t i = 0; i < count; i++) {
         const T* row = a(i);
         vf acc[CHAINS] = {};
 #pragma GCC unroll 16
-        for (int k = 0; k < STEPS; k++) acc[k % CHAINS] = Step::step(acc[k % CHAINS], Step::some(row + k * W), held[k]);
+        for (int k = 0; k < STEPS; k++)
+            acc[k % CHAINS] = Step::step(acc[k % CHAINS], Step::some(row + k * W), held[k]);
         out(i) = sum_of_lanes((acc[0] + acc[1]) + (acc[2] + acc[3]));
     }
 }
 
-// Two vectors of columns at once, 2 * LANES elements, of which a bfloat16 row gives the even and the odd ones: whole lines are
-// read, and widening takes one operation. Sums in float32 stand in the same order until they are rounded.
+// Two vectors of columns: 2 * LANES elements. Of a bfloat16 row they are the even and the odd elements, so
+// whole lines are read, and widening takes one operation. Sums in float32 keep this order until they are
+// rounded.
 struct TwoVectors {
     vf first, second;
 };
-template <class T> static INLINE TwoVectors load_two(const T* p) { return {load_wide(p), load_wide(p + LANES)}; }
+template <class T> static INLINE TwoVectors load_two(const T* p) {
+    return {load_wide(p), load_wide(p + LANES)};
+}
 static INLINE TwoVectors load_two(const bf16* p) {
     const vu pairs = load<vu>(p);
     return {(vf)(pairs << 16), (vf)(pairs & 0xFFFF0000u)};
 }
-template <class T> static INLINE void store_two(TwoVectors v, T* p) { store_narrow(v.first, p), store_narrow(v.second, p + LANES); }
+template <class T> static INLINE void store_two(TwoVectors v, T* p) {
+    store_narrow(v.first, p);
+    store_narrow(v.second, p + LANES);
+}
 static INLINE void store_two(TwoVectors v, bf16* p) { store(p, pair_of_bf16(v.first, v.second)); }
 template <class T> static INLINE void stream_two(TwoVectors v, T* p) {
     const vf both[2] = {v.first, v.second};
     stream(both, p);
 }
 #if defined(__AVX512F__)
-static INLINE void stream_two(TwoVectors v, bf16* p) { _mm512_stream_si512((__m512i*)p, (__m512i)pair_of_bf16(v.first, v.second)); }
+static INLINE void stream_two(TwoVectors v, bf16* p) {
+    _mm512_stream_si512((__m512i*)p, (__m512i)pair_of_bf16(v.first, v.second));
+}
 #endif
 constexpr int TWO = 2 * LANES;
 static constexpr int64_t padded_width(int64_t width) { return (width + TWO - 1) / TWO * TWO; }
@@ -146,55 +168,61 @@ template <class T> static INLINE void store_some_of_two(TwoVectors v, T* p, int 
     memcpy((void*)p, some, count * sizeof(T));
 }
 
-// acc += sum_r coefficient(r) * row(r)[d ..] over W times TWO columns, or over `part` of them where that is not 0: each element one
-// chain in the order of r.
+// acc += sum_r coefficient(r) * row(r)[d ..] over W times TWO columns, or over `part` columns if that is not
+// 0. Each element is one chain in the order of r.
 template <class T, int W, class Row, class Coefficient>
-static INLINE void accumulate(Row row, Coefficient coefficient, int64_t count, int64_t d, int part, TwoVectors (&acc)[W]) {
+static INLINE void accumulate(Row row, Coefficient coefficient, int64_t count, int64_t d, int part,
+                              TwoVectors (&acc)[W]) {
     for (int64_t r = 0; r < count; r++) {
         const T* from = row(r, d) + d;
         const vf c = splat(coefficient(r));
 #pragma GCC unroll 8
         for (int w = 0; w < W; w++) {
             const TwoVectors v = part ? load_some_of_two(from, part) : load_two(from + w * TWO);
-            acc[w].first += c * v.first, acc[w].second += c * v.second;
+            acc[w].first += c * v.first;
+            acc[w].second += c * v.second;
         }
     }
 }
 
-// Calls columns<W>(d, part) for all columns: W times TWO of them from d on, or the last `part`.
+// Calls columns<W>(d, part) for all columns: for W times TWO of them from d on, or for the last `part`.
 template <class Columns> static INLINE void over_columns(int64_t width, Columns columns) {
     constexpr int MOST = ACCUMULATORS >= 16 ? 8 : 4;
     int64_t d = 0;
-    for (; d + MOST * TWO <= width; d += MOST * TWO) columns.template operator()<MOST>(d, 0);
-    for (; d + TWO <= width; d += TWO) columns.template operator()<1>(d, 0);
+    for (; d + MOST * TWO <= width; d += MOST * TWO)
+        columns.template operator()<MOST>(d, 0);
+    for (; d + TWO <= width; d += TWO)
+        columns.template operator()<1>(d, 0);
     if (d < width) columns.template operator()<1>(d, (int)(width - d));
 }
 
-// The routed rows of a chunk of tokens in groups.
+// The grouped routed rows of a chunk of tokens.
 template <class T> class TokenChunk {
     const RoutedRow* rows;
     int64_t count;
     uint32_t top_k;
     int64_t width;
-    int64_t ahead;  // rows of a table that are asked for before their turn
+    int64_t ahead;  // rows of a table that are prefetched
 
     INLINE void ask(const T* table, int64_t i) const {
         if (i < count) prefetch_row(table + (size_t)rows[i].expert * width, width);
     }
-    // Calls each(token, first, rows) for the rows of a token that stand side by side.
+    // Calls each(token, first, rows) for each run of rows of the same token.
     template <class Each> INLINE void tokens(const T* table, Each each) const {
-        for (int64_t i = 0; i < std::min(ahead, count); i++) ask(table, i);
+        for (int64_t i = 0; i < std::min(ahead, count); i++)
+            ask(table, i);
         for (int64_t i = 0; i < count;) {
             const uint32_t token = rows[i].place / top_k;
             int64_t end = i + 1;
-            for (; end < count && rows[end].place - token * top_k < top_k; end++) {}
+            for (; end < count && rows[end].place - token * top_k < top_k; end++) {
+            }
             each((size_t)token, i, end - i);
             i = end;
         }
     }
 
   public:
-    static constexpr int64_t BYTES_AHEAD = 8 << 10;  // what memory has under way at once
+    static constexpr int64_t BYTES_AHEAD = 8 << 10;  // bytes that memory delivers at once
 
     TokenChunk(const RoutedRow* rows, int64_t count, int64_t top_k, int64_t width)
         : rows(rows), count(count), top_k((uint32_t)top_k), width(width),
@@ -217,10 +245,12 @@ template <class T> class TokenChunk {
                 case 3: return dot_products<T, 3 * CHAINS>(row, own, some, to);
                 case 4: return dot_products<T, 4 * CHAINS>(row, own, some, to);
             }
-            for (int64_t i = 0; i < some; i++) to(i) = dot_product(own, row(i), width);
+            for (int64_t i = 0; i < some; i++)
+                to(i) = dot_product(own, row(i), width);
         });
     }
-    // out[token] += coefficient[place] * its expert's row of the table, for every place; rows of out have a padded width
+    // out[token] += coefficient[place] * its expert's row of the table, for every place. Rows of out have a
+    // padded width.
     void add(const float* coefficient, const T* table, float* out) const {
         tokens(table, [&](size_t token, int64_t first, int64_t some) INLINED {
             auto row = [&](int64_t i, int64_t d) INLINED {
@@ -232,32 +262,41 @@ template <class T> class TokenChunk {
             over_columns(width, [&]<int W>(int64_t d, int part) INLINED {
                 TwoVectors acc[W];
 #pragma GCC unroll 8
-                for (int w = 0; w < W; w++) acc[w] = {load<vf>(sum + d + w * TWO), load<vf>(sum + d + w * TWO + LANES)};
+                for (int w = 0; w < W; w++)
+                    acc[w] = {load<vf>(sum + d + w * TWO), load<vf>(sum + d + w * TWO + LANES)};
                 accumulate<T>(row, c, some, d, part, acc);
 #pragma GCC unroll 8
-                for (int w = 0; w < W; w++) store(sum + d + w * TWO, acc[w].first), store(sum + d + w * TWO + LANES, acc[w].second);
+                for (int w = 0; w < W; w++) {
+                    store(sum + d + w * TWO, acc[w].first);
+                    store(sum + d + w * TWO + LANES, acc[w].second);
+                }
             });
         });
     }
 };
 
-// Tokens in chunks: about as many as threads, but no more rows in one than scratch memory should hold.
+// Chunks of tokens: about as many as threads, and small enough for scratch memory.
 struct Chunks {
     static constexpr int64_t MOST_ROWS = 1 << 20;
     static constexpr int64_t MOST_SUM_BYTES = 16 << 20;
     int64_t tokens, count;
 
     Chunks(int64_t all_tokens, int64_t top_k, int64_t width, int64_t threads)
-        : tokens(std::min({(all_tokens + threads - 1) / threads, MOST_ROWS / top_k, MOST_SUM_BYTES / (4 * width)})) {
+        : tokens(std::min(
+              {(all_tokens + threads - 1) / threads, MOST_ROWS / top_k, MOST_SUM_BYTES / (4 * width)})) {
         tokens = std::max<int64_t>(tokens, 1);
         count = (all_tokens + tokens - 1) / tokens;
     }
 };
 
-// Sums of some tokens in float32: in the output itself where it can be, else in a buffer that is rounded at the end.
+// Sums of some tokens in float32: in the output itself where possible, else in a buffer that is rounded at
+// the end.
 template <class T> static bool is_buffered(int64_t width) { return !std::is_same_v<T, float> || width % TWO; }
-template <class T> static size_t buffered(int64_t tokens, int64_t width) { return is_buffered<T>(width) ? tokens * padded_width(width) : 0; }
-template <class T, class Body> static inline void in_float32(T* out, int64_t tokens, int64_t width, float* buffer, Body body) {
+template <class T> static size_t buffered(int64_t tokens, int64_t width) {
+    return is_buffered<T>(width) ? tokens * padded_width(width) : 0;
+}
+template <class T, class Body>
+static inline void in_float32(T* out, int64_t tokens, int64_t width, float* buffer, Body body) {
     float* sums = is_buffered<T>(width) ? buffer : (float*)out;
     std::fill(sums, sums + tokens * padded_width(width), 0.f);
     body(sums);
@@ -265,7 +304,9 @@ template <class T, class Body> static inline void in_float32(T* out, int64_t tok
     for (int64_t t = 0; t < tokens; t++, out += width)
         for (int64_t d = 0; d < width; d += TWO, sums += TWO) {
             const TwoVectors v = {load<vf>(sums), load<vf>(sums + LANES)};
-            if (d + TWO <= width) store_two(v, out + d);
-            else store_some_of_two(v, out + d, (int)(width - d));
+            if (d + TWO <= width)
+                store_two(v, out + d);
+            else
+                store_some_of_two(v, out + d, (int)(width - d));
         }
 }

@@ -1,25 +1,30 @@
-// Panels: PANEL columns of a product side by side for every unit of k, made from rows of weights as they lie in memory.
-// Lanes are columns, so a panel serves every row of tokens; a product is rows times panel, at most MOST_ROWS at once.
+// Panels: PANEL neighbouring columns of a product for every unit of k, made from rows of weights in memory.
+// Lanes are columns, so a panel serves every row of tokens. A product is at most MOST_ROWS rows times a
+// panel.
 #pragma once
 #include "layer.h"
 
 constexpr int PANEL = 2 * LANES, MOST_ROWS = ACCUMULATORS / 2;
 static constexpr int panels_of(int rows) { return (rows + PANEL - 1) / PANEL; }
 
-// Transposes LANES vectors: pairs and pairs of pairs inside 128-bit parts, then the parts.
+// Transposes LANES vectors: first pairs and pairs of pairs inside 128-bit parts, then the parts.
 template <int FROM_SECOND_EVERY, int OFFSET> static constexpr int zipped(int j) {
-    // Inside each part of four: elements OFFSET .. of the first and the second vector in turns.
+    // Inside each part of four, alternate elements OFFSET .. of the first and of the second vector.
     const int part = j / 4, p = j % 4;
-    return FROM_SECOND_EVERY == 1 ? part * 4 + OFFSET + p / 2 + (p % 2) * LANES : part * 4 + OFFSET + p % 2 + (p / 2) * LANES;
+    return FROM_SECOND_EVERY == 1 ? part * 4 + OFFSET + p / 2 + (p % 2) * LANES
+                                  : part * 4 + OFFSET + p % 2 + (p / 2) * LANES;
 }
-template <int OFFSET> static constexpr int every_other_part(int j) { return (2 * (j / 4) + OFFSET) * 4 + j % 4; }
+template <int OFFSET> static constexpr int every_other_part(int j) {
+    return (2 * (j / 4) + OFFSET) * 4 + j % 4;
+}
 template <int STEP, int OFFSET, size_t... J> static INLINE vf zip(vf a, vf b, std::index_sequence<J...>) {
     return __builtin_shufflevector(a, b, zipped<STEP, OFFSET>(J)...);
 }
 template <int OFFSET, size_t... J> static INLINE vf parts(vf a, vf b, std::index_sequence<J...>) {
     return __builtin_shufflevector(a, b, every_other_part<OFFSET>(J)...);
 }
-// v[i * STRIDE], i < LANES / 4: the same column group of each four rows. Afterwards v[l * STRIDE] holds part l of each.
+// Before, v[i * STRIDE], i < LANES / 4, is the same column group of each four rows. Afterwards v[l * STRIDE]
+// is part l of each.
 template <int COUNT, int STRIDE> static INLINE void transpose_parts(vf* v) {
     constexpr auto all = std::make_index_sequence<LANES>{};
     if constexpr (COUNT > 1) {
@@ -30,7 +35,10 @@ template <int COUNT, int STRIDE> static INLINE void transpose_parts(vf* v) {
         }
         transpose_parts<COUNT / 2, 1>(even);
         transpose_parts<COUNT / 2, 1>(odd);
-        for (int i = 0; i < COUNT / 2; i++) v[2 * i * STRIDE] = even[i], v[(2 * i + 1) * STRIDE] = odd[i];
+        for (int i = 0; i < COUNT / 2; i++) {
+            v[2 * i * STRIDE] = even[i];
+            v[(2 * i + 1) * STRIDE] = odd[i];
+        }
     }
 }
 static INLINE void transpose(vf (&v)[LANES]) {
@@ -39,40 +47,49 @@ static INLINE void transpose(vf (&v)[LANES]) {
     for (int i = 0; i < LANES; i += 4) {
         const vf lo0 = zip<1, 0>(v[i], v[i + 1], all), hi0 = zip<1, 2>(v[i], v[i + 1], all);
         const vf lo1 = zip<1, 0>(v[i + 2], v[i + 3], all), hi1 = zip<1, 2>(v[i + 2], v[i + 3], all);
-        v[i] = zip<2, 0>(lo0, lo1, all), v[i + 1] = zip<2, 2>(lo0, lo1, all);
-        v[i + 2] = zip<2, 0>(hi0, hi1, all), v[i + 3] = zip<2, 2>(hi0, hi1, all);
+        v[i] = zip<2, 0>(lo0, lo1, all);
+        v[i + 1] = zip<2, 2>(lo0, lo1, all);
+        v[i + 2] = zip<2, 0>(hi0, hi1, all);
+        v[i + 3] = zip<2, 2>(hi0, hi1, all);
     }
     // v[4 g + p] holds, for rows 4 g .. 4 g + 3, column 4 l + p in part l.
     vf out[LANES];
 #pragma GCC unroll 4
     for (int p = 0; p < 4; p++) {
         transpose_parts<LANES / 4, 4>(v + p);
-        for (int l = 0; l < LANES / 4; l++) out[4 * l + p] = v[4 * l + p];
+        for (int l = 0; l < LANES / 4; l++)
+            out[4 * l + p] = v[4 * l + p];
     }
     memcpy((void*)v, out, sizeof(out));
 }
 
-// Rows [0, count) of length k as columns column .. column + LANES of a panel [units of k][width]; missing ones are zero.
-template <class M, class Row> static inline void turn(Row row, int count, int k, typename M::U* panel, int width, int column) {
+// Writes rows [0, count) of length k to columns column .. column + LANES of a panel [units of k][width];
+// missing rows are zero.
+template <class M, class Row>
+static inline void turn(Row row, int count, int k, typename M::U* panel, int width, int column) {
     const int whole = (int)units<M>(k);
     for (int unit = 0; unit < whole; unit += LANES) {
         vf v[LANES];
-        for (int i = 0; i < LANES; i++) v[i] = i < count ? units_at<M>(row(i), unit, k - unit * M::PER) : vf{};
+        for (int i = 0; i < LANES; i++)
+            v[i] = i < count ? units_at<M>(row(i), unit, k - unit * M::PER) : vf{};
         transpose(v);
-        for (int i = 0; i < std::min(LANES, whole - unit); i++) store(panel + (size_t)(unit + i) * width + column, v[i]);
+        for (int i = 0; i < std::min(LANES, whole - unit); i++)
+            store(panel + (size_t)(unit + i) * width + column, v[i]);
     }
 }
 
-// Rows of weights that become a panel.
+// The rows of weights that become a panel.
 template <class M> struct PanelRows {
     const typename M::T* row[PANEL];
     int k;
 
-    // Units [unit, unit + LANES) of the first or the second half of the rows, transposed; zeros where the rows have ended.
+    // Units [unit, unit + LANES) of the first or the second half of the rows, transposed; zeros behind the
+    // end of a row.
     INLINE void load_transposed(int half, int unit, vf (&v)[LANES]) const {
         const int left = k - unit * M::PER;
 #pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++) v[i] = units_at<M>(row[half * LANES + i], unit, left);
+        for (int i = 0; i < LANES; i++)
+            v[i] = units_at<M>(row[half * LANES + i], unit, left);
         transpose(v);
     }
     // The same of both halves, to out[LANES][PANEL].
@@ -81,7 +98,8 @@ template <class M> struct PanelRows {
             vf v[LANES];
             load_transposed(half, unit, v);
 #pragma GCC unroll 16
-            for (int i = 0; i < LANES; i++) store(out + i * PANEL + half * LANES, v[i]);
+            for (int i = 0; i < LANES; i++)
+                store(out + i * PANEL + half * LANES, v[i]);
         }
     }
     INLINE const typename M::U* block(int unit, typename M::U* buffer) const {
@@ -91,68 +109,52 @@ template <class M> struct PanelRows {
     static INLINE void look_ahead(const typename M::U*) {}
 };
 
-// Memory that will be read soon, in up to two runs, asked for a few lines at a time while something else is computed.
-class Ahead {
-    const char* run[2];
-    ptrdiff_t left[2];
-    int lines = 0;
-
-  public:
-    Ahead() : run{}, left{} {}
-    template <class T> Ahead(const T* first, size_t first_count, const T* second, size_t second_count)
-        : run{(const char*)first, (const char*)second}, left{(ptrdiff_t)(first_count * sizeof(T)), (ptrdiff_t)(second_count * sizeof(T))} {}
-    // Spread over this many steps.
-    void over(int64_t steps) { lines = (int)((left[0] / 64 + left[1] / 64) / std::max<int64_t>(steps, 1) + 1); }
-    INLINE void step() {
-        for (int i = 0; i < lines; i++) {
-            const int r = left[0] > 0 ? 0 : 1;
-            if (left[r] <= 0) return;
-            __builtin_prefetch(run[r], 0, 2);
-            run[r] += 64;
-            left[r] -= 64;
-        }
-    }
-};
-
-// LANES columns of one unit, widened where they are stored narrower than they are multiplied.
+// LANES columns of one unit, widened if they are stored narrower than they are multiplied.
 template <class Stored> static INLINE vf columns_of_unit(const Stored* p) {
-    if constexpr (sizeof(Stored) == sizeof(float)) return load<vf>(p);
-    else return load_wide(p);
+    if constexpr (sizeof(Stored) == sizeof(float))
+        return load<vf>(p);
+    else
+        return load_wide(p);
 }
 
-// A panel that was made before, all units of k. The memory behind it is that of the next, so it is read as one stream; asking
-// for it some distance ahead is worth a tenth of the time where the panels come from memory, and nothing where they do not.
+// All units of a panel that was packed before. The next panel is behind it in memory, so panels are read as
+// one stream. Prefetching some distance ahead saves a tenth of the time where the panels come from memory,
+// and nothing elsewhere.
 template <class M> struct MadePanel {
     using Stored = typename M::Stored;
     static constexpr int BYTES_AHEAD = 8 << 10;
     const Stored* panel;
     int k;  // in elements
 
-    // The second half of an odd row's last pair is padding, which an optimizer or a fill of the whole tensor may have written.
-    // The row of tokens has a zero there, but zero times infinity is no number, so the padding is masked.
+    // In a row of odd length the second half of the last pair is padding, and a write to the whole tensor may
+    // have changed it. The row of tokens has a zero there, but zero times infinity is NaN, so the padding is
+    // masked.
     INLINE const Stored* block(int unit, typename M::U* buffer) const {
         const Stored* stored = panel + (size_t)unit * PANEL;
         if constexpr (M::PER == 2) {
             const int left = (int)units<M>(k) - unit;
             if (k % 2 && left <= LANES) {
                 memcpy(buffer, stored, (size_t)left * PANEL * sizeof(Stored));
-                for (int c = 0; c < PANEL; c++) buffer[(left - 1) * PANEL + c] &= 0xFFFF;
+                for (int c = 0; c < PANEL; c++)
+                    buffer[(left - 1) * PANEL + c] &= 0xFFFF;
                 return buffer;
             }
         }
         return stored;
     }
     static INLINE void look_ahead(const Stored* columns) {
-        for (size_t byte = 0; byte < PANEL * sizeof(Stored); byte += 64) __builtin_prefetch((const char*)columns + BYTES_AHEAD + byte, 0, 2);
+        for (size_t byte = 0; byte < PANEL * sizeof(Stored); byte += 64)
+            __builtin_prefetch((const char*)columns + BYTES_AHEAD + byte, 0, 2);
     }
 };
 
-template <class M, int R, class Source>
-static inline void multiply_rows_by_panel(const typename M::U* rows, size_t stride, const Source& source, typename M::U* buffer, int k,
-                                          Ahead& ahead, vf (*acc)[2]) {
-    vf sum[R][2];  // not acc itself: what a caller can see does not stay in registers
+template <class M, int R, class Source, class Ahead>
+static inline void multiply_rows_by_panel(const typename M::U* rows, size_t stride, const Source& source,
+                                          typename M::U* buffer, int k, Ahead& ahead, vf (*acc)[2]) {
+    vf sum[R][2];  // not acc itself: gcc does not keep an array in registers that the caller can see
 #pragma GCC unroll 16
-    for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = vf{};
+    for (int r = 0; r < R; r++)
+        sum[r][0] = sum[r][1] = vf{};
     for (int unit = 0; unit < k; unit += LANES) {
         const auto* block = source.block(unit, buffer);
         ahead.step();
@@ -170,14 +172,19 @@ static inline void multiply_rows_by_panel(const typename M::U* rows, size_t stri
         }
     }
 #pragma GCC unroll 16
-    for (int r = 0; r < R; r++) acc[r][0] = sum[r][0], acc[r][1] = sum[r][1];
+    for (int r = 0; r < R; r++) {
+        acc[r][0] = sum[r][0];
+        acc[r][1] = sum[r][1];
+    }
 }
 
-// The same for so few rows that a panel in memory is not worth its stores.
-template <class M, int R>
-static inline void multiply_few_rows(const typename M::U* rows, size_t stride, const PanelRows<M>& source, int k, Ahead& ahead, vf (*acc)[2]) {
+// The same for so few rows that storing a panel would cost more than it saves.
+template <class M, int R, class Ahead>
+static inline void multiply_few_rows(const typename M::U* rows, size_t stride, const PanelRows<M>& source,
+                                     int k, Ahead& ahead, vf (*acc)[2]) {
     vf sum[R][2];
-    for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = vf{};
+    for (int r = 0; r < R; r++)
+        sum[r][0] = sum[r][1] = vf{};
     for (int unit = 0; unit < k; unit += LANES) {
         const int count = std::min(LANES, k - unit);
 #pragma GCC unroll 2
@@ -189,21 +196,29 @@ static inline void multiply_few_rows(const typename M::U* rows, size_t stride, c
 #pragma GCC unroll 16
                 for (int i = 0; i < LANES; i++)
 #pragma GCC unroll 4
-                    for (int r = 0; r < R; r++) sum[r][half] = M::step(sum[r][half], rows[r * stride + unit + i], v[i]);
+                    for (int r = 0; r < R; r++)
+                        sum[r][half] = M::step(sum[r][half], rows[r * stride + unit + i], v[i]);
             } else
                 for (int i = 0; i < count; i++)
-                    for (int r = 0; r < R; r++) sum[r][half] = M::step(sum[r][half], rows[r * stride + unit + i], v[i]);
+                    for (int r = 0; r < R; r++)
+                        sum[r][half] = M::step(sum[r][half], rows[r * stride + unit + i], v[i]);
         }
     }
-    for (int r = 0; r < R; r++) acc[r][0] = sum[r][0], acc[r][1] = sum[r][1];
+    for (int r = 0; r < R; r++) {
+        acc[r][0] = sum[r][0];
+        acc[r][1] = sum[r][1];
+    }
 }
 
-// acc[r][.] = row r . columns of the source, for n rows of k units, 1 <= n <= MOST_ROWS; rows stand `stride` units apart. A panel
-// that is made on the way needs a buffer for LANES units.
-template <class M, class Source>
-static inline void multiply_panel(const typename M::U* rows, size_t stride, int n, const Source& source, typename M::U* buffer, int k,
-                                  Ahead& ahead, vf (*acc)[2]) {
-    auto go = [&]<int R>() { multiply_rows_by_panel<M, std::min(R, MOST_ROWS)>(rows, stride, source, buffer, k, ahead, acc); };
+// acc[r][.] = row r . columns of the source, for n rows of k units, 1 <= n <= MOST_ROWS; rows begin `stride`
+// units apart. `buffer` has room for LANES units of a panel that is made on the way.
+template <class M, class Source, class Ahead>
+__attribute__((noinline)) static void multiply_panel(const typename M::U* rows, size_t stride, int n,
+                                                     const Source& source, typename M::U* buffer, int k,
+                                                     Ahead& ahead, vf (*acc)[2]) {
+    auto go = [&]<int R>() {
+        multiply_rows_by_panel<M, std::min(R, MOST_ROWS)>(rows, stride, source, buffer, k, ahead, acc);
+    };
     if constexpr (std::is_same_v<Source, PanelRows<M>>) {
         if (n == 1) return multiply_few_rows<M, 1>(rows, stride, source, k, ahead, acc);
         if (n == 2) return multiply_few_rows<M, 2>(rows, stride, source, k, ahead, acc);

@@ -1,22 +1,23 @@
-// The router: from logits to the weights and ids of the chosen experts in one pass over a row, and the gradient of that.
+// The router: one pass over a row turns logits into the weights and ids of the chosen experts; another
+// computes the gradient.
 //
-// A row becomes float32 in a buffer that ends in minus infinity, whose exponential is zero, so no loop has a remainder. Sums
-// go lane by lane and then over the lanes, in an order that depends on nothing but E and K.
+// A row becomes float32 in a buffer that is padded with minus infinity, whose exponential is zero, so no loop
+// has a remainder. Sums are lane by lane and then over the lanes, in an order that depends only on E and K.
 #pragma once
 #include "select.h"
 
 struct RouteRule {
-    // Flags, and counts of groups, as ops/route.py's RouteRule has them.
+    // Flags, and counts of groups, as in the RouteRule of Python.
     int64_t sigmoid, score_first, normalised, groups, open_groups, group_by_max;
-    // Whether the weights are shares of a softmax over all experts, the ones that were not picked included.
+    // True if the weights are shares of a softmax over all experts, including those that were not picked.
     bool over_all() const { return !sigmoid && score_first && !normalised; }
 };
 struct Route {
     const void* logits;
-    const float* bias;  // of the selection, or null
+    const float* bias;  // added for the selection; may be null
     float* weights;
     int64_t* ids;
-    int64_t rows, experts, top_k, select;  // without selection the K = E experts stand in their order
+    int64_t rows, experts, top_k, select;  // without selection K = E, and the ids are 0 .. E - 1
     RouteRule rule;
     int64_t threads;
     double scale, eps;
@@ -33,17 +34,19 @@ struct RouteBackward {
 };
 
 static inline int padded_to_lanes(int n) { return (n + LANES - 1) / LANES * LANES; }
-// exp that reaches zero: a masked expert has no share.
+// exp that reaches zero, so that a masked expert has no share.
 static INLINE vf share(vf x) { return choose(x < splat(-87.33f), splat(0.f), vexp(x)); }
 static INLINE vf probability(vf x) { return choose(x < splat(-87.33f), splat(0.f), vsigmoid(x)); }
 
-// n numbers as float32, and minus infinity up to a whole vector.
+// Widens n numbers to float32, and pads them with minus infinity to a whole vector.
 template <class T> static inline void widen_row(const T* row, int n, float* wide) {
     int i = 0;
-    for (; i + LANES <= n; i += LANES) store(wide + i, load_wide(row + i));
+    for (; i + LANES <= n; i += LANES)
+        store(wide + i, load_wide(row + i));
     if (i == n) return;
     vf rest = splat(-INFINITY);
-    for (int lane = 0; lane < n - i; lane++) rest[lane] = widen(row[i + lane]);
+    for (int lane = 0; lane < n - i; lane++)
+        rest[lane] = widen(row[i + lane]);
     store(wide + i, rest);
 }
 #if defined(__AVX512F__)
@@ -54,7 +57,7 @@ template <> inline void widen_row(const float* row, int n, float* wide) {
     }
 }
 #endif
-// exp(v - max v), and the sum of these; v ends as widen_row leaves it.
+// out = exp(v - max v); returns their sum. v is padded as widen_row does it.
 static inline float exponentials(const float* v, int n, float* out) {
     vf most = load<vf>(v);
     for (int i = LANES; i < n; i += LANES) {
@@ -71,21 +74,25 @@ static inline float exponentials(const float* v, int n, float* out) {
     return sum_of_lanes(sum);
 }
 static inline void scaled(float* v, int n, float factor) {
-    for (int i = 0; i < n; i += LANES) store(v + i, load<vf>(v + i) * splat(factor));
+    for (int i = 0; i < n; i += LANES)
+        store(v + i, load<vf>(v + i) * splat(factor));
 }
 static inline void divided(float* v, int n, float divisor) {
-    for (int i = 0; i < n; i += LANES) store(v + i, load<vf>(v + i) / splat(divisor));
+    for (int i = 0; i < n; i += LANES)
+        store(v + i, load<vf>(v + i) / splat(divisor));
 }
 static inline void probabilities(const float* v, int n, float* out) {
-    for (int i = 0; i < n; i += LANES) store(out + i, probability(load<vf>(v + i)));
+    for (int i = 0; i < n; i += LANES)
+        store(out + i, probability(load<vf>(v + i)));
 }
 static inline float sum_of(const float* v, int n) {
     vf sum = {};
-    for (int i = 0; i < n; i += LANES) sum += load<vf>(v + i);
+    for (int i = 0; i < n; i += LANES)
+        sum += load<vf>(v + i);
     return sum_of_lanes(sum);
 }
 
-// Float buffers of each thread, one behind the other.
+// Float buffers of each thread.
 class RowBuffers {
     const size_t size;
     std::vector<float> data;
@@ -99,7 +106,7 @@ template <class T> class RoutePass {
     const Route& a;
     const int E, K, padded_E, padded_K;
 
-    // The best keys of a group, added or alone. NaNs count as the selection orders them.
+    // The best key of a group, or the sum of the best two. NaNs are ordered as in the selection.
     float value_of_group(const float* keys, int size) const {
         float first = keys[0], second = -INFINITY;
         bool has_second = false;
@@ -112,35 +119,44 @@ template <class T> class RoutePass {
             }
             has_second = true;
         }
-        // Two halves are added: the sum of two large keys could be infinite.
+        // Halves are added, because the sum of two large keys could be infinite.
         return a.rule.group_by_max || !has_second ? first : 0.5f * first + 0.5f * second;
     }
-    void close_groups(float* keys, float* values, int64_t* buffer, const Selection& of_groups, int64_t* open) const {
+    void close_groups(float* keys, float* values, int64_t* buffer, const Selection& of_groups,
+                      int64_t* open) const {
         const int groups = a.rule.groups, size = E / groups;
-        for (int g = 0; g < groups; g++) values[g] = value_of_group(keys + g * size, size);
+        for (int g = 0; g < groups; g++)
+            values[g] = value_of_group(keys + g * size, size);
         of_groups.select(values, buffer, open);
         std::fill(values, values + groups, 0.f);
-        for (int g = 0; g < a.rule.open_groups; g++) values[open[g]] = 1.f;
+        for (int g = 0; g < a.rule.open_groups; g++)
+            values[open[g]] = 1.f;
         for (int i = 0; i < E; i++) {
-            // An open group's own minus infinity still beats a closed group.
-            if (values[i / size] == 0.f) keys[i] = -INFINITY;
-            else if (keys[i] == -INFINITY) keys[i] = std::numeric_limits<float>::lowest();
+            // Minus infinity in an open group still beats a closed group.
+            if (values[i / size] == 0.f)
+                keys[i] = -INFINITY;
+            else if (keys[i] == -INFINITY)
+                keys[i] = std::numeric_limits<float>::lowest();
         }
     }
 
   public:
-    explicit RoutePass(const Route& a) : a(a), E(a.experts), K(a.top_k), padded_E(padded_to_lanes(E)), padded_K(padded_to_lanes(K)) {}
+    explicit RoutePass(const Route& a)
+        : a(a), E(a.experts), K(a.top_k), padded_E(padded_to_lanes(E)), padded_K(padded_to_lanes(K)) {}
 
     void run() {
         const RouteRule& rule = a.rule;
         const Selection of_experts(E, K), of_groups(rule.groups, rule.open_groups);
-        const bool grouped = rule.groups > 1, scored = rule.score_first && (a.bias || grouped), own_keys = a.bias || grouped;
-        const bool only_compared = !rule.over_all() && !own_keys;  // all logits but the picked ones
+        const bool grouped = rule.groups > 1, scored = rule.score_first && (a.bias || grouped),
+                   own_keys = a.bias || grouped;
+        const bool only_compared = !rule.over_all() &&
+                                   !own_keys;  // logits are only compared, except the picked ones
         const size_t room = std::max(of_experts.room(), of_groups.room());
         std::vector<int64_t> buffers(a.threads * (room + rule.groups));
         RowBuffers rows(a.threads, 3 * padded_E + padded_K + padded_to_lanes(rule.groups));
         for_rows(a.rows, a.threads, [&](int64_t t, int thread) {
-            float *wide = rows.of(thread), *shares = wide + padded_E, *keys = shares + padded_E, *picked = keys + padded_E;
+            float *wide = rows.of(thread), *shares = wide + padded_E, *keys = shares + padded_E,
+                  *picked = keys + padded_E;
             int64_t *buffer = buffers.data() + thread * (room + rule.groups), *ids = a.ids + t * K;
             const T* logits = (const T*)a.logits + t * E;
             const float* row = wide;
@@ -150,24 +166,33 @@ template <class T> class RoutePass {
             float total = 0.f;
             if (rule.over_all() || (scored && !rule.sigmoid)) total = exponentials(wide, E, shares);
             if (!a.select) {
-                for (int e = 0; e < E; e++) ids[e] = e;
+                for (int e = 0; e < E; e++)
+                    ids[e] = e;
             } else if (own_keys) {
-                if (!scored) memcpy(keys, wide, E * sizeof(float));
-                else if (rule.sigmoid) probabilities(wide, E, keys);
-                else for (int i = 0; i < E; i += LANES) store(keys + i, load<vf>(shares + i) / splat(total));
+                if (!scored)
+                    memcpy(keys, wide, E * sizeof(float));
+                else if (rule.sigmoid)
+                    probabilities(wide, E, keys);
+                else
+                    for (int i = 0; i < E; i += LANES)
+                        store(keys + i, load<vf>(shares + i) / splat(total));
                 if (a.bias)
-                    for (int e = 0; e < E; e++) keys[e] += a.bias[e];
+                    for (int e = 0; e < E; e++)
+                        keys[e] += a.bias[e];
                 if (grouped) close_groups(keys, picked + padded_K, buffer, of_groups, buffer + room);
                 of_experts.select(keys, buffer, ids);
             } else {
                 of_experts.select(row, buffer, ids);
             }
-            for (int j = K; j < padded_K; j++) picked[j] = -INFINITY;
+            for (int j = K; j < padded_K; j++)
+                picked[j] = -INFINITY;
             if (rule.over_all()) {
-                for (int j = 0; j < K; j++) picked[j] = shares[ids[j]];
+                for (int j = 0; j < K; j++)
+                    picked[j] = shares[ids[j]];
                 divided(picked, K, total);
             } else {
-                for (int j = 0; j < K; j++) picked[j] = row[ids[j]];
+                for (int j = 0; j < K; j++)
+                    picked[j] = row[ids[j]];
                 if (rule.sigmoid) {
                     probabilities(picked, K, picked);
                     if (rule.normalised) divided(picked, K, sum_of(picked, K) + (float)a.eps);
@@ -185,15 +210,17 @@ template <class T> class RouteBackwardPass {
     const RouteBackward& a;
     const int E, K, padded_E, padded_K;
 
-    // Ids of no expert, which route never gives, are skipped.
+    // Ids of no expert, which route never returns, are skipped.
     bool is_expert(int64_t id) const { return id >= 0 && id < E; }
 
-    // From the gradients of the scores to those of the picked logits, scores beside them; both end in zeros.
+    // Turns the gradients of the scores into those of the picked logits. scores and gradients are padded with
+    // zeros.
     void of_picked(float* scores, float* gradients) const {
         float inner = 0.f;
         if (!a.rule.sigmoid || a.rule.normalised) {
             vf sum = {};
-            for (int j = 0; j < K; j += LANES) sum += load<vf>(gradients + j) * load<vf>(scores + j);
+            for (int j = 0; j < K; j += LANES)
+                sum += load<vf>(gradients + j) * load<vf>(scores + j);
             inner = sum_of_lanes(sum);
         }
         const float total = a.rule.sigmoid && a.rule.normalised ? sum_of(scores, K) + (float)a.eps : 1.f;
@@ -212,33 +239,44 @@ template <class T> class RouteBackwardPass {
     void run() {
         RowBuffers rows(a.threads, 2 * padded_E + 2 * padded_K);
         for_rows(a.rows, a.threads, [&](int64_t t, int thread) {
-            float *wide = rows.of(thread), *dwide = wide + padded_E, *scores = dwide + padded_E, *gradients = scores + padded_K;
+            float *wide = rows.of(thread), *dwide = wide + padded_E, *scores = dwide + padded_E,
+                  *gradients = scores + padded_K;
             const int64_t* ids = a.ids + t * K;
             widen_row((const T*)a.logits + t * E, E, wide);
-            for (int j = 0; j < K; j++) gradients[j] = a.dweights[t * K + j] * (float)a.scale;
-            for (int j = K; j < padded_K; j++) gradients[j] = 0.f;
+            for (int j = 0; j < K; j++)
+                gradients[j] = a.dweights[t * K + j] * (float)a.scale;
+            for (int j = K; j < padded_K; j++)
+                gradients[j] = 0.f;
             if (a.rule.over_all()) {
                 divided(wide, E, exponentials(wide, E, wide));
                 float inner = 0.f;
                 for (int j = 0; j < K; j++)
                     if (is_expert(ids[j])) inner += gradients[j] *= wide[ids[j]];
-                for (int i = 0; i < E; i += LANES) store(dwide + i, load<vf>(wide + i) * splat(-inner));
+                for (int i = 0; i < E; i += LANES)
+                    store(dwide + i, load<vf>(wide + i) * splat(-inner));
                 for (int j = 0; j < K; j++)
                     if (is_expert(ids[j])) dwide[ids[j]] += gradients[j];
             } else {
-                for (int j = 0; j < K; j++) scores[j] = is_expert(ids[j]) ? wide[ids[j]] : -INFINITY;
-                for (int j = K; j < padded_K; j++) scores[j] = -INFINITY;
-                if (a.rule.sigmoid) probabilities(scores, K, scores);
-                else divided(scores, K, exponentials(scores, K, scores));
+                for (int j = 0; j < K; j++)
+                    scores[j] = is_expert(ids[j]) ? wide[ids[j]] : -INFINITY;
+                for (int j = K; j < padded_K; j++)
+                    scores[j] = -INFINITY;
+                if (a.rule.sigmoid)
+                    probabilities(scores, K, scores);
+                else
+                    divided(scores, K, exponentials(scores, K, scores));
                 of_picked(scores, gradients);
-                for (int i = 0; i < E; i += LANES) store(dwide + i, vf{});
+                for (int i = 0; i < E; i += LANES)
+                    store(dwide + i, vf{});
                 for (int j = 0; j < K; j++)
                     if (is_expert(ids[j])) dwide[ids[j]] = gradients[j];
             }
             T* dlogits = (T*)a.dlogits + t * E;
             int i = 0;
-            for (; i + LANES <= E; i += LANES) store_narrow(load<vf>(dwide + i), dlogits + i);
-            for (; i < E; i++) narrow(dwide[i], dlogits + i);
+            for (; i + LANES <= E; i += LANES)
+                store_narrow(load<vf>(dwide + i), dlogits + i);
+            for (; i < E; i++)
+                narrow(dwide[i], dlogits + i);
         });
     }
 };

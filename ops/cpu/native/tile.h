@@ -1,12 +1,12 @@
-// A step of a product, and the register tile in which rows are read as they lie. An element of the result is one chain of fused
-// multiply-adds over k in ascending order, whatever the tile's shape and whoever its neighbours are: that is what makes a
-// token's bits independent of the batch, of T and of the threads.
+// One step of a product, and the register tile that reads rows in place. An element of the result is one
+// chain of fused multiply-adds over k in ascending order, for every shape of tile and all neighbours. A
+// token's bits are therefore independent of the batch, of T and of the threads.
 #pragma once
 #include "vector.h"
 
-// One step along k takes PER consecutive elements. U is such a unit, as it is multiplied; Stored is the same unit in the
-// panels that hold a module's weights, which stay as narrow as the weights are.
-// Elements that are multiplied as float32, being that or widened when they are read.
+// One step along k takes a unit of PER neighbouring elements. U is the type of a unit when it is multiplied,
+// Stored its type in packed panels, which are as narrow as the weights. MacWidened multiplies elements as
+// float32.
 template <class Element> struct MacWidened {
     using T = Element;
     using U = float;
@@ -24,7 +24,7 @@ struct MacBF16 {
     using U = uint32_t;
     using Stored = uint32_t;
     static constexpr int PER = 2;
-    // Two elements, or one and a zero where the row has ended.
+    // Two elements, or one and a zero at the end of a row.
     static INLINE U unit(const T* p, int count) {
         if (count < 2) return p->bits;
         U u;
@@ -42,7 +42,7 @@ using MacBF16 = MacWidened<bf16>;
 
 template <class M> static constexpr size_t units(size_t k) { return (k + M::PER - 1) / M::PER; }
 
-// LANES units of a row from `unit` on; zeros where it has ended, `left` elements further.
+// LANES units of a row from `unit` on; `left` elements exist, and the rest are zeros.
 template <class M> static INLINE vf units_at(const typename M::T* row, int unit, int left) {
     using T = typename M::T;
     row += (size_t)unit * M::PER;
@@ -52,35 +52,40 @@ template <class M> static INLINE vf units_at(const typename M::T* row, int unit,
     return M::units_of(rest);
 }
 
-// acc[r][c] = sum_k row_r[k] * b[k][c]. Rows are read as they lie in memory; b is a packed panel, [units of k][C * LANES].
-// A few units of all rows at a time go through a buffer: rows are often a multiple of 4 KiB apart, where the lines of a
-// dozen of them push each other out of the first cache between one unit and the next.
+// acc[r][c] = sum_k row_r[k] * b[k][c]. Rows are read in place; b is a packed panel [units of k][C * LANES].
+// A few units of all rows at a time are copied to a buffer: rows are often a multiple of 4 KiB apart, and a
+// dozen lines at that distance evict each other from the first cache between two units.
 template <class M, int R, int C, class Row, class Ahead>
 static INLINE void lanes_tile(Row row, const typename M::U* b, int k, Ahead& ahead, vf (&acc)[R][C]) {
-    vf sum[R][C];  // not acc itself: what a caller can see does not stay in registers
+    vf sum[R][C];  // not acc itself: gcc does not keep an array in registers that the caller can see
 #pragma GCC unroll 32
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-        for (int c = 0; c < C; c++) sum[r][c] = vf{};
+        for (int c = 0; c < C; c++)
+            sum[r][c] = vf{};
     const int whole = (int)units<M>(k);
     for (int unit = 0; unit < whole; unit += LANES, b += LANES * C * LANES) {
         alignas(64) typename M::U buffer[R][LANES];
         const int left = k - unit * M::PER;
-        for (int r = 0; r < R; r++) store(buffer[r], units_at<M>(row(r), unit, left));
+        for (int r = 0; r < R; r++)
+            store(buffer[r], units_at<M>(row(r), unit, left));
         ahead.step();
         const int count = std::min(LANES, whole - unit);
         for (int i = 0; i < count; i++) {
             vf x[C];
 #pragma GCC unroll 8
-            for (int c = 0; c < C; c++) x[c] = load<vf>(b + (i * C + c) * LANES);
+            for (int c = 0; c < C; c++)
+                x[c] = load<vf>(b + (i * C + c) * LANES);
 #pragma GCC unroll 32
             for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-                for (int c = 0; c < C; c++) sum[r][c] = M::step(sum[r][c], buffer[r][i], x[c]);
+                for (int c = 0; c < C; c++)
+                    sum[r][c] = M::step(sum[r][c], buffer[r][i], x[c]);
         }
     }
 #pragma GCC unroll 32
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-        for (int c = 0; c < C; c++) acc[r][c] = sum[r][c];
+        for (int c = 0; c < C; c++)
+            acc[r][c] = sum[r][c];
 }

@@ -1,5 +1,5 @@
-// Vectors of float32, element types, activations. Everything is written in GCC's vector extension, so that one source
-// serves AVX-512, AVX2, SSE and NEON; only the bfloat16 dot product is an intrinsic.
+// Vectors of float32, element types. The code uses GCC's vector extension, so one source serves
+// AVX-512, AVX2, SSE and NEON. Intrinsics are only used where the compiler's code for the extension is slow.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -44,7 +44,8 @@ struct f16 {
     uint16_t bits;
 };
 
-// The nearest bfloat16, ties to even. A NaN stays one; the AVX-512 instruction takes numbers below 1.2e-38 for zeros.
+// The nearest bfloat16, ties to even. NaNs stay NaNs. The AVX-512 instruction treats numbers below 1.2e-38 as
+// zeros.
 static INLINE vh nearest_bf16(vf v) {
 #if defined(__AVX512BF16__)
     return (vh)_mm512_cvtneps_pbh((__m512)v);
@@ -55,10 +56,13 @@ static INLINE vh nearest_bf16(vf v) {
 #endif
 }
 static INLINE vf rounded(vf v, const float*) { return v; }
-static INLINE vf rounded(vf v, const bf16*) { return (vf)(__builtin_convertvector(nearest_bf16(v), vu) << 16); }
-// Two bfloat16 side by side, the even one in the lower half.
+static INLINE vf rounded(vf v, const bf16*) {
+    return (vf)(__builtin_convertvector(nearest_bf16(v), vu) << 16);
+}
+// A pair of bfloat16, the even one in the lower half.
 static INLINE vu pair_of_bf16(vf even, vf odd) {
-    return __builtin_convertvector(nearest_bf16(even), vu) | (__builtin_convertvector(nearest_bf16(odd), vu) << 16);
+    return __builtin_convertvector(nearest_bf16(even), vu) |
+           (__builtin_convertvector(nearest_bf16(odd), vu) << 16);
 }
 
 static INLINE float widen(float v) { return v; }
@@ -79,14 +83,17 @@ static INLINE vf load_wide(const float* p) { return load<vf>(p); }
 static INLINE vf load_wide(const bf16* p) { return (vf)(__builtin_convertvector(load<vh>(p), vu) << 16); }
 static INLINE void store_narrow(vf v, float* p) { store(p, v); }
 static INLINE void store_narrow(vf v, bf16* p) { store(p, nearest_bf16(v)); }
-// IEEE's half precision, by the instructions that most machines have for it, or by hand.
+// IEEE's half precision, by instructions where the machine has them.
 static INLINE float widen(f16 v) {
 #if defined(__F16C__)
     return _cvtsh_ss(v.bits);
 #else
-    // The exponents differ by 112. A product moves them, of numbers below the smallest normal one too; infinities and NaNs stay.
+    // The exponents differ by 112. A product changes them, also for subnormal numbers; infinities and NaNs
+    // keep theirs.
     const uint32_t sign = (uint32_t)(v.bits & 0x8000) << 16, rest = (uint32_t)(v.bits & 0x7FFF) << 13;
-    const uint32_t bits = rest >= 0x0F800000u ? rest | 0x7F800000u : __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, rest) * 0x1p112f);
+    const uint32_t bits = rest >= 0x0F800000u
+                              ? rest | 0x7F800000u
+                              : __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, rest) * 0x1p112f);
     return __builtin_bit_cast(float, sign | bits);
 #endif
 }
@@ -95,11 +102,16 @@ static INLINE void narrow(float v, f16* p) {
     p->bits = _cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT);
 #else
     const uint32_t u = __builtin_bit_cast(uint32_t, v), sign = u >> 16 & 0x8000, size = u & 0x7FFFFFFF;
-    if (size > 0x7F800000u) p->bits = sign | 0x7E00 | (size >> 13 & 0x3FF);
-    else if (size >= 0x477FF000u) p->bits = sign | 0x7C00;                             // 65520 and above round to infinity
-    else if (size < 0x38800000u)  // below the smallest normal half: a sum with 0.5 leaves the rounded multiple of 2^-24
-        p->bits = sign | (uint16_t)(__builtin_bit_cast(uint32_t, __builtin_bit_cast(float, size) + 0.5f) - 0x3F000000u);
-    else p->bits = sign | (uint16_t)((size - 0x38000000u + 0xFFF + (size >> 13 & 1)) >> 13);
+    if (size > 0x7F800000u)
+        p->bits = sign | 0x7E00 | (size >> 13 & 0x3FF);
+    else if (size >= 0x477FF000u)
+        p->bits = sign | 0x7C00;  // 65520 and above round to infinity
+    else if (size < 0x38800000u)
+        // Below the smallest normal half; adding 0.5 leaves the rounded multiple of 2^-24.
+        p->bits = sign | (uint16_t)(__builtin_bit_cast(uint32_t, __builtin_bit_cast(float, size) + 0.5f) -
+                                    0x3F000000u);
+    else
+        p->bits = sign | (uint16_t)((size - 0x38000000u + 0xFFF + (size >> 13 & 1)) >> 13);
 #endif
 }
 static INLINE vf load_wide(const f16* p) {
@@ -109,7 +121,8 @@ static INLINE vf load_wide(const f16* p) {
     return (vf)_mm256_cvtph_ps((__m128i)load<vh>(p));
 #else
     vf v;
-    for (int i = 0; i < LANES; i++) v[i] = widen(p[i]);
+    for (int i = 0; i < LANES; i++)
+        v[i] = widen(p[i]);
     return v;
 #endif
 }
@@ -117,7 +130,8 @@ static INLINE void store_narrow(vf v, f16* p) {
 #if defined(__AVX512F__)
     store(p, (vh)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
-    for (int i = 0; i < LANES; i++) narrow(v[i], p + i);
+    for (int i = 0; i < LANES; i++)
+        narrow(v[i], p + i);
 #endif
 }
 static INLINE vf rounded(vf v, const f16*) {
@@ -125,12 +139,13 @@ static INLINE vf rounded(vf v, const f16*) {
     store_narrow(v, narrowed);
     return load_wide(narrowed);
 }
-// The first `count` lanes only.
+// Stores only the first `count` lanes.
 template <class T> static INLINE void store_some(vf v, T* p, int count) {
-    for (int i = 0; i < count; i++) narrow(v[i], p + i);
+    for (int i = 0; i < count; i++)
+        narrow(v[i], p + i);
 }
 
-// In a tree, the upper half added to the lower.
+// A tree: the upper half is added to the lower.
 static INLINE float sum_of_lanes(vf v) {
 #if defined(__AVX512F__)
     return _mm512_reduce_add_ps((__m512)v);
@@ -138,7 +153,8 @@ static INLINE float sum_of_lanes(vf v) {
     float lanes[LANES];
     store(lanes, v);
     for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+        for (int i = 0; i < half; i++)
+            lanes[i] += lanes[i + half];
     return lanes[0];
 #endif
 }
@@ -147,17 +163,20 @@ static INLINE float max_of_lanes(vf v) {
     return _mm512_reduce_max_ps((__m512)v);
 #else
     float max = v[0];
-    for (int i = 1; i < LANES; i++) max = v[i] > max ? v[i] : max;
+    for (int i = 1; i < LANES; i++)
+        max = v[i] > max ? v[i] : max;
     return max;
 #endif
 }
 
-// exp to about 2 ulp: 2^n times a polynomial in the rest (Cephes' expf). Nothing below the smallest normal number.
+// exp with an error of about 2 ulp: 2^n times a polynomial in the rest (Cephes' expf). No result is
+// subnormal.
 static INLINE vf vexp(vf x) {
 #if defined(__AVX512F__)
-    // Of a NaN and a number, these return the second.
+    // Of a NaN and a number, these instructions return the second.
     x = (vf)_mm512_max_ps((__m512)splat(-87.33f), _mm512_min_ps((__m512)splat(89.f), (__m512)x));
-    vf n = (vf)_mm512_roundscale_ps((__m512)(x * splat(1.44269504088896341f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    vf n = (vf)_mm512_roundscale_ps((__m512)(x * splat(1.44269504088896341f)),
+                                    _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     vf r = x - n * splat(0.693359375f) - n * splat(-2.12194440e-4f);
 #else
     vf clamped = choose(x > splat(88.37f), splat(88.37f), x);
@@ -182,88 +201,9 @@ static INLINE vf vexp(vf x) {
 static INLINE vf vsigmoid(vf x) { return splat(1.f) / (splat(1.f) + vexp(-x)); }
 static INLINE vf verf(vf x) {
     vf r = {};
-    for (int i = 0; i < LANES; i++) r[i] = erff(x[i]);
+    for (int i = 0; i < LANES; i++)
+        r[i] = erff(x[i]);
     return r;
 }
 static INLINE vf vmin(vf a, float b) { return choose(a > splat(b), splat(b), a); }
 static INLINE vf vmax(vf a, float b) { return choose(a < splat(b), splat(b), a); }
-
-enum Activation { SILU, GELU, GELU_TANH, RELU, RELU2, SIGMOID, IDENTITY, SWIGLU_OAI };
-
-struct Act {
-    int name;
-    float alpha, limit;
-};
-
-// act(v) and its derivative, for the activations of one argument.
-struct ValueSlope {
-    vf value, slope;
-};
-template <int NAME> static INLINE ValueSlope act_one(vf v) {
-    const vf zero = splat(0.f), one = splat(1.f);
-    switch (NAME) {
-        case SILU: {
-            vf s = vsigmoid(v);
-            return {v * s, s * (one + v * (one - s))};
-        }
-        case GELU: {
-            vf phi = splat(0.5f) * (one + verf(v * splat(0.70710678118654752f)));
-            return {v * phi, phi + v * splat(0.39894228040143268f) * vexp(splat(-0.5f) * v * v)};
-        }
-        case GELU_TANH: {
-            vf s = vsigmoid(splat(1.5957691216057308f) * (v + splat(0.044715f) * v * v * v));
-            return {v * s, s + v * s * (one - s) * splat(1.5957691216057308f) * (one + splat(0.134145f) * v * v)};
-        }
-        case RELU: return {choose(v > zero, v, zero), choose(v > zero, one, zero)};
-        case RELU2: {
-            vf r = choose(v > zero, v, zero);
-            return {r * r, r + r};
-        }
-        case SIGMOID: {
-            vf s = vsigmoid(v);
-            return {s, s * (one - s)};
-        }
-        default: return {v, one};
-    }
-}
-
-// h = act(gate) * up, or act(gate) for a plain expert.
-template <int NAME> static INLINE vf act_forward(const Act& a, vf gate, vf up, bool gated) {
-    if (NAME == SWIGLU_OAI) {
-        vf g = vmin(gate, a.limit);
-        return (vmax(vmin(up, a.limit), -a.limit) + splat(1.f)) * (g * vsigmoid(splat(a.alpha) * g));
-    }
-    vf value = act_one<NAME>(gate).value;
-    return gated ? value * up : value;
-}
-
-struct Backward {
-    vf h, dgate, dup;
-};
-template <int NAME> static INLINE Backward act_backward(const Act& a, vf gate, vf up, vf dh, bool gated) {
-    const vf one = splat(1.f), zero = splat(0.f);
-    if (NAME == SWIGLU_OAI) {
-        vf g = vmin(gate, a.limit), u = vmax(vmin(up, a.limit), -a.limit) + one;
-        vf s = vsigmoid(splat(a.alpha) * g), act = g * s;
-        vf dgate = dh * u * s * (one + splat(a.alpha) * g * (one - s));
-        vi inside = (up <= splat(a.limit)) & (up >= splat(-a.limit));
-        return {u * act, choose(gate <= splat(a.limit), dgate, zero), choose(inside, dh * act, zero)};
-    }
-    ValueSlope at_gate = act_one<NAME>(gate);
-    if (!gated) return {at_gate.value, dh * at_gate.slope, zero};
-    return {at_gate.value * up, dh * up * at_gate.slope, dh * at_gate.value};
-}
-
-// Calls body.template operator()<NAME>() with the activation as a constant, so that the choice stands outside of loops.
-template <class Body> static INLINE void with_activation(int name, Body body) {
-    switch (name) {
-        case SILU: return body.template operator()<SILU>();
-        case GELU: return body.template operator()<GELU>();
-        case GELU_TANH: return body.template operator()<GELU_TANH>();
-        case RELU: return body.template operator()<RELU>();
-        case RELU2: return body.template operator()<RELU2>();
-        case SIGMOID: return body.template operator()<SIGMOID>();
-        case SWIGLU_OAI: return body.template operator()<SWIGLU_OAI>();
-        default: return body.template operator()<IDENTITY>();
-    }
-}
