@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from asv_bench import suites
+from fusedonemoe.bench.suites import REGISTRY
+
 pytest.importorskip("rich")
 earlier = importlib.import_module("fusedonemoe.bench.earlier")
 comparison = importlib.import_module("fusedonemoe.bench.comparison")
@@ -120,7 +123,7 @@ def test_every_committed_file_can_be_shown_and_compared_with(suite, tmp_path):
 
 @pytest.mark.parametrize("suite", ["lora", "quantized", "transformers"])
 def test_the_cells_of_a_committed_file_are_those_that_the_suite_has_today(suite):
-    module = importlib.import_module(f"fusedonemoe.bench.{'hf_model' if suite == 'transformers' else suite}")
+    module = importlib.import_module((REGISTRY | suites.REGISTRY)[suite].module)
     committed = earlier.read(RESULTS / f"{suite}.json")["cells"]
     cells = module.cells()
     assert [cell["name"] for cell in committed] == [cell.name for cell in cells]

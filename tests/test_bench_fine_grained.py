@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fusedonemoe import bench
-from fusedonemoe.bench import exact, fine_grained, workloads
+from asv_bench import suites
+from fusedonemoe.bench import exact, workloads
 from fusedonemoe.bench.peers import ALL_PAIRS, GATHER, OURS, YARDSTICK
-from fusedonemoe.bench.workloads import SUITES, Cell
+from fusedonemoe.bench.workloads import Cell
 
 pytest.importorskip("rich")
+fine_grained = importlib.import_module("asv_bench.suites.fine_grained")
 runner = importlib.import_module("fusedonemoe.bench.runner")
 ceilings = importlib.import_module("fusedonemoe.bench.ceilings")
 
@@ -109,18 +110,18 @@ def test_least_work_counted_by_hand():
 
 
 def test_the_cells_of_the_suite():
-    cells = SUITES["fine-grained"]
+    cells = fine_grained.CELLS
     assert len({cell.name for cell in cells}) == len(cells) == 17
     assert {(c.T, c.D, c.E, c.K) for c in cells if c.operator != "keys"} == {(1024, 256, 16384, 64), (128, 256, 102400, 512)}
     assert [(c.T, c.E, c.K) for c in cells if c.operator == "keys"] == [(4096, 128 * 128, 16)]
 
 
 def test_the_command_prints_and_writes(monkeypatch, capsys, tmp_path):
-    monkeypatch.setitem(SUITES, "fine-grained", (KEYS, NEURONS))
+    monkeypatch.setattr(fine_grained, "CELLS", (KEYS, NEURONS))
     parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
+    suites.add_arguments(parser)
     file = tmp_path / "fine-grained.json"
-    assert bench.run(parser.parse_args(["--suite", "fine-grained", "--no-rt", "--peers", "torch", "--json", str(file)])) == 0
+    assert suites.run(parser.parse_args(["fine-grained", "--no-rt", "--peers", "torch", "--json", str(file)])) == 0
     assert GATHER in capsys.readouterr().out
     written = json.loads(file.read_text())["cells"]
     assert [cell["yardstick"] for cell in written] == [ALL_PAIRS, GATHER]

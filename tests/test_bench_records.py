@@ -11,6 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 
+from asv_bench import suites
 from fusedonemoe import bench
 from fusedonemoe.__main__ import main
 from fusedonemoe.bench import records
@@ -274,11 +275,18 @@ def test_a_pipe_is_not_resumed(capsys):
     assert capsys.readouterr().err.startswith("--resume /dev/null: a pipe or a device cannot be read again")
 
 
-@pytest.mark.parametrize("suite", [name for name in REGISTRY if name != "gpu"])
+@pytest.mark.parametrize("suite", [name for name in (*REGISTRY, *suites.REGISTRY) if name != "gpu"])
 def test_every_suite_reads_its_files_before_the_first_cell(suite, tmp_path, capsys):
     file = tmp_path / "r.json"
     file.write_text('{"suite": 3}')
-    asked = ["bench", "--suite", suite, "--no-rt"]
+    parser = argparse.ArgumentParser()
+    of = bench if suite in REGISTRY else suites
+    of.add_arguments(parser)
+    asked = [*(["--suite"] if of is bench else []), suite, "--no-rt"]
+
+    def main(argv):
+        return of.run(parser.parse_args(argv))
+
     for argv in (["--compare", str(file)], ["--json", str(file), "--resume"]):
         assert main([*asked, *argv]) == 2
         assert f"{file}: " in capsys.readouterr().err

@@ -17,6 +17,7 @@ from typing import Any
 from fusedonemoe.bench import earlier
 from fusedonemoe.bench.peers import OURS, is_ours
 from fusedonemoe.bench.records import DamagedError
+from fusedonemoe.bench.suites import IN_THE_REPOSITORY
 from fusedonemoe.report.runs import times_ours
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -188,7 +189,8 @@ def figure(text: str) -> str:
 def command_of(suite: str) -> str:
     """The command that measures a suite again."""
     peers = results_of(suite).get("peers")
-    return f"python -m fusedonemoe bench --suite {suite}{f' --peers {peers!r}' if peers else ''} --json {suite}.json"
+    command = "python -m asv_bench.suites" if suite in IN_THE_REPOSITORY else "python -m fusedonemoe bench --suite"
+    return f"{command} {suite}{f' --peers {peers!r}' if peers else ''} --json {suite}.json"
 
 
 def versions_of(suite: str) -> str:

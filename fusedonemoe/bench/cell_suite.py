@@ -6,16 +6,12 @@ from functools import partial
 
 import torch
 
-from fusedonemoe.bench import fine_grained, isolated, report, runner, session
+from fusedonemoe.bench import isolated, report, runner, session
 from fusedonemoe.bench.ceilings import Ceilings
 from fusedonemoe.bench.libraries import line_up
-from fusedonemoe.bench.peers import PEERS, Peer, chosen
+from fusedonemoe.bench.peers import PEERS, chosen
 from fusedonemoe.bench.results import CellResult
 from fusedonemoe.bench.workloads import ISOLATED_SUITES, SUITES, Cell
-
-
-def _contenders(operator: str) -> tuple[Peer, ...]:
-    return (PEERS | fine_grained.PEERS)[operator]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -30,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     in_processes = args.suite in ISOLATED_SUITES
 
     def peers(cell: Cell) -> list[str]:
-        return [peer.name for peer in (line_up(cell) if in_processes else _contenders(cell.operator))]
+        return [peer.name for peer in (line_up(cell) if in_processes else PEERS[cell.operator])]
 
     return session.run_suite(
         args,
@@ -46,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _in_this_process(args: argparse.Namespace) -> Callable[[Cell], CellResult]:
     measure = partial(runner.run_cell, ceilings=Ceilings(), real_time=not args.no_rt)
-    return lambda cell: measure(cell, peers=chosen(_contenders(cell.operator), args.peers))
+    return lambda cell: measure(cell, peers=chosen(PEERS[cell.operator], args.peers))
 
 
 def _in_processes(args: argparse.Namespace) -> Callable[[Cell], CellResult]:

@@ -117,9 +117,6 @@ _SHAPES = {
     "odd-33": (33, 520, 200, 12, 3),
     "odd-77": (77, 1000, 333, 60, 6),
 }
-# T, D, E, K of FlashMoE's two published sizes, with fewer tokens and columns.
-_FINE_GRAINED = ((1024, 256, 16384, 64), (128, 256, 102400, 512))
-KEYS = 128
 _USES = (("forward", "default"), *(("training", allocator) for allocator in ALLOCATORS))
 
 SUITES: dict[str, tuple[Cell, ...]] = {
@@ -130,15 +127,6 @@ SUITES: dict[str, tuple[Cell, ...]] = {
     "cpu": tuple(
         Cell("block", T, D, F, E, K, dtype, mode=mode, label=label, allocator=allocator)
         for (label, (T, D, F, E, K)), dtype, (mode, allocator) in product(_SHAPES.items(), DTYPES, _USES)
-    ),
-    "fine-grained": (
-        Cell("keys", 4096, 0, 0, KEYS * KEYS, 16, torch.float32, label="keys"),
-        *(
-            Cell(operator, T, D, 0, E, K, dtype, mode=mode, label=f"{operator}-{E}")
-            for operator, (T, D, E, K), dtype, mode in product(
-                ("neurons", "values"), _FINE_GRAINED, DTYPES, ("forward", "training")
-            )
-        ),
     ),
 }
 # Suites whose cells run in a process each.

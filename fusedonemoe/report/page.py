@@ -65,7 +65,7 @@ def page_of(runs: Sequence[Run]) -> str:
         runs: in the order in which they are shown.
     """
     album = Album()
-    bench = "<code>python -m fusedonemoe bench --suite"
+    bench, suites = "<code>python -m fusedonemoe bench --suite", "<code>python -m asv_bench.suites"
     sections = {
         "machine": ("What was measured on", "", "".join(map(settings, runs))),
         "latency": (
@@ -82,13 +82,13 @@ def page_of(runs: Sequence[Run]) -> str:
         "memory": (
             "Memory against save_percent",
             "What a training step of the experts holds between forward and backward, parameters left out. Peers have no dial.",
-            _pictured(runs, lambda run: memory(album, run), f"No file has it: {bench} memory --json FILE</code>."),
+            _pictured(runs, lambda run: memory(album, run), f"No file has it: {suites} memory --json FILE</code>."),
         ),
         "scaling": (
             "Scaling in experts",
             "Time against all experts E at equal work of a token, and against the experts of a token K.",
             _pictured(
-                runs, lambda run: scaling(album, run), f"No two cells differ in E or K alone: {bench} seeds --json FILE</code>."
+                runs, lambda run: scaling(album, run), f"No two cells differ in E or K alone: {suites} seeds --json FILE</code>."
             ),
         ),
         "usage": (

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from asv_bench.suites.seed_cells import SeedCell
+from asv_bench.suites.seed_inputs import ACTIVATIONS
 from fusedonemoe import functional as F
 from fusedonemoe.bench.peers import ALL_PAIRS, GATHER, OURS, UnavailableError, is_ours
-from fusedonemoe.bench.seed_cells import SeedCell
-from fusedonemoe.bench.seed_inputs import ACTIVATIONS
 
 Weights = dict[str, Tensor]
 # From the tensors of a draw to the output; a router's to weights and ids.

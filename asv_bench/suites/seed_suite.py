@@ -9,15 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from asv_bench.suites.seed_cells import CELLS, SeedCell, least_work, shrunk
+from asv_bench.suites.seed_inputs import IDS, OUTPUT, Answer, SeedInputs, exact_answer, gradient_name, leaves_of, make_inputs
+from asv_bench.suites.seed_peers import Forward, SeedPeer, line_up
 from fusedonemoe.bench import report, session
 from fusedonemoe.bench.ceilings import Ceilings
 from fusedonemoe.bench.memory import held_bytes, peak_extra_bytes
 from fusedonemoe.bench.peers import BUDGET, OURS, UnavailableError, chosen, relative_error
 from fusedonemoe.bench.results import CellResult, Row, load_of
 from fusedonemoe.bench.runner import time_interleaved
-from fusedonemoe.bench.seed_cells import CELLS, SeedCell, least_work, shrunk
-from fusedonemoe.bench.seed_inputs import IDS, OUTPUT, Answer, SeedInputs, exact_answer, gradient_name, leaves_of, make_inputs
-from fusedonemoe.bench.seed_peers import Forward, SeedPeer, line_up
 from fusedonemoe.bench.workloads import floor_of
 
 ROUNDS = 3

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fusedonemoe.bench.seed_cells import ROUTERS, WITH_ROUTER, SeedCell
+from asv_bench.suites.seed_cells import ROUTERS, WITH_ROUTER, SeedCell
 from fusedonemoe.bench.workloads import unambiguous_tokens
 from fusedonemoe.testing import make_experts
 

@@ -19,10 +19,10 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from asv_bench.suites.model_work import EXPERTS_RANK, account_of, decode_work, training_work
 from fusedonemoe.bench import lines, report, session
 from fusedonemoe.bench.ceilings import Ceilings
 from fusedonemoe.bench.lines import LinesResult, result_of, seconds_of, times_of
-from fusedonemoe.bench.model_work import EXPERTS_RANK, account_of, decode_work, training_work
 from fusedonemoe.bench.peers import BUDGET, OURS, relative_error
 from fusedonemoe.bench.priority import RealTime
 from fusedonemoe.bench.runner import order_of_round

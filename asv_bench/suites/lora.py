@@ -19,11 +19,11 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from asv_bench.suites.model_work import Account, account_of, adapter_work
 from fusedonemoe.bench import lines, report, session
 from fusedonemoe.bench.ceilings import Ceilings
 from fusedonemoe.bench.lines import LinesResult, result_of, time_in_turns, times_of
 from fusedonemoe.bench.memory import peak_extra_bytes
-from fusedonemoe.bench.model_work import Account, account_of, adapter_work
 from fusedonemoe.bench.peers import BUDGET, OURS, relative_error
 
 PEFT, COMPILED, FROZEN = "peft", f"{OURS}, compiled", f"{OURS}, no adapters"
@@ -264,7 +264,7 @@ def run(args: argparse.Namespace) -> int:
         more memory than promised; 2 when a library is missing.
     """
     if missing := [name for name in ("transformers", "peft") if find_spec(name) is None]:
-        print(f"--suite {args.suite} compares with {missing}: pip install 'fusedonemoe[bench]'", file=sys.stderr)
+        print(f"the suite {args.suite} compares with {missing}: pip install 'fusedonemoe[bench]'", file=sys.stderr)
         return session.EXIT_USAGE
     ceilings = Ceilings()
     return lines.run(

@@ -4,16 +4,20 @@ The peers are what their papers' code writes in PyTorch: rows of the tables are 
 router takes the best of all ``G * G`` sums.
 """
 
+import argparse
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding, silu
 
 from fusedonemoe import functional as F
+from fusedonemoe.bench import report, runner, session
+from fusedonemoe.bench.ceilings import Ceilings
 from fusedonemoe.bench.exact import OUTPUT
-from fusedonemoe.bench.peers import ALL_PAIRS, GATHER, GROUPED, OURS, Peer
+from fusedonemoe.bench.peers import ALL_PAIRS, GATHER, GROUPED, OURS, Peer, chosen
 from fusedonemoe.bench.steps import Call, Named
 from fusedonemoe.bench.workloads import Cell, Inputs, KeyInputs, NeuronInputs
 
@@ -110,3 +114,30 @@ PEERS: dict[str, tuple[Peer, ...]] = {
         Peer(GATHER, _gathered_values, _BOTH),
     ),
 }
+
+
+# T, D, E, K of FlashMoE's two published sizes, with fewer tokens and columns.
+_SIZES = ((1024, 256, 16384, 64), (128, 256, 102400, 512))
+_KEYS = 128
+CELLS: tuple[Cell, ...] = (
+    Cell("keys", 4096, 0, 0, _KEYS * _KEYS, 16, torch.float32, label="keys"),
+    *(
+        Cell(operator, T, D, 0, E, K, dtype, mode=mode, label=f"{operator}-{E}")
+        for operator, (T, D, E, K), dtype, mode in product(
+            ("neurons", "values"), _SIZES, (torch.float32, torch.bfloat16), ("forward", "training")
+        )
+    ),
+)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the cells asked for and print them; the exit status is that of ``session.run_cells``."""
+    measure = partial(runner.run_cell, ceilings=Ceilings(), real_time=not args.no_rt)
+    return session.run_suite(
+        args,
+        CELLS,
+        measure=lambda cell: measure(cell, peers=chosen(PEERS[cell.operator], args.peers)),
+        to_json=report.cell_to_json,
+        show=report.print_cell,
+        peers=lambda cell: [peer.name for peer in PEERS[cell.operator]],
+    )
