@@ -90,7 +90,7 @@ def test_the_command_fails_where_the_formula_does_not_hold(small, monkeypatch, c
     real = dial.formula_bytes
     monkeypatch.setattr(dial, "formula_bytes", lambda inputs, p: real(inputs, p) * (1.03 if p == 50 else 1))
     assert suites.run(arguments()) == 1
-    assert "fusedonemoe 50 %: holds something else than the formula says" in capsys.readouterr().err
+    assert "fusedonemoe 50 %: holds a different number of bytes than the formula" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", [["--peers", "x"], ["--picture", "x.png"], ["--dry"]])

@@ -22,7 +22,6 @@ earlier = importlib.import_module("fusedonemoe.bench.earlier")
 session = importlib.import_module("fusedonemoe.bench.session")
 comparison = importlib.import_module("fusedonemoe.bench.comparison")
 report = importlib.import_module("fusedonemoe.bench.report")
-gpu_suite = importlib.import_module("fusedonemoe.bench.gpu_suite")
 runs = importlib.import_module("fusedonemoe.report.runs")
 page = importlib.import_module("fusedonemoe.report.page")
 
@@ -111,7 +110,7 @@ def taken_by_resume(file, settings):
     results = settings | {"cells": session.finished_cells(file, settings)}
     json.dumps(results, indent=1)
     report.summary_of(results)
-    gpu_suite.summary_of(results)
+    report.summary_of(results)
 
 
 READERS = {

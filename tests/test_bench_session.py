@@ -16,8 +16,8 @@ import torch
 from asv_bench import suites
 from fusedonemoe import bench
 from fusedonemoe.bench import results
+from fusedonemoe.bench.catalogue import SUITES
 from fusedonemoe.bench.suites import IN_THE_REPOSITORY, REGISTRY
-from fusedonemoe.bench.workloads import SUITES
 
 pytest.importorskip("rich")
 comparison = importlib.import_module("fusedonemoe.bench.comparison")
@@ -132,7 +132,7 @@ def test_a_run_is_taken_up_where_it_was_interrupted(tmp_path, capsys):
     assert run([*argv, "--resume"], {"a": (9.0, 9.0)}) == (0, []) and len(json.loads(file.read_text())["cells"]) == 3
     assert run([*argv, "--resume"], {"a": (9.0, 9.0)}, peers="x") == (0, ["a"])
     assert run([*argv, "--resume"], {"a": (9.0, 9.0)}, cpu="two", peers="x") == (0, ["a"])
-    assert "is of another cpu: starting afresh" in capsys.readouterr().err
+    assert "was measured with different cpu; starting over" in capsys.readouterr().err
     assert [path.name for path in file.parent.iterdir()] == ["r.json"]
 
 

@@ -1,4 +1,4 @@
-"""What a step of a whole decoder cannot do without, counted from the model: operations, bytes, and parameters."""
+"""The least work of a step of a whole decoder, counted from the model: operations, bytes, and parameters."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +30,7 @@ class Account:
     itemsize: int
 
     def forward_flops(self, tokens: int, pairs: int) -> int:
-        """Of a forward pass.
+        """Count the operations of a forward pass.
 
         Args:
             tokens: in all sequences.

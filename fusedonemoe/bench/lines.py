@@ -1,12 +1,10 @@
-"""Suites whose tables have columns of their own: lines that are timed in turns, and what of them stands in the file."""
+"""Suites whose tables have columns of their own: lines, their place in the file, and the command."""
 
 import argparse
 import sys
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from statistics import median
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -15,9 +13,7 @@ from rich.table import Table
 
 from fusedonemoe.bench import report, session
 from fusedonemoe.bench.ceilings import Ceilings
-from fusedonemoe.bench.priority import RealTime
 from fusedonemoe.bench.results import percentile
-from fusedonemoe.bench.runner import order_of_round
 from fusedonemoe.bench.workloads import Floor, LeastWork, floor_of
 
 
@@ -36,12 +32,12 @@ class LinesCell(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """What ``--cells`` matches."""
+        """The text that ``--cells`` matches."""
 
     @property
     @abstractmethod
     def described(self) -> dict[str, Any]:
-        """What the file says of it beside name and dtype: operator, sizes, mode."""
+        """The operator, sizes and mode, for the file."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,7 @@ class AnyLine(Protocol):
 
     @property
     def name(self) -> str:
-        """Who."""
+        """The name, as printed."""
 
     @property
     def seconds(self) -> float | None:
@@ -79,7 +75,7 @@ class AnyLine(Protocol):
 
     @property
     def problem(self) -> str:
-        """What is wrong with it; empty otherwise."""
+        """The problem with it; empty otherwise."""
 
 
 C = TypeVar("C", bound=LinesCell)
@@ -93,9 +89,9 @@ class LinesResult(Generic[C, L]):
     Attributes:
         cell: what was measured.
         lines: in the order of the table.
-        work: what the timed step cannot do without.
+        work: the least work of the timed step.
         parameters: of all experts, or of the whole model.
-        active_parameters: those of them that one token is multiplied with.
+        active_parameters: the part that one token is multiplied with.
         floor: of the timed step; None in a dry run.
         flops_per_s: the matrix-product rate that the floor was computed with.
         bytes_per_s: the read bandwidth that the floor was computed with.
@@ -112,7 +108,7 @@ class LinesResult(Generic[C, L]):
 
     @property
     def title(self) -> str:
-        """What stands above the table: the name, the floor and what it is computed from."""
+        """The heading of the table: the name, the floor and its ceilings, the work."""
         title, work = self.cell.name, self.work
         if self.floor:
             title += (
@@ -134,16 +130,7 @@ def result_of(
     parameters: int,
     active_parameters: int,
 ) -> LinesResult[C, L]:
-    """A table with its floor.
-
-    Args:
-        cell: what was measured.
-        lines: of it.
-        ceilings: what the machine did at best; None in a dry run.
-        work: of the timed step.
-        parameters: all.
-        active_parameters: of one token.
-    """
+    """Make a table with its floor; ``ceilings`` is None in a dry run."""
     if ceilings is None:
         return LinesResult(cell, tuple(lines), work, parameters, active_parameters)
     rate, bandwidth = ceilings.flops_per_s[cell.dtype], ceilings.bytes_per_s
@@ -151,50 +138,14 @@ def result_of(
     return LinesResult(cell, tuple(lines), work, parameters, active_parameters, floor, rate, bandwidth)
 
 
-def seconds_of(call: Callable[[], object]) -> float:
-    """How long a call takes; what it returns is dropped."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def time_in_turns(
-    calls: Mapping[str, Callable[[int], object]],
-    *,
-    rounds: int,
-    real_time: bool,
-    between: Callable[[], None],
-) -> dict[str, list[float]]:
-    """Every call once in a round, each of them told the number of the round.
-
-    Args:
-        calls: by name.
-        rounds: how many.
-        real_time: ask for real-time priority while timing.
-        between: runs before every round, at the same priority.
-    """
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds):
-        with RealTime(real_time):
-            between()
-        for name in order_of_round(list(calls), turn):
-            with RealTime(real_time):
-                times[name].append(seconds_of(partial(calls[name], turn)))
-    return times
-
-
 def times_of(samples: list[float]) -> dict[str, Any]:
-    """Median and tail, under the names that all lines have for them.
-
-    Args:
-        samples: at least one.
-    """
+    """Return median and tail of at least one sample, under the names of all lines."""
     tail = {"p95_seconds": percentile(samples, 95), "p99_seconds": percentile(samples, 99)}
     return {"seconds": median(samples), **tail, "calls": len(samples)}
 
 
 def cell_to_json(result: LinesResult[C, L]) -> dict[str, Any]:
-    """A table as plain values, in the form of all suites; times in seconds, memory in bytes."""
+    """Return a table as plain values, in the form of all suites; times in seconds, memory in bytes."""
     described, floor = result.cell.described, result.floor
     rows = []
     for line in result.lines:
@@ -234,7 +185,7 @@ def run(
         everything: all tables of the suite.
         measure: one of them.
         table_of: for the terminal.
-        described: what the file says of the run beside versions and machine.
+        described: further settings of the run, for the file.
 
     Returns:
         The exit status of :func:`fusedonemoe.bench.session.run_cells`; 1 where a line has a problem.

@@ -1,6 +1,6 @@
-"""Quantised experts beside bfloat16 ones: time, the floor that memory sets, and what rounding the weights costs.
+"""Quantised and bfloat16 experts: time, the floor that memory sets, and the error that rounding the weights makes.
 
-Every call of a form takes another of several inputs, whose experts are others, so that few tokens find no weights in a cache.
+The calls of a form rotate through inputs with different experts, so that few tokens find no weights in a cache.
 Times are medians, of all forms in turns; shares of bfloat16's time are medians of the shares within a turn.
 """
 
@@ -18,9 +18,10 @@ from torch import Tensor
 from fusedonemoe import functional as F
 from fusedonemoe.bench import lines, report
 from fusedonemoe.bench.ceilings import Ceilings
-from fusedonemoe.bench.lines import LinesResult, result_of, time_in_turns, times_of
+from fusedonemoe.bench.lines import LinesResult, result_of, times_of
 from fusedonemoe.bench.peers import BUDGET, OURS, relative_error
 from fusedonemoe.bench.results import quartiles
+from fusedonemoe.bench.timing import Timer, time_interleaved
 from fusedonemoe.bench.workloads import LeastWork, floor_of
 from fusedonemoe.testing import make_experts, make_mlp_inputs
 
@@ -41,12 +42,12 @@ class QuantizedCell(lines.SizedCell):
 
     @property
     def name(self) -> str:
-        """As of all sized cells; the dtype is one."""
+        """Letters and numbers; the dtype is always bfloat16."""
         return super().name.removesuffix("-bfloat16")
 
     @property
     def described(self) -> dict[str, Any]:
-        """What the file says of it beside name and dtype."""
+        """The operator, sizes and mode, for the file."""
         return {"operator": "quantized", **self.by_letter, "mode": "forward"}
 
 
@@ -57,14 +58,14 @@ class Line:
     Attributes:
         weights: their form.
         weight_bytes: of the experts that a call reads, on average.
-        floor_seconds: those bytes at the machine's read bandwidth, or the products at its rate in bfloat16, what is longer.
+        floor_seconds: the longer of those bytes at the machine's read bandwidth and the products at its rate in bfloat16.
         seconds: median; None when the output was wrong.
         p95_seconds: of it.
         p99_seconds: of it.
         calls: how many were timed.
         speed_up: median over the turns of bfloat16's time as a multiple of this one's.
         quartiles: of that multiple.
-        weight_error: relative root mean square change of the outputs that comes of rounding the weights.
+        weight_error: relative root mean square change of the outputs by rounding the weights.
         error: of the output, relative to that of the plain formulation on the same rounded weights; None for bfloat16.
         note: in place of a time.
     """
@@ -84,18 +85,18 @@ class Line:
 
     @property
     def name(self) -> str:
-        """Who, with what weights."""
+        """This library, and the form of the weights."""
         return f"{OURS} {self.weights}"
 
     @property
     def problem(self) -> str:
-        """What is wrong with it."""
+        """The problem with it; empty otherwise."""
         return self.note
 
 
 @torch.no_grad()
 def measure(cell: QuantizedCell, ceilings: Ceilings, *, real_time: bool = True) -> LinesResult[QuantizedCell, Line]:
-    """One table.
+    """Measure one table.
 
     Args:
         cell: what to measure.
@@ -125,14 +126,15 @@ def measure(cell: QuantizedCell, ceilings: Ceilings, *, real_time: bool = True) 
         changes[name] = float((actual.double() - plain.double()).norm() / plain.double().norm())
 
     notes = {name: f"off by {error:.1e}" for name, error in errors.items() if not error <= BUDGET[dtype]}
-    turns = {name: lambda turn, call=calls[name]: call(turn % ROTATION) for name in calls if name not in notes}
+    turns = {name: call for name, call in calls.items() if name not in notes}
     # A sample takes longer than all forms together.
     sample, rounds = ceilings.sampler(dtype), count()
-    times = time_in_turns(
+    times = time_interleaved(
+        Timer(real_time=real_time),
         turns,
         rounds=cell.rounds,
-        real_time=real_time,
         between=lambda: None if next(rounds) % max(cell.rounds // 4, 1) else sample(),
+        inputs=ROTATION,
     )
     flops = 6 * tokens * K * inner * D
     works = {name: LeastWork(flops, round(hit * size)) for name, size in sizes_of.items()}
@@ -151,11 +153,7 @@ def measure(cell: QuantizedCell, ceilings: Ceilings, *, real_time: bool = True) 
 
 
 def table_of(result: LinesResult[QuantizedCell, Line]) -> Table:
-    """The lines as a table.
-
-    Args:
-        result: of a cell.
-    """
+    """Make a table of the lines."""
     table = Table(title=result.title, title_justify="left")
     for heading in (
         "weights",
@@ -188,15 +186,12 @@ def table_of(result: LinesResult[QuantizedCell, Line]) -> Table:
 
 
 def cells() -> list[QuantizedCell]:
-    """The tables: one token, which takes little time and has many rounds, and more."""
+    """Return the tables. That of one token has more rounds, because they are short."""
     return [QuantizedCell(torch.bfloat16, ROUNDS if T == 1 else ROUNDS // 4, (T, *SIZES)) for T in TOKENS]
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the tables.
-
-    Args:
-        args: of the benchmark's command.
 
     Returns:
         The exit status of :func:`fusedonemoe.bench.session.run_cells`; 1 when an output was off.

@@ -1,6 +1,6 @@
-"""The fields of a file of results, and the values that each may hold: checked once, when a file is read.
+"""The fields of a file of results, and the values that each may hold, which are checked when a file is read.
 
-A reader may rely on every field of these tables that is there; those that are needed are there. Other fields are left alone.
+A reader may rely on the value of every field of these tables, and on needed fields being there. Other fields are not checked.
 """
 
 import json
@@ -19,7 +19,7 @@ _LONGEST = 60
 
 
 class DamagedError(ValueError):
-    """A file cannot be read as results; the message says why, without the name of the file."""
+    """A file that cannot be read as results; the message says why, without the name of the file."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Kind:
 
     @property
     def here(self) -> "Kind":
-        """The same, of a field that may not be missing."""
+        """The same, for a field that may not be missing."""
         return Kind(self.told, self.holds, needed=True)
 
 
@@ -186,10 +186,7 @@ def _inside(values: dict[str, Any] | list[Any]) -> Iterable[Any]:
 
 
 def check_levels(values: Any) -> None:
-    """Check that lists and objects are not nested deeper than anything that is written here.
-
-    Args:
-        values: as they were parsed.
+    """Check that lists and objects are not nested deeper than in a file of results.
 
     Raises:
         DamagedError: they are.

@@ -1,4 +1,4 @@
-"""What came of a cell, and how its rows compare."""
+"""The results of a cell, and how its rows compare."""
 
 import math
 from collections.abc import Iterable
@@ -13,22 +13,13 @@ from fusedonemoe.bench.workloads import Cell, Floor, LeastWork
 
 
 def quartiles(samples: list[float]) -> tuple[float, float]:
-    """The lower and the upper one.
-
-    Args:
-        samples: at least one, in any order.
-    """
+    """Return the lower and the upper quartile of at least one sample, in any order."""
     ordered = sorted(samples)
     return ordered[len(ordered) // 4], ordered[(3 * len(ordered)) // 4]
 
 
 def percentile(samples: list[float], percent: float) -> float:
-    """The least of the samples that so many per cent of them do not exceed (nearest rank).
-
-    Args:
-        samples: at least one, in any order.
-        percent: above 0, to 100.
-    """
+    """Return the least of the samples that so many per cent of them do not exceed (nearest rank)."""
     ordered = sorted(samples)
     return ordered[max(math.ceil(len(ordered) * percent / 100) - 1, 0)]
 
@@ -37,11 +28,7 @@ LOAD_POINTS = 33
 
 
 def load_of(experts: Iterable[Tensor], num_experts: int) -> tuple[float, ...]:
-    """How the rows fall on the experts, the busiest first: rows of an expert in multiples of the mean.
-
-    Args:
-        experts: ids of each call.
-        num_experts: E.
+    """Count the rows of each expert, the busiest first, in multiples of the mean.
 
     Returns:
         One number for each expert; of many experts, those at ``LOAD_POINTS`` evenly spaced ranks.
@@ -55,7 +42,7 @@ def load_of(experts: Iterable[Tensor], num_experts: int) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Row:
-    """What came of one peer in one cell.
+    """The result of one peer in one cell.
 
     Attributes:
         peer: its name.
@@ -88,7 +75,7 @@ class Row:
     paired_seconds: float | None = None
 
     def timed(self, samples: list[float], ours: list[float] | None) -> "Row":
-        """The row with its times.
+        """Return the row with its times.
 
         Args:
             samples: seconds of its calls.
@@ -107,7 +94,7 @@ class Row:
 
     @property
     def is_absent(self) -> bool:
-        """Whether there is no time, for a reason that is nobody's mistake."""
+        """True without a time, for a reason that is no failure."""
         return self.seconds is None and not self.failed
 
     @property
@@ -130,6 +117,8 @@ class CellResult:
         real_time: whether the timed calls ran at real-time priority; None where it was of no use.
         work: what the floor was computed from; None when the cell failed as a whole.
         load: rows of an expert in multiples of the mean, the busiest first.
+        dense_seconds: of dense products with as many operations, on as many rows as are routed; None where not timed.
+        copy_seconds: of a device copy of as many bytes; None where not timed.
     """
 
     cell: Cell
@@ -141,37 +130,47 @@ class CellResult:
     real_time: bool | None
     work: LeastWork | None = field(default=None, kw_only=True)
     load: tuple[float, ...] = field(default=(), kw_only=True)
+    dense_seconds: float | None = field(default=None, kw_only=True)
+    copy_seconds: float | None = field(default=None, kw_only=True)
+
+    def of_dense(self, row: Row) -> float | None:
+        """Return the share of the dense products' rate that a row reaches."""
+        return self.dense_seconds / row.seconds if self.dense_seconds and row.seconds else None
+
+    def of_copy(self, row: Row) -> float | None:
+        """Return the share of the copy's bandwidth that a row reaches."""
+        return self.copy_seconds / row.seconds if self.copy_seconds and row.seconds else None
 
     def tokens_per_second(self, row: Row) -> float | None:
-        """Tokens of the cell in a second, at the median."""
+        """Return the tokens of the cell in a second, at the median."""
         return self.cell.T / row.seconds if row.seconds else None
 
     def times_faster(self, row: Row) -> float | None:
-        """How many times faster a row is than the cell's yardstick; None where either has no time."""
+        """Return how many times faster a row is than the cell's yardstick; None where either has no time."""
         base = next((r for r in self.rows if r.peer == YARDSTICK[self.cell.operator]), None)
         return _quotient(base, row)
 
     @property
     def best_peer(self) -> Row | None:
-        """The fastest of the others who wrote everything; None where none has a time."""
+        """The fastest of the others that wrote everything; None where none has a time."""
         others = [row for row in self.rows if row.relative_seconds and row.comparable and not is_ours(row.peer)]
         return min(others, key=lambda row: row.relative_seconds or 0.0, default=None)
 
     def times_best(self, row: Row) -> float | None:
-        """A row's time in multiples of the best peer's; below 1 it is faster. None where either has no time."""
+        """Return a row's time in multiples of the best peer's; below 1 it is faster. None where either has no time."""
         return _quotient(row, self.best_peer)
 
     def times_floor(self, row: Row) -> float | None:
-        """A row's time in multiples of the floor."""
+        """Return a row's time in multiples of the floor."""
         return row.seconds / self.floor.seconds if row.seconds and self.floor else None
 
     def promised_bytes(self, row: Row) -> int | None:
-        """The bound on the peak that a row has promised: that of the grouped formulation."""
+        """Return the promised bound on the peak of a row; only the grouped formulation has one."""
         return self.cell.promised_bytes if row.peer == GROUPED else None
 
 
 def _quotient(row: Row | None, other: Row | None) -> float | None:
-    """How many times as long a row takes as another; both were timed in turns with ours, if not with each other."""
+    """Divide the times of two rows; both were timed in turns with ours, if not with each other."""
     if row is None or other is None or not row.relative_seconds or not other.relative_seconds:
         return None
     return row.relative_seconds / other.relative_seconds

@@ -25,7 +25,7 @@ PEERS = CELLS | {"peers", "picture"}
 REGISTRY: dict[str, Suite] = {
     "quick": Suite("fusedonemoe.bench.cell_suite", "the block and the original's up-projection at 32 to 1024 experts", PEERS),
     "cpu": Suite("fusedonemoe.bench.cell_suite", "the block of published models, forward and training, and CPU peers", PEERS),
-    "gpu": Suite("fusedonemoe.bench.gpu_suite", "expert layers of published models on a GPU", PEERS | {"dry"}),
+    "gpu": Suite("fusedonemoe.bench.cell_suite", "expert layers of published models on a GPU", PEERS | {"dry"}),
     "quantized": Suite("fusedonemoe.bench.quantized", "8- and 4-bit expert weights and bfloat16, and the rounding error", CELLS),
 }
 # Suites that only this project needs. They are in its repository, not in the wheel.

@@ -16,7 +16,7 @@ ROTARY_BASE = 10_000.0
 
 
 class Loss(NamedTuple):
-    """What a model says about a batch.
+    """The losses of a model on a batch.
 
     Attributes:
         cross_entropy: mean over the bytes, in nats.
@@ -86,12 +86,7 @@ class Attention(nn.Module):
 
 
 class DenseMLP(nn.Module):
-    """The baseline's feed-forward part, ``(silu(x Wg) * (x Wu)) Wd``: what every token would get from one wide expert.
-
-    Args:
-        hidden_size: ``D``.
-        intermediate_size: its ``F``.
-    """
+    """The baseline's feed-forward part, ``(silu(x Wg) * (x Wu)) Wd``: what every token would get from one wide expert."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
@@ -179,12 +174,6 @@ class ByteTransformer(nn.Module):
     @torch.no_grad()
     def generate(self, prompt: bytes, length: int, *, temperature: float, seed: int) -> bytes:
         """Continue a prompt byte by byte.
-
-        Args:
-            prompt: at least one byte.
-            length: bytes to add.
-            temperature: divides the logits; lower is safer.
-            seed: of the draws.
 
         Returns:
             The added bytes.

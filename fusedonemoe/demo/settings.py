@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a demo run trains and measures.
+    """The sizes of a demo run.
 
     Attributes:
         hidden_size: ``D`` of both models.
@@ -41,7 +41,7 @@ class Settings:
     validation_batches: int = 16
     sample_bytes: int = 320
     throughput_experts: int = 128
-    throughput_rounds: int = 9
+    throughput_rounds: int = 5
 
     @property
     def tokens_per_step(self) -> int:

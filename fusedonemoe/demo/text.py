@@ -64,9 +64,6 @@ def split_files(files: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def load_corpus(root: Path | None = None) -> Corpus:
     """Read the standard library of the running interpreter.
 
-    Args:
-        root: another folder of Python source.
-
     Returns:
         The :class:`Corpus`.
 
@@ -97,14 +94,6 @@ def training_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Windows drawn at random places, the same for the same seed on every device.
 
-    Args:
-        text: ``[N]`` uint8.
-        batch: ``B``.
-        window: ``S``.
-        steps: number of batches.
-        seed: of the places.
-        device: of the batches.
-
     Yields:
         Inputs and targets ``[B, S]`` int64.
     """
@@ -118,13 +107,6 @@ def validation_batches(
     text: Tensor, *, batch: int, window: int, batches: int, device: torch.device
 ) -> list[tuple[Tensor, Tensor]]:
     """Windows spread evenly over the text, always the same.
-
-    Args:
-        text: ``[M]`` uint8.
-        batch: ``B``.
-        window: ``S``.
-        batches: how many.
-        device: of the batches.
 
     Returns:
         Pairs of inputs and targets ``[B, S]`` int64.

@@ -42,7 +42,7 @@ def smoothed(values: list[float]) -> list[float]:
 
 @dataclass
 class History:
-    """What happened to one model.
+    """The history of one model's training.
 
     Attributes:
         train: bits per byte of each step's batch.

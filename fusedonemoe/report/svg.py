@@ -17,7 +17,7 @@ LEAST_PIXELS = 30.0  # between the labels of two ticks
 
 @dataclass(frozen=True)
 class Style:
-    """How a line is drawn.
+    """The style of a line.
 
     Attributes:
         colour: of line and markers.
@@ -65,26 +65,14 @@ class Axis:
 
 
 def style_of(index: int, *, ours: bool) -> Style:
-    """The style of a peer.
-
-    Args:
-        index: among ours, or among the others.
-        ours: whether this library computes it.
-    """
+    """The style of a peer."""
     if ours:
         return Style(OUR_COLOURS[index % len(OUR_COLOURS)], MARKERS[index % len(MARKERS)], 2.6)
     return Style(COLOURS[index % len(COLOURS)], MARKERS[(index + 1) % len(MARKERS)])
 
 
 def marker(style: Style, x: float, y: float, size: float = 3.6) -> str:
-    """A marker as an SVG element; nothing for a style without one.
-
-    Args:
-        style: whose marker.
-        x: of its middle.
-        y: of its middle.
-        size: half its width.
-    """
+    """A marker as an SVG element; nothing for a style without one."""
     fill = f'fill="{style.colour}"'
     stroke = f'stroke="{style.colour}" stroke-width="1.8"'
     left, right, up, down = x - size, x + size, y - size, y + size
@@ -100,11 +88,7 @@ def marker(style: Style, x: float, y: float, size: float = 3.6) -> str:
 
 
 def legend(lines: Iterable[Line]) -> str:
-    """The names of lines beside a piece of each, as an HTML list.
-
-    Args:
-        lines: of one chart or of several.
-    """
+    """The names of lines beside a piece of each, as an HTML list."""
     items = []
     for line in lines:
         style = line.style
