@@ -77,10 +77,7 @@ def add_options(parser: argparse.ArgumentParser, registry: Mapping[str, Suite]) 
         "--resume", action="store_true", help="go on with the file of --json if there is one: measure what is missing in it"
     )
     parser.add_argument(
-        "--compare",
-        type=options.path,
-        metavar="OLD.json",
-        help="compare with an older run on this machine; 3 if ours is slower",
+        "--compare", type=options.path, metavar="OLD.json", help="compare with an older run on this machine; 3 if ours is slower"
     )
     parser.add_argument(
         "--minutes", type=options.above_zero, metavar="N", help="begin no cell after so long (gpu: 8; else no limit)"

@@ -38,14 +38,10 @@ class Ceilings:
 
     Shared between cells: other guests of a host, and the memory node of an array, move a sample by a factor of two, and the
     machine's ceiling is the best of them all.
-
-    Attributes:
-        flops_per_s: matrix-product rate by dtype.
-        bytes_per_s: read bandwidth.
     """
 
-    flops_per_s: dict[torch.dtype, float] = field(default_factory=dict)
-    bytes_per_s: float = 0.0
+    flops_per_s: dict[torch.dtype, float] = field(default_factory=dict)  # matrix-product rate by dtype
+    bytes_per_s: float = 0.0  # read bandwidth
 
     def take(self, other: "Ceilings") -> None:
         """Keep the better of these samples and another's."""

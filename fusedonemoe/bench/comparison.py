@@ -27,19 +27,12 @@ class IncomparableError(Exception):
 
 
 class Pair(NamedTuple):
-    """A row of both runs.
+    """A row of both runs."""
 
-    Attributes:
-        cell: its name.
-        peer: its name.
-        before: seconds in the older run.
-        now: seconds in this one.
-    """
-
-    cell: str
-    peer: str
-    before: float
-    now: float
+    cell: str  # its name
+    peer: str  # its name
+    before: float  # seconds in the older run
+    now: float  # seconds in this one
 
     @property
     def ratio(self) -> float:

@@ -72,13 +72,7 @@ def _scattermoe(cell: Cell, weights: Weights) -> Forward:
         plan = module.flatten_sort_count(experts, num_experts=cell.E)
         z = module.parallel_linear(x, up, cell.K, *plan, expert_biases=weights.get("gate_up_bias"), grouped_out=True)
         y: Tensor = module.parallel_linear(
-            activated(z, cell),
-            down,
-            1,
-            *plan,
-            expert_biases=weights.get("down_bias"),
-            gates=scores.to(x.dtype),
-            grouped_in=True,
+            activated(z, cell), down, 1, *plan, expert_biases=weights.get("down_bias"), gates=scores.to(x.dtype), grouped_in=True
         )
         return y
 

@@ -24,23 +24,17 @@ class Inputs:
     """Inputs of a cell; the same for every peer and every run on a device of this kind.
 
     Attributes:
-        names: of the tensors that a call takes.
-        draws: those tensors for each draw: x ``[T, D]``, of a block; x and logits ``[T, E]`` float32, of experts; x, ids
-            ``[T, K]`` and weights ``[T, K]`` float32, of a merged up-projection; logits, of a router.
-        weights: by name, over one memory for all draws and peers.
-        experts: ids ``[T, K]`` of each draw.
-        sample: the tokens that are checked, ascending.
-        dys: gradients of the outputs; none unless the cell is a training step.
-        dy_checked: the first of them, zero outside the sample: then all gradients depend on the sample alone.
+        draws: those tensors for each draw: x ``[T, D]``, of a block; x and logits ``[T, E]`` float32, of experts; x, ids ``[T,
+            K]`` and weights ``[T, K]`` float32, of a merged up-projection; logits, of a router.
     """
 
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # of the tensors that a call takes
     draws: tuple[tuple[Tensor, ...], ...]
-    weights: dict[str, Tensor]
-    experts: tuple[Tensor, ...]
-    sample: Tensor
-    dys: tuple[Tensor, ...] = ()
-    dy_checked: Tensor | None = None
+    weights: dict[str, Tensor]  # by name, over one memory for all draws and peers
+    experts: tuple[Tensor, ...]  # ids ``[T, K]`` of each draw
+    sample: Tensor  # the tokens that are checked, ascending
+    dys: tuple[Tensor, ...] = ()  # gradients of the outputs; none unless the cell is a training step
+    dy_checked: Tensor | None = None  # the first of them, zero outside the sample: then all gradients depend on the sample alone
 
 
 def make_inputs(cell: Cell, device: torch.device, draws: int) -> Inputs:

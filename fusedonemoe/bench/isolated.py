@@ -38,25 +38,15 @@ SECONDS_PER_PEER = 0.25
 
 @dataclass(frozen=True)
 class Job:
-    """The task of a process.
+    """The task of a process."""
 
-    Attributes:
-        cell: what to measure.
-        ceilings: the best samples so far.
-        threads: of every pool.
-        peers: pattern of the peers' names; None for all.
-        real_time: ask for real-time priority while timing.
-        rounds: turns of each peer.
-        seconds: of timed calls for each peer.
-    """
-
-    cell: Cell
-    ceilings: Ceilings
-    threads: int
-    peers: re.Pattern[str] | None = None
-    real_time: bool = True
-    rounds: int = ROUNDS
-    seconds: float = SECONDS_PER_PEER
+    cell: Cell  # what to measure
+    ceilings: Ceilings  # the best samples so far
+    threads: int  # of every pool
+    peers: re.Pattern[str] | None = None  # pattern of the peers' names; None for all
+    real_time: bool = True  # ask for real-time priority while timing
+    rounds: int = ROUNDS  # turns of each peer
+    seconds: float = SECONDS_PER_PEER  # of timed calls for each peer
 
 
 def run_job(job: Job) -> CellResult:

@@ -19,15 +19,10 @@ from fusedonemoe.bench.workloads import Floor, LeastWork, floor_of
 
 @dataclass(frozen=True)
 class LinesCell(ABC):
-    """One table.
+    """One table."""
 
-    Attributes:
-        dtype: of activations and, unless the lines say otherwise, weights.
-        rounds: how often each line is timed.
-    """
-
-    dtype: torch.dtype
-    rounds: int
+    dtype: torch.dtype  # of activations and, unless the lines say otherwise, weights
+    rounds: int  # how often each line is timed
 
     @property
     @abstractmethod
@@ -42,14 +37,10 @@ class LinesCell(ABC):
 
 @dataclass(frozen=True)
 class SizedCell(LinesCell):
-    """A table that is named by its sizes.
-
-    Attributes:
-        sizes: one for each of ``LETTERS``.
-    """
+    """A table that is named by its sizes."""
 
     LETTERS: ClassVar[str] = "TDFEK"
-    sizes: tuple[int, ...]
+    sizes: tuple[int, ...]  # one for each of ``LETTERS``
 
     @property
     def by_letter(self) -> dict[str, int]:
@@ -84,51 +75,30 @@ L = TypeVar("L", bound=AnyLine)
 
 @dataclass(frozen=True)
 class LinesResult(Generic[C, L]):
-    """A measured table.
+    """A measured table."""
 
-    Attributes:
-        cell: what was measured.
-        lines: in the order of the table.
-        work: the least work of the timed step.
-        parameters: of all experts, or of the whole model.
-        active_parameters: the part that one token is multiplied with.
-        floor: of the timed step; None in a dry run.
-        flops_per_s: the matrix-product rate that the floor was computed with.
-        bytes_per_s: the read bandwidth that the floor was computed with.
-    """
+    cell: C  # what was measured
+    lines: tuple[L, ...]  # in the order of the table
+    work: LeastWork  # the least work of the timed step
+    parameters: int  # of all experts, or of the whole model
+    active_parameters: int  # the part that one token is multiplied with
+    floor: Floor | None = None  # of the timed step; None in a dry run
+    flops_per_s: float = 0.0  # the matrix-product rate that the floor was computed with
+    bytes_per_s: float = 0.0  # the read bandwidth that the floor was computed with
 
-    cell: C
-    lines: tuple[L, ...]
-    work: LeastWork
-    parameters: int
-    active_parameters: int
-    floor: Floor | None = None
-    flops_per_s: float = 0.0
-    bytes_per_s: float = 0.0
+    @property
+    def rates(self) -> tuple[float, float]:
+        """The rates that the floor was computed with: FLOP/s and bytes/s."""
+        return self.flops_per_s, self.bytes_per_s
 
     @property
     def title(self) -> str:
         """The heading of the table: the name, the floor and its ceilings, the work."""
-        title, work = self.cell.name, self.work
-        if self.floor:
-            title += (
-                f"   floor {report.milliseconds(self.floor.seconds)} ms (by {self.floor.bound_by}: {self.flops_per_s / 1e9:.0f} "
-                f"GFLOP/s, {self.bytes_per_s / 1e9:.0f} GB/s)"
-            )
-        return title + (
-            f"\n{work.flops / 1e9:.3g} GFLOP, {work.touched_bytes / 1e6:.3g} MB; "
-            f"{self.parameters / 1e6:.3g} M parameters, {self.active_parameters / 1e6:.3g} M active"
-        )
+        return report.title_of(self.cell.name, self.floor, self.rates, self.work, (self.parameters, self.active_parameters))
 
 
 def result_of(
-    cell: C,
-    lines: Sequence[L],
-    ceilings: Ceilings | None,
-    *,
-    work: LeastWork,
-    parameters: int,
-    active_parameters: int,
+    cell: C, lines: Sequence[L], ceilings: Ceilings | None, *, work: LeastWork, parameters: int, active_parameters: int
 ) -> LinesResult[C, L]:
     """Make a table with its floor; ``ceilings`` is None in a dry run."""
     if ceilings is None:
@@ -146,7 +116,7 @@ def times_of(samples: list[float]) -> dict[str, Any]:
 
 def cell_to_json(result: LinesResult[C, L]) -> dict[str, Any]:
     """Return a table as plain values, in the form of all suites; times in seconds, memory in bytes."""
-    described, floor = result.cell.described, result.floor
+    described = result.cell.described
     rows = []
     for line in result.lines:
         values = asdict(line)  # type: ignore[call-overload]
@@ -158,14 +128,7 @@ def cell_to_json(result: LinesResult[C, L]) -> dict[str, Any]:
         "name": result.cell.name,
         **described,
         "dtype": str(result.cell.dtype).removeprefix("torch."),
-        "floor_seconds": floor and floor.seconds,
-        "floor_bound_by": floor and floor.bound_by,
-        "flops_per_s": result.flops_per_s,
-        "bytes_per_s": result.bytes_per_s,
-        "flops": result.work.flops,
-        "touched_bytes": result.work.touched_bytes,
-        "parameters": result.parameters,
-        "active_parameters": result.active_parameters,
+        **report.accounts_of(result.floor, result.rates, result.work, (result.parameters, result.active_parameters)),
         "rows": rows,
     }
 

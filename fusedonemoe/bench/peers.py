@@ -64,15 +64,10 @@ class UnavailableError(Exception):
 
 
 class WithWeights(NamedTuple):
-    """A forward whose parameters are not the shared ones.
+    """A forward whose parameters are not the shared ones."""
 
-    Attributes:
-        forward: of the peer.
-        weights: by the names of the shared ones; a list has one parameter for each expert.
-    """
-
-    forward: Forward
-    weights: dict[str, Tensor | list[Tensor]]
+    forward: Forward  # of the peer
+    weights: dict[str, Tensor | list[Tensor]]  # by the names of the shared ones; a list has one parameter for each expert
 
 
 @dataclass(frozen=True)
@@ -80,19 +75,15 @@ class Peer:
     """One contender.
 
     Attributes:
-        name: as printed.
-        build: from a cell and its weights, which all peers share, to the forward that is timed. It may keep copies that its
-            users would make once.
-        modes: of the cells that it can run.
-        copies: the number of copies of the weights that it keeps.
-        metered: whether its memory is allocated by torch or by this library, so that its peak can be measured.
+        build: from a cell and its weights, which all peers share, to the forward that is timed. It may keep copies that its users
+            would make once.
     """
 
-    name: str
+    name: str  # as printed
     build: Callable[[Cell, Weights], Forward | WithWeights]
-    modes: tuple[str, ...] = ("forward",)
-    copies: int = 0
-    metered: bool = True
+    modes: tuple[str, ...] = ("forward",)  # of the cells that it can run
+    copies: int = 0  # the number of copies of the weights that it keeps
+    metered: bool = True  # whether its memory is allocated by torch or by this library, so that its peak can be measured
 
     @property
     def is_ours(self) -> bool:

@@ -56,32 +56,21 @@ class Line:
     """One line of the table.
 
     Attributes:
-        weights: their form.
-        weight_bytes: of the experts that a call reads, on average.
-        floor_seconds: the longer of those bytes at the machine's read bandwidth and the products at its rate in bfloat16.
-        seconds: median; None when the output was wrong.
-        p95_seconds: of it.
-        p99_seconds: of it.
-        calls: how many were timed.
-        speed_up: median over the turns of bfloat16's time as a multiple of this one's.
-        quartiles: of that multiple.
-        weight_error: relative root mean square change of the outputs by rounding the weights.
         error: of the output, relative to that of the plain formulation on the same rounded weights; None for bfloat16.
-        note: in place of a time.
     """
 
-    weights: str
-    weight_bytes: float
-    floor_seconds: float
-    seconds: float | None = None
-    p95_seconds: float | None = None
-    p99_seconds: float | None = None
-    calls: int = 0
-    speed_up: float | None = None
-    quartiles: tuple[float, float] | None = None
-    weight_error: float | None = None
+    weights: str  # their form
+    weight_bytes: float  # of the experts that a call reads, on average
+    floor_seconds: float  # the longer of those bytes at the machine's read bandwidth and the products at its rate in bfloat16
+    seconds: float | None = None  # median; None when the output was wrong
+    p95_seconds: float | None = None  # of it
+    p99_seconds: float | None = None  # of it
+    calls: int = 0  # how many were timed
+    speed_up: float | None = None  # median over the turns of bfloat16's time as a multiple of this one's
+    quartiles: tuple[float, float] | None = None  # of that multiple
+    weight_error: float | None = None  # relative root mean square change of the outputs by rounding the weights
     error: float | None = None
-    note: str = ""
+    note: str = ""  # in place of a time
 
     @property
     def name(self) -> str:

@@ -24,17 +24,11 @@ class DamagedError(ValueError):
 
 @dataclass(frozen=True)
 class Kind:
-    """The values that a field may hold.
+    """The values that a field may hold."""
 
-    Attributes:
-        told: the same in words.
-        holds: decides.
-        needed: whether the field may not be missing.
-    """
-
-    told: str
-    holds: Callable[[Any], bool]
-    needed: bool = False
+    told: str  # the same in words
+    holds: Callable[[Any], bool]  # decides
+    needed: bool = False  # whether the field may not be missing
 
     @property
     def or_null(self) -> "Kind":

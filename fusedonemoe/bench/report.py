@@ -21,7 +21,7 @@ from rich.table import Table
 from fusedonemoe.bench import gpu_libraries, libraries
 from fusedonemoe.bench.peers import OURS, PREPACKED, YARDSTICK, is_ours
 from fusedonemoe.bench.results import CellResult, Row
-from fusedonemoe.bench.workloads import ALLOCATORS, Floor
+from fusedonemoe.bench.workloads import ALLOCATORS, Floor, LeastWork
 
 PACKAGES = ("fusedonemoe", "torch", "transformers", "numpy")
 SCHEMA = 1
@@ -183,19 +183,42 @@ def _columns(result: CellResult) -> dict[str, Callable[[Row], str]]:
     return columns
 
 
+def title_of(
+    name: str, floor: Floor | None, rates: tuple[float, float], work: LeastWork | None, parameters: tuple[int, int]
+) -> str:
+    """Return the heading of a table: name, floor with its rates, work, and all and active parameters."""
+    title = name
+    if floor:
+        title += f"   floor {milliseconds(floor.seconds)} ms (by {floor.bound_by}: {rates[0] / 1e9:.0f} GFLOP/s, "
+        title += f"{rates[1] / 1e9:.0f} GB/s)"
+    if work:
+        title += f"\n{work.flops / 1e9:.3g} GFLOP, {work.touched_bytes / 1e6:.3g} MB; "
+        title += f"{parameters[0] / 1e6:.3g} M parameters, {parameters[1] / 1e6:.3g} M active"
+    return title
+
+
+def accounts_of(
+    floor: Floor | None, rates: tuple[float, float], work: LeastWork | None, parameters: tuple[int, int]
+) -> dict[str, Any]:
+    """Return what :func:`title_of` shows as plain values."""
+    return {
+        "floor_seconds": floor and floor.seconds,
+        "floor_bound_by": floor and floor.bound_by,
+        "flops_per_s": rates[0],
+        "bytes_per_s": rates[1],
+        "flops": work and work.flops,
+        "touched_bytes": work and work.touched_bytes,
+        "parameters": parameters[0],
+        "active_parameters": parameters[1],
+    }
+
+
 def table_of(result: CellResult) -> Table:
     """Make a table of one cell: a row for each peer."""
-    floor, title = result.floor, result.cell.name
-    if floor:
-        title += (
-            f"   floor {floor.seconds * 1e3:.2f} ms (by {floor.bound_by}: {result.flops_per_s / 1e9:.0f} GFLOP/s, "
-            f"{result.bytes_per_s / 1e9:.0f} GB/s)" + ("   without real-time priority" if result.real_time is False else "")
-        )
-    if result.work:
-        title += (
-            f"\n{result.work.flops / 1e9:.3g} GFLOP, {result.work.touched_bytes / 1e6:.3g} MB; "
-            f"{result.cell.parameters / 1e6:.3g} M parameters, {result.cell.active_parameters / 1e6:.3g} M active"
-        )
+    cell = result.cell
+    name = cell.name + ("   without real-time priority" if result.floor and result.real_time is False else "")
+    parameters = (cell.parameters, cell.active_parameters)
+    title = title_of(name, result.floor, (result.flops_per_s, result.bytes_per_s), result.work, parameters)
     # An absent peer has a line below the table, and no row of empty cells in it.
     notes = [f"* {row.note}" for row in result.rows if not row.comparable]
     notes += [f"{row.peer}: {row.note}" for row in result.rows if row.is_absent]
@@ -260,6 +283,7 @@ def print_summary(results: dict[str, Any]) -> None:
 
 def cell_to_json(result: CellResult) -> dict[str, Any]:
     """Return a cell as plain values; times in seconds, memory in bytes."""
+    cell, rates = result.cell, (result.flops_per_s, result.bytes_per_s)
     rows = [
         asdict(row)
         | {
@@ -273,19 +297,12 @@ def cell_to_json(result: CellResult) -> dict[str, Any]:
         for row in result.rows
     ]
     return {
-        "name": result.cell.name,
-        **asdict(result.cell),
-        "dtype": str(result.cell.dtype).removeprefix("torch."),
-        "floor_seconds": result.floor and result.floor.seconds,
-        "floor_bound_by": result.floor and result.floor.bound_by,
-        "flops_per_s": result.flops_per_s,
-        "bytes_per_s": result.bytes_per_s,
+        "name": cell.name,
+        **asdict(cell),
+        "dtype": str(cell.dtype).removeprefix("torch."),
+        **accounts_of(result.floor, rates, result.work, (cell.parameters, cell.active_parameters)),
         "experts_hit": result.experts_hit,
         "real_time": result.real_time,
-        "flops": result.work and result.work.flops,
-        "touched_bytes": result.work and result.work.touched_bytes,
-        "parameters": result.cell.parameters,
-        "active_parameters": result.cell.active_parameters,
         "load": result.load,
         "dense_seconds": result.dense_seconds,
         "copy_seconds": result.copy_seconds,

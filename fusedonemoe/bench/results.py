@@ -45,34 +45,22 @@ class Row:
     """The result of one peer in one cell.
 
     Attributes:
-        peer: its name.
-        note: why there is no time, or why the time is not to be compared; empty otherwise.
-        failed: whether the note is a failure (outputs disagree, an exception) and not a peer that is absent.
-        seconds: median of the timed calls; None without a time.
-        spread: lower and upper quartile of the timed calls.
-        p95_seconds: 95 of 100 calls took no longer.
-        p99_seconds: 99 of 100 calls took no longer.
-        calls: how many were timed.
-        error: ``||y - y64|| / ||y64||``, the greatest of output and gradients; None when there was no output.
-        peak_bytes: most bytes held at once beside input and output.
         held_bytes: what a training step holds between forward and backward, parameters left out; None where not metered.
-        comparable: whether the peer wrote everything that the others write.
-        paired_seconds: the median of ours, timed in turns with this very row; None where ours has no time.
     """
 
-    peer: str
-    note: str = ""
-    failed: bool = False
-    seconds: float | None = None
-    spread: tuple[float, float] | None = None
-    p95_seconds: float | None = None
-    p99_seconds: float | None = None
-    calls: int = 0
-    error: float | None = None
-    peak_bytes: int | None = None
+    peer: str  # its name
+    note: str = ""  # why there is no time, or why the time is not to be compared; empty otherwise
+    failed: bool = False  # whether the note is a failure (outputs disagree, an exception) and not a peer that is absent
+    seconds: float | None = None  # median of the timed calls; None without a time
+    spread: tuple[float, float] | None = None  # lower and upper quartile of the timed calls
+    p95_seconds: float | None = None  # 95 of 100 calls took no longer
+    p99_seconds: float | None = None  # 99 of 100 calls took no longer
+    calls: int = 0  # how many were timed
+    error: float | None = None  # ``||y - y64|| / ||y64||``, the greatest of output and gradients; None when there was no output
+    peak_bytes: int | None = None  # most bytes held at once beside input and output
     held_bytes: int | None = None
-    comparable: bool = True
-    paired_seconds: float | None = None
+    comparable: bool = True  # whether the peer wrote everything that the others write
+    paired_seconds: float | None = None  # the median of ours, timed in turns with this very row; None where ours has no time
 
     def timed(self, samples: list[float], ours: list[float] | None) -> "Row":
         """Return the row with its times.
@@ -108,30 +96,21 @@ class CellResult:
     """A measured cell.
 
     Attributes:
-        cell: what was measured.
-        rows: one for each peer, ours first.
-        floor: the least time this machine needs; None when the cell failed as a whole.
-        flops_per_s: the matrix-product rate that the floor was computed with.
-        bytes_per_s: the read bandwidth that the floor was computed with.
-        experts_hit: distinct experts that the tokens chose, the mean over the inputs.
-        real_time: whether the timed calls ran at real-time priority; None where it was of no use.
         work: what the floor was computed from; None when the cell failed as a whole.
-        load: rows of an expert in multiples of the mean, the busiest first.
         dense_seconds: of dense products with as many operations, on as many rows as are routed; None where not timed.
-        copy_seconds: of a device copy of as many bytes; None where not timed.
     """
 
-    cell: Cell
-    rows: tuple[Row, ...]
-    floor: Floor | None
-    flops_per_s: float
-    bytes_per_s: float
-    experts_hit: float
-    real_time: bool | None
+    cell: Cell  # what was measured
+    rows: tuple[Row, ...]  # one for each peer, ours first
+    floor: Floor | None  # the least time this machine needs; None when the cell failed as a whole
+    flops_per_s: float  # the matrix-product rate that the floor was computed with
+    bytes_per_s: float  # the read bandwidth that the floor was computed with
+    experts_hit: float  # distinct experts that the tokens chose, the mean over the inputs
+    real_time: bool | None  # whether the timed calls ran at real-time priority; None where it was of no use
     work: LeastWork | None = field(default=None, kw_only=True)
-    load: tuple[float, ...] = field(default=(), kw_only=True)
+    load: tuple[float, ...] = field(default=(), kw_only=True)  # rows of an expert in multiples of the mean, the busiest first
     dense_seconds: float | None = field(default=None, kw_only=True)
-    copy_seconds: float | None = field(default=None, kw_only=True)
+    copy_seconds: float | None = field(default=None, kw_only=True)  # of a device copy of as many bytes; None where not timed
 
     def of_dense(self, row: Row) -> float | None:
         """Return the share of the dense products' rate that a row reaches."""

@@ -47,15 +47,10 @@ class CaptureError(Exception):
 
 
 class Prepared(NamedTuple):
-    """A peer that is ready.
+    """A peer that is ready."""
 
-    Attributes:
-        call: the call that is timed, from the index of a draw to an answer.
-        answer: the same for the check: of the first draw, and of a gradient that is zero outside the sample.
-    """
-
-    call: Callable[[int], Answer]
-    answer: Callable[[], Answer]
+    call: Callable[[int], Answer]  # the call that is timed, from the index of a draw to an answer
+    answer: Callable[[], Answer]  # the same for the check: of the first draw, and of a gradient that is zero outside the sample
 
 
 def _outputs(result: Tensor | tuple[Tensor, Tensor]) -> dict[str, Tensor]:

@@ -5,17 +5,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Suite:
-    """One entry.
+    """One entry."""
 
-    Attributes:
-        module: imported when the suite is asked for; it has ``run(args) -> int``.
-        purpose: a line of ``--help``.
-        options: that it takes in addition to ``--json``, ``--threads`` and ``--no-rt``.
-    """
-
-    module: str
-    purpose: str
-    options: frozenset[str]
+    module: str  # imported when the suite is asked for; it has ``run(args) -> int``
+    purpose: str  # a line of ``--help``
+    options: frozenset[str]  # that it takes in addition to ``--json``, ``--threads`` and ``--no-rt``
 
 
 # `session.run_cells` gives these to every suite.

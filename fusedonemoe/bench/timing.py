@@ -52,7 +52,6 @@ class Timer:
     """Times single calls on the CPU.
 
     Attributes:
-        granted: whether the priority was granted so far; None where it is of no use.
         long_seconds: the untimed call of a turn is one of the timed when it takes this long.
         most_calls: timed calls of a turn.
         rotates: whether the calls rotate through the inputs of a cell.
@@ -60,7 +59,7 @@ class Timer:
 
     device = torch.device("cpu")
     on_gpu = False
-    granted: bool | None = True
+    granted: bool | None = True  # whether the priority was granted so far; None where it is of no use
     long_seconds, most_calls, rotates = 0.5, 20, True
 
     def __init__(self, *, real_time: bool = True) -> None:

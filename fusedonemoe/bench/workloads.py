@@ -24,47 +24,29 @@ class Cell:
     """One line of the benchmark.
 
     Attributes:
-        operator: ``"block"``, router and experts; ``"experts"``, whose logits are an input; ``"merged"``, the merged
-            up-projection of the original; or ``"router"``, whose logits are an input.
-        T: tokens.
-        D: hidden size.
-        F: intermediate size.
-        E: experts.
-        K: experts per token.
-        dtype: of the input and the weights.
-        mode: one of ``MODES``.
-        label: replaces the sizes in the name.
-        allocator: one of ``ALLOCATORS``; anything but ``"default"`` needs a process for the cell.
-        activation: of the experts, as in :func:`fusedonemoe.functional.experts_mlp`.
-        gated: whether the experts have a gate.
-        bias: whether they have biases.
-        layout: rows of the up-projection.
-        transposed: whether the weights are stored ``[E, D, G]`` and ``[E, F, D]``.
-        score_first: whether the softmax is over all logits, or over the picked ones.
-        norm_topk_prob: whether a token's weights sum to 1.
-        routing: ``"uniform"``, or ``"skewed"``: popularity falls as 1 / rank (Zipf).
-        save_percent: share of the pre-activations that our training step keeps.
+        operator: ``"block"``, router and experts; ``"experts"``, whose logits are an input; ``"merged"``, the merged up-
+            projection of the original; or ``"router"``, whose logits are an input.
     """
 
     operator: str
-    T: int
-    D: int
-    F: int
-    E: int
-    K: int
-    dtype: torch.dtype
-    mode: str = "forward"
-    label: str = ""
-    allocator: str = "default"
-    activation: str = "silu"
-    gated: bool = True
-    bias: bool = False
-    layout: str = "gate_up"
-    transposed: bool = False
-    score_first: bool = True
-    norm_topk_prob: bool = True
-    routing: str = "uniform"
-    save_percent: int = 100
+    T: int  # tokens
+    D: int  # hidden size
+    F: int  # intermediate size
+    E: int  # experts
+    K: int  # experts per token
+    dtype: torch.dtype  # of the input and the weights
+    mode: str = "forward"  # one of ``MODES``
+    label: str = ""  # replaces the sizes in the name
+    allocator: str = "default"  # one of ``ALLOCATORS``; anything but ``"default"`` needs a process for the cell
+    activation: str = "silu"  # of the experts, as in :func:`fusedonemoe.functional.experts_mlp`
+    gated: bool = True  # whether the experts have a gate
+    bias: bool = False  # whether they have biases
+    layout: str = "gate_up"  # rows of the up-projection
+    transposed: bool = False  # whether the weights are stored ``[E, D, G]`` and ``[E, F, D]``
+    score_first: bool = True  # whether the softmax is over all logits, or over the picked ones
+    norm_topk_prob: bool = True  # whether a token's weights sum to 1
+    routing: str = "uniform"  # ``"uniform"``, or ``"skewed"``: popularity falls as 1 / rank (Zipf)
+    save_percent: int = 100  # share of the pre-activations that our training step keeps
 
     @property
     def name(self) -> str:
@@ -149,13 +131,12 @@ class LeastWork:
     """The work that no implementation of a cell can avoid.
 
     Attributes:
-        flops: operations of the matrix products over the routed rows; a gradient has two products for each of the forward.
         touched_bytes: forward, the weights of the experts hit, read once, input and output, and a routing that is an input;
             training, those weights read twice, the gradient of every weight of every expert written once, and the input, the
             routing and their gradients.
     """
 
-    flops: int
+    flops: int  # operations of the matrix products over the routed rows; a gradient has two products for each of the forward
     touched_bytes: int
 
 
@@ -205,15 +186,10 @@ def shrunk(cell: Cell, *, interpreted: bool = False) -> Cell:
 
 @dataclass(frozen=True)
 class Floor:
-    """The least time that a machine needs.
+    """The least time that a machine needs."""
 
-    Attributes:
-        seconds: the larger of the two quotients.
-        bound_by: ``"flops"`` or ``"bytes"``, the larger one.
-    """
-
-    seconds: float
-    bound_by: str
+    seconds: float  # the larger of the two quotients
+    bound_by: str  # ``"flops"`` or ``"bytes"``, the larger one
 
 
 def floor_of(work: LeastWork, *, flops_per_s: float, bytes_per_s: float) -> Floor:

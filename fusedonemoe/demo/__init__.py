@@ -63,10 +63,7 @@ def run(args: argparse.Namespace) -> int:
     """
     missing = [package for package in NEEDS["demo"] if not is_installed(package)]
     if missing:
-        print(
-            f"The demo needs {' and '.join(missing)}: pip install 'fusedonemoe[cli,plot]'",
-            file=sys.stderr,
-        )
+        print(f"The demo needs {' and '.join(missing)}: pip install 'fusedonemoe[cli,plot]'", file=sys.stderr)
         return 2
     try:
         if args.nproc > 1:

@@ -16,17 +16,11 @@ ROTARY_BASE = 10_000.0
 
 
 class Loss(NamedTuple):
-    """The losses of a model on a batch.
+    """The losses of a model on a batch."""
 
-    Attributes:
-        cross_entropy: mean over the bytes, in nats.
-        balance: load-balancing loss, mean over the layers; 1 when balanced, 0 for a dense model.
-        tokens_per_expert: ``[L, E]`` int64; ``[L, 0]`` for a dense model.
-    """
-
-    cross_entropy: Tensor
-    balance: Tensor
-    tokens_per_expert: Tensor
+    cross_entropy: Tensor  # mean over the bytes, in nats
+    balance: Tensor  # load-balancing loss, mean over the layers; 1 when balanced, 0 for a dense model
+    tokens_per_expert: Tensor  # ``[L, E]`` int64; ``[L, 0]`` for a dense model
 
 
 def balance_loss(logits: Tensor, tokens_per_expert: Tensor) -> Tensor:

@@ -15,15 +15,10 @@ from fusedonemoe.layers import Experts
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that take part.
+    """The processes that take part."""
 
-    Attributes:
-        world: their number.
-        rank: of this process; rank 0 prints.
-    """
-
-    world: int = 1
-    rank: int = 0
+    world: int = 1  # their number
+    rank: int = 0  # of this process; rank 0 prints
 
     def share(self, model: nn.Module) -> list[dict[str, Any]]:
         """Cut the experts of a model over the processes, if it has any; its parameters for an optimizer."""

@@ -31,19 +31,12 @@ EXCLUDED_PREFIX = "_sysconfigdata"
 
 @dataclass(frozen=True)
 class Corpus:
-    """Training and validation text from different files.
+    """Training and validation text from different files."""
 
-    Attributes:
-        train: ``[N]`` uint8, the training files one after the other.
-        val: ``[M]`` uint8, the validation files.
-        train_files: their paths inside the standard library.
-        val_files: likewise.
-    """
-
-    train: Tensor
-    val: Tensor
-    train_files: tuple[str, ...]
-    val_files: tuple[str, ...]
+    train: Tensor  # ``[N]`` uint8, the training files one after the other
+    val: Tensor  # ``[M]`` uint8, the validation files
+    train_files: tuple[str, ...]  # their paths inside the standard library
+    val_files: tuple[str, ...]  # likewise
 
 
 def source_files(root: Path) -> list[str]:

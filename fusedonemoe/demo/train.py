@@ -45,15 +45,13 @@ class History:
     """The history of one model's training.
 
     Attributes:
-        train: bits per byte of each step's batch.
         val: after how many steps, and bits per byte on the validation windows.
-        seconds: spent in steps, validation and compilation left out.
         tokens_per_expert: ``[L, E]`` of the last validation.
     """
 
-    train: list[float] = field(default_factory=list)
+    train: list[float] = field(default_factory=list)  # bits per byte of each step's batch
     val: list[tuple[int, float]] = field(default_factory=list)
-    seconds: float = 0.0
+    seconds: float = 0.0  # spent in steps, validation and compilation left out
     tokens_per_expert: Tensor = field(default_factory=lambda: torch.zeros(0, 0, device="cpu"))
 
     def tokens_per_second(self, settings: Settings) -> float:
@@ -125,13 +123,7 @@ class Trainer:
 
 
 def train_side_by_side(
-    trainers: list[Trainer],
-    corpus: Corpus,
-    settings: Settings,
-    *,
-    seed: int,
-    device: torch.device,
-    on_step: Callable[[], None],
+    trainers: list[Trainer], corpus: Corpus, settings: Settings, *, seed: int, device: torch.device, on_step: Callable[[], None]
 ) -> None:
     """Take every trainer through the same steps.
 

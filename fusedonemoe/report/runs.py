@@ -23,17 +23,11 @@ class NoResultsError(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """One file.
+    """One file."""
 
-    Attributes:
-        name: the suite and the day, for headings.
-        settings: everything but the cells.
-        cells: those in which a peer has a time.
-    """
-
-    name: str
-    settings: dict[str, Any]
-    cells: tuple[Cell, ...]
+    name: str  # the suite and the day, for headings
+    settings: dict[str, Any]  # everything but the cells
+    cells: tuple[Cell, ...]  # those in which a peer has a time
 
 
 def load(path: Path) -> Run:

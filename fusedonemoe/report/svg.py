@@ -17,51 +17,31 @@ LEAST_PIXELS = 30.0  # between the labels of two ticks
 
 @dataclass(frozen=True)
 class Style:
-    """The style of a line.
+    """The style of a line."""
 
-    Attributes:
-        colour: of line and markers.
-        marker: one of ``MARKERS``, or empty.
-        width: of the line.
-        dashes: of the line, as SVG has them; empty for a whole one.
-    """
-
-    colour: str
-    marker: str = ""
-    width: float = 1.6
-    dashes: str = ""
+    colour: str  # of line and markers
+    marker: str = ""  # one of ``MARKERS``, or empty
+    width: float = 1.6  # of the line
+    dashes: str = ""  # of the line, as SVG has them; empty for a whole one
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a chart.
+    """One line of a chart."""
 
-    Attributes:
-        name: in the legend.
-        points: of x and y.
-        style: of it.
-    """
-
-    name: str
-    points: tuple[tuple[float, float], ...]
-    style: Style
+    name: str  # in the legend
+    points: tuple[tuple[float, float], ...]  # of x and y
+    style: Style  # of it
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis.
+    """One axis."""
 
-    Attributes:
-        label: what it shows, with the unit.
-        logarithmic: or linear from zero.
-        show: of a tick's value.
-        at: values that have ticks; chosen where there are none.
-    """
-
-    label: str
-    logarithmic: bool = True
-    show: Callable[[float], str] = lambda value: f"{value:g}"
-    at: tuple[float, ...] = ()
+    label: str  # what it shows, with the unit
+    logarithmic: bool = True  # or linear from zero
+    show: Callable[[float], str] = lambda value: f"{value:g}"  # of a tick's value
+    at: tuple[float, ...] = ()  # values that have ticks; chosen where there are none
 
 
 def style_of(index: int, *, ours: bool) -> Style:
