@@ -17,10 +17,11 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from asv_bench.suites import lines
+from asv_bench.suites.lines import LinesResult, result_of, times_of
 from fusedonemoe import functional as F
-from fusedonemoe.bench import lines, report
+from fusedonemoe.bench import report
 from fusedonemoe.bench.ceilings import Ceilings
-from fusedonemoe.bench.lines import LinesResult, result_of, times_of
 from fusedonemoe.bench.memory import held_bytes, peak_extra_bytes
 from fusedonemoe.bench.peers import BUDGET, LOOP, OURS, TRANSFORMERS, qwen3_moe_config, relative_error
 from fusedonemoe.bench.results import quartiles

@@ -19,10 +19,11 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from asv_bench.suites import lines
+from asv_bench.suites.lines import LinesResult, result_of, times_of
 from asv_bench.suites.model_work import EXPERTS_RANK, account_of, decode_work, training_work
-from fusedonemoe.bench import lines, report, session
+from fusedonemoe.bench import report, session
 from fusedonemoe.bench.ceilings import Ceilings
-from fusedonemoe.bench.lines import LinesResult, result_of, times_of
 from fusedonemoe.bench.peers import BUDGET, OURS, relative_error
 from fusedonemoe.bench.timing import Timer, order_of_round
 

@@ -61,7 +61,7 @@ def make_inputs(cell: Cell, device: torch.device, draws: int) -> Inputs:
         experts = [logits_TE.topk(cell.K, dim=1).indices for logits_TE in logits]
         if cell.operator == "router":
             names, tensors = ("logits",), [(logits_TE,) for logits_TE in logits]
-        elif cell.operator == "merged":
+        elif cell.operator in ("merged", "quantized"):
             scores = [logits_TE.gather(1, ids).sigmoid() for logits_TE, ids in zip(logits, experts, strict=True)]
             names = ("x", "experts", "weights")
             tensors = [(normal(cell.T, cell.D), *pair) for pair in zip(experts, scores, strict=True)]

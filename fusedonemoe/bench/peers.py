@@ -30,6 +30,7 @@ YARDSTICK = {
     "block": TRANSFORMERS,
     "merged": EINSUM,
     "experts": PLAIN,
+    "quantized": f"{OURS} bfloat16",
     "router": TORCH_ROUTER,
     "neurons": GATHER,
     "values": GATHER,
@@ -64,10 +65,12 @@ class UnavailableError(Exception):
 
 
 class WithWeights(NamedTuple):
-    """A forward whose parameters are not the shared ones."""
+    """A forward whose parameters are not the shared ones, or have another form."""
 
     forward: Forward  # of the peer
     weights: dict[str, Tensor | list[Tensor]]  # by the names of the shared ones; a list has one parameter for each expert
+    nbytes: int = 0  # of all experts' weights in the peer's form; 0 where the peers of a cell do not differ in it
+    reads: Callable[[], Weights] | None = None  # returns the rounded weights that it computes with; None for the shared ones
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ from fusedonemoe.bench.workloads import ALLOCATORS, Floor, LeastWork
 
 PACKAGES = ("fusedonemoe", "torch", "transformers", "numpy")
 SCHEMA = 1
+# Fields of rows that only cells with weights in several forms have.
+OF_SOME = ("weight_bytes", "floor_seconds", "weight_error")
 # A pipe has no width of its own, and the tables do not fit into the 80 columns that are assumed for one.
 PIPE_WIDTH = 180
 
@@ -149,7 +151,7 @@ def _milliseconds(timed: Row | Floor | None) -> str:
     return milliseconds(timed.seconds) if timed and timed.seconds else ""
 
 
-def _megabytes(size: int | None) -> str:
+def _megabytes(size: float | None) -> str:
     return _number(None if size is None else size / 1e6, ".1f")
 
 
@@ -173,9 +175,14 @@ def _columns(result: CellResult) -> dict[str, Callable[[Row], str]]:
         "peak MB": lambda row: _megabytes(row.peak_bytes),
         "promised MB": lambda row: _megabytes(result.promised_bytes(row)) if row.seconds else "",
         "held MB": lambda row: _megabytes(row.held_bytes),
+        "read MB": lambda row: _megabytes(row.weight_bytes),
+        "GB/s": lambda row: _number(row.weight_bytes / row.seconds / 1e9 if row.weight_bytes and row.seconds else None, ".1f"),
+        "change of outputs": lambda row: _number(row.weight_error, ".2%"),
     }
     if not any(row.held_bytes for row in result.rows):
         del columns["held MB"]
+    if not any(row.weight_bytes for row in result.rows):
+        del columns["read MB"], columns["GB/s"], columns["change of outputs"]
     if result.copy_seconds is None:
         del columns["of dense"], columns["of copy"]
     # Cells with a label are for the comparison with the best; the others show the promised memory.
@@ -285,7 +292,7 @@ def cell_to_json(result: CellResult) -> dict[str, Any]:
     """Return a cell as plain values; times in seconds, memory in bytes."""
     cell, rates = result.cell, (result.flops_per_s, result.bytes_per_s)
     rows = [
-        asdict(row)
+        {name: value for name, value in asdict(row).items() if value is not None or name not in OF_SOME}
         | {
             "tokens_per_second": result.tokens_per_second(row),
             "times_faster": result.times_faster(row),

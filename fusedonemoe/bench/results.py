@@ -60,6 +60,9 @@ class Row:
     peak_bytes: int | None = None  # most bytes held at once beside input and output
     held_bytes: int | None = None
     comparable: bool = True  # whether the peer wrote everything that the others write
+    weight_bytes: float | None = None  # of the experts that a call reads, on average, where peers store weights in several forms
+    floor_seconds: float | None = None  # of those bytes, in place of the cell's floor
+    weight_error: float | None = None  # change of the exact outputs by rounding the weights, relative
     paired_seconds: float | None = None  # the median of ours, timed in turns with this very row; None where ours has no time
 
     def timed(self, samples: list[float], ours: list[float] | None) -> "Row":
@@ -141,7 +144,8 @@ class CellResult:
 
     def times_floor(self, row: Row) -> float | None:
         """Return a row's time in multiples of the floor."""
-        return row.seconds / self.floor.seconds if row.seconds and self.floor else None
+        floor = row.floor_seconds or (self.floor and self.floor.seconds)
+        return row.seconds / floor if row.seconds and floor else None
 
     def promised_bytes(self, row: Row) -> int | None:
         """Return the promised bound on the peak of a row; only the grouped formulation has one."""

@@ -67,7 +67,8 @@ def prepare(cell: Cell, inputs: Inputs, built: Forward | WithWeights, weights: M
         weights: that it was built with.
         timer: of the device.
     """
-    forward, own = built if isinstance(built, WithWeights) else WithWeights(built, dict(weights))
+    made = built if isinstance(built, WithWeights) else WithWeights(built, dict(weights))
+    forward, own = made.forward, made.weights
     if cell.mode == "decode":
         return _replayed(inputs, forward, timer)
     draws = [[t.detach().requires_grad_(cell.has_gradients and t.is_floating_point()) for t in draw] for draw in inputs.draws]
@@ -155,6 +156,7 @@ class _Checks:
             name: nn.Parameter(w, requires_grad=cell.has_gradients) for name, w in inputs.weights.items()
         }
         self.ours: Tensor | None = None
+        self.hit: float = sum(experts.unique().numel() for experts in inputs.experts) / len(inputs.experts)
 
     def __call__(self, peer: Peer) -> tuple[Row, Call | None]:
         """Return a peer's row without its time, and the call to time if its answer is right."""
@@ -170,11 +172,17 @@ class _Checks:
         cell, inputs = self.cell, self.inputs
         with torch.set_grad_enabled(cell.has_gradients):  # a peer may make views of the weights
             built = peer.build(cell, self.weights)
-        prepared = prepare(cell, inputs, built, self.weights, self.timer)
+        prepared, form = prepare(cell, inputs, built, self.weights, self.timer), Row(peer.name)
+        exact = self.exact
+        if isinstance(built, WithWeights) and built.reads:
+            exact = exact_answer(cell, replace(inputs, weights=built.reads()))
+            form = replace(form, weight_error=relative_error(exact[OUTPUT], self.exact[OUTPUT]))
+        if isinstance(built, WithWeights) and built.nbytes:
+            form = replace(form, weight_bytes=self.hit / cell.E * built.nbytes)
         start = time.perf_counter()
         answer = prepared.answer()
         seconds = time.perf_counter() - start
-        errors = errors_of(cell, inputs, answer, self.exact)
+        errors = errors_of(cell, inputs, answer, exact)
         error = max(errors.values(), key=lambda e: INFINITE if e != e else e)
         wrong = disagreements(errors, cell.dtype)
         output = answer.get(OUTPUT)
@@ -184,10 +192,10 @@ class _Checks:
             if not apart <= 2 * BUDGET[cell.dtype]:  # both may be off by the budget, in opposite directions
                 wrong = [f"outputs and ours, by {apart:.1e} over all rows,"]
         if wrong:
-            return Row(peer.name, note=f"{', '.join(wrong)} disagree", failed=True, error=error), None
+            return replace(form, note=f"{', '.join(wrong)} disagree", failed=True, error=error), None
         if peer.name == OURS and isinstance(output, Tensor):
             self.ours = output.detach()
-        row = Row(peer.name, error=error)
+        row = replace(form, error=error)
         if any(not isinstance(value, Tensor) for value in answer.values()):
             unused = max(cell.E - experts.unique().numel() for experts in inputs.experts)
             if unused:
@@ -284,9 +292,9 @@ def run_cell(
         announce("making inputs")
         if inputs is None:
             inputs = make_inputs(cell, timer.device, cell.rotation if timer.rotates else GPU_DRAWS)
-        hit = sum(experts.unique().numel() for experts in inputs.experts) / len(inputs.experts)
-        work = count_work(cell, experts_hit=round(hit))
         checked = _Checks(cell, inputs, exact or exact_answer(cell, inputs), timer)
+        hit = checked.hit
+        work = count_work(cell, experts_hit=round(hit))
         between = ceilings.sampler(cell.dtype) if ceilings else lambda: None
         calls: dict[str, Call] = {}
         if memory_bytes is None:
@@ -329,6 +337,10 @@ def run_cell(
     if ceilings:
         rate, bandwidth = ceilings.flops_per_s[cell.dtype], ceilings.bytes_per_s
         floor = floor_of(work, flops_per_s=rate, bytes_per_s=bandwidth)
+        for n, row in enumerate(ordered):
+            if row.weight_bytes:
+                own = floor_of(LeastWork(work.flops, round(row.weight_bytes)), flops_per_s=rate, bytes_per_s=bandwidth)
+                ordered[n] = replace(row, floor_seconds=own.seconds)
     else:
         assert copy is not None
         floor = Floor(dense, "flops") if dense and dense >= copy else Floor(copy, "bytes")

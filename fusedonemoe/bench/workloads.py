@@ -151,7 +151,7 @@ def least_work(cell: Cell, *, experts_hit: int) -> LeastWork:
     pairs, logits = N * (8 + 4), 4 * T * cell.E  # an int64 id and a float32 weight for each row; float32 logits
     if cell.operator == "router":
         return LeastWork(0, logits + pairs)
-    routing = {"block": 0, "experts": logits, "merged": pairs}[cell.operator]
+    routing = {"block": 0, "experts": logits}.get(cell.operator, pairs)
     per_expert = cell.of_experts // cell.E
     flops = 2 * N * per_expert + 2 * T * cell.of_router
     read, rows = (experts_hit * per_expert + cell.of_router) * size, T * cell.D * size
