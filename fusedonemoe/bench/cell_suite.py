@@ -107,13 +107,7 @@ def _describe_gpu(device: torch.device, args: argparse.Namespace) -> dict[str, A
 
 
 class _GpuRun:
-    """Measures the cells of ``gpu``, and notes clocks and temperature from time to time.
-
-    Args:
-        device: a GPU; a CPU in a dry run.
-        args: of the command.
-        seen: list that the conditions are added to.
-    """
+    """Measures the cells of ``gpu`` on a device, and adds clocks and temperature to ``seen`` from time to time."""
 
     def __init__(self, device: torch.device, args: argparse.Namespace, seen: list[dict[str, str]]) -> None:
         self.timer, self.args, self.seen = GpuTimer(device), args, seen

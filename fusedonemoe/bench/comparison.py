@@ -92,11 +92,7 @@ def is_slower(pair: Pair, drift: float) -> bool:
 
 
 def print_comparison(old: dict[str, Any], new: dict[str, Any]) -> bool:
-    """Print every row of ours that both runs have.
-
-    Returns:
-        Whether one of ours is slower than it was.
-    """
+    """Print every row of ours that both results have; return whether one of ours is slower than it was."""
     console = report.console()
     before, after = old.get("versions", {}), new["versions"]
     for name in sorted(before.keys() | after.keys()):

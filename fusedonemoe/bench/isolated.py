@@ -50,14 +50,7 @@ class Job:
 
 
 def run_job(job: Job) -> CellResult:
-    """Measure a cell in a process of its own.
-
-    Args:
-        job: its ceilings take what the process found.
-
-    Returns:
-        The result; one failed row where the process did not end well, or could not be started.
-    """
+    """Measure a cell in a process; one failed row where the process did not end well. The ceilings take its samples."""
     try:
         return _in_a_process(job)
     except OSError as error:  # a full disk, no folder for temporary files, no more processes

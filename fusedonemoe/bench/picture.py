@@ -116,11 +116,7 @@ def _format_of(path: Path) -> str:
 
 
 def check(path: Path) -> None:
-    """Check that a picture can be written.
-
-    Raises:
-        UnwritableError: it cannot, or there is no format of this ending.
-    """
+    """Check that a picture of this ending can be written, else raise UnwritableError."""
     known = sorted(FigureCanvasBase.get_supported_filetypes())
     if _format_of(path) not in known:
         raise files.UnwritableError(f"cannot write {files.shown(path)}: its ending must be one of {', '.join(known)}")

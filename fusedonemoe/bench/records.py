@@ -160,14 +160,7 @@ def check(values: Any, fields: Fields, where: str = "") -> dict[str, Any]:
 
 
 def check_cells(results: dict[str, Any]) -> None:
-    """Check the cells and rows of a file.
-
-    Args:
-        results: of the file; ``cells`` is checked here as well.
-
-    Raises:
-        DamagedError: as of :func:`check`.
-    """
+    """Check ``cells`` of a file and their rows, as :func:`check` does."""
     check(results, {"cells": LIST.here})
     for n, cell in enumerate(results["cells"]):
         check(cell, CELL, f"cells[{n}]")
@@ -180,11 +173,7 @@ def _inside(values: dict[str, Any] | list[Any]) -> Iterable[Any]:
 
 
 def check_levels(values: Any) -> None:
-    """Check that lists and objects are not nested deeper than in a file of results.
-
-    Raises:
-        DamagedError: they are.
-    """
+    """Raise DamagedError where lists and objects are nested deeper than in a file of results."""
     level = [values]
     for _ in range(MOST_LEVELS):
         level = [inner for each in level if isinstance(each, dict | list) for inner in _inside(each)]

@@ -54,12 +54,7 @@ def cpu_model() -> str:
 
 
 def describe_run(*, suite: str, peers: re.Pattern[str] | None = None) -> dict[str, Any]:
-    """Describe what every figure depends on: versions, machine, threads, date; where cells choose the allocator, its settings.
-
-    Args:
-        suite: its name.
-        peers: pattern of the peers' names; None for all.
-    """
+    """Describe what every figure depends on: versions, machine, threads, date; of the suite ``cpu``, the allocators."""
     packages = (*PACKAGES, *{"cpu": libraries.PACKAGES, "gpu": gpu_libraries.PACKAGES}.get(suite, ()))
     settings = {
         "suite": suite,
@@ -223,9 +218,10 @@ def accounts_of(
 def table_of(result: CellResult) -> Table:
     """Make a table of one cell: a row for each peer."""
     cell = result.cell
-    name = cell.name + ("   without real-time priority" if result.floor and result.real_time is False else "")
     parameters = (cell.parameters, cell.active_parameters)
-    title = title_of(name, result.floor, (result.flops_per_s, result.bytes_per_s), result.work, parameters)
+    title = title_of(cell.name, result.floor, (result.flops_per_s, result.bytes_per_s), result.work, parameters)
+    if result.floor and result.real_time is False:
+        title = "   without real-time priority\n".join(title.split("\n", 1))
     # An absent peer has a line below the table, and no row of empty cells in it.
     notes = [f"* {row.note}" for row in result.rows if not row.comparable]
     notes += [f"{row.peer}: {row.note}" for row in result.rows if row.is_absent]

@@ -66,12 +66,7 @@ class Row:
     paired_seconds: float | None = None  # the median of ours, timed in turns with this very row; None where ours has no time
 
     def timed(self, samples: list[float], ours: list[float] | None) -> "Row":
-        """Return the row with its times.
-
-        Args:
-            samples: seconds of its calls.
-            ours: seconds of ours, timed in turns with them.
-        """
+        """Return the row with the seconds of its calls, and of ours, timed in turns with them."""
         paired = median(ours) if ours else None
         return replace(
             self,

@@ -249,13 +249,8 @@ def run_suite(
         args: of the command; ``suite``, ``cells``, ``peers`` and ``threads`` are read here, the others by :func:`run_cells`.
         everything: all cells of the suite.
         measure: this and the arguments without a text here are those of :func:`run_cells`.
-        to_json: see there.
-        show: see there.
         peers: names of the peers of a cell, for a suite that takes ``--peers``.
-        summary: see there.
         described: further settings of the run, for the file.
-        minutes: see there.
-        long: see there.
 
     Returns:
         The exit status of :func:`run_cells`; 2 also when a pattern matches nothing.

@@ -141,12 +141,7 @@ class LeastWork:
 
 
 def least_work(cell: Cell, *, experts_hit: int) -> LeastWork:
-    """Count the work of one call.
-
-    Args:
-        cell: the shape.
-        experts_hit: the number of distinct experts that the tokens chose.
-    """
+    """Count the work of one call whose tokens chose so many distinct experts."""
     T, N, size = cell.T, cell.T * cell.K, cell.dtype.itemsize
     pairs, logits = N * (8 + 4), 4 * T * cell.E  # an int64 id and a float32 weight for each row; float32 logits
     if cell.operator == "router":
@@ -173,12 +168,7 @@ def products(cell: Cell) -> list[tuple[int, int, int]]:
 
 
 def shrunk(cell: Cell, *, interpreted: bool = False) -> Cell:
-    """Return the same options at sizes for a dry run.
-
-    Args:
-        cell: of the suite.
-        interpreted: for Triton's interpreter, whose matrix products read bfloat16 as integers: it gets float32.
-    """
+    """Return the same options at sizes for a dry run; Triton's interpreter, which reads bfloat16 as integers, gets float32."""
     E = min(cell.E, DRY_E)
     dtype = torch.float32 if interpreted and cell.dtype == torch.bfloat16 else cell.dtype
     return replace(cell, T=min(cell.T, DRY_T), D=DRY_D, F=DRY_F, E=E, K=min(cell.K, DRY_K, E), dtype=dtype)
@@ -193,12 +183,6 @@ class Floor:
 
 
 def floor_of(work: LeastWork, *, flops_per_s: float, bytes_per_s: float) -> Floor:
-    """Return ``max(flops / rate, bytes / bandwidth)``.
-
-    Args:
-        work: from :func:`least_work`.
-        flops_per_s: the machine's best matrix-product rate in the cell's dtype.
-        bytes_per_s: the machine's read bandwidth.
-    """
+    """Return the floor ``max(flops / rate, bytes / bandwidth)`` at a rate of matrix products and a read bandwidth."""
     by_flops, by_bytes = work.flops / flops_per_s, work.touched_bytes / bytes_per_s
     return Floor(by_flops, "flops") if by_flops >= by_bytes else Floor(by_bytes, "bytes")

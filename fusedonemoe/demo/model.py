@@ -43,13 +43,7 @@ def balance_loss(logits: Tensor, tokens_per_expert: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention with rotary positions.
-
-    Args:
-        hidden_size: ``D``.
-        num_heads: a divisor of ``D`` with an even quotient.
-        window: the longest sequence.
-    """
+    """Causal multi-head attention with rotary positions; ``num_heads`` divides ``D`` with an even quotient."""
 
     cos: Tensor
     sin: Tensor
@@ -94,13 +88,7 @@ class DenseMLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm layer: attention, then the feed-forward part.
-
-    Args:
-        settings: the sizes.
-        use_experts: a mixture of experts, or the dense baseline.
-        processes: that share each batch, over which experts are balanced.
-    """
+    """One pre-norm layer: attention, then a mixture of experts or the dense baseline."""
 
     def __init__(self, settings: Settings, *, use_experts: bool, processes: Processes = ALONE) -> None:
         super().__init__()
@@ -127,13 +115,7 @@ class Block(nn.Module):
 
 
 class ByteTransformer(nn.Module):
-    """Predicts the next byte.
-
-    Args:
-        settings: the sizes.
-        use_experts: mixtures of experts, or the dense baseline with as many active parameters.
-        processes: that share each batch.
-    """
+    """Predicts the next byte, with mixtures of experts or a dense baseline with as many active parameters."""
 
     def __init__(self, settings: Settings, *, use_experts: bool, processes: Processes = ALONE) -> None:
         super().__init__()

@@ -37,12 +37,7 @@ def _peer(name: str, build: Build, *, compiled: bool = False) -> Peer:
 
 
 def line_up(*, compiled: bool) -> list[Peer]:
-    """Return the ways to compute the layer, this library first.
-
-    Args:
-        compiled: whether to compile those that are a single graph. The loop is none: the number of tokens of an expert is known
-            only at run time.
-    """
+    """Return the ways to compute the layer, this library first. The loop is no single graph, so it is never compiled."""
     both = (True, False) if compiled else (False,)
     ours, masked = (
         [_peer(name, build, compiled=each) for each in both]  # type: ignore[arg-type]

@@ -60,15 +60,7 @@ class History:
 
 
 class Trainer:
-    """One model with its optimizer and history.
-
-    Args:
-        name: as shown.
-        model: on its device.
-        settings: the sizes.
-        compiled: whether to train through ``torch.compile(fullgraph=True)``.
-        processes: that take part, each with a part of every batch, and from here on of the experts.
-    """
+    """One model with its optimizer and history; the processes share every batch and, from here on, the experts."""
 
     def __init__(
         self, name: str, model: ByteTransformer, settings: Settings, *, compiled: bool, processes: Processes = ALONE
@@ -125,16 +117,7 @@ class Trainer:
 def train_side_by_side(
     trainers: list[Trainer], corpus: Corpus, settings: Settings, *, seed: int, device: torch.device, on_step: Callable[[], None]
 ) -> None:
-    """Take every trainer through the same steps.
-
-    Args:
-        trainers: warmed up.
-        corpus: the text.
-        settings: the sizes.
-        seed: of the batches.
-        device: of the models.
-        on_step: called after each step that all have taken.
-    """
+    """Take every warmed-up trainer through the same steps; ``on_step`` is called after each step that all have taken."""
     shape = {"batch": settings.batch, "window": settings.window}
     validation = validation_batches(corpus.val, **shape, batches=settings.validation_batches, device=device)
     validate_after = {round(settings.steps * (i + 1) / settings.validations) for i in range(settings.validations)}

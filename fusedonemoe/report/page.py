@@ -59,11 +59,7 @@ def _pictured(runs: Sequence[Run], draw: Callable[[Run], list[Figure]], absent: 
 
 
 def page_of(runs: Sequence[Run]) -> str:
-    """The whole page.
-
-    Args:
-        runs: in the order in which they are shown.
-    """
+    """Return the whole page, with the runs in this order."""
     album = Album()
     bench, suites = "<code>python -m fusedonemoe bench --suite", "<code>python -m asv_bench.suites"
     sections = {

@@ -39,11 +39,7 @@ def grid(figures: Sequence[Figure]) -> str:
 
 
 def styles_of(peers: Sequence[str]) -> dict[str, Style]:
-    """Return the style of each peer.
-
-    Args:
-        peers: of one run: a peer looks the same in all its pictures.
-    """
+    """Return the style of each peer of a run: a peer looks the same in all its pictures."""
     ours, others = ([p for p in peers if is_ours(p) == mine] for mine in (True, False))
     return {p: style_of(n, ours=True) for n, p in enumerate(ours)} | {p: style_of(n, ours=False) for n, p in enumerate(others)}
 
@@ -136,12 +132,7 @@ def _dial(album: Album, title: str, rows: Sequence[Row], peers: Sequence[Row]) -
 
 
 def usage(album: Album, run: Run) -> list[Figure]:
-    """Draw the rows of each expert.
-
-    Args:
-        album: of the page.
-        run: whose cells; those with the same routing are one picture.
-    """
+    """Draw the rows of each expert; cells with the same routing are one picture."""
     seen: dict[tuple[float, ...], Cell] = {}
     for cell in run.cells:
         load = tuple(cell.get("load") or ())

@@ -85,12 +85,7 @@ def families(cells: Iterable[Cell], along: str) -> list[list[Cell]]:
 
 
 def title_of(cell: Cell, without: str = "") -> str:
-    """Return a title for a cell.
-
-    Args:
-        cell: of a run.
-        without: a size that the picture has on an axis.
-    """
+    """Return a title for a cell, without a size that the picture has on an axis."""
     sizes = " ".join(f"{name} {cell[name]}" for name in _SIZES if name != without and cell.get(name, 1) != 1)
     mode = cell.get("mode", "forward")
     saved = f", save {cell['save_percent']} %" if mode == "training" and cell.get("save_percent", 100) != 100 else ""
