@@ -18,7 +18,6 @@ from fusedonemoe.bench import records
 from fusedonemoe.bench.suites import REGISTRY
 
 pytest.importorskip("rich")
-earlier = importlib.import_module("fusedonemoe.bench.earlier")
 session = importlib.import_module("fusedonemoe.bench.session")
 comparison = importlib.import_module("fusedonemoe.bench.comparison")
 report = importlib.import_module("fusedonemoe.bench.report")
@@ -141,7 +140,7 @@ def test_no_field_ends_a_reader_in_a_traceback(suite, tmp_path, monkeypatch):
     for place in {name_of(place): place for place in reversed(list(places(results)))}.values():
         for value in (GONE, *INSTEAD):
             content = mutated(results, place, value)
-            monkeypatch.setattr(earlier, "_content_of", lambda path, content=content: content)
+            monkeypatch.setattr(records, "_content_of", lambda path, content=content: content)
             for read in READERS:
                 try:
                     was_taken = is_taken(file, read, settings)

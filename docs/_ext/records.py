@@ -14,9 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fusedonemoe.bench import earlier
 from fusedonemoe.bench.peers import OURS, is_ours
-from fusedonemoe.bench.records import DamagedError
+from fusedonemoe.bench.records import DamagedError, read
 from fusedonemoe.bench.suites import IN_THE_REPOSITORY
 from fusedonemoe.report.runs import times_ours
 
@@ -37,7 +36,7 @@ class NotThereError(Exception):
 def results_of(suite: str) -> dict[str, Any]:
     """The committed file of a suite."""
     try:
-        return earlier.read(RESULTS / f"{suite}.json")
+        return read(RESULTS / f"{suite}.json")
     except DamagedError as error:
         raise NotThereError(f"no results of the suite {suite!r} are committed: {error}") from error
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from fusedonemoe.bench import earlier, report
+from fusedonemoe.bench import records, report
 from fusedonemoe.bench.peers import is_ours
 from fusedonemoe.bench.records import DamagedError
 
@@ -53,7 +53,7 @@ def load(path: str | os.PathLike[str], settings: dict[str, Any]) -> dict[str, An
         IncomparableError: it is no file of results, of another suite, without times, or of another machine.
     """
     try:
-        old = earlier.read(Path(path))
+        old = records.read(Path(path))
     except DamagedError as error:
         raise IncomparableError(f"no results of the benchmark ({error})") from error
     schema, suite = old.get("schema", "missing"), old["suite"]

@@ -4,10 +4,15 @@ A reader may rely on the value of every field of these tables, and on needed fie
 """
 
 import json
+import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeGuard
+
+from fusedonemoe.files import reason_of
 
 # Charts and ratios are computed of these numbers: within the bounds no quotient of two of them overflows.
 LEAST, MOST = 1e-12, 1e24
@@ -16,6 +21,8 @@ MOST_LEVELS = 32
 TOO_DEEP = f"lists and objects must not be nested deeper than {MOST_LEVELS} levels"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _LONGEST = 60
+# The largest file that was ever written has less than a hundredth of this.
+_MOST_BYTES = 1 << 28
 
 
 class DamagedError(ValueError):
@@ -180,3 +187,50 @@ def check_levels(values: Any) -> None:
         if not level:
             return
     raise DamagedError(TOO_DEEP)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a file that ``bench --json`` wrote; every reader of such files reads them here.
+
+    Returns:
+        The results; every field that is listed here has a value that it may have.
+
+    Raises:
+        DamagedError: the file cannot be read, or is no file of results.
+    """
+    content = _content_of(path)
+    try:
+        results = json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DamagedError(f"not text in UTF-8: byte {error.start} is 0x{content[error.start]:02x}") from error
+    except RecursionError as error:
+        raise DamagedError(TOO_DEEP) from error
+    except ValueError as error:
+        raise DamagedError(f"not JSON: {error}") from error
+    check_levels(results)
+    check(results, RUN)
+    if results.get("gpu") is not None:
+        check(results["gpu"], GPU, "gpu")
+    if "tables" in results:
+        from fusedonemoe.bench import earlier
+
+        results = earlier.in_cells(results)
+    check_cells(results)
+    return dict(results)
+
+
+def _content_of(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            is_readable = stat.S_ISREG(mode) or stat.S_ISFIFO(mode)  # /dev/zero would have no end
+            content = file.read(_MOST_BYTES + 1) if is_readable else None
+    except (OSError, ValueError) as error:
+        raise DamagedError(reason_of(error)) from error
+    if content is None:
+        raise DamagedError("neither a file nor a pipe")
+    if len(content) > _MOST_BYTES:
+        raise DamagedError(f"larger than {_MOST_BYTES} bytes")
+    if not content.strip():
+        raise DamagedError("empty")
+    return content

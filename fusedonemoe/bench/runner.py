@@ -31,8 +31,6 @@ from fusedonemoe.bench.workloads import Cell, Floor, LeastWork, floor_of, least_
 ROUNDS = 5
 # Of timed calls per peer, over all rounds.
 SECONDS_PER_PEER = 0.4
-# On a CPU, a peer whose first call takes this long is not metered: that would be one more call.
-METERED_SECONDS = 2.0
 # Peers that keep copies of the weights are built in groups that fit into this share of the machine's memory. The rest is for
 # the results of a call (gradients are as large as the weights), its scratch, and other programs.
 SHARE_OF_MEMORY = 0.55
@@ -203,7 +201,7 @@ class _Checks:
                 row = replace(row, note=note, comparable=False)
         del answer, output
         # A graph's memory is its own for good, and no call of it allocates.
-        quick = peer.is_ours or self.timer.on_gpu or seconds < METERED_SECONDS
+        quick = peer.is_ours or seconds < self.timer.metered_seconds
         if peer.metered and quick and cell.mode != "decode":
             row = replace(row, peak_bytes=self.timer.peak_bytes(lambda: [t.detach() for t in tensors_of(prepared.call(0))]))
         return row, prepared.call

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from fusedonemoe import files
-from fusedonemoe.bench import comparison, earlier, report
+from fusedonemoe.bench import comparison, records, report
 from fusedonemoe.bench.records import DamagedError
 from fusedonemoe.bench.timing import threads
 from fusedonemoe.files import reason_of
@@ -72,7 +72,7 @@ def finished_cells(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]
         return []
     if files.is_stream(path):
         raise DamagedError("a pipe or a device cannot be read again")
-    before = earlier.read(path)
+    before = records.read(path)
     wanted = json.loads(json.dumps({"schema": report.SCHEMA, **settings}))
     if other := [name for name in IDENTITY if before.get(name) != wanted.get(name)]:
         print(f"{path} was measured with different {', '.join(other)}; starting over", file=sys.stderr)

@@ -55,12 +55,13 @@ class Timer:
         long_seconds: the untimed call of a turn is one of the timed when it takes this long.
         most_calls: timed calls of a turn.
         rotates: whether the calls rotate through the inputs of a cell.
+        metered_seconds: a peer with a longer first call is not metered, which takes one more.
     """
 
     device = torch.device("cpu")
     on_gpu = False
     granted: bool | None = True  # whether the priority was granted so far; None where it is of no use
-    long_seconds, most_calls, rotates = 0.5, 20, True
+    long_seconds, most_calls, rotates, metered_seconds = 0.5, 20, True, 2.0
 
     def __init__(self, *, real_time: bool = True) -> None:
         self.real_time = real_time
@@ -103,7 +104,7 @@ class GpuTimer(Timer):
     """Times single calls on a GPU; with a CPU as its device, for dry runs, by the clock."""
 
     granted = None
-    long_seconds, most_calls, rotates = 0.05, 30, False
+    long_seconds, most_calls, rotates, metered_seconds = 0.05, 30, False, float("inf")
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(real_time=False)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusedonemoe.bench import earlier
+from fusedonemoe.bench import records
 from fusedonemoe.bench.peers import OURS, is_ours
 from fusedonemoe.bench.records import DamagedError
 from fusedonemoe.files import shown
@@ -37,7 +37,7 @@ def load(path: Path) -> Run:
         NoResultsError: it cannot be read, is something else, or a dry run.
     """
     try:
-        results = earlier.read(path)
+        results = records.read(path)
     except DamagedError as error:
         raise NoResultsError(f"{shown(path)}: no results of `bench --json` ({error})") from error
     cells = [cell for cell in results["cells"] if any(row.get("seconds") for row in cell["rows"])]
