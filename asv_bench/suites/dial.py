@@ -1,7 +1,7 @@
-"""The memory dial: what a training step of the experts holds for its backward pass, and what holding less costs.
+"""The memory dial: the bytes that a training step of the experts holds for its backward pass, and the cost of holding less.
 
 Bytes held are those of the distinct storages that autograd saves between forward and backward, parameters left out; the peak is
-the most that a step, forward and backward, has at one moment beside its inputs, output and gradients. Times are of the backward
+the most that a step, forward and backward, has at one moment besides its inputs, output and gradients. Times are of the backward
 pass alone, of all lines in turns, and every share is the median of the shares within a turn.
 """
 
@@ -64,10 +64,10 @@ class Line:
         save_percent: the dial; None for a peer, who has none.
         held_bytes: between forward and backward, parameters left out.
         formula_bytes: what ours promises; None for a peer.
-        peak_bytes: most bytes of a step beside what it is given and what it returns.
+        peak_bytes: most bytes of a step besides its inputs and results.
         seconds: median of the backward pass; None when an output was wrong.
-        p95_seconds: of it.
-        p99_seconds: of it.
+        p95_seconds: 95 of 100 calls took no longer.
+        p99_seconds: 99 of 100 calls took no longer.
         calls: how many were timed.
         relative: median over the turns of its time as a share of that of ``save_percent=100``.
         quartiles: of that share.

@@ -1,8 +1,8 @@
 """A whole transformers model with its own experts and with ours: a training step, a decoding step, and the same tokens.
 
-One Qwen3-MoE with one set of weights changes hands between the turns, so that attention, embeddings and losses, which every
-line runs alike, are the same code on the same memory. What is compared is what a user sees, not the experts alone. Before
-anything is timed, a line's greedy tokens, and the logits or gradients of the very step, are held against the default's.
+One Qwen3-MoE with one set of weights gets the experts of the line whose turn it is, so attention, embeddings and losses are the
+same code on the same memory for every line. Whole models are compared, as users run them, not the experts alone. Before anything
+is timed, a line's greedy tokens, and the logits or gradients of the timed step, are compared with the default's.
 """
 
 import argparse

@@ -80,7 +80,7 @@ def training_work(account: Account, *, sequences: int, length: int) -> LeastWork
         length: of each.
     """
     flops = 3 * account.forward_flops(sequences * length, causal_pairs(sequences, length))
-    # What one token needs is read twice at the least, and every gradient is written.
+    # The weights of one token are read at least twice, and every gradient is written.
     return LeastWork(flops, (2 * account.active_parameters + account.parameters) * account.itemsize)
 
 

@@ -166,7 +166,7 @@ def exact_answer(cell: SeedCell, inputs: SeedInputs) -> Answer:
 
     Args:
         cell: what is computed.
-        inputs: of it.
+        inputs: of the cell.
     """
     draw = inputs.draws[0]
     if inputs.dy is None:

@@ -283,7 +283,7 @@ def _our_neurons(cell: SeedCell, weights: Weights) -> Forward:
 
 
 def _gathered_bytes(cell: SeedCell, tables: int) -> int:
-    # With gradients, those of the gathered rows stand beside them.
+    # With gradients, as many bytes again for those of the gathered rows.
     return cell.T * cell.K * cell.D * cell.dtype.itemsize * tables * (2 if cell.mode == "training" else 1)
 
 

@@ -31,7 +31,7 @@ class Prepared(NamedTuple):
     """A peer that is ready.
 
     Attributes:
-        call: from the index of a draw to everything that is computed of it.
+        call: from the index of a draw to its answer.
         forward: the forward of the first draw alone, recording what a backward needs.
     """
 
@@ -48,8 +48,8 @@ def prepare(cell: SeedCell, inputs: SeedInputs, peer: SeedPeer) -> Prepared:
 
     Args:
         cell: whose mode.
-        inputs: of it.
-        peer: who.
+        inputs: of the cell.
+        peer: that computes it.
     """
     training = cell.mode == "training"
     # The very same memory for every peer, so that none has a copy in fresher or hotter pages.

@@ -16,7 +16,7 @@ from fusedonemoe.files import reason_of
 
 # Charts and ratios are computed of these numbers: within the bounds no quotient of two of them overflows.
 LEAST, MOST = 1e-12, 1e24
-# What the benchmark writes has six levels; json itself fails somewhere in the hundreds, depending on the stack.
+# A file of the benchmark has six levels; json itself fails somewhere in the hundreds, depending on the stack.
 MOST_LEVELS = 32
 TOO_DEEP = f"lists and objects must not be nested deeper than {MOST_LEVELS} levels"
 _SURROGATE = re.compile("[\ud800-\udfff]")

@@ -57,7 +57,7 @@ class Row:
     p99_seconds: float | None = None  # 99 of 100 calls took no longer
     calls: int = 0  # how many were timed
     error: float | None = None  # ``||y - y64|| / ||y64||``, the greatest of output and gradients; None when there was no output
-    peak_bytes: int | None = None  # most bytes held at once beside input and output
+    peak_bytes: int | None = None  # most bytes held at once besides input and output
     held_bytes: int | None = None
     comparable: bool = True  # whether the peer wrote everything that the others write
     weight_bytes: float | None = None  # of the experts that a call reads, on average, where peers store weights in several forms

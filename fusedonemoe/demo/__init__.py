@@ -1,4 +1,4 @@
-"""The demo: ``python -m fusedonemoe demo`` trains two small models side by side and shows what came of it.
+"""The demo: ``python -m fusedonemoe demo`` trains two small models side by side and shows the results.
 
 A mixture-of-experts transformer and a dense one with as many active parameters learn the source of Python's standard
 library on the same batches; then one layer is timed against the usual per-expert loop and the dense formulation.

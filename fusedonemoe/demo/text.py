@@ -36,7 +36,7 @@ class Corpus:
     train: Tensor  # ``[N]`` uint8, the training files one after the other
     val: Tensor  # ``[M]`` uint8, the validation files
     train_files: tuple[str, ...]  # their paths inside the standard library
-    val_files: tuple[str, ...]  # likewise
+    val_files: tuple[str, ...]  # those of the validation files
 
 
 def source_files(root: Path) -> list[str]:

@@ -72,12 +72,12 @@ def page_of(runs: Sequence[Run]) -> str:
         ),
         "ratios": (
             "Ratios",
-            "Each peer beside ours in each cell: how many times as long it takes. A peer whose output was wrong has no time.",
+            "Each peer's time in multiples of ours, in each cell. A peer with a wrong output has no time.",
             "".join(map(heat_map, runs)) or "<p>In no file have ours and another a time in one cell.</p>",
         ),
         "memory": (
             "Memory against save_percent",
-            "What a training step of the experts holds between forward and backward, parameters left out. Peers have no dial.",
+            "Bytes that the experts' training step holds between forward and backward, without parameters. Peers have no dial.",
             _pictured(runs, lambda run: memory(album, run), f"No file has it: {suites} memory --json FILE</code>."),
         ),
         "scaling": (

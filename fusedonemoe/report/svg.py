@@ -31,7 +31,7 @@ class Line:
 
     name: str  # in the legend
     points: tuple[tuple[float, float], ...]  # of x and y
-    style: Style  # of it
+    style: Style
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def marker(style: Style, x: float, y: float, size: float = 3.6) -> str:
 
 
 def legend(lines: Iterable[Line]) -> str:
-    """The names of lines beside a piece of each, as an HTML list."""
+    """Return the names of lines with a piece of each, as an HTML list."""
     items = []
     for line in lines:
         style = line.style
@@ -117,7 +117,7 @@ class _Scale:
             return [step * n for n in range(int(self.high / step) + 1)]
         powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
         tens = [10.0**power for power in powers]
-        # Powers of ten come first: what stands between them is left out where it would touch.
+        # Powers of ten come first: a value between them is left out where its label would touch.
         return tens + [ten * factor for factor in (2, 5, 3) for ten in tens]
 
 
@@ -128,7 +128,7 @@ def chart(lines: Sequence[Line], x: Axis, y: Axis, *, title: str, description: s
         lines: with at least one point each.
         x: the axis from left to right.
         y: the axis from bottom to top.
-        title: read out, and shown beside the mouse.
+        title: read aloud, and shown next to the mouse.
         description: what the picture shows, in words and numbers.
         name: an id that no other chart of the page has.
     """
