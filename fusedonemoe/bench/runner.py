@@ -154,7 +154,8 @@ class _Checks:
             name: nn.Parameter(w, requires_grad=cell.has_gradients) for name, w in inputs.weights.items()
         }
         self.ours: Tensor | None = None
-        self.hit: float = sum(experts.unique().numel() for experts in inputs.experts) / len(inputs.experts)
+        self.timed: tuple[Tensor, ...] = inputs.experts if timer.rotates else inputs.experts[:1]
+        self.hit: float = sum(experts.unique().numel() for experts in self.timed) / len(self.timed)
 
     def __call__(self, peer: Peer) -> tuple[Row, Call | None]:
         """Return a peer's row without its time, and the call to time if its answer is right."""
@@ -343,7 +344,7 @@ def run_cell(
         assert copy is not None
         floor = Floor(dense, "flops") if dense and dense >= copy else Floor(copy, "bytes")
         rate, bandwidth = work.flops / dense if dense else 0.0, work.touched_bytes / copy
-    load = load_of([experts.cpu() for experts in inputs.experts], cell.E)
+    load = load_of([experts.cpu() for experts in checked.timed], cell.E)
     result = CellResult(asked, tuple(ordered), floor, rate, bandwidth, hit, timer.granted, work=work, load=load)
     return replace(result, dense_seconds=dense, copy_seconds=copy)
 
