@@ -49,22 +49,18 @@ def threads(count: int | None) -> Iterator[None]:
 
 
 class Timer:
-    """Times single calls on the CPU.
+    """Times single calls on the CPU."""
 
-    Attributes:
-        long_seconds: the untimed call of a turn is one of the timed when it takes this long.
-        most_calls: timed calls of a turn.
-        rotates: whether the calls rotate through the inputs of a cell.
-        metered_seconds: a peer with a longer first call is not metered, which takes one more.
-    """
-
-    device = torch.device("cpu")
-    on_gpu = False
+    device: torch.device = torch.device("cpu")
+    on_gpu: bool = False
     granted: bool | None = True  # whether the priority was granted so far; None where it is of no use
-    long_seconds, most_calls, rotates, metered_seconds = 0.5, 20, True, 2.0
+    long_seconds: float = 0.5  # the untimed call of a turn is one of the timed when it takes this long
+    most_calls: int = 20  # timed calls of a turn
+    rotates: bool = True  # whether the calls rotate through the inputs of a cell
+    metered_seconds: float = 2.0  # a peer with a longer first call is not metered, which takes one more
 
     def __init__(self, *, real_time: bool = True) -> None:
-        self.real_time = real_time
+        self.real_time: bool = real_time
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -103,16 +99,19 @@ class Timer:
 class GpuTimer(Timer):
     """Times single calls on a GPU; with a CPU as its device, for dry runs, by the clock."""
 
-    granted = None
-    long_seconds, most_calls, rotates, metered_seconds = 0.05, 30, False, float("inf")
-
     def __init__(self, device: torch.device) -> None:
         super().__init__(real_time=False)
-        self.device, self.on_gpu = device, device.type == "cuda"
+        self.device = device
+        self.on_gpu: bool = device.type == "cuda"
+        self.granted: bool | None = None
+        self.long_seconds: float = 0.05
+        self.most_calls: int = 30
+        self.rotates: bool = False
+        self.metered_seconds: float = float("inf")
         size = 1
         if self.on_gpu:
             size = max(FLUSHED_CACHES * torch.cuda.get_device_properties(device).L2_cache_size, FLUSHED_BYTES)
-        self._flushed = torch.empty(size, dtype=torch.int8, device=device)
+        self._flushed: Tensor = torch.empty(size, dtype=torch.int8, device=device)
 
     def pause(self) -> None:
         """Wait for nothing: the device is idle after a turn."""
