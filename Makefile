@@ -28,7 +28,7 @@ $(VENV)/.installed-%: constraints.txt pyproject.toml
 	@$(py) -m pip install -qq -c constraints.txt --no-build-isolation -e '.[$(extras_$*)]'
 	@touch $@
 
-.PHONY: help demo test bench docs links-elsewhere site-check check verifytypes pytest triton-values fuzz doctest wheel-smoke try
+.PHONY: help demo test bench suite docs links-elsewhere site-check check verifytypes pytest triton-values fuzz doctest wheel-smoke try
 .PHONY: clean
 .PHONY: asv-smoke asv-machine asv-run asv-range asv-compare asv-check asv-history
 
@@ -88,6 +88,11 @@ site-check: docs  ## open every page in Chromium: errors, search, phone width, a
 
 bench: $(VENV)/.installed-full  ## the side-by-side comparison, quick form
 	$(py) -m fusedonemoe bench --quick
+
+SUITE ?= seeds
+
+suite: $(VENV)/.installed-full  ## a benchmark that proves a claim of the pages: SUITE=seeds
+	$(py) -m asv_bench.suites $(SUITE) --json $(SUITE).json $(SUITE_OPTIONS)
 
 asv-smoke: asv-machine  ## every asv benchmark once
 	$(one_thread) ASV_SMOKE=1 $(py) -m asv run --config "$$($(py) asv_bench/configuration.py smoke)" --machine $(MACHINE) --quick --python=same --show-stderr $(ASV_OPTIONS)

@@ -9,7 +9,7 @@ import importlib
 import io
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from fusedonemoe import __version__
@@ -83,12 +83,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: by argparse, with 2 for an unknown command or option and 0 for ``--help``,
             ``--version`` and ``--print-completion``.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    given = sys.argv[1:] if argv is None else argv
+    return guarded(lambda: _dispatch(given))
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """Run a command, and turn an interruption or an output that cannot be written into its exit code, as :func:`main` does.
+
+    Args:
+        command: returns its own exit code.
+    """
     if os.environ.get("COLUMNS", "").strip() == "0":
         del os.environ["COLUMNS"]  # It means unknown, and rich would print nothing into 0 columns.
     try:
         with _every_character():
-            return _run_to_the_last_byte(argv)
+            try:
+                return command()
+            finally:  # while an error of what Python still holds of the output can be reported
+                if sys.stdout is not None and not sys.stdout.closed:
+                    sys.stdout.flush()
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130  # 128 + SIGINT, as a shell reports it
@@ -107,17 +120,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _run_to_the_last_byte(argv: Sequence[str]) -> int:
-    """Run a command, and write what Python still holds of its output while an error can still be told."""
-    try:
-        if argv and argv[0] in COMMANDS:
-            return _run_command(argv[0], argv[1:])
-        _parsers()[0].parse_args(argv)
-        print(overview(__version__, COMMANDS))
-        return 0
-    finally:
-        if sys.stdout is not None and not sys.stdout.closed:
-            sys.stdout.flush()
+def _dispatch(argv: Sequence[str]) -> int:
+    if argv and argv[0] in COMMANDS:
+        return _run_command(argv[0], argv[1:])
+    _parsers()[0].parse_args(argv)
+    print(overview(__version__, COMMANDS))
+    return 0
 
 
 @contextmanager

@@ -8,15 +8,17 @@ import pytest
 import torch
 
 from fusedonemoe import bench
-from fusedonemoe.bench.gpu_cells import CELLS, shrunk
-from fusedonemoe.bench.gpu_peers import TORCH_LINE_UP
+from fusedonemoe.bench.catalogue import SUITES
+from fusedonemoe.bench.peers import PEERS
+from fusedonemoe.bench.workloads import shrunk
 
 pytest.importorskip("rich")
-suite = importlib.import_module("fusedonemoe.bench.gpu_suite")
-runner = importlib.import_module("fusedonemoe.bench.gpu_runner")
-timing = importlib.import_module("fusedonemoe.bench.gpu_timing")
+suite = importlib.import_module("fusedonemoe.bench.cell_suite")
+runner = importlib.import_module("fusedonemoe.bench.runner")
+timing = importlib.import_module("fusedonemoe.bench.timing")
 report = importlib.import_module("fusedonemoe.bench.report")
 
+CELLS = SUITES["gpu"]
 CPU = torch.device("cpu")
 NAMED = {cell.name: cell for cell in CELLS}
 QWEN = shrunk(NAMED["qwen3-30b-T512-bfloat16-forward"])
@@ -24,7 +26,7 @@ TRAINING = replace(QWEN, mode="training", dtype=torch.float32)
 GPT_OSS = shrunk(NAMED["gpt-oss-20b-T4096-bfloat16-training"])
 MERGED = shrunk(NAMED["merged-E32-bfloat16-training"])
 ROUTER = shrunk(NAMED["router-T512-E8-float32-forward"])
-OUR_EXPERTS = TORCH_LINE_UP["experts"][0]
+OUR_EXPERTS = PEERS["experts"][0]
 
 
 def arguments(*argv):
@@ -36,7 +38,7 @@ def arguments(*argv):
 
 def measure(cell, peers, **options):
     """The result of a cell on the CPU."""
-    return runner.run_cell(cell, timing.Timer(CPU), peers=peers, rounds=2, seconds=0.001, **options)
+    return runner.run_cell(cell, timing.GpuTimer(CPU), peers=peers, rounds=2, seconds=0.001, **options)
 
 
 def row_of(result, peer):

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import fusedonemoe
-from fusedonemoe.bench.workloads import SUITES
+from fusedonemoe.bench.catalogue import SUITES
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "asv_bench"

@@ -5,18 +5,22 @@ import importlib
 import json
 import os
 import time
+from typing import Any
 
 import pytest
 import torch
 
 from fusedonemoe import bench
 from fusedonemoe.bench import memory, peers, workloads
+from fusedonemoe.bench.catalogue import SUITES
+from fusedonemoe.bench.inputs import make_inputs
 from fusedonemoe.bench.memory import peak_extra_bytes
 from fusedonemoe.bench.peers import GROUPED, OURS, PEERS, YARDSTICK, Peer
-from fusedonemoe.bench.workloads import SUITES, Cell
+from fusedonemoe.bench.workloads import Cell
 
 pytest.importorskip("rich")
 runner = importlib.import_module("fusedonemoe.bench.runner")
+timing = importlib.import_module("fusedonemoe.bench.timing")
 report = importlib.import_module("fusedonemoe.bench.report")
 ceilings = importlib.import_module("fusedonemoe.bench.ceilings")
 
@@ -27,7 +31,7 @@ has_scheduler = pytest.mark.skipif(not hasattr(os, "sched_setscheduler"), reason
 @pytest.fixture(autouse=True)
 def small_ceilings(monkeypatch):
     """The ceilings' own arrays are as large as a cache; their values are not what these tests are about, nor are pauses."""
-    monkeypatch.setattr(runner, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "PAUSE_SECONDS", 0.0)
     monkeypatch.setattr(ceilings, "STREAM_BYTES", 1 << 12)
     monkeypatch.setattr(ceilings, "GEMM_SIZES", (16,))
 
@@ -43,8 +47,9 @@ def arguments(*argv):
     return parser.parse_args([*argv, "--no-rt"])
 
 
-def measure(cell, **options):
-    return runner.run_cell(cell, ceilings.Ceilings(), rounds=2, seconds=0.01, real_time=False, **options)
+def measure(cell, peers=None, **options):
+    options = {"ceilings": ceilings.Ceilings(), "rounds": 2, "seconds": 0.01} | options
+    return runner.run_cell(cell, timing.Timer(real_time=False), peers=peers or PEERS[cell.operator], **options)
 
 
 def row_of(result, peer):
@@ -55,9 +60,9 @@ def altered(change):
     """A peer that does what ours does, and then changes the output."""
     build = PEERS["merged"][0].build
 
-    def wrong(cell, inputs):
-        call = build(cell, inputs)
-        return lambda i: change(call(i))
+    def wrong(cell, weights):
+        forward: Any = build(cell, weights)
+        return lambda *draw: change(forward(*draw))
 
     return Peer("altered", wrong)
 
@@ -100,7 +105,7 @@ def test_a_planted_wrong_peer_fails_the_command(tiny_suite, monkeypatch, capsys)
 
 
 def test_a_peer_that_raises_fails_and_the_others_still_run():
-    def broken(cell, inputs):
+    def broken(cell, weights):
         raise RuntimeError("no such kernel")
 
     result = measure(TINY["merged"], peers=[Peer("broken", broken), *PEERS["merged"]])
@@ -180,17 +185,16 @@ def test_every_dtype_and_operator_of_the_quick_suite():
 
 def test_the_selection_is_the_same_in_every_dtype():
     cell = Cell("block", T=64, D=32, F=8, E=64, K=8, dtype=torch.bfloat16)
-    inputs = workloads.make_inputs(cell)
-    assert isinstance(inputs, workloads.BlockInputs)
-    for x, experts in zip(inputs.xs, inputs.experts, strict=True):
+    inputs = make_inputs(cell, torch.device("cpu"), 3)
+    for (x,), experts in zip(inputs.draws, inputs.experts, strict=True):
         for dtype in (torch.bfloat16, torch.float32, torch.float64):
-            picked = (x.to(dtype) @ inputs.router.to(dtype).t()).topk(cell.K, dim=1).indices
+            picked = (x.to(dtype) @ inputs.weights["router"].to(dtype).t()).topk(cell.K, dim=1).indices
             assert torch.equal(picked.sort(1).values, experts.sort(1).values)
 
 
 def test_every_expert_of_every_token_is_no_choice():
     cell = Cell("block", T=3, D=8, F=4, E=2, K=2, dtype=torch.float32)
-    assert workloads.make_inputs(cell).experts[0].sort(1).values.tolist() == [[0, 1]] * 3
+    assert make_inputs(cell, torch.device("cpu"), 3).experts[0].sort(1).values.tolist() == [[0, 1]] * 3
     assert not any(row.failed for row in measure(cell).rows)
 
 
@@ -255,10 +259,10 @@ def test_ceilings_keep_the_best():
 
 
 def test_peers_take_turns():
-    assert runner.order_of_round("abc", 0) == ["a", "b", "c"]
-    assert runner.order_of_round("abc", 1) == ["b", "c", "a"]
-    assert runner.order_of_round("abc", 5) == ["c", "a", "b"]
-    assert runner.order_of_round([], 3) == []
+    assert timing.order_of_round("abc", 0) == ["a", "b", "c"]
+    assert timing.order_of_round("abc", 1) == ["b", "c", "a"]
+    assert timing.order_of_round("abc", 5) == ["c", "a", "b"]
+    assert timing.order_of_round([], 3) == []
     log: list[str] = []
 
     def call_of(name):
@@ -269,11 +273,12 @@ def test_peers_take_turns():
         return call
 
     calls = {name: call_of(name) for name in "ab"}
-    times, granted = runner.time_interleaved(calls, rounds=3, seconds=0.0, real_time=False, between=lambda: log.append("|"))
+    timer = timing.Timer(real_time=False)
+    times = timing.time_interleaved(timer, calls, rounds=3, seconds=0.0, between=lambda: log.append("|"))
     # One untimed and one timed call a turn.
     assert "".join(log) == "|aabb|bbaa|aabb"
     assert {name: len(samples) for name, samples in times.items()} == {"a": 3, "b": 3}
-    assert min(times["a"] + times["b"]) >= 1e-3 and granted is False
+    assert min(times["a"] + times["b"]) >= 1e-3 and timer.granted is False
 
 
 def scheduling():
@@ -284,13 +289,13 @@ def scheduling():
 def test_the_schedulers_policy_is_restored():
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))
     before = scheduling()
-    with runner.RealTime() as priority:
+    with timing.RealTime() as priority:
         inside = scheduling()
     if priority.granted:
         assert all(inside[t] == (os.SCHED_RR, 1) for t in before)
     after = scheduling()
     assert {t: after[t] for t in before if t in after} == {t: before[t] for t in before if t in after}
-    with pytest.raises(ZeroDivisionError), runner.RealTime():
+    with pytest.raises(ZeroDivisionError), timing.RealTime():
         1 / 0  # noqa: B018 - any exception will do
     assert os.SCHED_RR not in {policy for policy, _ in scheduling().values()}
 
@@ -300,11 +305,11 @@ def test_priority_is_optional(monkeypatch):
     def refuse(*_):
         raise PermissionError
 
-    with runner.RealTime(wanted=False) as priority:
+    with timing.RealTime(wanted=False) as priority:
         assert os.SCHED_RR not in {policy for policy, _ in scheduling().values()}
     assert not priority.granted
     monkeypatch.setattr(os, "sched_setscheduler", refuse)
-    with runner.RealTime() as priority:
+    with timing.RealTime() as priority:
         pass
     assert not priority.granted
 

@@ -9,19 +9,22 @@ import re
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
 
-from fusedonemoe import MoE, bench
+from fusedonemoe import bench
 from fusedonemoe.bench import exact, libraries, peers, workloads
+from fusedonemoe.bench.catalogue import SUITES
+from fusedonemoe.bench.inputs import make_inputs
 from fusedonemoe.bench.libraries import LIBRARIES, LINE_UP, line_up
 from fusedonemoe.bench.peers import OURS, PREPACKED, TORCH_BLOCKS, TRANSFORMERS, Peer, UnavailableError, chosen
-from fusedonemoe.bench.steps import Step
-from fusedonemoe.bench.workloads import SUITES, Cell
+from fusedonemoe.bench.workloads import Cell
 
 pytest.importorskip("rich")
 runner = importlib.import_module("fusedonemoe.bench.runner")
+timing = importlib.import_module("fusedonemoe.bench.timing")
 report = importlib.import_module("fusedonemoe.bench.report")
 results = importlib.import_module("fusedonemoe.bench.results")
 isolated = importlib.import_module("fusedonemoe.bench.isolated")
@@ -39,11 +42,12 @@ needs_transformers = pytest.mark.skipif(not find_spec("transformers"), reason="t
 def small_ceilings(monkeypatch):
     monkeypatch.setattr(ceilings, "STREAM_BYTES", 1 << 12)
     monkeypatch.setattr(ceilings, "GEMM_SIZES", (16,))
-    monkeypatch.setattr(runner, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "PAUSE_SECONDS", 0.0)
 
 
 def measure(cell, contenders, **options):
-    return runner.run_cell(cell, ceilings.Ceilings(), peers=contenders, rounds=2, seconds=0.01, real_time=False, **options)
+    options = {"ceilings": ceilings.Ceilings(), "rounds": 2, "seconds": 0.01} | options
+    return runner.run_cell(cell, timing.Timer(real_time=False), peers=contenders, **options)
 
 
 def row_of(result, peer):
@@ -56,43 +60,52 @@ def arguments(*argv):
     return parser.parse_args(["--suite", "cpu", "--threads", "1", "--no-rt", *argv])
 
 
+CPU = torch.device("cpu")
+X, ROUTER, GATE_UP, DOWN = (exact.gradient_of(name) for name in ("x", "router", "gate_up_proj", "down_proj"))
+
+
 def autograd_step(cell, inputs):
-    """Plain autograd in float64, as a step."""
-    x, router, gate_up, down = (
-        t.double().requires_grad_() for t in (inputs.xs[0], inputs.router, inputs.gate_up_proj, inputs.down_proj)
-    )
+    """Plain autograd in float64, as an answer."""
+    x, router, gate_up, down = (t.double().requires_grad_() for t in (inputs.draws[0][0], *inputs.weights.values()))
     weights, experts = (x @ router.t()).topk(cell.K)
     weights = weights.softmax(1)
     gate, up = torch.einsum("td,tkgd->tkg", x, gate_up[experts]).chunk(2, dim=-1)
     y = torch.einsum("tkf,tkdf,tk->td", torch.nn.functional.silu(gate) * up, down[experts], weights)
     gradients = torch.autograd.grad(y, (x, router, gate_up, down), inputs.dys[0].double())
-    return Step(y.detach(), *gradients)
+    return {exact.OUTPUT: y.detach()} | dict(zip((X, ROUTER, GATE_UP, DOWN), gradients, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_exact_step_is_autograds(dtype):
     cell = Cell("block", T=7, D=16, F=8, E=8, K=3, dtype=dtype, mode="training")
-    inputs = workloads.make_inputs(cell)
-    errors = exact.errors_of(autograd_step(cell, inputs), exact.exact_step(cell, inputs))
+    inputs = make_inputs(cell, CPU, 3)
+    answer = exact.exact_answer(cell, inputs)
+    errors = exact.errors_of(cell, inputs, autograd_step(cell, inputs), answer)
     # The products with the random matrix are taken in float32, as a peer's are.
     assert len(errors) == 5 and max(errors.values()) < 1e-6
-    assert torch.equal(exact.exact_step(cell, inputs).output, exact.exact_output(cell, inputs))
+    forward = exact.exact_answer(replace(cell, mode="forward"), inputs)
+    assert torch.equal(answer[exact.OUTPUT], forward[exact.OUTPUT])
+
+
+def with_change(name, change):
+    return lambda answer: {**answer, name: change(answer[name])}
 
 
 WRONG_STEPS = {
-    "no gradient of x": lambda s: s._replace(x=torch.zeros_like(s.x)),
-    "another router": lambda s: s._replace(router=s.router.roll(1, 0)),
-    "gate and up exchanged": lambda s: s._replace(gate_up_proj=s.gate_up_proj.roll(s.gate_up_proj.shape[1] // 2, 1)),
-    "zeros": lambda s: s._replace(down_proj=torch.zeros_like(s.down_proj)),
-    "a wrong expert": lambda s: s._replace(down_proj=s.down_proj.roll(1, 0)),
-    "an expert missing": lambda s: s._replace(gate_up_proj=[None, *s.gate_up_proj[1:]]),
-    "columns exchanged": lambda s: s._replace(gate_up_proj=s.gate_up_proj.flip(2)),
-    "transposed": lambda s: s._replace(down_proj=s.down_proj.transpose(1, 2)),
-    "five percent off": lambda s: s._replace(gate_up_proj=1.05 * s.gate_up_proj),
-    "an expert short": lambda s: s._replace(down_proj=s.down_proj[:-1]),
-    "not finite": lambda s: s._replace(x=s.x * float("nan")),
-    "the output": lambda s: s._replace(output=s.output * 1.05),
-    "the output alone": lambda s: s.output,
+    "no gradient of x": with_change(X, torch.zeros_like),
+    "another router": with_change(ROUTER, lambda g: g.roll(1, 0)),
+    "gate and up exchanged": with_change(GATE_UP, lambda g: g.roll(g.shape[1] // 2, 1)),
+    "zeros": with_change(DOWN, torch.zeros_like),
+    "a wrong expert": with_change(DOWN, lambda g: g.roll(1, 0)),
+    "an expert missing": with_change(GATE_UP, lambda g: [None, *g[1:]]),
+    "columns exchanged": with_change(GATE_UP, lambda g: g.flip(2)),
+    "transposed": with_change(DOWN, lambda g: g.transpose(1, 2)),
+    "five percent off": with_change(GATE_UP, lambda g: 1.05 * g),
+    "an expert short": with_change(DOWN, lambda g: g[:-1]),
+    "not finite": with_change(X, lambda g: g * float("nan")),
+    "the output": with_change(exact.OUTPUT, lambda y: y * 1.05),
+    "no gradient at all": with_change(ROUTER, lambda g: None),
+    "the output alone": lambda answer: {exact.OUTPUT: answer[exact.OUTPUT]},
 }
 
 
@@ -100,11 +113,20 @@ WRONG_STEPS = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 # Square weights, so that the shape alone does not tell a transposed gradient.
 @pytest.mark.parametrize("F", [64, 32], ids=["oblong", "square"])
-def test_wrong_gradients_get_no_time(change, dtype, F):
-    def build(cell, inputs):
-        call = PEER[OURS].build(cell, inputs)
-        return lambda i: change(call(i))
+def test_wrong_gradients_get_no_time(change, dtype, F, monkeypatch):
+    real = runner.prepare
 
+    def build(cell, weights):
+        forward: Any = PEER[OURS].build(cell, weights)
+        return lambda x: forward(x)
+
+    def prepare(cell, inputs, built, *args):
+        prepared = real(cell, inputs, built, *args)
+        if isinstance(built, torch.nn.Module):  # ours
+            return prepared
+        return runner.Prepared(lambda i: change(prepared.call(i)), lambda: change(prepared.answer()))
+
+    monkeypatch.setattr(runner, "prepare", prepare)
     result = measure(replace(TRAINING, dtype=dtype, F=F), [PEER[OURS], Peer("altered", build, ("training",))])
     assert row_of(result, OURS).seconds > 0
     wrong = row_of(result, "altered")
@@ -168,7 +190,7 @@ def test_what_cannot_run_says_why(peer, monkeypatch, tmp_path):
     for module in (peers, libraries):
         monkeypatch.setattr(module, "find_spec", lambda name: spec)
     with pytest.raises(UnavailableError, match=reason):
-        PEER[peer].build(replace(TINY, **change), None)
+        PEER[peer].build(replace(TINY, **change), {"router": torch.empty(0)})
 
 
 def test_absent_libraries_name_the_command(monkeypatch):
@@ -209,16 +231,15 @@ def test_few_tokens_rotate_through_more_inputs():
         seen.append(index)
         return torch.empty(0)
 
-    runner.time_interleaved({"a": call}, rounds=2, seconds=1.0, real_time=False, between=lambda: None, inputs=3)
+    timer = timing.Timer(real_time=False)
+    timing.time_interleaved(timer, {"a": call}, rounds=2, seconds=1.0, inputs=3)
     assert seen == [n % 3 for n in range(21)] + [n % 3 for n in range(1, 22)]
-    inputs = workloads.make_inputs(replace(TRAINING, T=1))
-    assert isinstance(inputs, workloads.BlockInputs)
-    assert len(inputs.xs) == len(inputs.dys) == len(inputs.experts) == 16
 
 
 def test_long_calls_are_timed_once_a_turn(monkeypatch):
-    monkeypatch.setattr(runner, "LONG_SECONDS", 0.0)
-    times, _ = runner.time_interleaved({"a": lambda i: torch.empty(0)}, rounds=3, seconds=1.0, real_time=False, between=int)
+    timer = timing.Timer(real_time=False)
+    monkeypatch.setattr(timer, "long_seconds", 0.0)
+    times = timing.time_interleaved(timer, {"a": lambda i: torch.empty(0)}, rounds=3, seconds=1.0)
     assert len(times["a"]) == 3
 
 
@@ -242,11 +263,8 @@ def test_copies_are_kept_in_groups_that_fit():
     assert runner.physical_memory() > 1 << 28
 
 
-def test_the_line_up_of_a_cell(monkeypatch):
+def test_the_line_up_of_a_cell():
     assert {peer.name for peer in line_up(TRAINING)} == {p.name for p in TORCH_BLOCKS if p.name != PREPACKED}
-    monkeypatch.delattr(MoE, "prepack", raising=False)
-    assert [p.name for p in line_up(TINY)] == [p.name for p in LINE_UP if p.name != PREPACKED]
-    monkeypatch.setattr(MoE, "prepack", lambda self: None, raising=False)
     assert PREPACKED in [p.name for p in line_up(TINY)] and PREPACKED not in [p.name for p in line_up(TRAINING)]
     assert row_of(measure(TINY, [PEER[OURS], PEER[PREPACKED]]), PREPACKED).seconds
     assert [p.name for p in chosen(line_up(TINY), re.compile("^trans.*grouped"))] == [OURS, TRANSFORMERS]

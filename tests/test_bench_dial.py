@@ -8,11 +8,12 @@ import json
 import pytest
 import torch
 
+from asv_bench import suites
 from fusedonemoe import bench
 from fusedonemoe.testing import make_mlp_inputs
 
 pytest.importorskip("rich")
-dial = importlib.import_module("fusedonemoe.bench.dial")
+dial = importlib.import_module("asv_bench.suites.dial")
 ceilings = importlib.import_module("fusedonemoe.bench.ceilings")
 
 SIZES = (24, 16, 8, 4, 2)
@@ -22,10 +23,10 @@ def lines_of(**options):
     return dial.measure(SIZES, torch.float32, rounds=2, real_time=False, impl="grouped", **options)
 
 
-def arguments(*argv):
+def arguments(*argv, suite="dial"):
     parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
-    return parser.parse_args(["--suite", "dial", "--no-rt", *argv])
+    suites.add_arguments(parser)
+    return parser.parse_args([suite, "--no-rt", *argv])
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def test_held_bytes_leaves_parameters_out():
 
 
 def test_the_command_prints_and_writes(small, capsys, tmp_path):
-    assert bench.run(arguments("--json", str(tmp_path / "dial.json"), "--threads", "1")) == 0
+    assert suites.run(arguments("--json", str(tmp_path / "dial.json"), "--threads", "1")) == 0
     printed = capsys.readouterr().out
     assert "T24-D16-F8-E4-K2-bfloat16" in printed and "formula MB" in printed and "0 %" in printed
     cells = {cell["name"]: cell for cell in json.loads((tmp_path / "dial.json").read_text())["cells"]}
@@ -88,29 +89,29 @@ def test_the_command_prints_and_writes(small, capsys, tmp_path):
 def test_the_command_fails_where_the_formula_does_not_hold(small, monkeypatch, capsys):
     real = dial.formula_bytes
     monkeypatch.setattr(dial, "formula_bytes", lambda inputs, p: real(inputs, p) * (1.03 if p == 50 else 1))
-    assert bench.run(arguments()) == 1
-    assert "fusedonemoe 50 %: holds something else than the formula says" in capsys.readouterr().err
+    assert suites.run(arguments()) == 1
+    assert "fusedonemoe 50 %: holds a different number of bytes than the formula" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", [["--peers", "x"], ["--picture", "x.png"], ["--dry"], ["--target-ms", "1"]])
+@pytest.mark.parametrize("option", [["--peers", "x"], ["--picture", "x.png"], ["--dry"]])
 def test_options_of_other_suites_are_refused(option, capsys):
-    assert bench.run(arguments(*option)) == 2
-    assert "--suite" in capsys.readouterr().err
+    assert suites.run(arguments(*option)) == 2
+    assert "--suite dial" in capsys.readouterr().err
 
 
 def test_the_memory_suite_runs_dry_and_resumes(capsys, tmp_path):
     file = tmp_path / "memory.json"
-    run = ["--suite", "memory", "--dry", "--json", str(file)]
-    assert bench.run(arguments(*run, "--cells", "T2048-D1024")) == 0
+    run = ["--dry", "--json", str(file)]
+    assert suites.run(arguments(*run, "--cells", "T2048-D1024", suite="memory")) == 0
     first = json.loads(file.read_text())["cells"]
     assert [cell["name"] for cell in first] == ["T2048-D1024-F512-E32-K4-float32", "T2048-D1024-F512-E32-K4-bfloat16"]
     assert all(row["held_bytes"] and row["seconds"] is None for cell in first for row in cell["rows"])
-    assert bench.run(arguments(*run, "--resume")) == 0
+    assert suites.run(arguments(*run, "--resume", suite="memory")) == 0
     assert "2 of 8 cells are in" in capsys.readouterr().err
     cells = json.loads(file.read_text())["cells"]
     assert [cell["name"] for cell in cells] == [cell.name for cell in dial.cells_of("memory")] and cells[:2] == first
 
 
 def test_a_table_that_no_pattern_matches_is_no_run(capsys):
-    assert bench.run(arguments("--cells", "nothing")) == bench.EXIT_USAGE
+    assert suites.run(arguments("--cells", "nothing")) == bench.EXIT_USAGE
     assert "T2048-D1024-F512-E32-K4-float32" in capsys.readouterr().err

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from asv_bench import suites
+from fusedonemoe.bench.suites import REGISTRY
+
 pytest.importorskip("rich")
-earlier = importlib.import_module("fusedonemoe.bench.earlier")
+records = importlib.import_module("fusedonemoe.bench.records")
 comparison = importlib.import_module("fusedonemoe.bench.comparison")
 page = importlib.import_module("fusedonemoe.report.page")
 runs = importlib.import_module("fusedonemoe.report.runs")
@@ -59,7 +62,7 @@ def files(tmp_path):
 
 
 def test_a_table_of_adapters_is_a_cell(files):
-    (cell,) = earlier.read(files["lora"])["cells"]
+    (cell,) = records.read(files["lora"])["cells"]
     assert {name: cell[name] for name in "TDFEKL"} == {"T": 256, "D": 512, "F": 256, "E": 64, "K": 8, "L": 4}
     assert (cell["name"], cell["dtype"], cell["mode"]) == (f"{LORA}-bfloat16", "bfloat16", "training")
     peft, ours = cell["rows"]
@@ -68,7 +71,7 @@ def test_a_table_of_adapters_is_a_cell(files):
 
 
 def test_a_table_of_quantised_experts_is_a_cell_whose_rows_have_floors(files):
-    (cell,) = earlier.read(files["quantized"])["cells"]
+    (cell,) = records.read(files["quantized"])["cells"]
     (row,) = cell["rows"]
     assert (row["peer"], row["weights"], row["floor_seconds"], row["tokens_per_second"]) == (
         "fusedonemoe int8",
@@ -82,7 +85,7 @@ def test_a_table_of_quantised_experts_is_a_cell_whose_rows_have_floors(files):
 
 
 def test_a_table_of_a_model_is_a_cell_for_training_and_one_for_decoding(files):
-    cells = {cell["name"]: cell for cell in earlier.read(files["transformers"])["cells"]}
+    cells = {cell["name"]: cell for cell in records.read(files["transformers"])["cells"]}
     assert list(cells) == [f"qwen3-moe-{dtype}-{mode}" for dtype in ("float32", "bfloat16") for mode in ("training", "decode")]
     (training,), (decode,) = (cells[f"qwen3-moe-float32-{mode}"]["rows"] for mode in ("training", "decode"))
     assert (training["seconds"], training["times_faster"], training["tokens_per_second"]) == (2.0, 1.5, 256.0)
@@ -94,7 +97,7 @@ def test_a_table_of_a_model_is_a_cell_for_training_and_one_for_decoding(files):
 def test_tables_of_no_suite_are_refused(tmp_path):
     file = old_file(tmp_path, "seeds", {"a": []})
     with pytest.raises(ValueError, match="tables of the suite seeds"):
-        earlier.read(file)
+        records.read(file)
     with pytest.raises(runs.NoResultsError, match="tables of the suite seeds"):
         runs.load(file)
 
@@ -103,7 +106,7 @@ def test_files_with_cells_are_as_they_are(tmp_path):
     file = tmp_path / "new.json"
     results = {"suite": "lora", "date": "2026", "cells": [{"name": "a", "rows": [{"peer": "b", "failed": False, "new": [1]}]}]}
     file.write_text(json.dumps(results))
-    assert earlier.read(file) == results
+    assert records.read(file) == results
 
 
 @pytest.mark.parametrize("suite", sorted(path.stem for path in RESULTS.glob("*.json")))
@@ -120,10 +123,12 @@ def test_every_committed_file_can_be_shown_and_compared_with(suite, tmp_path):
 
 @pytest.mark.parametrize("suite", ["lora", "quantized", "transformers"])
 def test_the_cells_of_a_committed_file_are_those_that_the_suite_has_today(suite):
-    module = importlib.import_module(f"fusedonemoe.bench.{'hf_model' if suite == 'transformers' else suite}")
-    committed = earlier.read(RESULTS / f"{suite}.json")["cells"]
+    module = importlib.import_module((REGISTRY | suites.REGISTRY)[suite].module)
+    committed = records.read(RESULTS / f"{suite}.json")["cells"]
     cells = module.cells()
     assert [cell["name"] for cell in committed] == [cell.name for cell in cells]
     for then, now in zip(committed, cells, strict=True):
-        described = now.described | {"dtype": str(now.dtype).removeprefix("torch.")}
+        named = ("operator", "T", "D", "F", "E", "K", "mode")
+        described = now.described if hasattr(now, "described") else {name: getattr(now, name) for name in named}
+        described = described | {"dtype": str(now.dtype).removeprefix("torch.")}
         assert {name: then[name] for name in described} == described

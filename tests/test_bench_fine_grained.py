@@ -8,17 +8,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fusedonemoe import bench
-from fusedonemoe.bench import exact, fine_grained, workloads
+from asv_bench import suites
+from fusedonemoe.bench import exact
 from fusedonemoe.bench.peers import ALL_PAIRS, GATHER, OURS, YARDSTICK
-from fusedonemoe.bench.workloads import SUITES, Cell
 
 pytest.importorskip("rich")
-runner = importlib.import_module("fusedonemoe.bench.runner")
+fine_grained = importlib.import_module("asv_bench.suites.fine_grained")
+timing = importlib.import_module("fusedonemoe.bench.timing")
 ceilings = importlib.import_module("fusedonemoe.bench.ceilings")
 
-KEYS = Cell("keys", 6, 0, 0, 25, 4, torch.float32, label="keys")
-NEURONS = Cell("neurons", 5, 16, 0, 30, 3, torch.float32, mode="training", label="neurons-30")
+KEYS = fine_grained.FineCell("keys", 6, 0, 0, 25, 4, torch.float32, label="keys")
+NEURONS = fine_grained.FineCell("neurons", 5, 16, 0, 30, 3, torch.float32, mode="training", label="neurons-30")
 TINY = [
     KEYS,
     *(
@@ -34,16 +34,12 @@ TINY = [
 def small_ceilings(monkeypatch):
     monkeypatch.setattr(ceilings, "STREAM_BYTES", 1 << 12)
     monkeypatch.setattr(ceilings, "GEMM_SIZES", (16,))
-    monkeypatch.setattr(runner, "PAUSE_SECONDS", 0.0)
-
-
-def named(answer):
-    assert isinstance(answer, dict)
-    return answer
+    monkeypatch.setattr(timing, "PAUSE_SECONDS", 0.0)
 
 
 def measure(cell, contenders):
-    return runner.run_cell(cell, ceilings.Ceilings(), peers=contenders, rounds=1, seconds=0.001, real_time=False)
+    timer = timing.Timer(real_time=False)
+    return fine_grained.run_cell(cell, timer, ceilings.Ceilings(), contenders, rounds=1, seconds=0.001)
 
 
 @pytest.mark.parametrize("cell", TINY, ids=lambda cell: cell.name)
@@ -53,74 +49,108 @@ def test_every_peer_computes_the_same(cell):
     assert all(row.seconds > 0 and row.peak_bytes is not None for row in result.rows)
     assert result.rows[0].peer == OURS and YARDSTICK[cell.operator] in {row.peer for row in result.rows}
     assert 1 <= result.experts_hit <= cell.E and result.floor.seconds > 0
-    answer = named(fine_grained.PEERS[cell.operator][0].build(cell, workloads.make_inputs(cell))(0))
+    answer = fine_grained.exact_answer(cell, fine_grained.make_inputs(cell))
     tensors = {"keys": 2, "neurons": 5, "values": 3}[cell.operator] if cell.mode == "training" or cell is KEYS else 1
     assert len(answer) == tensors
 
 
-@pytest.mark.parametrize("name", ["outputs", "gradients of weights", "gradients of down_table"])
-def test_a_wrong_tensor_gets_no_time(name):
+class Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dx):
+        return dx * 1.01
+
+
+def other_outputs(weights, draw):
+    return weights, draw, 1.01
+
+
+def other_gradient_of_weights(weights, draw):
+    x, experts, scores = draw
+    return weights, (x, experts, Scaled.apply(scores)), 1.0
+
+
+def other_gradient_of_a_table(weights, draw):
+    return weights | {"down_table": Scaled.apply(weights["down_table"])}, draw, 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (other_outputs, "outputs, gradients of x, gradients of weights, gradients of down_table, gradients of up_table"),
+        (other_gradient_of_weights, "gradients of weights"),
+        (other_gradient_of_a_table, "gradients of down_table"),
+    ],
+)
+def test_a_wrong_tensor_gets_no_time(change, names):
     honest = fine_grained.PEERS["neurons"][0]
 
-    def build(cell, inputs):
-        call = honest.build(cell, inputs)
-        return lambda i: named(call(i)) | {name: named(call(i))[name] * 1.01}
+    def build(cell, weights):
+        def forward(*draw):
+            changed, given, factor = change(weights, draw)
+            return honest.build(cell, changed)(*given) * factor
+
+        return forward
 
     row = measure(NEURONS, [replace(honest, build=build)]).rows[0]
-    assert row.failed and row.seconds is None and row.note == f"{name} disagree"
+    assert row.failed and row.seconds is None and row.note == f"{names} disagree"
 
 
 def test_one_other_pair_is_a_wrong_router():
     honest = fine_grained.PEERS["keys"][1]
 
-    def build(cell, inputs):
-        def call(i):
-            answer = named(honest.build(cell, inputs)(i))
-            answer["experts"][0, 0] += 1
-            return answer
+    def build(cell, weights):
+        def forward(logits):
+            scores, experts = honest.build(cell, weights)(logits)
+            experts[0, 0] += 1
+            return scores, experts
 
-        return call
+        return forward
 
-    assert measure(KEYS, [replace(honest, build=build)]).rows[0].note == "experts disagree"
+    assert measure(KEYS, [replace(honest, build=build)]).rows[0].note == "ids disagree"
 
 
 def test_a_tensor_that_is_missing_is_wrong():
-    inputs = workloads.make_inputs(NEURONS)
-    errors = exact.errors_of({}, exact.exact_answer(NEURONS, inputs))
+    inputs = fine_grained.make_inputs(NEURONS)
+    errors = exact.errors_of(NEURONS, inputs, {}, fine_grained.exact_answer(NEURONS, inputs))
     assert len(errors) == 5 and set(errors.values()) == {float("inf")}
 
 
 def test_the_best_sums_are_clear_of_rounding():
-    inputs = workloads.make_inputs(KEYS)
-    assert len(inputs.xs) == KEYS.rotation and all(x.shape == (6, 2, 5) for x in inputs.xs)
-    sums = (inputs.xs[1][:, 0, :, None].double() + inputs.xs[1][:, 1, None, :]).flatten(1).sort(descending=True)
+    inputs = fine_grained.make_inputs(KEYS)
+    assert len(inputs.draws) == KEYS.rotation and all(x.shape == (6, 2, 5) for (x,) in inputs.draws)
+    (x,) = inputs.draws[1]
+    sums = (x[:, 0, :, None].double() + x[:, 1, None, :]).flatten(1).sort(descending=True)
     assert torch.equal(sums.indices[:, :4], inputs.experts[1]) and (sums.values[:, :5].diff() < -1e-5).all()
 
 
 def test_least_work_counted_by_hand():
-    forward = workloads.least_work(replace(NEURONS, mode="forward"), experts_hit=7)
+    forward = fine_grained.least_work(replace(NEURONS, mode="forward"), experts_hit=7)
     assert forward.touched_bytes == (2 * 7 + 5 + 5) * 16 * 4 + 15 * 12 and forward.flops == 2 * 2 * 15 * 16
-    training = workloads.least_work(NEURONS, experts_hit=7)
+    training = fine_grained.least_work(NEURONS, experts_hit=7)
     # Both tables read twice and their gradients written; x, y, dy and dx.
     assert training.touched_bytes == (4 * 7 + 2 * 30 + 4 * 5) * 16 * 4 + 15 * 12 and training.flops == 3 * forward.flops
-    values = workloads.least_work(replace(NEURONS, operator="values", mode="forward"), experts_hit=7)
+    values = fine_grained.least_work(replace(NEURONS, operator="values", mode="forward"), experts_hit=7)
     assert values.touched_bytes == (7 + 5) * 16 * 4 + 15 * 12
-    assert workloads.least_work(KEYS, experts_hit=7).touched_bytes == 6 * 2 * 5 * 4 + 24 * 12
+    assert fine_grained.least_work(KEYS, experts_hit=7).touched_bytes == 6 * 2 * 5 * 4 + 24 * 12
 
 
 def test_the_cells_of_the_suite():
-    cells = SUITES["fine-grained"]
+    cells = fine_grained.CELLS
     assert len({cell.name for cell in cells}) == len(cells) == 17
     assert {(c.T, c.D, c.E, c.K) for c in cells if c.operator != "keys"} == {(1024, 256, 16384, 64), (128, 256, 102400, 512)}
     assert [(c.T, c.E, c.K) for c in cells if c.operator == "keys"] == [(4096, 128 * 128, 16)]
 
 
 def test_the_command_prints_and_writes(monkeypatch, capsys, tmp_path):
-    monkeypatch.setitem(SUITES, "fine-grained", (KEYS, NEURONS))
+    monkeypatch.setattr(fine_grained, "CELLS", (KEYS, NEURONS))
     parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
+    suites.add_arguments(parser)
     file = tmp_path / "fine-grained.json"
-    assert bench.run(parser.parse_args(["--suite", "fine-grained", "--no-rt", "--peers", "torch", "--json", str(file)])) == 0
+    assert suites.run(parser.parse_args(["fine-grained", "--no-rt", "--peers", "torch", "--json", str(file)])) == 0
     assert GATHER in capsys.readouterr().out
     written = json.loads(file.read_text())["cells"]
     assert [cell["yardstick"] for cell in written] == [ALL_PAIRS, GATHER]

@@ -8,18 +8,18 @@ import subprocess
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from fusedonemoe import bench
 from fusedonemoe.bench import gpu_libraries
-from fusedonemoe.bench.gpu_cells import CELLS, MODES, GpuCell, least_work, products
-from fusedonemoe.bench.gpu_inputs import make_inputs
-from fusedonemoe.bench.gpu_peers import TORCH_LINE_UP, GpuPeer
-from fusedonemoe.bench.peers import OURS, PLAIN, YARDSTICK
+from fusedonemoe.bench.inputs import make_inputs
+from fusedonemoe.bench.peers import OURS, PEERS, PLAIN, YARDSTICK, Peer
+from fusedonemoe.bench.workloads import MODES, Cell, least_work, products
 from fusedonemoe.ops.choice import IMPLEMENTATIONS
-from tests.gpu_suite import CPU, NAMED, QWEN, ROUTER, arguments, report, runner, suite, timing
+from tests.gpu_suite import CELLS, CPU, NAMED, QWEN, ROUTER, arguments, report, runner, suite, timing
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_every_peer_in_torch_runs_dry_in_each_of_its_modes(dry_run):
     in_suite = {(cell.operator, cell.mode) for cell in CELLS}
     expected = {
         (operator, peer.name, mode)
-        for operator, peers in TORCH_LINE_UP.items()
+        for operator, peers in PEERS.items()
         for peer in peers
         for mode in peer.modes
         if (operator, mode) in in_suite and (importlib.util.find_spec("transformers") or "transformers" not in peer.name)
@@ -111,7 +111,7 @@ def test_the_dense_products_have_the_cells_operations():
 
 
 def test_least_work_counted_by_hand():
-    cell = GpuCell("experts", T=10, D=4, F=3, E=8, K=2, dtype=torch.bfloat16)
+    cell = Cell("experts", T=10, D=4, F=3, E=8, K=2, dtype=torch.bfloat16)
     forward = least_work(cell, experts_hit=5)
     assert forward.flops == 2 * 20 * 36 and forward.touched_bytes == 2 * (5 * 36 + 2 * 40) + 4 * 80
     training = least_work(replace(cell, mode="training"), experts_hit=5)
@@ -123,13 +123,13 @@ def test_least_work_counted_by_hand():
 
 
 def test_a_cell_that_does_not_fit_leaves_the_others(monkeypatch, tmp_path):
-    def too_large(cell, device):
+    def too_large(cell, device, draws):
         if cell.label == "large":
             raise torch.OutOfMemoryError("2 GiB")
-        return make_inputs(cell, device)
+        return make_inputs(cell, device, draws)
 
     monkeypatch.setattr(runner, "make_inputs", too_large)
-    monkeypatch.setattr(suite, "CELLS", (replace(QWEN, label="large"), QWEN))
+    monkeypatch.setitem(suite.SUITES, "gpu", (replace(QWEN, label="large"), QWEN))
     file = tmp_path / "results.json"
     assert suite.run(arguments("--dry", "--json", str(file), "--peers", "nobody|grouped_mm")) == 0
     large, small = json.loads(file.read_text(encoding="utf-8"))["cells"]
@@ -140,7 +140,7 @@ def test_a_cell_that_does_not_fit_leaves_the_others(monkeypatch, tmp_path):
 @pytest.fixture
 def two_cells(monkeypatch):
     cells = (replace(QWEN, label="a"), replace(ROUTER, label="b"))
-    monkeypatch.setattr(suite, "CELLS", cells)
+    monkeypatch.setitem(suite.SUITES, "gpu", cells)
     measured = []
     run_cell = runner.run_cell
 
@@ -148,7 +148,7 @@ def two_cells(monkeypatch):
         measured.append(cell.label)
         return run_cell(cell, *args, **options)
 
-    monkeypatch.setattr(suite, "run_cell", counted)
+    monkeypatch.setattr(runner, "run_cell", counted)
     return measured
 
 
@@ -172,21 +172,21 @@ def test_a_run_resumes_where_it_stopped(two_cells, tmp_path, monkeypatch, capsys
     assert two_cells == ["a", "b", "b", "a", "b"]
     monkeypatch.setattr(report, "version_of", lambda package: "0.0")
     assert suite.run(arguments(*run)) == 0 and two_cells[5:] == ["a", "b"]
-    assert "is of another versions: starting afresh" in capsys.readouterr().err
+    assert "was measured with different versions; starting over" in capsys.readouterr().err
     # A damaged file is not lost.
     file.write_text("{")
     assert suite.run(arguments(*run)) == 2 and two_cells[7:] == [] and file.read_text() == "{"
 
 
 def test_an_interrupted_run_has_its_finished_cells_in_the_file(two_cells, tmp_path, monkeypatch):
-    run_cell = suite.run_cell
+    run_cell = runner.run_cell
 
     def interrupted(cell, *args, **options):
         if cell.label == "b":
             raise KeyboardInterrupt
         return run_cell(cell, *args, **options)
 
-    monkeypatch.setattr(suite, "run_cell", interrupted)
+    monkeypatch.setattr(runner, "run_cell", interrupted)
     file = tmp_path / "results.json"
     with pytest.raises(KeyboardInterrupt):
         suite.run(arguments("--dry", "--json", str(file)))
@@ -196,9 +196,9 @@ def test_an_interrupted_run_has_its_finished_cells_in_the_file(two_cells, tmp_pa
 @pytest.fixture
 def as_if_measured(monkeypatch):
     """What is not dry runs on the CPU too, by the wall clock."""
-    monkeypatch.setattr(suite, "SECONDS_PER_PEER", 0.001)
-    monkeypatch.setattr(suite, "ROUNDS", 2)
-    return lambda *argv: suite._run_cells(list(suite.CELLS), CPU, arguments(*argv))
+    monkeypatch.setattr(suite, "GPU_SECONDS_PER_PEER", 0.001)
+    monkeypatch.setattr(suite, "GPU_ROUNDS", 2)
+    return lambda *argv: suite.run_on(arguments(*argv), CPU)
 
 
 def test_measured_cells_have_all_columns(two_cells, as_if_measured, tmp_path, capsys):
@@ -227,14 +227,14 @@ def test_no_cell_begins_after_the_minutes(two_cells, as_if_measured, tmp_path, c
 
 
 def test_a_wrong_peer_fails_the_command(two_cells, as_if_measured, monkeypatch, tmp_path, capsys):
-    ours, grouped = TORCH_LINE_UP["experts"][:2]
+    ours, grouped = PEERS["experts"][:2]
 
     def zeros(cell, weights):
-        forward = ours.build(cell, weights)
+        forward: Any = ours.build(cell, weights)
         return lambda *draw: forward(*draw) * 0
 
-    peers = (ours, grouped, GpuPeer("zeros", zeros))
-    monkeypatch.setattr(gpu_libraries, "TORCH_LINE_UP", {"experts": peers, "router": TORCH_LINE_UP["router"]})
+    peers = (ours, grouped, Peer("zeros", zeros, MODES))
+    monkeypatch.setitem(PEERS, "experts", peers)
     monkeypatch.setattr(gpu_libraries, "LIBRARIES", ())
     file = tmp_path / "results.json"
     assert as_if_measured("--json", str(file)) == bench.EXIT_DISAGREE

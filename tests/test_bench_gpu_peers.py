@@ -9,14 +9,18 @@ from typing import Any
 import pytest
 import torch
 
-from fusedonemoe.bench import gpu_libraries, gpu_peers
-from fusedonemoe.bench.gpu_cells import MODES, shrunk
-from fusedonemoe.bench.gpu_exact import OUTPUT, exact_answer
-from fusedonemoe.bench.gpu_inputs import make_inputs, sampled_tokens
+from fusedonemoe.bench import gpu_libraries, peers
+from fusedonemoe.bench.exact import OUTPUT, exact_answer
 from fusedonemoe.bench.gpu_libraries import LIBRARIES, line_up
-from fusedonemoe.bench.gpu_peers import TORCH_LINE_UP, GpuPeer
-from fusedonemoe.bench.peers import GROUPED, OURS, PLAIN, UnavailableError
+from fusedonemoe.bench.inputs import GPU_DRAWS, Inputs, sampled_tokens
+from fusedonemoe.bench.inputs import make_inputs as make
+from fusedonemoe.bench.peers import GROUPED, OURS, PEERS, PLAIN, Peer
+from fusedonemoe.bench.workloads import MODES, Cell, shrunk
 from tests.gpu_suite import CPU, GPT_OSS, MERGED, NAMED, OUR_EXPERTS, QWEN, ROUTER, TRAINING, measure, row_of, runner, timing
+
+
+def make_inputs(cell: Cell, device: torch.device) -> Inputs:
+    return make(cell, device, GPU_DRAWS)
 
 
 def test_skewed_routing_is_skewed_and_the_same_for_every_dtype():
@@ -24,12 +28,12 @@ def test_skewed_routing_is_skewed_and_the_same_for_every_dtype():
     for routing in ("uniform", "skewed"):
         cell = replace(QWEN, T=512, E=32, K=4, routing=routing)
         inputs = make_inputs(cell, CPU)
-        counts = inputs.experts.flatten().bincount(minlength=32)
+        counts = inputs.experts[0].flatten().bincount(minlength=32)
         shares[routing] = float(counts.max() / counts.float().mean())
-        assert inputs.experts.sort(1).values.diff(dim=1).min() > 0
+        assert inputs.experts[0].sort(1).values.diff(dim=1).min() > 0
         logits = inputs.draws[0][1]
         for wide in (logits, logits.double(), logits.softmax(1)):
-            assert torch.equal(wide.topk(4, dim=1).indices, inputs.experts)
+            assert torch.equal(wide.topk(4, dim=1).indices, inputs.experts[0])
         assert not torch.equal(logits, inputs.draws[1][1])
     assert shares["skewed"] > 4 > 1.5 > shares["uniform"]
 
@@ -49,7 +53,7 @@ def test_the_sample_has_the_borders_of_every_expert():
 @pytest.fixture
 def few_sampled(monkeypatch):
     """Only a part of the tokens is checked in float64, as it is in large cells."""
-    monkeypatch.setattr("fusedonemoe.bench.gpu_inputs.CHECKED_FLOPS", 1.0)
+    monkeypatch.setattr("fusedonemoe.bench.inputs.CHECKED_FLOPS", 1.0)
 
 
 @pytest.mark.parametrize("cell", [QWEN, TRAINING, GPT_OSS, MERGED], ids=lambda cell: cell.name)
@@ -63,13 +67,13 @@ def test_right_peers_pass_where_only_a_sample_is_checked(few_sampled, cell):
 
 def altered(cell, change):
     """A peer that does what ours does, and then changes the result."""
-    build = TORCH_LINE_UP[cell.operator][0].build
+    build = PEERS[cell.operator][0].build
 
     def wrong(cell, weights):
-        forward = build(cell, weights)
+        forward: Any = build(cell, weights)
         return lambda *draw: change(forward(*draw))
 
-    return GpuPeer("altered", wrong)
+    return Peer("altered", wrong, MODES)
 
 
 def second_halved(y):
@@ -91,7 +95,7 @@ CHANGES = {
 @pytest.mark.parametrize("cell", [QWEN, MERGED], ids=["experts", "merged"])
 def test_a_wrong_output_gets_no_time(cell, mode, change):
     cell = replace(cell, mode=mode)
-    result = measure(cell, [TORCH_LINE_UP[cell.operator][0], altered(cell, change)])
+    result = measure(cell, [PEERS[cell.operator][0], altered(cell, change)])
     wrong = row_of(result, "altered")
     assert wrong.failed and (wrong.note.endswith("disagree") or "shape" in wrong.note)
     assert wrong.seconds is None and wrong.peak_bytes is None and wrong.calls == 0
@@ -125,23 +129,23 @@ class Halved(torch.autograd.Function):
 def test_a_wrong_gradient_gets_no_time(cell):
     def halving(which):
         def build(cell, weights):
-            build_ours = TORCH_LINE_UP[cell.operator][0].build
-            forward = build_ours(cell, {n: Halved.apply(w) if n == which else w for n, w in weights.items()})
+            build_ours = PEERS[cell.operator][0].build
+            forward: Any = build_ours(cell, {n: Halved.apply(w) if n == which else w for n, w in weights.items()})
             return lambda *draw: forward(*(Halved.apply(t) if which == i else t for i, t in enumerate(draw)))
 
-        return GpuPeer(f"halves {which}", build)
+        return Peer(f"halves {which}", build, MODES)
 
     inputs = make_inputs(cell, CPU)
     routing = 2 if cell.operator == "merged" else 1
     peers = [halving(which) for which in (0, routing, *inputs.weights)]
-    result = measure(cell, [TORCH_LINE_UP[cell.operator][0], *peers])
+    result = measure(cell, [PEERS[cell.operator][0], *peers])
     assert row_of(result, OURS).seconds > 0
     for row in result.rows[1:]:
         assert row.failed and row.note.startswith("gradients of ") and row.seconds is None, row
 
 
 def test_wrong_ids_of_a_router_get_no_time():
-    router = TORCH_LINE_UP["router"][0]
+    router = PEERS["router"][0]
     result = measure(ROUTER, [router, altered(ROUTER, lambda pair: (pair[0], pair[1].flip(1)))])
     assert row_of(result, OURS).seconds and row_of(result, "altered").note == "ids disagree"
 
@@ -160,16 +164,16 @@ def test_the_oracle_is_what_autograd_finds():
             hidden = torch.nn.functional.silu(gate) * up
             y[t] += scores[t, j] / scores[t].sum() * (weights["down_proj"][experts[t, j]] @ hidden)
     torch.testing.assert_close(y.detach(), exact[OUTPUT])
-    dx, dlogits = torch.autograd.grad(y, (x, logits), inputs.dy)
-    torch.testing.assert_close(dx, exact["x"])
-    torch.testing.assert_close(dlogits, exact["logits"])
+    dx, dlogits = torch.autograd.grad(y, (x, logits), inputs.dys[0])
+    torch.testing.assert_close(dx, exact["gradients of x"])
+    torch.testing.assert_close(dlogits, exact["gradients of logits"])
 
 
 def raising(error, when):
     """A peer that runs out of memory, or fails, at a stage."""
 
     def build(cell, weights):
-        forward = OUR_EXPERTS.build(cell, weights)
+        forward: Any = OUR_EXPERTS.build(cell, weights)
         calls: list[None] = []
         if when == "build":
             raise error
@@ -182,14 +186,14 @@ def raising(error, when):
 
         return call
 
-    return GpuPeer("raising", build)
+    return Peer("raising", build, MODES)
 
 
 @pytest.mark.parametrize("when", ["build", "check", "timing"])
 @pytest.mark.parametrize("mode", ["forward", "training"])
 def test_out_of_memory_in_a_peer_is_a_note_and_the_others_are_timed(when, mode):
     cell = replace(TRAINING, mode=mode)
-    peers = [OUR_EXPERTS, raising(torch.OutOfMemoryError("2 GiB"), when), TORCH_LINE_UP["experts"][1]]
+    peers = [OUR_EXPERTS, raising(torch.OutOfMemoryError("2 GiB"), when), PEERS["experts"][1]]
     result = measure(cell, peers)
     row = row_of(result, "raising")
     assert row.note == "skipped: out of memory" and not row.failed and row.seconds is None
@@ -205,14 +209,15 @@ def test_out_of_memory_is_a_failure_of_ours():
 
 
 def test_what_cannot_be_captured_is_a_note_of_others_and_a_failure_of_ours(monkeypatch):
-    def no_graph(forward, timer):
+    def no_graph(self, forward):
         raise RuntimeError("operation not permitted when stream is capturing\nlong story")
 
-    monkeypatch.setattr(runner, "graphed", no_graph)
+    monkeypatch.setattr(timing.GpuTimer, "graphed", no_graph)
     cell = replace(QWEN, mode="decode")
-    shared = runner._Cell(cell, timing.Timer(CPU))
-    ours, _ = shared.checked(OUR_EXPERTS)
-    other, _ = shared.checked(replace(OUR_EXPERTS, name="other"))
+    inputs = make_inputs(cell, CPU)
+    check = runner._Checks(cell, inputs, exact_answer(cell, inputs), timing.GpuTimer(CPU))
+    ours, _ = check(OUR_EXPERTS)
+    other, _ = check(replace(OUR_EXPERTS, name="other"))
     assert ours.failed and ours.note.startswith("failed: CaptureError")
     assert not other.failed and other.note == (
         "skipped: cannot be captured in a CUDA graph: RuntimeError: operation not permitted when stream is capturing"
@@ -228,18 +233,19 @@ def test_a_graph_computes_what_stands_in_its_inputs_when_it_is_replayed():
         seen.append(x.clone())
         return x * 1
 
-    answer = runner.prepare(cell, inputs, {}, forward, timing.Timer(CPU)).answer()
+    answer = runner.prepare(cell, inputs, forward, {}, timing.GpuTimer(CPU)).answer()
     assert torch.equal(seen[0], inputs.draws[1][0]) and torch.equal(answer[OUTPUT], inputs.draws[0][0])
 
 
 def test_calls_take_turns_and_long_ones_are_timed_once(monkeypatch):
     log = []
-    calls = {name: lambda name=name: log.append(name) for name in "ab"}
-    times = timing.time_interleaved(timing.Timer(CPU), calls, rounds=3, seconds=0.0, failed=None)
+    calls = {name: lambda i, name=name: log.append(name) for name in "ab"}
+    timer = timing.GpuTimer(CPU)
+    times = timing.time_interleaved(timer, calls, rounds=3, seconds=0.0)
     assert "".join(log) == "aabb" + "bbaa" + "aabb" and {len(t) for t in times.values()} == {3}
-    monkeypatch.setattr(timing, "LONG_SECONDS", -1.0)
+    monkeypatch.setattr(timer, "long_seconds", -1.0)
     log.clear()
-    timing.time_interleaved(timing.Timer(CPU), calls, rounds=2, seconds=9.0, failed=None)
+    timing.time_interleaved(timer, calls, rounds=2, seconds=9.0)
     assert "".join(log) == "ab" + "ba"
 
 
@@ -248,9 +254,7 @@ def test_absent_libraries_and_what_they_cannot_take_are_notes(monkeypatch):
     result = measure(QWEN, [OUR_EXPERTS, *LIBRARIES])
     for row in result.rows[1:]:
         assert row.is_absent and re.match(r"skipped: \S+ is not installed: pip install ", row.note)
-    monkeypatch.setattr(gpu_peers, "IMPLEMENTATIONS", ("dense", "grouped"))
-    with pytest.raises(UnavailableError, match="no Triton kernels"):
-        gpu_peers.our_impl(torch.device("cuda"))
+    assert peers.our_impl(torch.device("cuda")) == "triton"
 
 
 def grouped_by_loop(x, weights_EAB, counts):

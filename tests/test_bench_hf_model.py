@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 
-from fusedonemoe import bench
+from asv_bench import suites
 
 pytest.importorskip("rich")
-hf_model = importlib.import_module("fusedonemoe.bench.hf_model")
+hf_model = importlib.import_module("asv_bench.suites.hf_model")
 
 SIZES = {name: 32 if size > 64 else size for name, size in hf_model.SIZES.items()} | {
     "num_hidden_layers": 1,
@@ -35,12 +35,12 @@ def small(monkeypatch):
 
 def arguments(*argv):
     parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
-    return parser.parse_args(["--suite", "transformers", "--no-rt", *argv])
+    suites.add_arguments(parser)
+    return parser.parse_args(["transformers", "--no-rt", *argv])
 
 
 def test_the_command_prints_and_writes(capsys, tmp_path):
-    assert bench.run(arguments("--json", str(tmp_path / "model.json"), "--threads", "1")) == 0
+    assert suites.run(arguments("--json", str(tmp_path / "model.json"), "--threads", "1")) == 0
     printed = capsys.readouterr().out
     assert "qwen3-moe-float32" in printed and "qwen3-moe-bfloat16" in printed and "the same" in printed
     cells = {cell["name"]: cell for cell in json.loads((tmp_path / "model.json").read_text())["cells"]}
@@ -83,7 +83,7 @@ def test_other_tokens_fail_the_command(monkeypatch, capsys):
         return real(*args) + (len(calls) == 1)
 
     monkeypatch.setattr(hf_model, "greedy_tokens", wrong)
-    assert bench.run(arguments("--cells", "float32-decode")) == 1
+    assert suites.run(arguments("--cells", "float32-decode")) == 1
     assert "fusedonemoe: greedy generation in float32 gave other tokens" in capsys.readouterr().err
 
 

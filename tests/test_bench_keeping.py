@@ -18,7 +18,7 @@ session = importlib.import_module("fusedonemoe.bench.session")
 report = importlib.import_module("fusedonemoe.bench.report")
 comparison = importlib.import_module("fusedonemoe.bench.comparison")
 isolated = importlib.import_module("fusedonemoe.bench.isolated")
-workloads = importlib.import_module("fusedonemoe.bench.workloads")
+catalogue = importlib.import_module("fusedonemoe.bench.catalogue")
 
 SETTINGS = {"suite": "quick", "date": "2026-01-02", "versions": {"torch": "2"}, "cpu": "one", "cpu_capability": "A", "threads": 2}
 full_device = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
@@ -168,7 +168,7 @@ def test_a_run_goes_on_without_a_folder_for_temporary_files(tmp_path, capsys, mo
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
     assert run([], ["a"], long=True) == 0
     assert "cells that are finished before an interruption will be lost: No such file or directory" in capsys.readouterr().err
-    job = isolated.Job(workloads.SUITES["cpu"][0], None, 1)
+    job = isolated.Job(catalogue.SUITES["cpu"][0], None, 1)
     (row,) = isolated.run_job(job).rows
     assert row.failed and row.note == "failed: the process could not be started: No such file or directory"
 
@@ -237,7 +237,7 @@ def test_brackets_are_text_and_no_markup(tmp_path, capsys):
     assert "compared with the run of [/x]" in out and "[/y] was [/z], is missing" in out
     row = importlib.import_module("fusedonemoe.bench.results").Row("a", note="failed: no [/tmp/x]", failed=True)
     result = importlib.import_module("fusedonemoe.bench.results").CellResult(
-        workloads.SUITES["quick"][0], (row,), None, 0.0, 0.0, 0.0, False
+        catalogue.SUITES["quick"][0], (row,), None, 0.0, 0.0, 0.0, False
     )
     report.print_cell(result)
     assert "failed: no [/tmp/x]" in capsys.readouterr().out

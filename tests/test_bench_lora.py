@@ -7,12 +7,12 @@ import json
 import pytest
 import torch
 
-from fusedonemoe import bench
+from asv_bench import suites
 
 pytest.importorskip("rich")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
-lora = importlib.import_module("fusedonemoe.bench.lora")
+lora = importlib.import_module("asv_bench.suites.lora")
 
 SIZES = (12, 32, 32, 16, 2, 1)
 
@@ -71,9 +71,9 @@ def test_the_command(fails, monkeypatch, capsys, tmp_path):
     work = lora.adapter_work(lora.Account(100, 10, 10, 4, 4, 4), length=256, adapters=2)
     monkeypatch.setattr(lora, "measure", lambda cell, **options: lora.LinesResult(cell, tuple(made), work, 100, 10))
     parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
-    args = parser.parse_args(["--suite", "lora", "--no-rt", "--json", str(tmp_path / "lora.json")])
-    assert bench.run(args) == int(fails)
+    suites.add_arguments(parser)
+    args = parser.parse_args(["lora", "--no-rt", "--json", str(tmp_path / "lora.json")])
+    assert suites.run(args) == int(fails)
     captured = capsys.readouterr()
     assert "5.0 %" in captured.out or fails
     assert ("fusedonemoe: adds 11.0 % of the frozen gradients, more than 10 %" in captured.err) == fails
@@ -87,6 +87,6 @@ def test_the_command(fails, monkeypatch, capsys, tmp_path):
 def test_without_peft_the_command_says_so(monkeypatch, capsys):
     monkeypatch.setattr(lora, "find_spec", lambda name: None)
     parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
-    assert bench.run(parser.parse_args(["--suite", "lora"])) == 2
+    suites.add_arguments(parser)
+    assert suites.run(parser.parse_args(["lora"])) == 2
     assert "compares with ['transformers', 'peft']" in capsys.readouterr().err

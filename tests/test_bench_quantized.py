@@ -12,16 +12,19 @@ from fusedonemoe.ops.cpu import native
 
 pytest.importorskip("rich")
 quantized: Any = importlib.import_module("fusedonemoe.bench.quantized")
+runner: Any = importlib.import_module("fusedonemoe.bench.runner")
+timing: Any = importlib.import_module("fusedonemoe.bench.timing")
 
 _REFUSAL = native.refusal(torch.bfloat16, True)
 pytestmark = pytest.mark.skipif(_REFUSAL is not None, reason=f"no CPU kernels: {_REFUSAL}")
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setattr(quantized, "SIZES", (128, 256, 8, 2))
     monkeypatch.setattr(quantized, "TOKENS", (1, 5))
-    monkeypatch.setattr(quantized, "ROUNDS", 4)
+    monkeypatch.setattr(quantized, "SECONDS_PER_PEER", 0.01)
+    monkeypatch.setattr(timing, "PAUSE_SECONDS", 0.0)
 
     def sampler(self, dtype):
         self.flops_per_s, self.bytes_per_s = {dtype: 1e11}, 1e10
@@ -30,37 +33,35 @@ def small(monkeypatch):
     monkeypatch.setattr(quantized.Ceilings, "sampler", sampler)
 
 
-def test_every_form_is_timed_and_bytes_are_those_of_the_experts_that_are_hit(small):
-    cell = quantized.QuantizedCell(torch.bfloat16, 4, (1, *quantized.SIZES))
-    result = quantized.measure(cell, quantized.Ceilings(), real_time=False)
-    lines = result.lines
-    assert result.floor.seconds == min(line.floor_seconds for line in lines) and result.active_parameters == 2 * 3 * 128 * 256
-    assert [line.weights for line in lines] == [quantized.PLAIN, quantized.PACKED, *quantized.FORMS]
+def test_every_form_is_timed_and_bytes_are_those_of_the_experts_that_are_hit():
+    cell = quantized.cells()[0]
+    timer = timing.Timer(real_time=False)
+    result = runner.run_cell(cell, timer, ceilings=quantized.Ceilings(), peers=quantized.PEERS, seconds=0.01)
+    assert result.cell.active_parameters == 2 * 3 * 128 * 256
+    assert [row.peer for row in result.rows] == [
+        f"fusedonemoe {form}" for form in ("bfloat16", "bfloat16, packed", *quantized.FORMS)
+    ]
     weights = 2 * 3 * 128 * 256  # of the two experts of one token
     int4 = weights // 2
     expected = [2 * weights, 2 * weights, weights + 2 * 4 * (512 + 128), int4 + 4 * weights // 128, int4 + 4 * weights // 32]
-    assert [line.weight_bytes for line in lines] == expected
-    for line in lines:
-        assert line.seconds and line.speed_up and line.quartiles and not line.note
-        assert line.floor_seconds == line.weight_bytes / 1e10
-        assert line.p99_seconds >= line.seconds and line.calls == 4
-    assert lines[0].speed_up == 1.0
-    assert [line.weight_error is None for line in lines] == [True, True, False, False, False]
-    assert lines[2].weight_error < 0.02 < lines[4].weight_error
+    assert [row.weight_bytes for row in result.rows] == expected
+    for row in result.rows:
+        assert row.seconds and row.spread and not row.note and row.error < 2e-2
+        assert row.floor_seconds == row.weight_bytes / 1e10
+        assert row.p99_seconds >= row.seconds and row.calls >= 5
+    assert [row.weight_error is None for row in result.rows] == [True, True, False, False, False]
+    assert result.rows[2].weight_error < 0.02 < result.rows[4].weight_error
 
 
-def test_a_wrong_output_gets_no_time_and_fails_the_command(small, monkeypatch, capsys):
+def test_a_wrong_output_gets_no_time_and_fails_the_command(monkeypatch, capsys):
     right = quantized.F.experts_mlp_quantized
-
-    def wrong(*arguments, impl="auto"):
-        return right(*arguments) * (1.0 if impl == "grouped" else 1.1)
-
-    monkeypatch.setattr(quantized.F, "experts_mlp_quantized", wrong)
+    monkeypatch.setattr(quantized.F, "experts_mlp_quantized", lambda *arguments: right(*arguments) * 1.1)
     assert main(["bench", "--suite", "quantized", "--no-rt"]) == 1
-    assert "fusedonemoe int8: off by" in capsys.readouterr().err
+    line = next(line for line in capsys.readouterr().out.splitlines() if "fusedonemoe int8" in line)
+    assert "outputs disagree" in line
 
 
-def test_the_command_prints_and_writes_tables(small, tmp_path, capsys):
+def test_the_command_prints_and_writes_tables(tmp_path, capsys):
     assert main(["bench", "--suite", "quantized", "--no-rt", "--json", str(tmp_path / "out.json")]) == 0
     assert "int4, groups of 32" in capsys.readouterr().out
     written = json.loads((tmp_path / "out.json").read_text())["cells"]
@@ -70,10 +71,13 @@ def test_the_command_prints_and_writes_tables(small, tmp_path, capsys):
         "fusedonemoe bfloat16, packed",
         "fusedonemoe int8",
     ]
+    for row in written[0]["rows"]:
+        assert row["weights"] in row["peer"] and row["speed_up"] == row["times_faster"] > 0 and row["floor_seconds"] > 0
+    assert written[0]["rows"][0]["speed_up"] == 1.0 and written[0]["operator"] == "quantized"
     assert main(["bench", "--suite", "quantized", "--cells", "x"]) == 2
 
 
-def test_the_command_goes_on_and_compares(small, tmp_path, capsys):
+def test_the_command_goes_on_and_compares(tmp_path, capsys):
     file = str(tmp_path / "out.json")
     run = ["bench", "--suite", "quantized", "--no-rt", "--json", file]
     assert main([*run, "--cells", "T1-"]) == 0

@@ -11,17 +11,16 @@ from unittest.mock import Mock
 
 import pytest
 
+from asv_bench import suites
 from fusedonemoe import bench
 from fusedonemoe.__main__ import main
 from fusedonemoe.bench import records
 from fusedonemoe.bench.suites import REGISTRY
 
 pytest.importorskip("rich")
-earlier = importlib.import_module("fusedonemoe.bench.earlier")
 session = importlib.import_module("fusedonemoe.bench.session")
 comparison = importlib.import_module("fusedonemoe.bench.comparison")
 report = importlib.import_module("fusedonemoe.bench.report")
-gpu_suite = importlib.import_module("fusedonemoe.bench.gpu_suite")
 runs = importlib.import_module("fusedonemoe.report.runs")
 page = importlib.import_module("fusedonemoe.report.page")
 
@@ -110,7 +109,7 @@ def taken_by_resume(file, settings):
     results = settings | {"cells": session.finished_cells(file, settings)}
     json.dumps(results, indent=1)
     report.summary_of(results)
-    gpu_suite.summary_of(results)
+    report.summary_of(results)
 
 
 READERS = {
@@ -141,7 +140,7 @@ def test_no_field_ends_a_reader_in_a_traceback(suite, tmp_path, monkeypatch):
     for place in {name_of(place): place for place in reversed(list(places(results)))}.values():
         for value in (GONE, *INSTEAD):
             content = mutated(results, place, value)
-            monkeypatch.setattr(earlier, "_content_of", lambda path, content=content: content)
+            monkeypatch.setattr(records, "_content_of", lambda path, content=content: content)
             for read in READERS:
                 try:
                     was_taken = is_taken(file, read, settings)
@@ -274,11 +273,18 @@ def test_a_pipe_is_not_resumed(capsys):
     assert capsys.readouterr().err.startswith("--resume /dev/null: a pipe or a device cannot be read again")
 
 
-@pytest.mark.parametrize("suite", [name for name in REGISTRY if name != "gpu"])
+@pytest.mark.parametrize("suite", [name for name in (*REGISTRY, *suites.REGISTRY) if name != "gpu"])
 def test_every_suite_reads_its_files_before_the_first_cell(suite, tmp_path, capsys):
     file = tmp_path / "r.json"
     file.write_text('{"suite": 3}')
-    asked = ["bench", "--suite", suite, "--no-rt"]
+    parser = argparse.ArgumentParser()
+    of = bench if suite in REGISTRY else suites
+    of.add_arguments(parser)
+    asked = [*(["--suite"] if of is bench else []), suite, "--no-rt"]
+
+    def main(argv):
+        return of.run(parser.parse_args(argv))
+
     for argv in (["--compare", str(file)], ["--json", str(file), "--resume"]):
         assert main([*asked, *argv]) == 2
         assert f"{file}: " in capsys.readouterr().err

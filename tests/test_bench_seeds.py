@@ -9,14 +9,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from asv_bench import suites
 from fusedonemoe import bench
 from fusedonemoe.bench.peers import ALL_PAIRS, OURS, YARDSTICK
 
 pytest.importorskip("rich")
-suite = importlib.import_module("fusedonemoe.bench.seed_suite")
-cells = importlib.import_module("fusedonemoe.bench.seed_cells")
-peers = importlib.import_module("fusedonemoe.bench.seed_peers")
-inputs = importlib.import_module("fusedonemoe.bench.seed_inputs")
+suite = importlib.import_module("asv_bench.suites.seed_suite")
+cells = importlib.import_module("asv_bench.suites.seed_cells")
+peers = importlib.import_module("asv_bench.suites.seed_peers")
+inputs = importlib.import_module("asv_bench.suites.seed_inputs")
 ceilings = importlib.import_module("fusedonemoe.bench.ceilings")
 
 NAMED = {cell.name: cell for cell in cells.CELLS}
@@ -35,8 +36,8 @@ def small_ceilings(monkeypatch):
 
 def arguments(*argv):
     parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
-    return parser.parse_args(["--suite", "seeds", "--no-rt", *argv])
+    suites.add_arguments(parser)
+    return parser.parse_args(["seeds", "--no-rt", *argv])
 
 
 def dry(cell, **options):
@@ -213,7 +214,7 @@ def test_a_measured_cell_has_everything(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(suite, "CELLS", (cell,))
     monkeypatch.setattr(suite, "ROUNDS", 1)
     file = tmp_path / "r.json"
-    assert bench.run(arguments("--json", str(file), "--threads", "1")) == 0
+    assert suites.run(arguments("--json", str(file), "--threads", "1")) == 0
     assert "tiny-float32-training-save50-scaled: MoMoE publishes this row at T 512" in capsys.readouterr().out
     (written,) = json.loads(file.read_text())["cells"]
     assert (written["system"], written["published"], written["save_percent"]) == ("MoMoE", "T 512", 50)
@@ -230,13 +231,13 @@ def test_a_measured_cell_has_everything(monkeypatch, tmp_path, capsys):
 def test_a_dry_run_of_the_command_resumes_and_has_no_times(tmp_path, capsys):
     file = tmp_path / "r.json"
     run = ["--dry", "--cells", "candle-router", "--json", str(file)]
-    assert bench.run(arguments(*run, "--peers", "sort")) == 0
+    assert suites.run(arguments(*run, "--peers", "sort")) == 0
     written = json.loads(file.read_text())["cells"]
     assert [cell["name"] for cell in written] == [cell.name for cell in cells.CELLS if "candle-router" in cell.name]
     assert all(row["seconds"] is None and row["note"] == suite.RAN for cell in written for row in cell["rows"])
     assert [row["peer"] for row in written[0]["rows"]] == [OURS, "softmax, sort, gather"]
-    assert bench.run(arguments(*run, "--peers", "sort", "--resume")) == 0
+    assert suites.run(arguments(*run, "--peers", "sort", "--resume")) == 0
     assert "4 of 4 cells are in" in capsys.readouterr().err
-    assert bench.run(arguments("--dry", "--cells", "nothing")) == bench.EXIT_USAGE
-    assert bench.run(arguments("--dry", "--peers", "nobody")) == bench.EXIT_USAGE
+    assert suites.run(arguments("--dry", "--cells", "nothing")) == bench.EXIT_USAGE
+    assert suites.run(arguments("--dry", "--peers", "nobody")) == bench.EXIT_USAGE
     assert "NumPy, per expert" in capsys.readouterr().err

@@ -10,12 +10,13 @@ from functools import partial
 import pytest
 import torch
 
+from asv_bench import suites
 from fusedonemoe import bench
 from fusedonemoe.bench.peers import OURS, UnavailableError
 
 pytest.importorskip("rich")
-serving = importlib.import_module("fusedonemoe.bench.serving")
-models = importlib.import_module("fusedonemoe.bench.serving_models")
+serving = importlib.import_module("asv_bench.suites.serving")
+models = importlib.import_module("asv_bench.suites.serving_models")
 ceilings = importlib.import_module("fusedonemoe.bench.ceilings")
 
 TARGETS = (100.0, 1000.0)
@@ -142,16 +143,16 @@ def test_the_loop_is_the_layer_and_counts_experts():
 
 def arguments(*argv):
     parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
-    return parser.parse_args(["--suite", "serving", "--no-rt", *argv])
+    suites.add_arguments(parser)
+    return parser.parse_args(["serving", "--no-rt", *argv])
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(serving, "CELLS", (replace(TINY, clients=1), TINY))
     file = tmp_path / "r.json"
     run = ["--json", str(file), "--threads", "1", "--peers", "loop", "--target-ms", "1e6", "--target-tokens", "1e-6"]
-    assert bench.run(arguments(*run, "--cells", "seq")) == 0
-    assert bench.run(arguments(*run, "--resume")) == 0
+    assert suites.run(arguments(*run, "--cells", "seq")) == 0
+    assert suites.run(arguments(*run, "--resume")) == 0
     out, err = capsys.readouterr()
     assert "1 of 2 cells are in" in err and "met met" in out and "concurrent-4" in out
     written = json.loads(file.read_text())["cells"]
@@ -162,7 +163,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
         assert all(row["meets_latency"] and row["meets_throughput"] and row["success_rate"] == 1 for row in cell["rows"])
         assert cell["active_parameters"] < cell["parameters"] == 2 * 6 * (3 * 16 * 24 + 16)
     # A dry run answers and keeps no times.
-    assert bench.run(arguments("--dry", "--peers", "loop", "--json", str(file))) == 0
+    assert suites.run(arguments("--dry", "--peers", "loop", "--json", str(file))) == 0
     rows = [row for cell in json.loads(file.read_text())["cells"] for row in cell["rows"]]
     assert all(row["seconds"] is None and row["success_rate"] == 1 for row in rows)
-    assert bench.run(arguments("--dry", "--peers", "nobody")) == bench.EXIT_USAGE
+    assert suites.run(arguments("--dry", "--peers", "nobody")) == bench.EXIT_USAGE

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from asv_bench import suites
 from fusedonemoe import bench
 from fusedonemoe.bench import results
-from fusedonemoe.bench.suites import REGISTRY
-from fusedonemoe.bench.workloads import SUITES
+from fusedonemoe.bench.catalogue import SUITES
+from fusedonemoe.bench.suites import IN_THE_REPOSITORY, REGISTRY
 
 pytest.importorskip("rich")
 comparison = importlib.import_module("fusedonemoe.bench.comparison")
@@ -61,9 +62,10 @@ def run(argv, cells, **described):
 
 
 def test_every_suite_of_the_registry_can_be_run():
-    assert set(SUITES) <= set(REGISTRY) and {"quick", "cpu", "gpu", "seeds", "serving", "memory"} <= set(REGISTRY)
-    for suite in REGISTRY.values():
-        module = importlib.import_module(f"fusedonemoe.bench.{suite.module}")
+    assert set(SUITES) <= set(REGISTRY) == {"quick", "cpu", "gpu", "quantized"}
+    assert set(suites.REGISTRY) == set(IN_THE_REPOSITORY)
+    for suite in [*REGISTRY.values(), *suites.REGISTRY.values()]:
+        module = importlib.import_module(suite.module)
         assert callable(module.run) and suite.purpose
         assert {"cells", "resume", "compare", "minutes"} <= suite.options
 
@@ -78,18 +80,24 @@ def test_help_lists_the_suites():
 @pytest.mark.parametrize(
     ("argv", "told"),
     [
-        (["--suite", "quick", "--dry"], "--dry: not with --suite quick, but with gpu, seeds, serving, memory"),
-        (["--suite", "serving", "--picture", "a.png"], "--picture: not with --suite serving"),
-        (["--target-ms", "5"], "--target-ms and --target-tokens: not with --suite quick, but with serving"),
+        (["--suite", "quick", "--dry"], "--dry: not with --suite quick, but with gpu"),
+        (["--suite", "quantized", "--picture", "a.png"], "--picture: not with --suite quantized, but with quick, cpu, gpu"),
         (["--resume"], "--resume needs the file of --json"),
-        (["--suite", "seeds", "--dry", "--compare", "a.json"], "--compare compares times, and --dry has none"),
-        (["--suite", "seeds", "--dry", "--picture", "a.png"], "--picture shows times, and --dry has none"),
+        (["--suite", "gpu", "--dry", "--compare", "a.json"], "--compare compares times, and --dry has none"),
+        (["--suite", "gpu", "--dry", "--picture", "a.png"], "--picture shows times, and --dry has none"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(argv, told, capsys, monkeypatch):
     monkeypatch.setattr(bench, "find_spec", lambda name: name)
     assert bench.run(arguments(*argv)) == bench.EXIT_USAGE
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suite", IN_THE_REPOSITORY)
+def test_a_suite_that_only_the_repository_has_names_its_command(suite, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        arguments("--suite", suite)
+    assert exit_.value.code == 2 and f"`python -m asv_bench.suites {suite}` in a checkout" in capsys.readouterr().err
 
 
 def test_remarks_of_other_libraries_stay_off_the_terminal(monkeypatch, caplog):
@@ -124,7 +132,7 @@ def test_a_run_is_taken_up_where_it_was_interrupted(tmp_path, capsys):
     assert run([*argv, "--resume"], {"a": (9.0, 9.0)}) == (0, []) and len(json.loads(file.read_text())["cells"]) == 3
     assert run([*argv, "--resume"], {"a": (9.0, 9.0)}, peers="x") == (0, ["a"])
     assert run([*argv, "--resume"], {"a": (9.0, 9.0)}, cpu="two", peers="x") == (0, ["a"])
-    assert "is of another cpu: starting afresh" in capsys.readouterr().err
+    assert "was measured with different cpu; starting over" in capsys.readouterr().err
     assert [path.name for path in file.parent.iterdir()] == ["r.json"]
 
 

@@ -232,7 +232,7 @@ def test_bash_completes_commands_options_suites_and_files(capsys, tmp_path, monk
         ("fusedonemoe", "d"): {"demo", "doctor"},
         ("fusedonemoe", "--v"): {"--version"},
         ("fusedonemoe", "bench", "--su"): {"--suite"},
-        ("fusedonemoe", "bench", "--suite", "se"): {"seeds", "serving"},
+        ("fusedonemoe", "bench", "--suite", "qu"): {"quick", "quantized"},
         ("fusedonemoe", "bench", "--compare", "o"): {"old.json"},
         ("fusedonemoe", "report", "o"): {"old.json"},
         ("fusedonemoe", "demo", "--output", "f"): {"folder"},
@@ -245,7 +245,7 @@ def test_the_other_shells_can_read_theirs(shell, capsys):
     pytest.importorskip("shtab")
     assert exit_code(["--print-completion", shell]) == 0
     script = capsys.readouterr().out
-    assert all(name in script for name in cli.COMMANDS) and "suite" in script and "fine-grained" in script
+    assert all(name in script for name in cli.COMMANDS) and "suite" in script and "quantized" in script
     if shutil.which(shell):
         subprocess.run([shell, "-n"], input=script, text=True, timeout=60, check=True)
 

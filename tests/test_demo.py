@@ -9,7 +9,8 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from fusedonemoe import MoE
+from fusedonemoe.bench.peers import Peer
+from fusedonemoe.bench.workloads import Cell
 from fusedonemoe.demo import PICTURE, add_arguments, run
 from fusedonemoe.demo.settings import FULL, QUICK
 from fusedonemoe.demo.text import Corpus, load_corpus, source_files, split_files, training_batches, validation_batches
@@ -37,12 +38,6 @@ def parse(*arguments):
 def corpus():
     text = torch.arange(4096).remainder(97).to(torch.uint8)
     return Corpus(text, text.flip(0), ("train.py",), ("val.py",))
-
-
-@pytest.fixture
-def moe():
-    torch.manual_seed(0)
-    return MoE(hidden_size=16, intermediate_size=8, num_experts=6, top_k=2)
 
 
 def make_trainers(settings):
@@ -224,23 +219,7 @@ def test_verdict_follows_the_numbers(moe, dense, expected, unexpected):
 # Throughput
 
 
-@pytest.mark.parametrize("peer", throughput.PEERS, ids=lambda peer: f"{peer.name}-{'compiled' if peer.compiled else 'eager'}")
-def test_peers_agree_with_the_library_in_values_and_gradients(moe, peer):
-    x = throughput.clear_tokens(moe, 40, seed=0, device=CPU).requires_grad_()
-    dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
-    expected = throughput.forward_backward(throughput.library_layer, moe, x, dy)
-    actual = throughput.forward_backward(dataclasses.replace(peer, compiled=False).build(), moe, x, dy)
-    assert len(actual) == 2 + len(list(moe.parameters()))
-    assert all(tensor.abs().max() > 0 for tensor in expected)
-    for a, b in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
-def test_clear_tokens_have_a_margin(moe):
-    x = throughput.clear_tokens(moe, 500, seed=3, device=CPU)
-    best = (x @ moe.gate.weight.T).topk(3).values
-    assert x.shape == (500, 16)
-    assert (best[:, 1] - best[:, 2]).min() > 0.5 * throughput.CLEAR_MARGIN
+LAYER = Cell("block", T=32, D=16, F=8, E=6, K=2, dtype=torch.float32, mode="training")
 
 
 def nan_gradient(y):
@@ -249,7 +228,25 @@ def nan_gradient(y):
 
 
 def wrong_layer(change):
-    return throughput.Peer("wrong", lambda moe, x: change(throughput.per_expert_loop(moe, x)), compiled=False)
+    def build(cell, weights):
+        forward = throughput.all_experts(cell, weights)
+        return lambda x: change(forward(x))
+
+    return Peer("wrong", build, ("training",), metered=False)
+
+
+def test_all_ways_to_compute_the_layer_agree():
+    peers = throughput.line_up(compiled=False)
+    assert [peer.name for peer in throughput.line_up(compiled=True)] == [
+        "fusedonemoe, compiled",
+        "fusedonemoe, eager",
+        "per-expert loop, eager",
+        "all experts, masked, compiled",
+        "all experts, masked, eager",
+    ]
+    result = throughput.compare(LAYER, peers=peers, device=CPU, rounds=2)
+    assert [row.peer for row in result.rows] == ["fusedonemoe, eager", "per-expert loop, eager", "all experts, masked, eager"]
+    assert all(row.seconds and row.error is not None and row.error < 1e-5 and row.calls >= 2 for row in result.rows)
 
 
 @pytest.mark.parametrize(
@@ -257,15 +254,14 @@ def wrong_layer(change):
     [lambda y: y * 1.01, lambda y: 0 * y, lambda y: y * float("nan"), nan_gradient],
     ids=["scaled", "zero", "nan", "nan-gradient"],
 )
-def test_no_time_for_a_peer_that_disagrees(moe, change, capsys):
-    peers = (throughput.PEERS[1], wrong_layer(change))
-    right, wrong = throughput.compare(moe, 32, peers=peers, rounds=1, seed=0)
-    assert right.tokens_per_second and right.error < throughput.TOLERANCE
-    assert wrong.tokens_per_second is None
-    terminal.show_throughput(Console(width=100), "shape", [right, wrong])
+def test_no_time_for_a_peer_that_disagrees(change, capsys):
+    peers = [*throughput.line_up(compiled=False)[:1], wrong_layer(change)]
+    result = throughput.compare(LAYER, peers=peers, device=CPU, rounds=1)
+    right, wrong = result.rows
+    assert right.seconds and wrong.seconds is None and wrong.failed
+    terminal.show_throughput(Console(width=100), "shape", result)
     row = next(line for line in capsys.readouterr().out.splitlines() if "wrong" in line)
-    assert "not timed" in row
-    assert "error above 1e-04" in row
+    assert "not timed" in row and ("disagree" in row or "gradients" in row)
 
 
 # The program
@@ -344,8 +340,8 @@ def test_missing_extra_is_named(monkeypatch, capsys, absent, named):
 
 
 def test_disagreement_is_exit_code_1(monkeypatch, tmp_path, capsys):
-    peers = (throughput.PEERS[1], wrong_layer(lambda y: 2 * y))
-    monkeypatch.setattr("fusedonemoe.demo.program.PEERS", peers)
+    peers = [*throughput.line_up(compiled=False)[:1], wrong_layer(lambda y: 2 * y)]
+    monkeypatch.setattr(throughput, "line_up", lambda *, compiled: peers)
     assert run(parse("--quick", "--no-compile", "--steps", "1", "--output", str(tmp_path))) == 1
     assert "disagrees with float64" in capsys.readouterr().err
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from asv_bench import suites
 from fusedonemoe import bench, demo
 from fusedonemoe.integrations import peft as adapters
 from fusedonemoe.integrations import transformers as models
@@ -71,10 +72,10 @@ def test_only_commands_and_kernels_import_extras_at_once():
     assert early == commands | {("triton", "triton"), ("integrations", "peft")}
 
 
-def suite(*options):
+def suite(*options, of=bench):
     parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
-    return bench.run(parser.parse_args(options))
+    of.add_arguments(parser)
+    return of.run(parser.parse_args(options))
 
 
 def run_demo():
@@ -93,8 +94,8 @@ COMMANDS = {
     "demo without matplotlib": ("matplotlib", "cli,plot", run_demo),
     "benchmark": ("rich", "bench", suite),
     "picture of a benchmark": ("matplotlib", "plot", lambda: suite("--picture", "bench.png")),
-    "suite of a model": ("transformers", "bench", lambda: suite("--suite", "transformers")),
-    "suite of adapters": ("peft", "bench", lambda: suite("--suite", "lora")),
+    "suite of a model": ("transformers", "bench", lambda: suite("transformers", of=suites)),
+    "suite of adapters": ("peft", "bench", lambda: suite("lora", of=suites)),
 }
 FUNCTIONS = {
     "picture of the usage": ("matplotlib", "plot", lambda tmp_path: Usage(torch.tensor([1, 2])).picture(tmp_path / "usage.png")),

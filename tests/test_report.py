@@ -196,7 +196,7 @@ def test_many_pictures_are_folded():
 
 def test_what_no_file_has_is_said_with_the_command():
     html = page_of([a_run(cell("x", [row("fusedonemoe", 1.0)]))])
-    assert "bench --suite memory --json FILE" in html and "bench --suite cpu --json FILE" in html
+    assert "asv_bench.suites memory --json FILE" in html and "bench --suite cpu --json FILE" in html
 
 
 def test_the_command_writes_the_page_of_the_committed_results(tmp_path, capsys):

@@ -14,9 +14,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fusedonemoe.bench import earlier
 from fusedonemoe.bench.peers import OURS, is_ours
-from fusedonemoe.bench.records import DamagedError
+from fusedonemoe.bench.records import DamagedError, read
+from fusedonemoe.bench.suites import IN_THE_REPOSITORY
 from fusedonemoe.report.runs import times_ours
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -36,7 +36,7 @@ class NotThereError(Exception):
 def results_of(suite: str) -> dict[str, Any]:
     """Return the content of the committed file of a suite."""
     try:
-        return earlier.read(RESULTS / f"{suite}.json")
+        return read(RESULTS / f"{suite}.json")
     except DamagedError as error:
         raise NotThereError(f"no results of the suite {suite!r} are committed: {error}") from error
 
@@ -188,7 +188,8 @@ def figure(text: str) -> str:
 def command_of(suite: str) -> str:
     """Return the command that measures a suite again."""
     peers = results_of(suite).get("peers")
-    return f"python -m fusedonemoe bench --suite {suite}{f' --peers {peers!r}' if peers else ''} --json {suite}.json"
+    command = "python -m asv_bench.suites" if suite in IN_THE_REPOSITORY else "python -m fusedonemoe bench --suite"
+    return f"{command} {suite}{f' --peers {peers!r}' if peers else ''} --json {suite}.json"
 
 
 def versions_of(suite: str) -> str:

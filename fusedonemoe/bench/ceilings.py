@@ -1,6 +1,6 @@
-"""What this machine can do at best, sampled between the timed calls: matrix-product rate and read bandwidth.
+"""The best matrix-product rate and read bandwidth of this machine, sampled between the timed calls.
 
-Both are the best of what torch itself reaches, so a floor computed from them is one that torch code can be held to.
+Both are the best that torch itself reaches, so torch code can be compared with a floor computed from them.
 """
 
 import time
@@ -23,7 +23,7 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def _products(a: Tensor, b: Tensor) -> list[Callable[[], object]]:
-    """The ways torch has to multiply matrices. torch.mm takes MKL in float32: on AMD machines half of oneDNN's rate."""
+    """Return torch's ways to multiply matrices. torch.mm takes MKL in float32: on AMD machines half of oneDNN's rate."""
     ways: list[Callable[[], object]] = [partial(torch.mm, a, b)]
     if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         # The weight as it is, and reordered once into oneDNN's blocks, as for inference.
@@ -36,16 +36,12 @@ def _products(a: Tensor, b: Tensor) -> list[Callable[[], object]]:
 class Ceilings:
     """The best samples of a run so far.
 
-    Shared between cells: what other guests of a host do, and on which of its memory nodes an array happens to lie, moves a
-    sample by a factor of two, and the machine's ceiling is the best of them all.
-
-    Attributes:
-        flops_per_s: matrix-product rate by dtype.
-        bytes_per_s: read bandwidth.
+    Shared between cells: other guests of a host, and the memory node of an array, move a sample by a factor of two, and the
+    machine's ceiling is the best of them all.
     """
 
-    flops_per_s: dict[torch.dtype, float] = field(default_factory=dict)
-    bytes_per_s: float = 0.0
+    flops_per_s: dict[torch.dtype, float] = field(default_factory=dict)  # matrix-product rate by dtype
+    bytes_per_s: float = 0.0  # read bandwidth
 
     def take(self, other: "Ceilings") -> None:
         """Keep the better of these samples and another's."""
@@ -54,11 +50,7 @@ class Ceilings:
             self.flops_per_s[dtype] = max(self.flops_per_s.get(dtype, 0.0), rate)
 
     def sampler(self, dtype: torch.dtype) -> Callable[[], None]:
-        """A function that measures once more and keeps the best.
-
-        Args:
-            dtype: of the matrix products.
-        """
+        """Return a function that measures once more and keeps the best."""
         stream = torch.ones(STREAM_BYTES // 4, device="cpu")
 
         def sample() -> None:

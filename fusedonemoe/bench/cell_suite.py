@@ -1,52 +1,76 @@
-"""The suites ``quick`` and ``cpu``: whole blocks on this machine's processor."""
+"""The suites ``quick``, ``cpu`` and ``gpu``: the cells of the catalogue on this machine's processor, or on its GPU."""
 
 import argparse
+import gc
+import sys
+import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
-from fusedonemoe.bench import fine_grained, isolated, report, runner, session
+from fusedonemoe.bench import gpu_libraries, isolated, libraries, report, runner, session
+from fusedonemoe.bench.catalogue import SUITES
 from fusedonemoe.bench.ceilings import Ceilings
-from fusedonemoe.bench.libraries import line_up
-from fusedonemoe.bench.peers import PEERS, Peer, chosen
-from fusedonemoe.bench.results import CellResult
-from fusedonemoe.bench.workloads import ISOLATED_SUITES, SUITES, Cell
+from fusedonemoe.bench.peers import PEERS, Peer, chosen, our_impl
+from fusedonemoe.bench.results import CellResult, Row
+from fusedonemoe.bench.timing import GpuTimer, Timer, conditions
+from fusedonemoe.bench.workloads import Cell
 
+GPU = "gpu"
+GPU_ROUNDS = 3
+# Of device time for the timed calls of a peer, over all rounds.
+GPU_SECONDS_PER_PEER = 0.1
+# Without --minutes no cell of `gpu` is begun after so long: GPUs are lent by the minute.
+GPU_MINUTES = 8.0
+# nvidia-smi takes a while, and clocks drift slowly.
+SECONDS_BETWEEN_CONDITIONS = 15.0
+# The row of a cell that failed as a whole.
+WHOLE_CELL = "(cell)"
 
-def _contenders(operator: str) -> tuple[Peer, ...]:
-    return (PEERS | fine_grained.PEERS)[operator]
+LINE_UPS: dict[str, Callable[[Cell], list[Peer]]] = {
+    "quick": lambda cell: list(PEERS[cell.operator]),
+    "cpu": libraries.line_up,
+    GPU: gpu_libraries.line_up,
+}
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the cells asked for and print them.
 
-    Args:
-        args: of the command.
-
     Returns:
-        The exit status of :func:`fusedonemoe.bench.session.run_cells`; 2 also when a pattern matches nothing.
+        The exit status of :func:`fusedonemoe.bench.session.run_cells`; 2 also when a pattern matches nothing, or without a GPU.
     """
-    in_processes = args.suite in ISOLATED_SUITES
+    device = torch.device("cpu" if args.suite != GPU or args.dry else "cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("there is no CUDA device; --dry runs every code path at small sizes on the CPU, without times", file=sys.stderr)
+        return session.EXIT_USAGE
+    return run_on(args, device)
 
-    def peers(cell: Cell) -> list[str]:
-        return [peer.name for peer in (line_up(cell) if in_processes else _contenders(cell.operator))]
 
+def run_on(args: argparse.Namespace, device: torch.device) -> int:
+    """Run the cells on a device."""
+    on_gpu = args.suite == GPU
+    settings = _describe_gpu(device, args) if on_gpu else {}
+    measure = {"quick": _in_this_process, "cpu": _in_processes}.get(args.suite)
     return session.run_suite(
         args,
         SUITES[args.suite],
-        measure=_in_processes(args) if in_processes else _in_this_process(args),
+        measure=measure(args) if measure else _GpuRun(device, args, settings["conditions"]),
         to_json=report.cell_to_json,
         show=report.print_cell,
-        peers=peers,
-        summary=report.print_summary if in_processes else lambda results: None,
-        long=in_processes,
+        peers=lambda cell: [peer.name for peer in LINE_UPS[args.suite](cell)],
+        summary=lambda results: None if args.suite == "quick" or args.dry else report.print_summary(results),
+        described=settings,
+        minutes=GPU_MINUTES if on_gpu and not args.dry else None,
+        long=args.suite != "quick",
     )
 
 
 def _in_this_process(args: argparse.Namespace) -> Callable[[Cell], CellResult]:
-    measure = partial(runner.run_cell, ceilings=Ceilings(), real_time=not args.no_rt)
-    return lambda cell: measure(cell, peers=chosen(_contenders(cell.operator), args.peers))
+    measure = partial(runner.run_cell, timer=Timer(real_time=not args.no_rt), ceilings=Ceilings())
+    return lambda cell: measure(cell, peers=chosen(LINE_UPS[args.suite](cell), args.peers))
 
 
 def _in_processes(args: argparse.Namespace) -> Callable[[Cell], CellResult]:
@@ -58,3 +82,56 @@ def _in_processes(args: argparse.Namespace) -> Callable[[Cell], CellResult]:
         real_time=not args.no_rt,
     )
     return lambda cell: isolated.run_job(job(cell))
+
+
+def _describe_gpu(device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the figures depend on besides the processor: the device, its driver, and the libraries for GPUs."""
+    gpu: dict[str, Any] | None = None
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        gpu = {
+            "name": found.name,
+            "capability": f"{found.major}.{found.minor}",
+            "multiprocessors": found.multi_processor_count,
+            "memory_bytes": found.total_memory,
+            "cache_bytes": found.L2_cache_size,
+            "cuda": torch.version.cuda or torch.version.hip,
+        }
+    return {
+        "gpu": gpu,
+        "impl": our_impl(device),
+        "dry": args.dry,
+        "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "conditions": [],
+    }
+
+
+class _GpuRun:
+    """Measures the cells of ``gpu`` on a device, and adds clocks and temperature to ``seen`` from time to time."""
+
+    def __init__(self, device: torch.device, args: argparse.Namespace, seen: list[dict[str, str]]) -> None:
+        self.timer, self.args, self.seen = GpuTimer(device), args, seen
+        self.last = float("-inf")
+
+    def __call__(self, cell: Cell) -> CellResult:
+        result = self._measured(cell)
+        # A collection looks at all objects of all modules, for half a second; from here on only at what is new. They stay
+        # frozen: this run is the last work of the process.
+        gc.collect()
+        gc.freeze()
+        if time.monotonic() - self.last >= SECONDS_BETWEEN_CONDITIONS:
+            if found := conditions():
+                self.seen.append({"after": cell.name, **found})
+            self.last = time.monotonic()
+        return result
+
+    def _measured(self, cell: Cell) -> CellResult:
+        """Return a cell's result; one row that says why where the cell could not be set up."""
+        rounds, seconds = (1, 0.0) if self.args.dry else (GPU_ROUNDS, GPU_SECONDS_PER_PEER)
+        peers = chosen(LINE_UPS[GPU](cell), self.args.peers)
+        try:
+            return runner.run_cell(cell, self.timer, peers=peers, dry=self.args.dry, rounds=rounds, seconds=seconds)
+        except Exception as error:  # The other cells are still of use.
+            note, failed = runner.note_of(error, WHOLE_CELL)
+        self.timer.clean()
+        return CellResult(cell, (Row(WHOLE_CELL, note=note, failed=failed),), None, 0.0, 0.0, 0.0, None)

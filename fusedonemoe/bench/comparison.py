@@ -1,7 +1,7 @@
-"""``--compare OLD.json``: every cell beside what an older run measured of it, on the same machine.
+"""``--compare OLD.json``: every cell now and in an older run on the same machine.
 
-Two runs are never measured in turns, so what the others' times moved by from one run to the next is taken for the machine's
-own drift: ours is slower only where it fell behind by more than that.
+Two runs are never measured in turns, so the change of the others' times from one run to the next is taken for the machine's
+drift: ours is slower only where it lost more than that.
 """
 
 import os
@@ -12,43 +12,36 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from fusedonemoe.bench import earlier, report
+from fusedonemoe.bench import records, report
 from fusedonemoe.bench.peers import is_ours
 from fusedonemoe.bench.records import DamagedError
 
-# What makes a machine another one, and times of one no measure for the other.
+# Settings of the machine. Times of different machines are not compared.
 MACHINE = ("cpu", "cpu_capability", "cores", "threads")
-# Ours may take so many times as long as before.
+# Ours counts as slower beyond this multiple of its time.
 TOLERANCE = 1.15
 
 
 class IncomparableError(Exception):
-    """The older file has nothing that these results could be compared with."""
+    """The older file has no times that these results could be compared with."""
 
 
 class Pair(NamedTuple):
-    """A row of both runs.
+    """A row of both runs."""
 
-    Attributes:
-        cell: its name.
-        peer: its name.
-        before: seconds in the older run.
-        now: seconds in this one.
-    """
-
-    cell: str
-    peer: str
-    before: float
-    now: float
+    cell: str  # its name
+    peer: str  # its name
+    before: float  # seconds in the older run
+    now: float  # seconds in this one
 
     @property
     def ratio(self) -> float:
-        """How many times as long as before."""
+        """The time now, in multiples of the time before."""
         return self.now / self.before
 
 
 def machine_of(settings: dict[str, Any]) -> dict[str, Any]:
-    """What tells one machine from another."""
+    """Return the settings that identify a machine."""
     gpu = settings.get("gpu")
     return {name: settings.get(name) for name in MACHINE} | ({"gpu": gpu["name"]} if gpu else {})
 
@@ -56,15 +49,11 @@ def machine_of(settings: dict[str, Any]) -> dict[str, Any]:
 def load(path: str | os.PathLike[str], settings: dict[str, Any]) -> dict[str, Any]:
     """Read an older file.
 
-    Args:
-        path: of the results.
-        settings: of this run.
-
     Raises:
         IncomparableError: it is no file of results, of another suite, without times, or of another machine.
     """
     try:
-        old = earlier.read(Path(path))
+        old = records.read(Path(path))
     except DamagedError as error:
         raise IncomparableError(f"no results of the benchmark ({error})") from error
     schema, suite = old.get("schema", "missing"), old["suite"]
@@ -82,12 +71,7 @@ def load(path: str | os.PathLike[str], settings: dict[str, Any]) -> dict[str, An
 
 
 def pairs_of(old: dict[str, Any], new: dict[str, Any]) -> Iterator[Pair]:
-    """The rows that have times in both.
-
-    Args:
-        old: results.
-        new: results.
-    """
+    """Yield the rows that have times in both results."""
     before = {(cell["name"], row["peer"]): row.get("seconds") for cell in old["cells"] for row in cell["rows"]}
     for cell in new["cells"]:
         for row in cell["rows"]:
@@ -97,30 +81,18 @@ def pairs_of(old: dict[str, Any], new: dict[str, Any]) -> Iterator[Pair]:
 
 
 def drift_of(pairs: list[Pair]) -> float:
-    """The median of what the others' times changed by; 1 where there are none.
-
-    Args:
-        pairs: of a cell, or of all.
-    """
+    """Return the median change of the others' times; 1 where there are none."""
     others = [pair.ratio for pair in pairs if not is_ours(pair.peer)]
     return median(others) if others else 1.0
 
 
 def is_slower(pair: Pair, drift: float) -> bool:
-    """Whether a row fell behind by more than is tolerated, and by more than the machine did."""
+    """Tell whether a row is slower by more than the tolerance, and by more than the drift explains."""
     return pair.ratio > TOLERANCE and pair.ratio / drift > TOLERANCE
 
 
 def print_comparison(old: dict[str, Any], new: dict[str, Any]) -> bool:
-    """Print every row of ours that both runs have.
-
-    Args:
-        old: from :func:`load`.
-        new: results.
-
-    Returns:
-        Whether one of ours is slower than it was.
-    """
+    """Print every row of ours that both results have; return whether one of ours is slower than it was."""
     console = report.console()
     before, after = old.get("versions", {}), new["versions"]
     for name in sorted(before.keys() | after.keys()):

@@ -1,21 +1,15 @@
-"""Files of results, those of earlier versions included, in the one form that is read: a list of cells, each with rows.
+"""Files of the suites ``lora``, ``quantized`` and ``transformers`` of earlier versions, which had tables of lines, as cells.
 
-The suites ``lora``, ``quantized`` and ``transformers`` had tables of lines in their files once. Nothing is added to them here but
-what their names say: such a cell has no percentiles, and no work or floor that was not in the file.
+Only the information of the names is added: such a cell has no percentiles, and no work or floor that was not in the file.
 """
 
-import json
-import os
 import re
-import stat
-from pathlib import Path
 from typing import Any
 
 from fusedonemoe.bench import records
 from fusedonemoe.bench.records import DamagedError
-from fusedonemoe.files import reason_of
 
-# What was run at that time, and stands in no file.
+# Tokens of a training step at that time, which are in no file.
 _BATCH_TOKENS = 4 * 128
 _SIZE = re.compile(r"\b([A-Z])([0-9]{1,12})\b")
 _LINE: records.Fields = {"name": records.TEXT.here, "seconds": records.AMOUNT.or_null.here, "note": records.TEXT}
@@ -27,60 +21,10 @@ _MODEL_LINE: records.Fields = {
 _MODEL_SIZES: records.Fields = dict.fromkeys(
     ("hidden_size", "moe_intermediate_size", "num_experts", "num_experts_per_tok"), records.SIZE.here
 )
-# The largest that was ever written has less than a hundredth of this.
-_MOST_BYTES = 1 << 28
 
 
-def read(path: Path) -> dict[str, Any]:
-    """Read a file of results; every reader of such files reads them here.
-
-    Args:
-        path: of what ``bench --json`` wrote.
-
-    Returns:
-        The results; each field of :mod:`fusedonemoe.bench.records` that is there holds what it may.
-
-    Raises:
-        DamagedError: the file cannot be read, or is none that there ever was.
-    """
-    content = _content_of(path)
-    try:
-        results = json.loads(content.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DamagedError(f"not text in UTF-8: byte {error.start} is 0x{content[error.start]:02x}") from error
-    except RecursionError as error:
-        raise DamagedError(records.TOO_DEEP) from error
-    except ValueError as error:
-        raise DamagedError(f"not JSON: {error}") from error
-    records.check_levels(results)
-    records.check(results, records.RUN)
-    if results.get("gpu") is not None:
-        records.check(results["gpu"], records.GPU, "gpu")
-    if "tables" in results:
-        results = _in_cells(results)
-    records.check_cells(results)
-    return dict(results)
-
-
-def _content_of(path: Path) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            is_readable = stat.S_ISREG(mode) or stat.S_ISFIFO(mode)  # /dev/zero would have no end
-            content = file.read(_MOST_BYTES + 1) if is_readable else None
-    except (OSError, ValueError) as error:
-        raise DamagedError(reason_of(error)) from error
-    if content is None:
-        raise DamagedError("neither a file nor a pipe")
-    if len(content) > _MOST_BYTES:
-        raise DamagedError(f"larger than {_MOST_BYTES} bytes")
-    if not content.strip():
-        raise DamagedError("empty")
-    return content
-
-
-def _in_cells(results: dict[str, Any]) -> dict[str, Any]:
-    """Results whose tables are cells."""
+def in_cells(results: dict[str, Any]) -> dict[str, Any]:
+    """Turn the tables of results into cells."""
     suite, tables = results["suite"], records.check(results["tables"], {}, "tables")
     cells_of = {"lora": _lora, "quantized": _quantized, "transformers": _transformers}.get(suite)
     if cells_of is None:

@@ -1,200 +1,160 @@
-"""The exact answers, in float64 and one expert at a time, and how far off a peer's are.
+"""The exact answers for the sampled tokens, in float64 and one expert at a time, and the errors of a peer.
 
-The gradients of the experts' weights have as many elements as the weights; in float64 they would not fit beside them. So
-each expert's gradient ``G`` is compared in its product ``G R`` with a fixed random matrix of few columns: that of a sum of
-outer products, ``G = sum_n a_n b_n^T``, is ``sum_n a_n (b_n^T R)``, and a gradient that is wrong anywhere has another one
-(Freivalds, 1977).
+The gradients of the experts' weights have as many elements as the weights; in float64 they would not fit next to them. So
+each expert's gradient ``G`` is compared in its product ``G R`` with a fixed random matrix of few columns: the product of a sum
+of outer products ``sum_n a_n b_n^T`` is ``sum_n a_n (b_n^T R)``, and a gradient that is wrong anywhere has another one
+(Freivalds, 1977). The gradient of the output is zero outside the sample, so the gradients of the weights depend on the sample
+alone although the peer computes all tokens.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from fusedonemoe.bench.peers import BUDGET, relative_error
-from fusedonemoe.bench.steps import ExpertGradients, Named, Step
-from fusedonemoe.bench.workloads import BlockInputs, Cell, Inputs, KeyInputs, MergedInputs, NeuronInputs
-from fusedonemoe.ops import neurons
-from fusedonemoe.ops.neurons import NeuronNeeds, ValueNeeds
+from fusedonemoe.bench.inputs import Inputs
+from fusedonemoe.bench.peers import BUDGET, activated, relative_error, route
+from fusedonemoe.bench.workloads import Cell
 
-OUTPUT = "outputs"
+OUTPUT, IDS, ELSEWHERE = "outputs", "ids", "rows outside the sample"
 # With one column, the rounding of a single token's gradient would be divided by a product that may be close to zero.
 COLUMNS = 4
-# ||g - g64|| / ||g64|| that a right gradient may have. The router's is a difference of nearly equal numbers; a gradient with
-# one expert of 128 missing is off by 9e-2, and a transposed or an empty one by 1 and more.
-GRADIENT_BUDGET = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-ROUTER_BUDGET = {torch.float32: 5e-5, torch.bfloat16: 5e-2}
+# ||g - g64|| / ||g64|| that a right gradient may have. Those of a routing are differences of nearly equal numbers. Zeros are
+# off by 1, one expert of 128 that is missing by 9e-2.
+GRADIENT_BUDGET = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+ROUTING_BUDGET = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+INFINITE = float("inf")
+
+# The outputs, ids of a router, and gradients by name. A gradient may be a list with one tensor for each expert, or None.
+Answer = Mapping[str, Tensor | Sequence[Tensor | None] | None]
 
 
-@dataclass(frozen=True)
-class ExactStep:
-    """What a training step is compared with, all in float64.
-
-    Attributes:
-        output: ``[T, D]``.
-        x: gradient ``[T, D]``.
-        router: gradient ``[E, D]``.
-        gate_up_proj: gradient times ``random_DC``, ``[E, 2F, C]``.
-        down_proj: gradient times ``random_FC``, ``[E, D, C]``.
-        random_DC: ``[D, C]``, C columns.
-        random_FC: ``[F, C]``.
-    """
-
-    output: Tensor
-    x: Tensor
-    router: Tensor
-    gate_up_proj: Tensor
-    down_proj: Tensor
-    random_DC: Tensor
-    random_FC: Tensor
+def gradient_of(name: str) -> str:
+    """Return the name of a tensor's gradient in an answer."""
+    return f"gradients of {name}"
 
 
-Exact = Tensor | ExactStep | Named
-
-
-def exact_answer(cell: Cell, inputs: Inputs) -> Exact:
-    """The answer for the first input, from the weights as rounded to the cell's dtype."""
-    if isinstance(inputs, NeuronInputs):
-        return _exact_neurons(cell, inputs)
-    if isinstance(inputs, KeyInputs):
-        a, b = (half.double().gather(1, ids) for half, ids in zip(inputs.xs[0].unbind(1), _keys(cell, inputs), strict=True))
-        return {OUTPUT: (a + b).softmax(1), "experts": inputs.experts[0]}
-    if cell.mode == "training":
-        assert isinstance(inputs, BlockInputs)
-        return exact_step(cell, inputs)
-    return exact_output(cell, inputs)
-
-
-def _keys(cell: Cell, inputs: KeyInputs) -> tuple[Tensor, Tensor]:
-    keys = round(cell.E**0.5)
-    return inputs.experts[0] // keys, inputs.experts[0] % keys
-
-
-def _exact_neurons(cell: Cell, inputs: NeuronInputs) -> Named:
-    """By the formulation in float64, which the tests hold to the oracle."""
-    x, weights, dy = (stack[0].double() for stack in (inputs.xs, inputs.weights, inputs.dys))
-    experts, down, up = inputs.experts[0], inputs.down_table.double(), inputs.up_table.double()
-    names: tuple[str, ...] = ("weights", "up_table")
-    gradients: tuple[Tensor, ...] = ()
-    if cell.operator == "values":
-        y = neurons.experts_values(experts, weights, up)
-        if cell.mode == "training":
-            gradients = neurons.experts_values_backward(dy, experts, weights, up, ValueNeeds(True, True))
-    else:
-        names = ("x", "weights", "down_table", "up_table")
-        y, s = neurons.experts_neurons(x, experts, weights, down, up, "silu")
-        if cell.mode == "training":
-            needs = NeuronNeeds(True, True, True, True)
-            gradients = neurons.experts_neurons_backward(dy, s, x, experts, weights, down, up, "silu", needs)
-    return {OUTPUT: y} | {f"gradients of {name}": gradient for name, gradient in zip(names, gradients, strict=False)}
-
-
-def _experts_in_float64(*stacks: Tensor) -> Callable[[int], list[Tensor]]:
-    """A function from an expert to its weights, which holds them in the same memory every time: fresh pages cost more."""
-    buffers = [torch.empty(stack.shape[1:], dtype=torch.float64, device="cpu") for stack in stacks]
-    return lambda e: [buffer.copy_(stack[e]) for buffer, stack in zip(buffers, stacks, strict=True)]
-
-
-def exact_output(cell: Cell, inputs: Inputs) -> Tensor:
-    """The output for the first input, ``[T, F]`` when merged, else ``[T, D]``."""
-    x_TD, experts_TK = inputs.xs[0].double(), inputs.experts[0]
-    if isinstance(inputs, MergedInputs):
-        weights_TK = inputs.weights[0].double()
-        weights_of = _experts_in_float64(inputs.proj)
-        y = x_TD.new_zeros(cell.T, cell.F)
-    else:
-        assert isinstance(inputs, BlockInputs)
-        weights_TK = (x_TD @ inputs.router.double().t()).gather(1, experts_TK).softmax(1)
-        weights_of = _experts_in_float64(inputs.gate_up_proj, inputs.down_proj)
-        y = x_TD.new_zeros(cell.T, cell.D)
-    for e in experts_TK.unique().tolist():
-        token, choice = (experts_TK == e).nonzero(as_tuple=True)
-        rows = x_TD[token]
-        if isinstance(inputs, MergedInputs):
-            (proj,) = weights_of(e)
-            out = rows @ proj
-        else:
-            gate_up, down = weights_of(e)
-            gate, up = (rows @ gate_up.t()).chunk(2, dim=1)
-            out = (gate * torch.sigmoid(gate) * up) @ down.t()
-        y.index_add_(0, token, out * weights_TK[token, choice, None])
-    return y
-
-
-def exact_step(cell: Cell, inputs: BlockInputs) -> ExactStep:
-    """Output and gradients for the first input, written out by hand."""
-    x_TD, dy_TD, experts_TK = inputs.xs[0].double(), inputs.dys[0].double(), inputs.experts[0]
-    router_ED = inputs.router.double()
-    weights_TK = (x_TD @ router_ED.t()).gather(1, experts_TK).softmax(1)
+def _random_columns(weight: Tensor) -> Tensor:
+    """Return the columns that the gradient of a weight matrix is multiplied by."""
     generator = torch.Generator().manual_seed(9)
-    random_DC, random_FC = (torch.randn(n, COLUMNS, generator=generator, device="cpu").double() for n in (cell.D, cell.F))
-    weights_of = _experts_in_float64(inputs.gate_up_proj, inputs.down_proj)
-    y, dx, dweights_TK = torch.zeros_like(x_TD), torch.zeros_like(x_TD), torch.zeros_like(weights_TK)
-    gate_up_EGC, down_EDC = (x_TD.new_zeros(cell.E, n, COLUMNS) for n in (2 * cell.F, cell.D))
-    for e in experts_TK.unique().tolist():
-        token, choice = (experts_TK == e).nonzero(as_tuple=True)
-        gate_up, down = weights_of(e)
-        rows, weights, dy = x_TD[token], weights_TK[token, choice, None], dy_TD[token]
-        gate, up = (rows @ gate_up.t()).chunk(2, dim=1)
-        sigmoid = torch.sigmoid(gate)
-        hidden = gate * sigmoid * up
-        out = hidden @ down.t()
-        y.index_add_(0, token, out * weights)
-        dweights_TK[token, choice] = (dy * out).sum(1)
-        dout = dy * weights
-        dhidden = dout @ down
-        # silu'(g) = s (1 + g (1 - s))
-        dgate = dhidden * up * sigmoid * (1 + gate * (1 - sigmoid))
-        dgate_up = torch.cat((dgate, dhidden * gate * sigmoid), dim=1)
-        dx.index_add_(0, token, dgate_up @ gate_up)
-        gate_up_EGC[e] = dgate_up.t() @ (rows @ random_DC)
-        down_EDC[e] = dout.t() @ (hidden @ random_FC)
-    # Softmax over the selected logits alone; the others have no part in the output.
-    dlogits_TK = weights_TK * (dweights_TK - (weights_TK * dweights_TK).sum(1, keepdim=True))
-    dlogits_TE = x_TD.new_zeros(cell.T, cell.E).scatter_(1, experts_TK, dlogits_TK)
-    dx += dlogits_TE @ router_ED
-    return ExactStep(y, dx, dlogits_TE.t() @ x_TD, gate_up_EGC, down_EDC, random_DC, random_FC)
+    columns = torch.randn(weight.shape[-1], COLUMNS, generator=generator, dtype=torch.float64, device="cpu")
+    return columns.to(weight.device)
 
 
-def _product(gradients: ExpertGradients, random: Tensor, exact: Tensor) -> Tensor:
-    """Every expert's gradient times the random matrix, in the shape of the exact one; a gradient of None is zero."""
-    wanted = (exact.shape[1], random.shape[0])
-    if len(gradients) != exact.shape[0] or any(g is not None and g.shape != wanted for g in gradients):
-        return torch.empty(0, device="cpu")  # relative_error knows what to make of another shape
-    random = random.float()
-    return torch.stack([torch.zeros(exact.shape[1:], device="cpu") if g is None else g.float() @ random for g in gradients])
+def exact_answer(cell: Cell, inputs: Inputs) -> dict[str, Tensor]:
+    """Return everything that a call computes of the first draw, restricted to the sample, in float64."""
+    sample, training = inputs.sample, cell.mode == "training"
+    draw = dict(zip(inputs.names, (t[sample] for t in inputs.draws[0]), strict=True))
+    wide = {name: t.double().requires_grad_(training) if t.is_floating_point() else t for name, t in draw.items()}
+    with torch.set_grad_enabled(training):
+        if "weights" in wide:
+            weights_RK, experts_RK = wide["weights"], wide["experts"]
+        else:
+            if "router" in inputs.weights:
+                wide["router"] = inputs.weights["router"].double().requires_grad_(training)
+                wide["logits"] = wide["x"] @ wide["router"].t()
+            weights_RK, experts_RK = route(cell, wide["logits"])
+    if cell.operator == "router":
+        return {OUTPUT: weights_RK, IDS: experts_RK}
+    x_RD, stacks = wide["x"].detach(), {name: w for name, w in inputs.weights.items() if name != "router"}
+    y = x_RD.new_zeros(sample.numel(), cell.F if cell.operator == "merged" else cell.D)
+    dx, dweights = torch.zeros_like(x_RD), torch.zeros_like(weights_RK)
+    columns = {name: _random_columns(w) for name, w in stacks.items() if w.dim() == 3}
+    gradients = {n: x_RD.new_zeros(*w.shape[:2], *([COLUMNS] if n in columns else [])) for n, w in stacks.items()}
+    for e in experts_RK.unique().tolist():
+        row, choice = (experts_RK == e).nonzero(as_tuple=True)
+        rows = x_RD[row].requires_grad_(training)
+        with torch.set_grad_enabled(training):
+            z, hidden, out = _expert(cell, rows, {name: w[e].double() for name, w in stacks.items()})
+        scale = weights_RK.detach()[row, choice, None]
+        y.index_add_(0, row, out.detach() * scale)
+        if not training:
+            continue
+        assert inputs.dy_checked is not None
+        dy = inputs.dy_checked[sample][row].double()
+        dweights[row, choice] = (dy * out.detach()).sum(1)
+        dout = dy * scale
+        drows, dz = torch.autograd.grad(out, (rows, z), dout)
+        dx.index_add_(0, row, drows)
+        # Every gradient of a matrix is a^T b.
+        a_and_b = {"gate_up_proj": (dz, rows), "down_proj": (dout, hidden), "proj": (rows, dout)}
+        for name, gradient in gradients.items():
+            if name in columns:
+                a, b = (t.detach() for t in (reversed(a_and_b[name]) if cell.transposed else a_and_b[name]))
+                gradient[e] = a.t() @ (b @ columns[name])
+            else:
+                gradient[e] = (dz if name == "gate_up_bias" else dout).sum(0)
+    if not training:
+        return {OUTPUT: y}
+    if "weights" in wide:
+        found = {"x": dx, "weights": dweights}
+    elif "router" in wide:
+        of_x, of_router = torch.autograd.grad(weights_RK, (wide["x"], wide["router"]), dweights)
+        found = {"x": dx + of_x, "router": of_router}
+    else:
+        found = {"x": dx, "logits": torch.autograd.grad(weights_RK, wide["logits"], dweights)[0]}
+    return {OUTPUT: y} | {gradient_of(name): gradient for name, gradient in (found | gradients).items()}
 
 
-def errors_of(answer: Tensor | Step | Named, exact: Exact) -> dict[str, float]:
-    """How far off an answer is: ``||v - v64|| / ||v64||`` of every tensor in it; ids are equal, or infinitely far off."""
-    if isinstance(exact, dict):
-        given = answer if isinstance(answer, dict) else {}
-        return {name: _error(given[name], tensor) if name in given else float("inf") for name, tensor in exact.items()}
-    if isinstance(exact, Tensor):
-        return {OUTPUT: relative_error(answer, exact) if isinstance(answer, Tensor) else float("inf")}
-    if not isinstance(answer, Step):
-        return {
-            OUTPUT: relative_error(answer, exact.output) if isinstance(answer, Tensor) else float("inf"),
-            "gradients": float("inf"),
-        }
-    pairs = {
-        OUTPUT: (answer.output, exact.output),
-        "gradients of x": (answer.x, exact.x),
-        "gradients of router": (answer.router, exact.router),
-        "gradients of gate_up_proj": (_product(answer.gate_up_proj, exact.random_DC, exact.gate_up_proj), exact.gate_up_proj),
-        "gradients of down_proj": (_product(answer.down_proj, exact.random_FC, exact.down_proj), exact.down_proj),
-    }
-    return {name: relative_error(*pair) for name, pair in pairs.items()}
+def _expert(cell: Cell, rows: Tensor, own: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return one expert's pre-activations, hidden rows and result, without the routing weight."""
+    if cell.operator == "merged":
+        out = rows @ own["proj"]
+        return out, out, out
+    up, down = (own[name] if cell.transposed else own[name].t() for name in ("gate_up_proj", "down_proj"))
+    z = rows @ up
+    hidden = activated(z + own["gate_up_bias"] if cell.bias else z, cell)
+    out = hidden @ down
+    return z, hidden, out + own["down_bias"] if cell.bias else out
 
 
-def _error(actual: Tensor, exact: Tensor) -> float:
-    if exact.dtype.is_floating_point:
-        return relative_error(actual, exact)
-    return 0.0 if torch.equal(actual, exact) else float("inf")
+def errors_of(cell: Cell, inputs: Inputs, answer: Answer, exact: Mapping[str, Tensor]) -> dict[str, float]:
+    """Compute the errors of an answer to the first draw; in training, to a gradient that is zero outside the sample.
+
+    Returns:
+        ``||v - v64|| / ||v64||`` of every tensor; infinity for a wrong shape, wrong ids, a missing tensor, a gradient where none
+        can be, and a value that is not finite.
+    """
+    if other := answer.keys() ^ exact.keys():
+        return dict.fromkeys(sorted(other), INFINITE)
+    outside = torch.ones(cell.T, dtype=torch.bool, device=inputs.sample.device)
+    outside[inputs.sample] = False
+    errors = {}
+    for name, wanted in exact.items():
+        value, weight = answer[name], inputs.weights.get(name.removeprefix(gradient_of("")))
+        if weight is not None:
+            errors[name] = _error_of_gradient(value, weight, wanted)
+        elif not isinstance(value, Tensor) or value.shape != (cell.T, *wanted.shape[1:]):
+            errors[name] = INFINITE
+        elif name == IDS:
+            errors[name] = 0.0 if torch.equal(value[inputs.sample].long(), wanted) else INFINITE
+        else:
+            errors[name] = relative_error(value[inputs.sample], wanted)
+            rest = value[outside]
+            if not (rest.isfinite().all() if name == OUTPUT else (rest == 0).all()):
+                errors[ELSEWHERE] = INFINITE
+    return errors
 
 
-def disagreements(errors: dict[str, float], dtype: torch.dtype) -> list[str]:
-    """The tensors whose error no right answer has in this dtype; NaN is one."""
-    budgets = {OUTPUT: BUDGET, "gradients of router": ROUTER_BUDGET}
-    return [name for name, error in errors.items() if not error <= budgets.get(name, GRADIENT_BUDGET)[dtype]]
+def _error_of_gradient(value: Tensor | Sequence[Tensor | None] | None, weight: Tensor, wanted: Tensor) -> float:
+    shapes = [None if g is None else g.shape for g in ([] if value is None else value)]
+    if len(shapes) != weight.shape[0] or any(shape not in (None, weight.shape[1:]) for shape in shapes):
+        return INFINITE
+    assert value is not None
+    if weight.dim() == 2:
+        return relative_error(value, wanted) if isinstance(value, Tensor) else INFINITE
+    # float64 is slow to convert to on CPUs, and a GPU may round float32 products to TF32.
+    columns = _random_columns(weight).to(torch.float64 if weight.is_cuda else torch.float32)
+    found = [wanted.new_zeros(wanted.shape[1:]) if g is None else (g.to(columns.dtype) @ columns).double() for g in value]
+    return relative_error(torch.stack(found), wanted)
+
+
+def disagreements(errors: Mapping[str, float], dtype: torch.dtype) -> list[str]:
+    """Return the tensors with an error that no right answer has in this dtype; NaN is one."""
+
+    def budget(name: str) -> float:
+        if name in (OUTPUT, IDS, ELSEWHERE):
+            return BUDGET[dtype]
+        return (ROUTING_BUDGET if name in map(gradient_of, ("router", "logits")) else GRADIENT_BUDGET)[dtype]
+
+    return [name for name, error in errors.items() if not error <= budget(name)]

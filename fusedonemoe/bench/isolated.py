@@ -1,7 +1,7 @@
-"""Runs a cell in a process of its own.
+"""Runs a cell in its own process.
 
-Some peers keep the weights that they have seen for the life of the process, how torch allocates is settled when it is
-imported, and a peer that ends the process then ends one cell and not the run.
+Some peers keep the weights that they have seen for the life of the process, torch chooses how it allocates when it is imported,
+and a peer that ends the process then ends one cell and not the run.
 
 The command of the process: ``python -m fusedonemoe.bench.isolated JOB RESULT``, two files that are pickled by this module.
 """
@@ -21,52 +21,36 @@ from fusedonemoe.bench.ceilings import Ceilings
 from fusedonemoe.bench.libraries import line_up
 from fusedonemoe.bench.peers import chosen
 from fusedonemoe.bench.results import CellResult, Row
+from fusedonemoe.bench.timing import Timer
 from fusedonemoe.bench.workloads import ALLOCATORS, Cell
 from fusedonemoe.files import reason_of
 
 COMMAND = (sys.executable, "-m", "fusedonemoe.bench.isolated")
-# The whole of a failed cell stands in one row.
+# The row of a cell that failed as a whole.
 PROCESS = "(process)"
 # Before a line of the child's stderr that says what it is about to do.
 MARK = "bench: "
 MOST_SECONDS = 900
-# Less than where a handful of cells is measured: these are many, and some calls take seconds.
+# Less than for a few cells: these are many, and some calls take seconds.
 ROUNDS = 4
 SECONDS_PER_PEER = 0.25
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the process is to do.
+    """The task of a process."""
 
-    Attributes:
-        cell: what to measure.
-        ceilings: the best samples so far.
-        threads: of every pool.
-        peers: pattern of the peers' names; None for all.
-        real_time: ask for real-time priority while timing.
-        rounds: turns of each peer.
-        seconds: of timed calls for each peer.
-    """
-
-    cell: Cell
-    ceilings: Ceilings
-    threads: int
-    peers: re.Pattern[str] | None = None
-    real_time: bool = True
-    rounds: int = ROUNDS
-    seconds: float = SECONDS_PER_PEER
+    cell: Cell  # what to measure
+    ceilings: Ceilings  # the best samples so far
+    threads: int  # of every pool
+    peers: re.Pattern[str] | None = None  # pattern of the peers' names; None for all
+    real_time: bool = True  # ask for real-time priority while timing
+    rounds: int = ROUNDS  # turns of each peer
+    seconds: float = SECONDS_PER_PEER  # of timed calls for each peer
 
 
 def run_job(job: Job) -> CellResult:
-    """Measure a cell in a process of its own.
-
-    Args:
-        job: its ceilings take what the process found.
-
-    Returns:
-        The result; one failed row where the process did not end well, or could not be started.
-    """
+    """Measure a cell in a process; one failed row where the process did not end well. The ceilings take its samples."""
     try:
         return _in_a_process(job)
     except OSError as error:  # a full disk, no folder for temporary files, no more processes
@@ -95,7 +79,7 @@ def _in_a_process(job: Job) -> CellResult:
 
 
 def environment(job: Job) -> dict[str, str]:
-    """The environment of the cell's process: the allocator's settings are the cell's, and not what is set outside."""
+    """Return the environment of the cell's process, with the allocator's settings of the cell in place of those outside."""
     settings = {name for allocator in ALLOCATORS.values() for name in allocator}
     outside = {name: value for name, value in os.environ.items() if name not in settings}
     # Libraries with an OpenMP runtime of their own do not hear of torch.set_num_threads.
@@ -125,12 +109,7 @@ def _announce(text: str) -> None:
 
 
 def main(given: str, made: str) -> None:
-    """Do a job; the process's whole life.
-
-    Args:
-        given: file of the job.
-        made: file that the result is written to.
-    """
+    """Do a job: read it from one file, and write its result to the other."""
     import torch
 
     # By its import name: here this module is __main__, and the job was pickled by the other.
@@ -138,11 +117,11 @@ def main(given: str, made: str) -> None:
     torch.set_num_threads(job.threads)
     result = runner.run_cell(
         job.cell,
-        job.ceilings,
+        Timer(real_time=job.real_time),
+        ceilings=job.ceilings,
         peers=chosen(line_up(job.cell), job.peers),
         rounds=job.rounds,
         seconds=job.seconds,
-        real_time=job.real_time,
         announce=_announce,
     )
     Path(made).write_bytes(pickle.dumps((result, job.ceilings)))

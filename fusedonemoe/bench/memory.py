@@ -12,11 +12,11 @@ from fusedonemoe.ops.cpu.native import pool_peak, pooled_size, trim
 
 
 def peak_extra_bytes(call: Callable[[], Tensor | Iterable[Tensor | None]]) -> int:
-    """The most bytes a call holds at one moment beside its inputs and its results.
+    """Measure the most bytes that a call holds at one moment besides its inputs and its results.
 
     Every allocation and release of torch's CPU allocator is replayed in order, those inside opaque operators included
     (a dispatch mode would miss them, and resident memory would see pages that malloc keeps). The memory of the returned
-    tensors is left out from the moment of its allocation. The pool of the CPU kernels is counted beside torch's allocator,
+    tensors is left out from the moment of its allocation. The pool of the CPU kernels is counted with torch's allocator,
     each with its own peak, so the sum is an upper bound. Scratch that a BLAS allocates for itself is not seen.
 
     Args:
@@ -67,7 +67,7 @@ def _replay(allocations: list[tuple[int, int]], kept: set[int]) -> int:
 
 
 def held_bytes(call: Callable[[], Tensor], parameters: Iterable[Tensor | None]) -> tuple[int, Tensor]:
-    """Bytes that autograd holds for the backward of a call, each storage once and whole, and the call's result.
+    """Return the bytes that autograd holds for the backward of a call, each storage once and whole, and the call's result.
 
     Args:
         call: the forward; compiled or not.
@@ -82,7 +82,7 @@ def held_bytes(call: Callable[[], Tensor], parameters: Iterable[Tensor | None]) 
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = call()
-    # torch.compile keeps some tensors beside those that the hooks see.
+    # torch.compile keeps some tensors that the hooks do not see.
     for tensor in getattr(result.grad_fn, "_tensors_no_vc_check", ()):
         pack(tensor)
     for parameter in parameters:

@@ -1,4 +1,4 @@
-"""The picture: every peer's time in every cell, in multiples of what the machine needs at least."""
+"""The picture: every peer's time in every cell, in multiples of the floor."""
 
 import io
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ OUR_COLOURS = ("#D55E00", "#E69F00", "#F0E442")
 COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#000000", "#8C8C8C")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 PANEL_WIDTH, ROW_HEIGHT, PANEL_MARGIN = 6.4, 0.27, 0.9
-# Times beyond this stand at the edge: a formulation that is a thousand times off would squeeze all others together.
+# Longer times are drawn at the edge: one that is a thousand times the floor would squeeze all others together.
 MOST_SHOWN = 100.0
 
 TITLES = {
@@ -55,7 +55,7 @@ def _unique(values: Iterable[Any]) -> list[Any]:
 
 
 def _styles(peers: list[str]) -> dict[str, dict[str, Any]]:
-    """How each peer is drawn; the same in every picture for those that the suite for CPUs knows."""
+    """Return the style of each peer; peers of the suite for CPUs look the same in every picture."""
     known = [peer.name for peer in LINE_UP]
     peers = [*known, *(peer for peer in peers if peer not in known)]
     ours, others = [p for p in peers if is_ours(p)], [p for p in peers if not is_ours(p)]
@@ -99,7 +99,7 @@ def _draw_panel(axes: Axes, cells: list[dict[str, Any]], styles: dict[str, dict[
 
 
 def _caption(results: dict[str, Any]) -> list[str]:
-    """What was measured on, and what the special marks say where there are any."""
+    """Return the lines below the picture: the machine, and the meaning of special marks."""
     rows = [(row, cell.get("floor_seconds")) for cell in results["cells"] for row in cell["rows"] if row.get("seconds")]
     gpu = results.get("gpu")
     device = gpu["name"] if gpu else f"{results['cpu']} ({results['cpu_capability']}), {results['threads']} threads"
@@ -116,14 +116,7 @@ def _format_of(path: Path) -> str:
 
 
 def check(path: Path) -> None:
-    """Find out whether a picture can be written there.
-
-    Args:
-        path: of the picture.
-
-    Raises:
-        UnwritableError: it cannot, or there is no format of this ending.
-    """
+    """Check that a picture of this ending can be written, else raise UnwritableError."""
     known = sorted(FigureCanvasBase.get_supported_filetypes())
     if _format_of(path) not in known:
         raise files.UnwritableError(f"cannot write {files.shown(path)}: its ending must be one of {', '.join(known)}")

@@ -7,9 +7,6 @@ class RealTime:
     """Runs the threads of this process round-robin at real-time priority, where that is permitted, and puts them back.
 
     Without it, whatever else the machine does lands in the timings: on a busy machine medians come out doubled.
-
-    Args:
-        wanted: False makes this do nothing.
     """
 
     def __init__(self, wanted: bool = True) -> None:
@@ -37,7 +34,7 @@ def _threads() -> list[int]:
 
 
 def _schedule(thread: int, policy: int, priority: int) -> bool:
-    """Whether the thread runs so now; one that has ended in the meantime counts as served."""
+    """Set a thread's policy; True when it is set, or the thread has ended in the meantime."""
     try:
         os.sched_setscheduler(thread, policy, os.sched_param(priority))
     except ProcessLookupError:

@@ -1,199 +1,80 @@
-"""Quantised experts beside bfloat16 ones: time, the floor that memory sets, and what rounding the weights costs.
-
-Every call of a form takes another of several inputs, whose experts are others, so that few tokens find no weights in a cache.
-Times are medians, of all forms in turns; shares of bfloat16's time are medians of the shares within a turn.
-"""
+"""The suite ``quantized``: experts with 8- and 4-bit weights and with bfloat16 ones, at the sizes of Qwen3-30B-A3B."""
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from itertools import count
-from statistics import median
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from rich.table import Table
-from torch import Tensor
 
 from fusedonemoe import functional as F
-from fusedonemoe.bench import lines, report
+from fusedonemoe.bench import report, runner, session
 from fusedonemoe.bench.ceilings import Ceilings
-from fusedonemoe.bench.lines import LinesResult, result_of, time_in_turns, times_of
-from fusedonemoe.bench.peers import BUDGET, OURS, relative_error
-from fusedonemoe.bench.results import quartiles
-from fusedonemoe.bench.workloads import LeastWork, floor_of
-from fusedonemoe.testing import make_experts, make_mlp_inputs
+from fusedonemoe.bench.peers import OURS, YARDSTICK, Forward, Peer, Weights, WithWeights
+from fusedonemoe.bench.results import CellResult
+from fusedonemoe.bench.timing import Timer
+from fusedonemoe.bench.workloads import Cell
 
 TOKENS = (1, 16, 512)
-SIZES = (2048, 768, 128, 8)  # D, F, E, K of Qwen3-30B-A3B
-PLAIN, PACKED = "bfloat16", "bfloat16, packed"
+SIZES = (2048, 768, 128, 8)  # D, F, E, K
 FORMS: dict[str, dict[str, object]] = {
     "int8": {"dtype": "int8"},
     "int4, groups of 128": {"dtype": "int4", "group_size": 128},
     "int4, groups of 32": {"dtype": "int4", "group_size": 32},
 }
-ROTATION, ROUNDS = 16, 48
+NAMES = ("gate_up_proj", "down_proj")
+SECONDS_PER_PEER = 1.0
 
 
 @dataclass(frozen=True)
-class QuantizedCell(lines.SizedCell):
-    """One table."""
+class QuantizedCell(Cell):
+    """Experts whose ids and routing weights are an input."""
 
     @property
     def name(self) -> str:
-        """As of all sized cells; the dtype is one."""
-        return super().name.removesuffix("-bfloat16")
-
-    @property
-    def described(self) -> dict[str, Any]:
-        """What the file says of it beside name and dtype."""
-        return {"operator": "quantized", **self.by_letter, "mode": "forward"}
+        """Letters and numbers; the dtype is always bfloat16."""
+        return super().name.removeprefix("quantized-").removesuffix("-bfloat16")
 
 
-@dataclass(frozen=True)
-class Line:
-    """One line of the table.
-
-    Attributes:
-        weights: their form.
-        weight_bytes: of the experts that a call reads, on average.
-        floor_seconds: those bytes at the machine's read bandwidth, or the products at its rate in bfloat16, what is longer.
-        seconds: median; None when the output was wrong.
-        p95_seconds: of it.
-        p99_seconds: of it.
-        calls: how many were timed.
-        speed_up: median over the turns of bfloat16's time as a multiple of this one's.
-        quartiles: of that multiple.
-        weight_error: relative root mean square change of the outputs that comes of rounding the weights.
-        error: of the output, relative to that of the plain formulation on the same rounded weights; None for bfloat16.
-        note: in place of a time.
-    """
-
-    weights: str
-    weight_bytes: float
-    floor_seconds: float
-    seconds: float | None = None
-    p95_seconds: float | None = None
-    p99_seconds: float | None = None
-    calls: int = 0
-    speed_up: float | None = None
-    quartiles: tuple[float, float] | None = None
-    weight_error: float | None = None
-    error: float | None = None
-    note: str = ""
-
-    @property
-    def name(self) -> str:
-        """Who, with what weights."""
-        return f"{OURS} {self.weights}"
-
-    @property
-    def problem(self) -> str:
-        """What is wrong with it."""
-        return self.note
+def _plain(cell: Cell, weights: Weights) -> WithWeights:
+    up, down = (weights[name] for name in NAMES)
+    return WithWeights(lambda x, ids, scores: F.experts_mlp(x, ids, scores, up, down), {}, nbytes=up.nbytes + down.nbytes)
 
 
-@torch.no_grad()
-def measure(cell: QuantizedCell, ceilings: Ceilings, *, real_time: bool = True) -> LinesResult[QuantizedCell, Line]:
-    """One table.
-
-    Args:
-        cell: what to measure.
-        ceilings: of the machine; sampled once more now and then between the rounds.
-        real_time: ask for real-time priority while timing.
-    """
-    (tokens, D, inner, E, K), dtype = cell.sizes, cell.dtype
-    inputs = make_mlp_inputs(tokens, D, inner, E, K, dtype=dtype)
-    up, down = inputs.up_proj, inputs.down_proj
-    xs = [torch.randn(tokens, D, generator=torch.Generator().manual_seed(i), device="cpu").to(dtype) for i in range(ROTATION)]
-    ids = [make_experts(tokens, E, K, routing="distinct", seed=i) for i in range(ROTATION)]
-    weights = torch.full((tokens, K), 1 / K, device="cpu")
-    hit = sum(experts.unique().numel() for experts in ids) / ROTATION / E
-    calls: dict[str, Callable[[int], Tensor]] = {PLAIN: lambda i: F.experts_mlp(xs[i], ids[i], weights, up, down)}
-    packed = F.pack_experts(up, down)
-    calls[PACKED] = lambda i: F.experts_mlp(xs[i], ids[i], weights, packed=packed)
-    sizes_of = {PLAIN: up.nbytes + down.nbytes, PACKED: packed.nbytes}
-    errors, changes = {}, {}
-    plain = calls[PLAIN](0)
-    for name, form in FORMS.items():
-        made = [F.quantize_weight(weight, **form) for weight in (up, down)]  # type: ignore[arg-type]
-        sizes_of[name] = sum(weight.nbytes for weight in made)
-        calls[name] = lambda i, made=made: F.experts_mlp_quantized(xs[i], ids[i], weights, *made)  # type: ignore[misc]
-        expected = F.experts_mlp_quantized(xs[0], ids[0], weights, *made, impl="grouped")
-        actual = calls[name](0)
-        errors[name] = relative_error(actual.double(), expected.double())
-        changes[name] = float((actual.double() - plain.double()).norm() / plain.double().norm())
-
-    notes = {name: f"off by {error:.1e}" for name, error in errors.items() if not error <= BUDGET[dtype]}
-    turns = {name: lambda turn, call=calls[name]: call(turn % ROTATION) for name in calls if name not in notes}
-    # A sample takes longer than all forms together.
-    sample, rounds = ceilings.sampler(dtype), count()
-    times = time_in_turns(
-        turns,
-        rounds=cell.rounds,
-        real_time=real_time,
-        between=lambda: None if next(rounds) % max(cell.rounds // 4, 1) else sample(),
-    )
-    flops = 6 * tokens * K * inner * D
-    works = {name: LeastWork(flops, round(hit * size)) for name, size in sizes_of.items()}
-    found = []
-    for name, work in works.items():
-        floor = floor_of(work, flops_per_s=ceilings.flops_per_s[dtype], bytes_per_s=ceilings.bytes_per_s).seconds
-        line = Line(name, hit * sizes_of[name], floor, error=errors.get(name), note=notes.get(name, ""))
-        if taken := times.get(name):
-            shares = [its / mine for its, mine in zip(times[PLAIN], taken, strict=True)]
-            line = replace(line, speed_up=median(shares), quartiles=quartiles(shares), **times_of(taken))
-            line = replace(line, weight_error=changes.get(name))
-        found.append(line)
-    # The floor of the table is that of the smallest form; every line has its own.
-    least = min(works.values(), key=lambda work: work.touched_bytes)
-    return result_of(cell, found, ceilings, work=least, parameters=E * 3 * D * inner, active_parameters=K * 3 * D * inner)
+def _packed(cell: Cell, weights: Weights) -> WithWeights:
+    packed = F.pack_experts(*(weights[name] for name in NAMES))
+    return WithWeights(lambda x, ids, scores: F.experts_mlp(x, ids, scores, packed=packed), {}, nbytes=packed.nbytes)
 
 
-def table_of(result: LinesResult[QuantizedCell, Line]) -> Table:
-    """The lines as a table.
+def _rounded(cell: Cell, weights: Weights, form: dict[str, Any]) -> WithWeights:
+    made = [F.quantize_weight(weights[name], **form) for name in NAMES]
+    forward: Forward = lambda x, ids, scores: F.experts_mlp_quantized(x, ids, scores, *made)  # noqa: E731
+    reads = lambda: dict(zip(NAMES, map(F.dequantize_weight, made), strict=True))  # noqa: E731
+    return WithWeights(forward, {}, nbytes=sum(weight.nbytes for weight in made), reads=reads)
 
-    Args:
-        result: of a cell.
-    """
-    table = Table(title=result.title, title_justify="left")
-    for heading in (
-        "weights",
-        "read MB",
-        "floor ms",
-        "ms",
-        "p95 ms",
-        "x floor",
-        "GB/s",
-        "x as fast as bfloat16",
-        "quartiles",
-        "change of outputs",
-    ):
-        table.add_column(heading, justify="left" if heading == "weights" else "right", no_wrap=heading == "weights")
-    for line in result.lines:
-        table.add_row(
-            line.weights,
-            f"{line.weight_bytes / 1e6:.1f}",
-            report.milliseconds(line.floor_seconds),
-            report.milliseconds(line.seconds) if line.seconds else line.note,
-            report.milliseconds(line.p95_seconds) if line.p95_seconds else "",
-            f"{line.seconds / line.floor_seconds:.2f}" if line.seconds else "",
-            f"{line.weight_bytes / line.seconds / 1e9:.1f}" if line.seconds else "",
-            f"{line.speed_up:.2f}" if line.speed_up else "",
-            "-".join(f"{share:.2f}" for share in line.quartiles or ()),
-            "" if line.weight_error is None else f"{line.weight_error:.2%}",
-            style="red" if line.note else None,
-        )
-    return table
+
+PEERS = [
+    Peer(YARDSTICK["quantized"], _plain),
+    Peer(f"{OURS} bfloat16, packed", _packed),
+    *(Peer(f"{OURS} {name}", partial(_rounded, form=form)) for name, form in FORMS.items()),
+]
 
 
 def cells() -> list[QuantizedCell]:
-    """The tables: one token, which takes little time and has many rounds, and more."""
-    return [QuantizedCell(torch.bfloat16, ROUNDS if T == 1 else ROUNDS // 4, (T, *SIZES)) for T in TOKENS]
+    """Return the cells of the suite."""
+    return [QuantizedCell("quantized", T, *SIZES, torch.bfloat16) for T in TOKENS]
+
+
+def to_json(result: CellResult) -> dict[str, Any]:
+    """Return a cell as plain values, with the form of each row's weights, and its speed in multiples of bfloat16's."""
+    cell = report.cell_to_json(result)
+    for row in cell["rows"]:
+        row |= {"weights": row["peer"].removeprefix(f"{OURS} "), "speed_up": row["times_faster"]}
+    return cell
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the tables.
+    """Run the cells asked for and print them.
 
     Args:
         args: of the benchmark's command.
@@ -201,5 +82,6 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         The exit status of :func:`fusedonemoe.bench.session.run_cells`; 1 when an output was off.
     """
-    ceilings = Ceilings()
-    return lines.run(args, cells(), measure=lambda cell: measure(cell, ceilings, real_time=not args.no_rt), table_of=table_of)
+    timer, ceilings = Timer(real_time=not args.no_rt), Ceilings()
+    measure = partial(runner.run_cell, timer=timer, ceilings=ceilings, peers=PEERS, seconds=SECONDS_PER_PEER)
+    return session.run_suite(args, cells(), measure=lambda cell: measure(cell), to_json=to_json, show=report.print_cell)

@@ -1,40 +1,41 @@
-"""The fields of a file of results, and the values that each may hold: checked once, when a file is read.
+"""The fields of a file of results, and the values that each may hold, which are checked when a file is read.
 
-A reader may rely on every field of these tables that is there; those that are needed are there. Other fields are left alone.
+A reader may rely on the value of every field of these tables, and on needed fields being there. Other fields are not checked.
 """
 
 import json
+import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeGuard
+
+from fusedonemoe.files import reason_of
 
 # Charts and ratios are computed of these numbers: within the bounds no quotient of two of them overflows.
 LEAST, MOST = 1e-12, 1e24
-# What the benchmark writes has six levels; json itself fails somewhere in the hundreds, depending on the stack.
+# A file of the benchmark has six levels; json itself fails somewhere in the hundreds, depending on the stack.
 MOST_LEVELS = 32
 TOO_DEEP = f"lists and objects must not be nested deeper than {MOST_LEVELS} levels"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _LONGEST = 60
+# The largest file that was ever written has less than a hundredth of this.
+_MOST_BYTES = 1 << 28
 
 
 class DamagedError(ValueError):
-    """A file cannot be read as results; the message says why, without the name of the file."""
+    """A file that cannot be read as results; the message says why, without the name of the file."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """The values that a field may hold.
+    """The values that a field may hold."""
 
-    Attributes:
-        told: the same in words.
-        holds: decides.
-        needed: whether the field may not be missing.
-    """
-
-    told: str
-    holds: Callable[[Any], bool]
-    needed: bool = False
+    told: str  # the same in words
+    holds: Callable[[Any], bool]  # decides
+    needed: bool = False  # whether the field may not be missing
 
     @property
     def or_null(self) -> "Kind":
@@ -43,7 +44,7 @@ class Kind:
 
     @property
     def here(self) -> "Kind":
-        """The same, of a field that may not be missing."""
+        """The same, for a field that may not be missing."""
         return Kind(self.told, self.holds, needed=True)
 
 
@@ -166,14 +167,7 @@ def check(values: Any, fields: Fields, where: str = "") -> dict[str, Any]:
 
 
 def check_cells(results: dict[str, Any]) -> None:
-    """Check the cells and rows of a file.
-
-    Args:
-        results: of the file; ``cells`` is checked here as well.
-
-    Raises:
-        DamagedError: as of :func:`check`.
-    """
+    """Check ``cells`` of a file and their rows, as :func:`check` does."""
     check(results, {"cells": LIST.here})
     for n, cell in enumerate(results["cells"]):
         check(cell, CELL, f"cells[{n}]")
@@ -186,17 +180,57 @@ def _inside(values: dict[str, Any] | list[Any]) -> Iterable[Any]:
 
 
 def check_levels(values: Any) -> None:
-    """Check that lists and objects are not nested deeper than anything that is written here.
-
-    Args:
-        values: as they were parsed.
-
-    Raises:
-        DamagedError: they are.
-    """
+    """Raise DamagedError where lists and objects are nested deeper than in a file of results."""
     level = [values]
     for _ in range(MOST_LEVELS):
         level = [inner for each in level if isinstance(each, dict | list) for inner in _inside(each)]
         if not level:
             return
     raise DamagedError(TOO_DEEP)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a file that ``bench --json`` wrote; every reader of such files reads them here.
+
+    Returns:
+        The results; every field that is listed here has a value that it may have.
+
+    Raises:
+        DamagedError: the file cannot be read, or is no file of results.
+    """
+    content = _content_of(path)
+    try:
+        results = json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DamagedError(f"not text in UTF-8: byte {error.start} is 0x{content[error.start]:02x}") from error
+    except RecursionError as error:
+        raise DamagedError(TOO_DEEP) from error
+    except ValueError as error:
+        raise DamagedError(f"not JSON: {error}") from error
+    check_levels(results)
+    check(results, RUN)
+    if results.get("gpu") is not None:
+        check(results["gpu"], GPU, "gpu")
+    if "tables" in results:
+        from fusedonemoe.bench import earlier
+
+        results = earlier.in_cells(results)
+    check_cells(results)
+    return dict(results)
+
+
+def _content_of(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            is_readable = stat.S_ISREG(mode) or stat.S_ISFIFO(mode)  # /dev/zero would have no end
+            content = file.read(_MOST_BYTES + 1) if is_readable else None
+    except (OSError, ValueError) as error:
+        raise DamagedError(reason_of(error)) from error
+    if content is None:
+        raise DamagedError("neither a file nor a pipe")
+    if len(content) > _MOST_BYTES:
+        raise DamagedError(f"larger than {_MOST_BYTES} bytes")
+    if not content.strip():
+        raise DamagedError("empty")
+    return content

@@ -1,15 +1,14 @@
-"""Prints results as tables and writes them as JSON, with what they were measured on."""
+"""Prints results as tables and turns them into JSON, with a description of the machine."""
 
 import os
 import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,25 +18,27 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from fusedonemoe.bench import libraries
+from fusedonemoe.bench import gpu_libraries, libraries
 from fusedonemoe.bench.peers import OURS, PREPACKED, YARDSTICK, is_ours
 from fusedonemoe.bench.results import CellResult, Row
-from fusedonemoe.bench.workloads import ALLOCATORS, ISOLATED_SUITES, Floor
+from fusedonemoe.bench.workloads import ALLOCATORS, Floor, LeastWork
 
 PACKAGES = ("fusedonemoe", "torch", "transformers", "numpy")
 SCHEMA = 1
+# Fields of rows that only cells with weights in several forms have.
+OF_SOME = ("weight_bytes", "floor_seconds", "weight_error")
 # A pipe has no width of its own, and the tables do not fit into the 80 columns that are assumed for one.
 PIPE_WIDTH = 180
 
 
 def console() -> Console:
-    """Where tables are printed: texts as they are, for brackets in an error message are no commands for colours."""
+    """Return the console for tables. It prints texts unchanged: brackets in an error message are no commands for colours."""
     console = Console(markup=False, emoji=False)
     return console if console.is_terminal else Console(width=PIPE_WIDTH, markup=False, emoji=False)
 
 
 def version_of(package: str) -> str | None:
-    """Of an installed distribution."""
+    """Return the version of an installed distribution, or None."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -45,7 +46,7 @@ def version_of(package: str) -> str | None:
 
 
 def cpu_model() -> str:
-    """The processor's name as the kernel tells it, else what Python knows."""
+    """Return the processor's name from the kernel, else from Python."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -53,14 +54,8 @@ def cpu_model() -> str:
 
 
 def describe_run(*, suite: str, peers: re.Pattern[str] | None = None) -> dict[str, Any]:
-    """What every figure depends on: versions, machine, threads, date; where cells choose the allocator, what that means.
-
-    Args:
-        suite: its name.
-        peers: pattern of the peers' names; None for all.
-    """
-    isolated = suite in ISOLATED_SUITES
-    packages = (*PACKAGES, *libraries.PACKAGES) if isolated else PACKAGES
+    """Describe what every figure depends on: versions, machine, threads, date; of the suite ``cpu``, the allocators."""
+    packages = (*PACKAGES, *{"cpu": libraries.PACKAGES, "gpu": gpu_libraries.PACKAGES}.get(suite, ()))
     settings = {
         "suite": suite,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -71,29 +66,29 @@ def describe_run(*, suite: str, peers: re.Pattern[str] | None = None) -> dict[st
         "threads": torch.get_num_threads(),
         "peers": peers.pattern if peers else None,
     }
-    return settings | ({"allocators": ALLOCATORS, "huge_pages": huge_pages()} if isolated else {})
+    return settings | ({"allocators": ALLOCATORS, "huge_pages": huge_pages()} if suite == "cpu" else {})
 
 
 def huge_pages() -> str | None:
-    """When the kernel gives memory out in huge pages: ``"always"``, ``"madvise"`` or ``"never"``; None where it does not tell."""
+    """Return when the kernel hands out huge pages: ``"always"``, ``"madvise"`` or ``"never"``; None where it does not tell."""
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     words = setting.read_text(encoding="utf-8").split() if setting.exists() else []
     return next((word.strip("[]") for word in words if word.startswith("[")), None)
 
 
 def print_heading(settings: dict[str, Any]) -> None:
-    """Say what is about to be measured with what."""
+    """Print the suite, the machine and the versions."""
     versions = " ".join(f"{name} {number or 'missing'}" for name, number in settings["versions"].items())
-    console().print(
-        f"suite {settings['suite']} on {settings['cpu']} ({settings['cpu_capability']}), {settings['threads']} threads "
-        f"of {settings['cores']} cores, {settings['date']}\n{versions}\n",
-        highlight=False,
-    )
+    where = f"{settings['cpu']} ({settings['cpu_capability']}), {settings['threads']} threads of {settings['cores']} cores"
+    where = settings["gpu"]["name"] if settings.get("gpu") else where
+    where += f", impl {settings['impl']}" if settings.get("impl") else ""
+    where += ", a dry run: nothing is timed" if settings.get("dry") else ""
+    console().print(f"suite {settings['suite']} on {where}, {settings['date']}\n{versions}\n", highlight=False)
 
 
 @contextmanager
 def progress(total: int, *, in_pipes: bool = False) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr while cells run.
+    """Show a bar on stderr while cells run.
 
     Args:
         total: how many cells.
@@ -131,7 +126,7 @@ def progress(total: int, *, in_pipes: bool = False) -> Iterator[Callable[[str], 
 
 
 def time_left(elapsed: float, done: int, total: int) -> str:
-    """An estimate in words, from the cells so far; nothing before the first."""
+    """Estimate the time left from the cells so far, in words; nothing before the first."""
     if not done:
         return ""
     minutes = elapsed / done * (total - done) / 60
@@ -143,7 +138,7 @@ def _number(value: float | None, form: str = ".2f") -> str:
 
 
 def milliseconds(seconds: float) -> str:
-    """A time in milliseconds; to tens of nanoseconds where it is short."""
+    """Format a time in milliseconds; to tens of nanoseconds where it is short."""
     return f"{seconds * 1e3:.2f}" if seconds >= 1e-4 else f"{seconds * 1e3:.4f}"
 
 
@@ -151,12 +146,12 @@ def _milliseconds(timed: Row | Floor | None) -> str:
     return milliseconds(timed.seconds) if timed and timed.seconds else ""
 
 
-def _megabytes(size: int | None) -> str:
+def _megabytes(size: float | None) -> str:
     return _number(None if size is None else size / 1e6, ".1f")
 
 
-def _columns(result: CellResult, shares: Mapping[str, Callable[[Row], float | None]]) -> dict[str, Callable[[Row], str]]:
-    """What stands in each column; in ``ms`` the note where there is no time."""
+def _columns(result: CellResult) -> dict[str, Callable[[Row], str]]:
+    """Return the text of each column for a row; in ``ms`` the note where there is no time."""
 
     def tail(row: Row) -> str:
         return " ".join(milliseconds(seconds) for seconds in (row.p95_seconds, row.p99_seconds) if seconds)
@@ -167,48 +162,71 @@ def _columns(result: CellResult, shares: Mapping[str, Callable[[Row], float | No
         "p95 p99": tail,
         "tokens/s": lambda row: _number(result.tokens_per_second(row), ",.0f"),
         "x floor": lambda row: _number(result.times_floor(row)),
-        **{heading: partial(_share, share) for heading, share in shares.items()},
+        "of dense": lambda row: _number(result.of_dense(row)),
+        "of copy": lambda row: _number(result.of_copy(row)),
         "x best peer": lambda row: _number(result.times_best(row)),
         f"x faster than {YARDSTICK[result.cell.operator]}": lambda row: _number(result.times_faster(row)),
         "error": lambda row: _number(row.error, ".1e"),
         "peak MB": lambda row: _megabytes(row.peak_bytes),
         "promised MB": lambda row: _megabytes(result.promised_bytes(row)) if row.seconds else "",
         "held MB": lambda row: _megabytes(row.held_bytes),
+        "read MB": lambda row: _megabytes(row.weight_bytes),
+        "GB/s": lambda row: _number(row.weight_bytes / row.seconds / 1e9 if row.weight_bytes and row.seconds else None, ".1f"),
+        "change of outputs": lambda row: _number(row.weight_error, ".2%"),
     }
     if not any(row.held_bytes for row in result.rows):
         del columns["held MB"]
-    # Cells with a label are for the comparison with the best; what we promise of memory is not theirs to show.
+    if not any(row.weight_bytes for row in result.rows):
+        del columns["read MB"], columns["GB/s"], columns["change of outputs"]
+    if result.copy_seconds is None:
+        del columns["of dense"], columns["of copy"]
+    # Cells with a label are for the comparison with the best; the others show the promised memory.
     del columns["promised MB" if result.cell.label else "x best peer"]
     return columns
 
 
-def _share(share: Callable[[Row], float | None], row: Row) -> str:
-    return _number(share(row))
-
-
-def table_of(result: CellResult, shares: Mapping[str, Callable[[Row], float | None]] | None = None) -> Table:
-    """One cell as a table: a row for each peer.
-
-    Args:
-        result: of the cell.
-        shares: further columns by their headings.
-    """
-    floor, title = result.floor, result.cell.name
+def title_of(
+    name: str, floor: Floor | None, rates: tuple[float, float], work: LeastWork | None, parameters: tuple[int, int]
+) -> str:
+    """Return the heading of a table: name, floor with its rates, work, and all and active parameters."""
+    title = name
     if floor:
-        title += (
-            f"   floor {floor.seconds * 1e3:.2f} ms (by {floor.bound_by}: {result.flops_per_s / 1e9:.0f} GFLOP/s, "
-            f"{result.bytes_per_s / 1e9:.0f} GB/s)" + ("   without real-time priority" if result.real_time is False else "")
-        )
-    if result.work:
-        title += (
-            f"\n{result.work.flops / 1e9:.3g} GFLOP, {result.work.touched_bytes / 1e6:.3g} MB; "
-            f"{result.cell.parameters / 1e6:.3g} M parameters, {result.cell.active_parameters / 1e6:.3g} M active"
-        )
-    # A peer that is absent for a good reason has a line below the table, and no row of empty cells in it.
+        title += f"   floor {milliseconds(floor.seconds)} ms (by {floor.bound_by}: {rates[0] / 1e9:.0f} GFLOP/s, "
+        title += f"{rates[1] / 1e9:.0f} GB/s)"
+    if work:
+        title += f"\n{work.flops / 1e9:.3g} GFLOP, {work.touched_bytes / 1e6:.3g} MB; "
+        title += f"{parameters[0] / 1e6:.3g} M parameters, {parameters[1] / 1e6:.3g} M active"
+    return title
+
+
+def accounts_of(
+    floor: Floor | None, rates: tuple[float, float], work: LeastWork | None, parameters: tuple[int, int]
+) -> dict[str, Any]:
+    """Return what :func:`title_of` shows as plain values."""
+    return {
+        "floor_seconds": floor and floor.seconds,
+        "floor_bound_by": floor and floor.bound_by,
+        "flops_per_s": rates[0],
+        "bytes_per_s": rates[1],
+        "flops": work and work.flops,
+        "touched_bytes": work and work.touched_bytes,
+        "parameters": parameters[0],
+        "active_parameters": parameters[1],
+    }
+
+
+def table_of(result: CellResult) -> Table:
+    """Make a table of one cell: a row for each peer."""
+    cell = result.cell
+    parameters = (cell.parameters, cell.active_parameters)
+    title = title_of(cell.name, result.floor, (result.flops_per_s, result.bytes_per_s), result.work, parameters)
+    if result.floor and result.real_time is False:
+        title = "   without real-time priority\n".join(title.split("\n", 1))
+    # An absent peer has a line below the table, and no row of empty cells in it.
     notes = [f"* {row.note}" for row in result.rows if not row.comparable]
     notes += [f"{row.peer}: {row.note}" for row in result.rows if row.is_absent]
     table = Table(title=title, title_justify="left", caption="\n".join(notes) or None, caption_justify="left")
-    columns = _columns(result, shares or {})
+    columns = _columns(result)
     for heading in columns:
         table.add_column(heading, justify="left" if heading == "peer" else "right", no_wrap=heading == "peer")
     for row in result.rows:
@@ -219,43 +237,44 @@ def table_of(result: CellResult, shares: Mapping[str, Callable[[Row], float | No
 
 
 def print_cell(result: CellResult) -> None:
-    """Print one cell's table on stdout."""
-    console().print(table_of(result), highlight=False)
+    """Print one cell's table; of a cell without times, a line for each row."""
+    if result.floor or not any(row.note for row in result.rows):
+        console().print(table_of(result), highlight=False)
+        return
+    console().print(result.cell.name, highlight=False)
+    for row in result.rows:
+        error = "" if row.error is None else f" (error {row.error:.1e})"
+        console().print(f"  {row.peer}: {row.note}{error}", highlight=False, style="red" if row.failed else None)
 
 
 def summary_of(results: dict[str, Any]) -> Table:
-    """All cells as one table: ours and the fastest other.
-
-    Args:
-        results: as in the file.
-    """
+    """Make one table of all cells: ours and the fastest other."""
     table = Table(title="ours and the best peer of each cell", title_justify="left")
     prepacked = any(row["peer"] == PREPACKED for cell in results["cells"] for row in cell["rows"])
+    shares = ["of_dense", "of_copy"] if any(cell.get("copy_seconds") for cell in results["cells"]) else []
     table.add_column("cell", no_wrap=True)
-    for heading in ("ms", "x floor", "x best peer", *(["prepacked x floor", "x best peer"] if prepacked else [])):
+    packed = ["prepacked x floor", "x best peer"] if prepacked else []
+    for heading in ("ms", "x floor", *(share.replace("_", " ") for share in shares), "x best peer", *packed):
         table.add_column(heading, justify="right")
     table.add_column("best peer", no_wrap=True)
     for cell in results["cells"]:
         rows, floor = {row["peer"]: row for row in cell["rows"]}, cell.get("floor_seconds")
         figures = []
-        for name in (OURS, *([PREPACKED] if prepacked else [])):
+        for name, more in ((OURS, shares), *([(PREPACKED, [])] if prepacked else [])):
             row = rows.get(name, {})
             seconds = row.get("seconds")
-            figures += [_number(seconds / floor if seconds and floor else None), _number(row.get("times_best"))]
-        ours = rows.get(OURS, {}).get("seconds")
-        failed = any(row["failed"] for row in cell["rows"])
+            figures += [_number(seconds / floor if seconds and floor else None), *(_number(row.get(share)) for share in more)]
+            figures.append(_number(row.get("times_best")))
+        ours: dict[str, Any] = rows.get(OURS) or cell["rows"][0]
         best = best_peer(cell)
-        shown = milliseconds(ours) if ours else ""
+        shown = milliseconds(ours["seconds"]) if ours.get("seconds") else ours.get("note") or ""
+        failed = any(row["failed"] for row in cell["rows"])
         table.add_row(cell["name"], shown, *figures, best["peer"] if best else "", style="red" if failed else None)
     return table
 
 
 def best_peer(cell: dict[str, Any]) -> dict[str, Any] | None:
-    """The row of the fastest of the others who wrote everything; None where none has a time.
-
-    Args:
-        cell: as in the file.
-    """
+    """Return the row of the fastest other peer that wrote everything; None where none has a time."""
     others = [r for r in cell["rows"] if r.get("times_best") and r.get("comparable", True) and not is_ours(r["peer"])]
     return min(others, key=lambda row: row["times_best"], default=None)
 
@@ -266,32 +285,30 @@ def print_summary(results: dict[str, Any]) -> None:
 
 
 def cell_to_json(result: CellResult) -> dict[str, Any]:
-    """A cell as plain values; times in seconds, memory in bytes."""
+    """Return a cell as plain values; times in seconds, memory in bytes."""
+    cell, rates = result.cell, (result.flops_per_s, result.bytes_per_s)
     rows = [
-        asdict(row)
+        {name: value for name, value in asdict(row).items() if value is not None or name not in OF_SOME}
         | {
             "tokens_per_second": result.tokens_per_second(row),
             "times_faster": result.times_faster(row),
             "times_best": result.times_best(row),
             "promised_bytes": result.promised_bytes(row),
+            "of_dense": result.of_dense(row),
+            "of_copy": result.of_copy(row),
         }
         for row in result.rows
     ]
     return {
-        "name": result.cell.name,
-        **asdict(result.cell),
-        "dtype": str(result.cell.dtype).removeprefix("torch."),
-        "floor_seconds": result.floor and result.floor.seconds,
-        "floor_bound_by": result.floor and result.floor.bound_by,
-        "flops_per_s": result.flops_per_s,
-        "bytes_per_s": result.bytes_per_s,
+        "name": cell.name,
+        **asdict(cell),
+        "dtype": str(cell.dtype).removeprefix("torch."),
+        **accounts_of(result.floor, rates, result.work, (cell.parameters, cell.active_parameters)),
         "experts_hit": result.experts_hit,
         "real_time": result.real_time,
-        "flops": result.work and result.work.flops,
-        "touched_bytes": result.work and result.work.touched_bytes,
-        "parameters": result.cell.parameters,
-        "active_parameters": result.cell.active_parameters,
         "load": result.load,
+        "dense_seconds": result.dense_seconds,
+        "copy_seconds": result.copy_seconds,
         "yardstick": YARDSTICK[result.cell.operator],
         "rows": rows,
     }

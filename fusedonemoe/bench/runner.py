@@ -1,150 +1,218 @@
-"""Runs a cell: check every peer against float64, meter its memory, then time all peers interleaved."""
+"""Runs a cell: check every peer against float64, meter its memory, then time all peers in turns."""
 
-import gc
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from statistics import median
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fusedonemoe.bench.ceilings import Ceilings
-from fusedonemoe.bench.exact import Exact, disagreements, errors_of, exact_answer
-from fusedonemoe.bench.memory import peak_extra_bytes
-from fusedonemoe.bench.peers import OURS, PEERS, Peer, UnavailableError, is_ours
-from fusedonemoe.bench.priority import RealTime
+from fusedonemoe.bench.exact import IDS, OUTPUT, Answer, disagreements, errors_of, exact_answer, gradient_of
+from fusedonemoe.bench.inputs import GPU_DRAWS, Inputs, make_inputs
+from fusedonemoe.bench.peers import (
+    BUDGET,
+    OURS,
+    Forward,
+    Peer,
+    UnavailableError,
+    WithWeights,
+    interpreted,
+    is_ours,
+    relative_error,
+)
 from fusedonemoe.bench.results import CellResult, Row, load_of
-from fusedonemoe.bench.steps import Call, Step
-from fusedonemoe.bench.workloads import BlockInputs, Cell, Inputs, floor_of, least_work, make_inputs
+from fusedonemoe.bench.timing import Call, Timer, copy_call, dense_call, time_interleaved
+from fusedonemoe.bench.workloads import Cell, Floor, LeastWork, floor_of, least_work, shrunk
 
 ROUNDS = 5
-# Of timed calls per peer, over all rounds; a call that takes longer than its share of it is still timed once a round.
+# Of timed calls per peer, over all rounds.
 SECONDS_PER_PEER = 0.4
-MOST_CALLS_PER_ROUND = 20
-# A call this long needs no untimed one before it.
-LONG_SECONDS = 0.5
-# Where a peer's first call takes this long, its memory is not metered: that would be a call more.
-METERED_SECONDS = 2.0
-# The worker threads of the peer before spin for a while after their last task.
-PAUSE_SECONDS = 0.06
 # Peers that keep copies of the weights are built in groups that fit into this share of the machine's memory. The rest is for
 # the results of a call (gradients are as large as the weights), its scratch, and other programs.
 SHARE_OF_MEMORY = 0.55
+# The note of a peer that ran through in a dry run, which has no times.
+RAN = "ran"
+DENSE, COPY = "(dense products)", "(copy)"
+INFINITE = float("inf")
 
 
-def order_of_round(names: Sequence[str], round_index: int) -> list[str]:
-    """Every peer once, starting one further along each round, so that none always runs behind the same other."""
-    start = round_index % len(names) if names else 0
-    return [*names[start:], *names[:start]]
+class CaptureError(Exception):
+    """A peer cannot be captured in a CUDA graph."""
 
 
-@contextmanager
-def threads(count: int | None) -> Iterator[None]:
-    """Give torch's pool so many threads for a while; None leaves it alone."""
-    before = torch.get_num_threads()
-    if count:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+class Prepared(NamedTuple):
+    """A peer that is ready."""
+
+    call: Callable[[int], Answer]  # the call that is timed, from the index of a draw to an answer
+    answer: Callable[[], Answer]  # the same for the check: of the first draw, and of a gradient that is zero outside the sample
 
 
-def time_interleaved(
-    calls: Mapping[str, Call],
-    *,
-    rounds: int,
-    seconds: float,
-    real_time: bool,
-    between: Callable[[], None],
-    inputs: int = 1,
-) -> tuple[dict[str, list[float]], bool]:
-    """Time several calls in turns.
+def _outputs(result: Tensor | tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    return {OUTPUT: result} if isinstance(result, Tensor) else {OUTPUT: result[0], IDS: result[1]}
+
+
+def prepare(cell: Cell, inputs: Inputs, built: Forward | WithWeights, weights: Mapping[str, Tensor], timer: Timer) -> Prepared:
+    """Make the timed call of a cell's mode from a forward.
 
     Args:
-        calls: by name; each takes the index of an input.
-        rounds: each peer's turns. A turn is one untimed call and then timed ones; of very long calls, one timed call.
-        seconds: about how long the timed calls of one peer may take in all.
-        real_time: ask for real-time priority.
-        between: runs before every round, at the same priority.
-        inputs: how many inputs the calls rotate through.
-
-    Returns:
-        Seconds of every timed call by name, and whether the priority was granted throughout.
+        cell: whose mode.
+        inputs: of the cell; a graph is captured with the second draw.
+        built: the forward of a peer.
+        weights: that it was built with.
+        timer: of the device.
     """
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    granted = True
-    for turn in range(rounds):
-        with RealTime(real_time) as priority:
-            between()
-        granted &= priority.granted
-        for name in order_of_round(list(calls), turn):
-            call = calls[name]
-            time.sleep(PAUSE_SECONDS)
-            with RealTime(real_time):
-                warm = _timed(call, turn % inputs)
-                if warm > LONG_SECONDS:
-                    times[name].append(warm)
-                    continue
-                count = max(1, min(MOST_CALLS_PER_ROUND, int(seconds / rounds / max(warm, 1e-9))))
-                times[name] += [_timed(call, (turn + n) % inputs) for n in range(1, count + 1)]
-    return times, granted
+    made = built if isinstance(built, WithWeights) else WithWeights(built, dict(weights))
+    forward, own = made.forward, made.weights
+    if cell.mode == "decode":
+        return _replayed(inputs, forward, timer)
+    draws = [[t.detach().requires_grad_(cell.has_gradients and t.is_floating_point()) for t in draw] for draw in inputs.draws]
+
+    def run(i: int) -> dict[str, Tensor]:
+        with torch.set_grad_enabled(cell.has_gradients):
+            return _outputs(forward(*draws[i]))
+
+    if cell.mode != "training":
+        return Prepared(run, lambda: run(0))
+    leaves = [name for name, t in zip(inputs.names, draws[0], strict=True) if t.requires_grad]
+    names = [gradient_of(name) for name in [*leaves, *own]]
+    flat = [t for w in own.values() for t in ([w] if isinstance(w, Tensor) else w)]
+    wanted = [[*(t for t in draw if t.requires_grad), *flat] for draw in draws]
+    counts = [None] * len(leaves) + [None if isinstance(w, Tensor) else len(w) for w in own.values()]
+
+    def step(i: int, dy: Tensor | None) -> Answer:
+        output = run(i)[OUTPUT]
+        found = iter(torch.autograd.grad(output, wanted[i], dy, allow_unused=True))
+        gradients = (next(found) if n is None else [next(found) for _ in range(n)] for n in counts)
+        return {OUTPUT: output.detach(), **dict(zip(names, gradients, strict=True))}
+
+    return Prepared(lambda i: step(i, inputs.dys[i]), lambda: step(0, inputs.dy_checked))
 
 
-def _timed(call: Call, index: int) -> float:
-    start = time.perf_counter()
-    # The result is dropped at once: what a peer allocates afresh for every call, it also gives back.
-    call(index)
-    return time.perf_counter() - start
+def _replayed(inputs: Inputs, forward: Forward, timer: Timer) -> Prepared:
+    static = [t.clone() for t in inputs.draws[1]]
+    kept: list[dict[str, Tensor]] = []
 
+    def run() -> None:
+        with torch.no_grad():
+            kept[:] = [_outputs(forward(*static))]
 
-def _checked(peer: Peer, cell: Cell, inputs: Inputs, exact: Exact) -> tuple[Row, Call | None]:
-    """A peer's row without its time, and the call to time if its output is right."""
+    run()
     try:
-        call = peer.build(cell, inputs)
+        replay = timer.graphed(run)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise CaptureError(f"{type(error).__name__}: {_first_line(error)}") from error
+
+    def call(i: int) -> Answer:
+        replay()
+        return kept[0]
+
+    def answer() -> Answer:
+        for target, source in zip(static, inputs.draws[0], strict=True):
+            target.copy_(source)
+        return {name: tensor.clone() for name, tensor in call(0).items() if isinstance(tensor, Tensor)}
+
+    return Prepared(call, answer)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0][:200]
+
+
+def note_of(error: Exception, peer: str) -> tuple[str, bool]:
+    """Return the note of a row for an exception, and whether it is a failure.
+
+    A peer may be absent, too large for this device or unfit for graphs; ours may not be too large or unfit for graphs.
+    """
+    if isinstance(error, UnavailableError):
+        return f"skipped: {error}", False
+    if isinstance(error, torch.OutOfMemoryError):
+        return ("failed" if is_ours(peer) else "skipped") + ": out of memory", is_ours(peer)
+    if isinstance(error, CaptureError) and not is_ours(peer):
+        return f"skipped: cannot be captured in a CUDA graph: {error}", False
+    return f"failed: {type(error).__name__}: {_first_line(error)}", True
+
+
+def tensors_of(answer: Answer) -> list[Tensor]:
+    """Return every tensor of an answer."""
+    parts = (([value] if isinstance(value, Tensor) else value) for value in answer.values() if value is not None)
+    return [tensor for part in parts for tensor in part if tensor is not None]
+
+
+class _Checks:
+    """The checks of one cell's peers, and what they share: inputs, weights, the exact answer, our output."""
+
+    def __init__(self, cell: Cell, inputs: Inputs, exact: Mapping[str, Tensor], timer: Timer) -> None:
+        self.cell, self.inputs, self.exact, self.timer = cell, inputs, exact, timer
+        # Parameters over the very same memory, so that no peer has a copy in fresher or hotter pages.
+        self.weights: dict[str, Tensor] = {
+            name: nn.Parameter(w, requires_grad=cell.has_gradients) for name, w in inputs.weights.items()
+        }
+        self.ours: Tensor | None = None
+        self.timed: tuple[Tensor, ...] = inputs.experts if timer.rotates else inputs.experts[:1]
+        self.hit: float = sum(experts.unique().numel() for experts in self.timed) / len(self.timed)
+
+    def __call__(self, peer: Peer) -> tuple[Row, Call | None]:
+        """Return a peer's row without its time, and the call to time if its answer is right."""
+        try:
+            return self._checked(peer)
+        except Exception as error:  # A peer is other people's code: its failure is a result, and the others still run.
+            note, failed = note_of(error, peer.name)
+        # Outside the handler, where the traceback no longer holds the peer's tensors.
+        self.timer.clean()
+        return Row(peer.name, note=note, failed=failed), None
+
+    def _checked(self, peer: Peer) -> tuple[Row, Call | None]:
+        cell, inputs = self.cell, self.inputs
+        with torch.set_grad_enabled(cell.has_gradients):  # a peer may make views of the weights
+            built = peer.build(cell, self.weights)
+        prepared, form = prepare(cell, inputs, built, self.weights, self.timer), Row(peer.name)
+        exact = self.exact
+        if isinstance(built, WithWeights) and built.reads:
+            exact = exact_answer(cell, replace(inputs, weights=built.reads()))
+            form = replace(form, weight_error=relative_error(exact[OUTPUT], self.exact[OUTPUT]))
+        if isinstance(built, WithWeights) and built.nbytes:
+            form = replace(form, weight_bytes=self.hit / cell.E * built.nbytes)
         start = time.perf_counter()
-        answer = call(0)
+        answer = prepared.answer()
         seconds = time.perf_counter() - start
-        errors = errors_of(answer, exact)
-        error = max(errors.values(), key=lambda e: float("inf") if e != e else e)
-        if wrong := disagreements(errors, cell.dtype):
-            return Row(peer.name, note=f"{', '.join(wrong)} disagree", failed=True, error=error), None
-        unwritten = _experts_missed(inputs) if isinstance(answer, Step) and not answer.is_stacked else 0
-        del answer
-        row = Row(peer.name, error=error)
-        if unwritten:
-            note = f"leaves the gradients of up to {unwritten} unused experts unwritten"
-            row = replace(row, note=note, comparable=False)
-        if peer.metered and (peer.is_ours or seconds < METERED_SECONDS):
-            row = replace(row, peak_bytes=peak_extra_bytes(partial(_tensors_of, call)))
-        return row, call
-    except UnavailableError as reason:
-        return Row(peer.name, note=f"skipped: {reason}"), None
-    except Exception as error:  # A peer is other people's code: its failure is a result, and the others still run.
-        return Row(peer.name, note=f"failed: {type(error).__name__}: {error}", failed=True), None
-
-
-def _tensors_of(call: Call) -> list[Tensor]:
-    answer = call(0)
-    if isinstance(answer, dict):
-        return list(answer.values())
-    return answer.tensors() if isinstance(answer, Step) else [answer]
-
-
-def _experts_missed(inputs: Inputs) -> int:
-    """The most experts that no token of an input chose."""
-    assert isinstance(inputs, BlockInputs)
-    return max(inputs.router.shape[0] - experts.unique().numel() for experts in inputs.experts)
+        errors = errors_of(cell, inputs, answer, exact)
+        error = max(errors.values(), key=lambda e: INFINITE if e != e else e)
+        wrong = disagreements(errors, cell.dtype)
+        output = answer.get(OUTPUT)
+        if not wrong and self.ours is not None and inputs.sample.numel() < cell.T:
+            assert isinstance(output, Tensor)
+            apart = relative_error(output.detach(), self.ours.double())
+            if not apart <= 2 * BUDGET[cell.dtype]:  # both may be off by the budget, in opposite directions
+                wrong = [f"outputs and ours, by {apart:.1e} over all rows,"]
+        if wrong:
+            return replace(form, note=f"{', '.join(wrong)} disagree", failed=True, error=error), None
+        if peer.name == OURS and isinstance(output, Tensor):
+            self.ours = output.detach()
+        row = replace(form, error=error)
+        if any(not isinstance(value, Tensor) for value in answer.values()):
+            unused = max(cell.E - experts.unique().numel() for experts in inputs.experts)
+            if unused:
+                note = f"leaves the gradients of up to {unused} unused experts unwritten"
+                row = replace(row, note=note, comparable=False)
+        del answer, output
+        # A graph's memory is its own for good, and no call of it allocates.
+        quick = peer.is_ours or seconds < self.timer.metered_seconds
+        if peer.metered and quick and cell.mode != "decode":
+            row = replace(row, peak_bytes=self.timer.peak_bytes(lambda: [t.detach() for t in tensors_of(prepared.call(0))]))
+        return row, prepared.call
 
 
 def groups_of(peers: Sequence[Peer], *, weight_bytes: int, memory_bytes: float) -> list[list[Peer]]:
-    """Split peers so that the copies of the weights that a group keeps fit into memory, beside the weights and our own copies.
+    """Split peers so that the copies of the weights that a group keeps fit into memory, with the weights and our own copies.
 
     Args:
-        peers: everyone; ours are in every group, and first.
+        peers: all; ours are in every group, and first.
         weight_bytes: one copy.
         memory_bytes: what there is.
 
@@ -165,7 +233,7 @@ def groups_of(peers: Sequence[Peer], *, weight_bytes: int, memory_bytes: float) 
 
 
 def physical_memory() -> int:
-    """Bytes of this machine's memory; of none to speak of where the system does not tell."""
+    """Return the bytes of this machine's memory; a modest amount where the system does not tell."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -174,12 +242,16 @@ def physical_memory() -> int:
 
 def run_cell(
     cell: Cell,
-    ceilings: Ceilings,
+    timer: Timer,
     *,
-    peers: Sequence[Peer] | None = None,
+    peers: Sequence[Peer],
+    ceilings: Ceilings | None = None,
+    inputs: Inputs | None = None,
+    exact: Mapping[str, Tensor] | None = None,
+    count_work: Callable[..., LeastWork] = least_work,
+    dry: bool = False,
     rounds: int = ROUNDS,
     seconds: float = SECONDS_PER_PEER,
-    real_time: bool = True,
     memory_bytes: float | None = None,
     announce: Callable[[str], None] = lambda text: None,
 ) -> CellResult:
@@ -187,57 +259,101 @@ def run_cell(
 
     Args:
         cell: what to measure.
-        ceilings: of the run; sampled between the rounds, and what the floor is computed with.
-        peers: who; by default everyone who computes the cell's operator.
+        timer: of the device.
+        peers: who.
+        ceilings: of the run; sampled between the rounds, and used for the floor. Without them the floor is the time of dense
+            products and of a copy, which are timed in turns with the peers.
+        inputs: of a cell of another kind; by default drawn here.
+        exact: the exact answer for them.
+        count_work: the function that counts the work of a call.
+        dry: run everything at small sizes and keep no time.
         rounds: turns of each peer.
         seconds: of timed calls for each peer.
-        real_time: ask for real-time priority while timing.
         memory_bytes: for the weights and the copies that peers keep of them; by default a share of the machine's.
-        announce: told what is about to happen.
+        announce: called with what is about to happen.
 
     Returns:
-        The result; a peer whose output is off has a note in place of a time.
+        The result; a peer with a wrong output has a note in place of a time.
     """
-    peers = PEERS[cell.operator] if peers is None else peers
-    if memory_bytes is None:
-        memory_bytes = SHARE_OF_MEMORY * physical_memory()
+    asked, cell = cell, shrunk(cell, interpreted=interpreted()) if dry else cell
     rows: dict[str, Row] = {}
     samples: dict[str, list[float]] = {}
-    granted = True
+
+    def failed(name: str, error: Exception) -> None:
+        if name not in rows:
+            raise error
+        note, is_failure = note_of(error, name)
+        rows[name] = replace(rows[name], note=note, failed=is_failure, peak_bytes=None)
+        timer.clean()
+
     # Not inference_mode: peers build parameters in here, and inference tensors refuse flags that some of them set.
     with torch.no_grad():
         announce("making inputs")
-        inputs = make_inputs(cell)
-        exact = exact_answer(cell, inputs)
-        between = ceilings.sampler(cell.dtype)
+        if inputs is None:
+            inputs = make_inputs(cell, timer.device, cell.rotation if timer.rotates else GPU_DRAWS)
+        checked = _Checks(cell, inputs, exact or exact_answer(cell, inputs), timer)
+        hit = checked.hit
+        work = count_work(cell, experts_hit=round(hit))
+        between = ceilings.sampler(cell.dtype) if ceilings else lambda: None
         calls: dict[str, Call] = {}
+        if memory_bytes is None:
+            memory_bytes = SHARE_OF_MEMORY * physical_memory()
         for group in groups_of(peers, weight_bytes=cell.weight_bytes, memory_bytes=memory_bytes):
-            # Ours stay; what the peers of the last group kept is gone before the next are built.
+            # Ours stay; what the peers of the last group kept is freed before the next are built.
             calls = {name: call for name, call in calls.items() if is_ours(name)}
-            gc.collect()
+            timer.clean()
             for peer in group:
                 if peer.name not in rows:
                     announce(f"building {peer.name}")
-                    rows[peer.name], call = _checked(peer, cell, inputs, exact)
+                    rows[peer.name], call = checked(peer)
                     if call is not None:
                         calls[peer.name] = call
                     del call
             announce(f"timing {', '.join(calls)}")
-            times, quiet = time_interleaved(
-                calls, rounds=rounds, seconds=seconds, real_time=real_time, between=between, inputs=cell.rotation
+            timer.clean()
+            references = {} if ceilings else _references(cell, timer, work.touched_bytes)
+            times = time_interleaved(
+                timer,
+                calls | references,
+                rounds=rounds,
+                seconds=seconds,
+                between=between,
+                inputs=len(inputs.draws) if timer.rotates else 1,
+                failed=failed,
             )
-            granted &= quiet
-            for name, seconds_of_call in times.items():
-                samples.setdefault(name, []).extend(seconds_of_call)
-                if not is_ours(name):
-                    rows[name] = rows[name].timed(seconds_of_call, times.get(OURS))
+            for name, taken in times.items():
+                samples.setdefault(name, []).extend(taken)
+                if not is_ours(name) and name in rows:
+                    rows[name] = rows[name].timed(taken, times.get(OURS))
     for name in samples:
         if is_ours(name):
             rows[name] = rows[name].timed(samples[name], samples.get(OURS))
-    hit = sum(experts.unique().numel() for experts in inputs.experts) / len(inputs.experts)
-    work = least_work(cell, experts_hit=round(hit))
-    rate, bandwidth = ceilings.flops_per_s[cell.dtype], ceilings.bytes_per_s
-    floor = floor_of(work, flops_per_s=rate, bytes_per_s=bandwidth)
-    load = load_of(inputs.experts, cell.E)
-    ordered = tuple(rows[peer.name] for peer in peers)
-    return CellResult(cell, ordered, floor, rate, bandwidth, hit, granted, work=work, load=load)
+    ordered = [rows[peer.name] for peer in peers]
+    if dry:
+        ran = tuple(Row(row.peer, note=RAN, error=row.error) if row.peer in samples else row for row in ordered)
+        return CellResult(asked, ran, None, 0.0, 0.0, hit, timer.granted)
+    dense, copy = (median(samples[name]) if name in samples else None for name in (DENSE, COPY))
+    if ceilings:
+        rate, bandwidth = ceilings.flops_per_s[cell.dtype], ceilings.bytes_per_s
+        floor = floor_of(work, flops_per_s=rate, bytes_per_s=bandwidth)
+        for n, row in enumerate(ordered):
+            if row.weight_bytes:
+                own = floor_of(LeastWork(work.flops, round(row.weight_bytes)), flops_per_s=rate, bytes_per_s=bandwidth)
+                ordered[n] = replace(row, floor_seconds=own.seconds)
+    else:
+        assert copy is not None
+        floor = Floor(dense, "flops") if dense and dense >= copy else Floor(copy, "bytes")
+        rate, bandwidth = work.flops / dense if dense else 0.0, work.touched_bytes / copy
+    load = load_of([experts.cpu() for experts in checked.timed], cell.E)
+    result = CellResult(asked, tuple(ordered), floor, rate, bandwidth, hit, timer.granted, work=work, load=load)
+    return replace(result, dense_seconds=dense, copy_seconds=copy)
+
+
+def _references(cell: Cell, timer: Timer, touched_bytes: int) -> dict[str, Call]:
+    """Return the calls that set the floor of a cell; for a cell of graphs they are graphs too."""
+    found = {COPY: copy_call(touched_bytes, timer.device)}
+    if dense := dense_call(cell, timer.device):
+        found[DENSE] = dense
+    if cell.mode == "decode":
+        found = {name: timer.graphed(call) for name, call in found.items()}
+    return {name: lambda i, call=call: call() for name, call in found.items()}  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""A run of cells, the same for every suite: progress, a file that is whole at every moment, --resume, --compare and the exit."""
+"""A run of cells, the same for every suite: progress, a file that is always complete, --resume, --compare and the exit status."""
 
 import argparse
 import json
@@ -13,24 +13,24 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from fusedonemoe import files
-from fusedonemoe.bench import comparison, earlier, report
+from fusedonemoe.bench import comparison, records, report
 from fusedonemoe.bench.records import DamagedError
-from fusedonemoe.bench.runner import threads
+from fusedonemoe.bench.timing import threads
 from fusedonemoe.files import reason_of
 
 EXIT_DISAGREE = 1
 EXIT_USAGE = 2
 EXIT_SLOWER = 3
-# What two runs must have in common for the cells of one to stand for those of the other.
+# Settings that two runs must share before the cells of one may replace those of the other.
 IDENTITY = ("schema", "suite", "dry", "versions", "cpu", "cpu_capability", "threads", "gpu", "peers", "impl", "allocators")
 
 
 class Named(Protocol):
-    """Whatever a suite measures one after the other."""
+    """A cell of any suite."""
 
     @property
     def name(self) -> str:
-        """What ``--cells`` matches."""
+        """The text that ``--cells`` matches."""
 
 
 C = TypeVar("C", bound=Named)
@@ -38,12 +38,7 @@ R = TypeVar("R")
 
 
 def selected(cells: Sequence[C], pattern: re.Pattern[str] | None) -> list[C]:
-    """The cells whose name matches; those that there are, on stderr, where none does.
-
-    Args:
-        cells: of the suite.
-        pattern: None for all.
-    """
+    """Return the cells whose name matches a pattern, None for all; where none does, print their names on stderr."""
     found = [cell for cell in cells if pattern is None or pattern.search(cell.name)]
     if not found and pattern is not None:
         print(f"--cells {pattern.pattern!r} matches none of\n  " + "\n  ".join(c.name for c in cells), file=sys.stderr)
@@ -51,12 +46,7 @@ def selected(cells: Sequence[C], pattern: re.Pattern[str] | None) -> list[C]:
 
 
 def peers_exist(names: set[str], pattern: re.Pattern[str] | None) -> bool:
-    """Whether the pattern matches one of the names at least; those that there are, on stderr, where it does not.
-
-    Args:
-        names: of all peers of the cells.
-        pattern: None for all.
-    """
+    """Tell whether a pattern, None for all, matches one of the peers' names; where it does not, print them on stderr."""
     if pattern is None or any(map(pattern.search, names)):
         return True
     print(f"--peers {pattern.pattern!r} matches none of\n  " + "\n  ".join(sorted(names)), file=sys.stderr)
@@ -64,28 +54,28 @@ def peers_exist(names: set[str], pattern: re.Pattern[str] | None) -> bool:
 
 
 def has_failed(cell: dict[str, Any]) -> bool:
-    """Whether a peer's answer was off, or it raised."""
+    """Tell whether a peer's answer was off, or it raised."""
     return any(row["failed"] for row in cell["rows"])
 
 
 def finished_cells(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The cells of an earlier run that need no second measurement: same settings, and nothing in them failed.
+    """Return the cells of an earlier run with the same settings in which nothing failed.
 
     Args:
         path: of the results; it need not exist.
         settings: of this run.
 
     Raises:
-        DamagedError: there is something else at the path, which must not be lost.
+        DamagedError: the path holds something else, which must not be lost.
     """
     if files.stamp_of(path) is None:
         return []
     if files.is_stream(path):
         raise DamagedError("a pipe or a device cannot be read again")
-    before = earlier.read(path)
+    before = records.read(path)
     wanted = json.loads(json.dumps({"schema": report.SCHEMA, **settings}))
     if other := [name for name in IDENTITY if before.get(name) != wanted.get(name)]:
-        print(f"{path} is of another {', '.join(other)}: starting afresh", file=sys.stderr)
+        print(f"{path} was measured with different {', '.join(other)}; starting over", file=sys.stderr)
         return []
     return [cell for cell in before["cells"] if not has_failed(cell)]
 
@@ -94,7 +84,7 @@ class _Keeper:
     """Keeps the results of a run in a file.
 
     A pipe or a device gets them once, when the run ends. Where two runs write one file, it has all cells of the run that wrote
-    last and none of the other; a run that finds the other's version says so.
+    last and none of the other; a run that finds the other's version prints a message.
     """
 
     def __init__(self, path: Path | None, cells: int) -> None:
@@ -117,7 +107,7 @@ class _Keeper:
 
 
 def _temporary_file() -> Path | None:
-    """A file for a run without ``--json``; None, and a line on stderr, where there is no room for one."""
+    """Make a file for a run without ``--json``; None, and a line on stderr, where there is no room for one."""
     try:
         descriptor, name = tempfile.mkstemp(prefix="fusedonemoe-bench-", suffix=".json")
     except OSError as error:
@@ -129,7 +119,7 @@ def _temporary_file() -> Path | None:
 
 @contextmanager
 def _kept(path: Path | None, results: dict[str, Any], *, wanted: bool) -> Iterator[_Keeper]:
-    """Yields what writes the results so far; without a path into the folder for temporary files, if that is wanted."""
+    """Yield the writer of the results so far; without a path it writes to a temporary file, if that is wanted."""
     temporary = _temporary_file() if path is None and wanted else None
     keep = _Keeper(path or temporary, len(results["cells"]))
     try:
@@ -148,7 +138,7 @@ def _kept(path: Path | None, results: dict[str, Any], *, wanted: bool) -> Iterat
 
 
 def _before(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[dict[str, Any] | None, list[dict[str, Any]]] | str:
-    """The results of ``--compare`` and the finished cells of ``--json``; an error message where a file cannot serve."""
+    """Return the results of ``--compare`` and the finished cells of ``--json``, or an error message."""
     try:
         old = comparison.load(args.compare, settings) if args.compare else None
     except comparison.IncomparableError as reason:
@@ -182,19 +172,19 @@ def run_cells(
     minutes: float | None = None,
     long: bool = True,
 ) -> int:
-    """Measure the cells that are left, and tell what came of it.
+    """Measure the cells that are left, print them and write them.
 
     Args:
         args: of the command; ``json``, ``resume``, ``compare``, ``minutes`` and ``picture`` are read here.
-        settings: what the run is described by in the file.
+        settings: the description of the run in the file.
         cells: those asked for.
-        measure: a cell.
-        to_json: of what was measured; its ``rows`` have ``failed``.
-        show: prints a result as soon as it is there.
+        measure: measures a cell.
+        to_json: turns a result into plain values; its ``rows`` have ``failed``.
+        show: prints a result as soon as it is measured.
         order: names of all cells of the suite, for the file.
         summary: prints all results at the end.
         minutes: without ``--minutes``, begin no cell after so long.
-        long: whether stderr is told of every cell where it is no terminal, and unfinished runs are kept without ``--json``.
+        long: print a line for every cell on stderr where it is no terminal, and keep unfinished runs without ``--json``.
 
     Returns:
         The exit status: 0; 1 when a peer's outputs disagreed or it raised; 2 when a file cannot be read, compared with or
@@ -205,7 +195,7 @@ def run_cells(
         print(found, file=sys.stderr)
         return EXIT_USAGE
     old, done = found
-    # What stands in the file and was not asked for stays in it.
+    # Cells of the file that were not asked for stay in it.
     known = {cell["name"] for cell in done}
     left = [cell for cell in cells if cell.name not in known]
     results: dict[str, Any] = {"schema": report.SCHEMA, **settings, "cells": done}
@@ -250,20 +240,17 @@ def run_suite(
     peers: Callable[[C], Iterable[str]] | None = None,
     summary: Callable[[dict[str, Any]], None] = lambda results: None,
     described: Mapping[str, Any] | None = None,
+    minutes: float | None = None,
     long: bool = False,
 ) -> int:
-    """Choose the cells asked for, say what they are measured with, and measure them on so many threads as were asked for.
+    """Choose the cells asked for, print the machine, and measure them on the number of threads asked for.
 
     Args:
-        args: of the command; ``suite``, ``cells``, ``peers`` and ``threads`` are read here.
+        args: of the command; ``suite``, ``cells``, ``peers`` and ``threads`` are read here, the others by :func:`run_cells`.
         everything: all cells of the suite.
-        measure: as of :func:`run_cells`.
-        to_json: likewise.
-        show: likewise.
-        peers: names of those who compute a cell, for a suite that takes ``--peers``.
-        summary: as of :func:`run_cells`.
-        described: what the file says of the run beside versions and machine.
-        long: as of :func:`run_cells`.
+        measure: this and the arguments without a text here are those of :func:`run_cells`.
+        peers: names of the peers of a cell, for a suite that takes ``--peers``.
+        described: further settings of the run, for the file.
 
     Returns:
         The exit status of :func:`run_cells`; 2 also when a pattern matches nothing.
@@ -275,6 +262,5 @@ def run_suite(
         settings = report.describe_run(suite=args.suite, peers=args.peers) | dict(described or {})
         report.print_heading(settings)
         order = [cell.name for cell in everything]
-        return run_cells(
-            args, settings, cells, measure=measure, to_json=to_json, show=show, order=order, summary=summary, long=long
-        )
+        options: dict[str, Any] = {"order": order, "summary": summary, "minutes": minutes, "long": long}
+        return run_cells(args, settings, cells, measure=measure, to_json=to_json, show=show, **options)

@@ -1,4 +1,4 @@
-"""The demo: ``python -m fusedonemoe demo`` trains two small models side by side and shows what came of it.
+"""The demo: ``python -m fusedonemoe demo`` trains two small models side by side and shows the results.
 
 A mixture-of-experts transformer and a dense one with as many active parameters learn the source of Python's standard
 library on the same batches; then one layer is timed against the usual per-expert loop and the dense formulation.
@@ -63,10 +63,7 @@ def run(args: argparse.Namespace) -> int:
     """
     missing = [package for package in NEEDS["demo"] if not is_installed(package)]
     if missing:
-        print(
-            f"The demo needs {' and '.join(missing)}: pip install 'fusedonemoe[cli,plot]'",
-            file=sys.stderr,
-        )
+        print(f"The demo needs {' and '.join(missing)}: pip install 'fusedonemoe[cli,plot]'", file=sys.stderr)
         return 2
     try:
         if args.nproc > 1:

@@ -16,17 +16,11 @@ ROTARY_BASE = 10_000.0
 
 
 class Loss(NamedTuple):
-    """What a model says about a batch.
+    """The losses of a model on a batch."""
 
-    Attributes:
-        cross_entropy: mean over the bytes, in nats.
-        balance: load-balancing loss, mean over the layers; 1 when balanced, 0 for a dense model.
-        tokens_per_expert: ``[L, E]`` int64; ``[L, 0]`` for a dense model.
-    """
-
-    cross_entropy: Tensor
-    balance: Tensor
-    tokens_per_expert: Tensor
+    cross_entropy: Tensor  # mean over the bytes, in nats
+    balance: Tensor  # load-balancing loss, mean over the layers; 1 when balanced, 0 for a dense model
+    tokens_per_expert: Tensor  # ``[L, E]`` int64; ``[L, 0]`` for a dense model
 
 
 def balance_loss(logits: Tensor, tokens_per_expert: Tensor) -> Tensor:
@@ -49,13 +43,7 @@ def balance_loss(logits: Tensor, tokens_per_expert: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention with rotary positions.
-
-    Args:
-        hidden_size: ``D``.
-        num_heads: a divisor of ``D`` with an even quotient.
-        window: the longest sequence.
-    """
+    """Causal multi-head attention with rotary positions; ``num_heads`` divides ``D`` with an even quotient."""
 
     cos: Tensor
     sin: Tensor
@@ -86,12 +74,7 @@ class Attention(nn.Module):
 
 
 class DenseMLP(nn.Module):
-    """The baseline's feed-forward part, ``(silu(x Wg) * (x Wu)) Wd``: what every token would get from one wide expert.
-
-    Args:
-        hidden_size: ``D``.
-        intermediate_size: its ``F``.
-    """
+    """The baseline's feed-forward part, ``(silu(x Wg) * (x Wu)) Wd``: what every token would get from one wide expert."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
@@ -105,13 +88,7 @@ class DenseMLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm layer: attention, then the feed-forward part.
-
-    Args:
-        settings: the sizes.
-        use_experts: a mixture of experts, or the dense baseline.
-        processes: that share each batch, over which experts are balanced.
-    """
+    """One pre-norm layer: attention, then a mixture of experts or the dense baseline."""
 
     def __init__(self, settings: Settings, *, use_experts: bool, processes: Processes = ALONE) -> None:
         super().__init__()
@@ -138,13 +115,7 @@ class Block(nn.Module):
 
 
 class ByteTransformer(nn.Module):
-    """Predicts the next byte.
-
-    Args:
-        settings: the sizes.
-        use_experts: mixtures of experts, or the dense baseline with as many active parameters.
-        processes: that share each batch.
-    """
+    """Predicts the next byte, with mixtures of experts or a dense baseline with as many active parameters."""
 
     def __init__(self, settings: Settings, *, use_experts: bool, processes: Processes = ALONE) -> None:
         super().__init__()
@@ -179,12 +150,6 @@ class ByteTransformer(nn.Module):
     @torch.no_grad()
     def generate(self, prompt: bytes, length: int, *, temperature: float, seed: int) -> bytes:
         """Continue a prompt byte by byte.
-
-        Args:
-            prompt: at least one byte.
-            length: bytes to add.
-            temperature: divides the logits; lower is safer.
-            seed: of the draws.
 
         Returns:
             The added bytes.

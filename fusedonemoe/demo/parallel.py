@@ -15,15 +15,10 @@ from fusedonemoe.layers import Experts
 
 @dataclass(frozen=True)
 class Processes:
-    """Who takes part.
+    """The processes that take part."""
 
-    Attributes:
-        world: how many there are.
-        rank: which of them this is; 0 is the one that prints.
-    """
-
-    world: int = 1
-    rank: int = 0
+    world: int = 1  # their number
+    rank: int = 0  # of this process; rank 0 prints
 
     def share(self, model: nn.Module) -> list[dict[str, Any]]:
         """Cut the experts of a model over the processes, if it has any; its parameters for an optimizer."""
@@ -72,7 +67,7 @@ ALONE = Processes()
 
 @contextmanager
 def joined() -> Iterator[Processes]:
-    """The group that torchrun started this process for; alone without it."""
+    """Join the group that torchrun started this process for; without torchrun it is alone."""
     if not dist.is_available() or not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
         yield ALONE
         return

@@ -63,16 +63,7 @@ def _draw_usage(figure: Figure, axes: Axes, moe: Trainer, settings: Settings) ->
 
 
 def draw(path: Path, trainers: list[Trainer], settings: Settings) -> None:
-    """Write the picture.
-
-    Args:
-        path: of the PNG; its folder is made.
-        trainers: the MoE and the dense baseline, trained.
-        settings: of the run.
-
-    Raises:
-        UnwritableError: it cannot be written.
-    """
+    """Write the picture of the trained MoE and dense baseline; raise UnwritableError where it cannot be written."""
     # Without pyplot: no window system is asked for, and nothing global stays behind.
     figure = Figure(figsize=(10, 8), layout="constrained")
     curves, usage = figure.subplots(2, 1, height_ratios=[2.2, 1])

@@ -13,14 +13,14 @@ import torch
 from rich.console import Console
 
 from fusedonemoe import files
-from fusedonemoe.demo import PICTURE, picture, terminal
+from fusedonemoe.bench.results import CellResult
+from fusedonemoe.bench.workloads import Cell
+from fusedonemoe.demo import PICTURE, picture, terminal, throughput
 from fusedonemoe.demo.model import ByteTransformer, ParameterCount, count_parameters
 from fusedonemoe.demo.parallel import Processes, joined
 from fusedonemoe.demo.settings import FULL, QUICK, Settings
 from fusedonemoe.demo.text import load_corpus, training_batches
-from fusedonemoe.demo.throughput import PEERS, Measurement, compare
 from fusedonemoe.demo.train import Trainer, train_side_by_side, verdict
-from fusedonemoe.layers import MoE
 
 MOE, DENSE = "MoE", "dense"
 PROMPT = b'def read_lines(path, encoding="utf-8"):\n    """'
@@ -68,22 +68,19 @@ def _build_trainer(
     return Trainer(name, model, settings, compiled=compiled, processes=processes), count
 
 
-def _compare_throughput(
-    console: Console, settings: Settings, *, seed: int, device: torch.device, compiled: bool
-) -> list[Measurement]:
+def _compare_throughput(console: Console, settings: Settings, *, device: torch.device, compiled: bool) -> list[CellResult]:
     """Show one table for the demo's own layer and one for a layer of more experts."""
-    peers = tuple(peer for peer in PEERS if compiled or not peer.compiled)
-    tokens, D, F = settings.tokens_per_step, settings.hidden_size, settings.intermediate_size
-    everything = []
-    for experts in (settings.num_experts, settings.throughput_experts):
-        torch.manual_seed(seed)
-        moe = MoE(hidden_size=D, intermediate_size=F, num_experts=experts, top_k=settings.top_k, device=device)
-        shape = f"{tokens:,} tokens, D={D}, F={F}, E={experts}, K={settings.top_k}"
+    tokens, D, F, K = settings.tokens_per_step, settings.hidden_size, settings.intermediate_size, settings.top_k
+    results = []
+    for E in (settings.num_experts, settings.throughput_experts):
+        cell = Cell("block", tokens, D, F, E, K, torch.float32, mode="training")
+        shape = f"{tokens:,} tokens, D={D}, F={F}, E={E}, K={K}"
         with terminal.working(console, f"Timing one MoE layer: {shape} ..."):
-            measurements = compare(moe, tokens, peers=peers, rounds=settings.throughput_rounds, seed=seed)
-        terminal.show_throughput(console, shape, measurements)
-        everything += measurements
-    return everything
+            peers = throughput.line_up(compiled=compiled)
+            result = throughput.compare(cell, peers=peers, device=device, rounds=settings.throughput_rounds)
+        terminal.show_throughput(console, shape, result)
+        results.append(result)
+    return results
 
 
 def run(args: argparse.Namespace) -> int:
@@ -136,14 +133,14 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
         return 0
 
     with watch.measure("timing one layer"):
-        measurements = _compare_throughput(console, settings, seed=args.seed, device=device, compiled=compiled)
+        results = _compare_throughput(console, settings, device=device, compiled=compiled)
 
     path = args.output / PICTURE
     with watch.measure("picture"):
         picture.draw(path, trainers, settings)
     console.print(f"Picture: {files.shown(path)}", soft_wrap=True)
     console.print(f"Time: {watch}")
-    if any(measurement.tokens_per_second is None for measurement in measurements):
+    if any(row.failed for result in results for row in result.rows):
         print("A layer of the comparison disagrees with float64; see the table.", file=sys.stderr)
         return 1
     return 0

@@ -1,4 +1,4 @@
-"""What the demo shows in the terminal: live in a terminal, plain lines in a pipe or a log."""
+"""The output of the demo: live in a terminal, plain lines in a pipe or a log."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,10 +10,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from fusedonemoe.bench.results import CellResult
 from fusedonemoe.demo.model import ParameterCount
 from fusedonemoe.demo.settings import Settings
 from fusedonemoe.demo.text import Corpus
-from fusedonemoe.demo.throughput import TOLERANCE, Measurement
 from fusedonemoe.demo.train import Trainer, smoothed
 
 PLAIN_LINES = 10
@@ -22,7 +22,7 @@ PLAIN_LINES = 10
 def show_header(
     console: Console, settings: Settings, corpus: Corpus, parameters: dict[str, ParameterCount], *, machine: str
 ) -> None:
-    """What will be trained, and on what."""
+    """Show the models, the text and the machine."""
     table = Table(box=None, pad_edge=False)
     table.add_column("model")
     table.add_column("feed-forward part")
@@ -99,25 +99,20 @@ def training_display(console: Console, trainers: list[Trainer], settings: Settin
         yield update
 
 
-def show_throughput(console: Console, title: str, measurements: list[Measurement]) -> None:
-    """The table of one comparison; the first measurement is the one that the others are compared with."""
+def show_throughput(console: Console, title: str, result: CellResult) -> None:
+    """Show the table of one comparison; the times are relative to the first row's."""
     console.print(f"One MoE layer, forward and backward: {title}", style="bold")
     table = Table()
-    table.add_column("layer")
-    table.add_column("run")
-    for heading in ("tokens/s", "time / first row's", "error"):
-        table.add_column(heading, justify="right")
-    first = measurements[0].tokens_per_second
-    for measurement in measurements:
-        speed = measurement.tokens_per_second
-        if speed is None:
-            shown = ("not timed", f"error above {TOLERANCE:.0e}")
-        else:
-            shown = (f"{speed:,.0f}", f"{first / speed:.2f}" if first else "-")
-        peer = measurement.peer
-        table.add_row(peer.name, "compiled" if peer.compiled else "eager", *shown, f"{measurement.error:.0e}")
+    for heading in ("layer", "tokens/s", "time / first row's", "error"):
+        table.add_column(heading, justify="left" if heading == "layer" else "right")
+    first = result.rows[0].seconds
+    for row in result.rows:
+        shown = ("not timed", row.note)
+        if row.seconds:
+            shown = (f"{result.tokens_per_second(row):,.0f}", f"{row.seconds / first:.2f}" if first else "-")
+        table.add_row(row.peer, *shown, "" if row.error is None else f"{row.error:.0e}")
     console.print(table)
-    console.print("error: largest difference from float64 in output and gradients, relative", style="dim")
+    console.print("error: the largest of output and gradients, relative to float64", style="dim")
 
 
 def show_sample(console: Console, prompt: bytes, continuation: bytes, *, name: str) -> None:

@@ -31,19 +31,12 @@ EXCLUDED_PREFIX = "_sysconfigdata"
 
 @dataclass(frozen=True)
 class Corpus:
-    """Training and validation text from different files.
+    """Training and validation text from different files."""
 
-    Attributes:
-        train: ``[N]`` uint8, the training files one after the other.
-        val: ``[M]`` uint8, the validation files.
-        train_files: their paths inside the standard library.
-        val_files: likewise.
-    """
-
-    train: Tensor
-    val: Tensor
-    train_files: tuple[str, ...]
-    val_files: tuple[str, ...]
+    train: Tensor  # ``[N]`` uint8, the training files one after the other
+    val: Tensor  # ``[M]`` uint8, the validation files
+    train_files: tuple[str, ...]  # their paths inside the standard library
+    val_files: tuple[str, ...]  # those of the validation files
 
 
 def source_files(root: Path) -> list[str]:
@@ -63,9 +56,6 @@ def split_files(files: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def load_corpus(root: Path | None = None) -> Corpus:
     """Read the standard library of the running interpreter.
-
-    Args:
-        root: another folder of Python source.
 
     Returns:
         The :class:`Corpus`.
@@ -97,14 +87,6 @@ def training_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Windows drawn at random places, the same for the same seed on every device.
 
-    Args:
-        text: ``[N]`` uint8.
-        batch: ``B``.
-        window: ``S``.
-        steps: number of batches.
-        seed: of the places.
-        device: of the batches.
-
     Yields:
         Inputs and targets ``[B, S]`` int64.
     """
@@ -118,13 +100,6 @@ def validation_batches(
     text: Tensor, *, batch: int, window: int, batches: int, device: torch.device
 ) -> list[tuple[Tensor, Tensor]]:
     """Windows spread evenly over the text, always the same.
-
-    Args:
-        text: ``[M]`` uint8.
-        batch: ``B``.
-        window: ``S``.
-        batches: how many.
-        device: of the batches.
 
     Returns:
         Pairs of inputs and targets ``[B, S]`` int64.

@@ -42,18 +42,16 @@ def smoothed(values: list[float]) -> list[float]:
 
 @dataclass
 class History:
-    """What happened to one model.
+    """The history of one model's training.
 
     Attributes:
-        train: bits per byte of each step's batch.
         val: after how many steps, and bits per byte on the validation windows.
-        seconds: spent in steps, validation and compilation left out.
         tokens_per_expert: ``[L, E]`` of the last validation.
     """
 
-    train: list[float] = field(default_factory=list)
+    train: list[float] = field(default_factory=list)  # bits per byte of each step's batch
     val: list[tuple[int, float]] = field(default_factory=list)
-    seconds: float = 0.0
+    seconds: float = 0.0  # spent in steps, validation and compilation left out
     tokens_per_expert: Tensor = field(default_factory=lambda: torch.zeros(0, 0, device="cpu"))
 
     def tokens_per_second(self, settings: Settings) -> float:
@@ -62,15 +60,7 @@ class History:
 
 
 class Trainer:
-    """One model with its optimizer and history.
-
-    Args:
-        name: as shown.
-        model: on its device.
-        settings: the sizes.
-        compiled: whether to train through ``torch.compile(fullgraph=True)``.
-        processes: that take part, each with a part of every batch, and from here on of the experts.
-    """
+    """One model with its optimizer and history; the processes share every batch and, from here on, the experts."""
 
     def __init__(
         self, name: str, model: ByteTransformer, settings: Settings, *, compiled: bool, processes: Processes = ALONE
@@ -125,24 +115,9 @@ class Trainer:
 
 
 def train_side_by_side(
-    trainers: list[Trainer],
-    corpus: Corpus,
-    settings: Settings,
-    *,
-    seed: int,
-    device: torch.device,
-    on_step: Callable[[], None],
+    trainers: list[Trainer], corpus: Corpus, settings: Settings, *, seed: int, device: torch.device, on_step: Callable[[], None]
 ) -> None:
-    """Take every trainer through the same steps.
-
-    Args:
-        trainers: warmed up.
-        corpus: the text.
-        settings: the sizes.
-        seed: of the batches.
-        device: of the models.
-        on_step: called after each step that all have taken.
-    """
+    """Take every warmed-up trainer through the same steps; ``on_step`` is called after each step that all have taken."""
     shape = {"batch": settings.batch, "window": settings.window}
     validation = validation_batches(corpus.val, **shape, batches=settings.validation_batches, device=device)
     validate_after = {round(settings.steps * (i + 1) / settings.validations) for i in range(settings.validations)}

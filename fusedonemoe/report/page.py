@@ -59,13 +59,9 @@ def _pictured(runs: Sequence[Run], draw: Callable[[Run], list[Figure]], absent: 
 
 
 def page_of(runs: Sequence[Run]) -> str:
-    """The whole page.
-
-    Args:
-        runs: in the order in which they are shown.
-    """
+    """Return the whole page, with the runs in this order."""
     album = Album()
-    bench = "<code>python -m fusedonemoe bench --suite"
+    bench, suites = "<code>python -m fusedonemoe bench --suite", "<code>python -m asv_bench.suites"
     sections = {
         "machine": ("What was measured on", "", "".join(map(settings, runs))),
         "latency": (
@@ -76,19 +72,19 @@ def page_of(runs: Sequence[Run]) -> str:
         ),
         "ratios": (
             "Ratios",
-            "Each peer beside ours in each cell: how many times as long it takes. A peer whose output was wrong has no time.",
+            "Each peer's time in multiples of ours, in each cell. A peer with a wrong output has no time.",
             "".join(map(heat_map, runs)) or "<p>In no file have ours and another a time in one cell.</p>",
         ),
         "memory": (
             "Memory against save_percent",
-            "What a training step of the experts holds between forward and backward, parameters left out. Peers have no dial.",
-            _pictured(runs, lambda run: memory(album, run), f"No file has it: {bench} memory --json FILE</code>."),
+            "Bytes that the experts' training step holds between forward and backward, without parameters. Peers have no dial.",
+            _pictured(runs, lambda run: memory(album, run), f"No file has it: {suites} memory --json FILE</code>."),
         ),
         "scaling": (
             "Scaling in experts",
             "Time against all experts E at equal work of a token, and against the experts of a token K.",
             _pictured(
-                runs, lambda run: scaling(album, run), f"No two cells differ in E or K alone: {bench} seeds --json FILE</code>."
+                runs, lambda run: scaling(album, run), f"No two cells differ in E or K alone: {suites} seeds --json FILE</code>."
             ),
         ),
         "usage": (

@@ -8,7 +8,7 @@ from fusedonemoe.bench.peers import OURS, is_ours
 from fusedonemoe.report.runs import Cell, Row, Run, compared, families, peers_of, title_of
 from fusedonemoe.report.svg import COLOURS, FLOOR_COLOUR, Axis, Line, Style, chart, legend, style_of
 
-# Of many pictures the first stand open, and the others are a click away.
+# Of many pictures the first are shown, and the others are a click away.
 SHOWN = 8
 FLOOR = Style(FLOOR_COLOUR, width=1.6, dashes="6 4")
 LOAD = Style(COLOURS[0], width=2.0)
@@ -31,11 +31,7 @@ class Album:
 
 
 def grid(figures: Sequence[Figure]) -> str:
-    """Pictures side by side; of many, the later ones folded away.
-
-    Args:
-        figures: in order.
-    """
+    """Pictures side by side; of many, the later ones folded away."""
     html = f'<div class="panels">{"".join(figures[:SHOWN])}</div>'
     if rest := figures[SHOWN:]:
         html += f'<details><summary>{len(rest)} more</summary><div class="panels">{"".join(rest)}</div></details>'
@@ -43,11 +39,7 @@ def grid(figures: Sequence[Figure]) -> str:
 
 
 def styles_of(peers: Sequence[str]) -> dict[str, Style]:
-    """How each peer is drawn.
-
-    Args:
-        peers: of one run: a peer looks the same in all its pictures.
-    """
+    """Return the style of each peer of a run: a peer looks the same in all its pictures."""
     ours, others = ([p for p in peers if is_ours(p) == mine] for mine in (True, False))
     return {p: style_of(n, ours=True) for n, p in enumerate(ours)} | {p: style_of(n, ours=False) for n, p in enumerate(others)}
 
@@ -66,7 +58,7 @@ def _floor(cell: Cell) -> float | None:
 
 
 def _against(album: Album, run: Run, along: str, label: str) -> Iterator[Figure]:
-    """Times of cells that differ in one size, with the floor."""
+    """Draw times of cells that differ in one size, with the floor."""
     styles = styles_of(peers_of(run.cells))
     for cells in families(run.cells, along):
         lines = [Line(peer, _points(cells, along, lambda cell, peer=peer: _seconds(cell, peer)), styles[peer]) for peer in styles]  # type: ignore[misc]
@@ -85,32 +77,17 @@ def _against(album: Album, run: Run, along: str, label: str) -> Iterator[Figure]
 
 
 def latency(album: Album, run: Run) -> list[Figure]:
-    """Time against tokens.
-
-    Args:
-        album: of the page.
-        run: whose cells.
-    """
+    """Draw time against tokens."""
     return list(_against(album, run, "T", "tokens T"))
 
 
 def scaling(album: Album, run: Run) -> list[Figure]:
-    """Time against the number of experts, and against those of a token.
-
-    Args:
-        album: of the page.
-        run: whose cells.
-    """
+    """Draw time against the number of experts, and against those of a token."""
     return [*_against(album, run, "E", "experts E"), *_against(album, run, "K", "experts per token K")]
 
 
 def memory(album: Album, run: Run) -> list[Figure]:
-    """What a training step holds, and reaches at its peak, against ``save_percent``.
-
-    Args:
-        album: of the page.
-        run: whose cells.
-    """
+    """Draw the bytes that a training step holds, and its peak, against ``save_percent``."""
     figures = []
     for cell in run.cells:
         rows = [row for row in cell["rows"] if row.get("save_percent") is not None and row.get("held_bytes")]
@@ -125,7 +102,7 @@ def memory(album: Album, run: Run) -> list[Figure]:
 
 
 def _dialled(cells: Sequence[Cell]) -> Iterator[list[Cell]]:
-    """Training cells that differ in the dial alone."""
+    """Yield groups of training cells that differ in ``save_percent`` alone."""
     groups: dict[tuple[object, ...], list[Cell]] = {}
     for cell in cells:
         if "save_percent" in cell and any(row["peer"] == OURS and row.get("held_bytes") for row in cell["rows"]):
@@ -155,12 +132,7 @@ def _dial(album: Album, title: str, rows: Sequence[Row], peers: Sequence[Row]) -
 
 
 def usage(album: Album, run: Run) -> list[Figure]:
-    """How the rows fall on the experts.
-
-    Args:
-        album: of the page.
-        run: whose cells; those with the same routing are one picture.
-    """
+    """Draw the rows of each expert; cells with the same routing are one picture."""
     seen: dict[tuple[float, ...], Cell] = {}
     for cell in run.cells:
         load = tuple(cell.get("load") or ())

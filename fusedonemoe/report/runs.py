@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusedonemoe.bench import earlier
+from fusedonemoe.bench import records
 from fusedonemoe.bench.peers import OURS, is_ours
 from fusedonemoe.bench.records import DamagedError
 from fusedonemoe.files import shown
 
 Cell = dict[str, Any]
 Row = dict[str, Any]
-# What tells one cell from another beside its sizes.
+# Fields that identify a cell, with its sizes.
 _KIND = ("operator", "system", "dtype", "mode", "allocator", "routing", "activation", "gated", "save_percent")
 _SIZES = ("T", "D", "F", "E", "K")
 
@@ -23,30 +23,21 @@ class NoResultsError(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """One file.
+    """One file."""
 
-    Attributes:
-        name: the suite and the day, for headings.
-        settings: everything but the cells.
-        cells: those in which somebody has a time, or holds bytes.
-    """
-
-    name: str
-    settings: dict[str, Any]
-    cells: tuple[Cell, ...]
+    name: str  # the suite and the day, for headings
+    settings: dict[str, Any]  # everything but the cells
+    cells: tuple[Cell, ...]  # those in which a peer has a time
 
 
 def load(path: Path) -> Run:
     """Read a file.
 
-    Args:
-        path: of what ``bench --json`` wrote.
-
     Raises:
         NoResultsError: it cannot be read, is something else, or a dry run.
     """
     try:
-        results = earlier.read(path)
+        results = records.read(path)
     except DamagedError as error:
         raise NoResultsError(f"{shown(path)}: no results of `bench --json` ({error})") from error
     cells = [cell for cell in results["cells"] if any(row.get("seconds") for row in cell["rows"])]
@@ -57,30 +48,19 @@ def load(path: Path) -> Run:
 
 
 def timed(cell: Cell) -> Iterator[Row]:
-    """The rows that have a time.
-
-    Args:
-        cell: of a run.
-    """
+    """Return the rows that have a time."""
     return (row for row in cell["rows"] if row.get("seconds"))
 
 
 def compared(cell: Cell) -> Iterator[Row]:
-    """Those of them that did all that the others do.
-
-    Args:
-        cell: of a run.
-    """
+    """Return the rows with a time that wrote everything that the others write."""
     return (row for row in timed(cell) if row.get("comparable", True))
 
 
 def times_ours(cell: Cell) -> dict[str, float]:
-    """Each peer's time in multiples of ours, by name, ours left out; nothing where ours has no time.
+    """Return each other peer's time in multiples of ours, by name; nothing where ours has no time.
 
     Peers that were timed in turns with ours at another moment than the others are compared with ours of that moment.
-
-    Args:
-        cell: of a run.
     """
     ours = next((row["seconds"] for row in timed(cell) if row["peer"] == OURS), None)
     if ours is None:
@@ -89,22 +69,13 @@ def times_ours(cell: Cell) -> dict[str, float]:
 
 
 def peers_of(cells: Iterable[Cell]) -> list[str]:
-    """Everyone with a time in one of the cells, ours first.
-
-    Args:
-        cells: of a run.
-    """
+    """Return all peers with a time in one of the cells, ours first."""
     names = dict.fromkeys(row["peer"] for cell in cells for row in timed(cell))
     return sorted(names, key=lambda name: (name != OURS, not is_ours(name)))
 
 
 def families(cells: Iterable[Cell], along: str) -> list[list[Cell]]:
-    """Cells that differ in one size alone, in the order of that size; those that stand alone are left out.
-
-    Args:
-        cells: of a run.
-        along: ``"T"``, ``"E"`` or ``"K"``.
-    """
+    """Group cells that differ in one size alone, in the order of that size; single cells are left out."""
     groups: dict[tuple[Any, ...], dict[Any, Cell]] = {}
     for cell in cells:
         if all(name in cell for name in _SIZES) and along in cell:
@@ -114,12 +85,7 @@ def families(cells: Iterable[Cell], along: str) -> list[list[Cell]]:
 
 
 def title_of(cell: Cell, without: str = "") -> str:
-    """What a cell is, in words.
-
-    Args:
-        cell: of a run.
-        without: a size that the picture has on an axis.
-    """
+    """Return a title for a cell, without a size that the picture has on an axis."""
     sizes = " ".join(f"{name} {cell[name]}" for name in _SIZES if name != without and cell.get(name, 1) != 1)
     mode = cell.get("mode", "forward")
     saved = f", save {cell['save_percent']} %" if mode == "training" and cell.get("save_percent", 100) != 100 else ""

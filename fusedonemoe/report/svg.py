@@ -17,74 +17,42 @@ LEAST_PIXELS = 30.0  # between the labels of two ticks
 
 @dataclass(frozen=True)
 class Style:
-    """How a line is drawn.
+    """The style of a line."""
 
-    Attributes:
-        colour: of line and markers.
-        marker: one of ``MARKERS``, or empty.
-        width: of the line.
-        dashes: of the line, as SVG has them; empty for a whole one.
-    """
-
-    colour: str
-    marker: str = ""
-    width: float = 1.6
-    dashes: str = ""
+    colour: str  # of line and markers
+    marker: str = ""  # one of ``MARKERS``, or empty
+    width: float = 1.6  # of the line
+    dashes: str = ""  # of the line, as SVG has them; empty for a whole one
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a chart.
+    """One line of a chart."""
 
-    Attributes:
-        name: in the legend.
-        points: of x and y.
-        style: of it.
-    """
-
-    name: str
-    points: tuple[tuple[float, float], ...]
+    name: str  # in the legend
+    points: tuple[tuple[float, float], ...]  # of x and y
     style: Style
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis.
+    """One axis."""
 
-    Attributes:
-        label: what it shows, with the unit.
-        logarithmic: or linear from zero.
-        show: of a tick's value.
-        at: values that have ticks; chosen where there are none.
-    """
-
-    label: str
-    logarithmic: bool = True
-    show: Callable[[float], str] = lambda value: f"{value:g}"
-    at: tuple[float, ...] = ()
+    label: str  # what it shows, with the unit
+    logarithmic: bool = True  # or linear from zero
+    show: Callable[[float], str] = lambda value: f"{value:g}"  # of a tick's value
+    at: tuple[float, ...] = ()  # values that have ticks; chosen where there are none
 
 
 def style_of(index: int, *, ours: bool) -> Style:
-    """The style of a peer.
-
-    Args:
-        index: among ours, or among the others.
-        ours: whether this library computes it.
-    """
+    """The style of a peer."""
     if ours:
         return Style(OUR_COLOURS[index % len(OUR_COLOURS)], MARKERS[index % len(MARKERS)], 2.6)
     return Style(COLOURS[index % len(COLOURS)], MARKERS[(index + 1) % len(MARKERS)])
 
 
 def marker(style: Style, x: float, y: float, size: float = 3.6) -> str:
-    """A marker as an SVG element; nothing for a style without one.
-
-    Args:
-        style: whose marker.
-        x: of its middle.
-        y: of its middle.
-        size: half its width.
-    """
+    """A marker as an SVG element; nothing for a style without one."""
     fill = f'fill="{style.colour}"'
     stroke = f'stroke="{style.colour}" stroke-width="1.8"'
     left, right, up, down = x - size, x + size, y - size, y + size
@@ -100,11 +68,7 @@ def marker(style: Style, x: float, y: float, size: float = 3.6) -> str:
 
 
 def legend(lines: Iterable[Line]) -> str:
-    """The names of lines beside a piece of each, as an HTML list.
-
-    Args:
-        lines: of one chart or of several.
-    """
+    """Return the names of lines with a piece of each, as an HTML list."""
     items = []
     for line in lines:
         style = line.style
@@ -153,7 +117,7 @@ class _Scale:
             return [step * n for n in range(int(self.high / step) + 1)]
         powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
         tens = [10.0**power for power in powers]
-        # Powers of ten come first: what stands between them is left out where it would touch.
+        # Powers of ten come first: a value between them is left out where its label would touch.
         return tens + [ten * factor for factor in (2, 5, 3) for ten in tens]
 
 
@@ -164,7 +128,7 @@ def chart(lines: Sequence[Line], x: Axis, y: Axis, *, title: str, description: s
         lines: with at least one point each.
         x: the axis from left to right.
         y: the axis from bottom to top.
-        title: read out, and shown beside the mouse.
+        title: read aloud, and shown next to the mouse.
         description: what the picture shows, in words and numbers.
         name: an id that no other chart of the page has.
     """

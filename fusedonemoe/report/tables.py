@@ -1,4 +1,4 @@
-"""The tables of the page: what was measured with what, ratios as a heat map, and every figure."""
+"""The tables of the page: machine and versions, ratios as a heat map, and every figure."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,17 +14,12 @@ FASTER, SLOWER = (11, 92, 173), (185, 58, 6)
 
 
 def region(table: str, label: str) -> str:
-    """A table that scrolls by itself where it is wider than the page, with the keyboard as well.
-
-    Args:
-        table: as HTML.
-        label: what a screen reader calls it.
-    """
+    """A table that scrolls by itself where it is wider than the page, with the keyboard as well."""
     return f'<div class="wide" role="region" aria-label="{escape(label)}" tabindex="0">{table}</div>'
 
 
 def settings(run: Run) -> str:
-    """What every figure of a run depends on."""
+    """Make the table of a run's machine, versions and date."""
     given, gpu = run.settings, run.settings.get("gpu")
     versions = ", ".join(f"{name} {number}" for name, number in given.get("versions", {}).items() if number)
     facts = {
@@ -41,7 +36,7 @@ def settings(run: Run) -> str:
 
 
 def _colour(ratio: float) -> str:
-    """Blue where ours is faster and red where it is slower; black or white text, whichever is read better on it."""
+    """Return the colours of a ratio: blue where ours is faster, red where it is slower, and black or white text."""
     share = min(abs(math.log(ratio)) / math.log(STRONGEST), 1.0)
     strong = FASTER if ratio >= 1 else SLOWER
     mixed = [round(255 + (channel - 255) * share) for channel in strong]
@@ -53,11 +48,7 @@ def _colour(ratio: float) -> str:
 
 
 def heat_map(run: Run) -> str:
-    """Every peer's time in multiples of ours, cell by cell; nothing where ours is alone.
-
-    Args:
-        run: whose cells.
-    """
+    """Make the table of every peer's time in multiples of ours, cell by cell; nothing where ours is alone."""
     peers = [peer for peer in peers_of(run.cells) if peer != OURS]
     compared = [(cell, ratios) for cell in run.cells if (ratios := times_ours(cell))]
     if not compared:
@@ -137,11 +128,7 @@ def _table(caption: str, headings: Sequence[str], rows: Sequence[tuple[str, ...]
 
 
 def figures(run: Run) -> str:
-    """Every row of every cell, and what each cell asks of a machine.
-
-    Args:
-        run: whose cells.
-    """
+    """Make the tables of every row of every cell, and of the work of each cell."""
     work = [(escape(cell["name"]), *(show(cell) for show in WORK.values())) for cell in run.cells]
     rows = []
     for cell in run.cells:

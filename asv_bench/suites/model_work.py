@@ -1,4 +1,4 @@
-"""What a step of a whole decoder cannot do without, counted from the model: operations, bytes, and parameters."""
+"""The least work of a step of a whole decoder, counted from the model: operations, bytes, and parameters."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +30,7 @@ class Account:
     itemsize: int
 
     def forward_flops(self, tokens: int, pairs: int) -> int:
-        """Of a forward pass.
+        """Count the operations of a forward pass.
 
         Args:
             tokens: in all sequences.
@@ -80,7 +80,7 @@ def training_work(account: Account, *, sequences: int, length: int) -> LeastWork
         length: of each.
     """
     flops = 3 * account.forward_flops(sequences * length, causal_pairs(sequences, length))
-    # What one token needs is read twice at the least, and every gradient is written.
+    # The weights of one token are read at least twice, and every gradient is written.
     return LeastWork(flops, (2 * account.active_parameters + account.parameters) * account.itemsize)
 
 

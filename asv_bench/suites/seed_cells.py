@@ -1,8 +1,8 @@
-"""What the suite ``seeds`` measures: the rows of the tables that the five reference systems publish.
+"""The cells of the suite ``seeds``: the rows of the tables that the five reference systems publish.
 
-A row that a CPU finishes in no sensible time is made smaller, and then says so in its name and by what; a row in float16, which
-CPUs multiply by the element, is measured in bfloat16, and says so too. Sizes and modes are those of each system's own benchmark
-or, where that is a picture, of its example.
+A row that is too slow for a CPU is measured at a smaller size, and its name says so; a row in float16, which CPUs multiply one
+element at a time, is measured in bfloat16. ``published`` has the published size and dtype. Sizes and modes are those of each
+system's own benchmark or, where that is a picture, of its example.
 """
 
 from dataclasses import dataclass, replace
@@ -26,32 +26,21 @@ class SeedCell(Cell):
     Attributes:
         system: who publishes it.
         published: the sizes that the table has where ours are smaller, and the dtype where ours is another; else empty.
-        activation: of the experts.
-        gated: whether they have a gate.
-        save_percent: the dial of ours in a training cell; peers have none and keep what they keep.
     """
 
     system: str = ""
     published: str = ""
-    activation: str = "silu"
-    gated: bool = True
-    save_percent: int = 100
 
     @property
     def name(self) -> str:
-        """What ``--cells`` matches."""
-        saved = f"-save{self.save_percent}" if self.operator == "mlp" and self.mode == "training" else ""
-        return super().name + saved + ("-scaled" if self.published else "")
+        """The text that ``--cells`` matches."""
+        full = "-save100" if self.operator == "mlp" and self.mode == "training" and self.save_percent == 100 else ""
+        return super().name + full + ("-scaled" if self.published else "")
 
     @property
     def rotation(self) -> int:
-        """How many inputs the timing rotates through."""
+        """The number of inputs that the timing rotates through."""
         return 2
-
-    @property
-    def G(self) -> int:
-        """Rows of the up-projection."""
-        return 2 * self.F if self.gated else self.F
 
     @property
     def parameters(self) -> int:
@@ -67,7 +56,7 @@ class SeedCell(Cell):
 
     @property
     def _weights(self) -> tuple[int, int]:
-        """Of one expert, and beside the experts."""
+        """The weights of one expert, and those outside the experts."""
         router = self.E * self.D
         return {
             "original": (self.D * self.F, router + self.F * self.D),
@@ -78,11 +67,6 @@ class SeedCell(Cell):
             "neurons": (2 * self.D, 0),
             "values": (self.D, 0),
         }[self.operator]
-
-    @property
-    def weight_bytes(self) -> int:
-        """All weights."""
-        return self.parameters * self.dtype.itemsize
 
 
 def least_work(cell: SeedCell, *, experts_hit: int) -> LeastWork:

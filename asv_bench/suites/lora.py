@@ -19,12 +19,14 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from fusedonemoe.bench import lines, report, session
+from asv_bench.suites import lines
+from asv_bench.suites.lines import LinesResult, result_of, times_of
+from asv_bench.suites.model_work import Account, account_of, adapter_work
+from fusedonemoe.bench import report, session
 from fusedonemoe.bench.ceilings import Ceilings
-from fusedonemoe.bench.lines import LinesResult, result_of, time_in_turns, times_of
 from fusedonemoe.bench.memory import peak_extra_bytes
-from fusedonemoe.bench.model_work import Account, account_of, adapter_work
 from fusedonemoe.bench.peers import BUDGET, OURS, relative_error
+from fusedonemoe.bench.timing import Timer, time_interleaved
 
 PEFT, COMPILED, FROZEN = "peft", f"{OURS}, compiled", f"{OURS}, no adapters"
 # T, D, F, E, K, layers.
@@ -44,7 +46,7 @@ class LoraCell(lines.SizedCell):
 
     @property
     def described(self) -> dict[str, Any]:
-        """What the file says of it beside name and dtype."""
+        """The operator, sizes and mode, for the file."""
         return {"operator": "adapters", **self.by_letter, "mode": "training"}
 
 
@@ -53,12 +55,12 @@ class Line:
     """One line of the table.
 
     Attributes:
-        name: who.
+        name: as printed.
         peak_bytes: the most that a step holds.
         share: what the adapters add to it, as a share of the bytes of the frozen experts' gradients.
         seconds: median of a step; None when its numbers were wrong.
-        p95_seconds: of it.
-        p99_seconds: of it.
+        p95_seconds: 95 of 100 calls took no longer.
+        p99_seconds: 99 of 100 calls took no longer.
         calls: how many were timed.
         relative: median over the turns of its time as a share of PEFT's.
         error: of the logits and the gradient of the embeddings, the greater, relative to PEFT's.
@@ -78,7 +80,7 @@ class Line:
 
     @property
     def problem(self) -> str:
-        """What is wrong with it: its note, or more memory than adapters may take."""
+        """The problem with it: its note, or more memory than adapters may take; empty otherwise."""
         if not self.note and self.name in (OURS, COMPILED) and (self.share or 0) > MOST_SHARE:
             return f"adds {100 * (self.share or 0):.1f} % of the frozen gradients, more than {100 * MOST_SHARE:.0f} %"
         return self.note
@@ -211,7 +213,7 @@ def measure(
     found = {name: replace(line, share=(line.peak_bytes - least) / frozen_bytes) for name, line in found.items()}
 
     turns = {name: lambda turn, step=steps[name]: step() for name, line in found.items() if not line.note}
-    times = time_in_turns(turns, rounds=cell.rounds, real_time=real_time, between=ceilings.sampler(dtype))
+    times = time_interleaved(Timer(real_time=real_time), turns, rounds=cell.rounds, between=ceilings.sampler(dtype))
     for name, taken in times.items():
         relative = median(mine / its for mine, its in zip(taken, times[PEFT], strict=True))
         found[name] = replace(found[name], relative=relative, **times_of(taken))
@@ -260,11 +262,11 @@ def run(args: argparse.Namespace) -> int:
         args: of the benchmark's command.
 
     Returns:
-        The exit status of :func:`fusedonemoe.bench.session.run_cells`; 1 when somebody's numbers were off, or our adapters took
+        The exit status of :func:`fusedonemoe.bench.session.run_cells`; 1 when a number was off, or our adapters took
         more memory than promised; 2 when a library is missing.
     """
     if missing := [name for name in ("transformers", "peft") if find_spec(name) is None]:
-        print(f"--suite {args.suite} compares with {missing}: pip install 'fusedonemoe[bench]'", file=sys.stderr)
+        print(f"the suite {args.suite} compares with {missing}: pip install 'fusedonemoe[bench]'", file=sys.stderr)
         return session.EXIT_USAGE
     ceilings = Ceilings()
     return lines.run(

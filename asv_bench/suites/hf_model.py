@@ -1,8 +1,8 @@
 """A whole transformers model with its own experts and with ours: a training step, a decoding step, and the same tokens.
 
-One Qwen3-MoE with one set of weights changes hands between the turns, so that attention, embeddings and losses, which every
-line runs alike, are the same code on the same memory. What is compared is what a user sees, not the experts alone. Before
-anything is timed, a line's greedy tokens, and the logits or gradients of the very step, are held against the default's.
+One Qwen3-MoE with one set of weights gets the experts of the line whose turn it is, so attention, embeddings and losses are the
+same code on the same memory for every line. Whole models are compared, as users run them, not the experts alone. Before anything
+is timed, a line's greedy tokens, and the logits or gradients of the timed step, are compared with the default's.
 """
 
 import argparse
@@ -19,13 +19,13 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from fusedonemoe.bench import lines, report, session
+from asv_bench.suites import lines
+from asv_bench.suites.lines import LinesResult, result_of, times_of
+from asv_bench.suites.model_work import EXPERTS_RANK, account_of, decode_work, training_work
+from fusedonemoe.bench import report, session
 from fusedonemoe.bench.ceilings import Ceilings
-from fusedonemoe.bench.lines import LinesResult, result_of, seconds_of, times_of
-from fusedonemoe.bench.model_work import EXPERTS_RANK, account_of, decode_work, training_work
 from fusedonemoe.bench.peers import BUDGET, OURS, relative_error
-from fusedonemoe.bench.priority import RealTime
-from fusedonemoe.bench.runner import order_of_round
+from fusedonemoe.bench.timing import Timer, order_of_round
 
 SIZES: dict[str, int] = {
     "hidden_size": 512,
@@ -58,12 +58,12 @@ class ModelCell(lines.LinesCell):
 
     @property
     def name(self) -> str:
-        """What ``--cells`` matches."""
+        """The text that ``--cells`` matches."""
         return f"qwen3-moe-{str(self.dtype)[6:]}-{self.mode}"
 
     @property
     def described(self) -> dict[str, Any]:
-        """What the file says of it beside name and dtype."""
+        """The operator, sizes and mode, for the file."""
         sizes = self.sizes
         return {
             "operator": "model",
@@ -104,7 +104,7 @@ class Line:
 
     @property
     def problem(self) -> str:
-        """What is wrong with it."""
+        """The problem with it; empty otherwise."""
         return self.note
 
 
@@ -179,7 +179,7 @@ def greedy_tokens(model: Any, prompt: Tensor, new_tokens: int) -> Tensor:
 
 
 def _steps(model: Any, cell: ModelCell) -> Callable[[], list[Callable[[], Tensor]]]:
-    """What prepares the timed calls of a turn, with whatever experts the model has then."""
+    """Return a function that prepares the timed calls of a turn, with the experts that the model has then."""
     vocabulary, generator = cell.sizes["vocab_size"], torch.Generator().manual_seed(1)
     batch = torch.randint(vocabulary, (BATCH, LENGTH), generator=generator, device="cpu")
     prompt = torch.randint(vocabulary, (1, CONTEXT), generator=generator, device="cpu")
@@ -196,7 +196,7 @@ def _steps(model: Any, cell: ModelCell) -> Callable[[], list[Callable[[], Tensor
 
 
 def _answer(model: Any, cell: ModelCell, steps: list[Callable[[], Tensor]]) -> list[Tensor]:
-    """What the first of the calls computes: logits, or a loss and the gradients of the experts."""
+    """Return the result of the first call: logits, or a loss and the gradients of the experts."""
     with _mode(model, cell):
         outputs = [steps[0]()]
     if cell.mode == "training":
@@ -246,15 +246,15 @@ def measure(cell: ModelCell, *, ceilings: Ceilings, real_time: bool = True) -> L
     names = [name for name, line in found.items() if not line.note]
     medians: dict[str, list[float]] = {name: [] for name in names}
     samples: dict[str, list[float]] = {name: [] for name in names}
-    sample = ceilings.sampler(cell.dtype)
+    sample, timer = ceilings.sampler(cell.dtype), Timer(real_time=real_time)
     for turn in range(-1, cell.rounds):  # the first is for what is allocated and compiled once
-        with RealTime(real_time):
+        with timer.turn():
             sample()
         for name in order_of_round(names, turn):
-            with IMPLEMENTATIONS[name](model), RealTime(real_time):
+            with IMPLEMENTATIONS[name](model), timer.turn():
                 calls = prepared()
                 with _mode(model, cell):
-                    taken = [seconds_of(call) for call in calls]
+                    taken = timer.seconds(calls)
             if turn >= 0:
                 medians[name].append(median(taken))
                 samples[name] += taken

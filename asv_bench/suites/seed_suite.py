@@ -9,30 +9,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from asv_bench.suites.seed_cells import CELLS, SeedCell, least_work, shrunk
+from asv_bench.suites.seed_inputs import IDS, OUTPUT, Answer, SeedInputs, exact_answer, gradient_name, leaves_of, make_inputs
+from asv_bench.suites.seed_peers import Forward, SeedPeer, line_up
 from fusedonemoe.bench import report, session
 from fusedonemoe.bench.ceilings import Ceilings
 from fusedonemoe.bench.memory import held_bytes, peak_extra_bytes
 from fusedonemoe.bench.peers import BUDGET, OURS, UnavailableError, chosen, relative_error
 from fusedonemoe.bench.results import CellResult, Row, load_of
-from fusedonemoe.bench.runner import time_interleaved
-from fusedonemoe.bench.seed_cells import CELLS, SeedCell, least_work, shrunk
-from fusedonemoe.bench.seed_inputs import IDS, OUTPUT, Answer, SeedInputs, exact_answer, gradient_name, leaves_of, make_inputs
-from fusedonemoe.bench.seed_peers import Forward, SeedPeer, line_up
+from fusedonemoe.bench.runner import RAN
+from fusedonemoe.bench.timing import Timer, time_interleaved
 from fusedonemoe.bench.workloads import floor_of
 
 ROUNDS = 3
 SECONDS_PER_PEER = 0.25
 # Scores that are equal in float32 are not in float64: of so many tokens a peer may pick another expert. Ours may of none.
 TIED = 1e-3
-# The note of a peer that ran through in a dry run, which has no times.
-RAN = "ran"
 
 
 class Prepared(NamedTuple):
     """A peer that is ready.
 
     Attributes:
-        call: from the index of a draw to everything that is computed of it.
+        call: from the index of a draw to its answer.
         forward: the forward of the first draw alone, recording what a backward needs.
     """
 
@@ -49,8 +48,8 @@ def prepare(cell: SeedCell, inputs: SeedInputs, peer: SeedPeer) -> Prepared:
 
     Args:
         cell: whose mode.
-        inputs: of it.
-        peer: who.
+        inputs: of the cell.
+        peer: that computes it.
     """
     training = cell.mode == "training"
     # The very same memory for every peer, so that none has a copy in fresher or hotter pages.
@@ -75,7 +74,7 @@ def prepare(cell: SeedCell, inputs: SeedInputs, peer: SeedPeer) -> Prepared:
 
 
 def errors_of(answer: Answer, exact: Answer) -> dict[str, float]:
-    """How far off each part of an answer is; of ids, the share of tokens that have another set of them.
+    """Compute the error of each part of an answer; of ids, the share of tokens that have another set of them.
 
     Args:
         answer: a peer's.
@@ -92,7 +91,7 @@ def errors_of(answer: Answer, exact: Answer) -> dict[str, float]:
 
 
 def _expected(peer: SeedPeer, cell: SeedCell, inputs: SeedInputs, exact: Answer) -> Answer:
-    """What a peer has to answer: what all do, or, of one that is another function, that function in float64."""
+    """Return the expected answer. A peer that computes another function is checked against that function in float64."""
     if not peer.differs:
         return exact
     wide = peer.build(cell, {name: w.double() for name, w in inputs.weights.items()})
@@ -162,37 +161,24 @@ def run_cell(
             return CellResult(asked, ran, None, 0.0, 0.0, hit, None)
         del exact
         between = ceilings.sampler(cell.dtype)
-        times, granted = time_interleaved(
-            calls,
-            rounds=rounds,
-            seconds=seconds,
-            real_time=real_time,
-            between=between,
-            inputs=len(inputs.draws),
-        )
+        timer = Timer(real_time=real_time)
+        times = time_interleaved(timer, calls, rounds=rounds, seconds=seconds, between=between, inputs=len(inputs.draws))
     for name, samples in times.items():
         rows[name] = rows[name].timed(samples, times.get(OURS))
     work = least_work(cell, experts_hit=round(hit))
     rate, bandwidth = ceilings.flops_per_s[cell.dtype], ceilings.bytes_per_s
     floor = floor_of(work, flops_per_s=rate, bytes_per_s=bandwidth)
     ordered = tuple(rows[peer.name] for peer in peers)
-    return CellResult(asked, ordered, floor, rate, bandwidth, hit, granted, work=work, load=load_of(experts, cell.E))
+    return CellResult(asked, ordered, floor, rate, bandwidth, hit, timer.granted, work=work, load=load_of(experts, cell.E))
 
 
 def print_cell(result: CellResult) -> None:
-    """Print one cell's table; of a cell without times, a line for each row."""
+    """Print one cell's table, after the size at which the row is published."""
     cell = result.cell
     assert isinstance(cell, SeedCell)
-    console = report.console()
     if cell.published:
-        console.print(f"{cell.name}: {cell.system} publishes this row at {cell.published}", highlight=False)
-    if result.floor:
-        report.print_cell(result)
-        return
-    console.print(cell.name, highlight=False)
-    for row in result.rows:
-        error = "" if row.error is None else f" (error {row.error:.1e})"
-        console.print(f"  {row.peer}: {row.note}{error}", highlight=False, style="red" if row.failed else None)
+        report.console().print(f"{cell.name}: {cell.system} publishes this row at {cell.published}", highlight=False)
+    report.print_cell(result)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -20,13 +20,13 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from asv_bench.suites.serving_models import CELLS, PEERS, Blocks, LoopBlock, ServingCell, ServingPeer, blocks_of
 from fusedonemoe.bench import report, session
 from fusedonemoe.bench.ceilings import Ceilings
 from fusedonemoe.bench.peers import UnavailableError, chosen, is_ours, relative_error
 from fusedonemoe.bench.priority import RealTime
 from fusedonemoe.bench.results import percentile, quartiles
-from fusedonemoe.bench.runner import PAUSE_SECONDS, order_of_round, threads
-from fusedonemoe.bench.serving_models import CELLS, PEERS, Blocks, LoopBlock, ServingCell, ServingPeer, blocks_of
+from fusedonemoe.bench.timing import PAUSE_SECONDS, order_of_round, threads
 from fusedonemoe.bench.workloads import Cell, LeastWork, floor_of, least_work
 
 # Lengths of requests: steps of a decoder, and prompts.
@@ -40,7 +40,7 @@ TARGET_MS, TARGET_TOKENS = 100.0, 1000.0
 
 @dataclass(frozen=True)
 class ServingRow:
-    """What came of one peer in one cell.
+    """The result of one peer in one cell.
 
     Attributes:
         peer: its name.

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fusedonemoe.bench.seed_cells import ROUTERS, WITH_ROUTER, SeedCell
-from fusedonemoe.bench.workloads import unambiguous_tokens
+from asv_bench.suites.seed_cells import ROUTERS, WITH_ROUTER, SeedCell
+from fusedonemoe.bench.inputs import unambiguous_tokens
 from fusedonemoe.testing import make_experts
 
 # A step of the answer gathers at most so many numbers of a table; in float64, eight times the bytes.
@@ -57,7 +57,7 @@ def make_inputs(cell: SeedCell) -> SeedInputs:
         logits = tuple((normal(*shape, dtype=torch.float32),) for _ in range(cell.rotation))
         return SeedInputs(logits, {}, (), normal(T, K, dtype=torch.float32) if cell.mode == "training" else None)
     if cell.operator in WITH_ROUTER:
-        xs, experts, router = unambiguous_tokens(cell)
+        xs, experts, router = unambiguous_tokens(cell, cell.rotation)
         weights = {"router": router}
         if cell.operator == "original":
             weights |= {"proj": normal(E, D, F, scale=D**-0.5), "down": normal(F, D, scale=F**-0.5)}
@@ -151,13 +151,13 @@ def reference(cell: SeedCell, draw: Sequence[Tensor], weights: dict[str, Tensor]
 
 
 def leaves_of(draw: Sequence[Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a training step has gradients of, by name: the floating tensors of a draw, and all weights."""
+    """Return the tensors that a training step differentiates, by name: the floating tensors of a draw, and all weights."""
     named = {f"input {n}": t for n, t in enumerate(draw) if t.is_floating_point()}
     return named | weights
 
 
 def gradient_name(leaf: str) -> str:
-    """What a note calls the gradient of a leaf."""
+    """Return the name of a leaf's gradient in a note."""
     return f"gradients of {leaf}"
 
 
@@ -166,7 +166,7 @@ def exact_answer(cell: SeedCell, inputs: SeedInputs) -> Answer:
 
     Args:
         cell: what is computed.
-        inputs: of it.
+        inputs: of the cell.
     """
     draw = inputs.draws[0]
     if inputs.dy is None:

@@ -1,6 +1,6 @@
-"""Who computes the rows of the reference systems: ours, and what each of them measured itself against.
+"""The peers of the rows of the reference systems: ours, and the code that each system compared itself with.
 
-The systems need a GPU, a language of their own or do not run; what stands here is written after their mathematics.
+The systems need a GPU or another language, or do not run; the code here is written from their formulas.
 """
 
 import math
@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from asv_bench.suites.seed_cells import SeedCell
+from asv_bench.suites.seed_inputs import ACTIVATIONS
 from fusedonemoe import functional as F
 from fusedonemoe.bench.peers import ALL_PAIRS, GATHER, OURS, UnavailableError, is_ours
-from fusedonemoe.bench.seed_cells import SeedCell
-from fusedonemoe.bench.seed_inputs import ACTIVATIONS
 
 Weights = dict[str, Tensor]
 # From the tensors of a draw to the output; a router's to weights and ids.
@@ -46,7 +46,7 @@ class SeedPeer:
 
     @property
     def is_ours(self) -> bool:
-        """Whether this library computes it."""
+        """True for this library."""
         return is_ours(self.name)
 
 
@@ -73,7 +73,7 @@ def _picked(cell: SeedCell, x: Tensor, weights: Weights) -> tuple[Tensor, Tensor
 
 
 def _einsum_original(cell: SeedCell, weights: Weights) -> Forward:
-    """As published: a mask of weights, zero where an expert was not picked, and one product over all experts."""
+    """Multiply a mask of weights, zero where an expert was not picked, and all experts in one product, as published."""
 
     def forward(x: Tensor) -> Tensor:
         scores, experts = _picked(cell, x, weights)
@@ -97,7 +97,7 @@ def _loop_original(cell: SeedCell, weights: Weights) -> Forward:
 
 
 def _published_loop(cell: SeedCell, weights: Weights) -> Forward:
-    """What the original measures itself against: every choice of a token weighted by the largest of its logits."""
+    """Weight every choice of a token by the largest of its logits: the loop that the original compares itself with."""
 
     def forward(x: Tensor) -> Tensor:
         picked, experts = nn.functional.linear(x, weights["router"]).topk(cell.K, dim=1)
@@ -123,7 +123,7 @@ def _torch_topk(cell: SeedCell, weights: Weights) -> Forward:
 
 
 def _sorted_topk(cell: SeedCell, weights: Weights) -> Forward:
-    """As candle's own operators have it: all experts in order, the first of them kept, and the weights gathered."""
+    """Sort all experts, keep the first and gather the weights, as candle's own operators do."""
 
     def forward(logits: Tensor) -> tuple[Tensor, Tensor]:
         probabilities = logits.softmax(-1)
@@ -283,7 +283,7 @@ def _our_neurons(cell: SeedCell, weights: Weights) -> Forward:
 
 
 def _gathered_bytes(cell: SeedCell, tables: int) -> int:
-    # With gradients, those of the gathered rows stand beside them.
+    # With gradients, as many bytes again for those of the gathered rows.
     return cell.T * cell.K * cell.D * cell.dtype.itemsize * tables * (2 if cell.mode == "training" else 1)
 
 

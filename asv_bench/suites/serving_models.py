@@ -1,4 +1,4 @@
-"""What the suite ``serving`` sends its requests to: a small model of norms and blocks, and who computes it."""
+"""The models of the suite ``serving``: norms and blocks, by this library and by its peers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fusedonemoe import MoE
-from fusedonemoe.bench.peers import OURS, TRANSFORMERS, UnavailableError, qwen3_moe_config
+from fusedonemoe.bench.peers import LOOP, OURS, TRANSFORMERS, UnavailableError, qwen3_moe_config
 
 EAGER = f"{OURS}, eager"
-LOOP = "per-expert loop"
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class ServingCell:
 
     @property
     def name(self) -> str:
-        """What ``--cells`` matches."""
+        """The text that ``--cells`` matches."""
         return "sequential" if self.clients == 1 else f"concurrent-{self.clients}"
 
     @property
@@ -92,7 +91,7 @@ class LoopBlock(nn.Module):
         self.hit: int = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of ``[T, D]``; ``hit`` is how many experts were picked."""
+        """Compute ``[T, D]``; ``hit`` counts the experts that were picked."""
         scores, experts = nn.functional.linear(x, self.router).softmax(-1).topk(self.K, dim=-1)
         scores = scores / scores.sum(-1, keepdim=True)
         y, hit = torch.zeros_like(x), 0

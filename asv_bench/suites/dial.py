@@ -1,7 +1,7 @@
-"""The memory dial: what a training step of the experts holds for its backward pass, and what holding less costs.
+"""The memory dial: the bytes that a training step of the experts holds for its backward pass, and the cost of holding less.
 
 Bytes held are those of the distinct storages that autograd saves between forward and backward, parameters left out; the peak is
-the most that a step, forward and backward, has at one moment beside its inputs, output and gradients. Times are of the backward
+the most that a step, forward and backward, has at one moment besides its inputs, output and gradients. Times are of the backward
 pass alone, of all lines in turns, and every share is the median of the shares within a turn.
 """
 
@@ -17,13 +17,15 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from asv_bench.suites import lines
+from asv_bench.suites.lines import LinesResult, result_of, times_of
 from fusedonemoe import functional as F
-from fusedonemoe.bench import lines, report
+from fusedonemoe.bench import report
 from fusedonemoe.bench.ceilings import Ceilings
-from fusedonemoe.bench.lines import LinesResult, result_of, time_in_turns, times_of
 from fusedonemoe.bench.memory import held_bytes, peak_extra_bytes
-from fusedonemoe.bench.peers import BUDGET, OURS, TRANSFORMERS, qwen3_moe_config, relative_error
+from fusedonemoe.bench.peers import BUDGET, LOOP, OURS, TRANSFORMERS, qwen3_moe_config, relative_error
 from fusedonemoe.bench.results import quartiles
+from fusedonemoe.bench.timing import Timer, time_interleaved
 from fusedonemoe.bench.workloads import LeastWork
 from fusedonemoe.testing import MLPInputs, make_mlp_inputs
 
@@ -35,7 +37,6 @@ MORE_SIZES = ((256, 1024, 512, 32, 4), (1024, 1024, 384, 64, 8), (2048, 512, 256
 DRY_SIZES = (24, 16, 8, 4, 2)
 ROUNDS = 15
 ROUNDS_OF_MANY = 9
-LOOP = "per-expert loop"
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class DialCell(lines.SizedCell):
 
     @property
     def described(self) -> dict[str, Any]:
-        """What the file says of it beside name and dtype."""
+        """The operator, sizes and mode, for the file."""
         return {"operator": "experts", **self.by_letter, "mode": "backward"}
 
     @property
@@ -59,14 +60,14 @@ class Line:
     """One line of a table.
 
     Attributes:
-        name: who.
+        name: as printed.
         save_percent: the dial; None for a peer, who has none.
         held_bytes: between forward and backward, parameters left out.
         formula_bytes: what ours promises; None for a peer.
-        peak_bytes: most bytes of a step beside what it is given and what it returns.
+        peak_bytes: most bytes of a step besides its inputs and results.
         seconds: median of the backward pass; None when an output was wrong.
-        p95_seconds: of it.
-        p99_seconds: of it.
+        p95_seconds: 95 of 100 calls took no longer.
+        p99_seconds: 99 of 100 calls took no longer.
         calls: how many were timed.
         relative: median over the turns of its time as a share of that of ``save_percent=100``.
         quartiles: of that share.
@@ -90,9 +91,9 @@ class Line:
 
     @property
     def problem(self) -> str:
-        """What is wrong with it: its note, or bytes that are not the formula's."""
+        """The problem with it: its note, or bytes that differ from the formula; empty otherwise."""
         if not self.note and self.formula_bytes and abs(self.held_bytes - self.formula_bytes) > 0.02 * self.formula_bytes:
-            return "holds something else than the formula says"
+            return "holds a different number of bytes than the formula"
         return self.note
 
 
@@ -137,7 +138,7 @@ def _loop_experts(inputs: MLPInputs) -> tuple[Callable[[], Tensor], list[Tensor]
 
 
 def _gradients(name: str, gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
-    """Those of the four inputs; a loop's as whole stacks, with zeros for an expert that no token chose."""
+    """Return the gradients of the four inputs; the loop's as whole stacks, with zeros for an expert that no token chose."""
     if name != LOOP:
         return [g for g in gradients if g is not None]
     dx, dweights, *rest = gradients
@@ -205,7 +206,7 @@ def measure(
         del y, answer
 
     turns = {name: lambda turn, backward=backward: backward() for name, backward in backwards.items()}
-    times = time_in_turns(turns, rounds=rounds, real_time=real_time, between=between)
+    times = time_interleaved(Timer(real_time=real_time), turns, rounds=rounds, between=between)
     first = times[next(iter(found))]
     return [_with_times(line, times.get(line.name), first) for line in found.values()]
 
@@ -280,8 +281,8 @@ def run(args: argparse.Namespace) -> int:
         args: of the benchmark's command.
 
     Returns:
-        The exit status of :func:`fusedonemoe.bench.session.run_cells`; 1 when somebody's output or gradients were off, or ours
-        held something else than the formula says.
+        The exit status of :func:`fusedonemoe.bench.session.run_cells`; 1 when an output or a gradient was off, or ours held a
+        different number of bytes than the formula.
     """
     ceilings = Ceilings()
 

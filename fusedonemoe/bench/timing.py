@@ -1,0 +1,256 @@
+"""Timing of calls in turns: by the clock on a CPU, by events and with a cold cache on a GPU.
+
+On a GPU the second-level cache is cold because it would be in a model: between two calls of a layer all other layers run. It
+also makes cells of few tokens comparable, whose weights would otherwise be in the cache for some calls and not for others.
+Filling the cache takes the device some tens of microseconds, during which the host prepares the call; a call whose host work
+takes longer is timed with the wait of the device, as its users wait for it.
+"""
+
+import gc
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from shutil import which
+
+import torch
+from torch import Tensor
+
+from fusedonemoe.bench.memory import peak_extra_bytes
+from fusedonemoe.bench.priority import RealTime
+from fusedonemoe.bench.workloads import Cell, products
+
+# The worker threads of the peer before spin for a while after their last task.
+PAUSE_SECONDS = 0.06
+# Times the size of the second-level cache, and no less than this.
+FLUSHED_CACHES, FLUSHED_BYTES = 4, 1 << 28
+WARM_UP_CALLS = 3
+
+Call = Callable[[int], object]
+
+
+def order_of_round(names: Sequence[str], round_index: int) -> list[str]:
+    """Return every name once, starting one further along each round, so that none always runs behind the same other."""
+    start = round_index % len(names) if names else 0
+    return [*names[start:], *names[:start]]
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Give torch's pool so many threads for a while; None leaves it alone."""
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Timer:
+    """Times single calls on the CPU."""
+
+    device: torch.device = torch.device("cpu")
+    on_gpu: bool = False
+    granted: bool | None = True  # whether the priority was granted so far; None where it is of no use
+    long_seconds: float = 0.5  # the untimed call of a turn is one of the timed when it takes this long
+    most_calls: int = 20  # timed calls of a turn
+    rotates: bool = True  # whether the calls rotate through the inputs of a cell
+    metered_seconds: float = 2.0  # a peer with a longer first call is not metered, which takes one more
+
+    def __init__(self, *, real_time: bool = True) -> None:
+        self.real_time: bool = real_time
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Run one peer's calls, or what is between two rounds, at the priority asked for."""
+        with RealTime(self.real_time) as priority:
+            yield
+        if self.granted is not None:
+            self.granted &= priority.granted
+
+    def pause(self) -> None:
+        """Wait until the threads of the peer before are idle."""
+        time.sleep(PAUSE_SECONDS)
+
+    def seconds(self, calls: Sequence[Callable[[], object]]) -> list[float]:
+        """Time each of the calls; their results are dropped at once."""
+        times = []
+        for call in calls:
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        return times
+
+    def peak_bytes(self, call: Callable[[], list[Tensor]]) -> int:
+        """Measure the most bytes that a call holds at one moment besides its inputs and its results."""
+        return peak_extra_bytes(call)
+
+    def clean(self) -> None:
+        """Free the memory that no object refers to."""
+        gc.collect()
+
+    def graphed(self, forward: Callable[[], object]) -> Callable[[], object]:
+        """Return the forward itself: there are no graphs on a CPU."""
+        return forward
+
+
+class GpuTimer(Timer):
+    """Times single calls on a GPU; with a CPU as its device, for dry runs, by the clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(real_time=False)
+        self.device = device
+        self.on_gpu: bool = device.type == "cuda"
+        self.granted: bool | None = None
+        self.long_seconds: float = 0.05
+        self.most_calls: int = 30
+        self.rotates: bool = False
+        self.metered_seconds: float = float("inf")
+        size = 1
+        if self.on_gpu:
+            size = max(FLUSHED_CACHES * torch.cuda.get_device_properties(device).L2_cache_size, FLUSHED_BYTES)
+        self._flushed: Tensor = torch.empty(size, dtype=torch.int8, device=device)
+
+    def pause(self) -> None:
+        """Wait for nothing: the device is idle after a turn."""
+
+    def seconds(self, calls: Sequence[Callable[[], object]]) -> list[float]:
+        """Time each of the calls, with a cold cache before it."""
+        if not self.on_gpu:
+            return super().seconds(calls)
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in calls]
+        for call, (start, end) in zip(calls, events, strict=True):
+            self._flushed.zero_()
+            start.record()
+            call()
+            end.record()
+        torch.cuda.synchronize(self.device)
+        return [start.elapsed_time(end) * 1e-3 for start, end in events]
+
+    def peak_bytes(self, call: Callable[[], list[Tensor]]) -> int:
+        """Measure the most bytes that a call holds at one moment besides its inputs and its results."""
+        if not self.on_gpu:
+            return super().peak_bytes(call)
+        torch.cuda.synchronize(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        results = call()
+        torch.cuda.synchronize(self.device)
+        kept = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in results}
+        return max(0, torch.cuda.max_memory_allocated(self.device) - before - sum(kept.values()))
+
+    def clean(self) -> None:
+        """Free the memory that no object refers to, on the device too."""
+        super().clean()
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+
+    def graphed(self, forward: Callable[[], object]) -> Callable[[], object]:
+        """Return a replay of the forward as a CUDA graph.
+
+        Args:
+            forward: reads its inputs from tensors that stay at the same address.
+        """
+        if not self.on_gpu:
+            return forward
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_CALLS):
+                forward()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            forward()
+        return graph.replay
+
+
+def _raise(name: str, error: Exception) -> None:
+    raise error
+
+
+def time_interleaved(
+    timer: Timer,
+    calls: Mapping[str, Call],
+    *,
+    rounds: int,
+    seconds: float | None = None,
+    between: Callable[[], None] = lambda: None,
+    inputs: int = 1,
+    failed: Callable[[str, Exception], None] = _raise,
+) -> dict[str, list[float]]:
+    """Time several calls in turns.
+
+    Args:
+        timer: of the device.
+        calls: by name; each takes the index of an input.
+        rounds: each call's turns. A turn is one untimed call and then timed ones; of very long calls, one timed call.
+        seconds: the approximate time that the timed calls of one name may take in all; None for one timed call in each turn, and
+            no other.
+        between: runs before every round, at the same priority.
+        inputs: the number of inputs that the calls rotate through.
+        failed: called when a call raises, which then has no further turn and no time.
+
+    Returns:
+        Seconds of every timed call by name.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds):
+        with timer.turn():
+            between()
+        for name in order_of_round(list(calls), turn):
+            if name not in times:
+                continue
+            call = calls[name]
+            if seconds is not None:
+                timer.pause()
+            try:
+                with timer.turn():
+                    (first,) = timer.seconds([partial(call, turn % inputs)])
+                    if seconds is None or first > timer.long_seconds:
+                        times[name].append(first)
+                        continue
+                    count = max(1, min(timer.most_calls, int(seconds / rounds / max(first, 1e-9))))
+                    times[name] += timer.seconds([partial(call, (turn + n) % inputs) for n in range(1, count + 1)])
+            except Exception as error:  # Other people's code: the others still have their turns.
+                del times[name]
+                failed(name, error)
+    return times
+
+
+def dense_call(cell: Cell, device: torch.device) -> Callable[[], object] | None:
+    """Return plain matrix products with the operations of the cell; None where it has none."""
+    shapes = products(cell)
+    pairs = [[torch.randn(n, device=device, dtype=cell.dtype) for n in ((m, k), (k, n))] for m, k, n in shapes]
+    outs = [torch.empty(m, n, device=device, dtype=cell.dtype) for m, _, n in shapes]
+
+    def call() -> None:
+        for (a, b), out in zip(pairs, outs, strict=True):
+            torch.mm(a, b, out=out)
+
+    return call if pairs else None
+
+
+def copy_call(size: int, device: torch.device) -> Callable[[], object]:
+    """Return a copy that moves this many bytes, half of them read and half of them written."""
+    source, target = (torch.zeros(max(1, size // 2), dtype=torch.int8, device=device) for _ in range(2))
+    return lambda: target.copy_(source)
+
+
+CONDITIONS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "clocks_throttle_reasons.active", "utilization.gpu")
+
+
+def conditions() -> dict[str, str] | None:
+    """Return clocks, temperature and power from nvidia-smi; None where it is absent or does not answer."""
+    program = which("nvidia-smi")
+    if program is None:
+        return None
+    command = [program, f"--query-gpu={','.join(CONDITIONS)}", "--format=csv,noheader,nounits", "--id=0"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    values = [value.strip() for value in answer.stdout.strip().split(",")]
+    return dict(zip(CONDITIONS, values, strict=True)) if len(values) == len(CONDITIONS) else None
