@@ -183,7 +183,7 @@ class _Checks:
         seconds = time.perf_counter() - start
         errors = errors_of(cell, inputs, answer, exact)
         error = max(errors.values(), key=lambda e: INFINITE if e != e else e)
-        wrong = disagreements(errors, cell.dtype)
+        wrong = disagreements(errors, cell.dtype, inputs.sample.device.type)
         output = answer.get(OUTPUT)
         if not wrong and self.ours is not None and inputs.sample.numel() < cell.T:
             assert isinstance(output, Tensor)
