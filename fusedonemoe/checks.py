@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fusedonemoe.ops import library
 from fusedonemoe.ops.operands import check_rows
-from fusedonemoe.ops.route import NORM_EPS
+from fusedonemoe.ops.records import NORM_EPS
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

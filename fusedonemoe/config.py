@@ -7,9 +7,8 @@ from typing import Any
 
 from fusedonemoe.checks import check_count, check_gate, check_norm_eps, check_number, check_one_of
 from fusedonemoe.hf import fields_of
-from fusedonemoe.ops.activation import ACTIVATIONS, GATE_UP_LAYOUTS
 from fusedonemoe.ops.choice import IMPLEMENTATIONS
-from fusedonemoe.ops.route import GROUP_SCORES, NORM_EPS, SCORINGS
+from fusedonemoe.ops.records import ACTIVATIONS, GATE_UP_LAYOUTS, GROUP_SCORES, NORM_EPS, SCORINGS
 
 _FLAGS = (
     "gated",

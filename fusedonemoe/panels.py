@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from fusedonemoe.functional.packed import PackedExperts, check_can_pack, refuse_packed_training
 from fusedonemoe.ops import library
-from fusedonemoe.ops.activation import PLAIN
 from fusedonemoe.ops.library import Projection
+from fusedonemoe.ops.records import PLAIN
 from fusedonemoe.optimizer_state import remember_forms
 
 if TYPE_CHECKING:

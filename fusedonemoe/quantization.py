@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from fusedonemoe import functional as F
 from fusedonemoe.layers import Experts
 from fusedonemoe.lora import LoRAExperts
-from fusedonemoe.ops.activation import PLAIN, Activation, activate
+from fusedonemoe.ops.activation import activate
 from fusedonemoe.ops.plan import in_range
+from fusedonemoe.ops.records import PLAIN, Activation
 from fusedonemoe.quantized import QuantizedExperts, check_source, rows_of, unwrapped
 
 TOKENS = 16  # whose outputs are compared with float64

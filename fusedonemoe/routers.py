@@ -9,7 +9,7 @@ from fusedonemoe import functional as F
 from fusedonemoe.checks import check_count
 from fusedonemoe.kept_buffers import KeptBuffers
 from fusedonemoe.linear import in_dtype, in_routing_dtype, outside_autocast, routing_linear, uniform_by_fan_in
-from fusedonemoe.ops.route import NORM_EPS
+from fusedonemoe.ops.records import NORM_EPS
 
 
 def routing_impl(impl: str) -> str:

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from fusedonemoe.config import MoEConfig
-from fusedonemoe.ops.activation import PLAIN, Activation, activate
+from fusedonemoe.ops.activation import activate
+from fusedonemoe.ops.records import PLAIN, Activation
 
 
 class SharedExpert(nn.Module):

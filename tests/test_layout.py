@@ -30,6 +30,7 @@ FLOORS = [
         "ops.derivatives",
         "ops.operands",
         "ops.precision",
+        "ops.records",
     ],
     ["ops.dense", "ops.grouped", "ops.lora", "ops.neurons", "ops.quantized", "ops.cpu", "ops.cuda", "ops.triton", "ops.portable"],
     ["ops.library", "ops.shortcut", "ops.choice", "ops"],

@@ -12,7 +12,7 @@ from fusedonemoe.checks import (
     check_save_percent,
     check_shape,
 )
-from fusedonemoe.ops.activation import ACTIVATIONS, GATE_UP_LAYOUTS, PLAIN
+from fusedonemoe.ops.records import ACTIVATIONS, GATE_UP_LAYOUTS, PLAIN
 
 
 def check_call(
@@ -60,5 +60,5 @@ def check_biases(x: Tensor, gate_up_bias: Tensor | None, down_bias: Tensor | Non
 def activation_arguments(
     activation: str, gated: bool, gate_up_layout: str, swiglu_alpha: float, swiglu_limit: float
 ) -> tuple[str, str, float, float]:
-    """The fields of :class:`~fusedonemoe.ops.activation.Activation`."""
+    """The fields of :class:`~fusedonemoe.ops.records.Activation`."""
     return activation, gate_up_layout if gated else PLAIN, float(swiglu_alpha), float(swiglu_limit)

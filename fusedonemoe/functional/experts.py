@@ -12,9 +12,9 @@ from fusedonemoe.functional.arguments import activation_arguments, check_biases,
 from fusedonemoe.functional.calls import as_rows, choose_impl, records_gradients, run_portable, with_leading
 from fusedonemoe.functional.packed import PackedExperts, home_weights, run_packed
 from fusedonemoe.ops import library
-from fusedonemoe.ops.activation import Activation
 from fusedonemoe.ops.derivatives import refuse_transforms
 from fusedonemoe.ops.portable import experts_merged_portable, experts_mlp_portable
+from fusedonemoe.ops.records import Activation
 
 _ops = torch.ops.fusedonemoe
 

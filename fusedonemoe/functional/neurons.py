@@ -19,7 +19,6 @@ from fusedonemoe.checks import (
 )
 from fusedonemoe.functional.calls import as_rows, compute_dtype, records_gradients, run_portable
 from fusedonemoe.ops import library
-from fusedonemoe.ops.activation import ACTIVATIONS
 from fusedonemoe.ops.choice import (
     ASKED_FOR,
     CPU_KERNELS,
@@ -33,6 +32,7 @@ from fusedonemoe.ops.choice import (
 )
 from fusedonemoe.ops.derivatives import refuse_transforms
 from fusedonemoe.ops.portable import experts_neurons_portable, experts_values_portable
+from fusedonemoe.ops.records import ACTIVATIONS
 
 _ops = torch.ops.fusedonemoe
 _PLAIN_ACTIVATIONS = tuple(name for name in ACTIVATIONS if name != "swiglu_oai")

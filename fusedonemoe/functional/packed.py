@@ -10,10 +10,10 @@ from fusedonemoe.checks import check_dim, check_fits, check_float, check_like_x,
 from fusedonemoe.functional.arguments import check_biases, intermediate_size
 from fusedonemoe.functional.calls import as_rows, records_gradients, run_portable, with_leading
 from fusedonemoe.ops import library
-from fusedonemoe.ops.activation import GATE_UP_LAYOUTS, PLAIN
 from fusedonemoe.ops.choice import refusal
 from fusedonemoe.ops.derivatives import refuse_transforms
 from fusedonemoe.ops.library import Projection
+from fusedonemoe.ops.records import GATE_UP_LAYOUTS, PLAIN
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ from fusedonemoe.ops.derivatives import refuse_transforms
 from fusedonemoe.ops.operands import check_choices_of, check_rows
 from fusedonemoe.ops.plan import Plan, make_plan
 from fusedonemoe.ops.plan import tokens_per_expert as _count_tokens
-from fusedonemoe.ops.route import GROUP_SCORES, NORM_EPS, SCORINGS, RouteRule
+from fusedonemoe.ops.records import GROUP_SCORES, NORM_EPS, SCORINGS, RouteRule
 from fusedonemoe.ops.route import route as _route_portably
 
 

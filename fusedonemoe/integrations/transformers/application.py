@@ -11,7 +11,7 @@ from fusedonemoe.integrations.transformers.gates import activation_of
 from fusedonemoe.integrations.transformers.layers import FoundLayer, find_layers
 from fusedonemoe.integrations.transformers.report import LayerReport, Report
 from fusedonemoe.integrations.transformers.routers import RouterPlan, find_router, fuse_router, is_fused, unfuse_router
-from fusedonemoe.ops.activation import PLAIN
+from fusedonemoe.ops.records import PLAIN
 
 _applied: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 # On a module of experts, the implementation that its configuration named before. What apply did is kept on the modules, so that

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fusedonemoe.integrations.transformers.registry import activations, default_gates
-from fusedonemoe.ops.activation import GATE_UP_LAYOUTS, PLAIN, Activation, activate
+from fusedonemoe.ops.activation import activate
+from fusedonemoe.ops.records import GATE_UP_LAYOUTS, PLAIN, Activation
 
 # The attributes in which transformers' classes keep the numbers of their gates.
 _NUMBERS = ("limit", "alpha", "swiglu_limit", "swiglu_alpha")
