@@ -22,18 +22,23 @@ def in_routing_dtype(tensor: Tensor) -> Tensor:
 
 def routing_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x W^T (+ b)`` in the routing dtype of x."""
-    dtype = routing_dtype(x.dtype)
-    bias = None if bias is None else in_dtype(bias, dtype)
-    return nn.functional.linear(in_dtype(x, dtype), in_dtype(weight, dtype), bias)
+    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+    if x.dtype is not dtype:
+        x = x.to(dtype)
+    if weight.dtype is not dtype:
+        weight = weight.to(dtype)
+    if bias is not None and bias.dtype is not dtype:
+        bias = bias.to(dtype)
+    return nn.functional.linear(x, weight, bias)
 
 
-def outside_autocast(compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``compute(x)``, which autocast leaves alone."""
+def outside_autocast(compute: Callable[..., Tensor], x: Tensor, *others: Tensor | None) -> Tensor:
+    """``compute(x, *others)`` with autocast off."""
     device = x.device.type
     if autocast_dtype(device) is None:
-        return compute(x)
+        return compute(x, *others)
     with torch.autocast(device, enabled=False):
-        return compute(x)
+        return compute(x, *others)
 
 
 def uniform_by_fan_in(parameter: Tensor, fan_in: int) -> None:

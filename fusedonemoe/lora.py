@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fusedonemoe import functional as F
 from fusedonemoe.layers import Experts
 from fusedonemoe.linear import uniform_by_fan_in
+from fusedonemoe.ops.records import ACTIVATION_OPTIONS, SWIGLU_ALPHA, SWIGLU_LIMIT, options_of
 from fusedonemoe.panels import is_packed
 from fusedonemoe.peft_refusal import RefusesPeft, check_no_peft, show_to_peft
 
@@ -20,21 +21,21 @@ TARGETS = ("gate_up", "down")
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertsForm:
-    """How a module of experts is to be read: the names of its parameters, and what is computed with them.
+    """The form of a module of experts: the names of its parameters, and their computation.
 
     Attributes:
         up: name of the up-projection's parameter, ``[E, G, D]``, or ``[E, D, G]`` when ``transposed``.
         down: name of the down-projection's parameter, ``[E, D, F]`` or ``[E, F, D]``.
         up_bias: name of the up-projection's bias ``[E, G]``, or None.
         down_bias: name of the down-projection's bias ``[E, D]``, or None.
-        transposed: as for :func:`fusedonemoe.functional.experts_mlp`, and so are the others.
-        activation: likewise.
-        gated: likewise.
-        gate_up_layout: likewise.
-        swiglu_alpha: likewise.
-        swiglu_limit: likewise.
-        save_percent: likewise.
-        impl: likewise.
+        transposed: the projections are kept as ``[E, D, G]`` and ``[E, F, D]``.
+        activation: this and the next four as for :func:`fusedonemoe.functional.experts_mlp`.
+        gated: the up-projection holds gate and up.
+        gate_up_layout: order of its rows.
+        swiglu_alpha: slope of ``swiglu_oai``.
+        swiglu_limit: clamp of ``swiglu_oai``.
+        save_percent: share of pre-activation rows kept for the backward.
+        impl: implementation of :func:`fusedonemoe.functional.experts_mlp_lora`.
 
     Example:
         >>> ExpertsForm(up="w13", down="w2").activation
@@ -49,8 +50,8 @@ class ExpertsForm:
     activation: str = "silu"
     gated: bool = True
     gate_up_layout: str = "gate_up"
-    swiglu_alpha: float = 1.702
-    swiglu_limit: float = 7.0
+    swiglu_alpha: float = SWIGLU_ALPHA
+    swiglu_limit: float = SWIGLU_LIMIT
     save_percent: int = 100
     impl: str = "auto"
 
@@ -60,18 +61,14 @@ class ExpertsForm:
 
 
 def form_of(experts: Experts) -> ExpertsForm:
-    """How to read an :class:`Experts`."""
+    """Return the form of an :class:`Experts`."""
     config, up = experts.config, "gate_up_proj" if experts.config.gated else "up_proj"
     return ExpertsForm(
         up=up,
         up_bias=f"{up}_bias" if config.bias else None,
         down_bias="down_proj_bias" if config.bias else None,
         transposed=config.transposed,
-        activation=config.activation,
-        gated=config.gated,
-        gate_up_layout=config.gate_up_layout,
-        swiglu_alpha=config.swiglu_alpha,
-        swiglu_limit=config.swiglu_limit,
+        **options_of(config, ACTIVATION_OPTIONS),
         save_percent=config.save_percent,
         # The compiled CPU kernels have no adapters.
         impl="auto" if config.impl == "cpu" else config.impl,
@@ -214,14 +211,10 @@ class LoRAExperts(RefusesPeft):
         options: dict[str, Any] = {
             "gate_up_bias": parameter(form.up_bias),
             "down_bias": parameter(form.down_bias),
-            "activation": form.activation,
-            "gated": form.gated,
-            "gate_up_layout": form.gate_up_layout,
             "transposed": form.transposed,
-            "swiglu_alpha": form.swiglu_alpha,
-            "swiglu_limit": form.swiglu_limit,
             "save_percent": form.save_percent,
             "impl": form.impl,
+            **options_of(form, ACTIVATION_OPTIONS),
         }
         arguments = (x, experts, weights, getattr(base, form.up), getattr(base, form.down))
         if not self._adapts:

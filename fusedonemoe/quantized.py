@@ -11,6 +11,7 @@ from fusedonemoe.config import MoEConfig
 from fusedonemoe.functional.quantized import FORMATS, check_finite, check_group_size, new_weight
 from fusedonemoe.kept_buffers import KeptBuffers
 from fusedonemoe.layers import Experts
+from fusedonemoe.ops.records import ACTIVATION_OPTIONS, options_of
 from fusedonemoe.panels import home_of
 
 _PARTS = ("", "_scale", "_zero_point")  # of a name, in the order of a QuantizedWeight
@@ -173,11 +174,7 @@ class QuantizedExperts(KeptBuffers):
             *self.quantized_weights(),
             gate_up_bias=getattr(self, f"{self._up_name}_bias"),
             down_bias=self.down_proj_bias,
-            activation=config.activation,
-            gated=config.gated,
-            gate_up_layout=config.gate_up_layout,
-            swiglu_alpha=config.swiglu_alpha,
-            swiglu_limit=config.swiglu_limit,
+            **options_of(config, ACTIVATION_OPTIONS),
             save_percent=config.save_percent,
             impl=config.impl,
         )
