@@ -300,7 +300,7 @@ class LossFreeBalance:
         self.update()
 
     def tokens_per_expert(self) -> dict[str, Tensor]:
-        """What this process counted since the last update, ``[E]`` int64 by the router's name in the model."""
+        """Return the counts of this process since the last update, ``[E]`` int64 by the router's name in the model."""
         return {name: hook.counts.clone() for name, hook in self._hooks.items()}
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Which implementation a layer uses, and why."""
+"""The implementation that a layer uses, and the reason."""
 
 from dataclasses import dataclass
 
@@ -34,7 +34,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What :func:`~fusedonemoe.explain` returns; ``str()`` is a small table.
+    """The result of :func:`~fusedonemoe.explain`; ``str()`` is a small table.
 
     Attributes:
         operator: the operator that the layer calls: ``experts_mlp``, ``experts_mlp_lora``, ``experts_mlp_quantized``,

@@ -24,7 +24,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class FineGrainedOutput(NamedTuple):
-    """What :class:`FineGrainedMoE` returns.
+    """The output of :class:`FineGrainedMoE`.
 
     Attributes:
         output: ``[..., D]`` in the dtype of x.

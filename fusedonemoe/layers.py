@@ -32,7 +32,7 @@ _dtensor.__dict__["_dynamo_marked_constant"] = True  # see ops/cpu/native.py
 
 
 class MoEOutput(NamedTuple):
-    """What :class:`MoE` returns with ``return_routing=True``.
+    """The output of :class:`MoE` with ``return_routing=True``.
 
     Attributes:
         output: ``[..., D]``.
@@ -107,10 +107,12 @@ class Experts(nn.Module):
         Raises:
             RuntimeError: a parameter is a shard, and nothing says how rows reach the others.
         """
-        up, down = getattr(self, self._up_name), self.down_proj
-        up_bias, down_bias = getattr(self, f"{self._up_name}_bias"), self.down_proj_bias
+        named: dict[str, Any] = {}
+        parameters = self._parameters
+        for name in (self._up_name, "down_proj", f"{self._up_name}_bias", "down_proj_bias"):
+            # A parametrization or pruning takes a name out of the parameters.
+            named[name] = parameters[name] if name in parameters else getattr(self, name)
         if dtensor := _dtensor():
-            named = {self._up_name: up, "down_proj": down, f"{self._up_name}_bias": up_bias, "down_proj_bias": down_bias}
             for name, weight in named.items():
                 if isinstance(weight, dtensor):
                     if self.exchange is None and not all(p.is_replicate() for p in weight.placements):
@@ -119,7 +121,7 @@ class Experts(nn.Module):
                             "fusedonemoe.integrations.distributed.ExpertParallel or TensorParallel to compute with shards"
                         )
                     named[name] = weight.to_local()
-            up, down, up_bias, down_bias = named.values()
+        up, down, up_bias, down_bias = named.values()
         return up, down, up_bias, down_bias
 
     def compute(

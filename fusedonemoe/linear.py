@@ -35,13 +35,13 @@ def routing_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 def outside_autocast(compute: Callable[..., Tensor], x: Tensor, *others: Tensor | None) -> Tensor:
     """``compute(x, *others)`` with autocast off."""
     device = x.device.type
-    if autocast_dtype(device) is None:
+    if (device == "cpu" and not torch.is_autocast_enabled("cpu")) or autocast_dtype(device) is None:
         return compute(x, *others)
     with torch.autocast(device, enabled=False):
         return compute(x, *others)
 
 
 def uniform_by_fan_in(parameter: Tensor, fan_in: int) -> None:
-    """What ``nn.Linear`` would draw: uniform within ``1 / sqrt(fan_in)``."""
+    """Initialise as ``nn.Linear`` does: uniform within ``1 / sqrt(fan_in)``."""
     bound = 1 / math.sqrt(fan_in)
     nn.init.uniform_(parameter, -bound, bound)

@@ -175,12 +175,12 @@ class LoRAExperts(RefusesPeft):
 
     @property
     def scale(self) -> dict[str, float]:
-        """What each target's ``B A`` is multiplied with: ``alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora``."""
+        """The factor on each target's ``B A``: ``alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora``."""
         return {t: self.alpha[t] / (math.sqrt(self.r[t]) if self.use_rslora else self.r[t]) for t in self.targets}
 
     @property
     def merged(self) -> bool:
-        """Whether the base holds the adapters at the moment."""
+        """Return whether the base holds the adapters at the moment."""
         return len(self._originals) > 0  # torch.compile guards on the length of a dict and not on its truth
 
     @property

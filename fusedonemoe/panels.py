@@ -128,7 +128,7 @@ def _refuse_shared_memory(name: str, parameter: nn.Parameter) -> None:
 
 
 def _holders(tensor: Tensor) -> int:
-    """How many tensors, storages and arrays hold the memory of a tensor, itself and this function included."""
+    """Count the tensors, storages and arrays that hold the memory of a tensor, itself and this function included."""
     storage = tensor.untyped_storage()
     return torch._C._storage_Use_Count(storage._cdata)
 

@@ -1,4 +1,4 @@
-"""What the doctor runs: every operator on fixed inputs, the oracle's answers beside it, and how far it may be off."""
+"""The doctor's probes: every operator on fixed inputs, the oracle's answers, and the error that is allowed."""
 
 import itertools
 import re

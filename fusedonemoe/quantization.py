@@ -19,7 +19,7 @@ TOKENS = 16  # whose outputs are compared with float64
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """What quantising did to one module of experts.
+    """The effect of quantising one module of experts.
 
     Attributes:
         name: of the module in the model.
@@ -40,7 +40,7 @@ class QuantizedLayer:
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """What :func:`quantize_` did; ``print`` shows it as a table.
+    """The report of :func:`quantize_`; ``print`` shows it as a table.
 
     Attributes:
         dtype: ``"int8"`` or ``"int4"``.

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from fusedonemoe import functional as F
 from fusedonemoe.checks import check_count
-from fusedonemoe.functional.calls import choose_routing
 from fusedonemoe.functional.routing import route_by
 from fusedonemoe.kept_buffers import KeptBuffers
 from fusedonemoe.linear import in_dtype, in_routing_dtype, outside_autocast, routing_linear, uniform_by_fan_in
@@ -20,7 +19,7 @@ def routing_impl(impl: str) -> str:
 
 
 class RouterOutput(NamedTuple):
-    """What a router returns.
+    """The output of a router.
 
     Attributes:
         logits: ``[..., E]`` float32 (float64 for float64 x); of product keys ``[..., H, 2, G]``.
@@ -171,7 +170,7 @@ class TopKRouter(KeptBuffers):
         rule, selection_bias = self._rule, self.e_score_correction_bias
         if logits.shape[-1] != self._num_experts or (selection_bias is not None and rule.top_k == 0):
             check_rule(rule, logits.shape[-1], selection_bias is not None)  # the parameters are others than at first
-        weights, experts = route_by(rule, logits, selection_bias, choose_routing(self.impl))
+        weights, experts = route_by(rule, logits, selection_bias, self.impl)
         return RouterOutput(logits, weights, experts)
 
     def extra_repr(self) -> str:

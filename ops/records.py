@@ -63,7 +63,7 @@ def row_layout(gated: bool, gate_up_layout: str) -> str:
 
 def activation_options(act: Activation) -> dict[str, Any]:
     """Return the public arguments that :func:`make_activation` makes this record from."""
-    gated = is_gated(act)
+    gated = act.layout != PLAIN
     layout = act.layout if gated else "gate_up"
     constants = {"swiglu_alpha": act.alpha, "swiglu_limit": act.limit}
     return {"activation": act.name, "gated": gated, "gate_up_layout": layout, **constants}
@@ -72,11 +72,6 @@ def activation_options(act: Activation) -> dict[str, Any]:
 def options_of(holder: Any, names: tuple[str, ...]) -> dict[str, Any]:
     """Return the attributes of these names as keyword arguments."""
     return {name: getattr(holder, name) for name in names}
-
-
-def is_gated(act: Activation) -> bool:
-    """Return whether the up-projection holds gate and up."""
-    return act.layout != PLAIN
 
 
 class RouteRule(NamedTuple):

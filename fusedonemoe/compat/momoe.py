@@ -346,7 +346,7 @@ class MoE(KeptBuffers):
         _blocks.add(self)  # a copy balances itself too
 
     def extra_repr(self) -> str:
-        """What the parts do not say, for ``print(module)``."""
+        """Return the sizes that the parts do not print, for ``print(module)``."""
         return f"bias_update_rate={self.bias_update_rate}"
 
 

@@ -25,7 +25,9 @@ def projections(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, *, gated: bo
         check_dim("gate_up_proj", gate_up_proj, "E, D, G" if transposed else "E, G, D")
     up_EGD = gate_up_proj.transpose(1, 2) if transposed else gate_up_proj
     E, G, D = up_EGD.shape
-    F = intermediate_size(E, G, gated)
+    F = G // 2 if gated else G
+    if E < 1 or (gated and G % 2):
+        intermediate_size(E, G, gated)
     if x.shape[-1] != D:
         check_fits(x, D, "gate_up_proj")
     expected = (E, F, D) if transposed else (E, D, F)

@@ -30,7 +30,8 @@ def compute_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
 def choose_impl(operator: str, impl: str, x: Tensor, experts: Tensor, widths: tuple[int, ...], *expert_weights: Tensor) -> str:
     """Return the implementation that runs a call; raise where a named one cannot."""
     device_type, dtype = x.device.type, x.dtype
-    if dtype is not torch.float64:
+    # On CPU autocast is asked here: a call of a function costs more.
+    if dtype is not torch.float64 and (device_type != "cpu" or torch.is_autocast_enabled("cpu")):
         dtype = library.autocast_dtype(device_type) or dtype
     return choose(
         operator,

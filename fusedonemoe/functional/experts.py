@@ -15,7 +15,7 @@ from fusedonemoe.functional.packed import PackedExperts, home_weights, run_panel
 from fusedonemoe.ops import library
 from fusedonemoe.ops.derivatives import refuse_transforms
 from fusedonemoe.ops.portable import experts_merged_portable, experts_mlp_portable
-from fusedonemoe.ops.records import Activation, is_gated, make_activation
+from fusedonemoe.ops.records import PLAIN, Activation, make_activation
 
 _ops = torch.ops.fusedonemoe
 
@@ -139,7 +139,7 @@ def run_experts(
 ) -> Tensor:
     """Run :func:`experts_mlp` with a checked activation and percentage."""
     check_routing(x, experts, weights)
-    up_EGD, down_EDF = projections(x, gate_up_proj, down_proj, gated=is_gated(act), transposed=transposed)
+    up_EGD, down_EDF = projections(x, gate_up_proj, down_proj, gated=act.layout != PLAIN, transposed=transposed)
     (E, G, D), F = up_EGD.shape, down_EDF.shape[2]
     if gate_up_bias is not None or down_bias is not None:
         check_biases(x, gate_up_bias, down_bias, (E, G, D))
@@ -154,7 +154,7 @@ def run_experts(
     else:
         if forward_ad._current_level >= 0:
             refuse_transforms()
-        recording = records_gradients(x, weights, *parameters)
+        recording = torch.is_grad_enabled() and records_gradients(x, weights, *parameters)
         if chosen == "triton" and not recording:
             y = _ops.experts_mlp_inference(*flat, *parameters, *act, library.BUILD)
         else:

@@ -84,7 +84,7 @@ def route(
         norm_eps=norm_eps,
         selection_bias=selection_bias is not None,
     )
-    return route_by(rule, logits, selection_bias, choose_routing(impl))
+    return route_by(rule, logits, selection_bias, impl)
 
 
 def route_by(rule: RouteRule, logits: Tensor, selection_bias: Tensor | None, impl: str) -> tuple[Tensor, Tensor]:
@@ -94,8 +94,10 @@ def route_by(rule: RouteRule, logits: Tensor, selection_bias: Tensor | None, imp
         rule: of :func:`~fusedonemoe.ops.records.make_rule`.
         logits: as for :func:`route`.
         selection_bias: as for :func:`route`; None for a rule that keeps every expert.
-        impl: of :func:`~fusedonemoe.functional.calls.choose_routing`.
+        impl: as for :func:`route`.
     """
+    if impl != "auto" or torch.compiler.is_exporting():
+        impl = choose_routing(impl)
     if selection_bias is not None:
         check_selection_bias(selection_bias, logits)
     rows_TE = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])

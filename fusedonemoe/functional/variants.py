@@ -14,7 +14,7 @@ from fusedonemoe.ops.operands import check_choices_of
 
 
 class TopKSoftmax(NamedTuple):
-    """What :func:`topk_softmax` returns.
+    """The result of :func:`topk_softmax`.
 
     Attributes:
         weights: ``[..., K]`` float32 (float64 for float64 logits), descending.

@@ -76,7 +76,7 @@ class Factors(NamedTuple):
 
 
 class AdapterConfig(NamedTuple):
-    """What an adapter's configuration says of ranks and scales."""
+    """The ranks and scales of an adapter's configuration."""
 
     values: Mapping[str, Any]
 
@@ -88,7 +88,7 @@ class AdapterConfig(NamedTuple):
         return rank, alpha / (rank**0.5 if values.get("use_rslora") else rank)
 
     def targets(self, name: str, form: ExpertsForm) -> tuple[str, ...] | None:
-        """Which projections of a module it names, None if it names no parameters at all."""
+        """Return the projections of a module that it names; None if it names no parameters at all."""
         named = self.values.get("target_parameters")
         if not named:
             return None

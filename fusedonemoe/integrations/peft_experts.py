@@ -174,7 +174,7 @@ class PeftExperts(AdapterLevel, LoRAExperts):
 
     @property
     def gate_up_lora_A(self) -> Tensor | None:  # type: ignore[override]
-        """As in :class:`~fusedonemoe.LoRAExperts`, like the next three: a view of PEFT's matrix."""
+        """Return :class:`~fusedonemoe.LoRAExperts`' parameter of this name as a view of PEFT's matrix, like the next three."""
         return self._factor("gate_up", 0)
 
     @property

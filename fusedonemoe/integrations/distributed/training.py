@@ -1,4 +1,4 @@
-"""What the rest of a training loop needs to know of parameters that are not whole: FSDP2, DDP, optimizers, clipping."""
+"""Sharded parameters in the rest of a training loop: FSDP2, DDP, optimizers, clipping."""
 
 import weakref
 from collections.abc import Callable, Iterable

@@ -157,7 +157,7 @@ def _describe_experts(experts: Any) -> str:
 
 
 def _set_implementation(experts: Any, previous: dict[int, Any]) -> None:
-    """Of this module's configuration alone: the public setter would set those of parts without experts as well."""
+    """Set it in this module's configuration alone: the public setter would also set parts without experts."""
     config = experts.config
     if config._experts_implementation != registry.NAME:
         previous[id(config)] = config._experts_implementation

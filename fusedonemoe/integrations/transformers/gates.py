@@ -1,4 +1,4 @@
-"""Which of the operators' activations an experts module computes between its two projections, found without its name.
+"""Find, without its name, the activation that an experts module computes between its two projections.
 
 What is read are constants only (a function, a class, a few numbers), so that a graph is guarded on those and one graph
 serves every layer of a model.
@@ -112,7 +112,7 @@ def _compared(
 
 
 def activation_of(experts: nn.Module) -> Activation | None:
-    """What an experts module computes between its projections.
+    """Return the activation that an experts module computes between its projections.
 
     Args:
         experts: of a class that transformers' ``use_experts_implementation`` decorates.

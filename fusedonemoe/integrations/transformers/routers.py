@@ -19,7 +19,6 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from fusedonemoe.functional.calls import choose_routing
 from fusedonemoe.functional.routing import route_by
 from fusedonemoe.integrations.transformers import wrapping
 from fusedonemoe.ops.records import NORM_EPS, RouteRule, check_rule
@@ -105,7 +104,7 @@ def _outputs(plan: RouterPlan, router: Any, hidden_states: Tensor, *arguments: T
         bias = getattr(router, _BIAS_BUFFER) if plan.bias == "buffer" else arguments[0]
     if logits.shape[-1] != plan.num_experts:  # the router has other parameters than when it was tried
         check_rule(plan.rule, logits.shape[-1], bias is not None)
-    weights, experts = route_by(plan.rule, logits, bias, choose_routing("auto"))
+    weights, experts = route_by(plan.rule, logits, bias, "auto")
     if plan.weights_like == "float32":
         dtype = torch.float32
     else:
