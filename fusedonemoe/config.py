@@ -7,18 +7,16 @@ from typing import Any
 
 from fusedonemoe.hf import fields_of
 from fusedonemoe.ops.choice import IMPLEMENTATIONS
-from fusedonemoe.ops.records import (
+from fusedonemoe.ops.options import (
     ACTIVATION_OPTIONS,
-    NORM_EPS,
     ROUTE_OPTIONS,
     SWIGLU_ALPHA,
     SWIGLU_LIMIT,
-    Activation,
-    RouteRule,
     make_activation,
     make_rule,
     options_of,
 )
+from fusedonemoe.ops.records import NORM_EPS, Activation, RouteRule
 from fusedonemoe.ops.values import check_count, check_flag, check_one_of, check_positive
 
 _FLAGS = (

@@ -36,7 +36,7 @@ class FineGrainedOutput(NamedTuple):
 
 
 class FineGrainedMoE(nn.Module):
-    """Product keys, single-neuron experts, and optionally a dense branch beside them.
+    """Product keys, single-neuron experts, and an optional dense branch.
 
     ``y_t = sum_j act(<x_t, d_e>) w_tj u_e [+ (act(x_t Wg) * (x_t Wu)) Wd]``, ``e = experts_tj``, over the K best pairs of keys
     of every head. Parameters: ``gate.weight`` ``[H * 2G, D]`` and ``gate.norm``, the tables ``down_embed`` and ``up_embed``

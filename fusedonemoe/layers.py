@@ -17,7 +17,7 @@ from fusedonemoe.functional.experts import run_experts, run_packed
 from fusedonemoe.hf import config_of, tensors_of
 from fusedonemoe.linear import uniform_by_fan_in
 from fusedonemoe.ops.library import PANEL_DIMS
-from fusedonemoe.ops.records import ROUTE_OPTIONS, options_of
+from fusedonemoe.ops.options import ROUTE_OPTIONS, options_of
 from fusedonemoe.routers import TopKRouter, routing_impl
 from fusedonemoe.shared_expert import SharedExpert
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fusedonemoe import functional as F
 from fusedonemoe.layers import Experts
 from fusedonemoe.linear import uniform_by_fan_in
-from fusedonemoe.ops.records import ACTIVATION_OPTIONS, SWIGLU_ALPHA, SWIGLU_LIMIT, options_of
+from fusedonemoe.ops.options import ACTIVATION_OPTIONS, SWIGLU_ALPHA, SWIGLU_LIMIT, options_of
 from fusedonemoe.panels import is_packed
 from fusedonemoe.peft_refusal import RefusesPeft, check_no_peft, show_to_peft
 
@@ -89,19 +89,19 @@ def _per_target(name: str, value: Any, targets: Sequence[str], kind: type | tupl
 class LoRAExperts(RefusesPeft):
     """Experts with a low-rank adapter on each targeted projection: ``W_e + scale * B_e A_e``, never formed.
 
-    The base is frozen: its parameters get no gradient, and none is computed. Parameters are ``gate_up_lora_A`` ``[E, r, D]``,
-    ``gate_up_lora_B`` ``[E, G, r]``, ``down_lora_A`` ``[E, r, F]`` and ``down_lora_B`` ``[E, D, r]``, those of ``base`` beside
-    them. A starts as ``nn.Linear`` would in PEFT's layout of all experts side by side (uniform within ``1 / sqrt(in)``), B at
-    zero, so that at first the adapted experts are the base.
+    The base is frozen: its parameters get no gradient, and none is computed. Its parameters keep their names; those of the
+    adapters are ``gate_up_lora_A`` ``[E, r, D]``, ``gate_up_lora_B`` ``[E, G, r]``, ``down_lora_A`` ``[E, r, F]`` and
+    ``down_lora_B`` ``[E, D, r]``. A starts as ``nn.Linear`` would in PEFT's layout, which has all experts in one matrix
+    (uniform within ``1 / sqrt(in)``), and B at zero, so that at first the adapted experts are the base.
 
     Args:
         base: an :class:`Experts`; or any module that :class:`ExpertsForm` can describe.
         r: rank, one for all targets or ``{"gate_up": 8, "down": 4}``.
         alpha: ``scale = alpha / r``; one or a mapping.
-        targets: which projections have an adapter: ``"gate_up"``, ``"down"`` or both.
+        targets: the projections with an adapter: ``"gate_up"``, ``"down"`` or both.
         use_rslora: ``scale = alpha / sqrt(r)`` (arXiv 2312.03732).
-        form: how to read ``base``, when that is no :class:`Experts`.
-        dtype: of the adapters. By default float32 beside half-precision weights, as an optimizer's small steps want it, and
+        form: the form of ``base``, when that is no :class:`Experts`.
+        dtype: of the adapters. By default float32 with half-precision weights, as an optimizer's small steps need, and
             otherwise that of the weights; products run in the dtype of x.
 
     Shape:

@@ -78,7 +78,7 @@ BUDGETS["MoE"] = tuple(
 
 @dataclass(frozen=True)
 class Probe:
-    """An operator on fixed inputs, beside the oracle's answer.
+    """An operator on fixed inputs, with the oracle's answer.
 
     ``widths`` are the row lengths of its grouped products, None for routing, which runs anywhere; ``seed`` is the gradient of
     its output; ``exact`` holds the oracle's ``output`` and, under the name of each leaf, its gradient.

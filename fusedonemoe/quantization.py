@@ -113,7 +113,7 @@ def _random_call(module: Experts) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _experts_of(model: nn.Module) -> tuple[dict[str, Experts], dict[str, list[tuple[nn.Module, str]]]]:
-    """A model's modules of experts, and everywhere that each of them stands: its parent and its name there."""
+    """A model's modules of experts with all their places: the parent and the name there."""
     modules: dict[str, Experts] = {}
     places: dict[str, list[tuple[nn.Module, str]]] = {}
     names: dict[int, str] = {}

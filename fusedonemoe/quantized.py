@@ -11,7 +11,7 @@ from fusedonemoe.config import MoEConfig
 from fusedonemoe.functional.quantized import FORMATS, check_finite, check_group_size, new_weight
 from fusedonemoe.kept_buffers import KeptBuffers
 from fusedonemoe.layers import Experts
-from fusedonemoe.ops.records import ACTIVATION_OPTIONS, options_of
+from fusedonemoe.ops.options import ACTIVATION_OPTIONS, options_of
 from fusedonemoe.panels import home_of
 
 _PARTS = ("", "_scale", "_zero_point")  # of a name, in the order of a QuantizedWeight
@@ -37,7 +37,7 @@ def unwrapped(name: str, weight: Tensor) -> F.QuantizedWeight | None:
 
 
 def rows_of(experts: Experts, name: str) -> Tensor:
-    """A weight of a module as ``[E, O, I]``, whichever way round it is kept; of a packed one what its panels hold."""
+    """Return a module's weight as ``[E, O, I]``, transposed or packed as it may be."""
     weight = home_of(experts, name)
     if not experts.config.transposed:
         return weight

@@ -10,11 +10,12 @@ from fusedonemoe.checks import check_count
 from fusedonemoe.functional.routing import route_by
 from fusedonemoe.kept_buffers import KeptBuffers
 from fusedonemoe.linear import in_dtype, in_routing_dtype, outside_autocast, routing_linear, uniform_by_fan_in
-from fusedonemoe.ops.records import NORM_EPS, ROUTE_OPTIONS, RouteRule, check_rule, make_rule, options_of
+from fusedonemoe.ops.options import ROUTE_OPTIONS, check_rule, make_rule, options_of
+from fusedonemoe.ops.records import NORM_EPS, RouteRule
 
 
 def routing_impl(impl: str) -> str:
-    """The ``impl`` of the router beside experts of this one."""
+    """Return the ``impl`` of the router for experts with this ``impl``."""
     return impl if impl in ("dense", "portable") else "auto"
 
 

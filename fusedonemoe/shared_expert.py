@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from fusedonemoe.config import MoEConfig
 from fusedonemoe.ops.activation import activate
-from fusedonemoe.ops.records import ACTIVATION_OPTIONS, make_activation, options_of
+from fusedonemoe.ops.options import ACTIVATION_OPTIONS, make_activation, options_of
 
 
 class SharedExpert(nn.Module):

@@ -31,6 +31,7 @@ FLOORS = [
         "ops.operands",
         "ops.precision",
         "ops.records",
+        "ops.options",
         "ops.values",
     ],
     ["ops.dense", "ops.grouped", "ops.lora", "ops.neurons", "ops.quantized", "ops.cpu", "ops.cuda", "ops.triton", "ops.portable"],

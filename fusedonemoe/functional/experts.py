@@ -14,8 +14,9 @@ from fusedonemoe.functional.calls import as_rows, choose_impl, records_gradients
 from fusedonemoe.functional.packed import PackedExperts, home_weights, run_panels
 from fusedonemoe.ops import library
 from fusedonemoe.ops.derivatives import refuse_transforms
+from fusedonemoe.ops.options import make_activation
 from fusedonemoe.ops.portable import experts_merged_portable, experts_mlp_portable
-from fusedonemoe.ops.records import PLAIN, Activation, make_activation
+from fusedonemoe.ops.records import PLAIN, Activation
 
 _ops = torch.ops.fusedonemoe
 

@@ -10,7 +10,7 @@ from fusedonemoe.functional.arguments import check_biases, projections
 from fusedonemoe.functional.calls import as_rows, choose_impl, records_gradients, with_leading
 from fusedonemoe.ops import library
 from fusedonemoe.ops.derivatives import refuse_transforms
-from fusedonemoe.ops.records import make_activation
+from fusedonemoe.ops.options import make_activation
 
 _ops = torch.ops.fusedonemoe
 
@@ -63,7 +63,7 @@ def experts_mlp_lora(
     save_percent: int = 100,
     impl: str = "auto",
 ) -> Tensor:
-    """:func:`experts_mlp` with a low-rank adapter beside each projection, factored.
+    """Run :func:`experts_mlp` with a low-rank adapter on each projection, factored.
 
     ``z = x Wup_e + s1 (x A1_e) B1_e + bup_e``, ``y_t = sum_j w_tj (act(z) Wdown_e + s2 (act(z) A2_e) B2_e + bdown_e)``,
     ``e = experts_tj``. The product ``B A`` of no expert is formed, and a projection that requires no gradient costs none of

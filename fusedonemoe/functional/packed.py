@@ -13,7 +13,8 @@ from fusedonemoe.ops import library
 from fusedonemoe.ops.choice import refusal
 from fusedonemoe.ops.derivatives import refuse_transforms
 from fusedonemoe.ops.library import Projection
-from fusedonemoe.ops.records import GATE_UP_LAYOUTS, PLAIN, Activation, row_layout
+from fusedonemoe.ops.options import row_layout
+from fusedonemoe.ops.records import GATE_UP_LAYOUTS, PLAIN, Activation
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,8 +19,8 @@ from fusedonemoe.functional.calls import as_rows, choose_impl, records_gradients
 from fusedonemoe.ops import library
 from fusedonemoe.ops.cpu.quantized import new_weight as new_weight  # for the modules above
 from fusedonemoe.ops.derivatives import refuse_transforms
+from fusedonemoe.ops.options import make_activation
 from fusedonemoe.ops.quantized import GROUP_SIZES, QuantizedWeight, dequantize, quantize_int4, quantize_int8
-from fusedonemoe.ops.records import make_activation
 
 _ops = torch.ops.fusedonemoe
 FORMATS = ("int8", "int4")

@@ -9,9 +9,10 @@ from fusedonemoe.functional.calls import choose_routing, with_leading
 from fusedonemoe.ops import library
 from fusedonemoe.ops.derivatives import refuse_transforms
 from fusedonemoe.ops.operands import check_choices_of, check_rows
+from fusedonemoe.ops.options import make_rule
 from fusedonemoe.ops.plan import Plan, make_plan
 from fusedonemoe.ops.plan import tokens_per_expert as _count_tokens
-from fusedonemoe.ops.records import NORM_EPS, RouteRule, make_rule
+from fusedonemoe.ops.records import NORM_EPS, RouteRule
 from fusedonemoe.ops.route import route as _route_portably
 
 

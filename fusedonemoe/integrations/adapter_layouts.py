@@ -165,7 +165,7 @@ def read_stacked(
     named = config.targets(name, form)
     if named is None:
         if len(found) < 2:
-            raise ValueError(f"config must name its target_parameters: which projection of {name} is adapted is not to be told")
+            raise ValueError(f"cannot tell which projection of {name} is adapted: config must name its target_parameters")
         named = TARGETS
     targets = registered_targets(base, form, named)
     if set(found) != set(range(len(targets))):

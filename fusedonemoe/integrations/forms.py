@@ -9,7 +9,7 @@ from fusedonemoe.integrations.transformers.registry import default_gates
 from fusedonemoe.layers import Experts
 from fusedonemoe.lora import ExpertsForm
 from fusedonemoe.lora import form_of as form_of_experts
-from fusedonemoe.ops.records import activation_options
+from fusedonemoe.ops.options import activation_options
 
 
 def _is_experts(module: nn.Module) -> bool:

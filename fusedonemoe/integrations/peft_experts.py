@@ -70,7 +70,7 @@ class HeldAdapters(AdapterLevel, nn.Module):
         """Nothing: the module around it merges these, too."""
 
     def unmerge(self) -> None:
-        """Nothing, likewise."""
+        """Do nothing."""
 
     def forward(self, *args: Any) -> Tensor:
         """Refused: half of an adapter."""

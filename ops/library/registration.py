@@ -41,8 +41,6 @@ BUILD = _fingerprint()
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype that autocast computes in on a device; None where it is off, or not to be had."""
-    if device_type == "cpu" and not torch.is_autocast_enabled("cpu"):
-        return None
     # Dynamo of torch 2.11 cannot trace the question; of the devices that it meets, meta alone has no autocast.
     traced = torch.compiler.is_dynamo_compiling()
     if device_type == "meta" or not (traced or torch.amp.is_autocast_available(device_type)):

@@ -20,7 +20,7 @@ _BEFORE = "_fusedonemoe_before"
 
 
 def enable() -> None:
-    """Register ``"fusedonemoe"`` with transformers, beside its own ``"eager"``, ``"grouped_mm"`` and ``"batched_mm"``.
+    """Register ``"fusedonemoe"`` with transformers, next to its ``"eager"``, ``"grouped_mm"`` and ``"batched_mm"``.
 
     Afterwards ``from_pretrained(..., experts_implementation="fusedonemoe")`` and
     ``model.set_experts_implementation("fusedonemoe")`` work. transformers does not save the choice with a model.

@@ -8,7 +8,7 @@ from torch import Tensor
 from fusedonemoe import functional as F
 from fusedonemoe.integrations.transformers.gates import activation_of
 from fusedonemoe.ops import library
-from fusedonemoe.ops.records import activation_options
+from fusedonemoe.ops.options import activation_options
 
 
 def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
