@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fusedonemoe.ops import library
-from fusedonemoe.ops.operands import INTEGERS, check_rows
+from fusedonemoe.ops.operands import INTEGERS, MOST_ROWS, check_rows
 from fusedonemoe.ops.values import check_count as check_count
 from fusedonemoe.ops.values import check_integer as check_integer
 from fusedonemoe.ops.values import check_number as check_number
@@ -112,7 +112,8 @@ def check_routing(x: Tensor, experts: Tensor, weights: Tensor) -> None:
     expected = x_shape[:-1] + experts_shape[-1:]
     if experts_shape != expected:
         check_shape("experts", experts, expected)
-    check_rows(experts)
+    if not torch.compiler.is_dynamo_compiling() and isinstance(rows := experts.numel(), int) and rows > MOST_ROWS:
+        check_rows(experts)
     if weights.shape != experts_shape:
         check_shape("weights", weights, experts_shape)
     if experts.device != device:

@@ -21,6 +21,8 @@ from fusedonemoe.ops.options import ROUTE_OPTIONS, options_of
 from fusedonemoe.routers import TopKRouter, routing_impl
 from fusedonemoe.shared_expert import SharedExpert
 
+_PLAIN = frozenset((Tensor, nn.Parameter, type(None)))
+
 
 def _dtensor() -> Any:
     """Return the class of sharded parameters, if it was imported, and else None: its import takes as long as torch's own."""
@@ -112,7 +114,9 @@ class Experts(nn.Module):
         for name in (self._up_name, "down_proj", f"{self._up_name}_bias", "down_proj_bias"):
             # A parametrization or pruning takes a name out of the parameters.
             named[name] = parameters[name] if name in parameters else getattr(self, name)
-        if dtensor := _dtensor():
+        up, down, up_bias, down_bias = named.values()
+        kinds = (type(up), type(down), type(up_bias), type(down_bias))
+        if not _PLAIN.issuperset(kinds) and (dtensor := _dtensor()):
             for name, weight in named.items():
                 if isinstance(weight, dtensor):
                     if self.exchange is None and not all(p.is_replicate() for p in weight.placements):
@@ -121,7 +125,7 @@ class Experts(nn.Module):
                             "fusedonemoe.integrations.distributed.ExpertParallel or TensorParallel to compute with shards"
                         )
                     named[name] = weight.to_local()
-        up, down, up_bias, down_bias = named.values()
+            up, down, up_bias, down_bias = named.values()
         return up, down, up_bias, down_bias
 
     def compute(

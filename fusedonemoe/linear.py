@@ -21,7 +21,11 @@ def in_routing_dtype(tensor: Tensor) -> Tensor:
 
 
 def routing_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x W^T (+ b)`` in the routing dtype of x."""
+    """``x W^T (+ b)`` in the routing dtype of x, with autocast off."""
+    device = x.device.type
+    if (device != "cpu" or torch.is_autocast_enabled("cpu")) and autocast_dtype(device) is not None:
+        with torch.autocast(device, enabled=False):
+            return routing_linear(x, weight, bias)
     dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
     if x.dtype is not dtype:
         x = x.to(dtype)
@@ -32,13 +36,13 @@ def routing_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     return nn.functional.linear(x, weight, bias)
 
 
-def outside_autocast(compute: Callable[..., Tensor], x: Tensor, *others: Tensor | None) -> Tensor:
-    """``compute(x, *others)`` with autocast off."""
+def outside_autocast(compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``compute(x)`` with autocast off."""
     device = x.device.type
-    if (device == "cpu" and not torch.is_autocast_enabled("cpu")) or autocast_dtype(device) is None:
-        return compute(x, *others)
+    if autocast_dtype(device) is None:
+        return compute(x)
     with torch.autocast(device, enabled=False):
-        return compute(x, *others)
+        return compute(x)
 
 
 def uniform_by_fan_in(parameter: Tensor, fan_in: int) -> None:

@@ -167,7 +167,7 @@ class TopKRouter(KeptBuffers):
 
     def forward(self, x: Tensor) -> RouterOutput:
         """Route ``x`` ``[..., D]``."""
-        logits = outside_autocast(routing_linear, x, self.weight, self.bias)
+        logits = routing_linear(x, self.weight, self.bias)
         rule, selection_bias = self._rule, self.e_score_correction_bias
         if logits.shape[-1] != self._num_experts or (selection_bias is not None and rule.top_k == 0):
             check_rule(rule, logits.shape[-1], selection_bias is not None)  # the parameters are others than at first

@@ -8,7 +8,7 @@ from fusedonemoe.checks import check_count, check_ids, check_logits, check_selec
 from fusedonemoe.functional.calls import choose_routing, with_leading
 from fusedonemoe.ops import library
 from fusedonemoe.ops.derivatives import refuse_transforms
-from fusedonemoe.ops.operands import check_choices_of, check_rows
+from fusedonemoe.ops.operands import MOST_ROWS, check_choices_of, check_rows
 from fusedonemoe.ops.options import make_rule
 from fusedonemoe.ops.plan import Plan, make_plan
 from fusedonemoe.ops.plan import tokens_per_expert as _count_tokens
@@ -102,7 +102,9 @@ def route_by(rule: RouteRule, logits: Tensor, selection_bias: Tensor | None, imp
     if selection_bias is not None:
         check_selection_bias(selection_bias, logits)
     rows_TE = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
-    check_choices_of(logits, rule.top_k or rows_TE.shape[1])
+    T, E = rows_TE.shape
+    if not torch.compiler.is_dynamo_compiling() and isinstance(T, int) and T * (rule.top_k or E) > MOST_ROWS:
+        check_choices_of(logits, rule.top_k or E)
     if impl == "portable":
         weights, experts = _route_portably(rows_TE, selection_bias, rule)
     elif impl == "dense":
