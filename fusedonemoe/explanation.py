@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from fusedonemoe.config import MoEConfig
-from fusedonemoe.fine_grained import FineGrainedMoE
 from fusedonemoe.functional.neurons import choose_tables
-from fusedonemoe.fused_one_moe import FusedOneMoE
 from fusedonemoe.layers import Experts, MoE
-from fusedonemoe.lora import LoRAExperts
+from fusedonemoe.layers.fine_grained import FineGrainedMoE
+from fusedonemoe.layers.fused_one_moe import FusedOneMoE
+from fusedonemoe.layers.lora import LoRAExperts
+from fusedonemoe.layers.quantized import QuantizedExperts
 from fusedonemoe.ops import IMPLEMENTATIONS, Work, choose, count_work
 from fusedonemoe.ops.choice import refusal
 from fusedonemoe.ops.triton.rules import architecture, describe
-from fusedonemoe.quantized import QuantizedExperts
 
 
 @dataclass(frozen=True)

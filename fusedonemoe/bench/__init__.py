@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 
-from fusedonemoe import options
 from fusedonemoe.bench.suites import REGISTRY
+from fusedonemoe.cli import options
 
 __all__ = ["add_arguments", "run"]
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from fusedonemoe.checks import check_float
 from fusedonemoe.integrations.checkpoints.files import unreadable
-from fusedonemoe.lora import TARGETS, ExpertsForm, LoRAExperts, pattern_value
+from fusedonemoe.layers.form import ExpertsForm
+from fusedonemoe.layers.lora import TARGETS, LoRAExperts, pattern_value
 
 PREFIX = "base_model.model."
 _KEY = re.compile(rf"(?:{re.escape(PREFIX)})?(?P<module>.+?)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")

@@ -7,8 +7,8 @@ from torch import nn
 from fusedonemoe.integrations.transformers.gates import activation_of
 from fusedonemoe.integrations.transformers.registry import default_gates
 from fusedonemoe.layers import Experts
-from fusedonemoe.lora import ExpertsForm
-from fusedonemoe.lora import form_of as form_of_experts
+from fusedonemoe.layers.form import ExpertsForm
+from fusedonemoe.layers.form import form_of as form_of_experts
 from fusedonemoe.ops.options import activation_options
 
 

@@ -15,8 +15,9 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
 from fusedonemoe.integrations.adapter_layouts import split_factors
+from fusedonemoe.layers.form import ExpertsForm
+from fusedonemoe.layers.lora import TARGETS, LoRAExperts, refuse_merged
 from fusedonemoe.linear import uniform_by_fan_in
-from fusedonemoe.lora import TARGETS, ExpertsForm, LoRAExperts, refuse_merged
 from fusedonemoe.ops import notice
 
 

@@ -17,7 +17,7 @@ from fusedonemoe.integrations.distributed.collectives import in_autocast_dtype, 
 from fusedonemoe.integrations.distributed.description import describe_blocks, library_versions
 from fusedonemoe.integrations.distributed.dispatch import AllToAll, FixedCapacity, check_capacity
 from fusedonemoe.layers import Experts
-from fusedonemoe.lora import LoRAExperts
+from fusedonemoe.layers.lora import LoRAExperts
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 

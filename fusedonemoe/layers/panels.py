@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from fusedonemoe.functional.packed import PackedExperts, check_can_pack, refuse_packed_training
+from fusedonemoe.layers.optimizer_state import remember_forms
 from fusedonemoe.ops import library
 from fusedonemoe.ops.library import Projection
 from fusedonemoe.ops.records import PLAIN
-from fusedonemoe.optimizer_state import remember_forms
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-    from fusedonemoe.layers import Experts
+    from fusedonemoe.layers.moe import Experts
 
 
 def is_panels(tensor: Tensor | None) -> bool:

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from fusedonemoe import functional as F
 from fusedonemoe.agreement import agree
 from fusedonemoe.checks import check_tensor
-from fusedonemoe.routers import RouterOutput, TopKRouter
+from fusedonemoe.layers.routers import RouterOutput, TopKRouter
 
 _MOST_ROWS = 16  # of a printed table; the busiest and the idlest of more experts
 

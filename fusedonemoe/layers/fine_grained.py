@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from fusedonemoe import functional as F
 from fusedonemoe.checks import check_integer, check_last_dim, check_one_of
+from fusedonemoe.layers.routers import ProductKeyRouter, routing_impl
 from fusedonemoe.linear import uniform_by_fan_in
-from fusedonemoe.routers import ProductKeyRouter, routing_impl
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": nn.functional.silu,
@@ -68,7 +68,7 @@ class FineGrainedMoE(nn.Module):
 
     Example:
         >>> import torch
-        >>> from fusedonemoe.fine_grained import FineGrainedMoE
+        >>> from fusedonemoe import FineGrainedMoE
         >>> moe = FineGrainedMoE(hidden_size=32, num_experts=10000, top_k=16, intermediate_size=64)
         >>> y, logits = moe(torch.randn(2, 7, 32))
         >>> y.shape, logits.shape

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from fusedonemoe import functional as F
-from fusedonemoe.layers import Experts
-from fusedonemoe.lora import LoRAExperts
+from fusedonemoe.layers.lora import LoRAExperts
+from fusedonemoe.layers.moe import Experts
+from fusedonemoe.layers.quantized import QuantizedExperts, check_source, rows_of, unwrapped
 from fusedonemoe.ops.activation import activate
 from fusedonemoe.ops.plan import in_range
-from fusedonemoe.quantized import QuantizedExperts, check_source, rows_of, unwrapped
 
 TOKENS = 16  # whose outputs are compared with float64
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fusedonemoe import functional as F
 from fusedonemoe.checks import check_count
 from fusedonemoe.functional.routing import route_by
-from fusedonemoe.kept_buffers import KeptBuffers
+from fusedonemoe.layers.kept_buffers import KeptBuffers
 from fusedonemoe.linear import in_dtype, in_routing_dtype, outside_autocast, routing_linear, uniform_by_fan_in
 from fusedonemoe.ops.options import ROUTE_OPTIONS, check_rule, make_rule, options_of
 from fusedonemoe.ops.records import NORM_EPS, RouteRule

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from fusedonemoe import functional as F
-from fusedonemoe import panels
 from fusedonemoe.checks import check_last_dim
 from fusedonemoe.config import MoEConfig
 from fusedonemoe.functional.experts import run_experts, run_packed
 from fusedonemoe.hf import config_of, tensors_of
+from fusedonemoe.layers import panels
+from fusedonemoe.layers.routers import TopKRouter, routing_impl
+from fusedonemoe.layers.shared_expert import SharedExpert
 from fusedonemoe.linear import uniform_by_fan_in
 from fusedonemoe.ops.library import PANEL_DIMS
 from fusedonemoe.ops.options import ROUTE_OPTIONS, options_of
-from fusedonemoe.routers import TopKRouter, routing_impl
-from fusedonemoe.shared_expert import SharedExpert
 
 _PLAIN = frozenset((Tensor, nn.Parameter, type(None)))
 

@@ -9,10 +9,10 @@ from fusedonemoe import functional as F
 from fusedonemoe.checks import check_one_of
 from fusedonemoe.config import MoEConfig
 from fusedonemoe.functional.quantized import FORMATS, check_finite, check_group_size, new_weight
-from fusedonemoe.kept_buffers import KeptBuffers
-from fusedonemoe.layers import Experts
+from fusedonemoe.layers.kept_buffers import KeptBuffers
+from fusedonemoe.layers.moe import Experts
+from fusedonemoe.layers.panels import home_of
 from fusedonemoe.ops.options import ACTIVATION_OPTIONS, options_of
-from fusedonemoe.panels import home_of
 
 _PARTS = ("", "_scale", "_zero_point")  # of a name, in the order of a QuantizedWeight
 
