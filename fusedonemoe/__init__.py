@@ -1,5 +1,7 @@
 """FusedOneMoE: the mixture-of-experts block for torch.compile-d models."""
 
+import sys
+
 from fusedonemoe import balance, functional, ops
 from fusedonemoe.config import MoEConfig
 from fusedonemoe.explanation import Explanation, explain
@@ -24,6 +26,10 @@ from fusedonemoe.layers import (
 from fusedonemoe.tuning import Tuned, tune
 
 __version__ = "0.1.0.dev0"
+
+# The modules of these classes have moved into layers/. Programs import them by these names, and pickles hold the names.
+for _name in ("fine_grained", "fused_one_moe", "lora", "quantization", "quantized", "routers"):
+    globals()[_name] = sys.modules[f"{__name__}.{_name}"] = sys.modules[f"{__name__}.layers.{_name}"]
 
 __all__ = [
     "Experts",

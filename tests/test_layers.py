@@ -3,6 +3,8 @@
 import copy
 import inspect
 import pickle
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -457,3 +459,12 @@ def test_setting_a_field_of_a_routers_rule_takes_effect_and_is_checked():
     router.weight = torch.nn.Parameter(torch.zeros(1, 8))
     with pytest.raises(ValueError, match="top_k must be from 1 to 1"):
         router(x)
+
+
+def test_modules_that_moved_have_their_names_of_before():
+    code = (
+        "from fusedonemoe.fine_grained import FineGrainedMoE\nfrom fusedonemoe.lora import LoRAExperts, add_lora\n"
+        "from fusedonemoe.quantization import quantize_\nimport fusedonemoe.routers, fusedonemoe.quantized, fusedonemoe\n"
+        "assert fusedonemoe.routers.TopKRouter is fusedonemoe.TopKRouter and LoRAExperts is fusedonemoe.LoRAExperts"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

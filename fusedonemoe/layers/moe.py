@@ -21,6 +21,7 @@ from fusedonemoe.linear import uniform_by_fan_in
 from fusedonemoe.ops.library import PANEL_DIMS
 from fusedonemoe.ops.options import ROUTE_OPTIONS, options_of
 
+# Types of parameters, and of their absence, that are not sharded.
 _PLAIN = frozenset((Tensor, nn.Parameter, type(None)))
 
 
