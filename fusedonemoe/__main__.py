@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from fusedonemoe import __version__
-from fusedonemoe.completion import SHELLS
-from fusedonemoe.overview import overview
+from fusedonemoe.cli.completion import SHELLS
+from fusedonemoe.cli.overview import overview
 
 COMMANDS = {
     "demo": "train a small compiled MoE here",
@@ -34,7 +34,7 @@ class _PrintCompletion(argparse.Action):
     """Print the script and end, as ``--help`` does."""
 
     def __call__(self, parser: argparse.ArgumentParser, *args: object) -> None:
-        from fusedonemoe.completion import completion
+        from fusedonemoe.cli.completion import completion
 
         full, commands = _parsers()
         try:

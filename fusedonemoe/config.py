@@ -1,23 +1,28 @@
 """The configuration of a mixture-of-experts block."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from fusedonemoe.checks import check_count, check_gate, check_norm_eps, check_number, check_one_of
 from fusedonemoe.hf import fields_of
-from fusedonemoe.ops.activation import ACTIVATIONS, GATE_UP_LAYOUTS
 from fusedonemoe.ops.choice import IMPLEMENTATIONS
-from fusedonemoe.ops.route import GROUP_SCORES, NORM_EPS, SCORINGS
+from fusedonemoe.ops.options import (
+    ACTIVATION_OPTIONS,
+    ROUTE_OPTIONS,
+    SWIGLU_ALPHA,
+    SWIGLU_LIMIT,
+    make_activation,
+    make_rule,
+    options_of,
+)
+from fusedonemoe.ops.records import NORM_EPS, Activation, RouteRule
+from fusedonemoe.ops.values import check_count, check_flag, check_one_of, check_positive
 
 _FLAGS = (
-    "gated",
     "transposed",
     "bias",
     "output_bias",
-    "score_first",
-    "norm_topk_prob",
     "router_bias",
     "selection_bias",
     "shared_gate",
@@ -26,7 +31,7 @@ _FLAGS = (
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """What an :class:`~fusedonemoe.MoE` block is; validated once, here.
+    """The configuration of an :class:`~fusedonemoe.MoE` block; it is validated once, when it is made.
 
     Attributes:
         hidden_size: ``D``.
@@ -43,7 +48,7 @@ class MoEConfig:
         swiglu_limit: clamp of ``swiglu_oai``.
         scoring: ``softmax`` or ``sigmoid``.
         score_first: score before the selection (Qwen3, DeepSeek-V3) or after it (GPT-OSS).
-        norm_topk_prob: whether a token's weights sum to 1 before scaling.
+        norm_topk_prob: divide a token's weights by their sum before scaling.
         routed_scaling_factor: factor on the routing weights.
         router_bias: bias of the router's linear map (GPT-OSS).
         selection_bias: a buffer ``gate.e_score_correction_bias`` that takes part in the selection only (DeepSeek-V3).
@@ -79,8 +84,8 @@ class MoEConfig:
     transposed: bool = False
     bias: bool = False
     output_bias: bool = False
-    swiglu_alpha: float = 1.702
-    swiglu_limit: float = 7.0
+    swiglu_alpha: float = SWIGLU_ALPHA
+    swiglu_limit: float = SWIGLU_LIMIT
     scoring: str = "softmax"
     score_first: bool = True
     norm_topk_prob: bool = True
@@ -97,51 +102,31 @@ class MoEConfig:
     impl: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "intermediate_size", "num_experts", "n_group", "topk_group"):
+        for name in ("hidden_size", "intermediate_size", "num_experts"):
             check_count(name, getattr(self, name))
         if self.shared_intermediate_size is not None:
             check_count("shared_intermediate_size", self.shared_intermediate_size)
         elif self.shared_gate:
             raise ValueError("shared_gate needs a shared branch: set shared_intermediate_size")
         for name in _FLAGS:
-            self._check_flag(name)
+            check_flag(name, getattr(self, name))
         for name in ("swiglu_alpha", "swiglu_limit", "routed_scaling_factor"):
-            self._check_factor(name)
-        check_one_of("activation", self.activation, ACTIVATIONS)
-        check_one_of("gate_up_layout", self.gate_up_layout, GATE_UP_LAYOUTS)
-        check_one_of("scoring", self.scoring, SCORINGS)
-        check_one_of("group_score", self.group_score, GROUP_SCORES)
-        check_norm_eps(self.norm_eps, self.scoring)
+            check_positive(name, getattr(self, name))
         check_one_of("impl", self.impl, ("auto", *IMPLEMENTATIONS))
         check_count("save_percent", self.save_percent, 0)
         if self.save_percent > 100:
             raise ValueError(f"save_percent must be an integer from 0 to 100, got {self.save_percent}")
-        check_gate(self.activation, self.gated)
-        if self.num_experts % self.n_group:
-            raise ValueError(f"n_group must divide num_experts ({self.num_experts}), got {self.n_group}")
-        if self.topk_group > self.n_group:
-            raise ValueError(f"topk_group must be from 1 to n_group ({self.n_group}), got {self.topk_group}")
-        if self.top_k is None:
-            if self.n_group > 1 or self.selection_bias:
-                raise ValueError("top_k=None selects every expert: n_group must be 1 and selection_bias False")
-        else:
-            check_count("top_k", self.top_k)
-            selectable = self.num_experts // self.n_group * self.topk_group
-            if self.top_k > selectable:
-                raise ValueError(
-                    f"top_k must be from 1 to {selectable}, the experts that can be picked, or None, got {self.top_k}"
-                )
+        _ = self.act, self.route_rule  # made now: making a record checks it
 
-    def _check_flag(self, name: str) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} must be a bool, got {value!r}")
+    @cached_property
+    def act(self) -> Activation:
+        """The record of the experts' activation."""
+        return make_activation(**options_of(self, ACTIVATION_OPTIONS))
 
-    def _check_factor(self, name: str) -> None:
-        value = getattr(self, name)
-        check_number(name, value)
-        if not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{name} must be positive and finite, got {value}")
+    @cached_property
+    def route_rule(self) -> RouteRule:
+        """The record of the routing rule."""
+        return make_rule(self.num_experts, self.top_k, selection_bias=self.selection_bias, **options_of(self, ROUTE_OPTIONS))
 
     @property
     def up_rows(self) -> int:
@@ -157,16 +142,16 @@ class MoEConfig:
     def from_hf(cls, config: Any, *, layer: int | None = None, **changes: Any) -> "MoEConfig":
         """The block of a Hugging Face model's configuration.
 
-        A shared branch that stands outside the block, as Granite's does, is not part of it.
+        A shared branch outside the block, such as Granite's, is left out.
 
         Args:
-            config: a configuration of transformers, or any object with the same attributes. Of a model of several towers, the
-                text model's own is taken.
-            layer: whose block, where the configuration has ``per_layer_config``.
-            **changes: fields to set beside those that the configuration says: ``impl``, ``save_percent`` and so on.
+            config: a configuration of transformers, or any object with the same attributes. If a model has several towers,
+                the configuration of its text model is read.
+            layer: the index of the layer, for a configuration with ``per_layer_config``.
+            **changes: fields that replace those of ``config``, or that it does not have: ``impl``, ``save_percent``, ...
 
         Raises:
-            ValueError: the family is not known, or its block does what the fields here do not say; the message says what.
+            ValueError: the family is not known, or the fields here cannot describe its block; the message says why.
 
         Example:
             >>> from types import SimpleNamespace

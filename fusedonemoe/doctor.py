@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from fusedonemoe import MoE, __version__
+from fusedonemoe.cli.probes import BUDGET_TEXT, BUDGETS, DTYPES, D, E, F, K, Probe, make_probes, normal
 from fusedonemoe.ops.choice import refusal
 from fusedonemoe.ops.cpu import build
 from fusedonemoe.ops.reference import FloatArray
-from fusedonemoe.probes import BUDGET_TEXT, BUDGETS, DTYPES, D, E, F, K, Probe, make_probes, normal
 from fusedonemoe.testing import exact_float64
 
 Errors = Mapping[str, float]

@@ -1,4 +1,4 @@
-"""Which implementation a layer uses, and why."""
+"""The implementation that a layer uses, and the reason."""
 
 from dataclasses import dataclass
 
@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from fusedonemoe.config import MoEConfig
-from fusedonemoe.fine_grained import FineGrainedMoE
 from fusedonemoe.functional.neurons import choose_tables
-from fusedonemoe.fused_one_moe import FusedOneMoE
 from fusedonemoe.layers import Experts, MoE
-from fusedonemoe.lora import LoRAExperts
+from fusedonemoe.layers.fine_grained import FineGrainedMoE
+from fusedonemoe.layers.fused_one_moe import FusedOneMoE
+from fusedonemoe.layers.lora import LoRAExperts
+from fusedonemoe.layers.quantized import QuantizedExperts
 from fusedonemoe.ops import IMPLEMENTATIONS, Work, choose, count_work
 from fusedonemoe.ops.choice import refusal
 from fusedonemoe.ops.triton.rules import architecture, describe
-from fusedonemoe.quantized import QuantizedExperts
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What :func:`~fusedonemoe.explain` returns; ``str()`` is a small table.
+    """The result of :func:`~fusedonemoe.explain`; ``str()`` is a small table.
 
     Attributes:
         operator: the operator that the layer calls: ``experts_mlp``, ``experts_mlp_lora``, ``experts_mlp_quantized``,

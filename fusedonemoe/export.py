@@ -13,7 +13,7 @@ __all__ = ["portable"]
 
 
 def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any, Any]]:
-    """Where layers say which implementation they run: module, attribute, what stands there, and what is portable."""
+    """List the places where layers name their implementation: module, attribute, its value, and the portable value."""
     for module in model.modules():
         if isinstance(config := getattr(module, "config", None), MoEConfig):
             yield module, "config", config, dataclasses.replace(config, impl="portable")

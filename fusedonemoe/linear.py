@@ -21,14 +21,23 @@ def in_routing_dtype(tensor: Tensor) -> Tensor:
 
 
 def routing_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x W^T (+ b)`` in the routing dtype of x."""
-    dtype = routing_dtype(x.dtype)
-    bias = None if bias is None else in_dtype(bias, dtype)
-    return nn.functional.linear(in_dtype(x, dtype), in_dtype(weight, dtype), bias)
+    """``x W^T (+ b)`` in the routing dtype of x, with autocast off."""
+    device = x.device.type
+    if (device != "cpu" or torch.is_autocast_enabled("cpu")) and autocast_dtype(device) is not None:
+        with torch.autocast(device, enabled=False):
+            return routing_linear(x, weight, bias)
+    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+    if x.dtype is not dtype:
+        x = x.to(dtype)
+    if weight.dtype is not dtype:
+        weight = weight.to(dtype)
+    if bias is not None and bias.dtype is not dtype:
+        bias = bias.to(dtype)
+    return nn.functional.linear(x, weight, bias)
 
 
 def outside_autocast(compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``compute(x)``, which autocast leaves alone."""
+    """``compute(x)`` with autocast off."""
     device = x.device.type
     if autocast_dtype(device) is None:
         return compute(x)
@@ -37,6 +46,6 @@ def outside_autocast(compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def uniform_by_fan_in(parameter: Tensor, fan_in: int) -> None:
-    """What ``nn.Linear`` would draw: uniform within ``1 / sqrt(fan_in)``."""
+    """Initialise as ``nn.Linear`` does: uniform within ``1 / sqrt(fan_in)``."""
     bound = 1 / math.sqrt(fan_in)
     nn.init.uniform_(parameter, -bound, bound)

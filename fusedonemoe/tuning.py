@@ -23,7 +23,7 @@ MEMORY = 0.8  # of the free device memory
 
 @dataclass(frozen=True)
 class Tuned:
-    """What :func:`tune` found for one number of tokens.
+    """The finding of :func:`tune` for one number of tokens.
 
     Attributes:
         layer: architecture, dtype, rows per expert (to a power of two) and sizes that the tiles are for.
@@ -61,7 +61,7 @@ def _variants(tile: Tile) -> Iterator[Tile]:
 
 
 def candidates(best: Tiles, name: str) -> Iterator[Tiles]:
-    """What to try next to ``best``: other blocks of rows (``name`` is ``"rows"``), or another tile for one kernel."""
+    """List the neighbours of ``best``: other blocks of rows (``name`` is ``"rows"``), or another tile for one kernel."""
     if name == "rows":
         for block in sorted({16, 32, 64, 128} - {best.up.BLOCK_M}):
             yield _with_row_blocks(best, block)

@@ -4,32 +4,10 @@
 gate and up columns of which ``layout`` names the order, and ``h = act(gate) * up``.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "identity", "swiglu_oai")
-GATE_UP_LAYOUTS = ("gate_up", "up_gate", "interleaved")
-PLAIN = "plain"
-
-
-class Activation(NamedTuple):
-    """What stands between the up and the down projection.
-
-    Attributes:
-        name: one of :data:`ACTIVATIONS`. ``swiglu_oai`` is GPT-OSS's clamped SwiGLU, gated by definition:
-            ``g = min(gate, limit)``, ``u = clamp(up, -limit, limit)``, ``h = (u + 1) * g * sigmoid(alpha * g)``.
-        layout: how gate and up stand along the last axis of ``z``: ``gate_up`` (halves, gate first), ``up_gate``
-            (halves, up first), ``interleaved`` (gate, up, gate, up, ...), or ``plain`` for an expert without a gate.
-        alpha: slope of ``swiglu_oai``.
-        limit: clamp of ``swiglu_oai``.
-    """
-
-    name: str
-    layout: str
-    alpha: float
-    limit: float
+from fusedonemoe.ops.records import PLAIN, Activation
 
 
 def _split(z: Tensor, layout: str) -> tuple[Tensor, Tensor]:

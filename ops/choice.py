@@ -163,7 +163,7 @@ def choose(
     if impl not in _NAMES:
         raise ValueError(f"impl must be one of {_NAMES}, got {impl!r}")
     has_kernels = ("cpu", operator) not in LACKING and not portable
-    if exporting_to_onnx():
+    if portable and exporting_to_onnx():
         if impl not in ("auto", "portable"):
             raise ValueError(no_onnx_form(impl))
         if reason := LACKING.get(("portable", operator)):

@@ -11,8 +11,9 @@ and is never computed.
 import torch
 from torch import Tensor
 
-from fusedonemoe.ops.activation import Activation, activate
+from fusedonemoe.ops.activation import activate
 from fusedonemoe.ops.precision import row_dtype, sum_dtype
+from fusedonemoe.ops.records import Activation
 
 
 def routing_masks(

@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedonemoe.ops.activation import Activation, activate, activate_backward
+from fusedonemoe.ops.activation import activate, activate_backward
 from fusedonemoe.ops.plan import in_range, make_plan
 from fusedonemoe.ops.precision import row_dtype, sum_dtype
+from fusedonemoe.ops.records import Activation
 
 
 def grouped_mm(rows_NA: Tensor, weights_EAB: Tensor, offsets: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedonemoe.ops.activation import Activation, activate, activate_backward
+from fusedonemoe.ops.activation import activate, activate_backward
 from fusedonemoe.ops.cuda import ALIGNMENT_BYTES
 from fusedonemoe.ops.dense import by_expert, sum_of_experts, tokens_of_experts
 from fusedonemoe.ops.grouped import (
@@ -26,6 +26,7 @@ from fusedonemoe.ops.grouped import (
 )
 from fusedonemoe.ops.plan import make_plan
 from fusedonemoe.ops.precision import row_dtype
+from fusedonemoe.ops.records import Activation
 
 
 class Adapter(NamedTuple):

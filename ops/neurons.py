@@ -11,9 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedonemoe.ops.activation import PLAIN, Activation, activate, activate_backward
+from fusedonemoe.ops.activation import activate, activate_backward
 from fusedonemoe.ops.dense import routing_masks
 from fusedonemoe.ops.plan import in_range
+from fusedonemoe.ops.records import PLAIN, Activation
 
 _SUM = 0  # embedding_bag's mode
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedonemoe.ops.activation import PLAIN, Activation
+from fusedonemoe.ops.records import PLAIN, Activation
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (

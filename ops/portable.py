@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedonemoe.ops.activation import PLAIN, Activation, activate
+from fusedonemoe.ops.activation import activate
 from fusedonemoe.ops.dense import experts_merged_dense
 from fusedonemoe.ops.plan import in_range
 from fusedonemoe.ops.precision import row_dtype, sum_dtype
+from fusedonemoe.ops.records import PLAIN, Activation
 
 
 def few_rows(rows: int, num_experts: int) -> bool:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fusedonemoe.ops import dense, grouped
-from fusedonemoe.ops.activation import Activation
 from fusedonemoe.ops.grouped import MLPNeeds
 from fusedonemoe.ops.precision import row_dtype
+from fusedonemoe.ops.records import Activation
 
 GROUP_SIZES = (32, 64, 128)
 MIDDLE = 8  # of the 16 values of four bits: the zero point where none is stored

@@ -4,41 +4,10 @@ Arithmetic is float32 for every logits dtype but float64, which stays float64. S
 the lower id), so equal scores always give the same experts.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-SCORINGS = ("softmax", "sigmoid")
-GROUP_SCORES = ("top2_sum", "max")
-NORM_EPS = 1e-20
-
-
-class RouteRule(NamedTuple):
-    """How logits become weights.
-
-    Attributes:
-        top_k: experts per token; 0 selects nothing and keeps every expert, in id order.
-        scoring: ``softmax`` or ``sigmoid``.
-        score_first: score all logits and select among the scores (Qwen3, DeepSeek), or select among the logits and score
-            the picked ones only (GPT-OSS).
-        norm_topk_prob: divide the picked scores by their sum.
-        scale: factor on the weights (``routed_scaling_factor``).
-        n_group: number of contiguous expert groups; 1 for none.
-        topk_group: groups that stay open for selection.
-        group_score: a group's value is the sum of its best two keys (``top2_sum``, DeepSeek-V3) or its best (``max``).
-        norm_eps: added to the sum of sigmoids that divides them; a softmax over the picked needs none.
-    """
-
-    top_k: int
-    scoring: str
-    score_first: bool
-    norm_topk_prob: bool
-    scale: float
-    n_group: int
-    topk_group: int
-    group_score: str
-    norm_eps: float = NORM_EPS
+from fusedonemoe.ops.records import RouteRule
 
 
 def routing_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -9,7 +9,8 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
 from fusedonemoe.ops import reference
-from fusedonemoe.ops.activation import ACTIVATIONS, GATE_UP_LAYOUTS, PLAIN, Activation, activate, activate_backward
+from fusedonemoe.ops.activation import activate, activate_backward
+from fusedonemoe.ops.records import ACTIVATIONS, GATE_UP_LAYOUTS, PLAIN, Activation
 from fusedonemoe.testing import assert_within_budget, exact_float64
 
 ALPHA, LIMIT = 1.3, 1.5  # not the defaults; the limit clamps values of order one

@@ -12,12 +12,13 @@ from torch.testing import assert_close
 from fusedonemoe import balance
 from fusedonemoe import functional as F
 from fusedonemoe.balance import load_balancing_loss, router_z_loss, update_selection_bias
+from fusedonemoe.balance.losses import SCORINGS
 from fusedonemoe.ops.reference import balance as reference_balance
 from fusedonemoe.testing import assert_within_budget, exact_float64, make_experts, make_logits
 
 D, E, K = 16, 8, 2
 MASK = [1, 0, 1, 1, 0, 1, 1, 1, 0]
-every_scoring = pytest.mark.parametrize("scoring", balance.SCORINGS)
+every_scoring = pytest.mark.parametrize("scoring", SCORINGS)
 every_mask = pytest.mark.parametrize("mask", [None, MASK, [0] * 9], ids=["no_mask", "mask", "all_padding"])
 
 

@@ -54,7 +54,7 @@ def test_every_line_has_its_bytes_and_its_share_of_pefts_time(ceilings):
 
 
 def test_wrong_numbers_get_no_time(monkeypatch, ceilings):
-    from fusedonemoe.lora import LoRAExperts
+    from fusedonemoe.layers.lora import LoRAExperts
 
     real = LoRAExperts.forward
     monkeypatch.setattr(LoRAExperts, "forward", lambda self, *args: 1.01 * real(self, *args))

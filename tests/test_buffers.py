@@ -13,8 +13,8 @@ from fusedonemoe import MoE, ProductKeyRouter, TopKRouter
 from fusedonemoe.balance import LossFreeBalance
 from fusedonemoe.compat import momoe
 from fusedonemoe.compat.flashmoe import FlashMoE, FlashMoEConfig
-from fusedonemoe.fine_grained import FineGrainedMoE
-from fusedonemoe.quantization import quantize_
+from fusedonemoe.layers.fine_grained import FineGrainedMoE
+from fusedonemoe.layers.quantization import quantize_
 
 E, D = 8, 32
 # 8 values, of which bfloat16 makes 2: a cast that rounds cannot go unseen.

@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
 from fusedonemoe.compat.flashmoe import FlashMoE, FlashMoEConfig
-from fusedonemoe.fine_grained import FineGrainedMoE
+from fusedonemoe.layers.fine_grained import FineGrainedMoE
 from tests.exact import best, gradients, randn
 
 B, S, D, FF, G, K = 2, 7, 12, 6, 5, 4

@@ -25,12 +25,12 @@ from fusedonemoe import (
     quantize_,
 )
 from fusedonemoe import functional as F
+from fusedonemoe.balance.counting import UsageMeter, usage
+from fusedonemoe.cli.probes import make_probes
 from fusedonemoe.compat.flashmoe import FlashMoE, FlashMoEConfig
 from fusedonemoe.export import portable
 from fusedonemoe.integrations.checkpoints import load_experts, to_state_dict
-from fusedonemoe.probes import make_probes
 from fusedonemoe.testing import ROUTINGS, make_experts, make_logits, make_merged_inputs, make_mlp_inputs
-from fusedonemoe.usage import UsageMeter, usage
 from tests.test_operands import CALLS, gradients
 
 ROOT = Path(__file__).resolve().parent.parent

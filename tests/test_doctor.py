@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from fusedonemoe import __version__, doctor, functional, probes
+from fusedonemoe import __version__, doctor, functional
+from fusedonemoe.cli import probes
 from fusedonemoe.ops import IMPLEMENTATIONS, dense, grouped, lora, neurons, product_keys, quantized
 from fusedonemoe.ops import route as routing
 from fusedonemoe.ops.cpu import build

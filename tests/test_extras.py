@@ -13,11 +13,11 @@ from torch import nn
 
 from asv_bench import suites
 from fusedonemoe import bench, demo
+from fusedonemoe.balance.counting import Usage
 from fusedonemoe.integrations import peft as adapters
 from fusedonemoe.integrations import transformers as models
 from fusedonemoe.integrations.checkpoints import load_experts
 from fusedonemoe.integrations.distributed.transformers import register_expert_parallel
-from fusedonemoe.usage import Usage
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

@@ -37,7 +37,7 @@ POOL = """
 OPERATORS = """
     import faulthandler, multiprocessing, os, threading, torch
     from fusedonemoe.ops.cpu import native, selection
-    from fusedonemoe.probes import make_probes
+    from fusedonemoe.cli.probes import make_probes
 
     native.PRODUCTS_PER_THREAD = selection.KEYS_PER_THREAD = 1
     torch.set_num_threads(2)

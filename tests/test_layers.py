@@ -1,7 +1,10 @@
 """The modules against the oracle composed by hand and against transformers, and everyday module manners."""
 
 import copy
+import inspect
 import pickle
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -9,8 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from fusedonemoe import Experts, FusedOneMoE, MoE, MoEConfig, MoEOutput, RouterOutput, TopKRouter, explain
+from fusedonemoe import Experts, FusedOneMoE, MoE, MoEConfig, MoEOutput, RouterOutput, TopKRouter, explain, functional
 from fusedonemoe.ops import reference
+from fusedonemoe.ops.options import ROUTE_OPTIONS
+from fusedonemoe.ops.records import RouteRule
 from fusedonemoe.testing import assert_within_budget, exact_float64
 
 SIZES = {"hidden_size": 8, "intermediate_size": 6, "num_experts": 8, "top_k": 3}
@@ -426,3 +431,40 @@ def test_repr_shows_the_sizes():
     assert "(experts): Experts(num_experts=8, hidden_size=8, intermediate_size=6, activation='silu', gated=True)" in text
     assert "(shared_expert): SharedExpert(" in text
     assert repr(FusedOneMoE(8, 6, 5)).startswith("FusedOneMoE(\n  hidden_size=8, intermediate_size=6, groups=5, topk=None\n")
+
+
+@pytest.mark.parametrize("public", [functional.route, TopKRouter, MoEConfig])
+def test_every_field_of_a_routing_rule_is_an_argument(public):
+    options = {"top_k", *ROUTE_OPTIONS}
+    assert len(options) == len(RouteRule._fields)
+    assert options <= set(inspect.signature(public).parameters)
+
+
+def test_setting_a_field_of_a_routers_rule_takes_effect_and_is_checked():
+    router, x = TopKRouter(8, 6, 2), torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    router.top_k, router.scoring, router.norm_eps, router.routed_scaling_factor = 3, "sigmoid", 0.5, 2.0
+    router.n_group, router.topk_group, router.group_score = 2, 1, "max"
+    options = {name: getattr(router, name) for name in ROUTE_OPTIONS}
+    assert options["norm_eps"] == 0.5 and options["n_group"] == 2
+    output = router(x)
+    assert all(map(torch.equal, output[1:], functional.route(output.logits, 3, **options)))
+    for name, value in (("top_k", 4), ("n_group", 4), ("scoring", "tanh"), ("norm_topk_prob", 1), ("norm_eps", 0.0)):
+        before = getattr(router, name)
+        with pytest.raises((TypeError, ValueError), match=name):
+            setattr(router, name, value)
+        assert getattr(router, name) == before
+    router.n_group, router.top_k = 1, None
+    assert router.top_k is None and router(x).experts.shape == (3, 6)
+    router.top_k = 2
+    router.weight = torch.nn.Parameter(torch.zeros(1, 8))
+    with pytest.raises(ValueError, match="top_k must be from 1 to 1"):
+        router(x)
+
+
+def test_modules_that_moved_have_their_names_of_before():
+    code = (
+        "from fusedonemoe.fine_grained import FineGrainedMoE\nfrom fusedonemoe.lora import LoRAExperts, add_lora\n"
+        "from fusedonemoe.quantization import quantize_\nimport fusedonemoe.routers, fusedonemoe.quantized, fusedonemoe\n"
+        "assert fusedonemoe.routers.TopKRouter is fusedonemoe.TopKRouter and LoRAExperts is fusedonemoe.LoRAExperts"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

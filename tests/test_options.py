@@ -5,8 +5,8 @@ import importlib
 
 import pytest
 
-from fusedonemoe import options
 from fusedonemoe.__main__ import main
+from fusedonemoe.cli import options
 
 NUMBERS = {
     "demo": {"--steps": 1, "--seed": 0, "--threads": 1, "--nproc": 1},

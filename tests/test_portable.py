@@ -15,7 +15,7 @@ from fusedonemoe import functional as F
 from fusedonemoe.compat.flashmoe import FlashMoE, FlashMoEConfig
 from fusedonemoe.compat.momoe import MoE as MoMoE
 from fusedonemoe.export import portable
-from fusedonemoe.fine_grained import FineGrainedMoE
+from fusedonemoe.layers.fine_grained import FineGrainedMoE
 from fusedonemoe.ops.route import select, select_for_export
 from fusedonemoe.testing import assert_within_budget
 

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from fusedonemoe import functional as F
 from fusedonemoe.ops import library, route
 from fusedonemoe.ops.cpu import native, routing, selection
-from fusedonemoe.ops.route import RouteRule
+from fusedonemoe.ops.records import NORM_EPS, RouteRule
 
 _REFUSAL = native.refusal(torch.float32, True)
 pytestmark = pytest.mark.skipif(_REFUSAL is not None, reason=f"no CPU kernels: {_REFUSAL}")
@@ -30,7 +30,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def rule_of(top_k, scoring="softmax", score_first=True, norm_topk_prob=True, scale=1.0, groups=(1, 1, "max")):
     n_group, topk_group, group_score = groups
-    eps = 1e-6 if scoring == "sigmoid" else route.NORM_EPS
+    eps = 1e-6 if scoring == "sigmoid" else NORM_EPS
     return RouteRule(top_k, scoring, score_first, norm_topk_prob, scale, n_group, topk_group, group_score, eps)
 
 
@@ -147,7 +147,7 @@ def test_arguments_need_not_be_contiguous():
 
 def test_eager_calls_and_the_operator_give_the_same_bits():
     logits = draw(11, 16, torch.bfloat16).requires_grad_()
-    rule = (3, "softmax", True, False, 1.5, 1, 1, "top2_sum", route.NORM_EPS)
+    rule = (3, "softmax", True, False, 1.5, 1, 1, "top2_sum", NORM_EPS)
     direct = F.route(logits, 3, norm_topk_prob=False, routed_scaling_factor=1.5)
     operator = torch.ops.fusedonemoe.route(logits, None, *rule, library.BUILD)
     gradients = [torch.autograd.grad(weights.square().sum(), logits)[0] for weights, _ in (direct, operator)]

@@ -266,11 +266,21 @@ def test_a_selection_bias_of_zeros_is_still_seen():
     block: Any = model.model.layers[1].mlp
     assert not block.gate.e_score_correction_bias.any()
     plan: Any = find_router(block, block.experts)[1]
-    assert (plan.bias, plan.n_group, plan.topk_group, plan.group_score) == ("buffer", 2, 1, "top2_sum")
+    rule = plan.rule
+    assert (plan.bias, rule.n_group, rule.topk_group, rule.group_score) == ("buffer", 2, 1, "top2_sum")
     block.gate.e_score_correction_bias.copy_(torch.linspace(-0.4, 0.4, 8))
     expected = logits(model)
     apply(model)
     torch.testing.assert_close(logits(model), expected)
+
+
+@pytest.mark.parametrize(("family", "norm_eps"), [("lfm2_moe", 1e-6), ("deepseek_v3", 1e-20)])
+def test_the_constant_in_the_normalisation_is_found(family, norm_eps):
+    model = build(family)
+    report = apply(model)
+    assert report.routers_fused == report.used > 0
+    (rule,) = {vars(module)[routers._PLAN].rule for module in model.modules() if routers.is_fused(module)}
+    assert (rule.scoring, rule.norm_topk_prob, rule.norm_eps) == ("sigmoid", True, norm_eps)
 
 
 def test_without_transformers_the_message_says_what_to_install():

@@ -12,7 +12,8 @@ from transformers.integrations.moe import use_experts_implementation
 from fusedonemoe import functional
 from fusedonemoe.integrations.transformers.experts import experts_forward
 from fusedonemoe.integrations.transformers.gates import activation_of
-from fusedonemoe.ops.activation import PLAIN, Activation, activate
+from fusedonemoe.ops.activation import activate
+from fusedonemoe.ops.records import PLAIN, Activation
 from fusedonemoe.testing import assert_within_budget, make_experts
 from tests.transformers_families import build, experts_of
 

@@ -24,7 +24,6 @@ OWN_ROUTERS = {
     "ernie4_5_vl_moe": "none of this library's rules",
     "gemma4": "no router found",
     "inkling": "4 values",
-    "lfm2_moe": "none of this library's rules",  # 1e-6 in its normalisation
     "muse_spark": "no plain product",
     "phimoe": "none of this library's rules",
     "zaya": "no router found",

@@ -113,7 +113,7 @@ def test_the_picture_shows_the_shares(tmp_path, monkeypatch):
 
 
 def test_without_matplotlib_the_picture_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setattr("fusedonemoe.usage.find_spec", lambda name: None)
+    monkeypatch.setattr("fusedonemoe.balance.counting.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"matplotlib, which is missing: pip install 'fusedonemoe\[plot\]'"):
         Usage(torch.tensor([1, 2])).picture(tmp_path / "usage.png")
 

@@ -5,8 +5,9 @@ Cells, peers, timing, result files and options are those of :mod:`fusedonemoe.be
 
 import argparse
 
-from fusedonemoe import bench, options
+from fusedonemoe import bench
 from fusedonemoe.bench.suites import CELLS, PEERS, Suite
+from fusedonemoe.cli import options
 
 REGISTRY: dict[str, Suite] = {
     name: Suite(f"asv_bench.suites.{module}", purpose, taken)

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 
-from fusedonemoe import options
 from fusedonemoe.bench.suites import IN_THE_REPOSITORY, REGISTRY, Suite
+from fusedonemoe.cli import options
 
 __all__ = ["add_arguments", "run"]
 

@@ -1,4 +1,4 @@
-"""What several of the modules ask of their arguments, and the logits that they compute."""
+"""Checks of arguments that several of the modules share, and their logits."""
 
 import math
 
@@ -31,7 +31,7 @@ def check_ids_like(name: str, ids: Tensor, shape: tuple[int, ...], owner: str, d
 
 
 def check_like_input(name: str, tensor: Tensor, x: Tensor) -> None:
-    """What :func:`fusedonemoe.checks.check_like_x` asks, where x is called ``input``."""
+    """Check as :func:`fusedonemoe.checks.check_like_x` does, where x is called ``input``."""
     try:
         check_like_x(name, tensor, x)
     except (TypeError, ValueError) as error:

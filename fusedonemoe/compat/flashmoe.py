@@ -1,4 +1,4 @@
-"""FlashMoE's names: ``FlashMoEConfig`` and ``FlashMoE``, over :class:`fusedonemoe.fine_grained.FineGrainedMoE`."""
+"""FlashMoE's names: ``FlashMoEConfig`` and ``FlashMoE``, over :class:`fusedonemoe.layers.fine_grained.FineGrainedMoE`."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fusedonemoe.checks import check_count, check_last_dim
 from fusedonemoe.compat.arguments import check_flag
-from fusedonemoe.fine_grained import FineGrainedMoE
+from fusedonemoe.layers.fine_grained import FineGrainedMoE
 
 # transformers' names of the activations.
 _ACTIVATIONS = {

@@ -11,7 +11,7 @@ from torch import Tensor
 from fusedonemoe import functional as F
 from fusedonemoe.checks import check_count, check_last_dim
 from fusedonemoe.compat.arguments import check_finite, check_flag
-from fusedonemoe.fused_one_moe import FusedOneMoE as _FusedOneMoE
+from fusedonemoe.layers.fused_one_moe import FusedOneMoE as _FusedOneMoE
 
 _ORIGINAL_NAMES = {"WG": "gate.weight", "Wi": "proj"}
 

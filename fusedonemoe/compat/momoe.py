@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fusedonemoe import functional as F
-from fusedonemoe.balance import check_step_dtype, update_selection_bias
+from fusedonemoe.balance.bias import check_step_dtype, update_selection_bias
 from fusedonemoe.checks import check_count, check_float, check_same_device, check_save_percent, check_shape, check_tensor
 from fusedonemoe.compat.arguments import check_finite, check_last, router_logits
-from fusedonemoe.kept_buffers import KeptBuffers
+from fusedonemoe.layers.kept_buffers import KeptBuffers
+from fusedonemoe.layers.routers import routing_impl
 from fusedonemoe.linear import uniform_by_fan_in
-from fusedonemoe.routers import routing_impl
 
 
 def _home(
@@ -346,7 +346,7 @@ class MoE(KeptBuffers):
         _blocks.add(self)  # a copy balances itself too
 
     def extra_repr(self) -> str:
-        """What the parts do not say, for ``print(module)``."""
+        """Return the sizes that the parts do not print, for ``print(module)``."""
         return f"bias_update_rate={self.bias_update_rate}"
 
 

@@ -11,8 +11,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fusedonemoe import files, options
-from fusedonemoe.overview import NEEDS, is_installed
+from fusedonemoe import files
+from fusedonemoe.cli import options
+from fusedonemoe.cli.overview import NEEDS, is_installed
 
 PICTURE = "fusedonemoe-demo.png"
 # torch takes 64 bits; the demo also counts up from its seed.

@@ -1,4 +1,4 @@
-"""What the public functions share between validation and the operator."""
+"""The steps of the public functions between validation and the operator."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,10 +10,16 @@ from fusedonemoe.checks import check_one_of
 from fusedonemoe.ops import choose, library
 from fusedonemoe.ops.choice import exporting_to_onnx, no_onnx_form
 
+ROUTING_IMPLEMENTATIONS = ("auto", "dense", "portable")
+
 
 def records_gradients(*tensors: Tensor | None) -> bool:
-    """Whether a call with these tensors is recorded for a backward pass."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    """Return whether a call with these tensors is recorded for a backward pass."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:  # a generator would cost a frame a tensor
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def compute_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
@@ -22,15 +28,18 @@ def compute_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
 
 
 def choose_impl(operator: str, impl: str, x: Tensor, experts: Tensor, widths: tuple[int, ...], *expert_weights: Tensor) -> str:
-    """The implementation that runs a call; raises where a named one cannot."""
-    device_type = x.device.type
+    """Return the implementation that runs a call; raise where a named one cannot."""
+    device_type, dtype = x.device.type, x.dtype
+    # On CPU autocast is asked here: a call of a function costs more.
+    if dtype is not torch.float64 and (device_type != "cpu" or torch.is_autocast_enabled("cpu")):
+        dtype = library.autocast_dtype(device_type) or dtype
     return choose(
         operator,
         impl,
         top_k=experts.shape[-1],
         num_experts=expert_weights[0].shape[0],
         device_type=device_type,
-        dtype=compute_dtype(x.dtype, device_type),
+        dtype=dtype,
         contiguous=all(map(Tensor.is_contiguous, expert_weights)),
         widths=widths,
         portable=torch.compiler.is_exporting(),
@@ -38,8 +47,9 @@ def choose_impl(operator: str, impl: str, x: Tensor, experts: Tensor, widths: tu
 
 
 def choose_routing(impl: str) -> str:
-    """``auto``, ``dense`` or ``portable``: which routing runs; while ONNX is exported, ``portable`` for ``auto``."""
-    check_one_of("impl", impl, ("auto", "dense", "portable"))
+    """Return the routing that runs: ``auto``, ``dense`` or ``portable``, which ``auto`` is while ONNX is exported."""
+    if impl not in ROUTING_IMPLEMENTATIONS:
+        check_one_of("impl", impl, ROUTING_IMPLEMENTATIONS)
     if not exporting_to_onnx():
         return impl
     if impl == "dense":

@@ -6,15 +6,17 @@ G rows of the up-projection (2F when gated, F when plain).
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from fusedonemoe.checks import check_dim, check_fits, check_like_x, check_routing
-from fusedonemoe.functional.arguments import activation_arguments, check_biases, check_call, projections
+from fusedonemoe.checks import check_dim, check_fits, check_like_x, check_routing, check_save_percent
+from fusedonemoe.functional.arguments import check_biases, projections
 from fusedonemoe.functional.calls import as_rows, choose_impl, records_gradients, run_portable, with_leading
-from fusedonemoe.functional.packed import PackedExperts, home_weights, run_packed
+from fusedonemoe.functional.packed import PackedExperts, home_weights, run_panels
 from fusedonemoe.ops import library
-from fusedonemoe.ops.activation import Activation
 from fusedonemoe.ops.derivatives import refuse_transforms
+from fusedonemoe.ops.options import make_activation
 from fusedonemoe.ops.portable import experts_merged_portable, experts_mlp_portable
+from fusedonemoe.ops.records import PLAIN, Activation
 
 _ops = torch.ops.fusedonemoe
 
@@ -89,36 +91,77 @@ def experts_mlp(
         >>> F.experts_mlp(x, experts, weights, gate_up_proj, down_proj).shape
         torch.Size([5, 16])
     """
-    check_call(x, experts, weights, activation, gated, gate_up_layout, save_percent)
-    act = activation_arguments(activation, gated, gate_up_layout, swiglu_alpha, swiglu_limit)
+    act = make_activation(activation, gated, gate_up_layout, swiglu_alpha, swiglu_limit)
+    check_save_percent(save_percent)
     if packed is not None:
         if gate_up_proj is not None or down_proj is not None:
             raise TypeError("give either gate_up_proj and down_proj or packed, which holds the weights, got both")
-        y = run_packed(x, experts, weights, packed, gate_up_bias, down_bias, act, transposed=transposed, impl=impl)
-        if y is not None:
-            return y
-        gate_up_proj, down_proj = home_weights(packed)
+        return run_packed(x, experts, weights, packed, gate_up_bias, down_bias, act, save_percent, transposed, impl)
     if gate_up_proj is None or down_proj is None:
         missing = "gate_up_proj" if gate_up_proj is None else "down_proj"
         raise TypeError(f"{missing} must be a torch.Tensor, got NoneType")
-    up_EGD, down_EDF = projections(x, gate_up_proj, down_proj, gated=gated, transposed=transposed)
+    biases = gate_up_bias, down_bias
+    return run_experts(x, experts, weights, gate_up_proj, down_proj, *biases, act, save_percent, transposed, impl)
+
+
+def run_packed(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    packed: PackedExperts,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    act: Activation,
+    save_percent: int,
+    transposed: bool,
+    impl: str,
+) -> Tensor:
+    """Run :func:`experts_mlp` on packed weights, with a checked activation and percentage."""
+    check_routing(x, experts, weights)
+    biases = gate_up_bias, down_bias
+    y = run_panels(x, experts, weights, packed, *biases, act, transposed=transposed, impl=impl)
+    if y is not None:
+        return y
+    return run_experts(x, experts, weights, *home_weights(packed), *biases, act, save_percent, transposed, impl)
+
+
+def run_experts(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    act: Activation,
+    save_percent: int,
+    transposed: bool,
+    impl: str,
+) -> Tensor:
+    """Run :func:`experts_mlp` with a checked activation and percentage."""
+    check_routing(x, experts, weights)
+    up_EGD, down_EDF = projections(x, gate_up_proj, down_proj, gated=act.layout != PLAIN, transposed=transposed)
     (E, G, D), F = up_EGD.shape, down_EDF.shape[2]
-    check_biases(x, gate_up_bias, down_bias, (E, G, D))
+    if gate_up_bias is not None or down_bias is not None:
+        check_biases(x, gate_up_bias, down_bias, (E, G, D))
     chosen = choose_impl("experts_mlp", impl, x, experts, (D, G, F), up_EGD, down_EDF)
-    flat = (as_rows(x), as_rows(experts), as_rows(weights))
+    has_rows = x.dim() == 2
+    flat = (x, experts, weights) if has_rows else (as_rows(x), as_rows(experts), as_rows(weights))
     parameters = (up_EGD, down_EDF, gate_up_bias, down_bias)
     if chosen == "dense":
         y = _ops.experts_mlp_dense(*flat, *parameters, *act, library.BUILD)
     elif chosen == "portable":
-        y = run_portable(experts_mlp_portable, (*flat, *parameters, Activation(*act)), casts=(0, 3, 4, 5, 6))
+        y = run_portable(experts_mlp_portable, (*flat, *parameters, act), casts=(0, 3, 4, 5, 6))
     else:
-        refuse_transforms()
-        recording = records_gradients(x, weights, *parameters)
+        if forward_ad._current_level >= 0:
+            refuse_transforms()
+        recording = torch.is_grad_enabled() and records_gradients(x, weights, *parameters)
         if chosen == "triton" and not recording:
-            return with_leading(_ops.experts_mlp_inference(*flat, *parameters, *act, library.BUILD), x)
-        kept = save_percent if recording else 0
-        y = library.experts_mlp(*flat, *parameters, *act, kept, library.BUILD, chosen)[0]
-    return with_leading(y, x)
+            y = _ops.experts_mlp_inference(*flat, *parameters, *act, library.BUILD)
+        else:
+            kept = save_percent if recording else 0
+            y = library.experts_mlp(*flat, *parameters, *act, kept, library.BUILD, chosen)[0]
+    return y if has_rows else with_leading(y, x)
 
 
 def experts_merged(x: Tensor, experts: Tensor, weights: Tensor, proj: Tensor, *, impl: str = "auto") -> Tensor:

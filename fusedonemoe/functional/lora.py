@@ -5,11 +5,12 @@ import math
 import torch
 from torch import Tensor
 
-from fusedonemoe.checks import check_dim, check_float, check_same_device, check_shape
-from fusedonemoe.functional.arguments import activation_arguments, check_biases, check_call, projections
+from fusedonemoe.checks import check_dim, check_float, check_routing, check_same_device, check_save_percent, check_shape
+from fusedonemoe.functional.arguments import check_biases, projections
 from fusedonemoe.functional.calls import as_rows, choose_impl, records_gradients, with_leading
 from fusedonemoe.ops import library
 from fusedonemoe.ops.derivatives import refuse_transforms
+from fusedonemoe.ops.options import make_activation
 
 _ops = torch.ops.fusedonemoe
 
@@ -62,7 +63,7 @@ def experts_mlp_lora(
     save_percent: int = 100,
     impl: str = "auto",
 ) -> Tensor:
-    """:func:`experts_mlp` with a low-rank adapter beside each projection, factored.
+    """Run :func:`experts_mlp` with a low-rank adapter on each projection, factored.
 
     ``z = x Wup_e + s1 (x A1_e) B1_e + bup_e``, ``y_t = sum_j w_tj (act(z) Wdown_e + s2 (act(z) A2_e) B2_e + bdown_e)``,
     ``e = experts_tj``. The product ``B A`` of no expert is formed, and a projection that requires no gradient costs none of
@@ -114,7 +115,9 @@ def experts_mlp_lora(
         >>> torch.allclose(y, merged, rtol=1e-3, atol=1e-2)
         True
     """
-    check_call(x, experts, weights, activation, gated, gate_up_layout, save_percent)
+    act = make_activation(activation, gated, gate_up_layout, swiglu_alpha, swiglu_limit)
+    check_save_percent(save_percent)
+    check_routing(x, experts, weights)
     up_EGD, down_EDF = projections(x, gate_up_proj, down_proj, gated=gated, transposed=transposed)
     (E, G, D), F = up_EGD.shape, down_EDF.shape[2]
     check_biases(x, gate_up_bias, down_bias, (E, G, D))
@@ -123,7 +126,6 @@ def experts_mlp_lora(
     chosen = choose_impl("experts_mlp_lora", impl, x, experts, (D, G, F), up_EGD, down_EDF)
     flat = (as_rows(x), as_rows(experts), as_rows(weights))
     parameters = (up_EGD, down_EDF, gate_up_bias, down_bias, *up[:2], *down[:2])
-    act = activation_arguments(activation, gated, gate_up_layout, swiglu_alpha, swiglu_limit)
     if chosen == "dense":
         return with_leading(_ops.experts_mlp_lora_dense(*flat, *parameters, up[2], down[2], *act, library.BUILD), x)
     refuse_transforms()

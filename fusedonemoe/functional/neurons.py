@@ -19,7 +19,6 @@ from fusedonemoe.checks import (
 )
 from fusedonemoe.functional.calls import as_rows, compute_dtype, records_gradients, run_portable
 from fusedonemoe.ops import library
-from fusedonemoe.ops.activation import ACTIVATIONS
 from fusedonemoe.ops.choice import (
     ASKED_FOR,
     CPU_KERNELS,
@@ -33,6 +32,7 @@ from fusedonemoe.ops.choice import (
 )
 from fusedonemoe.ops.derivatives import refuse_transforms
 from fusedonemoe.ops.portable import experts_neurons_portable, experts_values_portable
+from fusedonemoe.ops.records import ACTIVATIONS
 
 _ops = torch.ops.fusedonemoe
 _PLAIN_ACTIVATIONS = tuple(name for name in ACTIVATIONS if name != "swiglu_oai")
@@ -45,7 +45,7 @@ def _check_table(name: str, table: Tensor) -> None:
 
 
 def choose_tables(impl: str, *, device_type: str, dtype: torch.dtype, contiguous: bool) -> Choice:
-    """What :func:`fusedonemoe.ops.choice.choose` is to experts that are MLPs; ``grouped`` runs everywhere.
+    """Choose the implementation for table experts; ``grouped`` runs everywhere.
 
     Args:
         impl: ``"auto"`` or one of :data:`IMPLEMENTATIONS`.
@@ -81,7 +81,7 @@ def _choose(impl: str, device_type: str, dtype: torch.dtype, *tables: Tensor) ->
 
 
 def _gets_sparse_gradients(sparse: bool, chosen: str, *tables: Tensor) -> bool:
-    """Whether the tables' gradients of this call are sparse tensors; raises where they were asked for and cannot be."""
+    """Return whether this call's gradients of the tables are sparse; raise where they were asked for and cannot be."""
     if not isinstance(sparse, bool):
         raise TypeError(f"sparse must be a bool, got {sparse!r}")
     if not sparse or not records_gradients(*tables):

@@ -10,10 +10,11 @@ from fusedonemoe.checks import check_dim, check_fits, check_float, check_like_x,
 from fusedonemoe.functional.arguments import check_biases, intermediate_size
 from fusedonemoe.functional.calls import as_rows, records_gradients, run_portable, with_leading
 from fusedonemoe.ops import library
-from fusedonemoe.ops.activation import GATE_UP_LAYOUTS, PLAIN
 from fusedonemoe.ops.choice import refusal
 from fusedonemoe.ops.derivatives import refuse_transforms
 from fusedonemoe.ops.library import Projection
+from fusedonemoe.ops.options import row_layout
+from fusedonemoe.ops.records import GATE_UP_LAYOUTS, PLAIN, Activation
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +105,7 @@ def pack_experts(
     F = intermediate_size(E, G, gated)
     check_shape("down_proj", down_proj, (E, D, F))
     check_can_pack({"gate_up_proj": gate_up_proj, "down_proj": down_proj})
-    layout = gate_up_layout if gated else PLAIN
+    layout = row_layout(gated, gate_up_layout)
     with torch.inference_mode(False):  # else nothing could write into them later
         return PackedExperts(
             library.pack_weight(gate_up_proj.detach(), layout), library.pack_weight(down_proj.detach(), PLAIN), layout, D, F
@@ -158,20 +159,20 @@ def _check_packed(packed: PackedExperts, x: Tensor, layout: str, transposed: boo
     # Their sizes are checked in the operators, each time: they are memory that kernels trust.
 
 
-def run_packed(
+def run_panels(
     x: Tensor,
     experts: Tensor,
     weights: Tensor,
     packed: PackedExperts,
     gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
-    act: tuple[str, str, float, float],
+    act: Activation,
     *,
     transposed: bool,
     impl: str,
 ) -> Tensor | None:
     """The output from panels; None where autocast computes in another dtype than theirs."""
-    _check_packed(packed, x, act[1], transposed, impl)
+    _check_packed(packed, x, act.layout, transposed, impl)
     (up, down), E = packed._homes, packed.up.shape[0]
     check_biases(x, gate_up_bias, down_bias, (E, up.rows, up.width))
     refuse_packed_training(x, weights, packed.up, packed.down, gate_up_bias, down_bias)

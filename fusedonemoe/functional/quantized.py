@@ -3,12 +3,23 @@
 import torch
 from torch import Tensor
 
-from fusedonemoe.checks import check_dim, check_fits, check_float, check_one_of, check_same_device, check_shape, check_tensor
-from fusedonemoe.functional.arguments import activation_arguments, check_biases, check_call, intermediate_size
+from fusedonemoe.checks import (
+    check_dim,
+    check_fits,
+    check_float,
+    check_one_of,
+    check_routing,
+    check_same_device,
+    check_save_percent,
+    check_shape,
+    check_tensor,
+)
+from fusedonemoe.functional.arguments import check_biases, intermediate_size
 from fusedonemoe.functional.calls import as_rows, choose_impl, records_gradients, with_leading
 from fusedonemoe.ops import library
 from fusedonemoe.ops.cpu.quantized import new_weight as new_weight  # for the modules above
 from fusedonemoe.ops.derivatives import refuse_transforms
+from fusedonemoe.ops.options import make_activation
 from fusedonemoe.ops.quantized import GROUP_SIZES, QuantizedWeight, dequantize, quantize_int4, quantize_int8
 
 _ops = torch.ops.fusedonemoe
@@ -194,7 +205,9 @@ def experts_mlp_quantized(
         >>> F.experts_mlp_quantized(x, experts, weights, *quantized).shape
         torch.Size([5, 16])
     """
-    check_call(x, experts, weights, activation, gated, gate_up_layout, save_percent)
+    act = make_activation(activation, gated, gate_up_layout, swiglu_alpha, swiglu_limit)
+    check_save_percent(save_percent)
+    check_routing(x, experts, weights)
     for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
         _check_quantized(name, weight)
         check_same_device(f"{name}.values", weight.values, "x", x.device)
@@ -216,7 +229,6 @@ def experts_mlp_quantized(
     chosen = choose_impl("experts_mlp_quantized", impl, x, experts, (D, G, F), *read)
     flat = (as_rows(x), as_rows(experts), as_rows(weights))
     parameters = (*gate_up_proj, *down_proj, gate_up_bias, down_bias)
-    act = activation_arguments(activation, gated, gate_up_layout, swiglu_alpha, swiglu_limit)
     if chosen == "dense":
         y = _ops.experts_mlp_quantized_dense(*flat, *parameters, *act, library.BUILD)
     else:

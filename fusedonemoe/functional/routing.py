@@ -2,23 +2,17 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from fusedonemoe.checks import (
-    check_count,
-    check_ids,
-    check_integer,
-    check_logits,
-    check_norm_eps,
-    check_one_of,
-    check_selection_bias,
-)
-from fusedonemoe.functional.calls import as_rows, choose_routing, with_leading
+from fusedonemoe.checks import check_count, check_ids, check_logits, check_selection_bias
+from fusedonemoe.functional.calls import choose_routing, with_leading
 from fusedonemoe.ops import library
 from fusedonemoe.ops.derivatives import refuse_transforms
-from fusedonemoe.ops.operands import check_choices_of, check_rows
+from fusedonemoe.ops.operands import MOST_ROWS, check_choices_of, check_rows
+from fusedonemoe.ops.options import make_rule
 from fusedonemoe.ops.plan import Plan, make_plan
 from fusedonemoe.ops.plan import tokens_per_expert as _count_tokens
-from fusedonemoe.ops.route import GROUP_SCORES, NORM_EPS, SCORINGS, RouteRule
+from fusedonemoe.ops.records import NORM_EPS, RouteRule
 from fusedonemoe.ops.route import route as _route_portably
 
 
@@ -48,13 +42,13 @@ def route(
         top_k: ``K``, experts per token, best first; None keeps every expert, in id order, without selection.
         scoring: ``"softmax"`` or ``"sigmoid"``.
         score_first: score before selecting (Qwen3, Mixtral, DeepSeek-V3) or after (GPT-OSS).
-        norm_topk_prob: whether a token's weights sum to 1 before scaling.
+        norm_topk_prob: divide a token's weights by their sum before scaling.
         routed_scaling_factor: factor on the weights.
         selection_bias: ``[E]``, added for the selection only (DeepSeek-V3's ``e_score_correction_bias``); no gradient.
-        n_group: experts stand in this many contiguous groups of equal size.
+        n_group: the number of contiguous groups, of equal size, that experts are divided into.
         topk_group: only experts of the best ``topk_group`` groups can be picked.
         group_score: a group's value: ``"top2_sum"`` of its keys (DeepSeek-V3) or ``"max"`` (DeepSeek-V2).
-        norm_eps: keeps the division of sigmoids from zero (LFM2 has 1e-6); a softmax has a sum without it.
+        norm_eps: added to the sum of sigmoids that divides them (LFM2 has 1e-6); only for ``scoring="sigmoid"``.
         impl: ``"auto"``, ``"dense"`` for a composite with derivatives of every order, for ``torch.func``, or ``"portable"``
             for export, without an operator of this library.
 
@@ -78,36 +72,49 @@ def route(
         tensor([[0.5000, 0.5000]])
     """
     check_logits(logits)
-    E = logits.shape[-1]
-    check_one_of("scoring", scoring, SCORINGS)
-    check_one_of("group_score", group_score, GROUP_SCORES)
-    impl = choose_routing(impl)
-    check_integer("n_group", n_group)
-    check_integer("topk_group", topk_group)
-    if top_k is not None:
-        check_integer("top_k", top_k)
-    if n_group < 1 or E % n_group:
-        raise ValueError(f"n_group must divide the number of experts ({E}), got {n_group}")
-    if not 1 <= topk_group <= n_group:
-        raise ValueError(f"topk_group must be from 1 to n_group ({n_group}), got {topk_group}")
-    if top_k is None and (n_group > 1 or selection_bias is not None):
-        raise ValueError("top_k=None selects every expert: n_group must be 1 and selection_bias None")
-    check_norm_eps(norm_eps, scoring)
-    selectable = E // n_group * topk_group
-    if top_k is not None and not 1 <= top_k <= selectable:
-        raise ValueError(f"top_k must be from 1 to {selectable}, the experts that can be picked, got {top_k}")
+    rule = make_rule(
+        logits.shape[-1],
+        top_k,
+        scoring=scoring,
+        score_first=score_first,
+        norm_topk_prob=norm_topk_prob,
+        routed_scaling_factor=routed_scaling_factor,
+        n_group=n_group,
+        topk_group=topk_group,
+        group_score=group_score,
+        norm_eps=norm_eps,
+        selection_bias=selection_bias is not None,
+    )
+    return route_by(rule, logits, selection_bias, impl)
+
+
+def route_by(rule: RouteRule, logits: Tensor, selection_bias: Tensor | None, impl: str) -> tuple[Tensor, Tensor]:
+    """Route floating-point logits ``[..., E]`` by a rule that was made for ``E`` experts; see :func:`route`.
+
+    Args:
+        rule: of :func:`~fusedonemoe.ops.records.make_rule`.
+        logits: as for :func:`route`.
+        selection_bias: as for :func:`route`; None for a rule that keeps every expert.
+        impl: as for :func:`route`.
+    """
+    if impl != "auto" or torch.compiler.is_exporting():
+        impl = choose_routing(impl)
     if selection_bias is not None:
         check_selection_bias(selection_bias, logits)
-    check_choices_of(logits, E if top_k is None else top_k)
-    factor = float(routed_scaling_factor)
-    rule = RouteRule(top_k or 0, scoring, score_first, norm_topk_prob, factor, n_group, topk_group, group_score, float(norm_eps))
+    rows_TE = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
+    T, E = rows_TE.shape
+    if not torch.compiler.is_dynamo_compiling() and isinstance(T, int) and T * (rule.top_k or E) > MOST_ROWS:
+        check_choices_of(logits, rule.top_k or E)
     if impl == "portable":
-        weights, experts = _route_portably(as_rows(logits), selection_bias, rule)
+        weights, experts = _route_portably(rows_TE, selection_bias, rule)
+    elif impl == "dense":
+        weights, experts = torch.ops.fusedonemoe.route_dense(rows_TE, selection_bias, *rule, library.BUILD)
     else:
-        if impl == "auto":
+        if forward_ad._current_level >= 0:
             refuse_transforms()
-        op = torch.ops.fusedonemoe.route_dense if impl == "dense" else library.route
-        weights, experts = op(as_rows(logits), selection_bias, *rule, library.BUILD)
+        weights, experts = library.route(rows_TE, selection_bias, *rule, library.BUILD)
+    if logits.dim() == 2:
+        return weights, experts
     return with_leading(weights, logits), with_leading(experts, logits)
 
 

@@ -1,4 +1,4 @@
-"""Routing rules beside the top-k of :func:`~fusedonemoe.functional.route`: top-p, shared experts, candle-moe's top-k softmax."""
+"""Other routing rules than :func:`~fusedonemoe.functional.route`: top-p, shared experts, candle-moe's top-k softmax."""
 
 import math
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from fusedonemoe.ops.operands import check_choices_of
 
 
 class TopKSoftmax(NamedTuple):
-    """What :func:`topk_softmax` returns.
+    """The result of :func:`topk_softmax`.
 
     Attributes:
         weights: ``[..., K]`` float32 (float64 for float64 logits), descending.
@@ -103,7 +103,7 @@ def route_with_shared(
     norm_topk_prob: bool = True,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Route beside shared experts that stand in the same tensors: the last ``S`` experts take every token.
+    """Route with shared experts in the same tensors: the last ``S`` experts take every token.
 
     With ``R = E - S``, in this order: two softmaxes, ``r = softmax(l[:R])`` and ``s = softmax(l[R:])``; pick
     ``TopK(r + b[:R])``, ``K - S`` of them; divide the picked ``r`` by their sum if ``norm_topk_prob``; ``s``, which sums to

@@ -1,4 +1,4 @@
-"""What Hugging Face's models say about their mixture-of-experts blocks, without importing transformers.
+"""Descriptions of the mixture-of-experts blocks of Hugging Face's models, without importing transformers.
 
 Only attributes are read, so a configuration or a block of another library with the same names works as well.
 """

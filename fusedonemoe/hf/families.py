@@ -1,4 +1,4 @@
-"""How each family of Hugging Face models routes, what its experts are and which shared branch stands beside them.
+"""The routing, the experts and the shared branch of each family of Hugging Face models.
 
 How a family routes is written in its model's code, not in its configuration, so each ``model_type`` has an entry here.
 """
@@ -243,7 +243,7 @@ def _dbrx_experts(config: Any) -> Fields:
 
 @dataclass(frozen=True)
 class Family:
-    """How to read one family.
+    """The readers of one family.
 
     Attributes:
         route: fields of the router.

@@ -34,7 +34,7 @@ def get(config: Any, *names: str) -> Any:
 
 
 def title(config: Any) -> str:
-    """How messages call a configuration."""
+    """Return the name of a configuration for messages."""
     return f"{type(config).__name__} (model_type {getattr(config, 'model_type', None)!r})"
 
 

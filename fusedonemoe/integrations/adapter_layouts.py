@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from fusedonemoe.checks import check_float
 from fusedonemoe.integrations.checkpoints.files import unreadable
-from fusedonemoe.lora import TARGETS, ExpertsForm, LoRAExperts, pattern_value
+from fusedonemoe.layers.form import ExpertsForm
+from fusedonemoe.layers.lora import TARGETS, LoRAExperts, pattern_value
 
 PREFIX = "base_model.model."
 _KEY = re.compile(rf"(?:{re.escape(PREFIX)})?(?P<module>.+?)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
@@ -76,7 +77,7 @@ class Factors(NamedTuple):
 
 
 class AdapterConfig(NamedTuple):
-    """What an adapter's configuration says of ranks and scales."""
+    """The ranks and scales of an adapter's configuration."""
 
     values: Mapping[str, Any]
 
@@ -88,7 +89,7 @@ class AdapterConfig(NamedTuple):
         return rank, alpha / (rank**0.5 if values.get("use_rslora") else rank)
 
     def targets(self, name: str, form: ExpertsForm) -> tuple[str, ...] | None:
-        """Which projections of a module it names, None if it names no parameters at all."""
+        """Return the projections of a module that it names; None if it names no parameters at all."""
         named = self.values.get("target_parameters")
         if not named:
             return None
@@ -165,7 +166,7 @@ def read_stacked(
     named = config.targets(name, form)
     if named is None:
         if len(found) < 2:
-            raise ValueError(f"config must name its target_parameters: which projection of {name} is adapted is not to be told")
+            raise ValueError(f"cannot tell which projection of {name} is adapted: config must name its target_parameters")
         named = TARGETS
     targets = registered_targets(base, form, named)
     if set(found) != set(range(len(targets))):

@@ -1,4 +1,4 @@
-"""How transformers' modules of experts are to be read: their flags, activation and gate, as an :class:`ExpertsForm`."""
+"""The form of transformers' modules of experts: flags, activation and gate, as an :class:`ExpertsForm`."""
 
 from typing import Any
 
@@ -7,20 +7,20 @@ from torch import nn
 from fusedonemoe.integrations.transformers.gates import activation_of
 from fusedonemoe.integrations.transformers.registry import default_gates
 from fusedonemoe.layers import Experts
-from fusedonemoe.lora import ExpertsForm
-from fusedonemoe.lora import form_of as form_of_experts
-from fusedonemoe.ops.activation import PLAIN
+from fusedonemoe.layers.form import ExpertsForm
+from fusedonemoe.layers.form import form_of as form_of_experts
+from fusedonemoe.ops.options import activation_options
 
 
 def _is_experts(module: nn.Module) -> bool:
-    """Whether a module has what transformers' decorator of experts gives."""
+    """Return whether a module has the attributes that transformers' decorator of experts sets."""
     parameters = dict(module.named_parameters(recurse=False))
     down = parameters.get("down_proj")
     return down is not None and down.dim() == 3 and hasattr(module, "num_experts") and hasattr(module, "_apply_gate")
 
 
 def form_of(module: nn.Module) -> ExpertsForm | None:
-    """How to read a module of experts, ours or transformers'; None for a module that is none.
+    """Return the form of a module of experts, ours or transformers'; None for any other module.
 
     Args:
         module: any.
@@ -43,7 +43,6 @@ def form_of(module: nn.Module) -> ExpertsForm | None:
         "up_bias": f"{up}_bias" if has_bias else None,
         "down_bias": "down_proj_bias" if has_bias else None,
         "transposed": getattr(module, "is_transposed", False),
-        "gated": gated,
     }
     act = activation_of(module)
     if act is None:
@@ -52,5 +51,4 @@ def form_of(module: nn.Module) -> ExpertsForm | None:
             raise ValueError(f"{kind} has a gate of its own, which the operators do not")
         name = type(getattr(module, "act_fn", None)).__name__
         raise ValueError(f"{kind} has the activation {name}, which the operators do not")
-    layout = "gate_up" if act.layout == PLAIN else act.layout
-    return ExpertsForm(**form, activation=act.name, gate_up_layout=layout, swiglu_alpha=act.alpha, swiglu_limit=act.limit)
+    return ExpertsForm(**form, **activation_options(act))

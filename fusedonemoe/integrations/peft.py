@@ -34,9 +34,10 @@ from fusedonemoe.integrations.checkpoints.files import read_json
 from fusedonemoe.integrations.forms import form_of
 from fusedonemoe.integrations.save_refusal import refuse_save
 from fusedonemoe.layers import Experts
-from fusedonemoe.lora import ExpertsForm, LoRAExperts
-from fusedonemoe.lora import add_lora as add_lora_to_experts
-from fusedonemoe.peft_refusal import check_no_peft
+from fusedonemoe.layers.form import ExpertsForm
+from fusedonemoe.layers.lora import LoRAExperts
+from fusedonemoe.layers.lora import add_lora as add_lora_to_experts
+from fusedonemoe.layers.peft_refusal import check_no_peft
 
 __all__ = [
     "adapter_config",

@@ -15,8 +15,9 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
 from fusedonemoe.integrations.adapter_layouts import split_factors
+from fusedonemoe.layers.form import ExpertsForm
+from fusedonemoe.layers.lora import TARGETS, LoRAExperts, refuse_merged
 from fusedonemoe.linear import uniform_by_fan_in
-from fusedonemoe.lora import TARGETS, ExpertsForm, LoRAExperts, refuse_merged
 from fusedonemoe.ops import notice
 
 
@@ -70,7 +71,7 @@ class HeldAdapters(AdapterLevel, nn.Module):
         """Nothing: the module around it merges these, too."""
 
     def unmerge(self) -> None:
-        """Nothing, likewise."""
+        """Do nothing."""
 
     def forward(self, *args: Any) -> Tensor:
         """Refused: half of an adapter."""
@@ -174,7 +175,7 @@ class PeftExperts(AdapterLevel, LoRAExperts):
 
     @property
     def gate_up_lora_A(self) -> Tensor | None:  # type: ignore[override]
-        """As in :class:`~fusedonemoe.LoRAExperts`, like the next three: a view of PEFT's matrix."""
+        """Return :class:`~fusedonemoe.LoRAExperts`' parameter of this name as a view of PEFT's matrix, like the next three."""
         return self._factor("gate_up", 0)
 
     @property

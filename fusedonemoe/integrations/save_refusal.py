@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from fusedonemoe.lora import LoRAExperts
+from fusedonemoe.layers.lora import LoRAExperts
 
 
 class RefusedSave:

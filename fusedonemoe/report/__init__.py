@@ -4,7 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from fusedonemoe import files, options
+from fusedonemoe import files
+from fusedonemoe.cli import options
 
 __all__ = ["add_arguments", "run"]
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedonemoe.ops.activation import ACTIVATIONS, PLAIN, Activation
 from fusedonemoe.ops.cpu import build
 from fusedonemoe.ops.grouped import saved_rows
 from fusedonemoe.ops.operands import check_percent, read_merged, read_mlp
+from fusedonemoe.ops.records import ACTIVATIONS, PLAIN, Activation
 
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 # Weight-row products below which a second thread costs more than it saves. No result depends on the number of threads.

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedonemoe.ops.activation import ACTIVATIONS
 from fusedonemoe.ops.cpu import native
 from fusedonemoe.ops.operands import INTEGERS, Reader, reader_of
+from fusedonemoe.ops.records import ACTIVATIONS
 
 
 def _sizes(experts_TK: Tensor, table_ED: Tensor, activation: str) -> tuple[int, ...]:

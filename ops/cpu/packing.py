@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedonemoe.ops.activation import PLAIN, Activation
 from fusedonemoe.ops.cpu import build, native
+from fusedonemoe.ops.records import PLAIN, Activation
 
 PANEL_DIMS = 5
 

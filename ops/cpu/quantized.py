@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedonemoe.ops.activation import Activation
 from fusedonemoe.ops.cpu import native
 from fusedonemoe.ops.grouped import saved_rows
 from fusedonemoe.ops.operands import Reader, check_dim, check_percent, check_widths, reader_of
 from fusedonemoe.ops.quantized import GROUP_SIZES, QuantizedWeight
+from fusedonemoe.ops.records import Activation
 
 
 def _new(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor
 from fusedonemoe.ops.cpu import native
 from fusedonemoe.ops.cpu.selection import threads_for
 from fusedonemoe.ops.operands import FLOATS, INTEGERS, check_dim, reader_of
-from fusedonemoe.ops.route import RouteRule
+from fusedonemoe.ops.records import RouteRule
 
 
 def _flags(rule: RouteRule) -> tuple[int, ...]:

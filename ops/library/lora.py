@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fusedonemoe.ops import lora
-from fusedonemoe.ops.activation import Activation
 from fusedonemoe.ops.derivatives import no_second_derivative
 from fusedonemoe.ops.library.registration import (
     BUILD,
@@ -22,6 +21,7 @@ from fusedonemoe.ops.library.registration import (
 )
 from fusedonemoe.ops.lora import Adapter, LoRANeeds
 from fusedonemoe.ops.operands import check_rows, reader_of
+from fusedonemoe.ops.records import Activation
 
 
 def _adapter(A: Tensor, B: Tensor, scale: float) -> Adapter:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from fusedonemoe.ops import dense, grouped
-from fusedonemoe.ops.activation import Activation
 from fusedonemoe.ops.cpu import native
 from fusedonemoe.ops.derivatives import no_second_derivative
 from fusedonemoe.ops.grouped import MLPNeeds, saved_rows
@@ -22,6 +21,7 @@ from fusedonemoe.ops.library.registration import (
     wanted,
 )
 from fusedonemoe.ops.operands import check_rows, read_mlp
+from fusedonemoe.ops.records import Activation
 from fusedonemoe.ops.shortcut import recorder, shortcut
 from fusedonemoe.ops.triton import rules
 

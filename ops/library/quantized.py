@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from fusedonemoe.ops import quantized
-from fusedonemoe.ops.activation import Activation
 from fusedonemoe.ops.cpu import quantized as native
 from fusedonemoe.ops.derivatives import no_second_derivative
 from fusedonemoe.ops.library.mlp import ACT, forward_fake
@@ -23,6 +22,7 @@ from fusedonemoe.ops.library.registration import (
 )
 from fusedonemoe.ops.operands import check_rows, reader_of
 from fusedonemoe.ops.quantized import QuantizedNeeds, QuantizedWeight
+from fusedonemoe.ops.records import Activation
 from fusedonemoe.ops.shortcut import recorder, shortcut
 
 _WEIGHT = "Tensor {0}, Tensor {0}_scale, Tensor? {0}_zero"

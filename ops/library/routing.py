@@ -17,7 +17,7 @@ from fusedonemoe.ops.library.registration import (
     gpu_kernels,
     operator,
 )
-from fusedonemoe.ops.route import RouteRule
+from fusedonemoe.ops.records import RouteRule
 from fusedonemoe.ops.shortcut import recorder, shortcut
 
 

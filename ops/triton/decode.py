@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from fusedonemoe.ops.activation import Activation
+from fusedonemoe.ops.records import Activation
 from fusedonemoe.ops.triton import rules
 from fusedonemoe.ops.triton.rules import BYTES_IN_FLIGHT
 from fusedonemoe.ops.triton.tiles import act_value, experts_of_choices, gated_value

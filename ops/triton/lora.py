@@ -6,10 +6,11 @@ The activations and their derivatives are plain tensor arithmetic: torch.compile
 import torch
 from torch import Tensor
 
-from fusedonemoe.ops.activation import PLAIN, Activation, activate, activate_backward
+from fusedonemoe.ops.activation import activate, activate_backward
 from fusedonemoe.ops.grouped import first_rows
 from fusedonemoe.ops.lora import Adapter, Gradients, LoRANeeds
 from fusedonemoe.ops.precision import row_dtype
+from fusedonemoe.ops.records import PLAIN, Activation
 from fusedonemoe.ops.triton import rules
 from fusedonemoe.ops.triton.combine import combine
 from fusedonemoe.ops.triton.low_rank import NARROW, low_rank_rows, narrow_tile

@@ -7,9 +7,9 @@ SonicMoE's algebra (arXiv 2512.14080), as in ``ops/grouped.py``: with ``dA' = dy
 
 from torch import Tensor
 
-from fusedonemoe.ops.activation import PLAIN, Activation
 from fusedonemoe.ops.grouped import MLPNeeds
 from fusedonemoe.ops.precision import row_dtype
+from fusedonemoe.ops.records import PLAIN, Activation
 from fusedonemoe.ops.triton import rules
 from fusedonemoe.ops.triton.combine import combine
 from fusedonemoe.ops.triton.dh import hidden_gradient

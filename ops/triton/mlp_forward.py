@@ -5,9 +5,9 @@
 
 from torch import Tensor
 
-from fusedonemoe.ops.activation import PLAIN, Activation
 from fusedonemoe.ops.grouped import saved_rows
 from fusedonemoe.ops.precision import row_dtype
+from fusedonemoe.ops.records import PLAIN, Activation
 from fusedonemoe.ops.triton.combine import combine
 from fusedonemoe.ops.triton.plan import make_plan
 from fusedonemoe.ops.triton.rows import grouped_rows

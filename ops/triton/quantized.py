@@ -6,10 +6,11 @@ The activations and their derivatives are plain tensor arithmetic, as in ``lora.
 import torch
 from torch import Tensor
 
-from fusedonemoe.ops.activation import PLAIN, Activation, activate, activate_backward
+from fusedonemoe.ops.activation import activate, activate_backward
 from fusedonemoe.ops.grouped import first_rows
 from fusedonemoe.ops.precision import row_dtype
 from fusedonemoe.ops.quantized import QuantizedNeeds, QuantizedWeight
+from fusedonemoe.ops.records import PLAIN, Activation
 from fusedonemoe.ops.triton import rules
 from fusedonemoe.ops.triton.combine import combine
 from fusedonemoe.ops.triton.plan import from_saved, make_plan

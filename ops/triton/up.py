@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from fusedonemoe.ops.activation import PLAIN, Activation
+from fusedonemoe.ops.records import PLAIN, Activation
 from fusedonemoe.ops.triton.plan import RowPlan
 from fusedonemoe.ops.triton.rules import Tile
 from fusedonemoe.ops.triton.tiles import act_value, dot_precision, gated_value, multiply_rows, swizzled

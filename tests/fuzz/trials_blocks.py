@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fusedonemoe import Experts, FusedOneMoE, LoRAExperts, MoEConfig, ProductKeyRouter, QuantizedExperts
-from fusedonemoe.fine_grained import FineGrainedMoE
+from fusedonemoe.layers.fine_grained import FineGrainedMoE
 from tests.fuzz import exact_experts
 from tests.fuzz.bounds import PRECISIONS, Bounded, contract, work_dtype
 from tests.fuzz.draw import DTYPES, Draw

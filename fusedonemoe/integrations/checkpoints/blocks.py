@@ -1,4 +1,4 @@
-"""Which blocks of experts a checkpoint holds, where, and in which layout."""
+"""The blocks of experts in a checkpoint: their places and their layout."""
 
 import re
 from collections import defaultdict
@@ -246,7 +246,7 @@ def _choose(source: Source, prefix: str, complete: dict[str, _Found], given: int
 
 
 def _block_names(source: Source, prefix: str, layout: str) -> dict[str, str]:
-    """What stands beside the experts: our name to the checkpoint's."""
+    """Map our names of a block's other tensors to the checkpoint's."""
     own = dict(LAYOUTS[layout].block_names)
     names = {}
     for ours, aliases in BLOCK_NAMES.items():

@@ -90,7 +90,7 @@ def check_module(block: Block, into: Experts | MoE) -> None:
 
 
 def block_shapes(block: Block) -> dict[str, tuple[int, ...]]:
-    """Shapes beside the experts that the experts' sizes decide; the shared branch has a width of its own."""
+    """Shapes of other tensors that the experts' sizes decide; the shared branch has a width of its own."""
     E, D = block.num_experts, block.hidden_size
     return {
         "gate.weight": (E, D),

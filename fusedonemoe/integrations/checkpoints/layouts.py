@@ -1,4 +1,4 @@
-"""How families of checkpoints lay out a block's experts, as a table.
+"""A table of the layouts that families of checkpoints have for a block's experts.
 
 Home, to which every layout is read and from which it is written, is :class:`~fusedonemoe.Experts`' own form: per expert the
 up-projection's rows ``[2F, D]`` (``[F, D]`` when plain) and the down-projection ``[D, F]``.
@@ -53,7 +53,7 @@ class Layout:
 
     @property
     def gated(self) -> bool:
-        """Whether experts have a gate."""
+        """Return whether experts have a gate."""
         return any(part.target in ("gate", "gate_up") for part in self.parts)
 
 

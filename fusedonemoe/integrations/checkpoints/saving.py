@@ -92,7 +92,7 @@ def _parts_for(weights: ExpertWeights, name: str, rule: Layout) -> list[Part]:
 
 
 def _names_for(weights: ExpertWeights, name: str, rule: Layout, given: dict[str, str]) -> dict[str, str]:
-    """The names of what stands beside the experts."""
+    """The names of a block's tensors other than the experts'."""
     if unknown := sorted(given.keys() - weights.block.keys()):
         raise ValueError(f"block_names must be of {sorted(weights.block)}, got {unknown}")
     known = dict(rule.block_names) | (weights.block_names if name == weights.layout else {}) | given

@@ -53,7 +53,7 @@ def _shards_of(index: Path) -> dict[str, Path]:
 
 
 def _files_in(directory: Path) -> list[Path]:
-    """What to open in a directory: an index, the one usual file, or every safetensors file."""
+    """Return the files to open in a directory: an index, the one usual file, or every safetensors file."""
     indices = sorted(directory.glob(f"*{INDEX_SUFFIX}"))
     safe = [index for index in indices if ".safetensors" in index.name]
     for found in (safe, indices):

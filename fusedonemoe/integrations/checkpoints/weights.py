@@ -9,8 +9,8 @@ from fusedonemoe.hf import BLOCK_NAMES
 from fusedonemoe.integrations.checkpoints.files import refusal
 from fusedonemoe.integrations.checkpoints.layouts import Target
 from fusedonemoe.layers import Experts, MoE
-from fusedonemoe.ops.activation import GATE_UP_LAYOUTS
-from fusedonemoe.panels import home_of, packed_names, write_home
+from fusedonemoe.layers.panels import home_of, packed_names, write_home
+from fusedonemoe.ops.records import GATE_UP_LAYOUTS
 
 
 def rows_of(up: Tensor, part: Target, rows: str) -> Tensor:

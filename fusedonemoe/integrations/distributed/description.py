@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 import fusedonemoe
 from fusedonemoe.layers import Experts, MoE
-from fusedonemoe.lora import LoRAExperts
-from fusedonemoe.quantized import QuantizedExperts
-from fusedonemoe.routers import ProductKeyRouter, TopKRouter
+from fusedonemoe.layers.lora import LoRAExperts
+from fusedonemoe.layers.quantized import QuantizedExperts
+from fusedonemoe.layers.routers import ProductKeyRouter, TopKRouter
 
 # Attributes that can be changed after the module was built, or that no configuration holds.
 _FIELDS: dict[type[nn.Module], tuple[str, ...]] = {

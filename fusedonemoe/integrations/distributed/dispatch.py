@@ -1,4 +1,4 @@
-"""Which rows leave for which process, and the way back: the dispatchers of expert parallelism.
+"""The dispatchers of expert parallelism: they send each row to the process of its expert, and bring results back.
 
 Experts stand in blocks of ``ceil(E / W)``, one block for each of ``W`` ranks, the last ones shorter or empty: the shards of
 ``DTensor``. Suffixes beside those of the library: W ranks, N rows that a rank sends out or keeps, R rows that it has after the
@@ -136,7 +136,7 @@ def _check_rows(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> None:
 
 
 def _compact(marked: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Of a flat mask: which entries are marked, ``[length]``, as many as there are; and each entry's number among them.
+    """Return the indices of a flat mask's marked entries, ``[length]``, and each entry's number among them.
 
     The number of an unmarked entry is ``length``, taken from the device: what the host read is for shapes alone. (Inductor
     may place a kernel that has such a number for an argument before the line that reads it.)

@@ -17,7 +17,7 @@ from fusedonemoe.integrations.distributed.collectives import in_autocast_dtype, 
 from fusedonemoe.integrations.distributed.description import describe_blocks, library_versions
 from fusedonemoe.integrations.distributed.dispatch import AllToAll, FixedCapacity, check_capacity
 from fusedonemoe.layers import Experts
-from fusedonemoe.lora import LoRAExperts
+from fusedonemoe.layers.lora import LoRAExperts
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
@@ -118,7 +118,7 @@ def _check_call(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> No
 
 
 class ExpertExchange:
-    """What :class:`ExpertParallel` hangs on an :class:`~fusedonemoe.Experts`: its forward over the group."""
+    """The forward over the group that :class:`ExpertParallel` sets on an :class:`~fusedonemoe.Experts`."""
 
     def __init__(self, dispatcher: AllToAll | FixedCapacity, divisor: int) -> None:
         self.dispatcher = dispatcher
@@ -233,7 +233,7 @@ class ExpertParallel(ParallelStyle):
         return for_each(model, where, self._shard, style="ExpertParallel", options=options, device_type=device_type)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        """What :func:`torch.distributed.tensor.parallel.parallelize_module` calls."""
+        """Apply the plan: :func:`torch.distributed.tensor.parallel.parallelize_module` calls this."""
         return self._each(module, device_mesh if self.group is None else self.group, device_mesh.device_type)
 
     def _shard(self, experts: Experts, mesh: DeviceMesh) -> None:
@@ -248,7 +248,7 @@ class ExpertParallel(ParallelStyle):
 
 
 def dropped_rows(model: nn.Module, *, reset: bool = False) -> dict[str, Tensor]:
-    """What this process dropped for want of capacity, by the name of the experts; nothing waits for it.
+    """Return the rows that this process dropped for want of capacity, by the name of the experts, without waiting.
 
     Args:
         model: whose experts are parallel with a capacity.

@@ -14,7 +14,7 @@ from fusedonemoe.layers import Experts
 
 
 def _placements(config: MoEConfig) -> dict[str, Placement]:
-    """How each parameter is cut along F.
+    """Return the placement of each parameter, cut along F.
 
     In a concatenation of gate and up rows an ordinary shard would give one rank gate rows only: each rank needs its part of
     both halves. Interleaved rows are in pairs already.
@@ -37,7 +37,7 @@ def _check_width(experts: Experts, world: int) -> None:
 
 
 class TensorExchange:
-    """What :class:`TensorParallel` hangs on an :class:`~fusedonemoe.Experts`: its forward over the group."""
+    """The forward over the group that :class:`TensorParallel` sets on an :class:`~fusedonemoe.Experts`."""
 
     def __init__(self, group: ProcessGroup) -> None:
         self.group = group
@@ -115,7 +115,7 @@ class TensorParallel(ParallelStyle):
         return for_each(model, where, self._cut, style="TensorParallel", options={}, check=_check_width, device_type=device_type)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        """What :func:`torch.distributed.tensor.parallel.parallelize_module` calls."""
+        """Apply the plan: :func:`torch.distributed.tensor.parallel.parallelize_module` calls this."""
         return self._each(module, device_mesh if self.group is None else self.group, device_mesh.device_type)
 
     def _cut(self, experts: Experts, mesh: DeviceMesh) -> None:

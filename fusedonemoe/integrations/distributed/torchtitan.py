@@ -84,7 +84,7 @@ class GroupedExperts(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, init_std: float) -> None:
-        """As torchtitan: truncated normal, 0.02 for the gate, ``init_std`` for the others."""
+        """Initialise as torchtitan does: truncated normal, 0.02 for the gate, ``init_std`` for the others."""
         for weight, std in ((self.w1_EFD, 0.02), (self.w2_EDF, init_std), (self.w3_EFD, init_std)):
             nn.init.trunc_normal_(weight, mean=0.0, std=std)
 

@@ -1,4 +1,4 @@
-"""What the rest of a training loop needs to know of parameters that are not whole: FSDP2, DDP, optimizers, clipping."""
+"""Sharded parameters in the rest of a training loop: FSDP2, DDP, optimizers, clipping."""
 
 import weakref
 from collections.abc import Callable, Iterable
@@ -13,10 +13,10 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from fusedonemoe.agreement import agree
+from fusedonemoe.balance.counting import is_capturing
 from fusedonemoe.integrations.distributed.description import describe_blocks, describe_tensors, library_versions
 from fusedonemoe.integrations.distributed.expert_parallel import ExpertExchange, group_of
 from fusedonemoe.layers import Experts
-from fusedonemoe.usage import is_capturing
 
 
 def expert_placement(model: nn.Module, mesh: DeviceMesh) -> Callable[[nn.Parameter], Any]:

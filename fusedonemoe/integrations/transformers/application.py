@@ -11,7 +11,7 @@ from fusedonemoe.integrations.transformers.gates import activation_of
 from fusedonemoe.integrations.transformers.layers import FoundLayer, find_layers
 from fusedonemoe.integrations.transformers.report import LayerReport, Report
 from fusedonemoe.integrations.transformers.routers import RouterPlan, find_router, fuse_router, is_fused, unfuse_router
-from fusedonemoe.ops.activation import PLAIN
+from fusedonemoe.ops.records import PLAIN
 
 _applied: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 # On a module of experts, the implementation that its configuration named before. What apply did is kept on the modules, so that
@@ -20,7 +20,7 @@ _BEFORE = "_fusedonemoe_before"
 
 
 def enable() -> None:
-    """Register ``"fusedonemoe"`` with transformers, beside its own ``"eager"``, ``"grouped_mm"`` and ``"batched_mm"``.
+    """Register ``"fusedonemoe"`` with transformers, next to its ``"eager"``, ``"grouped_mm"`` and ``"batched_mm"``.
 
     Afterwards ``from_pretrained(..., experts_implementation="fusedonemoe")`` and
     ``model.set_experts_implementation("fusedonemoe")`` work. transformers does not save the choice with a model.
@@ -157,7 +157,7 @@ def _describe_experts(experts: Any) -> str:
 
 
 def _set_implementation(experts: Any, previous: dict[int, Any]) -> None:
-    """Of this module's configuration alone: the public setter would set those of parts without experts as well."""
+    """Set it in this module's configuration alone: the public setter would also set parts without experts."""
     config = experts.config
     if config._experts_implementation != registry.NAME:
         previous[id(config)] = config._experts_implementation

@@ -8,7 +8,7 @@ from torch import Tensor
 from fusedonemoe import functional as F
 from fusedonemoe.integrations.transformers.gates import activation_of
 from fusedonemoe.ops import library
-from fusedonemoe.ops.activation import PLAIN
+from fusedonemoe.ops.options import activation_options
 
 
 def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -50,12 +50,8 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
             down,
             gate_up_bias=up_bias,
             down_bias=down_bias,
-            activation=act.name,
-            gated=has_gate,
-            gate_up_layout="gate_up" if act.layout == PLAIN else act.layout,
             transposed=transposed,
-            swiglu_alpha=act.alpha,
-            swiglu_limit=act.limit,
+            **activation_options(act),
         )
     return y if y.dtype == hidden_states.dtype else y.to(hidden_states.dtype)
 

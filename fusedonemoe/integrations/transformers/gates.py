@@ -1,4 +1,4 @@
-"""Which of the operators' activations an experts module computes between its two projections, found without its name.
+"""Find, without its name, the activation that an experts module computes between its two projections.
 
 What is read are constants only (a function, a class, a few numbers), so that a graph is guarded on those and one graph
 serves every layer of a model.
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fusedonemoe.integrations.transformers.registry import activations, default_gates
-from fusedonemoe.ops.activation import GATE_UP_LAYOUTS, PLAIN, Activation, activate
+from fusedonemoe.ops.activation import activate
+from fusedonemoe.ops.records import GATE_UP_LAYOUTS, PLAIN, Activation
 
 # The attributes in which transformers' classes keep the numbers of their gates.
 _NUMBERS = ("limit", "alpha", "swiglu_limit", "swiglu_alpha")
@@ -111,7 +112,7 @@ def _compared(
 
 
 def activation_of(experts: nn.Module) -> Activation | None:
-    """What an experts module computes between its projections.
+    """Return the activation that an experts module computes between its projections.
 
     Args:
         experts: of a class that transformers' ``use_experts_implementation`` decorates.

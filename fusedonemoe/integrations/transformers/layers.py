@@ -38,7 +38,7 @@ def _outermost(name: str, modules: dict[str, nn.Module]) -> str:
 
 
 def _stands_for_experts(name: str, module: nn.Module) -> bool:
-    """Whether a module that asks no registry looks like experts: by its name, its class or its count of them.
+    """Return whether a module that asks no registry looks like experts: by its name, its class or a count of experts.
 
     These classes share no interface, so looks have to do. They decide what the report names and nothing else.
     """

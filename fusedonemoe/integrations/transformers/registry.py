@@ -85,5 +85,5 @@ def interface_of(module: nn.Module) -> Any:
 
 
 def is_ours(module: nn.Module) -> bool:
-    """Whether the registry that a module asks is one that we are entered in."""
+    """Return whether this library is entered in the registry that a module asks."""
     return isinstance(interface_of(module), tuple(_interfaces()))

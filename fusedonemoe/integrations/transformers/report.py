@@ -1,4 +1,4 @@
-"""What :func:`apply` did to each mixture-of-experts layer of a model, and why not more."""
+"""The report of :func:`apply`: the change of each mixture-of-experts layer, and the reasons for what it left."""
 
 from collections import Counter
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
-"""Routers: which of this library's rules a router's forward computes, found by trying, and its forward replaced by that rule.
+"""Routers: find the rule that a router's forward computes by trying this library's rules, and replace the forward by it.
 
-What is replaced is the forward of the router's instance, not the whole sparse block and not a class. The block's own forward
+The forward of the router's instance is replaced, not the whole sparse block and not a class. The block's own forward
 goes on calling the router and the experts as modules, so whatever hangs on them keeps working: the hooks with which
 transformers records router logits for the auxiliary loss, those of parallel plans, adapters on the weight, gradient
 checkpointing, shared experts and reshapes that every family writes in its own way; and names in a ``state_dict`` cannot
@@ -19,12 +19,16 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from fusedonemoe import functional as F
+from fusedonemoe.functional.routing import route_by
 from fusedonemoe.integrations.transformers import wrapping
+from fusedonemoe.ops.options import check_rule
+from fusedonemoe.ops.records import NORM_EPS, RouteRule
 
 _PLAN = "_fusedonemoe_plan"
 _SCALES = ("routed_scaling_factor", "router_scaling_factor", "route_scale")
 _BIAS_BUFFER = "e_score_correction_bias"
+# Scorings, and what transformers' routers add to the sum of scores before they divide by it: 1e-6 in LFM2's.
+_SCORINGS = (("softmax", NORM_EPS), ("sigmoid", NORM_EPS), ("sigmoid", 1e-6))
 # What this library and accelerate keep on a router's instance; accelerate's hook leads to every weight of the model.
 _OTHERS = ("forward", _PLAN, "_old_forward", "_hf_hook")
 _TOKENS = 96
@@ -35,35 +39,28 @@ FEWEST_LOGITS = 1 << 13
 
 
 class RouterPlan(NamedTuple):
-    """How a router's outputs follow from its logits, and how its logits from its input.
+    """The steps from a router's input to its logits, and from these to its outputs.
 
     Attributes:
         linear: name of the child that makes the logits; empty for the router's own ``weight`` and ``bias``.
-        has_bias: whether there is a ``bias`` of the router's own; to ask a module for what it has not is slow.
-        bias: where the selection bias comes from: ``""``, ``"buffer"`` or ``"argument"``.
-        num_experts: how many logits a token has.
-        top_k: to ``group_score``: the arguments of :func:`fusedonemoe.functional.route`.
-        wide: whether the logits are a float32 product, whatever the dtype of the input.
-        autocast: whether autocast may lower that product.
-        float_logits: whether the logits are turned to float32.
-        weights_like: whose dtype the weights have: ``"input"``, ``"logits"`` or ``"float32"``.
-        flattens: whether leading dimensions are flattened away.
-        settings: numbers and words that the router's own code reads, from itself or its configuration, as they were: a plan
-            holds for these alone.
+        has_bias: the router has a ``bias`` of its own. Looking up a missing attribute on a module is slow.
+        bias: source of the selection bias: ``""``, ``"buffer"`` or ``"argument"``.
+        num_experts: number of logits of a token.
+        rule: from logits to weights and ids.
+        wide: the logits are a float32 product, whatever the dtype of the input.
+        autocast: autocast may lower that product.
+        float_logits: the logits are cast to float32.
+        weights_like: the dtype of the weights: that of the ``"input"`` or of the ``"logits"``, or ``"float32"``.
+        flattens: leading dimensions are flattened away.
+        settings: numbers and words that the router's own code reads, from itself or its configuration, with their values when
+            the router was tried. The plan is valid for these values only.
     """
 
     linear: str
     has_bias: bool
     bias: str
     num_experts: int
-    top_k: int
-    scoring: str
-    score_first: bool
-    norm_topk_prob: bool
-    routed_scaling_factor: float
-    n_group: int
-    topk_group: int
-    group_score: str
+    rule: RouteRule
     wide: bool = False
     autocast: bool = True
     float_logits: bool = False
@@ -72,11 +69,12 @@ class RouterPlan(NamedTuple):
     settings: tuple[tuple[str, str, Any], ...] = ()
 
     def __str__(self) -> str:
-        order = self.scoring if self.score_first else f"{self.scoring} of the picked"
+        rule = self.rule
+        order = rule.scoring if rule.score_first else f"{rule.scoring} of the picked"
         extras = [
-            f"top {self.top_k}" + (f" in {self.topk_group} of {self.n_group} groups" if self.n_group > 1 else ""),
+            f"top {rule.top_k}" + (f" in {rule.topk_group} of {rule.n_group} groups" if rule.n_group > 1 else ""),
             *(["with a selection bias"] if self.bias else []),
-            *(["normalised"] if self.norm_topk_prob else []),
+            *(["normalised"] if rule.norm_topk_prob else []),
         ]
         return ", ".join([order, *extras])
 
@@ -98,21 +96,6 @@ def _logits(plan: RouterPlan, router: Any, x: Tensor) -> Tensor:
     return logits.float() if plan.float_logits else logits
 
 
-def _route(plan: RouterPlan, logits: Tensor, selection_bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    return F.route(
-        logits,
-        plan.top_k,
-        scoring=plan.scoring,
-        score_first=plan.score_first,
-        norm_topk_prob=plan.norm_topk_prob,
-        routed_scaling_factor=plan.routed_scaling_factor,
-        selection_bias=selection_bias,
-        n_group=plan.n_group,
-        topk_group=plan.topk_group,
-        group_score=plan.group_score,
-    )
-
-
 def _outputs(plan: RouterPlan, router: Any, hidden_states: Tensor, *arguments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     flatten = plan.flattens and hidden_states.dim() != 2
     x = hidden_states.reshape(-1, hidden_states.shape[-1]) if flatten else hidden_states
@@ -120,7 +103,9 @@ def _outputs(plan: RouterPlan, router: Any, hidden_states: Tensor, *arguments: T
     bias = None
     if plan.bias:
         bias = getattr(router, _BIAS_BUFFER) if plan.bias == "buffer" else arguments[0]
-    weights, experts = _route(plan, logits, bias)
+    if logits.shape[-1] != plan.num_experts:  # the router has other parameters than when it was tried
+        check_rule(plan.rule, logits.shape[-1], bias is not None)
+    weights, experts = route_by(plan.rule, logits, bias, "auto")
     if plan.weights_like == "float32":
         dtype = torch.float32
     else:
@@ -202,7 +187,7 @@ def _holds(plan: RouterPlan, router: Any) -> bool:
 
 
 def find_router(parent: nn.Module | None, experts: nn.Module) -> tuple[nn.Module | None, RouterPlan | str]:
-    """The router that stands beside an experts module, and its plan, or why it has none."""
+    """Return the router next to an experts module, and its plan, or why it has none."""
     children = [] if parent is None else [wrapping.inside(child) for child in parent.children()]
     beside = [m for m in children if m is not experts and _top_k(m) and _linear(m) is not None]
     if len(beside) != 1:
@@ -224,7 +209,7 @@ def _top_k(module: nn.Module) -> int:
 
 
 def _linear(module: nn.Module) -> str | None:
-    """Where the router's matrix is: ``""`` for its own parameter, or the name of its only child; None for neither."""
+    """Return the owner of the router's matrix: ``""`` for the router, or the name of its only child; None for neither."""
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor):
         return "" if weight.dim() == 2 else None
@@ -234,7 +219,7 @@ def _linear(module: nn.Module) -> str | None:
 
 
 def _takes_bias(router: nn.Module) -> bool | None:
-    """Whether the forward takes one more argument beside the input; None where it takes more, or others."""
+    """Return whether the forward takes a selection bias after the input; None where it takes more, or other arguments."""
     parameters = list(inspect.signature(type(router).forward).parameters.values())[2:]
     if any(p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters) or len(parameters) > 1:
         return None
@@ -297,10 +282,15 @@ def _candidates(router: nn.Module, linear: str, takes_bias: bool, num_experts: i
     has_bias = not linear and isinstance(getattr(router, "bias", None), Tensor)
     biases = ["argument"] if takes_bias else []
     biases += ["buffer"] if isinstance(getattr(router, _BIAS_BUFFER, None), Tensor) else []
-    for group, bias, scoring, first, normalise, factor in itertools.product(
-        group_rules, [*biases, ""], ("softmax", "sigmoid"), (True, False), (*norms, False, True), (scale, scale / top_k, 1.0)
+    for group, bias, (scoring, eps), first, normalise, factor in itertools.product(
+        group_rules, [*biases, ""], _SCORINGS, (True, False), (*norms, False, True), (scale, scale / top_k, 1.0)
     ):
-        yield RouterPlan(linear, has_bias, bias, num_experts, top_k, scoring, first, normalise, factor, *group)
+        rule = RouteRule(top_k, scoring, first, normalise, factor, *group, eps)
+        try:
+            check_rule(rule, num_experts, bool(bias))
+        except ValueError:  # a rule that these sizes do not have
+            continue
+        yield RouterPlan(linear, has_bias, bias, num_experts, rule)
 
 
 def _dense(weights: Tensor, experts: Tensor, num_experts: int) -> Tensor:
@@ -314,10 +304,7 @@ def _same_routing(plan: RouterPlan, probe: _Probe, own: tuple[Tensor, ...]) -> b
     logits, weights, experts = own
     bias = getattr(probe.router, _BIAS_BUFFER) if plan.bias == "buffer" else None
     bias = probe.arguments[0] if plan.bias == "argument" else bias
-    try:
-        ours = _dense(*_route(plan, logits, bias), logits.shape[-1])
-    except ValueError:  # a rule that these sizes do not have
-        return False
+    ours = _dense(*route_by(plan.rule, logits, bias, "auto"), logits.shape[-1])
     theirs = _dense(weights, experts, logits.shape[-1])
     return bool(((ours - theirs).abs() <= _RELATIVE_ERROR * theirs).all())
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fusedonemoe.lora import LoRAExperts
+from fusedonemoe.layers.lora import LoRAExperts
 
 # The names under which wrappers keep the one module that they are around: PEFT's layers, ours, torch.compile, FSDP, activation
 # checkpointing, and DataParallel of either kind.

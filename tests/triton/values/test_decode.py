@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fusedonemoe.ops import grouped, reference
-from fusedonemoe.ops.activation import ACTIVATIONS, GATE_UP_LAYOUTS, PLAIN, Activation
+from fusedonemoe.ops.records import ACTIVATIONS, GATE_UP_LAYOUTS, PLAIN, Activation
 from fusedonemoe.ops.triton import decode, rules
 from fusedonemoe.testing import assert_within_budget, exact_float64, make_mlp_inputs
 

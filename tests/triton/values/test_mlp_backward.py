@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fusedonemoe.ops import grouped, reference
-from fusedonemoe.ops.activation import ACTIVATIONS, GATE_UP_LAYOUTS, PLAIN, Activation
 from fusedonemoe.ops.grouped import MLPNeeds
+from fusedonemoe.ops.records import ACTIVATIONS, GATE_UP_LAYOUTS, PLAIN, Activation
 from fusedonemoe.ops.triton import mlp_backward, rules
 from fusedonemoe.ops.triton.plan import make_plan
 from fusedonemoe.ops.triton.rules import Tile, Tiles

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fusedonemoe.ops import grouped, reference
-from fusedonemoe.ops.activation import PLAIN, Activation
+from fusedonemoe.ops.records import PLAIN, Activation
 from fusedonemoe.ops.triton import mlp_forward
 from fusedonemoe.ops.triton.plan import make_plan
 from fusedonemoe.ops.triton.rules import Tile, Tiles

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from fusedonemoe.ops import reference
-from fusedonemoe.ops.activation import ACTIVATIONS, Activation, activate
+from fusedonemoe.ops.activation import activate
 from fusedonemoe.ops.neurons import touched_rows
+from fusedonemoe.ops.records import ACTIVATIONS, Activation
 from fusedonemoe.ops.triton import neurons, segments, token_rows
 from fusedonemoe.testing import ROUTINGS, assert_within_budget, make_experts
 

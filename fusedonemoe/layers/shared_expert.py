@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from fusedonemoe.config import MoEConfig
-from fusedonemoe.ops.activation import PLAIN, Activation, activate
+from fusedonemoe.ops.activation import activate
+from fusedonemoe.ops.options import ACTIVATION_OPTIONS, make_activation, options_of
 
 
 class SharedExpert(nn.Module):
@@ -30,9 +31,8 @@ class SharedExpert(nn.Module):
         def linear(in_features: int, out_features: int) -> nn.Linear:
             return nn.Linear(in_features, out_features, bias=False, device=device, dtype=dtype)
 
-        self._activation = Activation(
-            config.activation, "gate_up" if config.gated else PLAIN, config.swiglu_alpha, config.swiglu_limit
-        )
+        options = options_of(config, ACTIVATION_OPTIONS) | {"gate_up_layout": "gate_up"}
+        self._activation = make_activation(**options)
         self.gate_proj: nn.Linear | None = linear(config.hidden_size, intermediate_size) if config.gated else None
         self.up_proj: nn.Linear = linear(config.hidden_size, intermediate_size)
         self.down_proj: nn.Linear = linear(intermediate_size, config.hidden_size)

@@ -1,4 +1,4 @@
-"""What ``python -m fusedonemoe`` says without arguments: what is here, what runs on it, and what can be done next."""
+"""The page of ``python -m fusedonemoe`` without arguments: versions, implementations that run here, next steps."""
 
 import importlib.metadata
 import importlib.util
@@ -14,7 +14,7 @@ NEEDS: dict[str, tuple[str, ...]] = {"demo": ("rich", "matplotlib"), "bench": ("
 
 
 def is_installed(package: str) -> bool:
-    """Whether a package can be imported, without importing it."""
+    """Return whether a package can be imported, without importing it."""
     try:
         return importlib.util.find_spec(package) is not None
     except ValueError:  # a module in sys.modules that names no specification: as good as absent

@@ -12,16 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from fusedonemoe.functional.packed import PackedExperts, check_can_pack, refuse_packed_training
+from fusedonemoe.layers.optimizer_state import remember_forms
 from fusedonemoe.ops import library
-from fusedonemoe.ops.activation import PLAIN
 from fusedonemoe.ops.library import Projection
-from fusedonemoe.optimizer_state import remember_forms
+from fusedonemoe.ops.records import PLAIN
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-    from fusedonemoe.config import MoEConfig
-    from fusedonemoe.layers import Experts
+    from fusedonemoe.layers.moe import Experts
 
 
 def is_panels(tensor: Tensor | None) -> bool:
@@ -29,15 +28,10 @@ def is_panels(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.dim() == library.PANEL_DIMS
 
 
-def layout_of(config: "MoEConfig") -> str:
-    """The order of the up-projection's rows."""
-    return config.gate_up_layout if config.gated else PLAIN
-
-
 def homes_of(experts: "Experts") -> dict[str, Projection]:
     """The home form of both weights, by their names; with the order of rows that they were packed with."""
     config = experts.config
-    layout = experts._packed_layout or layout_of(config)
+    layout = experts._packed_layout or config.act.layout
     return {
         experts._up_name: Projection(config.up_rows, config.hidden_size, layout),
         "down_proj": Projection(config.hidden_size, config.intermediate_size, PLAIN),
@@ -88,9 +82,9 @@ def weights_for_call(
         raise RuntimeError(f"the weights are packed, which {experts.exchange} cannot use: call unpack() first")
     _refuse_managed(experts, "call unpack() before fully_shard or FullyShardedDataParallel")
     homes = homes_of(experts)
-    if is_panels(up) and homes[experts._up_name].layout != layout_of(config):
+    if is_panels(up) and homes[experts._up_name].layout != config.act.layout:
         raise RuntimeError(
-            f"the weights were packed with gate_up_layout {experts._packed_layout!r}, and config has {layout_of(config)!r}: "
+            f"the weights were packed with gate_up_layout {experts._packed_layout!r}, and config has {config.act.layout!r}: "
             "call unpack() before changing it"
         )
     if is_panels(up) and is_panels(down):
@@ -134,7 +128,7 @@ def _refuse_shared_memory(name: str, parameter: nn.Parameter) -> None:
 
 
 def _holders(tensor: Tensor) -> int:
-    """How many tensors, storages and arrays hold the memory of a tensor, itself and this function included."""
+    """Count the tensors, storages and arrays that hold the memory of a tensor, itself and this function included."""
     storage = tensor.untyped_storage()
     return torch._C._storage_Use_Count(storage._cdata)
 

@@ -1,4 +1,4 @@
-"""How evenly experts are used: counted on the device, read when asked for."""
+"""Reports of how evenly experts are used: counted on the device, read when asked for."""
 
 import math
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from fusedonemoe import functional as F
 from fusedonemoe.agreement import agree
 from fusedonemoe.checks import check_tensor
-from fusedonemoe.routers import RouterOutput, TopKRouter
+from fusedonemoe.layers.routers import RouterOutput, TopKRouter
 
 _MOST_ROWS = 16  # of a printed table; the busiest and the idlest of more experts
 
@@ -30,7 +30,7 @@ def check_counts(counts: Tensor) -> None:
 
 
 class Usage:
-    """How a routing used its experts. The numbers are read from the device when the first of them is asked for.
+    """The use that a routing made of its experts; the first number that is asked for reads them from the device.
 
     Args:
         counts: ``[E]`` integers, the rows of each expert, as :func:`fusedonemoe.functional.tokens_per_expert` counts them.
@@ -242,7 +242,7 @@ class UsageMeter:
         self._compared = False
 
     def usage(self) -> dict[str, Usage]:
-        """What was counted since the start or the last :meth:`reset`, by the router's name in the model; reads nothing yet.
+        """Return the counts since the start or the last :meth:`reset`, by the router's name in the model; nothing is read yet.
 
         Raises:
             ValueError: the routers of the group's ranks differ; the message says which ranks have what.

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from fusedonemoe import functional as F
 from fusedonemoe.checks import check_last_dim
 from fusedonemoe.config import MoEConfig
+from fusedonemoe.layers.routers import TopKRouter, routing_impl
 from fusedonemoe.linear import uniform_by_fan_in
-from fusedonemoe.routers import TopKRouter, routing_impl
 
 
 class FusedOneMoE(nn.Module):

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from fusedonemoe import functional as F
 from fusedonemoe.checks import check_integer, check_last_dim, check_one_of
+from fusedonemoe.layers.routers import ProductKeyRouter, routing_impl
 from fusedonemoe.linear import uniform_by_fan_in
-from fusedonemoe.routers import ProductKeyRouter, routing_impl
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": nn.functional.silu,
@@ -24,7 +24,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class FineGrainedOutput(NamedTuple):
-    """What :class:`FineGrainedMoE` returns.
+    """The output of :class:`FineGrainedMoE`.
 
     Attributes:
         output: ``[..., D]`` in the dtype of x.
@@ -36,7 +36,7 @@ class FineGrainedOutput(NamedTuple):
 
 
 class FineGrainedMoE(nn.Module):
-    """Product keys, single-neuron experts, and optionally a dense branch beside them.
+    """Product keys, single-neuron experts, and an optional dense branch.
 
     ``y_t = sum_j act(<x_t, d_e>) w_tj u_e [+ (act(x_t Wg) * (x_t Wu)) Wd]``, ``e = experts_tj``, over the K best pairs of keys
     of every head. Parameters: ``gate.weight`` ``[H * 2G, D]`` and ``gate.norm``, the tables ``down_embed`` and ``up_embed``
@@ -68,7 +68,7 @@ class FineGrainedMoE(nn.Module):
 
     Example:
         >>> import torch
-        >>> from fusedonemoe.fine_grained import FineGrainedMoE
+        >>> from fusedonemoe import FineGrainedMoE
         >>> moe = FineGrainedMoE(hidden_size=32, num_experts=10000, top_k=16, intermediate_size=64)
         >>> y, logits = moe(torch.randn(2, 7, 32))
         >>> y.shape, logits.shape

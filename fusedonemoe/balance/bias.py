@@ -1,4 +1,4 @@
-"""Keeping experts evenly used: losses, the bias without a loss, and the report of :mod:`fusedonemoe.usage`."""
+"""The selection bias that keeps experts evenly used without a loss."""
 
 import math
 from typing import Any
@@ -7,176 +7,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fusedonemoe import functional as F
 from fusedonemoe.agreement import agree
-from fusedonemoe.checks import (
-    check_choices,
-    check_count,
-    check_float,
-    check_logits,
-    check_number,
-    check_one_of,
-    check_same_device,
-    check_shape,
-    check_tensor,
-)
-from fusedonemoe.linear import in_routing_dtype
-from fusedonemoe.ops.notice import warn
-from fusedonemoe.routers import TopKRouter
-from fusedonemoe.usage import (
-    Usage,
-    UsageMeter,
+from fusedonemoe.balance.counting import (
     check_counts,
     check_module,
     count_routers,
     is_capturing,
     process_group,
     settings_of,
-    usage,
 )
-
-__all__ = [
-    "LossFreeBalance",
-    "Usage",
-    "UsageMeter",
-    "load_balancing_loss",
-    "router_z_loss",
-    "update_selection_bias",
-    "usage",
-]
-
-SCORINGS = ("softmax", "sigmoid", "given")
-
-
-def _tokens(logits: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | int]:
-    """Logits ``[T, E]`` in the routing dtype, which tokens count ``[T]`` (None for all), and how many, at least 1.
-
-    What stands in the logits of padding is replaced: were it not a number, so would be its gradient, mask or no mask.
-    """
-    rows = logits.reshape(-1, logits.shape[-1])
-    rows = in_routing_dtype(rows)
-    if attention_mask is None:
-        return rows, None, max(rows.shape[0], 1)
-    check_tensor("attention_mask", attention_mask)
-    check_same_device("attention_mask", attention_mask, "logits", logits.device)
-    leading, shape = logits.shape[:-1], attention_mask.shape
-    if attention_mask.numel() == rows.shape[0]:
-        mask = attention_mask
-    elif len(shape) <= len(leading) and all(m in (1, n) for m, n in zip(reversed(shape), reversed(leading), strict=False)):
-        mask = attention_mask.expand(leading)
-    else:
-        raise ValueError(
-            f"attention_mask must have one entry for each token, or the last dimensions of the tokens {tuple(leading)}, "
-            f"got shape {tuple(shape)}"
-        )
-    counted = mask.reshape(-1) != 0
-    return rows.masked_fill(~counted[:, None], 0.0), counted, counted.sum().clamp(min=1)
-
-
-def load_balancing_loss(
-    logits: Tensor,
-    experts: Tensor,
-    num_experts: int,
-    *,
-    scoring: str = "softmax",
-    attention_mask: Tensor | None = None,
-) -> Tensor:
-    """The loss of GShard and Switch Transformers that pulls a router towards equal use of its experts.
-
-    ``L = E * sum_i f_i P_i`` with ``f_i = c_i / (T K)``, the share of the routed rows that expert ``i`` takes, and ``P_i``
-    the mean over the tokens of its probability. 1 at perfect balance, ``E`` at most. Only ``P`` has a gradient.
-
-    transformers' ``load_balancing_loss_func`` divides the counts by ``T`` instead, which makes it ``K`` times this. It also
-    takes a tuple of layers and counts them as one: here, stack them, ``[layers, ..., E]``. Rows that capacity dropped
-    (id -1) count nowhere, so the loss of an overflowing routing is below that of the undropped one.
-
-    Args:
-        logits: ``[..., E]`` router logits; probabilities with ``scoring="given"``.
-        experts: ``[..., K]`` ids of any integer dtype; those outside ``[0, num_experts)`` are not counted.
-        num_experts: ``E``.
-        scoring: how a token's probabilities come from its logits: ``"softmax"``; ``"sigmoid"``, divided by their sum as
-            DeepSeek-V3 does; or ``"given"``, they are in ``logits``.
-        attention_mask: 0 for padding, which is left out of both means; one entry for each token, or only the last of their
-            dimensions (``[batch, sequence]`` for ``[layers, batch, sequence, E]``).
-
-    Returns:
-        0-dimensional, float32 (float64 for float64 logits); 0 without tokens.
-
-    Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a shape or name that does not fit, naming the argument.
-
-    Source:
-        Switch Transformers (arXiv 2101.03961), equations 4 to 6, divided by K; DeepSeek-V3 (arXiv 2412.19437) section 2.1.2.
-
-    Example:
-        >>> import torch
-        >>> from fusedonemoe.balance import load_balancing_loss
-        >>> load_balancing_loss(torch.zeros(4, 4), torch.tensor([[0], [1], [2], [3]]), num_experts=4)
-        tensor(1.)
-    """
-    check_logits(logits)
-    check_choices(experts)
-    check_count("num_experts", num_experts)
-    check_one_of("scoring", scoring, SCORINGS)
-    if logits.shape[-1] != num_experts:
-        raise ValueError(f"logits must have num_experts ({num_experts}) columns, got shape {tuple(logits.shape)}")
-    check_shape("experts", experts, (*logits.shape[:-1], experts.shape[-1]))
-    check_same_device("experts", experts, "logits", logits.device)
-    rows, counted, T = _tokens(logits, attention_mask)
-    K = experts.shape[-1]
-    ids = experts.reshape(-1, K)
-    if counted is not None:
-        ids = torch.where(counted[:, None], ids.to(torch.int64), -1)
-    if scoring == "softmax":
-        rows = rows.softmax(-1)
-    elif scoring == "sigmoid":
-        rows = nn.functional.logsigmoid(rows).softmax(-1)  # s / sum(s), and no 0 / 0 when every s underflows
-    if counted is not None:
-        rows = rows.masked_fill(~counted[:, None], 0.0)
-    share = F.tokens_per_expert(ids, num_experts).to(rows.dtype) / (T * K)
-    return num_experts * (share * (rows.sum(0) / T)).sum()
-
-
-def _logsumexp(rows: Tensor) -> Tensor:
-    """``torch.logsumexp(rows, -1)`` whose gradient is a softmax of the differences to the maximum.
-
-    torch's own gradient is ``exp(rows - logsumexp)``, which is as wrong as a large logsumexp is rounded.
-    """
-    largest = rows.detach().amax(-1, keepdim=True)
-    finite = torch.where(largest.isfinite(), largest, 0.0)
-    return (rows - finite).exp().sum(-1).log() + finite.squeeze(-1)
-
-
-def router_z_loss(logits: Tensor, *, attention_mask: Tensor | None = None) -> Tensor:
-    """The loss that keeps router logits small: ``mean_t logsumexp(l_t)^2``.
-
-    Args:
-        logits: ``[..., E]``.
-        attention_mask: as for :func:`load_balancing_loss`.
-
-    Returns:
-        0-dimensional, float32 (float64 for float64 logits); 0 without tokens.
-
-    Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a shape that does not fit, naming the argument.
-
-    Source:
-        ST-MoE (arXiv 2202.08906), equation 5.
-
-    Example:
-        >>> import torch
-        >>> from fusedonemoe.balance import router_z_loss
-        >>> router_z_loss(torch.zeros(3, 1) + 2.0)
-        tensor(4.)
-    """
-    check_logits(logits)
-    rows, counted, T = _tokens(logits, attention_mask)
-    squares = _logsumexp(rows).square()
-    if counted is not None:
-        squares = squares.masked_fill(~counted, 0.0)
-    return squares.sum() / T
+from fusedonemoe.checks import (
+    check_float,
+    check_number,
+    check_same_device,
+    check_shape,
+)
+from fusedonemoe.layers.routers import TopKRouter
+from fusedonemoe.ops.notice import warn
 
 
 def update_selection_bias(bias: Tensor, counts: Tensor, rate: float, *, num_shared_experts: int = 0) -> Tensor:
@@ -300,7 +147,7 @@ class LossFreeBalance:
         self.update()
 
     def tokens_per_expert(self) -> dict[str, Tensor]:
-        """What this process counted since the last update, ``[E]`` int64 by the router's name in the model."""
+        """Return the counts of this process since the last update, ``[E]`` int64 by the router's name in the model."""
         return {name: hook.counts.clone() for name, hook in self._hooks.items()}
 
     @torch.no_grad()

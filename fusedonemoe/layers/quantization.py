@@ -8,18 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from fusedonemoe import functional as F
-from fusedonemoe.layers import Experts
-from fusedonemoe.lora import LoRAExperts
-from fusedonemoe.ops.activation import PLAIN, Activation, activate
+from fusedonemoe.layers.lora import LoRAExperts
+from fusedonemoe.layers.moe import Experts
+from fusedonemoe.layers.quantized import QuantizedExperts, check_source, rows_of, unwrapped
+from fusedonemoe.ops.activation import activate
 from fusedonemoe.ops.plan import in_range
-from fusedonemoe.quantized import QuantizedExperts, check_source, rows_of, unwrapped
 
 TOKENS = 16  # whose outputs are compared with float64
 
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """What quantising did to one module of experts.
+    """The effect of quantising one module of experts.
 
     Attributes:
         name: of the module in the model.
@@ -40,7 +40,7 @@ class QuantizedLayer:
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """What :func:`quantize_` did; ``print`` shows it as a table.
+    """The report of :func:`quantize_`; ``print`` shows it as a table.
 
     Attributes:
         dtype: ``"int8"`` or ``"int4"``.
@@ -89,14 +89,12 @@ def _weight_error(before: Tensor, after: F.QuantizedWeight) -> float:
 def _exact_output(module: Experts, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
     """The layer in float64, one expert after the other."""
     config, y = module.config, torch.zeros(x.shape, dtype=torch.float64, device=x.device)
-    layout = config.gate_up_layout if config.gated else PLAIN
-    act = Activation(config.activation, layout, config.swiglu_alpha, config.swiglu_limit)
     up_bias, down_bias = getattr(module, f"{module._up_name}_bias"), module.down_proj_bias
     routed = experts[in_range(experts, config.num_experts)]
     for expert in map(int, routed.unique()):
         token, choice = (experts == expert).nonzero(as_tuple=True)
         z = x[token].double() @ _exact_weight(rows_of(module, module._up_name), expert).t()
-        h = activate(z if up_bias is None else z + up_bias[expert].double(), act)
+        h = activate(z if up_bias is None else z + up_bias[expert].double(), config.act)
         rows = h @ _exact_weight(rows_of(module, "down_proj"), expert).t()
         rows = rows if down_bias is None else rows + down_bias[expert].double()
         y.index_add_(0, token, rows * weights[token, choice, None].double())
@@ -115,7 +113,7 @@ def _random_call(module: Experts) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _experts_of(model: nn.Module) -> tuple[dict[str, Experts], dict[str, list[tuple[nn.Module, str]]]]:
-    """A model's modules of experts, and everywhere that each of them stands: its parent and its name there."""
+    """A model's modules of experts with all their places: the parent and the name there."""
     modules: dict[str, Experts] = {}
     places: dict[str, list[tuple[nn.Module, str]]] = {}
     names: dict[int, str] = {}

@@ -1,24 +1,26 @@
 """Router modules: from hidden states to routing weights and expert ids."""
 
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
 from fusedonemoe import functional as F
 from fusedonemoe.checks import check_count
-from fusedonemoe.kept_buffers import KeptBuffers
+from fusedonemoe.functional.routing import route_by
+from fusedonemoe.layers.kept_buffers import KeptBuffers
 from fusedonemoe.linear import in_dtype, in_routing_dtype, outside_autocast, routing_linear, uniform_by_fan_in
-from fusedonemoe.ops.route import NORM_EPS
+from fusedonemoe.ops.options import ROUTE_OPTIONS, check_rule, make_rule, options_of
+from fusedonemoe.ops.records import NORM_EPS, RouteRule
 
 
 def routing_impl(impl: str) -> str:
-    """The ``impl`` of the router beside experts of this one."""
+    """Return the ``impl`` of the router for experts with this ``impl``."""
     return impl if impl in ("dense", "portable") else "auto"
 
 
 class RouterOutput(NamedTuple):
-    """What a router returns.
+    """The output of a router.
 
     Attributes:
         logits: ``[..., E]`` float32 (float64 for float64 x); of product keys ``[..., H, 2, G]``.
@@ -31,11 +33,43 @@ class RouterOutput(NamedTuple):
     experts: Tensor
 
 
+_Value = TypeVar("_Value")
+
+
+class _RuleField(Generic[_Value]):
+    """A field of a router's rule as an attribute of the router; setting it makes, and so checks, another rule."""
+
+    def __init__(self, field: str = "") -> None:
+        self._field = field
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._option = name
+        self._field = self._field or name
+
+    @overload
+    def __get__(self, router: None, owner: Any) -> "_RuleField[_Value]": ...
+    @overload
+    def __get__(self, router: "TopKRouter", owner: Any) -> _Value: ...
+
+    def __get__(self, router: "TopKRouter | None", owner: Any) -> Any:
+        if router is None:
+            return self
+        value = getattr(router._rule, self._field)
+        return None if self._option == "top_k" and value == 0 else value
+
+    def __set__(self, router: "TopKRouter", value: _Value) -> None:
+        options = options_of(router, ("top_k", *ROUTE_OPTIONS)) | {self._option: value}
+        has_bias = router.e_score_correction_bias is not None
+        router._rule = make_rule(router._num_experts, selection_bias=has_bias, **options)
+
+
 class TopKRouter(KeptBuffers):
     """A linear router: ``l = x W^T (+ b)``, then :func:`fusedonemoe.functional.route`.
 
     The linear map and everything after it run in float32 whatever the dtype of x and of the module, autocast included:
     which experts are picked should not hang on the last bit of a bfloat16 logit.
+
+    The fields of the rule are attributes under the names of the arguments; setting one checks the rule again.
 
     Args:
         hidden_size: ``D``.
@@ -43,9 +77,9 @@ class TopKRouter(KeptBuffers):
         top_k: ``K``; None keeps every expert.
         scoring: ``softmax`` or ``sigmoid``.
         score_first: score before the selection or after it.
-        norm_topk_prob: whether a token's weights sum to 1 before scaling.
+        norm_topk_prob: divide a token's weights by their sum before scaling.
         routed_scaling_factor: factor on the weights.
-        bias: whether the linear map has one.
+        bias: give the linear map a bias.
         selection_bias: keep a float32 buffer ``e_score_correction_bias`` ``[E]``, zero at first, added for the selection
             only; it is not trained by gradients. Casts to half precision leave it as it is, ``.double()`` widens it.
         n_group: contiguous expert groups.
@@ -70,6 +104,15 @@ class TopKRouter(KeptBuffers):
     bias: Tensor | None
     e_score_correction_bias: Tensor | None
     float32_buffers: ClassVar[tuple[str, ...]] = ("e_score_correction_bias",)  # it accumulates small steps
+    top_k: _RuleField[int | None] = _RuleField()
+    scoring: _RuleField[str] = _RuleField()
+    score_first: _RuleField[bool] = _RuleField()
+    norm_topk_prob: _RuleField[bool] = _RuleField()
+    routed_scaling_factor: _RuleField[float] = _RuleField("scale")
+    n_group: _RuleField[int] = _RuleField()
+    topk_group: _RuleField[int] = _RuleField()
+    group_score: _RuleField[str] = _RuleField()
+    norm_eps: _RuleField[float] = _RuleField()
 
     def __init__(
         self,
@@ -92,15 +135,20 @@ class TopKRouter(KeptBuffers):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.top_k = top_k
-        self.scoring = scoring
-        self.score_first = score_first
-        self.norm_topk_prob = norm_topk_prob
-        self.routed_scaling_factor = routed_scaling_factor
-        self.n_group = n_group
-        self.topk_group = topk_group
-        self.group_score = group_score
-        self.norm_eps = norm_eps
+        self._num_experts = num_experts
+        self._rule: RouteRule = make_rule(
+            num_experts,
+            top_k,
+            scoring=scoring,
+            score_first=score_first,
+            norm_topk_prob=norm_topk_prob,
+            routed_scaling_factor=routed_scaling_factor,
+            n_group=n_group,
+            topk_group=topk_group,
+            group_score=group_score,
+            norm_eps=norm_eps,
+            selection_bias=selection_bias,
+        )
         self.impl = impl
         self.weight: nn.Parameter = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype)) if bias else None
@@ -117,26 +165,13 @@ class TopKRouter(KeptBuffers):
         if self.e_score_correction_bias is not None:
             nn.init.zeros_(self.e_score_correction_bias)
 
-    def _logits(self, x: Tensor) -> Tensor:
-        return routing_linear(x, self.weight, self.bias)
-
     def forward(self, x: Tensor) -> RouterOutput:
         """Route ``x`` ``[..., D]``."""
-        logits = outside_autocast(self._logits, x)
-        weights, experts = F.route(
-            logits,
-            self.top_k,
-            scoring=self.scoring,
-            score_first=self.score_first,
-            norm_topk_prob=self.norm_topk_prob,
-            routed_scaling_factor=self.routed_scaling_factor,
-            selection_bias=self.e_score_correction_bias,
-            n_group=self.n_group,
-            topk_group=self.topk_group,
-            group_score=self.group_score,
-            norm_eps=self.norm_eps,
-            impl=self.impl,
-        )
+        logits = routing_linear(x, self.weight, self.bias)
+        rule, selection_bias = self._rule, self.e_score_correction_bias
+        if logits.shape[-1] != self._num_experts or (selection_bias is not None and rule.top_k == 0):
+            check_rule(rule, logits.shape[-1], selection_bias is not None)  # the parameters are others than at first
+        weights, experts = route_by(rule, logits, selection_bias, self.impl)
         return RouterOutput(logits, weights, experts)
 
     def extra_repr(self) -> str:

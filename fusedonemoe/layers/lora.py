@@ -3,79 +3,20 @@
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fusedonemoe import functional as F
-from fusedonemoe.layers import Experts
+from fusedonemoe.layers.form import ExpertsForm, form_of
+from fusedonemoe.layers.moe import Experts
+from fusedonemoe.layers.panels import is_packed
+from fusedonemoe.layers.peft_refusal import RefusesPeft, check_no_peft, show_to_peft
 from fusedonemoe.linear import uniform_by_fan_in
-from fusedonemoe.panels import is_packed
-from fusedonemoe.peft_refusal import RefusesPeft, check_no_peft, show_to_peft
+from fusedonemoe.ops.options import ACTIVATION_OPTIONS, options_of
 
 TARGETS = ("gate_up", "down")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExpertsForm:
-    """How a module of experts is to be read: the names of its parameters, and what is computed with them.
-
-    Attributes:
-        up: name of the up-projection's parameter, ``[E, G, D]``, or ``[E, D, G]`` when ``transposed``.
-        down: name of the down-projection's parameter, ``[E, D, F]`` or ``[E, F, D]``.
-        up_bias: name of the up-projection's bias ``[E, G]``, or None.
-        down_bias: name of the down-projection's bias ``[E, D]``, or None.
-        transposed: as for :func:`fusedonemoe.functional.experts_mlp`, and so are the others.
-        activation: likewise.
-        gated: likewise.
-        gate_up_layout: likewise.
-        swiglu_alpha: likewise.
-        swiglu_limit: likewise.
-        save_percent: likewise.
-        impl: likewise.
-
-    Example:
-        >>> ExpertsForm(up="w13", down="w2").activation
-        'silu'
-    """
-
-    up: str = "gate_up_proj"
-    down: str = "down_proj"
-    up_bias: str | None = None
-    down_bias: str | None = None
-    transposed: bool = False
-    activation: str = "silu"
-    gated: bool = True
-    gate_up_layout: str = "gate_up"
-    swiglu_alpha: float = 1.702
-    swiglu_limit: float = 7.0
-    save_percent: int = 100
-    impl: str = "auto"
-
-    def name(self, target: str) -> str:
-        """The name of a target's parameter."""
-        return self.up if target == "gate_up" else self.down
-
-
-def form_of(experts: Experts) -> ExpertsForm:
-    """How to read an :class:`Experts`."""
-    config, up = experts.config, "gate_up_proj" if experts.config.gated else "up_proj"
-    return ExpertsForm(
-        up=up,
-        up_bias=f"{up}_bias" if config.bias else None,
-        down_bias="down_proj_bias" if config.bias else None,
-        transposed=config.transposed,
-        activation=config.activation,
-        gated=config.gated,
-        gate_up_layout=config.gate_up_layout,
-        swiglu_alpha=config.swiglu_alpha,
-        swiglu_limit=config.swiglu_limit,
-        save_percent=config.save_percent,
-        # The compiled CPU kernels have no adapters.
-        impl="auto" if config.impl == "cpu" else config.impl,
-    )
 
 
 def _per_target(name: str, value: Any, targets: Sequence[str], kind: type | tuple[type, ...]) -> dict[str, Any]:
@@ -92,19 +33,19 @@ def _per_target(name: str, value: Any, targets: Sequence[str], kind: type | tupl
 class LoRAExperts(RefusesPeft):
     """Experts with a low-rank adapter on each targeted projection: ``W_e + scale * B_e A_e``, never formed.
 
-    The base is frozen: its parameters get no gradient, and none is computed. Parameters are ``gate_up_lora_A`` ``[E, r, D]``,
-    ``gate_up_lora_B`` ``[E, G, r]``, ``down_lora_A`` ``[E, r, F]`` and ``down_lora_B`` ``[E, D, r]``, those of ``base`` beside
-    them. A starts as ``nn.Linear`` would in PEFT's layout of all experts side by side (uniform within ``1 / sqrt(in)``), B at
-    zero, so that at first the adapted experts are the base.
+    The base is frozen: its parameters get no gradient, and none is computed. Its parameters keep their names; those of the
+    adapters are ``gate_up_lora_A`` ``[E, r, D]``, ``gate_up_lora_B`` ``[E, G, r]``, ``down_lora_A`` ``[E, r, F]`` and
+    ``down_lora_B`` ``[E, D, r]``. A starts as ``nn.Linear`` would in PEFT's layout, which has all experts in one matrix
+    (uniform within ``1 / sqrt(in)``), and B at zero, so that at first the adapted experts are the base.
 
     Args:
         base: an :class:`Experts`; or any module that :class:`ExpertsForm` can describe.
         r: rank, one for all targets or ``{"gate_up": 8, "down": 4}``.
         alpha: ``scale = alpha / r``; one or a mapping.
-        targets: which projections have an adapter: ``"gate_up"``, ``"down"`` or both.
+        targets: the projections with an adapter: ``"gate_up"``, ``"down"`` or both.
         use_rslora: ``scale = alpha / sqrt(r)`` (arXiv 2312.03732).
-        form: how to read ``base``, when that is no :class:`Experts`.
-        dtype: of the adapters. By default float32 beside half-precision weights, as an optimizer's small steps want it, and
+        form: the form of ``base``, when that is no :class:`Experts`.
+        dtype: of the adapters. By default float32 with half-precision weights, as an optimizer's small steps need, and
             otherwise that of the weights; products run in the dtype of x.
 
     Shape:
@@ -178,12 +119,12 @@ class LoRAExperts(RefusesPeft):
 
     @property
     def scale(self) -> dict[str, float]:
-        """What each target's ``B A`` is multiplied with: ``alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora``."""
+        """The factor on each target's ``B A``: ``alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora``."""
         return {t: self.alpha[t] / (math.sqrt(self.r[t]) if self.use_rslora else self.r[t]) for t in self.targets}
 
     @property
     def merged(self) -> bool:
-        """Whether the base holds the adapters at the moment."""
+        """Return whether the base holds the adapters at the moment."""
         return len(self._originals) > 0  # torch.compile guards on the length of a dict and not on its truth
 
     @property
@@ -214,14 +155,10 @@ class LoRAExperts(RefusesPeft):
         options: dict[str, Any] = {
             "gate_up_bias": parameter(form.up_bias),
             "down_bias": parameter(form.down_bias),
-            "activation": form.activation,
-            "gated": form.gated,
-            "gate_up_layout": form.gate_up_layout,
             "transposed": form.transposed,
-            "swiglu_alpha": form.swiglu_alpha,
-            "swiglu_limit": form.swiglu_limit,
             "save_percent": form.save_percent,
             "impl": form.impl,
+            **options_of(form, ACTIVATION_OPTIONS),
         }
         arguments = (x, experts, weights, getattr(base, form.up), getattr(base, form.down))
         if not self._adapts:

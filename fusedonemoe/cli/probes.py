@@ -1,4 +1,4 @@
-"""What the doctor runs: every operator on fixed inputs, the oracle's answers beside it, and how far it may be off."""
+"""The doctor's probes: every operator on fixed inputs, the oracle's answers, and the error that is allowed."""
 
 import itertools
 import re
@@ -78,7 +78,7 @@ BUDGETS["MoE"] = tuple(
 
 @dataclass(frozen=True)
 class Probe:
-    """An operator on fixed inputs, beside the oracle's answer.
+    """An operator on fixed inputs, with the oracle's answer.
 
     ``widths`` are the row lengths of its grouped products, None for routing, which runs anywhere; ``seed`` is the gradient of
     its output; ``exact`` holds the oracle's ``output`` and, under the name of each leaf, its gradient.

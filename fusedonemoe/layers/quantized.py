@@ -9,9 +9,10 @@ from fusedonemoe import functional as F
 from fusedonemoe.checks import check_one_of
 from fusedonemoe.config import MoEConfig
 from fusedonemoe.functional.quantized import FORMATS, check_finite, check_group_size, new_weight
-from fusedonemoe.kept_buffers import KeptBuffers
-from fusedonemoe.layers import Experts
-from fusedonemoe.panels import home_of
+from fusedonemoe.layers.kept_buffers import KeptBuffers
+from fusedonemoe.layers.moe import Experts
+from fusedonemoe.layers.panels import home_of
+from fusedonemoe.ops.options import ACTIVATION_OPTIONS, options_of
 
 _PARTS = ("", "_scale", "_zero_point")  # of a name, in the order of a QuantizedWeight
 
@@ -36,7 +37,7 @@ def unwrapped(name: str, weight: Tensor) -> F.QuantizedWeight | None:
 
 
 def rows_of(experts: Experts, name: str) -> Tensor:
-    """A weight of a module as ``[E, O, I]``, whichever way round it is kept; of a packed one what its panels hold."""
+    """Return a module's weight as ``[E, O, I]``, transposed or packed as it may be."""
     weight = home_of(experts, name)
     if not experts.config.transposed:
         return weight
@@ -173,11 +174,7 @@ class QuantizedExperts(KeptBuffers):
             *self.quantized_weights(),
             gate_up_bias=getattr(self, f"{self._up_name}_bias"),
             down_bias=self.down_proj_bias,
-            activation=config.activation,
-            gated=config.gated,
-            gate_up_layout=config.gate_up_layout,
-            swiglu_alpha=config.swiglu_alpha,
-            swiglu_limit=config.swiglu_limit,
+            **options_of(config, ACTIVATION_OPTIONS),
             save_percent=config.save_percent,
             impl=config.impl,
         )

@@ -10,26 +10,32 @@ import torch
 from torch import Tensor, nn
 
 from fusedonemoe import functional as F
-from fusedonemoe import panels
 from fusedonemoe.checks import check_last_dim
 from fusedonemoe.config import MoEConfig
+from fusedonemoe.functional.experts import run_experts, run_packed
 from fusedonemoe.hf import config_of, tensors_of
+from fusedonemoe.layers import panels
+from fusedonemoe.layers.routers import TopKRouter, routing_impl
+from fusedonemoe.layers.shared_expert import SharedExpert
 from fusedonemoe.linear import uniform_by_fan_in
-from fusedonemoe.routers import TopKRouter, routing_impl
-from fusedonemoe.shared_expert import SharedExpert
+from fusedonemoe.ops.library import PANEL_DIMS
+from fusedonemoe.ops.options import ROUTE_OPTIONS, options_of
+
+# Types of parameters, and of their absence, that are not sharded.
+_PLAIN = frozenset((Tensor, nn.Parameter, type(None)))
 
 
-def _dtensors() -> tuple[type[Any], ...]:
-    """The class of sharded parameters, if anything has imported it: its import takes as long as torch's own."""
+def _dtensor() -> Any:
+    """Return the class of sharded parameters, if it was imported, and else None: its import takes as long as torch's own."""
     module = sys.modules.get("torch.distributed.tensor")
-    return () if module is None else (module.DTensor,)
+    return None if module is None else module.DTensor
 
 
-_dtensors.__dict__["_dynamo_marked_constant"] = True  # see ops/cpu/native.py
+_dtensor.__dict__["_dynamo_marked_constant"] = True  # see ops/cpu/native.py
 
 
 class MoEOutput(NamedTuple):
-    """What :class:`MoE` returns with ``return_routing=True``.
+    """The output of :class:`MoE` with ``return_routing=True``.
 
     Attributes:
         output: ``[..., D]``.
@@ -104,19 +110,23 @@ class Experts(nn.Module):
         Raises:
             RuntimeError: a parameter is a shard, and nothing says how rows reach the others.
         """
-        names = (self._up_name, "down_proj", f"{self._up_name}_bias", "down_proj_bias")
-        if self.exchange is None:
-            for name in names:
-                parameter = getattr(self, name)
-                if isinstance(parameter, _dtensors()) and not all(p.is_replicate() for p in parameter.placements):
-                    raise RuntimeError(
-                        f"{name} is sharded over processes: {parameter.placements}; it takes "
-                        "fusedonemoe.integrations.distributed.ExpertParallel or TensorParallel to compute with shards"
-                    )
-        up, down, up_bias, down_bias = (
-            parameter.to_local() if isinstance(parameter, _dtensors()) else parameter
-            for parameter in (getattr(self, name) for name in names)
-        )
+        named: dict[str, Any] = {}
+        parameters = self._parameters
+        for name in (self._up_name, "down_proj", f"{self._up_name}_bias", "down_proj_bias"):
+            # A parametrization or pruning takes a name out of the parameters.
+            named[name] = parameters[name] if name in parameters else getattr(self, name)
+        up, down, up_bias, down_bias = named.values()
+        kinds = (type(up), type(down), type(up_bias), type(down_bias))
+        if not _PLAIN.issuperset(kinds) and (dtensor := _dtensor()):
+            for name, weight in named.items():
+                if isinstance(weight, dtensor):
+                    if self.exchange is None and not all(p.is_replicate() for p in weight.placements):
+                        raise RuntimeError(
+                            f"{name} is sharded over processes: {weight.placements}; it takes "
+                            "fusedonemoe.integrations.distributed.ExpertParallel or TensorParallel to compute with shards"
+                        )
+                    named[name] = weight.to_local()
+            up, down, up_bias, down_bias = named.values()
         return up, down, up_bias, down_bias
 
     def compute(
@@ -131,24 +141,13 @@ class Experts(nn.Module):
     ) -> Tensor:
         """Forward with weights passed in; ``experts`` indexes them. They may be a subset of the experts, or slices of F."""
         config = self.config
-        options: dict[str, Any] = {
-            "gate_up_bias": up_bias,
-            "down_bias": down_bias,
-            "activation": config.activation,
-            "gated": config.gated,
-            "gate_up_layout": config.gate_up_layout,
-            "transposed": config.transposed,
-            "swiglu_alpha": config.swiglu_alpha,
-            "swiglu_limit": config.swiglu_limit,
-            "save_percent": config.save_percent,
-            "impl": config.impl,
-        }
-        if panels.is_panels(up_proj) or panels.is_panels(down_proj):
+        rest = (up_bias, down_bias, config.act, config.save_percent, config.transposed, config.impl)
+        if up_proj.dim() == PANEL_DIMS or down_proj.dim() == PANEL_DIMS:
             given = panels.weights_for_call(self, x, weights, up_proj, down_proj)
             if isinstance(given, F.PackedExperts):
-                return F.experts_mlp(x, experts, weights, packed=given, **options)
+                return run_packed(x, experts, weights, given, *rest)
             up_proj, down_proj = given
-        return F.experts_mlp(x, experts, weights, up_proj, down_proj, **options)
+        return run_experts(x, experts, weights, up_proj, down_proj, *rest)
 
     def prepack(self) -> None:
         """Put the weights into the order in which the CPU kernels read them, for inference.
@@ -280,16 +279,9 @@ class MoE(nn.Module):
             config.hidden_size,
             config.num_experts,
             config.top_k,
-            scoring=config.scoring,
-            score_first=config.score_first,
-            norm_topk_prob=config.norm_topk_prob,
-            routed_scaling_factor=config.routed_scaling_factor,
             bias=config.router_bias,
             selection_bias=config.selection_bias,
-            n_group=config.n_group,
-            topk_group=config.topk_group,
-            group_score=config.group_score,
-            norm_eps=config.norm_eps,
+            **options_of(config, ROUTE_OPTIONS),
             impl=routing_impl(config.impl),
             device=device,
             dtype=dtype,
@@ -375,7 +367,7 @@ class MoE(nn.Module):
             tell_refusal = getattr(getattr(self.experts, "exchange", None), "tell_refusal", None)
             if tell_refusal is not None:
                 tell_refusal(self.experts)
-        check_last_dim("x", x, self.config.hidden_size)
+            check_last_dim("x", x, self.config.hidden_size)
         logits, weights, experts = self.gate(x)
         y: Tensor = self.experts(x, experts, weights)
         if self.output_bias is not None:

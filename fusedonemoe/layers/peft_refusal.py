@@ -1,4 +1,4 @@
-"""What PEFT calls on every layer of adapters that it knows, refused by layers that it could not switch or save."""
+"""Refusals of the methods that PEFT calls on layers of adapters, for layers that it could not switch or save."""
 
 import sys
 from typing import Any, NoReturn

@@ -1,0 +1,62 @@
+"""The form of a module of experts, which adapters read it by."""
+
+from dataclasses import dataclass
+
+from fusedonemoe.layers.moe import Experts
+from fusedonemoe.ops.options import ACTIVATION_OPTIONS, SWIGLU_ALPHA, SWIGLU_LIMIT, options_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsForm:
+    """The form of a module of experts: the names of its parameters, and their computation.
+
+    Attributes:
+        up: name of the up-projection's parameter, ``[E, G, D]``, or ``[E, D, G]`` when ``transposed``.
+        down: name of the down-projection's parameter, ``[E, D, F]`` or ``[E, F, D]``.
+        up_bias: name of the up-projection's bias ``[E, G]``, or None.
+        down_bias: name of the down-projection's bias ``[E, D]``, or None.
+        transposed: the projections are kept as ``[E, D, G]`` and ``[E, F, D]``.
+        activation: this and the next four as for :func:`fusedonemoe.functional.experts_mlp`.
+        gated: the up-projection holds gate and up.
+        gate_up_layout: order of its rows.
+        swiglu_alpha: slope of ``swiglu_oai``.
+        swiglu_limit: clamp of ``swiglu_oai``.
+        save_percent: share of pre-activation rows kept for the backward.
+        impl: implementation of :func:`fusedonemoe.functional.experts_mlp_lora`.
+
+    Example:
+        >>> ExpertsForm(up="w13", down="w2").activation
+        'silu'
+    """
+
+    up: str = "gate_up_proj"
+    down: str = "down_proj"
+    up_bias: str | None = None
+    down_bias: str | None = None
+    transposed: bool = False
+    activation: str = "silu"
+    gated: bool = True
+    gate_up_layout: str = "gate_up"
+    swiglu_alpha: float = SWIGLU_ALPHA
+    swiglu_limit: float = SWIGLU_LIMIT
+    save_percent: int = 100
+    impl: str = "auto"
+
+    def name(self, target: str) -> str:
+        """The name of a target's parameter."""
+        return self.up if target == "gate_up" else self.down
+
+
+def form_of(experts: Experts) -> ExpertsForm:
+    """Return the form of an :class:`Experts`."""
+    config, up = experts.config, "gate_up_proj" if experts.config.gated else "up_proj"
+    return ExpertsForm(
+        up=up,
+        up_bias=f"{up}_bias" if config.bias else None,
+        down_bias="down_proj_bias" if config.bias else None,
+        transposed=config.transposed,
+        **options_of(config, ACTIVATION_OPTIONS),
+        save_percent=config.save_percent,
+        # The compiled CPU kernels have no adapters.
+        impl="auto" if config.impl == "cpu" else config.impl,
+    )
