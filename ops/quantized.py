@@ -11,91 +11,15 @@ import torch
 from torch import Tensor
 
 from fusedonemoe.ops import dense, grouped
+from fusedonemoe.ops.formats import QuantizedWeight
 from fusedonemoe.ops.grouped import MLPNeeds
 from fusedonemoe.ops.precision import row_dtype
-from fusedonemoe.ops.records import Activation
-
-GROUP_SIZES = (32, 64, 128)
-MIDDLE = 8  # of the 16 values of four bits: the zero point where none is stored
-
-
-class QuantizedWeight(NamedTuple):
-    """A stacked weight ``[E, O, I]`` in 8 or 4 bits, as plain tensors.
-
-    Attributes:
-        values: int8 ``[E, O, I]``, or two 4-bit values 0 .. 15 in each uint8 of ``[E, O, I / 2]``, the even input's in the
-            lower half.
-        scale: float32 ``[E, O]`` beside int8, ``[E, O, I / group_size]`` beside int4.
-        zero_point: uint8 ``[E, O, I / group_size]`` beside int4, the value that means 0; None for the middle, 8.
-    """
-
-    values: Tensor
-    scale: Tensor
-    zero_point: Tensor | None = None
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """``(E, O, I)`` of the weight it stands for."""
-        E, O, I = self.values.shape  # noqa: E741
-        return E, O, I if self.values.dtype == torch.int8 else 2 * I
-
-    @property
-    def bits(self) -> int:
-        """8 or 4."""
-        return 8 if self.values.dtype == torch.int8 else 4
-
-    @property
-    def group_size(self) -> int:
-        """How many inputs share a scale, which is all I of them for int8."""
-        width = self.shape[2]
-        return width if self.bits == 8 else width // max(self.scale.shape[2], 1)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of values, scales and zero points."""
-        return sum(t.nbytes for t in self if t is not None)
-
-
-def quantize_int8(weight_EOI: Tensor) -> QuantizedWeight:
-    """Round to the nearest of 255 values, the largest of each output being 127 or -127."""
-    wide = weight_EOI.to(torch.float32)
-    largest = wide.abs().amax(-1) if wide.shape[-1] else wide.new_zeros(wide.shape[:-1])
-    scale = (largest / 127).clamp(min=torch.finfo(torch.float32).tiny)
-    return QuantizedWeight((wide / scale[..., None]).round().clamp(-127, 127).to(torch.int8), scale)
-
-
-def quantize_int4(weight_EOI: Tensor, group_size: int, symmetric: bool) -> QuantizedWeight:
-    """Round to the nearest of 16 values a group.
-
-    Symmetric: the largest of a group becomes the value of largest size, which is -8, and the scale takes its sign. Otherwise
-    the values reach from the smallest to the largest, zero included.
-    """
-    groups = weight_EOI.to(torch.float32).unflatten(-1, (-1, group_size))
-    tiny, zero = torch.finfo(torch.float32).tiny, None
-    if symmetric:
-        largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
-        scale = largest / -MIDDLE
-        scale = torch.where(scale.abs() < tiny, tiny, scale)
-        values = (groups / scale).round() + MIDDLE
-    else:
-        low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
-        scale = ((high - low) / 15).clamp(min=tiny)
-        middle = (-low / scale).round().clamp(0, 15)
-        values = (groups / scale).round() + middle
-        zero = middle.squeeze(-1).to(torch.uint8)
-    nibbles = values.clamp(0, 15).to(torch.uint8).flatten(-2)
-    return QuantizedWeight(nibbles[..., 0::2] | (nibbles[..., 1::2] << 4), scale.squeeze(-1), zero)
+from fusedonemoe.ops.records import QUANTIZED_ARGUMENTS, Activation
 
 
 def dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
-    """``scale * (values - zero_point)``, computed in float32 or float64 and rounded once to ``dtype``. ``[E, O, I]``."""
-    wide = torch.promote_types(dtype, torch.float32)
-    if weight.bits == 8:
-        return (weight.values.to(wide) * weight.scale.to(wide)[..., None]).to(dtype)
-    nibbles = torch.stack((weight.values & 15, weight.values >> 4), -1).flatten(-2)
-    groups = nibbles.to(wide).unflatten(-1, (weight.scale.shape[-1], -1))
-    zero = MIDDLE if weight.zero_point is None else weight.zero_point.to(wide)[..., None]
-    return ((groups - zero) * weight.scale.to(wide)[..., None]).flatten(-2).to(dtype)
+    """Return ``scale * (values - zero_point)``, rounded once to ``dtype``. ``[E, O, I]``."""
+    return QUANTIZED_ARGUMENTS.format_of("weight", weight).widen(weight, dtype)
 
 
 def experts_mlp_dense(

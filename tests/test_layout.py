@@ -31,6 +31,7 @@ FLOORS = [
         "ops.operands",
         "ops.precision",
         "ops.records",
+        "ops.formats",
     ],
     ["ops.dense", "ops.grouped", "ops.lora", "ops.neurons", "ops.quantized", "ops.cpu", "ops.cuda", "ops.triton", "ops.portable"],
     ["ops.library", "ops.shortcut", "ops.choice", "ops"],

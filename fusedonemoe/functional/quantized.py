@@ -9,7 +9,8 @@ from fusedonemoe.functional.calls import as_rows, choose_impl, records_gradients
 from fusedonemoe.ops import library
 from fusedonemoe.ops.cpu.quantized import new_weight as new_weight  # for the modules above
 from fusedonemoe.ops.derivatives import refuse_transforms
-from fusedonemoe.ops.quantized import GROUP_SIZES, QuantizedWeight, dequantize, quantize_int4, quantize_int8
+from fusedonemoe.ops.formats import GROUP_SIZES, INT4, INT8, QuantizedWeight
+from fusedonemoe.ops.quantized import dequantize
 
 _ops = torch.ops.fusedonemoe
 FORMATS = ("int8", "int4")
@@ -71,7 +72,7 @@ def quantize_weight(weight: Tensor, dtype: str = "int8", *, group_size: int = 12
     E, rows, width = weight.shape
     made = new_weight((E, rows, width), dtype, group_size, symmetric, weight.device)
     for expert, like in enumerate(weight.detach().split(1)):  # one after the other: rounding takes several float32 copies
-        rounded = quantize_int8(like) if dtype == "int8" else quantize_int4(like, group_size, symmetric)
+        rounded = INT8.make(like) if dtype == "int8" else INT4.make(like, group_size=group_size, symmetric=symmetric)
         for whole, part in zip(made, rounded, strict=True):
             if whole is not None and part is not None:
                 whole[expert].copy_(part[0])

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fusedonemoe.ops.cpu import build
 from fusedonemoe.ops.grouped import saved_rows
-from fusedonemoe.ops.operands import check_percent, read_merged, read_mlp
-from fusedonemoe.ops.records import ACTIVATIONS, PLAIN, Activation
+from fusedonemoe.ops.operands import check_percent, read_merged
+from fusedonemoe.ops.records import ACTIVATIONS, MLP_ARGUMENTS, PLAIN, Activation
 
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 # Weight-row products below which a second thread costs more than it saves. No result depends on the number of threads.
@@ -170,7 +170,8 @@ def returned(gradients: Sequence[Tensor | None], owner: Tensor, weights_dtype: t
 def experts_mlp_checked(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:func:`experts_mlp` of operands that nobody has looked at: the seven tensors, the activation and the percentage."""
     check_percent(args[8])
-    return experts_mlp(*read_mlp(*args[:8])[1], *args[7:])
+    _, call = MLP_ARGUMENTS.call((*args[:7], *args[7])).read()
+    return experts_mlp(*MLP_ARGUMENTS.flatten(call)[:7], *args[7:])
 
 
 def _mlp_sizes(experts_TK: Tensor, up_EGD: Tensor, down_EDF: Tensor, act: Activation) -> tuple[int, ...]:
@@ -276,8 +277,9 @@ def experts_mlp_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As :func:`fusedonemoe.ops.grouped.experts_mlp_backward`, in one kernel (two where rows of z were not kept)."""
-    reader, operands = read_mlp(x_TD, experts_TK, weights_TK, up_EGD, down_EDF, up_bias_EG, down_bias_ED, act)
-    x_TD, experts_TK, weights_TK, up_EGD, down_EDF, up_bias_EG, down_bias_ED = operands
+    operands = (x_TD, experts_TK, weights_TK, up_EGD, down_EDF, up_bias_EG, down_bias_ED)
+    reader, checked = MLP_ARGUMENTS.call((*operands, *act)).read()
+    x_TD, experts_TK, weights_TK, up_EGD, down_EDF, up_bias_EG, down_bias_ED, *_ = MLP_ARGUMENTS.flatten(checked)
     dtype, N = x_TD.dtype, experts_TK.numel()
     z = reader.saved(z, N, up_EGD.shape[1])
     dy_TD = reader.read("dy", dy_TD, x_TD.shape)

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from fusedonemoe.ops.cpu import native
+from fusedonemoe.ops.formats import GROUP_SIZES, QuantizedWeight
 from fusedonemoe.ops.grouped import saved_rows
-from fusedonemoe.ops.operands import Reader, check_dim, check_percent, check_widths, reader_of
-from fusedonemoe.ops.quantized import GROUP_SIZES, QuantizedWeight
-from fusedonemoe.ops.records import ACTIVATIONS, Activation
+from fusedonemoe.ops.operands import Reader, check_dim, check_percent, reader_of
+from fusedonemoe.ops.records import ACTIVATIONS, Activation, check_widths
 
 
 def _new(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

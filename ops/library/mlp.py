@@ -20,8 +20,8 @@ from fusedonemoe.ops.library.registration import (
     operator,
     wanted,
 )
-from fusedonemoe.ops.operands import check_rows, read_mlp
-from fusedonemoe.ops.records import Activation
+from fusedonemoe.ops.operands import check_rows
+from fusedonemoe.ops.records import MLP_ARGUMENTS, Activation
 from fusedonemoe.ops.shortcut import recorder, shortcut
 from fusedonemoe.ops.triton import rules
 
@@ -135,8 +135,9 @@ def _experts_mlp_backward(
         )
     kernels = gpu_kernels("mlp_backward") if impl == "triton" else grouped
     if impl == "triton":
-        reader, operands = read_mlp(x, experts, weights, up_proj, down_proj, up_bias, down_bias, act, views=True)
-        x, experts, weights, up_proj, down_proj, up_bias, down_bias = operands
+        operands = (x, experts, weights, up_proj, down_proj, up_bias, down_bias, *act)
+        reader, call = MLP_ARGUMENTS.call(operands).read(views=True)
+        x, experts, weights, up_proj, down_proj, up_bias, down_bias, *_ = MLP_ARGUMENTS.flatten(call)
         dy, z = reader.read("dy", dy, x.shape), reader.saved(z, experts.numel(), up_proj.shape[1])
         order, offsets = reader.plan(order, offsets, experts, up_proj.shape[0])
     return kernels.experts_mlp_backward(

@@ -9,6 +9,7 @@ from torch import Tensor
 from fusedonemoe.ops import quantized
 from fusedonemoe.ops.cpu import quantized as native
 from fusedonemoe.ops.derivatives import no_second_derivative
+from fusedonemoe.ops.formats import QuantizedWeight
 from fusedonemoe.ops.library.mlp import ACT, forward_fake
 from fusedonemoe.ops.library.registration import (
     BUILD,
@@ -21,7 +22,7 @@ from fusedonemoe.ops.library.registration import (
     wanted,
 )
 from fusedonemoe.ops.operands import check_rows, reader_of
-from fusedonemoe.ops.quantized import QuantizedNeeds, QuantizedWeight
+from fusedonemoe.ops.quantized import QuantizedNeeds
 from fusedonemoe.ops.records import Activation
 from fusedonemoe.ops.shortcut import recorder, shortcut
 

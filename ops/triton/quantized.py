@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from fusedonemoe.ops.activation import activate, activate_backward
+from fusedonemoe.ops.formats import QuantizedWeight
 from fusedonemoe.ops.grouped import first_rows
 from fusedonemoe.ops.precision import row_dtype
-from fusedonemoe.ops.quantized import QuantizedNeeds, QuantizedWeight
+from fusedonemoe.ops.quantized import QuantizedNeeds
 from fusedonemoe.ops.records import PLAIN, Activation
 from fusedonemoe.ops.triton import rules
 from fusedonemoe.ops.triton.combine import combine

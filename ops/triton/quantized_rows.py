@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from fusedonemoe.ops.quantized import QuantizedWeight
+from fusedonemoe.ops.formats import QuantizedWeight
 from fusedonemoe.ops.triton.plan import RowPlan
 from fusedonemoe.ops.triton.rules import Tile
 from fusedonemoe.ops.triton.tiles import dot_precision, swizzled

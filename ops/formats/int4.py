@@ -1,0 +1,88 @@
+"""Weights of 4 bits in groups of inputs with a scale each: ``W = scale * (values - zero_point)``."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from fusedonemoe.ops.formats.format import Format, Shape, Tensors
+from fusedonemoe.ops.formats.quantized_weight import PARTS, QuantizedWeight
+from fusedonemoe.ops.operands import Reader, check_dim
+
+GROUP_SIZES = (32, 64, 128)
+MIDDLE = 8  # of the 16 values of four bits: the zero point where none is stored
+
+
+class Int4(Format):
+    """Two values in each uint8 of ``[E, O, I / 2]``, scales float32 and zero points uint8 ``[E, O, I / group_size]``."""
+
+    name = "int4"
+    parts = PARTS
+
+    def holds(self, tensors: Tensors) -> bool:
+        """Return whether the values are uint8."""
+        values = tensors[0]
+        return values is not None and values.dtype == torch.uint8
+
+    def shape(self, tensors: Tensors) -> Shape:
+        """Return ``(E, O, I)``: each byte has the values of two inputs."""
+        E, O, I = cast(Tensor, tensors[0]).shape  # noqa: E741
+        return E, O, 2 * I
+
+    def kind(self, tensors: Tensors) -> tuple[str | int, ...]:
+        """Return the name and the size of the groups."""
+        values, scale, _ = cast(tuple[Tensor, Tensor, Tensor | None], tensors)
+        check_dim("scale", scale, 3)
+        return self.name, QuantizedWeight(values, scale).group_size
+
+    def read(self, reader: Reader, name: str, tensors: Tensors, shape: Shape, *, views: bool) -> Tensors:
+        """Check dtypes, shapes, devices and the size of the groups."""
+        values, scale, zero = cast(tuple[Tensor, Tensor, Tensor | None], tensors)
+        check_dim(f"{name}_scale", scale, 3)
+        E, O, I = shape  # noqa: E741
+        group = QuantizedWeight(values, scale).group_size
+        if group not in GROUP_SIZES or I % group:
+            raise ValueError(f"{name}_scale must have a scale for {GROUP_SIZES} inputs, got shape {tuple(scale.shape)}")
+        groups = (E, O, I // group)
+        return QuantizedWeight(
+            reader.read(name, values, (E, O, I // 2), (torch.uint8,)),
+            reader.read(f"{name}_scale", scale, groups, (torch.float32,)),
+            None if zero is None else reader.read(f"{name}_zero", zero, groups, (torch.uint8,)),
+        )
+
+    def make(self, weight_EOI: Tensor, **options: Any) -> QuantizedWeight:
+        """Round to the nearest of 16 values a group.
+
+        Args:
+            weight_EOI: floats, whose I is a multiple of ``group_size``.
+            **options: ``group_size``, and ``symmetric``. Symmetric: the largest of a group becomes the value of largest size,
+                which is -8, and the scale takes its sign. Otherwise the values reach from the smallest to the largest, zero
+                included.
+        """
+        groups = weight_EOI.to(torch.float32).unflatten(-1, (-1, options["group_size"]))
+        tiny, zero = torch.finfo(torch.float32).tiny, None
+        if options["symmetric"]:
+            largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+            scale = largest / -MIDDLE
+            scale = torch.where(scale.abs() < tiny, tiny, scale)
+            values = (groups / scale).round() + MIDDLE
+        else:
+            low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
+            scale = ((high - low) / 15).clamp(min=tiny)
+            middle = (-low / scale).round().clamp(0, 15)
+            values = (groups / scale).round() + middle
+            zero = middle.squeeze(-1).to(torch.uint8)
+        nibbles = values.clamp(0, 15).to(torch.uint8).flatten(-2)
+        return QuantizedWeight(nibbles[..., 0::2] | (nibbles[..., 1::2] << 4), scale.squeeze(-1), zero)
+
+    def widen(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
+        """Return the weights, computed in float32 or float64 and rounded once to ``dtype``."""
+        values, scale, zero_point = cast(tuple[Tensor, Tensor, Tensor | None], tensors)
+        wide = torch.promote_types(dtype, torch.float32)
+        nibbles = torch.stack((values & 15, values >> 4), -1).flatten(-2)
+        groups = nibbles.to(wide).unflatten(-1, (scale.shape[-1], -1))
+        zero = MIDDLE if zero_point is None else zero_point.to(wide)[..., None]
+        return ((groups - zero) * scale.to(wide)[..., None]).flatten(-2).to(dtype)
+
+
+INT4 = Int4()

@@ -1,0 +1,25 @@
+"""Transposed weights: a view ``[E, O, I]`` of a float tensor ``[E, I, O]``, the outputs of an input side by side."""
+
+from typing import Any
+
+from torch import Tensor
+
+from fusedonemoe.ops.formats.format import Tensors
+from fusedonemoe.ops.formats.plain import PLAIN, Plain
+
+
+class Transposed(Plain):
+    """Columns of outputs, in the dtype of x. The operators of plain weights read them by their strides."""
+
+    name = "transposed"
+
+    def holds(self, tensors: Tensors) -> bool:
+        """Return whether the outputs of an input are nearer to each other than the inputs of an output."""
+        return not PLAIN.holds(tensors)
+
+    def make(self, weight_EOI: Tensor, **options: Any) -> Tensors:
+        """Return a view of a tensor ``[E, I, O]``."""
+        return (weight_EOI.transpose(1, 2).contiguous().transpose(1, 2),)
+
+
+TRANSPOSED = Transposed()
