@@ -114,9 +114,11 @@ class Reader(NamedTuple):
             raise ValueError(f"z must have at most {rows} rows, got {z.shape[0]}")
         return self.read("z", z, (z.shape[0], width))
 
-    def rows(self, z: Tensor, order: Tensor, offsets: Tensor, experts: Tensor, up_EG_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What a forward keeps of its sorted rows, for experts ``[E, G, ...]``."""
-        E, G = up_EG_.shape[:2]
+    def rows(
+        self, z: Tensor, order: Tensor, offsets: Tensor, experts: Tensor, up_shape: tuple[int, int, int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Read the sorted rows that a forward kept, for an up-projection ``[E, G, D]``."""
+        E, G, _ = up_shape
         return self.saved(z, experts.numel(), G), *self.plan(order, offsets, experts, E)
 
 

@@ -120,6 +120,32 @@ class Projection(NamedTuple):
     bias: Tensor | None = None
     adapter: Adapter | None = None
 
+    @classmethod
+    def of(
+        cls,
+        candidates: tuple[Format, ...],
+        tensors: Tensors,
+        bias: Tensor | None = None,
+        adapter: Adapter | None = None,
+        *,
+        name: str = "weight",
+    ) -> "Projection":
+        """Return the projection of tensors in one of these formats; ``name`` is theirs in an error."""
+        tensor = tensors[0]
+        assert tensor is not None
+        check_dim(name, tensor, 3)
+        for candidate in candidates:
+            if candidate.holds(tensors):
+                return cls(candidate, tensors, candidate.shape(tensors), bias, adapter)
+        raise TypeError(f"{name} must be of the format {' or '.join(each.name for each in candidates)}, got {tensor.dtype}")
+
+    @property
+    def floats(self) -> Tensor:
+        """Return the one tensor of a format that has no other."""
+        (tensor,) = self.tensors
+        assert tensor is not None
+        return tensor
+
 
 class ExpertsForm(NamedTuple):
     """Experts that are MLPs: ``act(rows up) down``.
@@ -192,19 +218,53 @@ def check_widths(up_rows: int, inner: int, act: Activation) -> None:
         raise ValueError(f"up_proj must have {expected} rows with down_proj of width {inner}, got {up_rows}")
 
 
-class ExpertsGradients(NamedTuple):
-    """The gradients of a call, or which of them are wanted: None, or False, for the others. Those of weights, by their parts."""
+class SavedRows(NamedTuple):
+    """The sorted rows as a forward keeps them for its backward.
 
-    x: Any = None
-    weights: Any = None
-    up: Any = None
-    down: Any = None
-    up_bias: Any = None
-    down_bias: Any = None
-    up_A: Any = None
-    up_B: Any = None
-    down_A: Any = None
-    down_B: Any = None
+    Attributes:
+        z: ``[S, G]`` the first pre-activations, ``0 <= S <= N``.
+        order: ``[N]`` of the plan.
+        offsets: ``[E + 1]`` of the plan.
+    """
+
+    z: Tensor
+    order: Tensor
+    offsets: Tensor
+
+
+class ExpertsNeeds(NamedTuple):
+    """The gradients that are wanted; one that is not wanted costs nothing."""
+
+    x: bool = False
+    weights: bool = False
+    up: bool = False
+    down: bool = False
+    up_bias: bool = False
+    down_bias: bool = False
+    up_A: bool = False
+    up_B: bool = False
+    down_A: bool = False
+    down_B: bool = False
+
+    @property
+    def dz(self) -> bool:
+        """Return whether any of them is made from the gradient of the pre-activations."""
+        return self.x or self.up or self.up_bias or self.up_A or self.up_B
+
+
+class ExpertsGradients(NamedTuple):
+    """The gradients of a call; None for one that is not wanted."""
+
+    x: Tensor | None = None
+    weights: Tensor | None = None
+    up: Tensor | None = None
+    down: Tensor | None = None
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    up_A: Tensor | None = None
+    up_B: Tensor | None = None
+    down_A: Tensor | None = None
+    down_B: Tensor | None = None
 
 
 class ExpertsArguments:
@@ -248,16 +308,6 @@ class ExpertsArguments:
         """Return the arguments as a schema lists them."""
         return schema_text(self.arguments)
 
-    def format_of(self, name: str, tensors: Tensors) -> Format:
-        """Return the format of a weight, ``name``."""
-        tensor, name = tensors[0], self.parts[0].name.format(name)
-        assert tensor is not None
-        check_dim(name, tensor, 3)
-        for candidate in self.formats:
-            if candidate.holds(tensors):
-                return candidate
-        raise TypeError(f"{name} must be of the format {' or '.join(f.name for f in self.formats)}, got {tensor.dtype}")
-
     def call(self, arguments: tuple[Any, ...]) -> ExpertsCall:
         """Return the call of these arguments; those behind the activation's fields are ignored."""
         x, experts, weights, *rest = arguments
@@ -270,19 +320,18 @@ class ExpertsArguments:
             factors = ((up_A, up_B, up_scale), (down_A, down_B, down_scale))
             adapters = [None if A.shape[1] == 0 else Adapter(A, B, scale) for A, B, scale in factors]
         if self.formats[0].has_sizes:
-            up_format, down_format = self.format_of("up", up), self.format_of("down", down)
-            up_shape, down_shape = up_format.shape(up), down_format.shape(down)
-            act = Activation(*rest[:4])
+            names = (self.arguments[3].name, self.arguments[3 + parts].name)
+            form = ExpertsForm(
+                Projection.of(self.formats, up, up_bias, adapters[0], name=names[0]),
+                Projection.of(self.formats, down, down_bias, adapters[1], name=names[1]),
+                Activation(*rest[:4]),
+            )
         else:
-            (up_format,) = (down_format,) = self.formats
+            (packed,) = self.formats
             F, *rest = rest
             act, E, D = Activation(*rest[:4]), up[0].shape[0], x.shape[1]
-            up_shape, down_shape = (E, F if act.layout == PLAIN else 2 * F, D), (E, D, F)
-        form = ExpertsForm(
-            Projection(up_format, up, up_shape, up_bias, adapters[0]),
-            Projection(down_format, down, down_shape, down_bias, adapters[1]),
-            act,
-        )
+            G = F if act.layout == PLAIN else 2 * F
+            form = ExpertsForm(Projection(packed, up, (E, G, D), up_bias), Projection(packed, down, (E, D, F), down_bias), act)
         return ExpertsCall(x, experts, weights, form)
 
     def flatten(self, call: ExpertsCall) -> tuple[Any, ...]:
@@ -295,9 +344,9 @@ class ExpertsArguments:
         sizes = () if up.format.has_sizes else (down.shape[2],)
         return (x, experts, weights, *up.tensors, *down.tensors, up.bias, down.bias, *adapters, *sizes, *act)
 
-    def needs(self, flags: Sequence[bool]) -> ExpertsGradients:
-        """Return which gradients are wanted, of flags in the order of :attr:`gradients`."""
-        return ExpertsGradients(**dict(zip(self.gradients, flags, strict=True)))
+    def needs(self, flags: Sequence[bool]) -> ExpertsNeeds:
+        """Return the gradients that are wanted, of flags in the order of :attr:`gradients`."""
+        return ExpertsNeeds(**dict(zip(self.gradients, flags, strict=True)))
 
     def results(self, gradients: ExpertsGradients, owner: Tensor) -> tuple[Tensor, ...]:
         """Return the gradients as a backward returns them: an empty tensor, each its own, for one that was not wanted."""

@@ -33,7 +33,7 @@ FLOORS = [
         "ops.records",
         "ops.formats",
     ],
-    ["ops.dense", "ops.grouped", "ops.lora", "ops.neurons", "ops.quantized", "ops.cpu", "ops.cuda", "ops.triton", "ops.portable"],
+    ["ops.dense", "ops.grouped", "ops.mlp", "ops.neurons", "ops.cpu", "ops.cuda", "ops.triton", "ops.portable"],
     ["ops.library", "ops.shortcut", "ops.choice", "ops"],
     ["checks", "linear", "agreement", "kept_buffers", "peft_refusal"],
     ["functional", "config", "hf"],

@@ -9,8 +9,8 @@ from fusedonemoe.functional.calls import as_rows, choose_impl, records_gradients
 from fusedonemoe.ops import library
 from fusedonemoe.ops.cpu.quantized import new_weight as new_weight  # for the modules above
 from fusedonemoe.ops.derivatives import refuse_transforms
-from fusedonemoe.ops.formats import GROUP_SIZES, INT4, INT8, QuantizedWeight
-from fusedonemoe.ops.quantized import dequantize
+from fusedonemoe.ops.formats import GROUP_SIZES, INT4, INT8, QUANTIZED, QuantizedWeight
+from fusedonemoe.ops.records import Projection
 
 _ops = torch.ops.fusedonemoe
 FORMATS = ("int8", "int4")
@@ -132,7 +132,7 @@ def dequantize_weight(weight: QuantizedWeight, dtype: torch.dtype = torch.float3
         tensor(True)
     """
     _check_quantized("weight", weight)
-    return dequantize(weight, dtype)
+    return Projection.of(QUANTIZED, weight).format.widen(weight, dtype)
 
 
 def experts_mlp_quantized(

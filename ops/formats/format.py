@@ -19,12 +19,14 @@ class Part(NamedTuple):
         is_optional: whether None may come in its place.
         casts: whether autocast casts it.
         has_gradient: whether the backward returns a gradient of it.
+        is_scale: whether it scales another part, and is small next to it.
     """
 
     name: str
     is_optional: bool = False
     casts: bool = False
     has_gradient: bool = False
+    is_scale: bool = False
 
 
 class Format:

@@ -45,7 +45,7 @@ class Int4(Format):
             raise ValueError(f"{name}_scale must have a scale for {GROUP_SIZES} inputs, got shape {tuple(scale.shape)}")
         groups = (E, O, I // group)
         return QuantizedWeight(
-            reader.read(name, values, (E, O, I // 2), (torch.uint8,)),
+            (reader.check if views else reader.read)(name, values, (E, O, I // 2), (torch.uint8,)),
             reader.read(f"{name}_scale", scale, groups, (torch.float32,)),
             None if zero is None else reader.read(f"{name}_zero", zero, groups, (torch.uint8,)),
         )

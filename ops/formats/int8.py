@@ -30,7 +30,7 @@ class Int8(Format):
         """Check dtypes, shapes and devices; the result has no zero points."""
         values, scale, _ = cast(tuple[Tensor, Tensor, Tensor | None], tensors)
         check_dim(f"{name}_scale", scale, 2)
-        values = reader.read(name, values, shape, (torch.int8,))
+        values = (reader.check if views else reader.read)(name, values, shape, (torch.int8,))
         return QuantizedWeight(values, reader.read(f"{name}_scale", scale, shape[:2], (torch.float32,)))
 
     def make(self, weight_EOI: Tensor, **options: Any) -> QuantizedWeight:

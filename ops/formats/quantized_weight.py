@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fusedonemoe.ops.formats.format import Part
 
-PARTS = (Part("{}"), Part("{}_scale"), Part("{}_zero", is_optional=True))
+PARTS = (Part("{}"), Part("{}_scale", is_scale=True), Part("{}_zero", is_optional=True))
 
 
 class QuantizedWeight(NamedTuple):

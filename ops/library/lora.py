@@ -9,28 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedonemoe.ops import lora
+from fusedonemoe.ops import dense
 from fusedonemoe.ops.derivatives import no_second_derivative
+from fusedonemoe.ops.library.mlp import gradients_of, kernels_of
 from fusedonemoe.ops.library.registration import (
     BUILD,
     composite,
     define_autocast,
-    gpu_kernels,
     keeping,
     operator,
 )
-from fusedonemoe.ops.lora import Adapter, LoRANeeds
-from fusedonemoe.ops.operands import check_rows, reader_of
-from fusedonemoe.ops.records import Activation
-
-
-def _adapter(A: Tensor, B: Tensor, scale: float) -> Adapter:
-    """The factors as the products want them: in PEFT's matrices an expert's B has no two values side by side.
-
-    Those of GPUs read whole rows; those of CPUs copy one expert's at a time. The copy is made here and not in front of the
-    operator, which would keep it for the backward.
-    """
-    return Adapter(A.contiguous(), B.contiguous(), scale) if A.is_cuda else Adapter(A, B, scale)
+from fusedonemoe.ops.operands import check_rows
+from fusedonemoe.ops.records import LORA_ARGUMENTS, SavedRows
 
 
 def _experts_mlp_lora(
@@ -56,10 +46,11 @@ def _experts_mlp_lora(
     impl: str = "grouped",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_rows(experts)
-    act = Activation(activation, layout, alpha, limit)
-    up, down = _adapter(up_A, up_B, up_scale), _adapter(down_A, down_B, down_scale)
-    kernels = gpu_kernels("lora") if impl == "triton" else lora
-    return kernels.experts_mlp_lora(x, experts, weights, up_proj, down_proj, up_bias, down_bias, up, down, act, save_percent)
+    arguments = (
+        *(x, experts, weights, up_proj, down_proj, up_bias, down_bias, up_A, up_B, down_A, down_B, up_scale, down_scale),
+        *(activation, layout, alpha, limit),
+    )
+    return kernels_of(impl).experts_mlp(LORA_ARGUMENTS.call(arguments), save_percent)
 
 
 def _experts_mlp_lora_backward(
@@ -90,12 +81,11 @@ def _experts_mlp_lora_backward(
     impl: str = "grouped",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_rows(experts)
-    act = Activation(activation, layout, alpha, limit)
-    up, down = _adapter(up_A, up_B, up_scale), _adapter(down_A, down_B, down_scale)
-    kernels = gpu_kernels("lora") if impl == "triton" else lora
-    parameters = (up_proj, down_proj, up_bias, down_bias, up, down)
-    saved = (dy, *reader_of(x).rows(z, order, offsets, experts, up_proj), x, experts, weights)
-    return kernels.experts_mlp_lora_backward(*saved, *parameters, act, save_percent, LoRANeeds(*needs))
+    arguments = (
+        *(x, experts, weights, up_proj, down_proj, up_bias, down_bias, up_A, up_B, down_A, down_B, up_scale, down_scale),
+        *(activation, layout, alpha, limit),
+    )
+    return gradients_of(LORA_ARGUMENTS, impl, dy, SavedRows(z, order, offsets), arguments, save_percent, needs)
 
 
 def _experts_mlp_lora_dense(
@@ -118,9 +108,11 @@ def _experts_mlp_lora_dense(
     limit: float,
     build: int,
 ) -> Tensor:
-    act = Activation(activation, layout, alpha, limit)
-    up, down = Adapter(up_A, up_B, up_scale), Adapter(down_A, down_B, down_scale)
-    return lora.experts_mlp_lora_dense(x, experts, weights, up_proj, down_proj, up_bias, down_bias, up, down, act)
+    arguments = (
+        *(x, experts, weights, up_proj, down_proj, up_bias, down_bias, up_A, up_B, down_A, down_B, up_scale, down_scale),
+        *(activation, layout, alpha, limit),
+    )
+    return dense.experts_mlp_dense(LORA_ARGUMENTS.call(arguments))
 
 
 _TENSORS = 11  # x, experts, weights, two projections, two biases, two factors of each adapter
@@ -134,7 +126,7 @@ def _experts_mlp_lora_grad(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, .
     # A factor of rank 0 has a gradient without elements, which needs no computing.
     saved = ctx.saved_tensors  # once: checkpointing refuses to give them twice
     factors = (need and like.numel() > 0 for need, like in zip(ctx.needs_input_grad[7:11], saved[10:], strict=True))
-    needs = LoRANeeds(ctx.needs_input_grad[0], *ctx.needs_input_grad[2:7], *factors)
+    needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:7], *factors)
     grads = torch.ops.fusedonemoe.experts_mlp_lora_backward(dy, *saved, *ctx.constants, needs, BUILD, ctx.impl)
     dx, *rest = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
     return dx, None, *rest, *(None for _ in range(count - _TENSORS))

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedonemoe.ops import dense, grouped
+from fusedonemoe.ops import dense, mlp
 from fusedonemoe.ops.cpu import native
 from fusedonemoe.ops.derivatives import no_second_derivative
-from fusedonemoe.ops.grouped import MLPNeeds, saved_rows
+from fusedonemoe.ops.grouped import saved_rows
 from fusedonemoe.ops.library.registration import (
     BUILD,
     composite,
@@ -21,7 +21,7 @@ from fusedonemoe.ops.library.registration import (
     wanted,
 )
 from fusedonemoe.ops.operands import check_rows
-from fusedonemoe.ops.records import MLP_ARGUMENTS, Activation
+from fusedonemoe.ops.records import MLP_ARGUMENTS, Activation, ExpertsArguments, SavedRows
 from fusedonemoe.ops.shortcut import recorder, shortcut
 from fusedonemoe.ops.triton import rules
 
@@ -59,6 +59,27 @@ define_cpu(
 )
 
 
+def kernels_of(impl: str) -> Any:
+    """Return the module of an implementation other than the CPU kernels."""
+    return gpu_kernels("mlp") if impl == "triton" else mlp
+
+
+def gradients_of(
+    arguments: ExpertsArguments,
+    impl: str,
+    dy: Tensor,
+    saved: SavedRows,
+    flat: tuple[Any, ...],
+    save_percent: int,
+    needs: Sequence[bool],
+) -> Any:
+    """Return the gradients of a call by these arguments, which autograd may have kept in other strides."""
+    reader, call = arguments.call(flat).read(views=True)
+    dy, saved = reader.read("dy", dy, call.x.shape), SavedRows(*reader.rows(*saved, call.experts, call.form.up.shape))
+    gradients = kernels_of(impl).experts_mlp_backward(dy, saved, call, save_percent, arguments.needs(needs))
+    return arguments.results(gradients, call.x)
+
+
 def _experts_mlp(
     x: Tensor,
     experts: Tensor,
@@ -76,13 +97,10 @@ def _experts_mlp(
     impl: str = "grouped",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_rows(experts)
-    act = Activation(activation, layout, alpha, limit)
+    arguments = (x, experts, weights, up_proj, down_proj, up_bias, down_bias, activation, layout, alpha, limit)
     if impl == "cpu":
-        return torch.ops.fusedonemoe.experts_mlp_cpu(
-            x, experts, weights, up_proj, down_proj, up_bias, down_bias, *act, save_percent
-        )
-    kernels = gpu_kernels("mlp_forward") if impl == "triton" else grouped
-    return kernels.experts_mlp(x, experts, weights, up_proj, down_proj, up_bias, down_bias, act, save_percent)
+        return torch.ops.fusedonemoe.experts_mlp_cpu(*arguments, save_percent)
+    return kernels_of(impl).experts_mlp(MLP_ARGUMENTS.call(arguments), save_percent)
 
 
 def _experts_mlp_inference(
@@ -100,10 +118,10 @@ def _experts_mlp_inference(
     build: int,
 ) -> Tensor:
     check_rows(experts)
-    arguments = (x, experts, weights, up_proj, down_proj, up_bias, down_bias, Activation(activation, layout, alpha, limit))
+    call = MLP_ARGUMENTS.call((x, experts, weights, up_proj, down_proj, up_bias, down_bias, activation, layout, alpha, limit))
     if rules.few_rows(rules.hint(experts.numel()), up_proj.shape[0]):
-        return gpu_kernels("decode").experts_mlp(*arguments)
-    return gpu_kernels("mlp_forward").experts_mlp(*arguments, save_percent=0)[0]
+        return gpu_kernels("decode").experts_mlp(call)
+    return gpu_kernels("mlp").experts_mlp(call, save_percent=0)[0]
 
 
 def _experts_mlp_backward(
@@ -128,21 +146,10 @@ def _experts_mlp_backward(
     impl: str = "grouped",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_rows(experts)
-    act = Activation(activation, layout, alpha, limit)
+    arguments = (x, experts, weights, up_proj, down_proj, up_bias, down_bias, activation, layout, alpha, limit)
     if impl == "cpu":
-        return torch.ops.fusedonemoe.experts_mlp_cpu_backward(
-            dy, z, order, offsets, x, experts, weights, up_proj, down_proj, up_bias, down_bias, *act, needs
-        )
-    kernels = gpu_kernels("mlp_backward") if impl == "triton" else grouped
-    if impl == "triton":
-        operands = (x, experts, weights, up_proj, down_proj, up_bias, down_bias, *act)
-        reader, call = MLP_ARGUMENTS.call(operands).read(views=True)
-        x, experts, weights, up_proj, down_proj, up_bias, down_bias, *_ = MLP_ARGUMENTS.flatten(call)
-        dy, z = reader.read("dy", dy, x.shape), reader.saved(z, experts.numel(), up_proj.shape[1])
-        order, offsets = reader.plan(order, offsets, experts, up_proj.shape[0])
-    return kernels.experts_mlp_backward(
-        dy, z, order, offsets, x, experts, weights, up_proj, down_proj, up_bias, down_bias, act, save_percent, MLPNeeds(*needs)
-    )
+        return torch.ops.fusedonemoe.experts_mlp_cpu_backward(dy, z, order, offsets, *arguments, needs)
+    return gradients_of(MLP_ARGUMENTS, impl, dy, SavedRows(z, order, offsets), arguments, save_percent, needs)
 
 
 def _experts_mlp_dense(
@@ -159,8 +166,8 @@ def _experts_mlp_dense(
     limit: float,
     build: int,
 ) -> Tensor:
-    act = Activation(activation, layout, alpha, limit)
-    return dense.experts_mlp_dense(x, experts, weights, up_proj, down_proj, up_bias, down_bias, act)
+    arguments = (x, experts, weights, up_proj, down_proj, up_bias, down_bias, activation, layout, alpha, limit)
+    return dense.experts_mlp_dense(MLP_ARGUMENTS.call(arguments))
 
 
 _experts_mlp_save = keeping(tensors=7)
@@ -170,7 +177,7 @@ def _experts_mlp_grad(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
     count = len(ctx.needs_input_grad)
     if dy is None:
         return (None,) * count
-    needs = MLPNeeds(ctx.needs_input_grad[0], *ctx.needs_input_grad[2:7])
+    needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:7])
     grads = experts_mlp_backward(dy, *ctx.saved_tensors, *ctx.constants, needs, BUILD, ctx.impl)
     dx, *rest = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
     return dx, None, *rest, *(None for _ in range(count - 7))

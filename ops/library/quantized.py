@@ -6,24 +6,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedonemoe.ops import quantized
+from fusedonemoe.ops import dense
 from fusedonemoe.ops.cpu import quantized as native
 from fusedonemoe.ops.derivatives import no_second_derivative
 from fusedonemoe.ops.formats import QuantizedWeight
-from fusedonemoe.ops.library.mlp import ACT, forward_fake
+from fusedonemoe.ops.library.mlp import ACT, forward_fake, gradients_of, kernels_of
 from fusedonemoe.ops.library.registration import (
     BUILD,
     composite,
     define_autocast,
     define_cpu,
-    gpu_kernels,
     keeping,
     operator,
     wanted,
 )
-from fusedonemoe.ops.operands import check_rows, reader_of
-from fusedonemoe.ops.quantized import QuantizedNeeds
-from fusedonemoe.ops.records import Activation
+from fusedonemoe.ops.operands import check_rows
+from fusedonemoe.ops.records import QUANTIZED_ARGUMENTS, Activation, SavedRows
 from fusedonemoe.ops.shortcut import recorder, shortcut
 
 _WEIGHT = "Tensor {0}, Tensor {0}_scale, Tensor? {0}_zero"
@@ -83,8 +81,7 @@ def _experts_mlp(
     arguments = (x, experts, weights, up, up_scale, up_zero, down, down_scale, down_zero, up_bias, down_bias, *act, save_percent)
     if impl == "cpu":
         return torch.ops.fusedonemoe.experts_mlp_quantized_cpu(*arguments)
-    kernels = gpu_kernels("quantized") if impl == "triton" else quantized
-    return _grouped(kernels.experts_mlp)(*arguments)
+    return kernels_of(impl).experts_mlp(QUANTIZED_ARGUMENTS.call(arguments), save_percent)
 
 
 def _experts_mlp_backward(
@@ -113,12 +110,11 @@ def _experts_mlp_backward(
     impl: str = "grouped",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_rows(experts)
-    saved, act = (dy, *reader_of(x).rows(z, order, offsets, experts, up)), (activation, layout, alpha, limit)
+    act = (activation, layout, alpha, limit)
     arguments = (x, experts, weights, up, up_scale, up_zero, down, down_scale, down_zero, up_bias, down_bias, *act)
     if impl == "cpu":
-        return torch.ops.fusedonemoe.experts_mlp_quantized_cpu_backward(*saved, *arguments, needs)
-    kernels = gpu_kernels("quantized") if impl == "triton" else quantized
-    return _grouped(kernels.experts_mlp_backward, 4)(*saved, *arguments, save_percent, QuantizedNeeds(*needs))
+        return torch.ops.fusedonemoe.experts_mlp_quantized_cpu_backward(dy, z, order, offsets, *arguments, needs)
+    return gradients_of(QUANTIZED_ARGUMENTS, impl, dy, SavedRows(z, order, offsets), arguments, save_percent, needs)
 
 
 def _experts_mlp_dense(
@@ -141,7 +137,8 @@ def _experts_mlp_dense(
 ) -> Tensor:
     weight_tensors = (up, up_scale, up_zero, down, down_scale, down_zero)
     act = (activation, layout, alpha, limit)
-    return _grouped(quantized.experts_mlp_dense)(x, experts, weights, *weight_tensors, up_bias, down_bias, *act)
+    arguments = (x, experts, weights, *weight_tensors, up_bias, down_bias, *act)
+    return dense.experts_mlp_dense(QUANTIZED_ARGUMENTS.call(arguments))
 
 
 _save = keeping(_TENSORS)
@@ -154,7 +151,7 @@ def _gradient(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
     needed = ctx.needs_input_grad
     if needed[4] or needed[7]:
         raise RuntimeError("quantised weights have no gradient: their scales must not require one")
-    needs = QuantizedNeeds(needed[0], needed[2], *needed[9:11])
+    needs = (needed[0], needed[2], *needed[9:11])
     grads = experts_mlp_quantized_backward(dy, *ctx.saved_tensors, *ctx.constants, needs, BUILD, ctx.impl)
     dx, dweights, *biases = (grad if wants else None for grad, wants in zip(grads, needs, strict=True))
     return dx, None, dweights, *(None for _ in range(6)), *biases, *(None for _ in range(count - _TENSORS))
