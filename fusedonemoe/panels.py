@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fusedonemoe.functional.packed import PackedExperts, check_can_pack, refuse_packed_training
 from fusedonemoe.ops import library
-from fusedonemoe.ops.library import Projection
+from fusedonemoe.ops.library import PanelHome
 from fusedonemoe.ops.records import PLAIN
 from fusedonemoe.optimizer_state import remember_forms
 
@@ -34,13 +34,13 @@ def layout_of(config: "MoEConfig") -> str:
     return config.gate_up_layout if config.gated else PLAIN
 
 
-def homes_of(experts: "Experts") -> dict[str, Projection]:
+def homes_of(experts: "Experts") -> dict[str, PanelHome]:
     """The home form of both weights, by their names; with the order of rows that they were packed with."""
     config = experts.config
     layout = experts._packed_layout or layout_of(config)
     return {
-        experts._up_name: Projection(config.up_rows, config.hidden_size, layout),
-        "down_proj": Projection(config.hidden_size, config.intermediate_size, PLAIN),
+        experts._up_name: PanelHome(config.up_rows, config.hidden_size, layout),
+        "down_proj": PanelHome(config.hidden_size, config.intermediate_size, PLAIN),
     }
 
 

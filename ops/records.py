@@ -133,10 +133,12 @@ class Projection(NamedTuple):
         """Return the projection of tensors in one of these formats; ``name`` is theirs in an error."""
         tensor = tensors[0]
         assert tensor is not None
-        check_dim(name, tensor, 3)
+        if tensor.dim() != 3:
+            check_dim(name, tensor, 3)
         for candidate in candidates:
-            if candidate.holds(tensors):
-                return cls(candidate, tensors, candidate.shape(tensors), bias, adapter)
+            shape = candidate.shape(tensors)
+            if shape is not None:
+                return cls(candidate, tensors, shape, bias, adapter)
         raise TypeError(f"{name} must be of the format {' or '.join(each.name for each in candidates)}, got {tensor.dtype}")
 
     @property

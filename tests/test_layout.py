@@ -32,6 +32,7 @@ FLOORS = [
         "ops.precision",
         "ops.records",
         "ops.formats",
+        *("ops.cpu.native", "ops.cpu.build", "ops.cpu.cache", "ops.cpu.compiler", "ops.cpu.forks"),
     ],
     ["ops.dense", "ops.grouped", "ops.mlp", "ops.neurons", "ops.cpu", "ops.cuda", "ops.triton", "ops.portable"],
     ["ops.library", "ops.shortcut", "ops.choice", "ops"],

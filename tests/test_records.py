@@ -91,5 +91,5 @@ def test_values_of_no_format_are_refused():
 @pytest.mark.parametrize("made", [PLAIN, TRANSPOSED, INT8, INT4], ids=lambda made: made.name)
 def test_formats_read_back_what_they_made(made: Format):
     tensors = made.make(UP, **GROUPS)
-    assert made.holds(tensors) and made.shape(tensors) == UP.shape
+    assert made.shape(tensors) == UP.shape
     assert (made.widen(tensors, torch.float32) - UP).abs().max() <= {"int8": 0.05, "int4": 0.4}.get(made.name, 0)

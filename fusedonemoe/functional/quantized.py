@@ -6,14 +6,22 @@ from torch import Tensor
 from fusedonemoe.checks import check_dim, check_fits, check_float, check_one_of, check_same_device, check_shape, check_tensor
 from fusedonemoe.functional.arguments import activation_arguments, check_biases, check_call, intermediate_size
 from fusedonemoe.functional.calls import as_rows, choose_impl, records_gradients, with_leading
-from fusedonemoe.ops import library
-from fusedonemoe.ops.cpu.quantized import new_weight as new_weight  # for the modules above
+from fusedonemoe.ops import formats, library
 from fusedonemoe.ops.derivatives import refuse_transforms
-from fusedonemoe.ops.formats import GROUP_SIZES, INT4, INT8, QUANTIZED, QuantizedWeight
+from fusedonemoe.ops.formats import GROUP_SIZES, QUANTIZED, QuantizedWeight
 from fusedonemoe.ops.records import Projection
 
 _ops = torch.ops.fusedonemoe
-FORMATS = ("int8", "int4")
+FORMATS = tuple(each.name for each in QUANTIZED)
+
+
+def new_weight(
+    shape: tuple[int, int, int], dtype: str, group_size: int, symmetric: bool, device: torch.device
+) -> QuantizedWeight:
+    """Return the tensors of a weight ``[E, O, I]``, uninitialised."""
+    made = formats.FORMATS[dtype].empty(shape, device, group_size=group_size, symmetric=symmetric)
+    assert isinstance(made, QuantizedWeight)
+    return made
 
 
 def check_group_size(group_size: int, width: int, name: str) -> None:
@@ -72,7 +80,7 @@ def quantize_weight(weight: Tensor, dtype: str = "int8", *, group_size: int = 12
     E, rows, width = weight.shape
     made = new_weight((E, rows, width), dtype, group_size, symmetric, weight.device)
     for expert, like in enumerate(weight.detach().split(1)):  # one after the other: rounding takes several float32 copies
-        rounded = INT8.make(like) if dtype == "int8" else INT4.make(like, group_size=group_size, symmetric=symmetric)
+        rounded = formats.FORMATS[dtype].make(like, group_size=group_size, symmetric=symmetric)
         for whole, part in zip(made, rounded, strict=True):
             if whole is not None and part is not None:
                 whole[expert].copy_(part[0])

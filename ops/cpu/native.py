@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from fusedonemoe.ops.cpu import build
-from fusedonemoe.ops.grouped import saved_rows
-from fusedonemoe.ops.operands import check_percent, read_merged
-from fusedonemoe.ops.records import ACTIVATIONS, MLP_ARGUMENTS, PLAIN, Activation
+from fusedonemoe.ops.operands import read_merged
 
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 # Weight-row products below which a second thread costs more than it saves. No result depends on the number of threads.
@@ -69,6 +67,13 @@ def new(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.utils.dlpack.from_dlpack(capsule(managed, b"dltensor", None)).view(dtype).view(shape).detach()
 
 
+def new_on(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return an uninitialised tensor; on CPU one of the pool, whose large pages are read faster than torch's small ones."""
+    if device.type != "cpu" or refusal(torch.float32, True) is not None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    return new(shape, dtype)
+
+
 def pooled_size(tensor: Tensor) -> int:
     """The bytes of the pool that an output like ``tensor`` occupies; 0 for one that is too small for it."""
     size = tensor.numel() * tensor.element_size()
@@ -110,16 +115,16 @@ def threads(rows: int, *widths: int) -> int:
     return max(1, min(torch.get_num_threads(), rows * math.prod(widths) // PRODUCTS_PER_THREAD))
 
 
-def gate_up_rows(act: Activation, inner: int) -> tuple[int, int, int, int]:
-    """First gate row, first up row, distance of rows, and whether there is a gate."""
-    match act.layout:
+def gate_up_rows(layout: str, inner: int) -> tuple[int, int, int, int]:
+    """Return the first gate row, the first up row, the distance of rows, and whether there is a gate."""
+    match layout:
         case "gate_up":
             return 0, inner, 1, 1
         case "up_gate":
             return inner, 0, 1, 1
         case "interleaved":
             return 0, 1, 2, 1
-    assert act.layout == PLAIN
+    assert layout == "plain"
     return 0, 0, 1, 0
 
 
@@ -136,11 +141,6 @@ def as_ids(experts_TK: Tensor) -> Tensor:
 def as_float_weights(weights_TK: Tensor) -> Tensor:
     """Routing weights as the kernels read them."""
     return read_as(weights_TK, torch.float32)
-
-
-def as_bias(bias: Tensor | None) -> Tensor | None:
-    """A bias, or none, as the kernels read it."""
-    return None if bias is None else bias.contiguous()
 
 
 def new_gradients(
@@ -165,146 +165,6 @@ def returned(gradients: Sequence[Tensor | None], owner: Tensor, weights_dtype: t
     if dweights is not None:
         dweights = dweights.to(weights_dtype)
     return tuple(owner.new_empty(0) if gradient is None else gradient for gradient in (dx, dweights, *rest))
-
-
-def experts_mlp_checked(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`experts_mlp` of operands that nobody has looked at: the seven tensors, the activation and the percentage."""
-    check_percent(args[8])
-    _, call = MLP_ARGUMENTS.call((*args[:7], *args[7])).read()
-    return experts_mlp(*MLP_ARGUMENTS.flatten(call)[:7], *args[7:])
-
-
-def _mlp_sizes(experts_TK: Tensor, up_EGD: Tensor, down_EDF: Tensor, act: Activation) -> tuple[int, ...]:
-    E, G, D = up_EGD.shape
-    F = down_EDF.shape[2]
-    return (*experts_TK.shape, E, D, F, G, *gate_up_rows(act, F))
-
-
-def experts_mlp(
-    x_TD: Tensor,
-    experts_TK: Tensor,
-    weights_TK: Tensor,
-    up_EGD: Tensor,
-    down_EDF: Tensor,
-    up_bias_EG: Tensor | None,
-    down_bias_ED: Tensor | None,
-    act: Activation,
-    save_percent: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`fusedonemoe.ops.grouped.experts_mlp`, in one kernel."""
-    N, (E, G, _) = experts_TK.numel(), up_EGD.shape
-    y_TD = new(x_TD.shape, x_TD.dtype)
-    kept = saved_rows(N, save_percent)
-    z = new((kept, G), x_TD.dtype)
-    order = torch.empty(N, dtype=torch.int32, device="cpu")
-    offsets = torch.empty(E + 1, dtype=torch.int32, device="cpu")
-    if N == 0:
-        return y_TD, z, order, offsets.zero_()
-    _run_forward(
-        *(x_TD, experts_TK, weights_TK, up_EGD, down_EDF, up_bias_EG, down_bias_ED, act, y_TD, z),
-        *(order.data_ptr(), offsets.data_ptr(), 0, kept),
-    )
-    return y_TD, z, order, offsets
-
-
-def experts_mlp_output(
-    x_TD: Tensor,
-    experts_TK: Tensor,
-    weights_TK: Tensor,
-    up_EGD: Tensor,
-    down_EDF: Tensor,
-    up_bias_EG: Tensor | None,
-    down_bias_ED: Tensor | None,
-    act: Activation,
-) -> Tensor:
-    """The first output of :func:`experts_mlp`, for calls that need no backward."""
-    N, E = experts_TK.numel(), up_EGD.shape[0]
-    y_TD = new(x_TD.shape, x_TD.dtype)
-    if N:
-        order_and_offsets = torch.empty(N + E + 1, dtype=torch.int32, device="cpu")
-        address = order_and_offsets.data_ptr()
-        _run_forward(
-            *(x_TD, experts_TK, weights_TK, up_EGD, down_EDF, up_bias_EG, down_bias_ED, act, y_TD, None),
-            *(address, address + 4 * N, 0, 0),
-        )
-    return y_TD
-
-
-def _run_forward(
-    x_TD: Tensor,
-    experts_TK: Tensor,
-    weights_TK: Tensor,
-    up_EGD: Tensor,
-    down_EDF: Tensor,
-    up_bias_EG: Tensor | None,
-    down_bias_ED: Tensor | None,
-    act: Activation,
-    y_TD: Tensor | None,
-    z: Tensor | None,
-    order: int,
-    offsets: int,
-    first_row: int,
-    last_row: int,
-) -> None:
-    x_TD, ids, weights_TK = x_TD.contiguous(), as_ids(experts_TK), as_float_weights(weights_TK)
-    up_bias_EG, down_bias_ED = as_bias(up_bias_EG), as_bias(down_bias_ED)
-    call(
-        "mlp_forward",
-        x_TD.dtype,
-        (
-            *addresses(x_TD, up_EGD, down_EDF, up_bias_EG, down_bias_ED, None, None, ids, weights_TK, y_TD, z),
-            *(order, offsets),
-            *_mlp_sizes(experts_TK, up_EGD, down_EDF, act),
-            *(first_row, last_row, threads(experts_TK.numel(), *up_EGD.shape[1:]), ACTIVATIONS.index(act.name)),
-        ),
-        (act.alpha, act.limit),
-    )
-
-
-def experts_mlp_backward(
-    dy_TD: Tensor,
-    z: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    x_TD: Tensor,
-    experts_TK: Tensor,
-    weights_TK: Tensor,
-    up_EGD: Tensor,
-    down_EDF: Tensor,
-    up_bias_EG: Tensor | None,
-    down_bias_ED: Tensor | None,
-    act: Activation,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`fusedonemoe.ops.grouped.experts_mlp_backward`, in one kernel (two where rows of z were not kept)."""
-    operands = (x_TD, experts_TK, weights_TK, up_EGD, down_EDF, up_bias_EG, down_bias_ED)
-    reader, checked = MLP_ARGUMENTS.call((*operands, *act)).read()
-    x_TD, experts_TK, weights_TK, up_EGD, down_EDF, up_bias_EG, down_bias_ED, *_ = MLP_ARGUMENTS.flatten(checked)
-    dtype, N = x_TD.dtype, experts_TK.numel()
-    z = reader.saved(z, N, up_EGD.shape[1])
-    dy_TD = reader.read("dy", dy_TD, x_TD.shape)
-    order, offsets = reader.plan(order, offsets, experts_TK, up_EGD.shape[0])
-    if z.shape[0] != N:
-        full = new((N, up_EGD.shape[1]), dtype)
-        full[: z.shape[0]] = z
-        _run_forward(
-            *(x_TD, experts_TK, weights_TK, up_EGD, down_EDF, up_bias_EG, down_bias_ED, act, None),
-            *(full, order.data_ptr(), offsets.data_ptr(), z.shape[0], N),
-        )
-        z = full
-    ids, float_weights = as_ids(experts_TK), as_float_weights(weights_TK)
-    gradients = new_gradients(needs, x_TD, weights_TK, up_EGD, down_EDF, up_bias_EG, down_bias_ED)
-    call(
-        "mlp_backward",
-        dtype,
-        (
-            *addresses(dy_TD, z, x_TD, up_EGD, down_EDF, down_bias_ED, ids, float_weights, order, offsets, *gradients),
-            *_mlp_sizes(experts_TK, up_EGD, down_EDF, act),
-            *(threads(N, *up_EGD.shape[1:]), ACTIVATIONS.index(act.name)),
-        ),
-        (act.alpha, act.limit),
-    )
-    return returned(gradients, x_TD, weights_TK.dtype)  # type: ignore[return-value]
 
 
 def experts_merged_checked(*operands: Tensor) -> tuple[Tensor, Tensor, Tensor]:

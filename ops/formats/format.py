@@ -35,7 +35,7 @@ class Format:
     Attributes:
         name: the word that kernels dispatch on.
         parts: the tensors that hold the weights. Formats with the same parts share an operator, which tells them apart
-            with :meth:`holds`.
+            with :meth:`shape`.
         has_sizes: whether the tensors tell O and I; if not, the operator takes the intermediate size as an argument.
     """
 
@@ -43,12 +43,8 @@ class Format:
     parts: tuple[Part, ...]
     has_sizes: bool = True
 
-    def holds(self, tensors: Tensors) -> bool:
-        """Return whether these tensors, of the parts of this format, are in this format."""
-        raise NotImplementedError
-
-    def shape(self, tensors: Tensors) -> Shape:
-        """Return ``(E, O, I)`` of the weights that the tensors hold."""
+    def shape(self, tensors: Tensors) -> Shape | None:
+        """Return ``(E, O, I)`` of the weights that the tensors hold; None if they are in another format."""
         raise NotImplementedError
 
     def kind(self, tensors: Tensors) -> tuple[str | int, ...]:
@@ -69,6 +65,10 @@ class Format:
 
     def make(self, weight_EOI: Tensor, **options: Any) -> Tensors:
         """Return the tensors of floating-point weights."""
+        raise NotImplementedError(f"no weights are made in the format {self.name}")
+
+    def empty(self, shape: Shape, device: torch.device, **options: Any) -> Tensors:
+        """Return the tensors of weights of this shape, uninitialised; the options are those of :meth:`make`."""
         raise NotImplementedError(f"no weights are made in the format {self.name}")
 
     def widen(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:

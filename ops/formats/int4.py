@@ -5,6 +5,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from fusedonemoe.ops.cpu.native import new_on
 from fusedonemoe.ops.formats.format import Format, Shape, Tensors
 from fusedonemoe.ops.formats.quantized_weight import PARTS, QuantizedWeight
 from fusedonemoe.ops.operands import Reader, check_dim
@@ -19,15 +20,11 @@ class Int4(Format):
     name = "int4"
     parts = PARTS
 
-    def holds(self, tensors: Tensors) -> bool:
-        """Return whether the values are uint8."""
-        values = tensors[0]
-        return values is not None and values.dtype == torch.uint8
-
-    def shape(self, tensors: Tensors) -> Shape:
-        """Return ``(E, O, I)``: each byte has the values of two inputs."""
-        E, O, I = cast(Tensor, tensors[0]).shape  # noqa: E741
-        return E, O, 2 * I
+    def shape(self, tensors: Tensors) -> Shape | None:
+        """Return ``(E, O, I)`` of uint8 values: each has those of two inputs."""
+        values = cast(Tensor, tensors[0])
+        E, O, half = values.shape  # noqa: E741
+        return (E, O, 2 * half) if values.dtype == torch.uint8 else None
 
     def kind(self, tensors: Tensors) -> tuple[str | int, ...]:
         """Return the name and the size of the groups."""
@@ -74,6 +71,13 @@ class Int4(Format):
             zero = middle.squeeze(-1).to(torch.uint8)
         nibbles = values.clamp(0, 15).to(torch.uint8).flatten(-2)
         return QuantizedWeight(nibbles[..., 0::2] | (nibbles[..., 1::2] << 4), scale.squeeze(-1), zero)
+
+    def empty(self, shape: Shape, device: torch.device, **options: Any) -> QuantizedWeight:
+        """Return uninitialised values and scales, and zero points where the weights are not ``symmetric``."""
+        E, O, I = shape  # noqa: E741
+        groups = (E, O, I // options["group_size"])
+        zero_point = None if options["symmetric"] else new_on(device, groups, torch.uint8)
+        return QuantizedWeight(new_on(device, (E, O, I // 2), torch.uint8), new_on(device, groups, torch.float32), zero_point)
 
     def widen(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
         """Return the weights, computed in float32 or float64 and rounded once to ``dtype``."""

@@ -5,6 +5,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from fusedonemoe.ops.cpu.native import new_on
 from fusedonemoe.ops.formats.format import Format, Shape, Tensors
 from fusedonemoe.ops.formats.quantized_weight import PARTS, QuantizedWeight
 from fusedonemoe.ops.operands import Reader, check_dim
@@ -16,15 +17,10 @@ class Int8(Format):
     name = "int8"
     parts = PARTS
 
-    def holds(self, tensors: Tensors) -> bool:
-        """Return whether the values are int8."""
-        values = tensors[0]
-        return values is not None and values.dtype == torch.int8
-
-    def shape(self, tensors: Tensors) -> Shape:
-        """Return ``(E, O, I)``, the shape of the values."""
-        E, O, I = cast(Tensor, tensors[0]).shape  # noqa: E741
-        return E, O, I
+    def shape(self, tensors: Tensors) -> Shape | None:
+        """Return ``(E, O, I)``, the shape of int8 values."""
+        values = cast(Tensor, tensors[0])
+        return values.shape if values.dtype == torch.int8 else None  # type: ignore[return-value]
 
     def read(self, reader: Reader, name: str, tensors: Tensors, shape: Shape, *, views: bool) -> Tensors:
         """Check dtypes, shapes and devices; the result has no zero points."""
@@ -39,6 +35,10 @@ class Int8(Format):
         largest = wide.abs().amax(-1) if wide.shape[-1] else wide.new_zeros(wide.shape[:-1])
         scale = (largest / 127).clamp(min=torch.finfo(torch.float32).tiny)
         return QuantizedWeight((wide / scale[..., None]).round().clamp(-127, 127).to(torch.int8), scale)
+
+    def empty(self, shape: Shape, device: torch.device, **options: Any) -> QuantizedWeight:
+        """Return uninitialised values and scales."""
+        return QuantizedWeight(new_on(device, shape, torch.int8), new_on(device, shape[:2], torch.float32))
 
     def widen(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
         """Return ``scale * values``, computed in float32 or float64 and rounded once to ``dtype``."""

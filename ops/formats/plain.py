@@ -15,18 +15,12 @@ class Plain(Format):
     name = "plain"
     parts = (Part("{}_proj", casts=True, has_gradient=True),)
 
-    def holds(self, tensors: Tensors) -> bool:
-        """Return whether the inputs of an output are nearer to each other than the outputs of an input."""
+    def shape(self, tensors: Tensors) -> Shape | None:
+        """Return ``(E, O, I)`` if the inputs of an output are nearer to each other than the outputs of an input."""
         (weight_EOI,) = tensors
         assert weight_EOI is not None
-        return weight_EOI.stride(2) <= weight_EOI.stride(1)
-
-    def shape(self, tensors: Tensors) -> Shape:
-        """Return ``(E, O, I)``."""
-        (weight_EOI,) = tensors
-        assert weight_EOI is not None
-        E, O, I = weight_EOI.shape  # noqa: E741
-        return E, O, I
+        _, between_outputs, between_inputs = weight_EOI.stride()
+        return weight_EOI.shape if between_inputs <= between_outputs else None  # type: ignore[return-value]
 
     def kind(self, tensors: Tensors) -> tuple[str | int, ...]:
         """Return one kind for all strides."""

@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fusedonemoe.ops.formats.format import Tensors
-from fusedonemoe.ops.formats.plain import PLAIN, Plain
+from fusedonemoe.ops.formats.format import Shape, Tensors
+from fusedonemoe.ops.formats.plain import Plain
 
 
 class Transposed(Plain):
@@ -13,9 +13,12 @@ class Transposed(Plain):
 
     name = "transposed"
 
-    def holds(self, tensors: Tensors) -> bool:
-        """Return whether the outputs of an input are nearer to each other than the inputs of an output."""
-        return not PLAIN.holds(tensors)
+    def shape(self, tensors: Tensors) -> Shape | None:
+        """Return ``(E, O, I)`` if the outputs of an input are nearer to each other than the inputs of an output."""
+        (weight_EOI,) = tensors
+        assert weight_EOI is not None
+        _, between_outputs, between_inputs = weight_EOI.stride()
+        return weight_EOI.shape if between_outputs < between_inputs else None  # type: ignore[return-value]
 
     def make(self, weight_EOI: Tensor, **options: Any) -> Tensors:
         """Return a view of a tensor ``[E, I, O]``."""

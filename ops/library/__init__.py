@@ -4,7 +4,7 @@
 them all.
 """
 
-from fusedonemoe.ops.cpu.packing import PANEL_DIMS, Projection, check_panels
+from fusedonemoe.ops.formats.panels import PANEL_DIMS, PanelHome, check_panels
 from fusedonemoe.ops.library import counting, lora, opaque
 from fusedonemoe.ops.library.merged import experts_merged, experts_merged_backward
 from fusedonemoe.ops.library.mlp import experts_mlp, experts_mlp_backward
@@ -26,7 +26,7 @@ __all__ = [
     "FOR_INFERENCE",
     "NAMESPACE",
     "PANEL_DIMS",
-    "Projection",
+    "PanelHome",
     "autocast_dtype",
     "check_panels",
     "counting",

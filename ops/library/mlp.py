@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fusedonemoe.ops import dense, mlp
-from fusedonemoe.ops.cpu import native
+from fusedonemoe.ops.cpu import mlp as cpu
 from fusedonemoe.ops.derivatives import no_second_derivative
 from fusedonemoe.ops.grouped import saved_rows
 from fusedonemoe.ops.library.registration import (
@@ -21,7 +21,7 @@ from fusedonemoe.ops.library.registration import (
     wanted,
 )
 from fusedonemoe.ops.operands import check_rows
-from fusedonemoe.ops.records import MLP_ARGUMENTS, Activation, ExpertsArguments, SavedRows
+from fusedonemoe.ops.records import MLP_ARGUMENTS, ExpertsArguments, SavedRows
 from fusedonemoe.ops.shortcut import recorder, shortcut
 from fusedonemoe.ops.triton import rules
 
@@ -29,9 +29,21 @@ _MLP = "Tensor x, Tensor experts, Tensor weights, Tensor up_proj, Tensor down_pr
 ACT = "str activation, str layout, float alpha, float limit"
 
 
-def _with_act(kernel: Callable[..., Any], tensors: int) -> Callable[..., Any]:
-    """``kernel`` for a flat argument list, whose activation stands in four arguments behind the tensors."""
-    return lambda *args: kernel(*args[:tensors], Activation(*args[tensors : tensors + 4]), *args[tensors + 4 :])
+def as_call(arguments: ExpertsArguments, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``kernel``, of a call and what is behind it, as a function of a flat argument list."""
+    count = len(arguments.arguments)
+    return lambda *args: kernel(arguments.call(args), *args[count:])
+
+
+def as_backward(arguments: ExpertsArguments) -> Callable[..., Any]:
+    """Return the backward of the CPU kernels as a function of a flat argument list."""
+
+    def backward(dy: Tensor, z: Tensor, order: Tensor, offsets: Tensor, *args: Any) -> Any:
+        *_, needs = args
+        call, wanted = arguments.call(args), arguments.needs(needs)
+        return arguments.results(cpu.experts_mlp_backward(dy, SavedRows(z, order, offsets), call, wanted), call.x)
+
+    return backward
 
 
 def forward_fake(*args: Any) -> tuple[Tensor, ...]:
@@ -43,12 +55,12 @@ def forward_fake(*args: Any) -> tuple[Tensor, ...]:
     return x.new_empty(x.shape), z, order, offsets
 
 
-_mlp_kernel, _mlp_output_kernel = _with_act(native.experts_mlp, 7), _with_act(native.experts_mlp_output, 7)
-_mlp_backward_kernel = _with_act(native.experts_mlp_backward, 11)
+_mlp_kernel, _mlp_output_kernel = as_call(MLP_ARGUMENTS, cpu.experts_mlp), as_call(MLP_ARGUMENTS, cpu.experts_mlp_output)
+_mlp_backward_kernel = as_backward(MLP_ARGUMENTS)
 
 define_cpu(
     f"experts_mlp_cpu({_MLP}, {ACT}, int save_percent) -> (Tensor, Tensor, Tensor, Tensor)",
-    _with_act(native.experts_mlp_checked, 7),
+    as_call(MLP_ARGUMENTS, cpu.experts_mlp_checked),
     forward_fake,
 )
 define_cpu(

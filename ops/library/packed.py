@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedonemoe.ops.cpu import packing
-from fusedonemoe.ops.library.mlp import ACT
+from fusedonemoe.ops.cpu import mlp as cpu
+from fusedonemoe.ops.formats import panels
+from fusedonemoe.ops.library.mlp import ACT, as_call
 from fusedonemoe.ops.library.registration import NAMESPACE, define_cpu, lib
+from fusedonemoe.ops.records import PACKED_ARGUMENTS
 from fusedonemoe.ops.shortcut import shortcut
 
 FOR_INFERENCE = (
@@ -25,17 +27,18 @@ def _home_fake(panels: Tensor, rows: int, width: int, layout: str) -> Tensor:
     return panels.new_empty(panels.shape[0], rows, width)
 
 
+_packed = as_call(PACKED_ARGUMENTS, cpu.experts_mlp_packed)
 define_cpu(
     "experts_mlp_packed(Tensor x, Tensor experts, Tensor weights, Tensor packed_up, Tensor packed_down, Tensor? up_bias, "
     f"Tensor? down_bias, SymInt intermediate_size, {ACT}) -> Tensor",
-    packing.experts_mlp_packed,
+    _packed,
     lambda x, *_: x.new_empty(x.shape),
 )
-define_cpu("unpack_weights(Tensor panels, SymInt rows, SymInt width, str layout) -> Tensor", packing.unpack, _home_fake)
+define_cpu("unpack_weights(Tensor panels, SymInt rows, SymInt width, str layout) -> Tensor", panels.unpack, _home_fake)
 for _name in ("experts_mlp_packed", "unpack_weights"):
     # Refused in the forward already: what came out would otherwise look like a constant.
     torch.library.register_autograd(f"{NAMESPACE}::{_name}", _refuse_gradients, setup_context=_refuse_gradients, lib=lib)
 
-experts_mlp_packed: Callable[..., Any] = shortcut("experts_mlp_packed", packing.experts_mlp_packed, 7)
-unpack_weights: Callable[..., Any] = shortcut("unpack_weights", packing.unpack, 1)
-pack_weight: Callable[..., Tensor] = packing.pack
+experts_mlp_packed: Callable[..., Any] = shortcut("experts_mlp_packed", _packed, 7)
+unpack_weights: Callable[..., Any] = shortcut("unpack_weights", panels.unpack, 1)
+pack_weight: Callable[..., Tensor] = panels.pack

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from fusedonemoe.ops import dense
-from fusedonemoe.ops.cpu import quantized as native
+from fusedonemoe.ops.cpu import mlp as cpu
 from fusedonemoe.ops.derivatives import no_second_derivative
-from fusedonemoe.ops.formats import QuantizedWeight
-from fusedonemoe.ops.library.mlp import ACT, forward_fake, gradients_of, kernels_of
+from fusedonemoe.ops.library.mlp import ACT, as_backward, as_call, forward_fake, gradients_of, kernels_of
 from fusedonemoe.ops.library.registration import (
     BUILD,
     composite,
@@ -21,7 +20,7 @@ from fusedonemoe.ops.library.registration import (
     wanted,
 )
 from fusedonemoe.ops.operands import check_rows
-from fusedonemoe.ops.records import QUANTIZED_ARGUMENTS, Activation, SavedRows
+from fusedonemoe.ops.records import QUANTIZED_ARGUMENTS, SavedRows
 from fusedonemoe.ops.shortcut import recorder, shortcut
 
 _WEIGHT = "Tensor {0}, Tensor {0}_scale, Tensor? {0}_zero"
@@ -30,22 +29,11 @@ _MLP += ", Tensor? up_bias, Tensor? down_bias"
 _TENSORS = 11  # of _MLP
 
 
-def _grouped(kernel: Callable[..., Any], before: int = 0) -> Callable[..., Any]:
-    """``kernel`` for a flat argument list, in which weights and activation stand as their parts behind ``before`` tensors."""
-
-    def call(*args: Any) -> Any:
-        first, args = args[:before], args[before:]
-        up, down = QuantizedWeight(*args[3:6]), QuantizedWeight(*args[6:9])
-        return kernel(*first, *args[:3], up, down, *args[9:11], Activation(*args[11:15]), *args[15:])
-
-    return call
-
-
-_forward_kernel, _backward_kernel = _grouped(native.experts_mlp), _grouped(native.experts_mlp_backward, 4)
+_forward_kernel, _backward_kernel = as_call(QUANTIZED_ARGUMENTS, cpu.experts_mlp), as_backward(QUANTIZED_ARGUMENTS)
 
 define_cpu(
     f"experts_mlp_quantized_cpu({_MLP}, {ACT}, int save_percent) -> (Tensor, Tensor, Tensor, Tensor)",
-    _grouped(native.experts_mlp_checked),
+    as_call(QUANTIZED_ARGUMENTS, cpu.experts_mlp_checked),
     forward_fake,
 )
 define_cpu(

@@ -1,0 +1,169 @@
+"""The CPU kernels of experts that are MLPs as functions of a call: one forward and one backward for every weight format."""
+
+import torch
+from torch import Tensor
+
+from fusedonemoe.ops.cpu import native
+from fusedonemoe.ops.formats import INT4, INT8, PANELS, PLAIN, TRANSPOSED, QuantizedWeight
+from fusedonemoe.ops.formats.panels import PanelHome, check_panels
+from fusedonemoe.ops.grouped import saved_rows
+from fusedonemoe.ops.operands import check_percent
+from fusedonemoe.ops.records import ACTIVATIONS, ExpertsCall, ExpertsForm, ExpertsGradients, ExpertsNeeds, SavedRows
+from fusedonemoe.ops.records import PLAIN as WITHOUT_GATE
+
+# The kernels of each format. Both strides of plain weights are here: the kernels read contiguous ones, and a dimension of size 1
+# may have any stride.
+KERNELS = {PLAIN.name: "mlp", TRANSPOSED.name: "mlp", PANELS.name: "mlp", INT8.name: "quantized", INT4.name: "quantized"}
+BITS = {INT8.name: 8, INT4.name: 4}
+
+
+def _forward_weights(form: ExpertsForm) -> tuple[int, ...]:
+    """Return the addresses of weights and biases, which must be contiguous, in the order of the forward's argument block."""
+    up, down, _ = form
+    biases = native.addresses(up.bias, down.bias)
+    if up.format.name in BITS:
+        return (*native.addresses(*up.tensors, *down.tensors), *biases)
+    weights = native.addresses(*up.tensors, *down.tensors)
+    return (0, 0, *biases, *weights) if up.format is PANELS else (*weights, *biases, 0, 0)
+
+
+def _sizes(call: ExpertsCall) -> tuple[int, ...]:
+    (E, G, D), F = call.form.up.shape, call.form.down.shape[2]
+    return (*call.experts.shape, E, D, F, G, *native.gate_up_rows(call.form.act.layout, F))
+
+
+def _kind(form: ExpertsForm) -> tuple[int, ...]:
+    """Return the activation's number and, of a quantised weight, its bits and the size of its groups."""
+    number = ACTIVATIONS.index(form.act.name)
+    if form.up.format.name not in BITS:
+        return (number,)
+    return number, BITS[form.up.format.name], QuantizedWeight(*form.up.tensors).group_size  # type: ignore[arg-type]
+
+
+def _run_forward(
+    call: ExpertsCall, y_TD: Tensor | None, z: Tensor | None, order: int, offsets: int, first_row: int, last_row: int
+) -> None:
+    x_TD, experts_TK, weights_TK, form = call
+    x_TD, ids = x_TD.contiguous(), native.read_as(experts_TK, torch.int64)
+    weights_TK = native.read_as(weights_TK, torch.float32)
+    up, down, act = form
+    form = ExpertsForm(
+        up if up.bias is None else up._replace(bias=up.bias.contiguous()),
+        down if down.bias is None else down._replace(bias=down.bias.contiguous()),
+        act,
+    )
+    _, G, D = up.shape
+    native.call(
+        f"{KERNELS[up.format.name]}_forward",
+        x_TD.dtype,
+        (
+            *native.addresses(x_TD),
+            *_forward_weights(form),
+            *native.addresses(ids, weights_TK, y_TD, z),
+            *(order, offsets),
+            *_sizes(call),
+            *(first_row, last_row, native.threads(experts_TK.numel(), G, D)),
+            *_kind(form),
+        ),
+        (act.alpha, act.limit),
+    )
+
+
+def experts_mlp_checked(call: ExpertsCall, save_percent: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`experts_mlp` of a call that nothing has checked."""
+    check_percent(save_percent)
+    _, call = call.read()
+    return experts_mlp(call, save_percent)
+
+
+def experts_mlp(call: ExpertsCall, save_percent: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`fusedonemoe.ops.mlp.experts_mlp`, in one kernel."""
+    x_TD, N, (E, G, _) = call.x, call.experts.numel(), call.form.up.shape
+    y_TD = native.new(x_TD.shape, x_TD.dtype)
+    kept = saved_rows(N, save_percent)
+    z = native.new((kept, G), x_TD.dtype)
+    order = torch.empty(N, dtype=torch.int32, device="cpu")
+    offsets = torch.empty(E + 1, dtype=torch.int32, device="cpu")
+    if N == 0:
+        return y_TD, z, order, offsets.zero_()
+    _run_forward(call, y_TD, z, order.data_ptr(), offsets.data_ptr(), 0, kept)
+    return y_TD, z, order, offsets
+
+
+def experts_mlp_output(call: ExpertsCall) -> Tensor:
+    """Return the first output of :func:`experts_mlp`, for calls that need no backward."""
+    x_TD, N, E = call.x, call.experts.numel(), call.form.up.shape[0]
+    y_TD = native.new(x_TD.shape, x_TD.dtype)
+    if N:
+        order_and_offsets = torch.empty(N + E + 1, dtype=torch.int32, device="cpu")
+        address = order_and_offsets.data_ptr()
+        _run_forward(call, y_TD, None, address, address + 4 * N, 0, 0)
+    return y_TD
+
+
+def experts_mlp_packed(call: ExpertsCall) -> Tensor:
+    """:func:`experts_mlp_output` of panels that nothing has checked."""
+    x_TD, _, _, (up, down, act) = call
+    E, G, D = up.shape
+    for name, panels, home in (
+        ("packed_up", up.floats, PanelHome(G, D, act.layout)),
+        ("packed_down", down.floats, PanelHome(D, down.shape[2], WITHOUT_GATE)),
+    ):
+        if panels.dtype != x_TD.dtype:
+            raise TypeError(f"{name} must have the dtype of x ({x_TD.dtype}), got {panels.dtype}")
+        check_panels(name, panels, home)
+    if down.floats.shape[0] != E:
+        raise ValueError(f"packed_down must have as many experts as packed_up ({E}), got {down.floats.shape[0]}")
+    return experts_mlp_output(call)
+
+
+def _new_gradients(call: ExpertsCall, needs: ExpertsNeeds) -> ExpertsGradients:
+    """Return an uninitialised tensor for each gradient that is wanted, in the dtype of x; of the weights in float32."""
+    up, down, _ = call.form
+    dtype = call.x.dtype
+
+    def new(needed: bool, shape: tuple[int, ...], dtype: torch.dtype = dtype) -> Tensor | None:
+        return native.new(tuple(shape), dtype) if needed else None
+
+    return ExpertsGradients(
+        new(needs.x, call.x.shape),
+        new(needs.weights, call.weights.shape, torch.float32),
+        new(needs.up, up.shape),
+        new(needs.down, down.shape),
+        new(needs.up_bias and up.bias is not None, up.shape[:2]),
+        new(needs.down_bias and down.bias is not None, down.shape[:2]),
+    )
+
+
+def experts_mlp_backward(dy_TD: Tensor, saved: SavedRows, call: ExpertsCall, needs: ExpertsNeeds) -> ExpertsGradients:
+    """As :func:`fusedonemoe.ops.mlp.experts_mlp_backward`, in one kernel (two where rows of z were not kept).
+
+    Autograd may have kept the tensors in other strides, and nothing has checked them.
+    """
+    reader, call = call.read()
+    x_TD, experts_TK, weights_TK, form = call
+    up, down, act = form
+    (_, G, D), N = up.shape, experts_TK.numel()
+    z, order, offsets = reader.rows(*saved, experts_TK, up.shape)
+    dy_TD = reader.read("dy", dy_TD, x_TD.shape)
+    if z.shape[0] != N:
+        full = native.new((N, G), x_TD.dtype)
+        full[: z.shape[0]] = z
+        _run_forward(call, None, full, order.data_ptr(), offsets.data_ptr(), z.shape[0], N)
+        z = full
+    ids, float_weights = native.read_as(experts_TK, torch.int64), native.read_as(weights_TK, torch.float32)
+    gradients = _new_gradients(call, needs)
+    dx, dweights, dup, ddown, dup_bias, ddown_bias, *_ = gradients
+    weights = native.addresses(*up.tensors, *down.tensors, down.bias, ids, float_weights, order, offsets)
+    if up.format.name in BITS:
+        tensors = (*native.addresses(dy_TD, z), *weights, *native.addresses(dx, dweights, dup_bias, ddown_bias))
+    else:
+        results = native.addresses(dx, dweights, dup, ddown, dup_bias, ddown_bias)
+        tensors = (*native.addresses(dy_TD, z, x_TD), *weights, *results)
+    native.call(
+        f"{KERNELS[up.format.name]}_backward",
+        x_TD.dtype,
+        (*tensors, *_sizes(call), native.threads(N, G, D), *_kind(form)),
+        (act.alpha, act.limit),
+    )
+    return gradients if dweights is None else gradients._replace(weights=dweights.to(weights_TK.dtype))
