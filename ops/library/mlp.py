@@ -20,7 +20,7 @@ from fusedonemoe.ops.library.registration import (
     operator,
     wanted,
 )
-from fusedonemoe.ops.operands import check_rows
+from fusedonemoe.ops.operands import check_rows, reader_of
 from fusedonemoe.ops.records import MLP_ARGUMENTS, ExpertsArguments, SavedRows
 from fusedonemoe.ops.shortcut import recorder, shortcut
 from fusedonemoe.ops.triton import rules
@@ -86,8 +86,12 @@ def gradients_of(
     needs: Sequence[bool],
 ) -> Any:
     """Return the gradients of a call by these arguments, which autograd may have kept in other strides."""
-    reader, call = arguments.call(flat).read(views=True)
-    dy, saved = reader.read("dy", dy, call.x.shape), SavedRows(*reader.rows(*saved, call.experts, call.form.up.shape))
+    call = arguments.call(flat)
+    if impl == "triton":
+        reader, call = call.read(views=True)
+        dy = reader.read("dy", dy, call.x.shape)
+    if impl == "triton" or arguments is not MLP_ARGUMENTS:
+        saved = SavedRows(*reader_of(call.x).rows(*saved, call.experts, call.form.up.shape))
     gradients = kernels_of(impl).experts_mlp_backward(dy, saved, call, save_percent, arguments.needs(needs))
     return arguments.results(gradients, call.x)
 
