@@ -27,7 +27,7 @@ def grouped_outer(left_NA: Tensor, right_NB: Tensor, offsets: Tensor) -> Tensor:
 
 
 class Rows(NamedTuple):
-    """What every operator needs to know of its sorted rows.
+    """The sorted rows of a call.
 
     Attributes:
         experts_TK: ids.
@@ -119,7 +119,7 @@ def column_sums(rows_NB: Tensor, offsets: Tensor) -> Tensor:
 
 
 def saved_rows(num_rows: int, save_percent: int) -> int:
-    """How many sorted rows of ``z`` the forward keeps for the backward: ``floor(N * p / 100)``."""
+    """Return the number of sorted rows of ``z`` that the forward keeps for the backward: ``floor(N * p / 100)``."""
     # No rows is known for every T, and must not become a symbolic size.
     return num_rows * save_percent // 100 if save_percent else 0
 
@@ -141,7 +141,7 @@ def experts_merged(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, proj_ED
 
 
 class MergedNeeds(NamedTuple):
-    """Which gradients of :func:`experts_merged` are wanted."""
+    """The gradients of :func:`experts_merged` that are wanted."""
 
     x: bool
     weights: bool

@@ -25,7 +25,7 @@ from fusedonemoe.ops.records import PLAIN, Activation, ExpertsCall
 
 
 def few_rows(rows: int, num_experts: int) -> bool:
-    """Whether ``rows = T * K`` rows bring their experts' weights; a condition of the graph where rows is a symbol."""
+    """Return whether ``rows = T * K`` rows bring their experts' weights; a condition of the graph where rows is a symbol."""
     return 2 * rows <= num_experts
 
 
@@ -33,8 +33,8 @@ class _Slots(NamedTuple):
     """Every expert's rows side by side, with room in each for those of the fullest.
 
     Attributes:
-        token: ``[E * C]`` whose row stands in a slot; T in an empty one.
-        slot: ``[N]`` where each flattened row ``t * K + j`` stands; ``E * C`` where its id is out of range.
+        token: ``[E * C]`` the token of a slot; T for an empty one.
+        slot: ``[N]`` the slot of each flattened row ``t * K + j``; ``E * C`` where its id is out of range.
     """
 
     token: Tensor

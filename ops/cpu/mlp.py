@@ -77,7 +77,7 @@ def experts_mlp_checked(call: ExpertsCall, save_percent: int) -> tuple[Tensor, T
 
 
 def experts_mlp(call: ExpertsCall, save_percent: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`fusedonemoe.ops.mlp.experts_mlp`, in one kernel."""
+    """Run :func:`fusedonemoe.ops.mlp.experts_mlp` in one kernel."""
     x_TD, N, (E, G, _) = call.x, call.experts.numel(), call.form.up.shape
     y_TD = native.new(x_TD.shape, x_TD.dtype)
     kept = saved_rows(N, save_percent)
@@ -136,7 +136,7 @@ def _new_gradients(call: ExpertsCall, needs: ExpertsNeeds) -> ExpertsGradients:
 
 
 def experts_mlp_backward(dy_TD: Tensor, saved: SavedRows, call: ExpertsCall, needs: ExpertsNeeds) -> ExpertsGradients:
-    """As :func:`fusedonemoe.ops.mlp.experts_mlp_backward`, in one kernel (two where rows of z were not kept).
+    """Run :func:`fusedonemoe.ops.mlp.experts_mlp_backward` in one kernel (two where rows of z were not kept).
 
     Autograd may have kept the tensors in other strides, and nothing has checked them.
     """

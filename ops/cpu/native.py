@@ -111,7 +111,7 @@ def call(name: str, dtype: torch.dtype, words: Sequence[int], floats: Sequence[f
 
 
 def threads(rows: int, *widths: int) -> int:
-    """How many threads multiply ``rows`` rows by weights of these widths."""
+    """Return the number of threads that multiply ``rows`` rows by weights of these widths."""
     return max(1, min(torch.get_num_threads(), rows * math.prod(widths) // PRODUCTS_PER_THREAD))
 
 
@@ -168,12 +168,12 @@ def returned(gradients: Sequence[Tensor | None], owner: Tensor, weights_dtype: t
 
 
 def experts_merged_checked(*operands: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`experts_merged` of operands that nobody has looked at."""
+    """Run :func:`experts_merged` on operands that nothing has checked."""
     return experts_merged(*read_merged(*operands)[1])
 
 
 def experts_merged(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, proj_EDF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`fusedonemoe.ops.grouped.experts_merged`, in one kernel."""
+    """Run :func:`fusedonemoe.ops.grouped.experts_merged` in one kernel."""
     E, D, F = proj_EDF.shape
     x_TD, ids, weights_TK = x_TD.contiguous(), as_ids(experts_TK), as_float_weights(weights_TK)
     h_TF = new((x_TD.shape[0], F), x_TD.dtype)
@@ -194,7 +194,7 @@ def experts_merged_backward(
     proj_EDF: Tensor,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`fusedonemoe.ops.grouped.experts_merged_backward`, in one kernel."""
+    """Run :func:`fusedonemoe.ops.grouped.experts_merged_backward` in one kernel."""
     reader, (x_TD, experts_TK, weights_TK, proj_EDF) = read_merged(x_TD, experts_TK, weights_TK, proj_EDF)
     dh_TF = reader.read("dh", dh_TF, (x_TD.shape[0], proj_EDF.shape[2]))
     order, offsets = reader.plan(order, offsets, experts_TK, proj_EDF.shape[0])

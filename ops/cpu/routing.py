@@ -39,7 +39,7 @@ def route_checked(logits_TE: Tensor, selection_bias: Tensor | None, rule: RouteR
 
 
 def route(logits_TE: Tensor, selection_bias: Tensor | None, rule: RouteRule) -> tuple[Tensor, Tensor]:
-    """As :func:`fusedonemoe.ops.route.route`, in one kernel."""
+    """Run :func:`fusedonemoe.ops.route.route` in one kernel."""
     logits_TE = logits_TE.contiguous()
     if selection_bias is not None:
         selection_bias = native.read_as(selection_bias.detach(), torch.float32)
@@ -54,7 +54,7 @@ def route(logits_TE: Tensor, selection_bias: Tensor | None, rule: RouteRule) -> 
 
 
 def route_backward(dweights_TK: Tensor, logits_TE: Tensor, experts_TK: Tensor, rule: RouteRule) -> Tensor:
-    """As :func:`fusedonemoe.ops.route.route_backward`, in one kernel; ids outside ``[0, E)`` are skipped."""
+    """Run :func:`fusedonemoe.ops.route.route_backward` in one kernel; ids outside ``[0, E)`` are skipped."""
     reader = reader_of(logits_TE, "logits")
     check_dim("experts", experts_TK, 2)
     (T, E), K = logits_TE.shape, experts_TK.shape[1]

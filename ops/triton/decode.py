@@ -27,7 +27,7 @@ CHOICES_AT_ONCE = 8
 
 
 class Cut(NamedTuple):
-    """How a product is cut: a program computes ``outputs`` columns, and takes ``reduced`` elements of the sum at a time."""
+    """The cut of a product: a program computes ``outputs`` columns, and takes ``reduced`` elements of the sum at a time."""
 
     outputs: int
     reduced: int

@@ -119,7 +119,7 @@ def _tiles_of(call: ExpertsCall) -> rules.Tiles:
 
 
 def experts_mlp(call: ExpertsCall, save_percent: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As ``ops.mlp.experts_mlp``, for bfloat16, float16 and float32.
+    """Run ``ops.mlp.experts_mlp`` for bfloat16, float16 and float32.
 
     Returns:
         ``y_TD``; ``z``, the first ``floor(N * save_percent / 100)`` rows of the sorted pre-activations, those of ids outside
