@@ -17,6 +17,10 @@ GROUP_SCORES = ("top2_sum", "max")
 NORM_EPS = 1e-20
 
 
+# Makes a record of its fields without a Python function, which a NamedTuple's own constructor is: a call makes several.
+_make = tuple.__new__
+
+
 class Activation(NamedTuple):
     """The function between the up and the down projection.
 
@@ -138,7 +142,7 @@ class Projection(NamedTuple):
         for candidate in candidates:
             shape = candidate.shape(tensors)
             if shape is not None:
-                return cls(candidate, tensors, shape, bias, adapter)
+                return _make(cls, (candidate, tensors, shape, bias, adapter))
         raise TypeError(f"{name} must be of the format {' or '.join(each.name for each in candidates)}, got {tensor.dtype}")
 
     @property
@@ -280,6 +284,7 @@ class ExpertsArguments:
         adapted: whether there are adapters; one that is absent has rank 0.
         arguments: all of them, in order.
         num_tensors: how many of them, from the first, are tensors.
+        names: of the first part of each weight, for errors.
         gradients: the fields of :class:`ExpertsGradients` that the backward returns, in order.
     """
 
@@ -301,6 +306,7 @@ class ExpertsArguments:
             constants.append(Argument("intermediate_size", "SymInt"))
         self.arguments = (*tensors, *constants, *ACTIVATION_ARGUMENTS)
         self.num_tensors = len(tensors)
+        self.names = tuple(self.parts[0].name.format(name) for name in ("up", "down"))
         weights_gradients = ("up", "down") if any(p.has_gradient for p in self.parts) else ()
         adapter_gradients = tuple(factor.name for factor in factors) if adapted else ()
         self.gradients = ("x", "weights", *weights_gradients, "up_bias", "down_bias", *adapter_gradients)
@@ -322,19 +328,17 @@ class ExpertsArguments:
             factors = ((up_A, up_B, up_scale), (down_A, down_B, down_scale))
             adapters = [None if A.shape[1] == 0 else Adapter(A, B, scale) for A, B, scale in factors]
         if self.formats[0].has_sizes:
-            names = (self.arguments[3].name, self.arguments[3 + parts].name)
-            form = ExpertsForm(
-                Projection.of(self.formats, up, up_bias, adapters[0], name=names[0]),
-                Projection.of(self.formats, down, down_bias, adapters[1], name=names[1]),
-                Activation(*rest[:4]),
-            )
+            up_name, down_name = self.names
+            up_map = Projection.of(self.formats, up, up_bias, adapters[0], name=up_name)
+            down_map = Projection.of(self.formats, down, down_bias, adapters[1], name=down_name)
+            act = _make(Activation, rest[:4])
         else:
             (packed,) = self.formats
             F, *rest = rest
-            act, E, D = Activation(*rest[:4]), up[0].shape[0], x.shape[1]
+            act, E, D = _make(Activation, rest[:4]), up[0].shape[0], x.shape[1]
             G = F if act.layout == PLAIN else 2 * F
-            form = ExpertsForm(Projection(packed, up, (E, G, D), up_bias), Projection(packed, down, (E, D, F), down_bias), act)
-        return ExpertsCall(x, experts, weights, form)
+            up_map, down_map = Projection(packed, up, (E, G, D), up_bias), Projection(packed, down, (E, D, F), down_bias)
+        return _make(ExpertsCall, (x, experts, weights, _make(ExpertsForm, (up_map, down_map, act))))
 
     def flatten(self, call: ExpertsCall) -> tuple[Any, ...]:
         """Return the arguments of a call, the inverse of :meth:`call`."""

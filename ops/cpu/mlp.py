@@ -17,14 +17,17 @@ KERNELS = {PLAIN.name: "mlp", TRANSPOSED.name: "mlp", PANELS.name: "mlp", INT8.n
 BITS = {INT8.name: 8, INT4.name: 4}
 
 
-def _forward_weights(form: ExpertsForm) -> tuple[int, ...]:
-    """Return the addresses of weights and biases, which must be contiguous, in the order of the forward's argument block."""
+def _in_order(form: ExpertsForm, up_bias_EG: Tensor | None, down_bias_ED: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return weights and biases, which must be contiguous, in the order of the forward's argument block."""
     up, down, _ = form
-    biases = native.addresses(up.bias, down.bias)
+    weights = (*up.tensors, *down.tensors)
     if up.format.name in BITS:
-        return (*native.addresses(*up.tensors, *down.tensors), *biases)
-    weights = native.addresses(*up.tensors, *down.tensors)
-    return (0, 0, *biases, *weights) if up.format is PANELS else (*weights, *biases, 0, 0)
+        return (*weights, up_bias_EG, down_bias_ED)
+    return (
+        (None, None, up_bias_EG, down_bias_ED, *weights)
+        if up.format is PANELS
+        else (*weights, up_bias_EG, down_bias_ED, None, None)
+    )
 
 
 def _sizes(call: ExpertsCall) -> tuple[int, ...]:
@@ -47,19 +50,14 @@ def _run_forward(
     x_TD, ids = x_TD.contiguous(), native.read_as(experts_TK, torch.int64)
     weights_TK = native.read_as(weights_TK, torch.float32)
     up, down, act = form
-    form = ExpertsForm(
-        up if up.bias is None else up._replace(bias=up.bias.contiguous()),
-        down if down.bias is None else down._replace(bias=down.bias.contiguous()),
-        act,
-    )
+    up_bias_EG = None if up.bias is None else up.bias.contiguous()
+    down_bias_ED = None if down.bias is None else down.bias.contiguous()
     _, G, D = up.shape
     native.call(
         f"{KERNELS[up.format.name]}_forward",
         x_TD.dtype,
         (
-            *native.addresses(x_TD),
-            *_forward_weights(form),
-            *native.addresses(ids, weights_TK, y_TD, z),
+            *native.addresses(x_TD, *_in_order(form, up_bias_EG, down_bias_ED), ids, weights_TK, y_TD, z),
             *(order, offsets),
             *_sizes(call),
             *(first_row, last_row, native.threads(experts_TK.numel(), G, D)),
