@@ -14,11 +14,6 @@ def _flags(rule: RouteRule) -> tuple[int, ...]:
     return rule.scoring == "sigmoid", rule.score_first, rule.norm_topk_prob, *grouping
 
 
-def refusal(dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot route logits of a dtype; None when they can."""
-    return native.refusal(dtype, contiguous=True)
-
-
 def _check_rule(rule: RouteRule, E: int) -> None:
     """Groups and a number of choices that ``E`` experts have."""
     if rule.n_group < 1 or E % rule.n_group or not 1 <= rule.topk_group <= rule.n_group:
