@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fusedonemoe.ops.activation import activate
 from fusedonemoe.ops.precision import row_dtype, sum_dtype
-from fusedonemoe.ops.records import Activation
+from fusedonemoe.ops.records import ExpertsCall, Projection
 
 
 def routing_masks(
@@ -47,32 +47,33 @@ def sum_of_experts(rows_ETB: Tensor, routed_ET1: Tensor, dtype: torch.dtype) -> 
     return torch.where(routed_ET1, rows_ETB, 0).sum(0, dtype=sum_dtype(rows_ETB.dtype)).to(dtype)
 
 
-def experts_mlp_dense(
-    x_TD: Tensor,
-    experts_TK: Tensor,
-    weights_TK: Tensor,
-    up_EGD: Tensor,
-    down_EDF: Tensor,
-    up_bias_EG: Tensor | None,
-    down_bias_ED: Tensor | None,
-    act: Activation,
-) -> Tensor:
-    """``y_t = sum_e w_te (act(x_t Wup_e + bup_e) Wdown_e + bdown_e)`` over all experts at once.
+def _project(rows_ETI: Tensor, projection: Projection, routed_ET1: Tensor, bias_weights_ET1: Tensor | None = None) -> Tensor:
+    """``rows W_e^T + s (rows A_e^T) B_e^T (+ bias_e)``, ``[E, T, O]``; the bias times ``bias_weights``, where given."""
+    dtype = rows_ETI.dtype
+    weights_EOI = projection.format.widen(projection.tensors, dtype).to(dtype)
+    out_ETO = torch.matmul(rows_ETI, weights_EOI.transpose(1, 2))
+    if projection.adapter is not None:
+        A, B, scale = projection.adapter
+        narrow_ETR = torch.where(routed_ET1, torch.matmul(rows_ETI, A.to(dtype).transpose(1, 2)) * scale, 0)
+        out_ETO = out_ETO + torch.matmul(narrow_ETR, B.to(dtype).transpose(1, 2))
+    if projection.bias is not None:
+        bias_E1O = projection.bias[:, None, :]
+        out_ETO = out_ETO + (bias_E1O if bias_weights_ET1 is None else bias_weights_ET1 * bias_E1O)
+    return out_ETO
+
+
+def experts_mlp_dense(call: ExpertsCall) -> Tensor:
+    """``y_t = sum_e down_e(w_te act(up_e(x_t)))`` over all experts at once, the down bias times ``w_te`` as well.
 
     Pre-activations of unrouted pairs are set to 0 before the activation: a bias that overflows in the activation must not
     turn ``0 * inf`` into NaN in a gradient.
     """
-    weights_ET1, routed_ET1 = by_expert(experts_TK, weights_TK, up_EGD.shape[0], x_TD.dtype)
+    x_TD, experts_TK, weights_TK, (up, down, act) = call
+    weights_ET1, routed_ET1 = by_expert(experts_TK, weights_TK, up.shape[0], x_TD.dtype)
     x_ETD = tokens_of_experts(x_TD, routed_ET1)
-    dtype = x_ETD.dtype
-    z_ETG = torch.matmul(x_ETD, up_EGD.to(dtype).transpose(1, 2))
-    if up_bias_EG is not None:
-        z_ETG = z_ETG + up_bias_EG[:, None, :]
-    z_ETG = torch.where(routed_ET1, z_ETG, 0)
-    h_ETF = (activate(z_ETG, act) * weights_ET1).to(dtype)
-    y_ETD = torch.matmul(h_ETF, down_EDF.to(dtype).transpose(1, 2))
-    if down_bias_ED is not None:
-        y_ETD = y_ETD + weights_ET1 * down_bias_ED[:, None, :]
+    z_ETG = torch.where(routed_ET1, _project(x_ETD, up, routed_ET1), 0)
+    h_ETF = (activate(z_ETG, act) * weights_ET1).to(x_ETD.dtype)
+    y_ETD = _project(h_ETF, down, routed_ET1, weights_ET1)
     return sum_of_experts(y_ETD, routed_ET1, x_TD.dtype)
 
 

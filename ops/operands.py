@@ -5,12 +5,10 @@ A tensor that autograd saved may come back in other strides, or as another tenso
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from fusedonemoe.ops.records import PLAIN, Activation
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (
@@ -45,13 +43,6 @@ def check_dim(name: str, tensor: Tensor, dims: int) -> None:
     """Check the number of dimensions."""
     if tensor.dim() != dims:
         raise ValueError(f"{name} must have {dims} dimensions, got shape {tuple(tensor.shape)}")
-
-
-def check_widths(up_rows: int, inner: int, act: Activation) -> None:
-    """Check that the up-projection has as many rows as the layout says."""
-    expected = inner if act.layout == PLAIN else 2 * inner
-    if up_rows != expected:
-        raise ValueError(f"up_proj must have {expected} rows with down_proj of width {inner}, got {up_rows}")
 
 
 def check_percent(save_percent: int) -> None:
@@ -123,9 +114,11 @@ class Reader(NamedTuple):
             raise ValueError(f"z must have at most {rows} rows, got {z.shape[0]}")
         return self.read("z", z, (z.shape[0], width))
 
-    def rows(self, z: Tensor, order: Tensor, offsets: Tensor, experts: Tensor, up_EG_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What a forward keeps of its sorted rows, for experts ``[E, G, ...]``."""
-        E, G = up_EG_.shape[:2]
+    def rows(
+        self, z: Tensor, order: Tensor, offsets: Tensor, experts: Tensor, up_shape: tuple[int, int, int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Read the sorted rows that a forward kept, for an up-projection ``[E, G, D]``."""
+        E, G, _ = up_shape
         return self.saved(z, experts.numel(), G), *self.plan(order, offsets, experts, E)
 
 
@@ -133,37 +126,6 @@ def reader_of(x: Tensor, name: str = "x") -> Reader:
     """The reader of a call with this x ``[T, D]``, or with another tensor that has the dtype of the expert weights."""
     check_dim(name, x, 2)
     return Reader(x.device, x.dtype, any(type(size) is not int for size in x.shape))
-
-
-def read_mlp(
-    x_TD: Tensor,
-    experts_TK: Tensor,
-    weights_TK: Tensor,
-    up_EGD: Tensor,
-    down_EDF: Tensor,
-    up_bias_EG: Tensor | None,
-    down_bias_ED: Tensor | None,
-    act: Activation,
-    *,
-    views: bool = False,
-) -> tuple[Reader, tuple[Any, ...]]:
-    """The reader of an MLP's call, and its seven tensors; with ``views`` the weights keep their strides."""
-    reader = reader_of(x_TD)
-    read = reader.check if views else reader.read
-    check_dim("up_proj", up_EGD, 3)
-    check_dim("down_proj", down_EDF, 3)
-    (T, D), (E, G), F = x_TD.shape, up_EGD.shape[:2], down_EDF.shape[2]
-    check_widths(G, F, act)
-    experts_TK, weights_TK = reader.routing(experts_TK, weights_TK, T)
-    return reader, (
-        reader.read("x", x_TD, (T, D)),
-        experts_TK,
-        weights_TK,
-        read("up_proj", up_EGD, (E, G, D)),
-        read("down_proj", down_EDF, (E, D, F)),
-        reader.read_optional("up_bias", up_bias_EG, (E, G)),
-        reader.read_optional("down_bias", down_bias_ED, (E, D)),
-    )
 
 
 def read_merged(

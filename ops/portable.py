@@ -21,11 +21,11 @@ from fusedonemoe.ops.activation import activate
 from fusedonemoe.ops.dense import experts_merged_dense
 from fusedonemoe.ops.plan import in_range
 from fusedonemoe.ops.precision import row_dtype, sum_dtype
-from fusedonemoe.ops.records import PLAIN, Activation
+from fusedonemoe.ops.records import PLAIN, Activation, ExpertsCall
 
 
 def few_rows(rows: int, num_experts: int) -> bool:
-    """Whether ``rows = T * K`` rows bring their experts' weights; a condition of the graph where rows is a symbol."""
+    """Return whether ``rows = T * K`` rows bring their experts' weights; a condition of the graph where rows is a symbol."""
     return 2 * rows <= num_experts
 
 
@@ -33,8 +33,8 @@ class _Slots(NamedTuple):
     """Every expert's rows side by side, with room in each for those of the fullest.
 
     Attributes:
-        token: ``[E * C]`` whose row stands in a slot; T in an empty one.
-        slot: ``[N]`` where each flattened row ``t * K + j`` stands; ``E * C`` where its id is out of range.
+        token: ``[E * C]`` the token of a slot; T for an empty one.
+        slot: ``[N]`` the slot of each flattened row ``t * K + j``; ``E * C`` where its id is out of range.
     """
 
     token: Tensor
@@ -121,22 +121,14 @@ def _mix(
     return few(*operands) if are_few else many(*operands)
 
 
-def experts_mlp_portable(
-    x_TD: Tensor,
-    experts_TK: Tensor,
-    weights_TK: Tensor,
-    up_EGD: Tensor,
-    down_EDF: Tensor,
-    up_bias_EG: Tensor | None,
-    down_bias_ED: Tensor | None,
-    act: Activation,
-) -> Tensor:
-    """``y_t = sum_j w_tj (act(x_t Wup_e + bup_e) Wdown_e + bdown_e)``, ``e = experts_tj``. ``[T, D]`` in the dtype of x.
+def experts_mlp_portable(call: ExpertsCall) -> Tensor:
+    """``y_t = sum_j w_tj down_e(act(up_e(x_t)))``, ``e = experts_tj``, of experts of floats. ``[T, D]`` in the dtype of x.
 
     Pre-activations are 0 where nothing is routed, as in :mod:`fusedonemoe.ops.dense`: a bias that overflows in the activation,
     or an expert that holds NaN, must not turn a product with 0 into NaN in a gradient.
     """
-    has_up_bias, has_down_bias = up_bias_EG is not None, down_bias_ED is not None
+    x_TD, experts_TK, weights_TK, (up, down, act) = call
+    has_up_bias, has_down_bias = up.bias is not None, down.bias is not None
 
     def apply(rows_BCD: Tensor, routed_BC1: Tensor, up_BGD: Tensor, down_BDF: Tensor, *biases: Tensor) -> Tensor:
         z_BCG = torch.bmm(rows_BCD, up_BGD.transpose(1, 2))
@@ -146,8 +138,8 @@ def experts_mlp_portable(
         out_BCD = torch.bmm(activate(z_BCG, act).to(rows_BCD.dtype), down_BDF.transpose(1, 2))
         return out_BCD + biases[-1][:, None, :] if has_down_bias else out_BCD
 
-    biases = tuple(bias for bias in (up_bias_EG, down_bias_ED) if bias is not None)
-    return _mix(apply, x_TD, experts_TK, weights_TK, (up_EGD, down_EDF, *biases))
+    biases = tuple(bias for bias in (up.bias, down.bias) if bias is not None)
+    return _mix(apply, x_TD, experts_TK, weights_TK, (up.floats, down.floats, *biases))
 
 
 def experts_merged_portable(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, proj_EDF: Tensor) -> Tensor:

@@ -163,6 +163,8 @@ def route_product_key_backward(dweights: Tensor, logits: Tensor, experts: Tensor
     Returns:
         ``[T, 2, G]`` in the dtype of ``logits``.
     """
+    # In one order of memory, whatever a saved-tensor hook returned: sums over other strides may round in another order.
+    logits, experts = logits.contiguous(), experts.contiguous()
     wide = logits.to(routing_dtype(logits.dtype))
     G = wide.shape[-1]
     weights, i, j = _weigh(wide, experts, norm_topk_prob)

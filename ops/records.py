@@ -1,6 +1,13 @@
 """Records: the choices that describe a call, each with its fields in this one place."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from fusedonemoe.ops import formats
+from fusedonemoe.ops.formats import Format, Shape, Tensors
+from fusedonemoe.ops.operands import Reader, check_dim, reader_of
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "identity", "swiglu_oai")
 GATE_UP_LAYOUTS = ("gate_up", "up_gate", "interleaved")
@@ -8,6 +15,10 @@ PLAIN = "plain"
 SCORINGS = ("softmax", "sigmoid")
 GROUP_SCORES = ("top2_sum", "max")
 NORM_EPS = 1e-20
+
+
+# Makes a record of its fields without a Python function, which a NamedTuple's own constructor is: a call makes several.
+_make = tuple.__new__
 
 
 class Activation(NamedTuple):
@@ -53,3 +64,311 @@ class RouteRule(NamedTuple):
     topk_group: int
     group_score: str
     norm_eps: float = NORM_EPS
+
+
+class Argument(NamedTuple):
+    """An argument of an operator.
+
+    Attributes:
+        name: in the schema.
+        type: in the schema.
+        casts: whether autocast casts it.
+        has_gradient: whether the backward returns a gradient of it.
+    """
+
+    name: str
+    type: str
+    casts: bool = False
+    has_gradient: bool = False
+
+
+ACTIVATION_ARGUMENTS = (
+    *(Argument("activation", "str"), Argument("layout", "str")),
+    *(Argument("alpha", "float"), Argument("limit", "float")),
+)
+
+
+def schema_text(arguments: tuple[Argument, ...]) -> str:
+    """Return the arguments as a schema lists them."""
+    return ", ".join(f"{argument.type} {argument.name}" for argument in arguments)
+
+
+class Adapter(NamedTuple):
+    """The factors of one projection's low-rank adapter: ``delta_e = scale * B_e A_e``.
+
+    Attributes:
+        A: ``[E, R, I]``.
+        B: ``[E, O, R]``.
+        scale: of the product.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float
+
+
+class Projection(NamedTuple):
+    """A stacked linear map ``[E, O, I]``: ``rows W_e^T + bias_e + scale (rows A_e^T) B_e^T``.
+
+    Attributes:
+        format: of the weights W.
+        tensors: of the format.
+        shape: ``(E, O, I)``.
+        bias: ``[E, O]``, or None.
+        adapter: or None.
+    """
+
+    format: Format
+    tensors: Tensors
+    shape: Shape
+    bias: Tensor | None = None
+    adapter: Adapter | None = None
+
+    @classmethod
+    def of(
+        cls,
+        candidates: tuple[Format, ...],
+        tensors: Tensors,
+        bias: Tensor | None = None,
+        adapter: Adapter | None = None,
+        *,
+        name: str = "weight",
+    ) -> "Projection":
+        """Return the projection of tensors in one of these formats; ``name`` is theirs in an error."""
+        tensor = tensors[0]
+        assert tensor is not None
+        if tensor.dim() != 3:
+            check_dim(name, tensor, 3)
+        for candidate in candidates:
+            shape = candidate.shape(tensors)
+            if shape is not None:
+                return _make(cls, (candidate, tensors, shape, bias, adapter))
+        raise TypeError(f"{name} must be of the format {' or '.join(each.name for each in candidates)}, got {tensor.dtype}")
+
+    @property
+    def floats(self) -> Tensor:
+        """Return the one tensor of a format that has no other."""
+        (tensor,) = self.tensors
+        assert tensor is not None
+        return tensor
+
+
+class ExpertsForm(NamedTuple):
+    """Experts that are MLPs: ``act(rows up) down``.
+
+    Attributes:
+        up: ``[E, G, D]``, where G is 2F with a gate and F without.
+        down: ``[E, D, F]``.
+        act: between them.
+    """
+
+    up: Projection
+    down: Projection
+    act: Activation
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Return ``E, D, F, G``."""
+        E, G, D = self.up.shape
+        return E, D, self.down.shape[2], G
+
+
+class ExpertsCall(NamedTuple):
+    """A call of experts that are MLPs.
+
+    Attributes:
+        x: ``[T, D]`` tokens.
+        experts: ``[T, K]`` ids of any integer dtype.
+        weights: ``[T, K]`` routing weights of any floating dtype.
+        form: the experts.
+    """
+
+    x: Tensor
+    experts: Tensor
+    weights: Tensor
+    form: ExpertsForm
+
+    def read(self, *, views: bool = False) -> tuple[Reader, "ExpertsCall"]:
+        """Check the operands of an operator that was called by its name.
+
+        Args:
+            views: whether weights of floats keep their strides.
+
+        Returns:
+            The reader of the call, and the call with its tensors as kernels read them.
+        """
+        x_TD, experts_TK, weights_TK, (up, down, act) = self
+        reader = reader_of(x_TD)
+        T, D = x_TD.shape
+        E, G, _ = up.shape
+        F = down.shape[2]
+        check_widths(G, F, act)
+        experts_TK, weights_TK = reader.routing(experts_TK, weights_TK, T)
+        kinds = [projection.format.kind(projection.tensors) for projection in (up, down)]
+        if kinds[0] != kinds[1]:
+            raise ValueError("down must be of the kind {} of up, got {}".format(*(" of ".join(map(str, kind)) for kind in kinds)))
+
+        def read(name: str, projection: Projection, shape: Shape) -> Projection:
+            bias = reader.read_optional(f"{name}_bias", projection.bias, shape[:2])
+            tensors = projection.format.read(reader, name, projection.tensors, shape, views=views)
+            return projection._replace(tensors=tensors, shape=shape, bias=bias)
+
+        form = ExpertsForm(read("up", up, (E, G, D)), read("down", down, (E, D, F)), act)
+        return reader, ExpertsCall(reader.read("x", x_TD, (T, D)), experts_TK, weights_TK, form)
+
+
+def check_widths(up_rows: int, inner: int, act: Activation) -> None:
+    """Check that the up-projection has as many rows as the layout says."""
+    expected = inner if act.layout == PLAIN else 2 * inner
+    if up_rows != expected:
+        raise ValueError(f"up_proj must have {expected} rows with down_proj of width {inner}, got {up_rows}")
+
+
+class SavedRows(NamedTuple):
+    """The sorted rows as a forward keeps them for its backward.
+
+    Attributes:
+        z: ``[S, G]`` the first pre-activations, ``0 <= S <= N``.
+        order: ``[N]`` of the plan.
+        offsets: ``[E + 1]`` of the plan.
+    """
+
+    z: Tensor
+    order: Tensor
+    offsets: Tensor
+
+
+class ExpertsNeeds(NamedTuple):
+    """The gradients that are wanted; one that is not wanted costs nothing."""
+
+    x: bool = False
+    weights: bool = False
+    up: bool = False
+    down: bool = False
+    up_bias: bool = False
+    down_bias: bool = False
+    up_A: bool = False
+    up_B: bool = False
+    down_A: bool = False
+    down_B: bool = False
+
+    @property
+    def dz(self) -> bool:
+        """Return whether any of them is made from the gradient of the pre-activations."""
+        return self.x or self.up or self.up_bias or self.up_A or self.up_B
+
+
+class ExpertsGradients(NamedTuple):
+    """The gradients of a call; None for one that is not wanted."""
+
+    x: Tensor | None = None
+    weights: Tensor | None = None
+    up: Tensor | None = None
+    down: Tensor | None = None
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    up_A: Tensor | None = None
+    up_B: Tensor | None = None
+    down_A: Tensor | None = None
+    down_B: Tensor | None = None
+
+
+class ExpertsArguments:
+    """The argument list of the operators of experts: the only place that knows the order.
+
+    ``x, experts, weights``, the parts of up, the parts of down, ``up_bias, down_bias``; of adapters ``up_A, up_B, down_A,
+    down_B, up_scale, down_scale``; the intermediate size where the weights do not tell it; the activation's fields.
+
+    Attributes:
+        formats: of the weights, all with the same parts.
+        adapted: whether there are adapters; one that is absent has rank 0.
+        arguments: all of them, in order.
+        num_tensors: how many of them, from the first, are tensors.
+        names: of the first part of each weight, for errors.
+        gradients: the fields of :class:`ExpertsGradients` that the backward returns, in order.
+    """
+
+    def __init__(self, formats: tuple[Format, ...], *, adapted: bool = False) -> None:
+        self.formats, self.adapted = formats, adapted
+        self.parts = formats[0].parts
+
+        def side(name: str) -> list[Argument]:
+            types = ("Tensor", "Tensor?")
+            return [Argument(p.name.format(name), types[p.is_optional], p.casts, p.has_gradient) for p in self.parts]
+
+        biases = [Argument(name, "Tensor?", True, True) for name in ("up_bias", "down_bias")]
+        factors = [Argument(name, "Tensor", True, True) for name in ("up_A", "up_B", "down_A", "down_B")]
+        routing = [Argument("experts", "Tensor"), Argument("weights", "Tensor", has_gradient=True)]
+        tensors = [Argument("x", "Tensor", True, True), *routing, *side("up"), *side("down"), *biases, *factors[: 4 * adapted]]
+        scale = "{}_adapter_scale" if any(p.name == "{}_scale" for p in self.parts) else "{}_scale"
+        constants = [Argument(scale.format(name), "float") for name in ("up", "down")] if adapted else []
+        if not formats[0].has_sizes:
+            constants.append(Argument("intermediate_size", "SymInt"))
+        self.arguments = (*tensors, *constants, *ACTIVATION_ARGUMENTS)
+        self.num_tensors = len(tensors)
+        self.names = tuple(self.parts[0].name.format(name) for name in ("up", "down"))
+        weights_gradients = ("up", "down") if any(p.has_gradient for p in self.parts) else ()
+        adapter_gradients = tuple(factor.name for factor in factors) if adapted else ()
+        self.gradients = ("x", "weights", *weights_gradients, "up_bias", "down_bias", *adapter_gradients)
+
+    @property
+    def schema(self) -> str:
+        """Return the arguments as a schema lists them."""
+        return schema_text(self.arguments)
+
+    def call(self, arguments: tuple[Any, ...]) -> ExpertsCall:
+        """Return the call of these arguments; those behind the activation's fields are ignored."""
+        x, experts, weights, *rest = arguments
+        parts = len(self.parts)
+        up, down, (up_bias, down_bias) = tuple(rest[:parts]), tuple(rest[parts : 2 * parts]), rest[2 * parts : 2 * parts + 2]
+        rest = rest[2 * parts + 2 :]
+        adapters: list[Adapter | None] = [None, None]
+        if self.adapted:
+            up_A, up_B, down_A, down_B, up_scale, down_scale, *rest = rest
+            factors = ((up_A, up_B, up_scale), (down_A, down_B, down_scale))
+            adapters = [None if A.shape[1] == 0 else Adapter(A, B, scale) for A, B, scale in factors]
+        if self.formats[0].has_sizes:
+            up_name, down_name = self.names
+            up_map = Projection.of(self.formats, up, up_bias, adapters[0], name=up_name)
+            down_map = Projection.of(self.formats, down, down_bias, adapters[1], name=down_name)
+            act = _make(Activation, rest[:4])
+        else:
+            (packed,) = self.formats
+            F, *rest = rest
+            act, E, D = _make(Activation, rest[:4]), up[0].shape[0], x.shape[1]
+            G = F if act.layout == PLAIN else 2 * F
+            up_map, down_map = Projection(packed, up, (E, G, D), up_bias), Projection(packed, down, (E, D, F), down_bias)
+        return _make(ExpertsCall, (x, experts, weights, _make(ExpertsForm, (up_map, down_map, act))))
+
+    def flatten(self, call: ExpertsCall) -> tuple[Any, ...]:
+        """Return the arguments of a call, the inverse of :meth:`call`."""
+        x, experts, weights, (up, down, act) = call
+        adapters: tuple[Any, ...] = ()
+        if self.adapted:
+            ups, downs = (_factors(projection, x) for projection in (up, down))
+            adapters = (*ups[:2], *downs[:2], ups.scale, downs.scale)
+        sizes = () if up.format.has_sizes else (down.shape[2],)
+        return (x, experts, weights, *up.tensors, *down.tensors, up.bias, down.bias, *adapters, *sizes, *act)
+
+    def needs(self, flags: Sequence[bool]) -> ExpertsNeeds:
+        """Return the gradients that are wanted, of flags in the order of :attr:`gradients`."""
+        return ExpertsNeeds(**dict(zip(self.gradients, flags, strict=True)))
+
+    def results(self, gradients: ExpertsGradients, owner: Tensor) -> tuple[Tensor, ...]:
+        """Return the gradients as a backward returns them: an empty tensor, each its own, for one that was not wanted."""
+        values = (getattr(gradients, name) for name in self.gradients)
+        return tuple(owner.new_empty(0) if value is None else value for value in values)
+
+
+def _factors(projection: Projection, like: Tensor) -> Adapter:
+    """Return the adapter, or one of rank 0 where there is none."""
+    if projection.adapter is not None:
+        return projection.adapter
+    E, O, I = projection.shape  # noqa: E741
+    return Adapter(like.new_empty(E, 0, I), like.new_empty(E, O, 0), 1.0)
+
+
+MLP_ARGUMENTS = ExpertsArguments(formats.FLOATS)
+LORA_ARGUMENTS = ExpertsArguments(formats.FLOATS, adapted=True)
+QUANTIZED_ARGUMENTS = ExpertsArguments(formats.QUANTIZED)
+PACKED_ARGUMENTS = ExpertsArguments((formats.PANELS,))

@@ -1,18 +1,17 @@
 """Calls of an operator that leave the dispatcher out where nothing could notice.
 
 For one token of a small layer the kernel takes 2 us, and the dispatcher and torch.library's Python around it take 30, or 70
-where gradients are recorded. A mode, a transform, a trace or the profiler must see the operator, and so must a tensor that
-is more than plain memory; who is none of these gets the operator's body, with the same autograd formula: the same bits.
+where gradients are recorded. A mode, a transform, a trace, the profiler and a tensor that is more than plain memory must see
+the operator. In every other call the kernel is called directly, with the operator's autograd formula: the bits are the same.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
-
-from fusedonemoe.ops.derivatives import in_forward_mode
+from torch.autograd import forward_ad
 
 
 def _bits(*keys: DispatchKey) -> int:
@@ -28,12 +27,13 @@ _PLAIN = {
     _bits(DispatchKey.CPU, DispatchKey.AutocastCPU),
     _bits(DispatchKey.CPU, DispatchKey.AutocastCPU, DispatchKey.ADInplaceOrView, DispatchKey.AutogradCPU),
 }
-# The keys that a thread adds to every call when it is in no dispatch mode, transform or trace; in inference mode or not.
+# The keys that a thread adds to every call when it is in no dispatch mode, transform or trace; in inference mode or not. A
+# compiler or an exporter that runs Python is in a mode, except for dynamo, which is asked.
 _RESTING = {_bits(DispatchKey.BackendSelect), _bits(DispatchKey.BackendSelect, DispatchKey.ADInplaceOrView)}
 
 
-def unwatched(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether an operator that is called with these tensors would go straight to its CPU body, seen by nobody.
+def unwatched(tensors: Sequence[Tensor | None]) -> bool:
+    """Return whether an operator that is called with these tensors would go straight to its CPU kernel, seen by nothing.
 
     Args:
         tensors: all that the operator would get.
@@ -43,61 +43,79 @@ def unwatched(tensors: tuple[Tensor | None, ...]) -> bool:
         ``torch.func``, in a level of forward mode, under CPU autocast and under the profiler, and for tensors of a subclass,
         of another device or layout; otherwise True.
     """
-    return not (
-        torch.compiler.is_compiling()
-        or in_forward_mode()
+    if (
+        torch.compiler.is_dynamo_compiling()
+        or forward_ad._current_level >= 0
         or torch._C._dispatch_tls_local_include_set().raw_repr() not in _RESTING
         or torch._C._has_torch_function(tensors)
         or torch.is_autocast_enabled("cpu")
         or torch._C._autograd._profiler_enabled()
-    ) and all(tensor is None or torch._C._dispatch_keys(tensor).raw_repr() in _PLAIN for tensor in tensors)
+    ):
+        return False
+    for tensor in tensors:  # noqa: SIM110  all() of a generator takes a Python frame for each tensor
+        if tensor is not None and torch._C._dispatch_keys(tensor).raw_repr() not in _PLAIN:
+            return False
+    return True
 
 
-def recorder(name: str, body: Callable[..., Any], backward: Callable[..., Any], setup_context: Callable[..., Any]) -> Any:
-    """A function that records gradients as ``register_autograd`` with the same formula would.
+def recorder(
+    name: str,
+    *,
+    pack: Callable[[tuple[Any, ...]], Sequence[Any]],
+    kernel: Callable[..., Any],
+    backward: Callable[..., Any],
+    setup_context: Callable[..., Any],
+) -> Callable[..., Any]:
+    """Return a function that records gradients as ``register_autograd`` with the same formula would.
 
     Args:
-        name: of an operator ``fusedonemoe::name``; its name for autograd is the function's too, for whoever prints grad_fn.
-        body: what the operator runs on CPU.
+        name: of an operator ``fusedonemoe::name``; the function has the same name for autograd, as ``grad_fn`` prints it.
+        pack: from the operator's arguments to those of ``kernel``.
+        kernel: what the operator runs on CPU.
         backward: as for ``register_autograd``.
-        setup_context: likewise.
+        setup_context: as for ``register_autograd``.
     """
 
     def forward(ctx: Any, *args: Any) -> Any:
-        output = body(*args)
+        output = kernel(*pack(args))
         setup_context(ctx, args, output)
         return output
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function: Any = type(f"GeneratedBackwardFor_fusedonemoe_{name}_default", (torch.autograd.Function,), methods)
-    return function.apply
+    # Function.apply goes over all arguments for the tensors of a transform that has ended, which are not plain tensors.
+    return super(torch.autograd.Function, function).apply
 
 
 def shortcut(
-    name: str,
-    body: Callable[..., Any],
-    tensors: int,
-    record: Callable[..., Any] | None = None,
+    operator: Callable[..., Any],
     *,
-    impl: str | None = None,
+    tensors: int,
+    pack: Callable[[tuple[Any, ...]], Sequence[Any]],
+    kernel: Callable[..., Any],
+    first: bool,
+    recording: Callable[..., Any] | None,
+    impl: str | None,
 ) -> Callable[..., Any]:
-    """A function to call in place of an operator, with the operator's positional arguments.
+    """Return a function to call in place of an operator, with the operator's positional arguments.
 
     Args:
-        name: of an operator ``fusedonemoe::name``.
-        body: what the operator runs on CPU; of the results it may leave out the last ones, which autograd alone reads.
+        operator: an operator of this library.
         tensors: how many arguments, from the first, are tensors or None.
-        record: what to call where gradients are recorded; the operator, if None.
-        impl: the last argument of the calls that ``body`` and ``record`` are for; None for all calls.
+        pack: from the operator's arguments to those of ``kernel``.
+        kernel: what the operator runs on CPU.
+        first: whether ``kernel`` returns the first result alone, without those that only autograd reads.
+        recording: what to call where gradients are recorded; None for the operator.
+        impl: the last argument of the calls that ``kernel`` and ``recording`` are for; None for all calls.
     """
-    operator = getattr(torch.ops.fusedonemoe, name)
-    recording = record or operator
+    record = recording or operator
 
-    def call(*args: Any) -> Any:
-        if impl not in (None, args[-1]) or not unwatched(args[:tensors]):
-            return operator(*args)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return recording(*args)
-        return body(*args)
+    def call(*flat: Any) -> Any:
+        if impl not in (None, flat[-1]) or not unwatched(flat[:tensors]):
+            return operator(*flat)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*flat):
+            return record(*flat)
+        result = kernel(*pack(flat))
+        return (result,) if first else result
 
     return call

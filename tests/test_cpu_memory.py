@@ -16,7 +16,8 @@ pytestmark = [
 
 GUARDED = """
     import ctypes, itertools, math, mmap, sys, torch
-    from fusedonemoe.ops.cpu import native, neurons, selection
+    from fusedonemoe.ops.cpu import mlp, native, neurons, selection
+    from fusedonemoe.ops.records import MLP_ARGUMENTS, QUANTIZED_ARGUMENTS, SavedRows
     from fusedonemoe.testing import make_merged_inputs, make_mlp_inputs
 
     libc, PAGE, kept = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE, []
@@ -36,6 +37,19 @@ GUARDED = """
 
     def guard(tensor):
         return None if tensor is None else empty(tuple(tensor.shape), tensor.dtype).copy_(tensor)
+
+    def mlp_of(arguments):
+        def forward(*flat):
+            *flat, act, save_percent = flat
+            return mlp.experts_mlp(arguments.call((*flat, *act)), save_percent)
+
+        def backward(dy, z, order, offsets, *flat):
+            *flat, act, needs = flat
+            call = arguments.call((*flat, *act))
+            gradients = mlp.experts_mlp_backward(dy, SavedRows(z, order, offsets), call, arguments.needs(needs))
+            return arguments.results(gradients, call.x)
+
+        return forward, backward
 """
 
 TOUCH = """
@@ -43,8 +57,7 @@ TOUCH = """
 """
 
 EXPERTS = """
-    def check(name, needs, arguments, *rest):
-        forward, backward = (getattr(native, name + suffix) for suffix in ("", "_backward"))
+    def check(forward, backward, needs, arguments, *rest):
         y, *saved = forward(*arguments, *rest)
         dy = torch.ones_like(y)
         before = [y, *backward(dy, *saved, *arguments, *rest[:1], [True] * needs)]
@@ -59,11 +72,12 @@ EXPERTS = """
     widths = [(1, 1), (17, 33), (33, 17), (64, 48), (100, 37), (130, 131)]
     for (D, F), T, dtype in itertools.product(widths, (1, 7, 40), (torch.float32, torch.bfloat16)):
         for layout in ("gate_up", "interleaved", "plain"):
-            act = native.Activation("silu", layout, 1.0, 1.0)
             inputs = make_mlp_inputs(T, D, F, 3, 2, dtype=dtype, gated=layout != "plain", bias=True)
             for save_percent in (100, 30):
-                check("experts_mlp", 6, vars(inputs).values(), act, save_percent)
-        check("experts_merged", 3, vars(make_merged_inputs(T, D, F, 3, 2, dtype=dtype)).values())
+                act = ("silu", layout, 1.0, 1.0)
+                check(*mlp_of(MLP_ARGUMENTS), 6, vars(inputs).values(), act, save_percent)
+        merged = native.experts_merged, native.experts_merged_backward
+        check(*merged, 3, vars(make_merged_inputs(T, D, F, 3, 2, dtype=dtype)).values())
     plain_empty = torch.empty
     for T, (E, K) in itertools.product((1, 3), [(1, 1), (5, 2), (8, 8), (16, 1), (33, 8), (64, 3), (1030, 70)]):
         keys = torch.randn(T, E)
@@ -78,26 +92,25 @@ EXPERTS = """
 
 QUANTIZED = """
     from fusedonemoe.functional import QuantizedWeight, quantize_weight
-    from fusedonemoe.ops.cpu import quantized
 
-    def guarded(argument):
-        return QuantizedWeight(*map(guard, argument)) if isinstance(argument, QuantizedWeight) else guard(argument)
+    forward, backward = mlp_of(QUANTIZED_ARGUMENTS)
 
     def results(arguments, act, guard):
-        y, *saved = quantized.experts_mlp(*arguments, act, 30)
-        return [y, *quantized.experts_mlp_backward(guard(torch.ones_like(y)), *map(guard, saved), *arguments, act, [True] * 4)]
+        y, *saved = forward(*arguments, act, 30)
+        return [y, *backward(guard(torch.ones_like(y)), *map(guard, saved), *arguments, act, [True] * 4)]
 
     widths = [(1, 1), (17, 33), (33, 17), (64, 48), (100, 37), (130, 131), (32, 64), (160, 96)]
     for (D, F), T, layout in itertools.product(widths, (1, 7, 40), ("gate_up", "interleaved", "plain")):
         inputs = make_mlp_inputs(T, D, F, 3, 2, dtype=torch.bfloat16, gated=layout != "plain", bias=True)
-        act = native.Activation("silu", layout, 1.0, 1.0)
+        act = ("silu", layout, 1.0, 1.0)
         forms = [{}, *({"dtype": "int4", "group_size": 32, "symmetric": s} for s in (True, False) if D % 32 == F % 32 == 0)]
         for form in forms:
             weights = [quantize_weight(weight, **form) for weight in (inputs.up_proj, inputs.down_proj)]
-            arguments = [inputs.x, inputs.experts, inputs.weights, *weights, inputs.up_bias, inputs.down_bias]
+            parts = [part for weight in weights for part in weight]
+            arguments = [inputs.x, inputs.experts, inputs.weights, *parts, inputs.up_bias, inputs.down_bias]
             before = results(arguments, act, lambda tensor: tensor)
             real, native.new = native.new, empty
-            after = results([guarded(argument) for argument in arguments], act, guard)
+            after = results([guard(argument) for argument in arguments], act, guard)
             native.new = real
             assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
             kept.clear()

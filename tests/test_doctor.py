@@ -16,10 +16,11 @@ import torch
 
 from fusedonemoe import __version__, doctor, functional
 from fusedonemoe.cli import probes
-from fusedonemoe.ops import IMPLEMENTATIONS, dense, grouped, lora, neurons, product_keys, quantized
+from fusedonemoe.ops import IMPLEMENTATIONS, dense, grouped, mlp, neurons, product_keys
 from fusedonemoe.ops import route as routing
 from fusedonemoe.ops.cpu import build
 from fusedonemoe.ops.cpu import routing as cpu_routing
+from fusedonemoe.ops.records import ExpertsGradients
 
 IMPLEMENTATIONS_OF = {
     "route": ("dense", "auto"),
@@ -133,6 +134,8 @@ def times(factor, honest):
 
     def body(*args, **options):
         result = honest(*args, **options)
+        if isinstance(result, ExpertsGradients):
+            return result._replace(x=None if result.x is None else result.x * factor)
         return (result[0] * factor, *result[1:]) if isinstance(result, tuple) else result * factor
 
     return body
@@ -142,20 +145,14 @@ PLACES = [
     # Module, the body in it, the operator and implementation that it serves, the direction that must fail.
     (dense, "experts_mlp_dense", "experts_mlp dense", "forward"),
     (dense, "experts_merged_dense", "experts_merged dense", "forward"),
-    (grouped, "experts_mlp", "experts_mlp grouped", "forward"),
-    (grouped, "experts_mlp_backward", "experts_mlp grouped", "backward"),
+    (mlp, "experts_mlp", "experts_mlp grouped", "forward"),
+    (mlp, "experts_mlp_backward", "experts_mlp grouped", "backward"),
     (grouped, "experts_merged", "experts_merged grouped", "forward"),
     (grouped, "experts_merged_backward", "experts_merged grouped", "backward"),
     (routing, "route", "route auto", "forward"),
     (routing, "route_backward", "route auto", "backward"),
     (product_keys, "route_product_key", "route_product_key auto", "forward"),
     (product_keys, "route_product_key_backward", "route_product_key auto", "backward"),
-    (lora, "experts_mlp_lora_dense", "experts_mlp_lora dense", "forward"),
-    (lora, "experts_mlp_lora", "experts_mlp_lora grouped", "forward"),
-    (lora, "experts_mlp_lora_backward", "experts_mlp_lora grouped", "backward"),
-    (quantized, "experts_mlp_dense", "experts_mlp_quantized dense", "forward"),
-    (quantized, "experts_mlp", "experts_mlp_quantized grouped", "forward"),
-    (quantized, "experts_mlp_backward", "experts_mlp_quantized grouped", "backward"),
     (neurons, "experts_neurons_dense", "experts_neurons dense", "forward"),
     (neurons, "experts_neurons", "experts_neurons grouped", "forward"),
     (neurons, "experts_neurons_backward", "experts_neurons grouped", "backward"),
@@ -166,8 +163,8 @@ PLACES = [
 # float64 has the bodies above; the other dtypes have kernels on CPU.
 KERNELS = {routing: cpu_routing}
 IDS = [f"{module.__name__.rpartition('.')[2]}.{body}" for module, body, *_ in PLACES]
-# The formulations of the plain MLP run on quantised weights too, widened.
-SHARED = {"experts_mlp": {"experts_mlp", "experts_mlp_quantized"}}
+# One formulation serves plain, adapted and quantised experts.
+SHARED = {"experts_mlp": {"experts_mlp", "experts_mlp_lora", "experts_mlp_quantized"}}
 
 
 def replace(monkeypatch, module, body, change):

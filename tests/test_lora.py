@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +13,8 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedonemoe import functional as F
-from fusedonemoe.ops import library
+from fusedonemoe.ops import library, mlp
+from fusedonemoe.ops.records import LORA_ARGUMENTS, SavedRows
 from fusedonemoe.testing import ROUTINGS, MLPInputs, assert_within_budget, make_mlp_inputs
 
 IMPLS = ("dense", "grouped")
@@ -182,19 +183,20 @@ def frozen(adapted: Adapted) -> Adapted:
 
 @pytest.mark.parametrize("save_percent", [0, 100])
 def test_a_frozen_base_costs_no_tensor_of_its_size(save_percent):
-    # The operators' bodies themselves, so that what they make is seen.
+    # The operators' kernels themselves, so that what they make is seen.
     adapted = frozen(make(T=13, D=16, F_=12, E=8, ranks=(3, 3), dtype=torch.float32, bias=False))
     sizes = {adapted.base.up_proj.numel(), adapted.base.down_proj.numel()}
     i, f = adapted.base, adapted.factors
     tensors: Any = (i.x, i.experts, i.weights, i.up_proj, i.down_proj, None, None, *f.values())
     numbers: Any = (0.5, 1.0, "silu", "gate_up", 1.7, 7.0)
+    call = LORA_ARGUMENTS.call((*tensors, *numbers))
     with torch.no_grad(), Outputs() as forward:
-        y, *saved = cast(Any, library.lora._experts_mlp_lora)(*tensors, *numbers, save_percent, library.BUILD)
+        y, *saved = mlp.experts_mlp(call, save_percent)
     needs = [True, True, False, False, False, False, True, True, True, True]
     with torch.no_grad(), Outputs() as backward:
-        grads = cast(Any, library.lora._experts_mlp_lora_backward)(
-            torch.ones_like(y), *saved, *tensors, *numbers, save_percent, needs, library.BUILD
-        )
+        rows, wanted = SavedRows(*saved), LORA_ARGUMENTS.needs(needs)
+        gradients = mlp.experts_mlp_backward(torch.ones_like(y), rows, call, save_percent, wanted)
+    grads = LORA_ARGUMENTS.results(gradients, call.x)
     made = forward.made + backward.made
     assert len(made) > 30
     assert not [(name, shape) for name, shape in made if torch.Size(shape).numel() in sizes]

@@ -10,8 +10,8 @@ from fusedonemoe.functional.quantized import dequantize_weight, experts_mlp_quan
 from fusedonemoe.functional.routing import plan, route, tokens_per_expert
 from fusedonemoe.functional.variants import TopKSoftmax, route_top_p, route_with_shared, topk_softmax
 from fusedonemoe.functional.weights import stack_gate_up
+from fusedonemoe.ops.formats import QuantizedWeight
 from fusedonemoe.ops.plan import Plan
-from fusedonemoe.ops.quantized import QuantizedWeight
 
 __all__ = [
     "PackedExperts",

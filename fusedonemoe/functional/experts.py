@@ -4,6 +4,8 @@ Suffixes of tensor names: T tokens, D hidden size, F intermediate size, E expert
 G rows of the up-projection (2F when gated, F when plain).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -16,9 +18,13 @@ from fusedonemoe.ops import library
 from fusedonemoe.ops.derivatives import refuse_transforms
 from fusedonemoe.ops.options import make_activation
 from fusedonemoe.ops.portable import experts_merged_portable, experts_mlp_portable
-from fusedonemoe.ops.records import PLAIN, Activation
+from fusedonemoe.ops.records import MLP_ARGUMENTS, PLAIN, Activation
 
 _ops = torch.ops.fusedonemoe
+
+
+def _portable(*arguments: Any) -> Tensor:
+    return experts_mlp_portable(MLP_ARGUMENTS.call(arguments))
 
 
 def experts_mlp(
@@ -151,7 +157,7 @@ def run_experts(
     if chosen == "dense":
         y = _ops.experts_mlp_dense(*flat, *parameters, *act, library.BUILD)
     elif chosen == "portable":
-        y = run_portable(experts_mlp_portable, (*flat, *parameters, act), casts=(0, 3, 4, 5, 6))
+        y = run_portable(_portable, (*flat, *parameters, *act), casts=(0, 3, 4, 5, 6))
     else:
         if forward_ad._current_level >= 0:
             refuse_transforms()

@@ -12,7 +12,7 @@ from fusedonemoe.functional.calls import as_rows, records_gradients, run_portabl
 from fusedonemoe.ops import library
 from fusedonemoe.ops.choice import refusal
 from fusedonemoe.ops.derivatives import refuse_transforms
-from fusedonemoe.ops.library import Projection
+from fusedonemoe.ops.library import PanelHome
 from fusedonemoe.ops.options import row_layout
 from fusedonemoe.ops.records import GATE_UP_LAYOUTS, PLAIN, Activation
 
@@ -44,10 +44,10 @@ class PackedExperts:
         return self.up.nbytes + self.down.nbytes
 
     @property
-    def _homes(self) -> tuple[Projection, Projection]:
+    def _homes(self) -> tuple[PanelHome, PanelHome]:
         """Sizes and order of rows of both weights."""
         rows = self.intermediate_size if self.layout == PLAIN else 2 * self.intermediate_size
-        return Projection(rows, self.hidden_size, self.layout), Projection(self.hidden_size, self.intermediate_size, PLAIN)
+        return PanelHome(rows, self.hidden_size, self.layout), PanelHome(self.hidden_size, self.intermediate_size, PLAIN)
 
     def unpack(self) -> tuple[Tensor, Tensor]:
         """Return ``gate_up_proj`` and ``down_proj`` as new tensors, with the bits that the panels hold, without autograd."""

@@ -16,14 +16,23 @@ from fusedonemoe.checks import (
 )
 from fusedonemoe.functional.arguments import check_biases, intermediate_size
 from fusedonemoe.functional.calls import as_rows, choose_impl, records_gradients, with_leading
-from fusedonemoe.ops import library
-from fusedonemoe.ops.cpu.quantized import new_weight as new_weight  # for the modules above
+from fusedonemoe.ops import formats, library
 from fusedonemoe.ops.derivatives import refuse_transforms
+from fusedonemoe.ops.formats import GROUP_SIZES, QUANTIZED, QuantizedWeight
 from fusedonemoe.ops.options import make_activation
-from fusedonemoe.ops.quantized import GROUP_SIZES, QuantizedWeight, dequantize, quantize_int4, quantize_int8
+from fusedonemoe.ops.records import Projection
 
 _ops = torch.ops.fusedonemoe
-FORMATS = ("int8", "int4")
+FORMATS = tuple(each.name for each in QUANTIZED)
+
+
+def new_weight(
+    shape: tuple[int, int, int], dtype: str, group_size: int, symmetric: bool, device: torch.device
+) -> QuantizedWeight:
+    """Return the tensors of a weight ``[E, O, I]``, uninitialised."""
+    made = formats.FORMATS[dtype].empty(shape, device, group_size=group_size, symmetric=symmetric)
+    assert isinstance(made, QuantizedWeight)
+    return made
 
 
 def check_group_size(group_size: int, width: int, name: str) -> None:
@@ -82,7 +91,7 @@ def quantize_weight(weight: Tensor, dtype: str = "int8", *, group_size: int = 12
     E, rows, width = weight.shape
     made = new_weight((E, rows, width), dtype, group_size, symmetric, weight.device)
     for expert, like in enumerate(weight.detach().split(1)):  # one after the other: rounding takes several float32 copies
-        rounded = quantize_int8(like) if dtype == "int8" else quantize_int4(like, group_size, symmetric)
+        rounded = formats.FORMATS[dtype].make(like, group_size=group_size, symmetric=symmetric)
         for whole, part in zip(made, rounded, strict=True):
             if whole is not None and part is not None:
                 whole[expert].copy_(part[0])
@@ -142,7 +151,7 @@ def dequantize_weight(weight: QuantizedWeight, dtype: torch.dtype = torch.float3
         tensor(True)
     """
     _check_quantized("weight", weight)
-    return dequantize(weight, dtype)
+    return Projection.of(QUANTIZED, weight).format.widen(weight, dtype)
 
 
 def experts_mlp_quantized(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fusedonemoe.functional.packed import PackedExperts, check_can_pack, refuse_packed_training
 from fusedonemoe.layers.optimizer_state import remember_forms
 from fusedonemoe.ops import library
-from fusedonemoe.ops.library import Projection
+from fusedonemoe.ops.library import PanelHome
 from fusedonemoe.ops.records import PLAIN
 
 if TYPE_CHECKING:
@@ -28,13 +28,13 @@ def is_panels(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.dim() == library.PANEL_DIMS
 
 
-def homes_of(experts: "Experts") -> dict[str, Projection]:
+def homes_of(experts: "Experts") -> dict[str, PanelHome]:
     """The home form of both weights, by their names; with the order of rows that they were packed with."""
     config = experts.config
     layout = experts._packed_layout or config.act.layout
     return {
-        experts._up_name: Projection(config.up_rows, config.hidden_size, layout),
-        "down_proj": Projection(config.hidden_size, config.intermediate_size, PLAIN),
+        experts._up_name: PanelHome(config.up_rows, config.hidden_size, layout),
+        "down_proj": PanelHome(config.hidden_size, config.intermediate_size, PLAIN),
     }
 
 

@@ -12,16 +12,13 @@ import torch
 from torch import Tensor
 
 from fusedonemoe.ops.cpu import build
-from fusedonemoe.ops.grouped import saved_rows
-from fusedonemoe.ops.operands import check_percent, read_merged, read_mlp
-from fusedonemoe.ops.records import ACTIVATIONS, PLAIN, Activation
+from fusedonemoe.ops.operands import read_merged
 
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 # Weight-row products below which a second thread costs more than it saves. No result depends on the number of threads.
 PRODUCTS_PER_THREAD = 1 << 18
 # Outputs from this size on come from the kernels' own pool: torch gives each fresh pages, and the system zeroes them.
 POOLED_BYTES = 1 << 20
-FORMATS = ("plain", "panels", "int8", "int4")  # in the order of native/formats.h
 BAD_PLAN = 2  # what a kernel returns that was given a plan of another routing, as in native/moe.cpp
 
 
@@ -70,6 +67,13 @@ def new(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.utils.dlpack.from_dlpack(capsule(managed, b"dltensor", None)).view(dtype).view(shape).detach()
 
 
+def new_on(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return an uninitialised tensor; on CPU one of the pool, whose large pages are read faster than torch's small ones."""
+    if device.type != "cpu" or refusal(torch.float32, True) is not None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    return new(shape, dtype)
+
+
 def pooled_size(tensor: Tensor) -> int:
     """The bytes of the pool that an output like ``tensor`` occupies; 0 for one that is too small for it."""
     size = tensor.numel() * tensor.element_size()
@@ -107,20 +111,20 @@ def call(name: str, dtype: torch.dtype, words: Sequence[int], floats: Sequence[f
 
 
 def threads(rows: int, *widths: int) -> int:
-    """How many threads multiply ``rows`` rows by weights of these widths."""
+    """Return the number of threads that multiply ``rows`` rows by weights of these widths."""
     return max(1, min(torch.get_num_threads(), rows * math.prod(widths) // PRODUCTS_PER_THREAD))
 
 
-def gate_up_rows(act: Activation, inner: int) -> tuple[int, int, int, int]:
-    """First gate row, first up row, distance of rows, and whether there is a gate."""
-    match act.layout:
+def gate_up_rows(layout: str, inner: int) -> tuple[int, int, int, int]:
+    """Return the first gate row, the first up row, the distance of rows, and whether there is a gate."""
+    match layout:
         case "gate_up":
             return 0, inner, 1, 1
         case "up_gate":
             return inner, 0, 1, 1
         case "interleaved":
             return 0, 1, 2, 1
-    assert act.layout == PLAIN
+    assert layout == "plain"
     return 0, 0, 1, 0
 
 
@@ -137,11 +141,6 @@ def as_ids(experts_TK: Tensor) -> Tensor:
 def as_float_weights(weights_TK: Tensor) -> Tensor:
     """Routing weights as the kernels read them."""
     return read_as(weights_TK, torch.float32)
-
-
-def as_bias(bias: Tensor | None) -> Tensor | None:
-    """A bias, or none, as the kernels read it."""
-    return None if bias is None else bias.contiguous()
 
 
 def new_gradients(
@@ -168,154 +167,13 @@ def returned(gradients: Sequence[Tensor | None], owner: Tensor, weights_dtype: t
     return tuple(owner.new_empty(0) if gradient is None else gradient for gradient in (dx, dweights, *rest))
 
 
-def experts_mlp_checked(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`experts_mlp` of operands that nobody has looked at: the seven tensors, the activation and the percentage."""
-    check_percent(args[8])
-    return experts_mlp(*read_mlp(*args[:8])[1], *args[7:])
-
-
-def mlp_sizes(
-    experts_TK: Tensor, up_shape: Sequence[int], F: int, act: Activation, weight_format: str, group: int = 0
-) -> tuple[int, ...]:
-    """Return the sizes of an MLP as native/mlp.h has them."""
-    E, G, D = up_shape
-    kind = ACTIVATIONS.index(act.name), FORMATS.index(weight_format), group
-    return (*experts_TK.shape, E, D, F, G, *gate_up_rows(act, F), *kind)
-
-
-def experts_mlp(
-    x_TD: Tensor,
-    experts_TK: Tensor,
-    weights_TK: Tensor,
-    up_EGD: Tensor,
-    down_EDF: Tensor,
-    up_bias_EG: Tensor | None,
-    down_bias_ED: Tensor | None,
-    act: Activation,
-    save_percent: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`fusedonemoe.ops.grouped.experts_mlp`, in one kernel."""
-    N, (E, G, _) = experts_TK.numel(), up_EGD.shape
-    y_TD = new(x_TD.shape, x_TD.dtype)
-    kept = saved_rows(N, save_percent)
-    z = new((kept, G), x_TD.dtype)
-    order = torch.empty(N, dtype=torch.int32, device="cpu")
-    offsets = torch.empty(E + 1, dtype=torch.int32, device="cpu")
-    if N == 0:
-        return y_TD, z, order, offsets.zero_()
-    _run_forward(
-        *(x_TD, experts_TK, weights_TK, up_EGD, down_EDF, up_bias_EG, down_bias_ED, act, y_TD, z),
-        *(order.data_ptr(), offsets.data_ptr(), 0, kept),
-    )
-    return y_TD, z, order, offsets
-
-
-def experts_mlp_output(
-    x_TD: Tensor,
-    experts_TK: Tensor,
-    weights_TK: Tensor,
-    up_EGD: Tensor,
-    down_EDF: Tensor,
-    up_bias_EG: Tensor | None,
-    down_bias_ED: Tensor | None,
-    act: Activation,
-) -> Tensor:
-    """The first output of :func:`experts_mlp`, for calls that need no backward."""
-    N, E = experts_TK.numel(), up_EGD.shape[0]
-    y_TD = new(x_TD.shape, x_TD.dtype)
-    if N:
-        order_and_offsets = torch.empty(N + E + 1, dtype=torch.int32, device="cpu")
-        address = order_and_offsets.data_ptr()
-        _run_forward(
-            *(x_TD, experts_TK, weights_TK, up_EGD, down_EDF, up_bias_EG, down_bias_ED, act, y_TD, None),
-            *(address, address + 4 * N, 0, 0),
-        )
-    return y_TD
-
-
-def _run_forward(
-    x_TD: Tensor,
-    experts_TK: Tensor,
-    weights_TK: Tensor,
-    up_EGD: Tensor,
-    down_EDF: Tensor,
-    up_bias_EG: Tensor | None,
-    down_bias_ED: Tensor | None,
-    act: Activation,
-    y_TD: Tensor | None,
-    z: Tensor | None,
-    order: int,
-    offsets: int,
-    first_row: int,
-    last_row: int,
-) -> None:
-    x_TD, ids, weights_TK = x_TD.contiguous(), as_ids(experts_TK), as_float_weights(weights_TK)
-    up_bias_EG, down_bias_ED = as_bias(up_bias_EG), as_bias(down_bias_ED)
-    call(
-        "mlp_forward",
-        x_TD.dtype,
-        (
-            *addresses(x_TD, up_EGD, None, None, down_EDF, None, None, up_bias_EG, down_bias_ED, ids, weights_TK, y_TD, z),
-            *(order, offsets, first_row, last_row, threads(experts_TK.numel(), *up_EGD.shape[1:])),
-            *mlp_sizes(experts_TK, up_EGD.shape, down_EDF.shape[2], act, "plain"),
-        ),
-        (act.alpha, act.limit),
-    )
-
-
-def experts_mlp_backward(
-    dy_TD: Tensor,
-    z: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    x_TD: Tensor,
-    experts_TK: Tensor,
-    weights_TK: Tensor,
-    up_EGD: Tensor,
-    down_EDF: Tensor,
-    up_bias_EG: Tensor | None,
-    down_bias_ED: Tensor | None,
-    act: Activation,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`fusedonemoe.ops.grouped.experts_mlp_backward`, in one kernel (two where rows of z were not kept)."""
-    reader, operands = read_mlp(x_TD, experts_TK, weights_TK, up_EGD, down_EDF, up_bias_EG, down_bias_ED, act)
-    x_TD, experts_TK, weights_TK, up_EGD, down_EDF, up_bias_EG, down_bias_ED = operands
-    dtype, N = x_TD.dtype, experts_TK.numel()
-    z = reader.saved(z, N, up_EGD.shape[1])
-    dy_TD = reader.read("dy", dy_TD, x_TD.shape)
-    order, offsets = reader.plan(order, offsets, experts_TK, up_EGD.shape[0])
-    if z.shape[0] != N:
-        full = new((N, up_EGD.shape[1]), dtype)
-        full[: z.shape[0]] = z
-        _run_forward(
-            *(x_TD, experts_TK, weights_TK, up_EGD, down_EDF, up_bias_EG, down_bias_ED, act, None),
-            *(full, order.data_ptr(), offsets.data_ptr(), z.shape[0], N),
-        )
-        z = full
-    ids, float_weights = as_ids(experts_TK), as_float_weights(weights_TK)
-    gradients = new_gradients(needs, x_TD, weights_TK, up_EGD, down_EDF, up_bias_EG, down_bias_ED)
-    call(
-        "mlp_backward",
-        dtype,
-        (
-            *addresses(dy_TD, z, x_TD, up_EGD, None, None, down_EDF, None, None, down_bias_ED, ids, float_weights),
-            *addresses(order, offsets, *gradients),
-            threads(N, *up_EGD.shape[1:]),
-            *mlp_sizes(experts_TK, up_EGD.shape, down_EDF.shape[2], act, "plain"),
-        ),
-        (act.alpha, act.limit),
-    )
-    return returned(gradients, x_TD, weights_TK.dtype)  # type: ignore[return-value]
-
-
 def experts_merged_checked(*operands: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`experts_merged` of operands that nobody has looked at."""
+    """Run :func:`experts_merged` on operands that nothing has checked."""
     return experts_merged(*read_merged(*operands)[1])
 
 
 def experts_merged(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, proj_EDF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`fusedonemoe.ops.grouped.experts_merged`, in one kernel."""
+    """Run :func:`fusedonemoe.ops.grouped.experts_merged` in one kernel."""
     E, D, F = proj_EDF.shape
     x_TD, ids, weights_TK = x_TD.contiguous(), as_ids(experts_TK), as_float_weights(weights_TK)
     h_TF = new((x_TD.shape[0], F), x_TD.dtype)
@@ -336,7 +194,7 @@ def experts_merged_backward(
     proj_EDF: Tensor,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`fusedonemoe.ops.grouped.experts_merged_backward`, in one kernel."""
+    """Run :func:`fusedonemoe.ops.grouped.experts_merged_backward` in one kernel."""
     reader, (x_TD, experts_TK, weights_TK, proj_EDF) = read_merged(x_TD, experts_TK, weights_TK, proj_EDF)
     dh_TF = reader.read("dh", dh_TF, (x_TD.shape[0], proj_EDF.shape[2]))
     order, offsets = reader.plan(order, offsets, experts_TK, proj_EDF.shape[0])

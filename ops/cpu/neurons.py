@@ -67,7 +67,7 @@ def _forward(
 def experts_neurons(
     x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, down_ED: Tensor, up_ED: Tensor, activation: str
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`fusedonemoe.ops.neurons.experts_neurons`, in one kernel."""
+    """Run :func:`fusedonemoe.ops.neurons.experts_neurons` in one kernel."""
     s_TK = torch.empty(experts_TK.shape, dtype=torch.float32, device="cpu")
     return _forward(x_TD, experts_TK, weights_TK, down_ED, up_ED, activation, s_TK), s_TK
 
@@ -80,7 +80,7 @@ def experts_neurons_output(
 
 
 def experts_values(experts_TK: Tensor, weights_TK: Tensor, table_ED: Tensor) -> Tensor:
-    """As :func:`fusedonemoe.ops.neurons.experts_values`, in one kernel."""
+    """Run :func:`fusedonemoe.ops.neurons.experts_values` in one kernel."""
     return _forward(None, experts_TK, weights_TK, None, table_ED, "identity", None)
 
 
@@ -139,7 +139,7 @@ def experts_neurons_backward(
     slots_TK: Tensor | None = None,
     num_slots: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`fusedonemoe.ops.neurons.experts_neurons_backward`, in one kernel."""
+    """Run :func:`fusedonemoe.ops.neurons.experts_neurons_backward` in one kernel."""
     arguments = (dy_TD, s_TK, x_TD, experts_TK, weights_TK, down_ED, up_ED, activation, needs)
     return _backward(*arguments, slots_TK, num_slots)  # type: ignore[return-value]
 
@@ -153,7 +153,7 @@ def experts_values_backward(
     slots_TK: Tensor | None = None,
     num_slots: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`fusedonemoe.ops.neurons.experts_values_backward`, in one kernel."""
+    """Run :func:`fusedonemoe.ops.neurons.experts_values_backward` in one kernel."""
     of_neurons = (False, needs[0], False, needs[1])
     arguments = (dy_TD, None, None, experts_TK, weights_TK, None, table_ED, "identity", of_neurons)
     _, dweights, _, dtable = _backward(*arguments, slots_TK, num_slots)

@@ -14,11 +14,6 @@ def _flags(rule: RouteRule) -> tuple[int, ...]:
     return rule.scoring == "sigmoid", rule.score_first, rule.norm_topk_prob, *grouping
 
 
-def refusal(dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot route logits of a dtype; None when they can."""
-    return native.refusal(dtype, contiguous=True)
-
-
 def _check_rule(rule: RouteRule, E: int) -> None:
     """Groups and a number of choices that ``E`` experts have."""
     if rule.n_group < 1 or E % rule.n_group or not 1 <= rule.topk_group <= rule.n_group:
@@ -39,7 +34,7 @@ def route_checked(logits_TE: Tensor, selection_bias: Tensor | None, rule: RouteR
 
 
 def route(logits_TE: Tensor, selection_bias: Tensor | None, rule: RouteRule) -> tuple[Tensor, Tensor]:
-    """As :func:`fusedonemoe.ops.route.route`, in one kernel."""
+    """Run :func:`fusedonemoe.ops.route.route` in one kernel."""
     logits_TE = logits_TE.contiguous()
     if selection_bias is not None:
         selection_bias = native.read_as(selection_bias.detach(), torch.float32)
@@ -54,7 +49,7 @@ def route(logits_TE: Tensor, selection_bias: Tensor | None, rule: RouteRule) -> 
 
 
 def route_backward(dweights_TK: Tensor, logits_TE: Tensor, experts_TK: Tensor, rule: RouteRule) -> Tensor:
-    """As :func:`fusedonemoe.ops.route.route_backward`, in one kernel; ids outside ``[0, E)`` are skipped."""
+    """Run :func:`fusedonemoe.ops.route.route_backward` in one kernel; ids outside ``[0, E)`` are skipped."""
     reader = reader_of(logits_TE, "logits")
     check_dim("experts", experts_TK, 2)
     (T, E), K = logits_TE.shape, experts_TK.shape[1]

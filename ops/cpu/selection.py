@@ -25,12 +25,12 @@ def _kernel() -> Any:
 
 
 def threads_for(T: int, E: int) -> int:
-    """How many threads go over ``[T, E]`` keys."""
+    """Return the number of threads that go over ``[T, E]`` keys."""
     return max(1, min(torch.get_num_threads(), T * (E + KEYS_PER_ROW) // KEYS_PER_THREAD))
 
 
 def select(keys_TE: Tensor, k: int) -> Tensor:
-    """As :func:`fusedonemoe.ops.route.select`, in one kernel where there is one."""
+    """Run :func:`fusedonemoe.ops.route.select`, in one kernel where there is one."""
     if keys_TE.dim() != 2 or not 0 <= k <= keys_TE.shape[1]:
         raise ValueError(f"keys must have shape [T, E] with E >= k, got {tuple(keys_TE.shape)} and k = {k}")
     if keys_TE.dtype != torch.float32 or (kernel := _kernel()) is None:

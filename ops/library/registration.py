@@ -1,9 +1,9 @@
-"""How this package's operators are registered: the only door to torch.library, and the fingerprint of the source.
+"""The only door to torch.library: from a row of the table, an operator with all that belongs to it.
 
 Each public operator is a ``triton_op``: eager calls run its body as one operator with a hand-written backward, torch.compile
-inlines the body and fuses it, torch.export keeps the operator. The body takes the branch of the tensors' device. The
-``*_dense`` operators are composites instead: autograd, ``torch.func`` and export look straight through them, so they have
-derivatives of every order.
+inlines the body and fuses it, torch.export keeps the operator. The body takes the kernels that its ``impl`` argument names, or
+that the row chooses. The ``*_dense`` operators are composites instead: autograd, ``torch.func`` and export look straight
+through them, so they have derivatives of every order. A compiled CPU kernel is an operator of its own, opaque to compilation.
 
 Every operator takes ``build``, a fingerprint of this package's source. torch.compile's on-disk cache knows an operator by
 its name and arguments, not by its Python, and would go on running the old body after an upgrade; the fingerprint in the
@@ -12,7 +12,7 @@ graph makes the new one a different graph.
 
 import hashlib
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -23,13 +23,17 @@ from torch import Tensor
 from torch.library import triton_op
 
 from fusedonemoe.ops import triton
-from fusedonemoe.ops.derivatives import refuse_forward_mode, refused
+from fusedonemoe.ops.derivatives import no_second_derivative, refuse_forward_mode, refused
+from fusedonemoe.ops.library.rows import Compiled, Kernel, Operator
+from fusedonemoe.ops.library.signature import Part, Signature
+from fusedonemoe.ops.operands import check_rows
+from fusedonemoe.ops.shortcut import recorder, shortcut
 
 NAMESPACE = "fusedonemoe"
 
 
 def _fingerprint() -> int:
-    """A 62-bit digest of the operators' source files."""
+    """Return a 62-bit digest of the operators' source files."""
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted(Path(__file__).parent.parent.rglob("*.py")):
         digest.update(path.read_bytes())
@@ -40,7 +44,7 @@ BUILD = _fingerprint()
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype that autocast computes in on a device; None where it is off, or not to be had."""
+    """Return the dtype that autocast computes in on a device; None where it is off or does not exist."""
     # Dynamo of torch 2.11 cannot trace the question; of the devices that it meets, meta alone has no autocast.
     traced = torch.compiler.is_dynamo_compiling()
     if device_type == "meta" or not (traced or torch.amp.is_autocast_available(device_type)):
@@ -70,15 +74,47 @@ def without_source_search() -> Iterator[None]:
         setattr(torch._library.triton, search, found)
 
 
-def _in_reverse_mode(body: Callable[..., Any]) -> Callable[..., Any]:
-    """``body``, which a level of forward mode refuses: torch would take its missing rule for a tangent of zeros."""
+_OWN = ("build", "impl")  # what an operator takes and its kernels do not
+# The autograd formula of each operator: its setup_context and its backward.
+formulas: dict[str, tuple[Callable[..., None], Callable[..., tuple[Any, ...]]]] = {}
 
-    @wraps(body)
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        refuse_forward_mode()
-        return body(*args, **kwargs)
 
-    return checked
+def register(row: Operator) -> Callable[..., Any]:
+    """Register the operator of a row, its backward, its compiled kernel, its autograd formula and its autocast rule.
+
+    Returns:
+        The function to call in place of the operator, with its positional arguments: the kernel itself where nothing would
+        notice.
+    """
+    if row.compiled:
+        _define_compiled(row, row.compiled)
+    body = _body(row)
+    with without_source_search():
+        operator: Any = triton_op(f"{NAMESPACE}::{row.name}", body, mutates_args=())
+    refuse_torch_func(row.name)
+    if row.backward:
+        setup_context, backward = formulas[row.name] = _formula(row, row.backward, register(row.backward))
+        operator.register_autograd(backward, setup_context=setup_context)
+    else:
+        operator.register_autograd(_refusing(row.refusal) if row.refusal else no_second_derivative)
+    _define_autocast(row.name, row.signature, row.casts)
+    return _shortcut(row)
+
+
+def register_composite(
+    name: str, arguments: Sequence[str | Part], results: int, kernel: Kernel, casts: tuple[str, ...] = ()
+) -> None:
+    """Register an operator that autograd, torch.func and compilation look through."""
+    signature = Signature.of(*arguments, "int build")
+    pack = signature.packer(Signature.of(*arguments))
+
+    def body(*flat: Any) -> Any:
+        return _function(kernel)(*pack(flat))
+
+    lib.define(f"{name}({signature.schema(symbolic=True)}) -> {_returned(results)}")
+    lib.impl(name, body, "CompositeImplicitAutograd")
+    lib.impl(name, body, "FuncTorchBatched")  # without it vmap would run a loop over the batch, and say so
+    _define_autocast(name, signature, casts)
 
 
 def refuse_torch_func(name: str) -> None:
@@ -86,34 +122,135 @@ def refuse_torch_func(name: str) -> None:
     lib.impl(name, refused, "FuncTorchDynamicLayerFrontMode")
 
 
-def operator(name: str, body: Callable[..., Any]) -> Any:
-    """Register an operator with an opaque eager body that compilation inlines; the schema is read off its annotations."""
-    with without_source_search():
-        made = triton_op(f"{NAMESPACE}::{name}", _in_reverse_mode(body), mutates_args=())
+def define_opaque(
+    name: str, arguments: str, fake: Callable[..., Any], kernels: Mapping[str, Callable[..., Any]], results: int = 1
+) -> None:
+    """Register an operator that is opaque to compilation, with a kernel for each dispatch key."""
+    lib.define(f"{name}({arguments}) -> {_returned(results)}")
+    for key, kernel in kernels.items():
+        lib.impl(name, _in_reverse_mode(kernel), key)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", _in_reverse_mode(fake), lib=lib)
     refuse_torch_func(name)
-    return made
 
 
-def composite(name: str, body: Callable[..., Any]) -> None:
-    """Register an operator that autograd, torch.func and compilation look through."""
-    lib.define(name + torch.library.infer_schema(body, mutates_args=()))
-    lib.impl(name, body, "CompositeImplicitAutograd")
-    lib.impl(name, body, "FuncTorchBatched")  # without it vmap would run a loop over the batch, and say so
+def _in_reverse_mode(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``kernel``, which a level of forward mode refuses: torch would take its missing rule for a tangent of zeros."""
+
+    @wraps(kernel)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        refuse_forward_mode()
+        return kernel(*args, **kwargs)
+
+    return checked
 
 
-def define_autocast(name: str, casts: Sequence[int]) -> None:
-    """Under autocast, cast the floating arguments at ``casts`` and run the body with autocast off.
+def _returned(results: int) -> str:
+    return "Tensor" if results == 1 else f"({', '.join(['Tensor'] * results)})"
 
-    The others keep their dtype: routing arithmetic and routing weights are float32 whatever the model's dtype is.
-    """
+
+def _refusing(message: str) -> Callable[..., Any]:
+    def refuse(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(message)
+
+    return refuse
+
+
+def _function(kernel: Kernel) -> Callable[..., Any]:
+    """Return a kernel in Python, looked up now."""
+    if callable(kernel):
+        return kernel
+    module, name = kernel
+    return getattr(gpu_kernels(module) if isinstance(module, str) else module, name)
+
+
+def gpu_kernels(name: str) -> Any:
+    """Return a module of ``ops.triton``, imported now: a machine without a GPU does not need triton."""
+    return importlib.import_module(f"{triton.__name__}.{name}")
+
+
+def _body(row: Operator) -> Callable[..., Any]:
+    """Return what an operator runs where nothing takes the shortcut: the kernels that its arguments name or the row chooses."""
+    signature, choose, kernels = row.signature, row.choose, dict(row.kernels)
+    pack, defaults = signature.packer(row.taken), signature.defaults
+    experts_and_impl = None if choose else signature.picker(("experts", "impl"))
+    compiled = None
+    if row.compiled:
+        flatten = signature.picker(row.taken_by(row.compiled.arguments).names)
+        compiled = getattr(torch.ops.fusedonemoe, row.compiled_name).default
+
+    def body(*given: Any) -> Any:
+        refuse_forward_mode()
+        flat = (*given, *defaults[len(given) :])
+        if experts_and_impl:
+            experts, impl = experts_and_impl(flat)
+            check_rows(experts)
+        else:
+            impl = choose(*pack(flat))  # type: ignore[misc]
+        if impl == "cpu" and compiled is not None:
+            return compiled(*flatten(flat))
+        if impl not in kernels:
+            raise ValueError(f"impl must be one of {(*kernels, *(['cpu'] if compiled else []))}, got {impl!r}")
+        return _function(kernels[impl])(*pack(flat))
+
+    signature.annotate(body, len(row.results))
+    return body
+
+
+def _define_compiled(row: Operator, compiled: Compiled) -> None:
+    """Register the operator of a compiled CPU kernel."""
+    signature = row.taken_by(compiled.arguments)
+    pack = signature.packer(signature)
+
+    def kernel(*flat: Any) -> Any:
+        return compiled.checked(*pack(flat))
+
+    if compiled.fake is None:
+        fake = _gradients_fake(row, signature)
+    else:
+        make = compiled.fake
+
+        def fake(*flat: Any) -> Any:
+            return make(*pack(flat))
+
+    define_opaque(row.compiled_name, signature.schema(symbolic=False), fake, {"CPU": kernel}, len(row.results))
+
+
+def _gradients_fake(row: Operator, signature: Signature) -> Callable[..., Any]:
+    likes_of = signature.picker(row.gradients)
+    needs_of = signature.picker(("needs",)) if "needs" in signature.names else None
+
+    def fake(*flat: Any) -> Any:
+        likes = likes_of(flat)
+        if needs_of is None:
+            (like,) = likes
+            return like.new_empty(like.shape)
+        (needs,) = needs_of(flat)
+        return wanted(needs, *likes)
+
+    return fake
+
+
+def wanted(needs: Sequence[bool], *likes: Tensor | None) -> tuple[Tensor, ...]:
+    """Return what a backward does: a contiguous tensor like each argument, or an empty one where no gradient is needed."""
+    owner = next(like for like in likes if like is not None)
+    return tuple(
+        like.new_empty(like.shape) if needed and like is not None else owner.new_empty(0)
+        for needed, like in zip(needs, likes, strict=True)
+    )
+
+
+def _define_autocast(name: str, signature: Signature, casts: tuple[str, ...]) -> None:
+    """Under autocast, cast the floating arguments ``casts`` and run the operator with autocast off."""
     op = getattr(torch.ops.fusedonemoe, name).default
+    assert set(casts) <= set(signature.names), (name, casts)
+    is_cast = [argument in casts for argument in signature.names]
 
     def rule_for(device: str) -> Callable[..., Any]:
-        def rule(*args: Any) -> Any:
+        def rule(*flat: Any) -> Any:
             dtype = torch.get_autocast_dtype(device)
             cast = [
-                a.to(dtype) if i in casts and isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64 else a
-                for i, a in enumerate(args)
+                a.to(dtype) if casts and isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64 else a
+                for a, casts in zip(flat, is_cast, strict=False)  # arguments at the end may be missing
             ]
             with torch.autocast(device, enabled=False):
                 return op(*cast)
@@ -124,47 +261,95 @@ def define_autocast(name: str, casts: Sequence[int]) -> None:
     lib.impl(name, rule_for("cuda"), "AutocastCUDA")
 
 
-def define_cpu(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Register a compiled CPU kernel: opaque to compilation."""
-    define_opaque(schema, fake, CPU=kernel)
+def _formula(
+    row: Operator, backward_row: Operator, gradients_of: Callable[..., Any]
+) -> tuple[Callable[..., None], Callable[..., tuple[Any, ...]]]:
+    """Return what autograd does after a forward and in a backward.
+
+    Args:
+        row: of the forward.
+        backward_row: of the backward.
+        gradients_of: the function to call in place of the backward's operator.
+    """
+    signature, (first, *_) = row.signature, row.results
+    taken = [a for a in backward_row.signature.arguments if a.name not in (f"d{first}", "needs", *_OWN) and a.is_required]
+    saved_names = [a.name for a in taken if a.is_tensor]
+    saved_of = signature.picker(saved_names, behind=row.results)
+    constants_of = signature.picker([a.name for a in taken if not a.is_tensor])
+    own_of = signature.picker([name for name in _OWN if name in backward_row.signature.names])
+    needs_of, refused_of = signature.picker(backward_row.gradients), signature.picker(row.ungraded)
+    vanishing = [(backward_row.gradients.index(name), saved_names.index(name)) for name in backward_row.vanishing]
+    places = [signature.names.index(name) for name in backward_row.gradients]
+    selective = "needs" in backward_row.signature.names
+    several = len(row.results) > 1
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        outputs = output if several else (output,)
+        if several:
+            _, *others = outputs
+            ctx.mark_non_differentiable(*others)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*saved_of((*inputs, *outputs)))
+        ctx.constants, ctx.own = constants_of(inputs), own_of(inputs)
+
+    def backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        needed = ctx.needs_input_grad
+        returned: list[Tensor | None] = [None] * len(needed)
+        if gradient is None:
+            return tuple(returned)
+        saved = ctx.saved_tensors  # once: checkpointing refuses to give them twice
+        if not selective:
+            (place,) = places
+            returned[place] = gradients_of(gradient, *saved, *ctx.constants, *ctx.own)
+            return tuple(returned)
+        if row.ungraded and any(refused_of(needed)):
+            raise RuntimeError(row.refusal)
+        needs = list(needs_of(needed))
+        for place, like in vanishing:
+            needs[place] = needs[place] and saved[like].numel() > 0
+        gradients = gradients_of(gradient, *saved, *ctx.constants, needs, *ctx.own)
+        for place, need, value in zip(places, needs, gradients, strict=True):
+            if need:
+                returned[place] = value
+        return tuple(returned)
+
+    return setup_context, backward
 
 
-def define_opaque(schema: str, fake: Callable[..., Any], **kernels: Callable[..., Any]) -> None:
-    """Register an operator that is opaque to compilation, with a kernel for each dispatch key."""
-    lib.define(schema)
-    name = schema.partition("(")[0]
-    for key, kernel in kernels.items():
-        lib.impl(name, _in_reverse_mode(kernel), key)
-    torch.library.register_fake(f"{NAMESPACE}::{name}", _in_reverse_mode(fake), lib=lib)
-    refuse_torch_func(name)
-
-
-def wanted(needs: Sequence[bool], *likes: Tensor | None) -> tuple[Tensor, ...]:
-    """What a backward returns: a contiguous tensor like each argument, or an empty one where no gradient is needed."""
-    owner = next(like for like in likes if like is not None)
-    return tuple(
-        like.new_empty(like.shape) if needed and like is not None else owner.new_empty(0)
-        for needed, like in zip(needs, likes, strict=True)
+def _shortcut(row: Operator) -> Callable[..., Any]:
+    """Return the function to call in place of an operator."""
+    operator, compiled = getattr(torch.ops.fusedonemoe, row.name), row.compiled
+    if compiled is None and row.choose is None:
+        return operator
+    if row.choose:
+        kernel = _chosen(row, row.choose)
+    else:
+        assert compiled is not None
+        kernel = _function(compiled.direct)
+    pack = row.signature.packer(row.taken_by(compiled.arguments if compiled else None))
+    recording = None
+    if row.backward:
+        setup_context, backward = formulas[row.name]
+        recording = recorder(row.name, pack=pack, kernel=kernel, backward=backward, setup_context=setup_context)
+    first = compiled.first if compiled else None
+    if compiled and first:
+        pack = row.signature.packer(row.taken_by(compiled.first_arguments or compiled.arguments))
+    return shortcut(
+        operator,
+        tensors=row.signature.leading_tensors,
+        pack=pack,
+        kernel=first or kernel,
+        first=first is not None,
+        recording=recording,
+        impl=None if row.choose else "cpu",
     )
 
 
-def keeping(tensors: int) -> Callable[..., None]:
-    """What autograd does after a forward: keep all outputs but the first, the first ``tensors`` inputs and the constants.
+def _chosen(row: Operator, choose: Callable[..., str]) -> Callable[..., Any]:
+    """Return the kernel of calls that name no implementation: what the row chooses, which a CPU has."""
+    kernels = {**row.kernels} if row.compiled is None else {**row.kernels, "cpu": row.compiled.direct}
 
-    Args:
-        tensors: how many inputs are tensors; what else there is stands behind them, ``build`` and ``impl`` at the end.
-    """
+    def kernel(*packed: Any) -> Any:
+        return _function(kernels[choose(*packed)])(*packed)
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, *kept = output
-        ctx.mark_non_differentiable(*kept)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*kept, *inputs[:tensors])
-        ctx.constants, ctx.impl = inputs[tensors:-2], inputs[-1]
-
-    return setup_context
-
-
-def gpu_kernels(name: str) -> Any:
-    """A module of ``ops.triton``, imported now: only who computes on a GPU has to have triton."""
-    return importlib.import_module(f"{triton.__name__}.{name}")
+    return kernel

@@ -25,17 +25,23 @@ def _sparse(touched: Tensor, rows: Tensor, like: Tensor) -> Tensor:
 
 
 def _uncompiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Kept from torch.compile, which after a graph break compiles what the broken frame calls; dynamo is not imported for it."""
+    """Keep a function from torch.compile, which after a graph break compiles what the broken frame calls.
+
+    Dynamo is not imported for that.
+    """
     return torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
 
 
 class _SparseNeurons(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        y, s = _ops.experts_neurons(*args[:6], BUILD, args[6])
+    def forward(
+        ctx: Any, x: Tensor, experts: Tensor, weights: Tensor, down: Tensor, up: Tensor, activation: str, impl: str
+    ) -> Tensor:
+        y: Tensor
+        y, s = _ops.experts_neurons(x, experts, weights, down, up, activation, BUILD, impl)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(s, *args[:5])
-        ctx.activation, ctx.impl = args[5:]
+        ctx.save_for_backward(s, x, experts, weights, down, up)
+        ctx.activation, ctx.impl = activation, impl
         return y
 
     @staticmethod
@@ -44,7 +50,8 @@ class _SparseNeurons(torch.autograd.Function):
             return (None,) * 7
         s, x, experts, weights, down, up = ctx.saved_tensors
         touched, slots = touched_rows(experts, up.shape[0])
-        needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:5])
+        x_needed, _, *needed, _, _ = ctx.needs_input_grad
+        needs = (x_needed, *needed)
         rule = (ctx.activation, needs, BUILD, ctx.impl, slots, touched.shape[0])
         cast = (s, x.to(dy.dtype), experts, weights, down.to(dy.dtype), up.to(dy.dtype))
         dx, dweights, ddown, dup = _ops.experts_neurons_backward(dy, *cast, *rule)
@@ -61,11 +68,11 @@ class _SparseNeurons(torch.autograd.Function):
 
 class _SparseValues(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
+    def forward(ctx: Any, experts: Tensor, weights: Tensor, table: Tensor, impl: str) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*args[:3])
-        ctx.impl = args[3]
-        y: Tensor = _ops.experts_values(*args[:3], BUILD, args[3])
+        ctx.save_for_backward(experts, weights, table)
+        ctx.impl = impl
+        y: Tensor = _ops.experts_values(experts, weights, table, BUILD, impl)
         return y
 
     @staticmethod
@@ -74,7 +81,7 @@ class _SparseValues(torch.autograd.Function):
             return (None,) * 4
         experts, weights, table = ctx.saved_tensors
         touched, slots = touched_rows(experts, table.shape[0])
-        needs = ctx.needs_input_grad[1:3]
+        _, *needs, _ = ctx.needs_input_grad
         rule = (needs, BUILD, ctx.impl, slots, touched.shape[0])
         dweights, dtable = _ops.experts_values_backward(dy, experts, weights, table.to(dy.dtype), *rule)
         return None, dweights if needs[0] else None, _sparse(touched, dtable, table) if needs[1] else None, None

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from fusedonemoe.ops.records import Activation
+from fusedonemoe.ops.records import ExpertsCall
 from fusedonemoe.ops.triton import rules
 from fusedonemoe.ops.triton.rules import BYTES_IN_FLIGHT
 from fusedonemoe.ops.triton.tiles import act_value, experts_of_choices, gated_value
@@ -27,7 +27,7 @@ CHOICES_AT_ONCE = 8
 
 
 class Cut(NamedTuple):
-    """How a product is cut: a program computes ``outputs`` columns, and takes ``reduced`` elements of the sum at a time."""
+    """The cut of a product: a program computes ``outputs`` columns, and takes ``reduced`` elements of the sum at a time."""
 
     outputs: int
     reduced: int
@@ -223,32 +223,22 @@ def _down_kernel(
     tl.store(y_ptr + token * D + d, y.to(y_ptr.dtype.element_ty), mask=in_d)
 
 
-def experts_mlp(
-    x_TD: Tensor,
-    experts_TK: Tensor,
-    weights_TK: Tensor,
-    up_EGD: Tensor,
-    down_EDF: Tensor,
-    up_bias_EG: Tensor | None,
-    down_bias_ED: Tensor | None,
-    act: Activation,
-) -> Tensor:
+def experts_mlp(call: ExpertsCall) -> Tensor:
     """``y_t = sum_j w_tj (act(x_t Wup_e + bup_e) Wdown_e + bdown_e)``, forward only.
 
+    A pair whose id lies outside ``[0, E)`` adds nothing and reads no weights.
+
     Args:
-        x_TD: bfloat16, float16 or float32.
-        experts_TK: any integer dtype; a pair whose id lies outside ``[0, E)`` adds nothing and reads no weights.
-        weights_TK: floating.
-        up_EGD: fastest where ``D`` or ``G`` is contiguous.
-        down_EDF: fastest where ``F`` or ``D`` is contiguous.
-        up_bias_EG: or None.
-        down_bias_ED: or None.
-        act: between the projections.
+        call: x is bfloat16, float16 or float32, and the weights are floats: fastest where D or G of up is contiguous, and F or
+            D of down.
 
     Returns:
         ``[T, D]`` in the dtype of x; pre-activations, h and the row of each choice are rounded to it on the way, but a row
         not to float16.
     """
+    x_TD, experts_TK, weights_TK, form = call
+    up_EGD, up_bias_EG = form.up.floats, form.up.bias
+    down_EDF, down_bias_ED, act = form.down.floats, form.down.bias, form.act
     T, K = experts_TK.shape
     E, D, F = down_EDF.shape
     x_TD, experts_TK, weights_TK = x_TD.contiguous(), experts_TK.contiguous(), weights_TK.contiguous()

@@ -161,7 +161,7 @@ def dh_kernel(
 
 
 class HiddenGradient(NamedTuple):
-    """What :func:`hidden_gradient` stores, in sorted order; a zero-size tensor where not asked for.
+    """The results of :func:`hidden_gradient`, in sorted order; a zero-size tensor for one that is not wanted.
 
     Attributes:
         dz: ``[N, G]`` gradient of the pre-activations, columns in their order.
@@ -197,9 +197,9 @@ def hidden_gradient(
         plan: of the routing, for ``tile.BLOCK_M``.
         act: activation and layout of ``z``.
         tile: BLOCK_M rows by BLOCK_N columns of h.
-        dz: whether to store it.
-        weighted: whether to store it.
-        partial: whether to store it.
+        dz: store it.
+        weighted: store it.
+        partial: store it.
 
     Returns:
         Rows of ids outside ``[0, E)`` are not written.

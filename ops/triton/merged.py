@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from fusedonemoe.ops.grouped import MergedNeeds
+from fusedonemoe.ops.operands import read_merged
 from fusedonemoe.ops.plan import Plan
 from fusedonemoe.ops.precision import row_dtype
 from fusedonemoe.ops.triton import rules
@@ -121,9 +122,11 @@ def experts_merged_backward(
     Returns:
         Gradients of x, weights and proj, contiguous; a zero-size tensor where not needed.
     """
+    reader, (x_TD, experts_TK, weights_TK, proj_EDF) = read_merged(x_TD, experts_TK, weights_TK, proj_EDF, views=True)
+    dh_TF = reader.read("dh", dh_TF, (x_TD.shape[0], proj_EDF.shape[2]))
+    order, offsets = reader.plan(order, offsets, experts_TK, proj_EDF.shape[0])
     K = experts_TK.shape[1]
     tiles = _tiles(experts_TK, proj_EDF)
-    dh_TF, x_TD, weights_TK = dh_TF.contiguous(), x_TD.contiguous(), weights_TK.contiguous()
     dx, dweights, dproj = (x_TD.new_empty(0) for _ in range(3))
     if needs.proj:
         dproj = grouped_outer(x_TD, dh_TF, Plan(order, offsets), tiles.dup, gather_left=K, gather_right=K, weights_TK=weights_TK)

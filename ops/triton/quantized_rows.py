@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from fusedonemoe.ops.quantized import QuantizedWeight
+from fusedonemoe.ops.formats import QuantizedWeight
+from fusedonemoe.ops.records import Projection
 from fusedonemoe.ops.triton.plan import RowPlan
 from fusedonemoe.ops.triton.rules import Tile
 from fusedonemoe.ops.triton.tiles import dot_precision, swizzled
@@ -39,7 +40,7 @@ def multiply_quantized(
     groups,
     stride_vk,
     stride_vn,
-    BITS: tl.constexpr,
+    FORMAT: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     BACK: tl.constexpr,
     HAS_ZERO: tl.constexpr,
@@ -54,8 +55,8 @@ def multiply_quantized(
     Of 4 bits, a tile lies within one group of inputs, and all of it exists along them.
     """
     # Values that share a byte are neighbours along the inputs: along k forwards, along n backwards.
-    K_BYTES: tl.constexpr = BLOCK_K // 2 if BITS == 4 and not BACK else BLOCK_K
-    N_BYTES: tl.constexpr = BLOCK_N // 2 if BITS == 4 and BACK else BLOCK_N
+    K_BYTES: tl.constexpr = BLOCK_K // 2 if FORMAT == "int4" and not BACK else BLOCK_K
+    N_BYTES: tl.constexpr = BLOCK_N // 2 if FORMAT == "int4" and BACK else BLOCK_N
     dtype: tl.constexpr = rows_ptr.dtype.element_ty
     depth = tl.arange(0, BLOCK_K)
     column = first_column + tl.arange(0, BLOCK_N)
@@ -77,18 +78,18 @@ def multiply_quantized(
             values = tl.load(values_ptrs, mask=in_byte_columns[None, :], other=0)
         else:
             values = tl.load(values_ptrs, mask=(byte_depth[:, None] < length - k) & in_byte_columns[None, :], other=0)
-        if BITS == 4:
+        if FORMAT == "int4":
             values = tl.join(values & 15, values >> 4)
             if not BACK:
                 values = tl.permute(values, (0, 2, 1))
             values = tl.reshape(values, (BLOCK_K, BLOCK_N))
-        if BITS == 8 and not BACK:
+        if FORMAT == "int8" and not BACK:
             weights = values.to(dtype)
         elif BACK:
             # Outputs lie along k.
             place = (k + depth) * groups + first_column // GROUP_SIZE
             scale = tl.load(scale_ptr + place, mask=k + depth < length, other=0.0)[:, None]
-            zero = 8.0 if BITS == 4 else 0.0
+            zero = 8.0 if FORMAT == "int4" else 0.0
             if HAS_ZERO:
                 zero = tl.load(zero_ptr + place, mask=k + depth < length, other=0).to(tl.float32)[:, None]
             weights = widened(values, scale, zero, dtype)
@@ -146,7 +147,7 @@ def quantized_rows_kernel(
     stride_va,
     stride_vb,
     stride_se,
-    BITS: tl.constexpr,
+    FORMAT: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     BACK: tl.constexpr,
     HAS_ZERO: tl.constexpr,
@@ -191,7 +192,7 @@ def quantized_rows_kernel(
         groups,
         stride_va,
         stride_vb,
-        BITS,
+        FORMAT,
         GROUP_SIZE,
         BACK,
         HAS_ZERO,
@@ -203,16 +204,16 @@ def quantized_rows_kernel(
     )
     stored = (row >= first_row) & (row < end)
     place = (row.to(tl.int64) * B, stored, scale_ptr, bias_ptr + expert.to(tl.int64) * B, out_ptr, B)
-    _finish(acc, column_block * BLOCK_N, place, BITS == 8 and not BACK, HAS_BIAS)
+    _finish(acc, column_block * BLOCK_N, place, FORMAT == "int8" and not BACK, HAS_BIAS)
 
 
-def _fitted(tile: Tile, weight: QuantizedWeight, dtype: torch.dtype, back: bool) -> Tile:
+def _fitted(tile: Tile, weight: QuantizedWeight, form: str, dtype: torch.dtype, back: bool) -> Tile:
     """``tile``, no larger along the inputs than a group, which then it divides, as all sizes are powers of two."""
     tile = tile._replace(BLOCK_N=min(tile.BLOCK_N, MOST_COLUMNS))
     if dtype == torch.float32:
         # Without a matrix instruction both operands' tiles stand in registers too.
         tile = tile._replace(BLOCK_N=min(tile.BLOCK_N, 32), BLOCK_K=16)
-    if weight.bits == 8:
+    if form == "int8":
         return tile
     if back:
         return tile._replace(BLOCK_N=min(tile.BLOCK_N, weight.group_size))
@@ -221,42 +222,39 @@ def _fitted(tile: Tile, weight: QuantizedWeight, dtype: torch.dtype, back: bool)
 
 def quantized_rows(
     rows: Tensor,
-    weight: QuantizedWeight,
+    projection: Projection,
     plan: RowPlan,
     tile: Tile,
     *,
     back: bool = False,
-    bias_EB: Tensor | None = None,
     top_k: int | None = None,
-    out_NB: Tensor | None = None,
     first_row: int = 0,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``out[i] = W_e rows[i] (+ bias[e])`` for the sorted rows ``i`` of expert ``e``; ``back``: ``out[i] = rows[i] W_e``.
+    """``out[i] = W_e rows[i] + bias[e]`` for the sorted rows ``i`` of expert ``e``; ``back``: ``out[i] = rows[i] W_e``.
 
     Args:
         rows: ``[N, A]`` in sorted order, or ``[T, A]`` with ``top_k``: sorted row ``i`` then reads row ``order[i] // top_k``.
-        weight: ``[E, O, I]``, its values of any strides.
+        projection: of int8 or int4, its values of any strides; its adapter is left out.
         plan: the schedule of rows, in blocks of ``tile.BLOCK_M``.
         tile: how the product of plain weights would be cut.
         back: from outputs to inputs.
-        bias_EB: added in float32.
         top_k: choices per token, where the rows are gathered.
-        out_NB: contiguous; a new tensor where not given.
         first_row: rows before it are not written.
-        dtype: of a new tensor; that of ``rows`` if None.
+        dtype: of the result; that of ``rows`` if None.
 
     Returns:
         ``[N, B]``, accumulated in float32 and rounded once. Positions from ``offsets[E]`` on are not written.
     """
+    form, weight = projection.format.name, QuantizedWeight(*projection.tensors)  # type: ignore[arg-type]
+    bias_EB = None if back else projection.bias
     rows, scale = rows.contiguous(), weight.scale.contiguous()
     zero = None if weight.zero_point is None else weight.zero_point.contiguous()
     (_, O, I), values = weight.shape, weight.values  # noqa: E741
     A, B = (O, I) if back else (I, O)
     along_A, along_B = (1, 2) if back else (2, 1)
-    tile = _fitted(tile, weight, rows.dtype, back)
-    if out_NB is None:
-        out_NB = rows.new_empty(plan.order.shape[0], B, dtype=dtype)
+    tile = _fitted(tile, weight, form, rows.dtype, back)
+    out_NB = rows.new_empty(plan.order.shape[0], B, dtype=dtype)
     grid = (plan.blocks.shape[0] * triton.cdiv(B, tile.BLOCK_N),)
     wrap_triton(quantized_rows_kernel)[grid](
         rows,
@@ -272,13 +270,13 @@ def quantized_rows(
         1 if top_k is None else top_k,
         A,
         B,
-        1 if weight.bits == 8 else scale.shape[2],
+        1 if form == "int8" else scale.shape[2],
         values.stride(0),
         values.stride(along_A),
         values.stride(along_B),
         scale.stride(0),
-        BITS=weight.bits,
-        GROUP_SIZE=1 << 30 if weight.bits == 8 else weight.group_size,
+        FORMAT=form,
+        GROUP_SIZE=1 << 30 if form == "int8" else weight.group_size,
         BACK=back,
         HAS_ZERO=zero is not None,
         GATHER=top_k is not None,

@@ -1,5 +1,5 @@
 // The weight formats: a new one is a struct in a file of its own, and a line in each of the two lists here.
-// The numbers are those of FORMATS in ops/cpu/native.py.
+// The numbers are those of NUMBERS in ops/cpu/mlp.py.
 #pragma once
 #include "format_int4.h"
 #include "format_int8.h"

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusedonemoe.ops import library
-from fusedonemoe.ops.library import lora, merged, mlp, neurons, product_keys, routing
+from fusedonemoe.ops.library.registration import formulas
 from tests.triton.fake_gpu import Launch, fake_gpu, recorded_launches
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -72,11 +72,12 @@ class _Context:
         pass
 
 
-def _forward_and_backward(operator: Any, save: Any, grad: Any, args: tuple[Any, ...]) -> None:
-    outputs = operator(*args)
+def _forward_and_backward(name: str, args: tuple[Any, ...]) -> None:
+    outputs = getattr(torch.ops.fusedonemoe, name)(*args)
     context = _Context([isinstance(arg, Tensor) and arg.is_floating_point() for arg in args])
+    save, grad = formulas[name]
     save(context, args, outputs)
-    first, *others = outputs
+    first, *others = (outputs,) if isinstance(outputs, Tensor) else outputs
     grad(context, torch.empty_like(first), *(None for _ in others))
 
 
@@ -107,13 +108,12 @@ def _parameters(layer: Layer, dtype: torch.dtype) -> tuple[Any, ...]:
 
 def _route(layer: Layer, dtype: torch.dtype, tokens: int) -> None:
     args = (_tensor(tokens, layer.E, dtype=dtype), None, layer.K, *layer.route, library.BUILD)
-    _forward_and_backward(torch.ops.fusedonemoe.route, routing._route_save, routing._route_grad, args)
+    _forward_and_backward("route", args)
 
 
 def _mlp(layer: Layer, dtype: torch.dtype, tokens: int) -> None:
     args = (*_routed(layer, dtype, tokens), *_parameters(layer, dtype), layer.save_percent, library.BUILD, "triton")
-    save, grad = mlp._experts_mlp_save, mlp._experts_mlp_grad
-    _forward_and_backward(torch.ops.fusedonemoe.experts_mlp, save, grad, args)
+    _forward_and_backward("experts_mlp", args)
 
 
 def _inference(layer: Layer, dtype: torch.dtype, tokens: int) -> None:
@@ -123,29 +123,24 @@ def _inference(layer: Layer, dtype: torch.dtype, tokens: int) -> None:
 
 def _merged(layer: Layer, dtype: torch.dtype, tokens: int) -> None:
     args = (*_routed(layer, dtype, tokens), _tensor(layer.E, layer.D, layer.F, dtype=dtype), library.BUILD, "triton")
-    save, grad = merged._experts_merged_save, merged._experts_merged_grad
-    _forward_and_backward(torch.ops.fusedonemoe.experts_merged, save, grad, args)
+    _forward_and_backward("experts_merged", args)
 
 
 def _neurons(layer: Layer, dtype: torch.dtype, tokens: int) -> None:
     tables = (_tensor(layer.E, layer.D, dtype=dtype) for _ in range(2))
     args = (*_routed(layer, dtype, tokens), *tables, layer.activation, library.BUILD, "triton")
-    _forward_and_backward(torch.ops.fusedonemoe.experts_neurons, neurons._neurons_save, neurons._neurons_grad, args)
+    _forward_and_backward("experts_neurons", args)
 
 
 def _values(layer: Layer, dtype: torch.dtype, tokens: int) -> None:
     _, experts, weights = _routed(layer, dtype, tokens)
     args = (experts, weights, _tensor(layer.E, layer.D, dtype=dtype), library.BUILD, "triton")
-    y = torch.ops.fusedonemoe.experts_values(*args)
-    context = _Context([isinstance(arg, Tensor) and arg.is_floating_point() for arg in args])
-    neurons._values_save(context, args, y)
-    neurons._values_grad(context, torch.empty_like(y))
+    _forward_and_backward("experts_values", args)
 
 
 def _product_keys(layer: Layer, dtype: torch.dtype, tokens: int) -> None:
     args = (_tensor(tokens, 2, math.isqrt(layer.E), dtype=dtype), layer.K, False, library.BUILD)
-    save, grad = product_keys._route_save, product_keys._route_grad
-    _forward_and_backward(torch.ops.fusedonemoe.route_product_key, save, grad, args)
+    _forward_and_backward("route_product_key", args)
 
 
 def _lora(layer: Layer, dtype: torch.dtype, tokens: int) -> None:
@@ -157,8 +152,7 @@ def _lora(layer: Layer, dtype: torch.dtype, tokens: int) -> None:
     ]
     numbers = (2.0, 1.0, *rest[2:], layer.save_percent, library.BUILD, "triton")
     args = (*_routed(layer, dtype, tokens), up, down, *rest[:2], *factors, *numbers)
-    save, grad = lora._experts_mlp_lora_save, lora._experts_mlp_lora_grad
-    _forward_and_backward(torch.ops.fusedonemoe.experts_mlp_lora, save, grad, args)
+    _forward_and_backward("experts_mlp_lora", args)
 
 
 def _quantized(layer: Layer, dtype: torch.dtype, tokens: int, bits: int) -> None:

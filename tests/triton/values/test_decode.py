@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from fusedonemoe.ops import grouped, reference
-from fusedonemoe.ops.records import ACTIVATIONS, GATE_UP_LAYOUTS, PLAIN, Activation
+from fusedonemoe.ops import mlp, reference
+from fusedonemoe.ops.records import ACTIVATIONS, GATE_UP_LAYOUTS, MLP_ARGUMENTS, PLAIN, Activation
 from fusedonemoe.ops.triton import decode, rules
 from fusedonemoe.testing import assert_within_budget, exact_float64, make_mlp_inputs
 
@@ -43,8 +43,8 @@ def assert_right(arguments, act=SWIGLU):
         swiglu_alpha=act.alpha,
         swiglu_limit=act.limit,
     )
-    plain = grouped.experts_mlp(*(a if a is None else a.cpu() for a in arguments), act, 0)[0]
-    y = decode.experts_mlp(*arguments, act)
+    plain = mlp.experts_mlp(MLP_ARGUMENTS.call((*(a if a is None else a.cpu() for a in arguments), *act)), 0)[0]
+    y = decode.experts_mlp(MLP_ARGUMENTS.call((*arguments, *act)))
     assert_within_budget(y.cpu(), plain, exact)
     return y
 

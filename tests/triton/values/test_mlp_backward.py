@@ -3,16 +3,17 @@ import dataclasses
 import pytest
 import torch
 
-from fusedonemoe.ops import grouped, reference
-from fusedonemoe.ops.grouped import MLPNeeds
-from fusedonemoe.ops.records import ACTIVATIONS, GATE_UP_LAYOUTS, PLAIN, Activation
-from fusedonemoe.ops.triton import mlp_backward, rules
+from fusedonemoe.ops import grouped, mlp, reference
+from fusedonemoe.ops.records import ACTIVATIONS, GATE_UP_LAYOUTS, MLP_ARGUMENTS, PLAIN, Activation, ExpertsNeeds, SavedRows
+from fusedonemoe.ops.triton import mlp as launches
+from fusedonemoe.ops.triton import rules
 from fusedonemoe.ops.triton.plan import make_plan
 from fusedonemoe.ops.triton.rules import Tile, Tiles
 from fusedonemoe.ops.triton.up import pre_activation
 from fusedonemoe.testing import assert_within_budget, exact_float64, make_mlp_inputs
 
-ALL = MLPNeeds(True, True, True, True, True, True)
+NAMES = MLP_ARGUMENTS.gradients
+ALL = MLP_ARGUMENTS.needs([True] * 6)
 NO_BIAS = ALL._replace(up_bias=False, down_bias=False)
 UNEQUAL = Tiles(
     up=Tile(32, 16, 32, 4, 2, GROUP_M=1),
@@ -51,10 +52,15 @@ def make_inputs(act, *, T=11, D=20, F=23, E=4, K=3, seed=0, **case):
     return inputs, dy_TD
 
 
+def call_of(inputs, act):
+    values = vars(inputs)
+    names = ("x", "experts", "weights", "up_proj", "down_proj", "up_bias", "down_bias")
+    return MLP_ARGUMENTS.call((*(values[name] for name in names), *act))
+
+
 def forward_saves(inputs, act):
     """What the forward keeps, by the torch formulation; rows of no expert hold NaN."""
-    arguments = (inputs.experts, inputs.weights, inputs.up_proj, inputs.down_proj, inputs.up_bias, inputs.down_bias)
-    _, z_NG, order, offsets = grouped.experts_mlp(inputs.x, *arguments, act, 100)
+    _, z_NG, order, offsets = mlp.experts_mlp(call_of(inputs, act), 100)
     z_NG = z_NG.clone()
     z_NG[int(offsets[-1]) :] = float("nan")
     return z_NG, order, offsets
@@ -62,29 +68,13 @@ def forward_saves(inputs, act):
 
 def backward(device, inputs, dy_TD, saved, act, *, needs=None, save_percent=100):
     needs = needs or (NO_BIAS if inputs.up_bias is None else ALL)
-    z, order, offsets = saved
-    on_device = {f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs)}
-    on_device = {name: None if tensor is None else tensor.to(device) for name, tensor in on_device.items()}
-    out = mlp_backward.experts_mlp_backward(
-        dy_TD.to(device),
-        z.to(device),
-        order.to(device),
-        offsets.to(device),
-        on_device["x"],
-        on_device["experts"],
-        on_device["weights"],
-        on_device["up_proj"],
-        on_device["down_proj"],
-        on_device["up_bias"],
-        on_device["down_bias"],
-        act,
-        save_percent,
-        needs,
-    )
-    assert len({id(tensor) for tensor in out}) == 6
+    moved = {name: None if tensor is None else tensor.to(device) for name, tensor in vars(inputs).items()}
+    call = call_of(dataclasses.replace(inputs, **moved), act)
+    kept = SavedRows(*(tensor.to(device) for tensor in saved))
+    out = launches.experts_mlp_backward(dy_TD.to(device), kept, call, save_percent, needs)
     for needed, gradient in zip(needs, out, strict=True):
-        assert gradient.is_contiguous() and (needed or gradient.shape == (0,))
-    return [gradient.cpu() for gradient in out]
+        assert (gradient is not None and gradient.is_contiguous()) if needed else gradient is None
+    return [gradient.cpu() for gradient in MLP_ARGUMENTS.results(out, call.x)]
 
 
 def check(device, act, *, transposed=False, repeat=False, slack=2.0, **case):
@@ -115,17 +105,16 @@ def check(device, act, *, transposed=False, repeat=False, slack=2.0, **case):
         swiglu_limit=act.limit,
     )
     needs = NO_BIAS if inputs.up_bias is None else ALL
-    arguments = (inputs.experts, inputs.weights, inputs.up_proj, inputs.down_proj, inputs.up_bias, inputs.down_bias)
     z_NG, order, offsets = saved
-    plain = grouped.experts_mlp_backward(dy_TD, torch.nan_to_num(z_NG), order, offsets, inputs.x, *arguments, act, 100, needs)
+    plain = mlp.experts_mlp_backward(dy_TD, SavedRows(torch.nan_to_num(z_NG), order, offsets), call_of(inputs, act), 100, needs)
     poisoned = dataclasses.replace(inputs, weights=inputs.weights.masked_fill(outside, float("nan")))
     actual = backward(device, poisoned, dy_TD, saved, act)
     names = [f.name for f in dataclasses.fields(exact)]
-    for name, needed, ours, theirs in zip(names, needs, actual, plain, strict=True):
+    for name, needed, ours, theirs in zip(names, needs[:6], actual, plain[:6], strict=True):
         if needed:
             assert_within_budget(ours, theirs, getattr(exact, name), slack=slack, name=name)
     empty = offsets.diff() == 0
-    for name, needed, gradient in list(zip(names, needs, actual, strict=True))[2:]:
+    for name, needed, gradient in list(zip(names, needs[:6], actual, strict=True))[2:]:
         assert not needed or (gradient[empty] == 0).all(), name
     assert (actual[1][outside] == 0).all()
     if repeat:
@@ -203,7 +192,7 @@ LAUNCHES = {
 }
 
 
-@pytest.mark.parametrize("wanted", MLPNeeds._fields)
+@pytest.mark.parametrize("wanted", NAMES)
 def test_what_is_frozen_is_neither_launched_nor_allocated(device, monkeypatch, wanted):
     act = activation("swiglu_oai", "interleaved")
     inputs, dy_TD = make_inputs(act, bias=True)
@@ -220,12 +209,12 @@ def test_what_is_frozen_is_neither_launched_nor_allocated(device, monkeypatch, w
                 stored.extend(field for field, tensor in out._asdict().items() if tensor.numel())
             return out
 
-        monkeypatch.setattr(mlp_backward, name, recorded)
+        monkeypatch.setattr(launches, name, recorded)
 
     for name in ("hidden_gradient", "grouped_rows", "combine", "grouped_outer", "column_sums", "routing_gradient"):
-        record(name, getattr(mlp_backward, name))
-    alone = backward(device, inputs, dy_TD, saved, act, needs=MLPNeeds(*(name == wanted for name in MLPNeeds._fields)))
-    place = MLPNeeds._fields.index(wanted)
+        record(name, getattr(launches, name))
+    alone = backward(device, inputs, dy_TD, saved, act, needs=ExpertsNeeds(**{wanted: True}))
+    place = NAMES.index(wanted)
     assert torch.equal(alone[place], whole[place])
     assert launched == LAUNCHES[wanted]
     assert stored == {"weights": ["partial"], "down": ["weighted"], "down_bias": []}.get(wanted, ["dz"])

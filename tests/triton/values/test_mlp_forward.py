@@ -6,9 +6,10 @@ import itertools
 import pytest
 import torch
 
-from fusedonemoe.ops import grouped, reference
-from fusedonemoe.ops.records import PLAIN, Activation
-from fusedonemoe.ops.triton import mlp_forward
+from fusedonemoe.ops import mlp, reference
+from fusedonemoe.ops.records import MLP_ARGUMENTS, PLAIN, Activation
+from fusedonemoe.ops.triton import mlp as launches
+from fusedonemoe.ops.triton import rules
 from fusedonemoe.ops.triton.plan import make_plan
 from fusedonemoe.ops.triton.rules import Tile, Tiles
 from fusedonemoe.ops.triton.up import pre_activation, up_projection
@@ -54,6 +55,10 @@ def arguments(inputs):
     )
 
 
+def forward(inputs, act, save_percent, steps=launches):
+    return steps.experts_mlp(MLP_ARGUMENTS.call((*arguments(inputs), *act)), save_percent)
+
+
 def oracle(inputs, act):
     arrays = {name: exact_float64(value) for name, value in vars(inputs).items()}
     gated = act.layout != PLAIN
@@ -63,9 +68,9 @@ def oracle(inputs, act):
 
 
 def check(inputs, act=SILU, save_percent=100):
-    y, z, order, offsets = mlp_forward.experts_mlp(*arguments(inputs), act, save_percent)
+    y, z, order, offsets = forward(inputs, act, save_percent)
     assert y.shape == inputs.x.shape and y.dtype == inputs.x.dtype
-    plain_y, plain_z, plain_order, plain_offsets = grouped.experts_mlp(*arguments(inputs), act, save_percent)
+    plain_y, plain_z, plain_order, plain_offsets = forward(inputs, act, save_percent, mlp)
     assert torch.equal(order, plain_order) and torch.equal(offsets, plain_offsets)
     exact = oracle(inputs, act)
     if exact.any():
@@ -76,7 +81,7 @@ def check(inputs, act=SILU, save_percent=100):
     kept = min(z.shape[0], int(offsets[-1]))
     if kept:
         wide = (None if v is None else v.double() if v.is_floating_point() else v for v in arguments(inputs))
-        exact_z = grouped.experts_mlp(*wide, act, save_percent)[1]
+        exact_z = mlp.experts_mlp(MLP_ARGUMENTS.call((*wide, *act)), save_percent)[1]
         assert_within_budget(z[:kept].cpu(), plain_z[:kept].cpu(), exact_z[:kept].cpu(), name="z")
 
 
@@ -96,7 +101,7 @@ def test_half_precision_equals_the_oracle(act, dtype, device):
 def test_tiles_may_be_cut_anywhere(layout, cut, D, F, device, monkeypatch):
     down = CUTS[cut]._replace(BLOCK_N=CUTS[cut].BLOCK_K, BLOCK_K=CUTS[cut].BLOCK_N)
     tiles = Tiles(CUTS[cut], down, SMALL, SMALL, SMALL, SMALL)
-    monkeypatch.setattr(mlp_forward, "tiles_of", lambda *_, **__: tiles)
+    monkeypatch.setattr(rules, "tiles_of", lambda *_, **__: tiles)
     act = SILU._replace(layout=layout)
     check(make(35, D, F, 3, 2, act=act, device=device, routing="skewed"), act)
 
@@ -107,8 +112,8 @@ def test_weights_may_be_transposed_views(layout, dtype, device):
     act = SILU._replace(layout=layout)
     inputs = make(20, 24, 40, 4, 2, act=act, dtype=dtype, device=device)
     transposed = {name: getattr(inputs, name).mT.contiguous().mT for name in ("up_proj", "down_proj")}
-    y = mlp_forward.experts_mlp(*arguments(inputs), act, 0)[0]
-    assert torch.equal(mlp_forward.experts_mlp(*arguments(dataclasses.replace(inputs, **transposed)), act, 0)[0], y)
+    y = forward(inputs, act, 0)[0]
+    assert torch.equal(forward(dataclasses.replace(inputs, **transposed), act, 0)[0], y)
 
 
 def test_no_argument_need_be_contiguous(device):
@@ -118,10 +123,10 @@ def test_no_argument_need_be_contiguous(device):
         return wide.permute(*range(wide.ndim)[::-1]).contiguous().permute(*range(wide.ndim)[::-1])[..., 0]
 
     inputs = make(20, 24, 40, 4, 3, device=device)
-    y, z, _, _ = mlp_forward.experts_mlp(*arguments(inputs), SILU, 100)
+    y, z, _, _ = forward(inputs, SILU, 100)
     strided = dataclasses.replace(inputs, **{name: restride(value) for name, value in vars(inputs).items()})
     assert not strided.x.is_contiguous() and not strided.experts.is_contiguous() and strided.up_proj.stride(2) != 1
-    again_y, again_z, _, _ = mlp_forward.experts_mlp(*arguments(strided), SILU, 100)
+    again_y, again_z, _, _ = forward(strided, SILU, 100)
     assert torch.equal(again_y, y) and torch.equal(again_z, z)
 
 
@@ -145,26 +150,26 @@ def test_a_weight_standing_at_an_id_out_of_range_is_never_read(value, device):
     inputs = make(12, 16, 16, 4, 3, device=device, routing="out_of_range")
     outside = (inputs.experts < 0) | (inputs.experts >= 4)
     assert outside.any() and not outside.all()
-    y = mlp_forward.experts_mlp(*arguments(inputs), SILU, 100)[0]
+    y = forward(inputs, SILU, 100)[0]
     poisoned = dataclasses.replace(inputs, weights=torch.where(outside, value, inputs.weights))
-    assert torch.equal(mlp_forward.experts_mlp(*arguments(poisoned), SILU, 100)[0], y)
+    assert torch.equal(forward(poisoned, SILU, 100)[0], y)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_an_expert_that_no_token_names_is_never_read(value, device):
     inputs = make(12, 16, 16, 4, 2, device=device)
     inputs = dataclasses.replace(inputs, experts=torch.where(inputs.experts == 2, 3, inputs.experts))
-    y = mlp_forward.experts_mlp(*arguments(inputs), SILU, 100)[0]
+    y = forward(inputs, SILU, 100)[0]
     for tensor in (inputs.up_proj, inputs.down_proj, inputs.up_bias, inputs.down_bias):
         tensor[2] = value
-    assert torch.equal(mlp_forward.experts_mlp(*arguments(inputs), SILU, 100)[0], y)
+    assert torch.equal(forward(inputs, SILU, 100)[0], y)
 
 
 def test_a_token_of_infinities_poisons_no_other_token(device):
     inputs = make(12, 16, 16, 4, 2, device=device)
-    y = mlp_forward.experts_mlp(*arguments(inputs), SILU, 0)[0]
+    y = forward(inputs, SILU, 0)[0]
     inputs.x[5] = torch.inf
-    poisoned = mlp_forward.experts_mlp(*arguments(inputs), SILU, 0)[0]
+    poisoned = forward(inputs, SILU, 0)[0]
     others = torch.arange(12, device=device) != 5
     assert torch.equal(poisoned[others], y[others]) and not poisoned[5].isfinite().all()
 
@@ -177,9 +182,9 @@ def test_a_token_of_infinities_poisons_no_other_token(device):
 def test_saving_less_changes_no_bit(layout, routing, device):
     act = SILU._replace(layout=layout)
     inputs = make(23, 24, 20, 4, 2, act=act, dtype=torch.bfloat16, device=device, routing=routing)
-    y, z, _, offsets = mlp_forward.experts_mlp(*arguments(inputs), act, 100)
+    y, z, _, offsets = forward(inputs, act, 100)
     for save_percent in (0, 37):
-        less_y, less_z, _, _ = mlp_forward.experts_mlp(*arguments(inputs), act, save_percent)
+        less_y, less_z, _, _ = forward(inputs, act, save_percent)
         assert less_z.shape[0] == 46 * save_percent // 100
         kept = min(less_z.shape[0], int(offsets[-1]))
         assert torch.equal(less_y, y) and torch.equal(less_z[:kept], z[:kept]) and z.any()

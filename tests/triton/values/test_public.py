@@ -71,7 +71,7 @@ def test_ids_that_are_every_second_column_of_a_tensor(device):
 
 @pytest.mark.parametrize("T", [1, 3, 40])
 def test_without_gradients_few_rows_need_no_plan(T, device, monkeypatch):
-    from fusedonemoe.ops.triton import decode, mlp_forward
+    from fusedonemoe.ops.triton import decode, mlp
 
     taken = []
 
@@ -82,7 +82,7 @@ def test_without_gradients_few_rows_need_no_plan(T, device, monkeypatch):
 
         return noted
 
-    for name, module in {"decode": decode, "sorted": mlp_forward}.items():
+    for name, module in {"decode": decode, "sorted": mlp}.items():
         monkeypatch.setattr(module, "experts_mlp", noting(name, module.experts_mlp))
     inputs = make_mlp_inputs(T, 40, 24, 6, 2, device=device)
     arguments = (inputs.x, inputs.experts, inputs.weights, inputs.up_proj, inputs.down_proj)

@@ -8,6 +8,8 @@ import torch
 
 from fusedonemoe import functional as F
 from fusedonemoe.ops import reference
+from fusedonemoe.ops.formats import QUANTIZED
+from fusedonemoe.ops.records import Projection
 from fusedonemoe.ops.triton.plan import make_plan
 from fusedonemoe.ops.triton.quantized_rows import quantized_rows
 from fusedonemoe.ops.triton.rules import Tile
@@ -152,7 +154,7 @@ def test_values_of_any_strides(device):
 @pytest.mark.parametrize("tile", [Tile(16, 32, 64, 4, 1), Tile(16, 128, 32, 4, 1), Tile(32, 256, 128, 4, 1)], ids=str)
 @pytest.mark.parametrize("back", [False, True])
 @every_form
-def test_the_kernel_in_any_tile_writes_the_rows_from_the_first_on(form, back, tile, device):
+def test_the_kernel_in_any_tile_writes_the_rows_from_the_first_on(form, back, tile, device, monkeypatch):
     T, O, I = 13, 64, 96  # noqa: E741
     generator = torch.Generator().manual_seed(0)
     weight = F.quantize_weight(torch.randn(E, O, I, generator=generator).to(device), **FORMS[form])
@@ -161,16 +163,17 @@ def test_the_kernel_in_any_tile_writes_the_rows_from_the_first_on(form, back, ti
     plan = make_plan(experts, E, tile.BLOCK_M)
     half: dict[str, Any] = {"device": device, "dtype": torch.float16}  # float32 has smaller tiles
     rows = torch.randn(T, O if back else I, generator=generator).to(**half)
-    out = torch.full((T * K, I if back else O), 7.0, **half)
-    bias = torch.randn(E, out.shape[1], generator=generator).to(**half)
-    options: dict[str, Any] = {"back": back, "bias_EB": bias, "top_k": K, "out_NB": out, "first_row": 3}
-    assert quantized_rows(rows, weight, plan, tile, **options) is out
+    bias = torch.randn(E, O, generator=generator).to(**half)
+    projection = Projection.of(QUANTIZED, weight, bias)
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **options: new_empty(*args, **options).fill_(7))
+    out = quantized_rows(rows, projection, plan, tile, back=back, top_k=K, first_row=3)
     order, routed = plan.order.long(), int(plan.offsets[-1])
     assert 3 < routed < T * K
     for i in range(T * K):
         if 3 <= i < routed:
             e, row = int(experts.reshape(-1)[order[i]]), rows[order[i] // K].double()
-            expected = (row @ wide[e] if back else wide[e] @ row) + bias[e].double()
+            expected = row @ wide[e] if back else wide[e] @ row + bias[e].double()
             torch.testing.assert_close(out[i].double(), expected, rtol=2e-3, atol=2e-2)
         else:
             assert (out[i] == 7).all()

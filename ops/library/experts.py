@@ -1,0 +1,202 @@
+"""The operators of experts that are MLPs: plain, adapted, quantised and packed weights, a row each."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedonemoe.ops import dense, mlp
+from fusedonemoe.ops.cpu import mlp as cpu
+from fusedonemoe.ops.formats import panels
+from fusedonemoe.ops.grouped import saved_rows
+from fusedonemoe.ops.library.registration import NAMESPACE, define_opaque, gpu_kernels, lib, register, register_composite
+from fusedonemoe.ops.library.rows import Compiled, Kernel, Operator
+from fusedonemoe.ops.library.signature import Part, Signature, record
+from fusedonemoe.ops.operands import check_rows, reader_of
+from fusedonemoe.ops.records import (
+    LORA_ARGUMENTS,
+    MLP_ARGUMENTS,
+    PACKED_ARGUMENTS,
+    QUANTIZED_ARGUMENTS,
+    ExpertsArguments,
+    ExpertsCall,
+    ExpertsNeeds,
+    SavedRows,
+)
+from fusedonemoe.ops.shortcut import shortcut
+from fusedonemoe.ops.triton import rules
+
+_SAVED = record(SavedRows, "Tensor z, Tensor order, Tensor offsets")
+_PERCENT = "int save_percent"
+
+
+def _call(arguments: ExpertsArguments) -> Part:
+    return Part(arguments.schema, arguments.call)
+
+
+def _casts(arguments: ExpertsArguments) -> tuple[str, ...]:
+    return tuple(argument.name for argument in arguments.arguments if argument.casts)
+
+
+def _grouped_gradients(arguments: ExpertsArguments) -> Kernel:
+    def backward(dy: Tensor, saved: SavedRows, call: ExpertsCall, save_percent: int, needs: ExpertsNeeds) -> tuple[Tensor, ...]:
+        if arguments is not MLP_ARGUMENTS:  # the products of plain weights take any strides
+            saved = SavedRows(*reader_of(call.x).rows(*saved, call.experts, call.form.up.shape))
+        return arguments.results(mlp.experts_mlp_backward(dy, saved, call, save_percent, needs), call.x)
+
+    return backward
+
+
+def _triton_gradients(arguments: ExpertsArguments) -> Kernel:
+    def backward(dy: Tensor, saved: SavedRows, call: ExpertsCall, save_percent: int, needs: ExpertsNeeds) -> tuple[Tensor, ...]:
+        reader, call = call.read(views=True)  # autograd may have kept the tensors in other strides
+        dy, saved = reader.read("dy", dy, call.x.shape), SavedRows(*reader.rows(*saved, call.experts, call.form.up.shape))
+        gradients = gpu_kernels("mlp").experts_mlp_backward(dy, saved, call, save_percent, needs)
+        return arguments.results(gradients, call.x)
+
+    return backward
+
+
+def _compiled(arguments: ExpertsArguments) -> Compiled:
+    return Compiled(
+        checked=cpu.experts_mlp_checked,
+        direct=cpu.experts_mlp,
+        first=cpu.experts_mlp_output,
+        first_arguments=(_call(arguments),),
+        fake=_forward_fake,
+    )
+
+
+def _compiled_backward(arguments: ExpertsArguments, needs: Part) -> Compiled:
+    def backward(dy: Tensor, saved: SavedRows, call: ExpertsCall, needs: ExpertsNeeds) -> tuple[Tensor, ...]:
+        return arguments.results(cpu.experts_mlp_backward(dy, saved, call, needs), call.x)
+
+    return Compiled(arguments=("Tensor dy", _SAVED, _call(arguments), needs), checked=backward, direct=backward)
+
+
+def _forward_fake(call: ExpertsCall, save_percent: int) -> tuple[Tensor, ...]:
+    x, experts, (E, G, _), N = call.x, call.experts, call.form.up.shape, call.experts.numel()
+    z = x.new_empty(saved_rows(N, save_percent), G)
+    order, offsets = (experts.new_empty(n, dtype=torch.int32) for n in (N, E + 1))
+    return x.new_empty(x.shape), z, order, offsets
+
+
+def _register(
+    name: str,
+    arguments: ExpertsArguments,
+    *,
+    compiled: bool = True,
+    vanishing: tuple[str, ...] = (),
+    ungraded: tuple[str, ...] = (),
+    refusal: str = "",
+) -> Callable[..., Any]:
+    """Register the operator of experts with these arguments, its backward and its composite.
+
+    Args:
+        name: of the operator.
+        arguments: in the row.
+        compiled: whether the compiled CPU kernels serve it.
+        vanishing: in the row of the backward.
+        ungraded: in the row.
+        refusal: in the row.
+    """
+    call, casts = _call(arguments), _casts(arguments)
+    needs = Part("bool[] needs", lambda flat: arguments.needs(*flat))
+    register_composite(f"{name}_dense", (call,), 1, (dense, "experts_mlp_dense"), casts)
+    return register(
+        Operator(
+            name=name,
+            arguments=(call, _PERCENT),
+            results=("y", "z", "order", "offsets"),
+            casts=casts,
+            ungraded=ungraded,
+            refusal=refusal,
+            kernels={"grouped": (mlp, "experts_mlp"), "triton": ("mlp", "experts_mlp")},
+            compiled=_compiled(arguments) if compiled else None,
+            backward=Operator(
+                name=f"{name}_backward",
+                arguments=("Tensor dy", _SAVED, call, _PERCENT, needs),
+                gradients=tuple(argument.name for argument in arguments.arguments if argument.has_gradient),
+                vanishing=vanishing,
+                kernels={"grouped": _grouped_gradients(arguments), "triton": _triton_gradients(arguments)},
+                compiled=_compiled_backward(arguments, needs) if compiled else None,
+            ),
+        )
+    )
+
+
+experts_mlp = _register("experts_mlp", MLP_ARGUMENTS)
+experts_mlp_lora = _register("experts_mlp_lora", LORA_ARGUMENTS, compiled=False, vanishing=("up_A", "up_B", "down_A", "down_B"))
+experts_mlp_quantized = _register(
+    "experts_mlp_quantized",
+    QUANTIZED_ARGUMENTS,
+    ungraded=("up_scale", "down_scale"),
+    refusal="quantised weights have no gradient: their scales must not require one",
+)
+
+
+# Plain weights, for inference on a GPU
+
+
+def _choose_for_inference(call: ExpertsCall) -> str:
+    check_rows(call.experts)
+    return "decode" if rules.few_rows(rules.hint(call.experts.numel()), call.form.up.shape[0]) else "triton"
+
+
+def _without_saved_rows(call: ExpertsCall) -> Tensor:
+    y: Tensor
+    y, *_ = gpu_kernels("mlp").experts_mlp(call, save_percent=0)
+    return y
+
+
+register(
+    Operator(
+        name="experts_mlp_inference",
+        arguments=(_call(MLP_ARGUMENTS),),
+        results=("y",),
+        casts=_casts(MLP_ARGUMENTS),
+        refusal="fusedonemoe::experts_mlp_inference keeps nothing for a backward pass; experts_mlp does",
+        choose=_choose_for_inference,
+        kernels={"decode": ("decode", "experts_mlp"), "triton": _without_saved_rows},
+    )
+)
+
+
+# Packed weights, for inference, and the way back to the weights: compiled CPU kernels without gradients
+
+FOR_INFERENCE = (
+    "packed weights are for inference, and this call records gradients: call it under torch.no_grad() or "
+    "torch.inference_mode(), or call unpack() before training"
+)
+
+
+def _refuse_gradients(*_: Any, **__: Any) -> Any:
+    raise RuntimeError(FOR_INFERENCE)
+
+
+def _packed_fake(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _unpacked_fake(panels: Tensor, rows: int, width: int, layout: str) -> Tensor:
+    return panels.new_empty(panels.shape[0], rows, width)
+
+
+def _register_kernel(
+    name: str, arguments: str | Part, fake: Callable[..., Any], kernel: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Register an operator that is a compiled CPU kernel and nothing else."""
+    signature = Signature.of(arguments)
+    pack = signature.packer(signature)
+    define_opaque(name, signature.schema(symbolic=True), fake, {"CPU": lambda *flat: kernel(*pack(flat))})
+    # Refused in the forward already: its results would otherwise look like constants.
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", _refuse_gradients, setup_context=_refuse_gradients, lib=lib)
+    operator, tensors = getattr(torch.ops.fusedonemoe, name), signature.leading_tensors
+    return shortcut(operator, tensors=tensors, pack=pack, kernel=kernel, first=False, recording=None, impl=None)
+
+
+experts_mlp_packed = _register_kernel("experts_mlp_packed", _call(PACKED_ARGUMENTS), _packed_fake, cpu.experts_mlp_packed)
+unpack_weights = _register_kernel(
+    "unpack_weights", "Tensor panels, int rows, int width, str layout", _unpacked_fake, panels.unpack
+)
