@@ -77,12 +77,21 @@ def experts_mlp_dense(call: ExpertsCall) -> Tensor:
     return sum_of_experts(y_ETD, routed_ET1, x_TD.dtype)
 
 
+def has_no_hint(size: int | torch.SymInt) -> bool:
+    """Return whether a size depends on data, as of a graph that is traced with an unbacked number of tokens."""
+    return isinstance(size, torch.SymInt) and not size.node.has_hint()
+
+
 def experts_merged_dense(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, proj_EDF: Tensor) -> Tensor:
     """``h_t = sum_e (w_te x_t) W_e``: a batched matmul of the weighted tokens of each expert with its weights."""
     weights_ET1, routed_ET1 = by_expert(experts_TK, weights_TK, proj_EDF.shape[0], x_TD.dtype)
     x_ETD = tokens_of_experts(x_TD, routed_ET1)
     proj_EDF = proj_EDF.to(x_ETD.dtype)
-    # A bmm with beta=0, of which nothing is read: Inductor's lowering of bmm asks whether an unbacked number of tokens is 1.
-    unread_E1F = proj_EDF[:, :1].detach()
-    h_ETF = torch.baddbmm(unread_E1F, (weights_ET1 * x_ETD).to(x_ETD.dtype), proj_EDF, beta=0)
+    x_ETD = (weights_ET1 * x_ETD).to(x_ETD.dtype)
+    if has_no_hint(x_TD.shape[0]):
+        # Inductor's lowering of bmm asks whether the number of tokens is 1. It does not of baddbmm, which reads no first operand
+        # with beta=0. Other calls take bmm: torch crashes in a compiled baddbmm whose first operand has no tangent.
+        h_ETF = torch.baddbmm(proj_EDF[:, :1].detach(), x_ETD, proj_EDF, beta=0)
+    else:
+        h_ETF = torch.bmm(x_ETD, proj_EDF)
     return sum_of_experts(h_ETF, routed_ET1, x_TD.dtype)
