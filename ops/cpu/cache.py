@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fusedonemoe.ops.cpu.compiler import Unavailable
-from fusedonemoe.ops.cpu.forks import owned
+from fusedonemoe.ops.cpu.forks import open_beyond_standard, owned
 from fusedonemoe.ops.notice import say
 
 CHECKSUM_BYTES = 12
@@ -120,7 +120,7 @@ class Folder:
         for folder in (*reversed(path.parents), path):
             if not folder.is_dir():
                 folder.mkdir(mode=0o700, exist_ok=True)
-        self.descriptor: int = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        self.descriptor: int = open_beyond_standard(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             _check_own(path, os.fstat(self.descriptor))
         except BaseException:
@@ -146,7 +146,8 @@ class Folder:
         if path.is_symlink():
             raise _refuse(path, "is a symbolic link")
         try:
-            descriptor = os.open(self._at(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a FIFO would make open() wait
+            # Non-blocking, because a FIFO would make open() wait.
+            descriptor = open_beyond_standard(self._at(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except FileNotFoundError:
             return None
         try:
@@ -183,7 +184,7 @@ class Folder:
 
     def keep(self, library: bytes, name: str, working: str) -> None:
         """Put a library into the cache, whole or not at all."""
-        descriptor = os.open(f"{working}/{name}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o700)
+        descriptor = open_beyond_standard(f"{working}/{name}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o700)
         with open(descriptor, "wb") as file:
             file.write(library + checksum(library))  # the loader reads no further than the library's headers say
         os.replace(f"{working}/{name}", self._at(name))
@@ -240,7 +241,7 @@ class Folder:
             time.sleep(SECONDS_BETWEEN_TRIES)
 
     def _open_lock(self) -> tuple[int]:
-        return (os.open(self._at("lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600),)
+        return (open_beyond_standard(self._at("lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600),)
 
     def _try(self, descriptor: int) -> bool | None:
         """Return True with the lock, False without it, None where there are no locks."""

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fusedonemoe.ops.cpu.forks import no_fork, owned
+from fusedonemoe.ops.cpu.forks import beyond_standard, no_fork, open_beyond_standard, owned
 
 SECONDS_TO_DIE = 5.0
 # The shell's exit codes for a command that it could not start.
@@ -47,6 +47,10 @@ def _first_line(message: Path) -> str:
     return (message.read_text(errors="replace").strip().splitlines() or ["no message"])[0]
 
 
+def _pipe() -> tuple[int, ...]:
+    return tuple(map(beyond_standard, os.pipe()))
+
+
 def run(commands: list[list[str]], folder: str, seconds: float) -> None:
     """Run commands of one compiler side by side.
 
@@ -63,10 +67,10 @@ def run(commands: list[list[str]], folder: str, seconds: float) -> None:
     compiler, end = commands[0][0], time.monotonic() + seconds
     messages = [Path(folder, f"{index}.txt") for index in range(len(commands))]
     running: list[subprocess.Popen[bytes]] = []
-    with owned(os.pipe) as (reading, _):
+    with owned(_pipe) as (reading, _):
         try:
             for command, message in zip(commands, messages, strict=True):
-                with message.open("wb") as stderr:
+                with open(message, "wb", opener=open_beyond_standard) as stderr:
                     pipes: dict[str, Any] = {"stdin": reading, "stdout": subprocess.DEVNULL, "stderr": stderr}
                     shell = ["/bin/sh", "-c", GUARDED, "sh", *command]
                     with no_fork:
