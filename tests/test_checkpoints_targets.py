@@ -1,5 +1,6 @@
 """What a checkpoint is loaded into: everything is checked before the first number is written, and dtypes are converted."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -84,6 +85,12 @@ def test_tensors_without_plain_numbers_are_refused(key):
     state = _state(_moe())
     _refuses(state | {key: state[key].to("meta")}, TypeError, f"{key} must be memory, got a tensor on the meta device")
     _refuses(state | {key: state[key].to_sparse()}, TypeError, f"{key} must be a dense tensor, got torch.sparse_coo")
+    with warnings.catch_warnings(action="ignore"):  # of a prototype
+        nested = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+    _refuses(state | {key: nested}, TypeError, f"{key} must be a dense tensor, got a nested one")
+    freed = state[key].clone()
+    freed.untyped_storage().resize_(0)
+    _refuses(state | {key: freed}, TypeError, f"{key} must be a tensor with memory, got one whose memory was freed")
     from torch._subclasses import FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -156,6 +163,10 @@ def test_a_module_whose_tensors_cannot_take_the_numbers_is_refused(name):
     expanded = torch.zeros(1).expand(like.shape) if like.numel() > 1 else None
     if expanded is not None:
         _refuses(state, ValueError, f"{name} of into must have memory of its own", into=replaced(expanded))
+    freed = replaced(like.clone())
+    freed.state_dict()[name].untyped_storage().resize_(0)
+    with pytest.raises(TypeError, match=rf"{name} must be a tensor with memory, got one whose memory was freed"):
+        load_experts(state, into=freed)
     with torch.inference_mode():
         made = like.clone()
     _refuses(state, RuntimeError, f"{name} of into was made in inference mode", into=replaced(made))

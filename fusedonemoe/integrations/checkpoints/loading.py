@@ -152,6 +152,10 @@ def load_experts(
         raise ValueError("dtype and device are those of the module: give them without into")
     if dtype is not None and dtype not in FLOATS:
         raise TypeError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype}")
+    if prefix is not None and not isinstance(prefix, str):
+        raise TypeError(f"prefix must be a string, got {prefix!r}")
+    if layer is not None:
+        check_integer("layer", layer)
     if prefix is not None and layer is not None:
         raise ValueError(f"give either prefix or layer, got both: {prefix!r} and {layer!r}")
     with Source(checkpoint) as source:
