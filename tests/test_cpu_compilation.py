@@ -280,3 +280,26 @@ def test_closed_standard_streams_are_no_obstacle(compiler, tmp_path, closed, out
     result = (tmp_path / "result").read_text()
     assert result.isdigit() if outcome == "kernels" else result.endswith("failed: no luck")
     assert cached(tmp_path)[0].suffix == (".so" if outcome == "kernels" else ".failed")
+
+
+@pytest.mark.parametrize("outcome", ["kernels", "none"])
+def test_a_process_that_ignores_its_children_learns_how_they_ended(compiler, outcome):
+    if outcome == "none":
+        write_compiler("echo no luck >&2; exit 1")
+    out, _ = finished(process(["import signal\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)\n", REASON]))
+    assert out.isdigit() if outcome == "kernels" else out.endswith("failed: no luck")
+
+
+def test_what_a_killed_process_has_left_is_removed_by_one_that_needs_no_compiler(compiler, tmp_path):
+    write_compiler('case "$*" in *-DOTHER*) sleep 60;; esac; make_it "$@"')
+    finished(load_in_a_process())
+    (library,) = cached(tmp_path)
+    holder = load_in_a_process(FUSEDONEMOE_CXXFLAGS="-DOTHER")
+    assert "compiling" in holder.stderr.readline()
+    wait_until(lambda: len(cached(tmp_path)) == 3)
+    finished(load_in_a_process())  # while the other is at work
+    assert {path.name.partition("-")[0] for path in cached(tmp_path)} == {"compiling", "kernels", "lock"}
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.communicate()
+    finished(load_in_a_process())
+    assert cached(tmp_path) == [library]

@@ -16,13 +16,14 @@ import errno
 import hashlib
 import itertools
 import os
+import re
 import shutil
 import stat
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from fusedonemoe.ops.cpu.compiler import Unavailable
 from fusedonemoe.ops.cpu.forks import open_beyond_standard, owned
@@ -33,6 +34,10 @@ SECONDS_BETWEEN_TRIES = 0.1
 ATTEMPTS = 2  # failed compilations after which processes that waited for them give up too
 IS_BY_DESCRIPTOR = os.path.isdir("/proc/self/fd")
 WORKING = "compiling-"
+# What versions before the lock left behind when they were killed, and for how long it may be at work.
+OLD_WORKING = re.compile("tmp[a-z0-9_]{8}")
+OLD_FILES = {"f32.o", "bf16.o", "f16.o", "kernels.so"}
+SECONDS_UNTIL_OLD = 86_400
 # How a file system says that it has no locks.
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)
 ADVICE = "set FUSEDONEMOE_CACHE_DIR to a folder that is yours and that no other user can write"
@@ -179,8 +184,27 @@ class Folder:
     def remove_remains(self) -> None:
         """Remove the working folders of compilations that were killed; the lock must be held."""
         for name in os.listdir(self.name):
-            if name.startswith(WORKING):
+            if name.startswith(WORKING) or self._is_of_an_older_version(name):
                 shutil.rmtree(self._at(name), ignore_errors=True)
+
+    def _is_of_an_older_version(self, name: str) -> bool:
+        """Return whether a name is of a working folder that versions without the lock left, and not of another program's."""
+        if not OLD_WORKING.fullmatch(name):
+            return False
+        with contextlib.suppress(OSError):
+            status = os.lstat(self._at(name))
+            is_old = stat.S_ISDIR(status.st_mode) and time.time() - status.st_mtime > SECONDS_UNTIL_OLD
+            return is_old and set() < set(os.listdir(self._at(name))) <= OLD_FILES
+        return False
+
+    def tidy(self) -> None:
+        """Remove what killed compilations have left, unless one is at work now."""
+        with contextlib.suppress(OSError):  # the cache may be read-only
+            if any(name == "lock" or name.startswith(WORKING) for name in os.listdir(self.name)):
+                with owned(self._open_lock) as (descriptor,):
+                    if self._try(descriptor):
+                        self.remove_remains()
+                        self._remove_lock()
 
     def keep(self, library: bytes, name: str, working: str) -> None:
         """Put a library into the cache, whole or not at all."""
@@ -192,7 +216,8 @@ class Folder:
     def failures(self, name: str) -> Failures:
         """Return the failures of the library's compilation."""
         try:
-            times, _, reason = Path(self._at(f"{name}.failed")).read_text(errors="replace").partition("\n")
+            with self._open_failures(name, os.O_RDONLY) as file:
+                times, _, reason = file.read().partition("\n")
             return Failures(int(times), reason)
         except (OSError, ValueError):
             return Failures(0, "")
@@ -200,13 +225,20 @@ class Folder:
     def note_failure(self, name: str, reason: str) -> None:
         """Count one more failure."""
         times = self.failures(name).times + 1
-        with contextlib.suppress(OSError):  # a full disk may be the very reason
-            Path(self._at(f"{name}.failed")).write_text(f"{times}\n{reason}")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        with contextlib.suppress(OSError), self._open_failures(name, flags) as file:  # a full disk may be the very reason
+            file.write(f"{times}\n{reason}")
+
+    def _open_failures(self, name: str, flags: int) -> IO[str]:
+        # Non-blocking, because a FIFO would make open() wait.
+        descriptor = open_beyond_standard(self._at(f"{name}.failed"), flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+        return open(descriptor, "w" if flags & os.O_WRONLY else "r", encoding="utf-8", errors="replace")
 
     def forget_failures(self) -> None:
         """Forget the failures after a success, and with them those of compilers and sources that are gone."""
-        for path in Path(self.name).glob("*.failed"):
-            path.unlink(missing_ok=True)
+        for path in Path(self.name).glob("kernels-*.so.failed"):
+            with contextlib.suppress(OSError):  # a folder of this name is not ours
+                path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def lock(self, seconds: float) -> Iterator[bool]:
@@ -231,7 +263,7 @@ class Folder:
                         try:
                             yield True
                         finally:
-                            Path(self._at("lock")).unlink(missing_ok=True)
+                            self._remove_lock()
                         return
             if time.monotonic() > end:
                 raise Unavailable(f"another process has been compiling the kernels into {self.path} for {seconds} seconds")
@@ -239,6 +271,9 @@ class Folder:
                 say(f"another process compiles the CPU kernels into {self.path}; waiting for it, {seconds} seconds at most ...")
                 has_said = True
             time.sleep(SECONDS_BETWEEN_TRIES)
+
+    def _remove_lock(self) -> None:
+        Path(self._at("lock")).unlink(missing_ok=True)
 
     def _open_lock(self) -> tuple[int]:
         return (open_beyond_standard(self._at("lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600),)

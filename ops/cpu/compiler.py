@@ -55,7 +55,7 @@ def run(commands: list[list[str]], folder: str, seconds: float) -> None:
     """Run commands of one compiler side by side.
 
     Args:
-        commands: The commands; each begins with the compiler.
+        commands: The commands; each begins with the compiler and ends with the file that it makes.
         folder: The folder that they run in. Their messages are written there too: a pipe would stay open as long as any process
             that a compiler started.
         seconds: The time for all of them together.
@@ -75,11 +75,12 @@ def run(commands: list[list[str]], folder: str, seconds: float) -> None:
                     shell = ["/bin/sh", "-c", GUARDED, "sh", *command]
                     with no_fork:
                         running.append(subprocess.Popen(shell, cwd=folder, start_new_session=True, **pipes))
-            for process, message in zip(running, messages, strict=True):
+            for process, command, message in zip(running, commands, messages, strict=True):
                 code = process.wait(max(0.0, end - time.monotonic()))
                 if code in NOT_STARTED:
                     raise Unavailable(f"{compiler} could not be run: {_first_line(message)}")
-                if code:
+                # Where this process ignores SIGCHLD, the code of a command that failed is lost, and Python makes it 0.
+                if code or not Path(folder, command[-1]).exists():
                     raise Unavailable(f"{compiler} failed: {_first_line(message)}")
         finally:
             for process in running:
