@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 from fusedonemoe import MoE
-from fusedonemoe.integrations.checkpoints import list_blocks, load_experts
+from fusedonemoe.integrations.checkpoints import files, list_blocks, load_experts
 from tests.checkpoint_layouts import make
 
 E, D, F_ = 3, 5, 4
@@ -242,6 +243,32 @@ def test_json_of_other_bytes(shards, trial, tmp_path, file):
     assert trial.refusals == len(RAW) + 1
 
 
+@pytest.mark.parametrize("file", ["model.safetensors.index.json", "config.json"])
+def test_json_that_is_no_regular_file_or_a_large_one(shards, trial, tmp_path, monkeypatch, file):
+    folder = _copies(shards, tmp_path)
+    (folder / file).write_text((folder / file).read_text() + " " * 1000)
+    trial(folder)
+    monkeypatch.setattr(files, "MOST_JSON", 1000)
+    trial(folder)
+    (folder / file).unlink()
+    os.mkfifo(folder / file)  # which has no writer
+    trial(folder)
+    (folder / file).unlink()
+    (folder / file).symlink_to("/dev/zero")  # which has no end
+    trial(folder)
+    assert (trial.loads, trial.refusals) == (1, 3)
+
+
+def test_one_repeated_name_costs_no_more_than_another(shards, tmp_path):
+    folder = _copies(shards, tmp_path)
+    names = ",".join(f'"{i}":"part-0.safetensors"' for i in range(15_000))
+    (folder / "model.safetensors.index.json").write_text(f'{{"weight_map": {{"0": "part-0.safetensors", {names}}}}}')
+    begun = time.process_time()
+    with pytest.raises(ValueError, match=r"names that occur twice: \['0'\]"):
+        list_blocks(folder)
+    assert time.process_time() - begun < 3
+
+
 def test_an_index_of_other_values(shards, trial, tmp_path):
     folder = _copies(shards, tmp_path)
     index = folder / "model.safetensors.index.json"
@@ -340,6 +367,7 @@ def _torch_files(state: dict[str, Tensor]) -> Iterator[Any]:
     yield state | {first: state[first].to_sparse()}
     yield state | {first: torch.quantize_per_tensor(state[first], 0.1, 0, torch.qint8)}
     yield state | {first: state[first].to("meta")}
+    yield state | {first: state[first][:1].clone().expand(state[first].shape)}  # one number may be called a billion
 
 
 def test_torch_files_of_other_contents(state, trial, tmp_path):

@@ -192,6 +192,12 @@ def test_arguments_that_do_not_fit_are_refused():
         load(state, into=_moe(), dtype=torch.float32)
     with pytest.raises(TypeError, match="dtype must be float64"):
         load(state, dtype=torch.int8)
+    for prefix in (3, b"x", ["x"]):
+        with pytest.raises(TypeError, match="prefix must be a string, got "):
+            load(state, prefix=prefix)
+    for layer in ("0", False, torch.tensor([0, 1])):
+        with pytest.raises(TypeError, match="layer must be an integer, got "):
+            load(state, layer=layer)
     with pytest.raises(TypeError, match="num_experts must be an integer"):
         load(state, num_experts=3.0)
     with pytest.raises(ValueError, match="into is on the meta device"):

@@ -1,15 +1,18 @@
 """What a checkpoint is loaded into: everything is checked before the first number is written, and dtypes are converted."""
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from fusedonemoe import Experts, MoE, MoEConfig, QuantizedExperts, add_lora
 from fusedonemoe.integrations.checkpoints import ExpertWeights, load_experts, sources, to_state_dict
-from tests.checkpoint_layouts import make, same
+from fusedonemoe.integrations.checkpoints.targets import named_tensors
+from tests.checkpoint_layouts import LAYOUTS, loaded, make, same
 
 D, F_, E = 5, 4, 3
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -82,6 +85,12 @@ def test_tensors_without_plain_numbers_are_refused(key):
     state = _state(_moe())
     _refuses(state | {key: state[key].to("meta")}, TypeError, f"{key} must be memory, got a tensor on the meta device")
     _refuses(state | {key: state[key].to_sparse()}, TypeError, f"{key} must be a dense tensor, got torch.sparse_coo")
+    with warnings.catch_warnings(action="ignore"):  # of a prototype
+        nested = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+    _refuses(state | {key: nested}, TypeError, f"{key} must be a dense tensor, got a nested one")
+    freed = state[key].clone()
+    freed.untyped_storage().resize_(0)
+    _refuses(state | {key: freed}, TypeError, f"{key} must be a tensor with memory, got one whose memory was freed")
     from torch._subclasses import FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -115,6 +124,18 @@ def test_floating_dtypes_are_rounded_to_the_modules(stored, dtype):
         assert tensor.dtype == kept and torch.equal(tensor, state[f"mlp.{weights.block_names[name]}"].to(kept)), name
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("own", "other"), [(torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16), (*FLOATS[1::-1],)])
+def test_numbers_that_are_stored_in_several_dtypes_are_not_narrowed(layout, own, other):
+    """Each tensor in turn is the only one of its dtype; none may be rounded to that of another."""
+    state = make(layout, E, D, F_)
+    for key in state:
+        mixed = {name: tensor.to(other if name == key else own) for name, tensor in state.items()}
+        weights, exact = loaded(mixed, layout), loaded({name: tensor.double() for name, tensor in mixed.items()}, layout)
+        for name, tensor in named_tensors(weights).items():
+            assert torch.equal(tensor.double(), named_tensors(exact)[name]), (key, name)
+
+
 # The module
 
 
@@ -142,6 +163,10 @@ def test_a_module_whose_tensors_cannot_take_the_numbers_is_refused(name):
     expanded = torch.zeros(1).expand(like.shape) if like.numel() > 1 else None
     if expanded is not None:
         _refuses(state, ValueError, f"{name} of into must have memory of its own", into=replaced(expanded))
+    freed = replaced(like.clone())
+    freed.state_dict()[name].untyped_storage().resize_(0)
+    with pytest.raises(TypeError, match=rf"{name} must be a tensor with memory, got one whose memory was freed"):
+        load_experts(state, into=freed)
     with torch.inference_mode():
         made = like.clone()
     _refuses(state, RuntimeError, f"{name} of into was made in inference mode", into=replaced(made))
@@ -206,6 +231,52 @@ def test_other_kinds_of_modules_are_refused():
     extra.register_buffer("step", torch.zeros(()))
     with pytest.raises(ValueError, match=r"got \['step'\] as well, which no checkpoint has"):
         load_experts(state, into=extra)
+
+
+class Scaled(nn.Module):
+    def forward(self, weight):
+        return weight * 1.0
+
+    def right_inverse(self, weight):
+        return weight
+
+
+@pytest.mark.parametrize("compute", [
+    lambda owner, name: prune.identity(owner, name),
+    lambda owner, name: nn.utils.parametrize.register_parametrization(owner, name, Scaled()),
+], ids=["pruned", "parametrised"])  # fmt: skip
+@pytest.mark.parametrize("name", [name for name in TENSORS if name != "output_bias"])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_weights_that_something_computes_are_refused(compute, name, frozen):
+    """Numbers written into a result would be gone at the next call, with the rest of the module loaded."""
+    moe = _moe().requires_grad_(not frozen)
+    owner, leaf = moe.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+    if isinstance(getattr(owner, leaf), nn.Parameter):
+        compute(owner, leaf)
+        with torch.set_grad_enabled(not frozen):
+            _refuses(_state(_moe()), ValueError, name.rpartition(".")[0], into=moe)
+
+
+@pytest.mark.parametrize("hook", [
+    lambda moe, state, prefix, metadata: {name: tensor.clone() for name, tensor in state.items()},
+    lambda moe, state, prefix, metadata: state.update({name: tensor.detach().cpu() + 0 for name, tensor in state.items()}),
+], ids=["another", "in place"])  # fmt: skip
+def test_a_state_dict_of_copies_does_not_catch_the_numbers(hook):
+    moe, state = _moe(), _state(_moe())
+    moe._register_state_dict_hook(hook)
+    load_experts(state, into=moe)
+    assert same(state, _state(moe))
+
+
+def test_adapters_are_merged_into_parameters_alone():
+    moe: Any = MoE(hidden_size=16, intermediate_size=16, num_experts=E, top_k=2).requires_grad_(False)
+    nn.utils.parametrize.register_parametrization(moe.experts, "down_proj", Scaled())
+    adapters: Any = add_lora(moe, r=2)["experts"]
+    before = adapters.base.gate_up_proj.clone()
+    for merge in (adapters.merge, adapters.unload):
+        with pytest.raises(RuntimeError, match="down_proj of the base must be a parameter to merge into"):
+            merge()
+    assert not adapters.merged and torch.equal(adapters.base.gate_up_proj, before)
 
 
 def test_quantised_and_sharded_parameters_are_refused():

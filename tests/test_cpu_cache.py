@@ -10,7 +10,7 @@ import pytest
 
 from fusedonemoe.ops.cpu import build, cache
 from tests.test_cpu_build import LOAD, compiler, finished, load_in_a_process, needs_kernels, process
-from tests.test_cpu_compilation import REASON, attempts, reason_of
+from tests.test_cpu_compilation import REASON, attempts, reason_of, write_compiler
 
 __all__ = ["compiler"]
 pytestmark = [needs_kernels, pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no users")]
@@ -262,6 +262,42 @@ def test_what_does_not_fit_when_it_is_new_is_made_once(planted, compiler, tmp_pa
         f"{planted} has no {SYMBOL.decode()}" if content == "without a symbol" else "the kernels could not be cached or loaded: "
     )
     assert all(text in reason for reason in reasons) and attempts(compiler) == 1
+
+
+# What else is in the folder
+
+
+@pytest.mark.parametrize(
+    "make", [os.mkdir, os.mkfifo, lambda path: os.symlink("/dev/zero", path)], ids=["folder", "fifo", "link"]
+)
+@pytest.mark.parametrize("outcome", ["kernels", "none"])
+def test_what_has_the_name_of_a_note_of_failures_is_no_obstacle(planted, compiler, make, outcome):
+    make(f"{planted}.failed")
+    make(planted.parent / "kernels-x.so.failed")
+    (planted.parent / "notes.failed").touch()
+    planted.unlink()
+    if outcome == "none":
+        write_compiler("echo no luck >&2; exit 1")
+    result = load_again()
+    assert not isinstance(result, str) if outcome == "kernels" else result.endswith("failed: no luck")
+    assert (planted.parent / "notes.failed").exists()
+
+
+def test_the_next_compilation_removes_what_older_versions_left(planted, compiler):
+    folders = [planted.parent / f"tmp{name}" for name in ("abcdefg_", "abcdefg1", "abcdefg2", "abcdefg3", "other")]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "f32.o").touch()
+        os.utime(folder, (0, 0))
+    old, new, empty, others, _ = folders
+    os.utime(new)
+    (empty / "f32.o").unlink()
+    (others / "data").touch()
+    for folder in (empty, others):
+        os.utime(folder, (0, 0))
+    planted.unlink()
+    assert not isinstance(load_again(), str)
+    assert not old.exists() and all(folder.exists() for folder in folders[1:])
 
 
 def test_a_system_without_users_goes_on_without_kernels(compiler):

@@ -260,3 +260,46 @@ def test_no_stderr_is_no_obstacle(compiler, tmp_path, stderr, outcome):
     restore = "sys.stderr = sys.__stderr__" if stderr == "Raises()" else ""
     out, err = finished(process([BUILD, script, REASON.removeprefix(BUILD), restore]))
     assert (out.isdigit() if outcome == "kernels" else out.endswith("failed: no luck")) and "\n" not in out and err == ""
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("outcome", ["kernels", "none"])
+def test_closed_standard_streams_are_no_obstacle(compiler, tmp_path, closed, outcome):
+    """A descriptor of ours that took such a number would be gone in the compiler, or would get what is written to stderr."""
+    if outcome == "none":
+        write_compiler("echo no luck >&2; exit 1")
+    script = f"""
+        import os
+        for number in {closed}:
+            os.close(number)
+        def print(text):
+            with open({str(tmp_path / "result")!r}, "w") as file:
+                file.write(str(text))
+    """
+    process([script, REASON]).wait(60)
+    result = (tmp_path / "result").read_text()
+    assert result.isdigit() if outcome == "kernels" else result.endswith("failed: no luck")
+    assert cached(tmp_path)[0].suffix == (".so" if outcome == "kernels" else ".failed")
+
+
+@pytest.mark.parametrize("outcome", ["kernels", "none"])
+def test_a_process_that_ignores_its_children_learns_how_they_ended(compiler, outcome):
+    if outcome == "none":
+        write_compiler("echo no luck >&2; exit 1")
+    out, _ = finished(process(["import signal\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)\n", REASON]))
+    assert out.isdigit() if outcome == "kernels" else out.endswith("failed: no luck")
+
+
+def test_what_a_killed_process_has_left_is_removed_by_one_that_needs_no_compiler(compiler, tmp_path):
+    write_compiler('case "$*" in *-DOTHER*) sleep 60;; esac; make_it "$@"')
+    finished(load_in_a_process())
+    (library,) = cached(tmp_path)
+    holder = load_in_a_process(FUSEDONEMOE_CXXFLAGS="-DOTHER")
+    assert "compiling" in holder.stderr.readline()
+    wait_until(lambda: len(cached(tmp_path)) == 3)
+    finished(load_in_a_process())  # while the other is at work
+    assert {path.name.partition("-")[0] for path in cached(tmp_path)} == {"compiling", "kernels", "lock"}
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.communicate()
+    finished(load_in_a_process())
+    assert cached(tmp_path) == [library]

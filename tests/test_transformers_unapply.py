@@ -19,6 +19,7 @@ from fusedonemoe.integrations.transformers import apply, disable, enable, router
 from tests.transformers_families import build  # noqa: E402
 
 IDS = torch.arange(18).view(2, 9) + 3
+HELD: dict[Any, Any] = {}
 ALL = "2 of 2 MoE layers use fusedonemoe."
 FUSED = "  2 x Qwen3MoeExperts: silu, fused; router: softmax, top 3, fused"
 
@@ -147,6 +148,22 @@ def by_object(gate: Any) -> Callable[[], int]:
     return lambda: gate.forward.calls
 
 
+class Slotted:
+    __slots__ = ("calls", "wrapped")
+
+    def __init__(self, wrapped: Callable[..., Any]) -> None:
+        self.wrapped, self.calls = wrapped, 0
+
+    def __call__(self, *args: Any) -> Any:
+        self.calls += 1
+        return self.wrapped(*args)
+
+
+def by_object_with_slots(gate: Any) -> Callable[[], int]:
+    gate.forward = Slotted(gate.forward)
+    return lambda: gate.forward.calls
+
+
 def by_torch_compile(gate: Any) -> Callable[[], int]:
     count = by_closure(gate)
     gate.forward = torch.compile(gate.forward, backend="eager")
@@ -174,11 +191,21 @@ WRAPPERS = (
     by_method,
     by_partial,
     by_object,
+    by_object_with_slots,
     by_torch_compile,
     by_compile_in_place,
     by_hooks,
 )
 BY_ACCELERATE = (by_accelerate, by_accelerate_twice, by_alignment)
+
+
+def test_a_wrapper_that_cannot_be_looked_into_is_not_said_to_be_the_routers_own(monkeypatch):
+    model: Any = build("qwen3_moe")
+    apply(model)
+    for index, gate in enumerate(gates(model)):
+        monkeypatch.setitem(HELD, index, gate.forward)
+        gate.forward = lambda *args, index=index: HELD[index](*args)
+    assert "router: its own: its forward was replaced after this library fused it" in str(apply(model))
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS)

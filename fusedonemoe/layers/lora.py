@@ -211,11 +211,13 @@ class LoRAExperts(RefusesPeft):
         :meth:`unload` keeps no copy.
 
         Raises:
-            RuntimeError: they are merged already.
+            RuntimeError: they are merged already, or pruning or a parametrization computes a weight of the base.
         """
         self.unpack()
-        for name, merged in self.merged_weights().items():
-            parameter = getattr(self.base, name)
+        merged_weights = self.merged_weights()
+        parameters = {name: _own_parameter(self.base, name) for name in merged_weights}
+        for name, merged in merged_weights.items():
+            parameter = parameters[name]
             self._originals[name] = parameter.data
             parameter.data = merged
 
@@ -237,13 +239,16 @@ class LoRAExperts(RefusesPeft):
 
         Args:
             merge: add the adapters to its weights first, in place, one expert at a time.
+
+        Raises:
+            RuntimeError: pruning or a parametrization computes a weight that they would be added to.
         """
         if self.merged:
             self.unmerge()
         self.unpack()
         if merge:
-            for target in self.targets:
-                weight = getattr(self.base, self.form.name(target)).data
+            weights = {target: _own_parameter(self.base, self.form.name(target)).data for target in self.targets}
+            for target, weight in weights.items():
                 self._merge_into(target, weight, weight)
         return self.base
 
@@ -268,6 +273,14 @@ class LoRAExperts(RefusesPeft):
         """The adapters, for ``print(module)``."""
         adapters = (f"{target}: r={self.r[target]}, scale={self.scale[target]:g}" for target in self.targets)
         return ", ".join((*adapters, "merged" if self.merged else "not merged"))
+
+
+def _own_parameter(base: nn.Module, name: str) -> nn.Parameter:
+    """Return a parameter of the base. What is written into the result of a computation would be lost."""
+    weight = getattr(base, name)
+    if not any(weight is parameter for parameter in base.parameters()):
+        raise RuntimeError(f"{name} of the base must be a parameter to merge into: remove its parametrisation or pruning first")
+    return weight
 
 
 def refuse_merged(module: nn.Module, *_: Any) -> None:

@@ -159,6 +159,8 @@ def _find() -> ctypes.CDLL:
             library = _open(folder, name, folder.look(name))
             if isinstance(library, str):
                 folder.note_failure(name, library)
+        else:
+            folder.tidy()
     if isinstance(library, str):
         raise Unavailable(library)
     return library

@@ -16,16 +16,17 @@ import errno
 import hashlib
 import itertools
 import os
+import re
 import shutil
 import stat
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from fusedonemoe.ops.cpu.compiler import Unavailable
-from fusedonemoe.ops.cpu.forks import owned
+from fusedonemoe.ops.cpu.forks import open_beyond_standard, owned
 from fusedonemoe.ops.notice import say
 
 CHECKSUM_BYTES = 12
@@ -33,6 +34,10 @@ SECONDS_BETWEEN_TRIES = 0.1
 ATTEMPTS = 2  # processes that wait give up after so many failed compilations
 IS_BY_DESCRIPTOR = os.path.isdir("/proc/self/fd")
 WORKING = "compiling-"
+# Folders that killed compilations of versions before the lock left. Younger ones may still be at work.
+OLD_WORKING = re.compile("tmp[a-z0-9_]{8}")
+OLD_FILES = {"f32.o", "bf16.o", "f16.o", "kernels.so"}
+SECONDS_UNTIL_OLD = 86_400
 # Errors of a file system without locks.
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)
 ADVICE = "set FUSEDONEMOE_CACHE_DIR to a folder that is yours and that no other user can write"
@@ -120,7 +125,7 @@ class Folder:
         for folder in (*reversed(path.parents), path):
             if not folder.is_dir():
                 folder.mkdir(mode=0o700, exist_ok=True)
-        self.descriptor: int = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        self.descriptor: int = open_beyond_standard(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             _check_own(path, os.fstat(self.descriptor))
         except BaseException:
@@ -146,7 +151,8 @@ class Folder:
         if path.is_symlink():
             raise _refuse(path, "is a symbolic link")
         try:
-            descriptor = os.open(self._at(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a FIFO would make open() wait
+            # Non-blocking, because a FIFO would make open() wait.
+            descriptor = open_beyond_standard(self._at(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except FileNotFoundError:
             return None
         try:
@@ -178,12 +184,31 @@ class Folder:
     def remove_remains(self) -> None:
         """Remove the working folders of compilations that were killed; the lock must be held."""
         for name in os.listdir(self.name):
-            if name.startswith(WORKING):
+            if name.startswith(WORKING) or self._is_of_an_older_version(name):
                 shutil.rmtree(self._at(name), ignore_errors=True)
+
+    def _is_of_an_older_version(self, name: str) -> bool:
+        """Return whether a name is of a working folder that versions without the lock left, and not of another program's."""
+        if not OLD_WORKING.fullmatch(name):
+            return False
+        with contextlib.suppress(OSError):
+            status = os.lstat(self._at(name))
+            is_old = stat.S_ISDIR(status.st_mode) and time.time() - status.st_mtime > SECONDS_UNTIL_OLD
+            return is_old and set() < set(os.listdir(self._at(name))) <= OLD_FILES
+        return False
+
+    def tidy(self) -> None:
+        """Remove what killed compilations have left, unless one is at work now."""
+        with contextlib.suppress(OSError):  # the cache may be read-only
+            if any(name == "lock" or name.startswith(WORKING) for name in os.listdir(self.name)):
+                with owned(self._open_lock) as (descriptor,):
+                    if self._try(descriptor):
+                        self.remove_remains()
+                        self._remove_lock()
 
     def keep(self, library: bytes, name: str, working: str) -> None:
         """Put a library into the cache in one step, so that no process sees a part of it."""
-        descriptor = os.open(f"{working}/{name}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o700)
+        descriptor = open_beyond_standard(f"{working}/{name}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o700)
         with open(descriptor, "wb") as file:
             file.write(library + checksum(library))  # the loader does not read behind the library
         os.replace(f"{working}/{name}", self._at(name))
@@ -191,7 +216,8 @@ class Folder:
     def failures(self, name: str) -> Failures:
         """Return the failures of the library's compilation."""
         try:
-            times, _, reason = Path(self._at(f"{name}.failed")).read_text(errors="replace").partition("\n")
+            with self._open_failures(name, os.O_RDONLY) as file:
+                times, _, reason = file.read().partition("\n")
             return Failures(int(times), reason)
         except (OSError, ValueError):
             return Failures(0, "")
@@ -199,13 +225,20 @@ class Folder:
     def note_failure(self, name: str, reason: str) -> None:
         """Count one more failure."""
         times = self.failures(name).times + 1
-        with contextlib.suppress(OSError):  # a full disk may be the very reason
-            Path(self._at(f"{name}.failed")).write_text(f"{times}\n{reason}")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        with contextlib.suppress(OSError), self._open_failures(name, flags) as file:  # a full disk may be the very reason
+            file.write(f"{times}\n{reason}")
+
+    def _open_failures(self, name: str, flags: int) -> IO[str]:
+        # Non-blocking, because a FIFO would make open() wait.
+        descriptor = open_beyond_standard(self._at(f"{name}.failed"), flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+        return open(descriptor, "w" if flags & os.O_WRONLY else "r", encoding="utf-8", errors="replace")
 
     def forget_failures(self) -> None:
         """Forget all failures after a success, also those of other compilers and sources."""
-        for path in Path(self.name).glob("*.failed"):
-            path.unlink(missing_ok=True)
+        for path in Path(self.name).glob("kernels-*.so.failed"):
+            with contextlib.suppress(OSError):  # a folder of this name is not ours
+                path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def lock(self, seconds: float) -> Iterator[bool]:
@@ -230,7 +263,7 @@ class Folder:
                         try:
                             yield True
                         finally:
-                            Path(self._at("lock")).unlink(missing_ok=True)
+                            self._remove_lock()
                         return
             if time.monotonic() > end:
                 raise Unavailable(f"another process has been compiling the kernels into {self.path} for {seconds} seconds")
@@ -239,8 +272,11 @@ class Folder:
                 has_said = True
             time.sleep(SECONDS_BETWEEN_TRIES)
 
+    def _remove_lock(self) -> None:
+        Path(self._at("lock")).unlink(missing_ok=True)
+
     def _open_lock(self) -> tuple[int]:
-        return (os.open(self._at("lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600),)
+        return (open_beyond_standard(self._at("lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600),)
 
     def _try(self, descriptor: int) -> bool | None:
         """Return True if the lock was taken, False if another process has it, None if there are no locks."""

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fusedonemoe.ops.cpu.forks import no_fork, owned
+from fusedonemoe.ops.cpu.forks import beyond_standard, no_fork, open_beyond_standard, owned
 
 SECONDS_TO_DIE = 5.0
 # Exit codes of a shell that could not start a command.
@@ -47,11 +47,15 @@ def _first_line(message: Path) -> str:
     return (message.read_text(errors="replace").strip().splitlines() or ["no message"])[0]
 
 
+def _pipe() -> tuple[int, ...]:
+    return tuple(map(beyond_standard, os.pipe()))
+
+
 def run(commands: list[list[str]], folder: str, seconds: float) -> None:
     """Run commands of one compiler in parallel.
 
     Args:
-        commands: The commands; each begins with the compiler.
+        commands: The commands; each begins with the compiler and ends with the file that it makes.
         folder: The folder that they run in, and that gets their messages: a pipe would stay open as long as any process that a
             compiler started.
         seconds: The time for all of them together.
@@ -63,19 +67,20 @@ def run(commands: list[list[str]], folder: str, seconds: float) -> None:
     compiler, end = commands[0][0], time.monotonic() + seconds
     messages = [Path(folder, f"{index}.txt") for index in range(len(commands))]
     running: list[subprocess.Popen[bytes]] = []
-    with owned(os.pipe) as (reading, _):
+    with owned(_pipe) as (reading, _):
         try:
             for command, message in zip(commands, messages, strict=True):
-                with message.open("wb") as stderr:
+                with open(message, "wb", opener=open_beyond_standard) as stderr:
                     pipes: dict[str, Any] = {"stdin": reading, "stdout": subprocess.DEVNULL, "stderr": stderr}
                     shell = ["/bin/sh", "-c", GUARDED, "sh", *command]
                     with no_fork:
                         running.append(subprocess.Popen(shell, cwd=folder, start_new_session=True, **pipes))
-            for process, message in zip(running, messages, strict=True):
+            for process, command, message in zip(running, commands, messages, strict=True):
                 code = process.wait(max(0.0, end - time.monotonic()))
                 if code in NOT_STARTED:
                     raise Unavailable(f"{compiler} could not be run: {_first_line(message)}")
-                if code:
+                # Where this process ignores SIGCHLD, the code of a command that failed is lost, and Python makes it 0.
+                if code or not Path(folder, command[-1]).exists():
                     raise Unavailable(f"{compiler} failed: {_first_line(message)}")
         finally:
             for process in running:

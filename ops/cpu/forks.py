@@ -11,6 +11,26 @@ no_fork: "threading.RLock" = threading.RLock()
 _not_for_children: set[int] = set()
 
 
+def beyond_standard(descriptor: int) -> int:
+    """Move a descriptor away from the numbers of stdin, stdout and stderr, which are free where the caller has closed these.
+
+    A program that is started gets other files under these numbers, and text for stderr would go into the file.
+    """
+    if descriptor > 2:
+        return descriptor
+    import fcntl  # Windows has none
+
+    try:
+        return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3)
+    finally:
+        os.close(descriptor)
+
+
+def open_beyond_standard(path: "str | os.PathLike[str]", flags: int, mode: int = 0o600) -> int:
+    """Open a file as ``os.open`` does, and never as stdin, stdout or stderr."""
+    return beyond_standard(os.open(path, flags, mode))
+
+
 @contextlib.contextmanager
 def owned(make: Callable[[], tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
     """Open descriptors and close them at the end. A forked child closes them at once: it would keep a lock or a pipe alive."""

@@ -1,5 +1,7 @@
 """Checks of a checkpoint's names, shapes and dtypes against a layout and a module, before a number is read."""
 
+from functools import reduce
+
 import torch
 
 from fusedonemoe.hf import BLOCK_NAMES
@@ -127,3 +129,14 @@ def check_dtypes(source: Source, block: Block, parts: list[Part]) -> None:
                     raise TypeError(f"{key} must be uint8, as MXFP4 is stored, got {dtype}")
             elif dtype not in FLOATS:
                 raise TypeError(f"{key} must be float64, float32, bfloat16 or float16, got {dtype}: dequantise it first")
+
+
+def stored_dtypes(source: Source, block: Block, parts: list[Part]) -> dict[str, torch.dtype]:
+    """Return a dtype that holds all that is stored for each stack of home: ``up`` with the gate, ``down``, and their biases."""
+    held: dict[str, set[torch.dtype]] = {}
+    for part in parts:
+        stack = part.target.replace("gate_up", "up").replace("gate", "up")
+        # check_dtypes() has refused all that torch has no dtype for.
+        dtypes = {torch.bfloat16} if part.form == "mxfp4" else {source.dtype(key) for key in keys_of(block, part)}
+        held[stack] = held.get(stack, set()) | dtypes  # type: ignore[operator]
+    return {stack: reduce(torch.promote_types, dtypes) for stack, dtypes in held.items()}

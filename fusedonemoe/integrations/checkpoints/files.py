@@ -2,6 +2,8 @@
 
 import json
 import os
+import stat
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INDEX_SUFFIX = ".index.json"
+MOST_JSON = 256 << 20  # bytes; the index of a million tensors takes half of it
 TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 # As a safetensors header spells the dtypes that torch has; the name of another one stays as it is written.
 _DTYPES: dict[str, torch.dtype] = {
@@ -37,12 +40,13 @@ def read_json(path: Path, meaning: str, *, unique: bool = False) -> dict[str, An
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         content = dict(pairs)
         if unique and len(content) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"names that occur twice: {sorted({name for name in names if names.count(name) > 1})[:5]}")
+            twice = sorted(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+            raise ValueError(f"names that occur twice: {twice[:5]}")
         return content
 
+    read = _content(path, meaning)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
+        content = json.loads(read.decode("utf-8"), object_pairs_hook=once)
     except RecursionError as error:
         raise ValueError(f"{path} must be {meaning}, got JSON that is nested too deeply") from error
     except ValueError as error:  # no UTF-8, no JSON, or an integer of thousands of digits
@@ -50,6 +54,18 @@ def read_json(path: Path, meaning: str, *, unique: bool = False) -> dict[str, An
     if not isinstance(content, dict):
         raise ValueError(f"{path} must be {meaning}, a JSON object, got {type(content).__name__}")
     return content
+
+
+def _content(path: Path, meaning: str) -> bytes:
+    """Return what is in a file of JSON, if it is a regular one and no larger than such files are."""
+    # Opened before it is looked at, so that nothing takes its place in between; without waiting for the writer of a pipe.
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError(f"{path} must be {meaning}, a file of JSON, got a special file")
+        if found.st_size > MOST_JSON:
+            raise ValueError(f"{path} must be {meaning}, of {MOST_JSON >> 20} MiB at most, got {found.st_size} bytes")
+        return file.read(found.st_size)  # and no further, should the file grow
 
 
 def _plain(tensor: Tensor) -> bool:
@@ -61,8 +77,12 @@ def refusal(tensor: Tensor) -> str | None:
     """Why the numbers of a tensor cannot be read or written piece by piece, or None."""
     if not _plain(tensor):
         return f"a plain tensor, got {type(tensor).__name__}"
-    if tensor.layout != torch.strided:
-        return f"a dense tensor, got {tensor.layout}"
+    if tensor.is_nested or tensor.layout != torch.strided:
+        return f"a dense tensor, got {'a nested one' if tensor.is_nested else tensor.layout}"
+    if tensor.numel():
+        last = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+        if tensor.untyped_storage().nbytes() < (tensor.storage_offset() + last + 1) * tensor.element_size():
+            return "a tensor with memory, got one whose memory was freed"
     return None
 
 
@@ -76,8 +96,9 @@ class Tensors:
 
     in_memory = True
 
-    def __init__(self, tensors: Mapping[Any, object], origin: str) -> None:
+    def __init__(self, tensors: Mapping[Any, object], origin: str, *, is_file: bool = False) -> None:
         self._tensors: dict[str, Tensor] = {}
+        self._is_file = is_file
         for name, value in tensors.items():
             if not isinstance(value, Tensor):
                 continue
@@ -93,7 +114,10 @@ class Tensors:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape."""
-        return tuple(self._tensors[name].shape)
+        tensor = self._tensors[name]
+        if tensor.is_nested:
+            raise TypeError(f"{name} must be {refusal(tensor)}")
+        return tuple(tensor.shape)
 
     def dtype(self, name: str) -> torch.dtype | str:
         """A tensor's dtype."""
@@ -101,7 +125,13 @@ class Tensors:
 
     def refusal(self, name: str) -> str | None:
         """Why a tensor cannot be read, or None."""
-        return unreadable(self._tensors[name])
+        tensor = self._tensors[name]
+        if why := unreadable(tensor):
+            return why
+        # One number in a file can be the value of a billion elements, for which memory would be taken.
+        if self._is_file and tensor.untyped_storage().nbytes() < tensor.nbytes:
+            return f"stored with all its elements, got strides {tensor.stride()} for shape {tuple(tensor.shape)}"
+        return None
 
     def read(self, name: str, index: slice | None) -> Tensor:
         """A tensor, or some of its rows, as a view."""
@@ -189,7 +219,7 @@ def open_file(path: Path) -> Tensors | Safetensors:
     loaded = _load_torch(path)
     if not isinstance(loaded, Mapping):
         raise TypeError(f"{path} must hold a state dict, got {type(loaded).__name__}")
-    return Tensors(loaded, str(path))
+    return Tensors(loaded, str(path), is_file=True)
 
 
 def _load_torch(path: Path) -> object:

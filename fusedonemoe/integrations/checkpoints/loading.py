@@ -17,6 +17,7 @@ from fusedonemoe.integrations.checkpoints.checking import (
     check_shapes,
     keys_of,
     present_parts,
+    stored_dtypes,
 )
 from fusedonemoe.integrations.checkpoints.files import FLOATS
 from fusedonemoe.integrations.checkpoints.layouts import LAYOUTS, Part
@@ -114,7 +115,8 @@ def load_experts(
         into: the module to fill: an :class:`~fusedonemoe.Experts`, or a :class:`~fusedonemoe.MoE` with its router and shared
             branch. None returns tensors.
         num_experts: ``E``, for a flat layout (``megablocks``, ``dbrx``) without a router beside the experts.
-        dtype: of the tensors that are returned; the checkpoint's own if None. A module keeps its dtype.
+        dtype: of the tensors that are returned; the checkpoint's own if None, and where it stores the experts of one returned
+            tensor in several dtypes, the narrowest that holds all of them. A module keeps its dtype.
         device: of the tensors that are returned; the CPU if None.
 
     Returns:
@@ -125,7 +127,8 @@ def load_experts(
             module; a module whose weights are sharded or quantised.
         ValueError: an unknown or ambiguous layout, no such block, or several; sizes that differ from the module's; missing or
             unexpected names, which the message lists; a damaged file, or an index that names files outside its folder; a module
-            on the meta device, or with tensors that share memory.
+            on the meta device, with tensors that share memory, or with weights that something computes (pruning, a
+            parametrization).
         OSError: a file or shard that is not there (FileNotFoundError), or cannot be read.
         RuntimeError: a module that was made in inference mode, outside of it; or reading failed in the middle.
         ImportError: a safetensors file without the package.
@@ -149,6 +152,10 @@ def load_experts(
         raise ValueError("dtype and device are those of the module: give them without into")
     if dtype is not None and dtype not in FLOATS:
         raise TypeError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype}")
+    if prefix is not None and not isinstance(prefix, str):
+        raise TypeError(f"prefix must be a string, got {prefix!r}")
+    if layer is not None:
+        check_integer("layer", layer)
     if prefix is not None and layer is not None:
         raise ValueError(f"give either prefix or layer, got both: {prefix!r} and {layer!r}")
     with Source(checkpoint) as source:
@@ -156,7 +163,7 @@ def load_experts(
         parts = present_parts(block)
         check_shapes(source, block, parts)
         names = block.block_names
-        filled = None if into is None else weights_of(into)
+        filled = None if into is None else weights_of(into, to_write=True)
         check_names(source, block, names, into, filled)
         check_dtypes(source, block, parts)
         if into is None or filled is None:
@@ -211,15 +218,12 @@ def _allocate(
     device: torch.device | str | None,
 ) -> ExpertWeights:
     """Empty weights in home's form."""
-    stored: dict[str, Any] = {
-        part.target: torch.bfloat16 if part.form == "mxfp4" else source.dtype(keys_of(block, part)[0]) for part in parts
-    }
+    stored = stored_dtypes(source, block, parts)
     E, D, F = block.num_experts, block.hidden_size, block.intermediate_size
     G = 2 * F if block.gated else F
-    up = stored.get("gate_up") or stored["up"]
 
-    def empty(own: Any, *shape: int) -> Tensor:
-        return torch.empty(*shape, dtype=dtype or own, device=device or "cpu")
+    def empty(stack: str, *shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=dtype or stored[stack], device=device or "cpu")
 
     def empty_beside(ours: str, key: str) -> Tensor:
         own: Any = source.dtype(key)
@@ -229,10 +233,10 @@ def _allocate(
         return torch.empty(shape, dtype=torch.float32 if narrow else dtype or own, device=device or "cpu")
 
     return ExpertWeights(
-        gate_up_proj=empty(up, E, G, D),
-        down_proj=empty(stored["down"], E, D, F),
-        gate_up_bias=empty(stored.get("gate_up_bias") or stored.get("up_bias"), E, G) if block.bias else None,
-        down_bias=empty(stored["down_bias"], E, D) if block.bias else None,
+        gate_up_proj=empty("up", E, G, D),
+        down_proj=empty("down", E, D, F),
+        gate_up_bias=empty("up_bias", E, G) if block.bias else None,
+        down_bias=empty("down_bias", E, D) if block.bias else None,
         gated=block.gated,
         gate_up_layout=LAYOUTS[block.layout].rows,
         block={ours: empty_beside(ours, block.key(theirs)) for ours, theirs in names.items()},
@@ -276,7 +280,9 @@ def _plan(
         keys = keys_of(block, part)
         if in_memory and not any(source.in_memory(key) for key in keys):
             continue
-        for expert, piece in enumerate(_read(source, block, part, home.down_proj.dtype)):
+        stack = home.stack(part.target)
+        assert stack is not None
+        for expert, piece in enumerate(_read(source, block, part, stack.dtype)):
             oriented = piece.T if part.transposed else piece
             yield (
                 keys[expert if part.form == "each" else 0],

@@ -59,23 +59,30 @@ class ExpertWeights:
         """``E``."""
         return self.down_proj.shape[0]
 
+    def stack(self, target: Target) -> Tensor | None:
+        """Return all experts' tensor that a part of a checkpoint belongs to."""
+        if target.startswith("down"):
+            return self.down_bias if target.endswith("bias") else self.down_proj
+        return self.gate_up_bias if target.endswith("bias") else self.gate_up_proj
+
     def rows(self, target: Target, expert: int, order: str) -> Tensor | None:
         """One expert's matrix or bias as a view; both halves of ``gate_up`` only in the order that they are stored in."""
-        if target in ("down", "down_bias"):
-            stack = self.down_proj if target == "down" else self.down_bias
-            return None if stack is None else stack[expert]
-        stack = self.gate_up_bias if target.endswith("bias") else self.gate_up_proj
+        stack = self.stack(target)
         if stack is None:
             return None
         half: Target = target.removesuffix("_bias")  # type: ignore[assignment]
-        if not self.gated:
+        if half == "down" or not self.gated:
             return stack[expert]
         assert half != "gate_up" or order == self.gate_up_layout
         return rows_of(stack[expert], half, self.gate_up_layout)
 
 
-def weights_of(module: Experts | MoE) -> ExpertWeights:
+def weights_of(module: Experts | MoE, *, to_write: bool = False) -> ExpertWeights:
     """A module's parameters without autograd: themselves, and of packed ones the home form in new tensors.
+
+    Args:
+        module: the module.
+        to_write: refuse tensors that are not the module's own parameters and buffers: what is written into others is lost.
 
     Raises:
         TypeError: the experts are of another kind, or a tensor is sharded or quantised.
@@ -93,12 +100,17 @@ def weights_of(module: Experts | MoE) -> ExpertWeights:
     }
     if config.bias:
         shapes |= {f"{name}_bias": (E, G), "down_proj_bias": (E, D)}
+    if to_write:
+        own = {id(tensor) for tensor in (*experts.parameters(), *experts.buffers())}
+        for key in shapes:
+            if isinstance(weight := getattr(experts, key, None), Tensor) and id(weight) not in own:
+                raise _computed(f"experts.{key}")
     names = packed_names(experts)
     tensors = {key: home_of(experts, key) if key in names else getattr(experts, key, None) for key in shapes}
     held = {key: _readable(f"experts.{key}", tensors[key], shape) for key, shape in shapes.items()}
     block = {}
     if isinstance(module, MoE):
-        state = {key: value for key, value in module.state_dict().items() if not key.startswith("experts.")}
+        state = {key: value for key, value in _state(module, to_write).items() if not key.startswith("experts.")}
         block = {key: _readable(key, value, None) for key, value in state.items()}
         if unknown := sorted(block.keys() - BLOCK_NAMES.keys()):
             raise ValueError(f"module must have the tensors of a MoE, got {unknown} as well, which no checkpoint has")
@@ -123,8 +135,29 @@ def _readable(name: str, tensor: object, shape: tuple[int, ...] | None) -> Tenso
     if shape is not None and tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, as the configuration says, got {tuple(tensor.shape)}")
     if tensor.grad_fn is not None:
-        raise ValueError(f"{name} must be a parameter, got the result of a computation: remove the parametrisation first")
+        raise _computed(name)
     return tensor.detach()
+
+
+def _computed(name: str) -> ValueError:
+    return ValueError(
+        f"{name} must be a parameter, got the result of a computation: remove the parametrisation or the pruning first"
+    )
+
+
+def _state(module: MoE, to_write: bool) -> dict[str, object]:
+    """Return a state dict of a module; to be written, of its parameters and buffers, where a hook would give copies of them."""
+    state: dict[str, object] = module.state_dict(keep_vars=to_write)
+    if not to_write:
+        return state
+    own: dict[str, object] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    held = {id(tensor) for tensor in own.values()}
+    for name, tensor in state.items():
+        if name in own:
+            state[name] = own[name]
+        elif id(tensor) not in held and name in BLOCK_NAMES:
+            raise _computed(name)
+    return state
 
 
 def check_weights(weights: ExpertWeights) -> None:

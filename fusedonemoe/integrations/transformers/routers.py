@@ -195,6 +195,8 @@ def find_router(parent: nn.Module | None, experts: nn.Module) -> tuple[nn.Module
     router = beside[0]
     ours = _is_unpickled(router) or wrapping.reaches(router, forward)
     if "forward" in vars(router) and not ours:
+        if _PLAN in vars(router):
+            return router, "its forward was replaced after this library fused it, by something that cannot be looked into"
         return router, "its forward was replaced already"
     if any(p.is_meta for p in router.parameters()):
         # Off-loaded since it was tried, unless it was changed: nothing can be tried now.

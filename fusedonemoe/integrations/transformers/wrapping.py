@@ -50,6 +50,10 @@ def _parts(value: Any) -> Iterator[Any]:
     if callable(value):
         # __wrapped__ says what a wrapper was made of, and is not what it calls.
         yield from (held for name, held in getattr(value, "__dict__", {}).items() if name != "__wrapped__")
+        for kind in type(value).__mro__:
+            if "__slots__" in vars(kind):
+                members = (member for member in vars(kind).values() if isinstance(member, types.MemberDescriptorType))
+                yield from (getattr(value, member.__name__, None) for member in members)
 
 
 def is_bound(value: Any, function: Callable[..., Any], module: nn.Module) -> bool:
