@@ -258,7 +258,7 @@ def compiled_calls_fail_on_every_rank(rank, world, folder):
             torch._dynamo.reset()
             compiled = torch.compile(rows, fullgraph=True, backend="eager")
             arguments = _arguments(x_dtype=torch.bfloat16 if rank == ODD else torch.float32)
-            refused(lambda: compiled(dispatcher, *arguments), RuntimeError, "the same D, K, dtypes, experts and capacity")  # noqa: B023
+            refused(lambda: compiled(dispatcher, *arguments), RuntimeError, "the same D, K, dtypes, gradients, experts")  # noqa: B023
 
 
 def the_rest_of_the_training_loop_compares(rank, world, folder):
