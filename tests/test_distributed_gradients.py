@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
 
-from fusedonemoe.integrations.distributed import ExpertParallel, TensorParallel
+from fusedonemoe.integrations.distributed import ExpertParallel, TensorParallel, average_gradients, clip_grad_norm_
 from tests.processes import run_in_processes
 from tests.test_distributed import EXACT, D, make_moe
 from tests.test_distributed_agreement import refused
@@ -69,7 +71,7 @@ def a_rank_without_tokens_needs_no_flag(rank, world, folder):
         moe = ExpertParallel(**options).apply(make_moe())
         x = torch.zeros(0, D, dtype=torch.float64) if rank else torch.randn(6, D, dtype=torch.float64, requires_grad=True)
         moe(x).sum().backward()
-        assert rank or x.grad.abs().min() > 0
+        assert rank or (x.grad is not None and x.grad.abs().min() > 0)
 
 
 def a_rank_without_a_backward_is_named(rank, world, folder):
@@ -84,7 +86,43 @@ def a_rank_without_a_backward_is_named(rank, world, folder):
             assert not moe(x).requires_grad
 
 
+def averages_compare_each_call(rank, world, folder):
+    """A later step, another group and an equal number of values hide no difference."""
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+
+    def step(names, group=None):
+        model.zero_grad(set_to_none=True)
+        torch.stack([model[name](torch.full((2, 4), rank + 1.0)).sum() for name in names]).sum().backward()
+        average_gradients(model, group)
+
+    step("ab")
+    text = "gradient of a.weight = float32 (4, 4) on cpu, trained on rank 0, absent on rank 1"
+    refused(lambda: step("ab"[rank]), ValueError, "average_gradients needs the same settings", text)
+    refused(lambda: step(["ab", "b"][rank]), ValueError, text)
+    refused(lambda: step("ab"[rank], dist.new_group([0, 1])), ValueError, text)
+    step("b")
+    expected = torch.full((4, 4), 3.0)
+    assert model["a"].weight.grad is None and torch.equal(model["b"].get_parameter("weight").grad, expected)
+    other = nn.Linear(4, 4)  # of this rank's own
+    refused(lambda: step("a") if rank else average_gradients(other), ValueError, "a.weight = absent on rank 0, float32")
+
+
+def a_norm_has_the_shards_of_all_ranks(rank, world, folder):
+    """A rank without gradients of its experts, or without any, takes part."""
+    for without in ("experts.", ""):
+        moe = ExpertParallel().apply(make_moe(dtype=torch.float32))
+        for name, parameter in moe.named_parameters():
+            if not rank or not name.startswith(without):
+                parameter.grad = torch.ones_like(parameter)
+        norm = clip_grad_norm_((p for p in moe.parameters()), 1.0)
+        experts = sum(p.to_local().numel() for p in moe.experts.parameters())
+        whole = moe.gate.weight.numel() if not rank or without else 0
+        assert norm.item() == pytest.approx((experts + whole) ** 0.5)
+
+
 NAMES = [
+    "averages_compare_each_call",
+    "a_norm_has_the_shards_of_all_ranks",
     "gradients_that_one_rank_needs",
     "experts_that_one_rank_has_frozen",
     "a_rank_without_tokens_needs_no_flag",
