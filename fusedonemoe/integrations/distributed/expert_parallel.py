@@ -88,15 +88,33 @@ def for_each(
         for experts in experts_of(model).values():
             if check is not None:
                 check(experts, group.size())
+        _check_ties(model)
         ranks = dist.get_process_group_ranks(group)
         return {"style": style, **options, "ranks of the group": ranks, **library_versions(), **describe_blocks(model)}
 
     agree(f"{style}.apply", describe, group)
+    tied: dict[nn.Parameter, nn.Parameter] = {}
     for experts in experts_of(model).values():
+        before = dict(experts.named_parameters(recurse=False))
         device = device_type or next(experts.parameters()).device.type
         mesh = where if isinstance(where, DeviceMesh) else DeviceMesh.from_group(group, "cpu" if device == "meta" else device)
         make_parallel(experts, mesh)
+        for name, parameter in before.items():
+            # What two modules of experts share, they go on to share.
+            experts.register_parameter(name, tied.setdefault(parameter, experts.get_parameter(name)))
     return model
+
+
+def _check_ties(model: nn.Module) -> None:
+    """No parameter of experts is that of another module too, where it would stay whole."""
+    names: dict[nn.Parameter, str] = {}
+    for name, module in experts_of(model).items():
+        names |= {parameter: f"{name}.{key}".lstrip(".") for key, parameter in module.named_parameters(recurse=False)}
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter in names and not isinstance(module, Experts):
+                shared = f"{name}.{key}".lstrip(".")
+                raise ValueError(f"{names[parameter]} must belong to experts alone, got a parameter that is {shared} too")
 
 
 def place(experts: Experts, mesh: DeviceMesh, placements: dict[str, Placement]) -> None:
