@@ -1,9 +1,11 @@
-"""Comparison of settings between the processes of a group, once, before their results depend on each other."""
+"""Comparison of settings between the processes of a group, before their results depend on each other."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 ABSENT = "absent"
@@ -18,7 +20,7 @@ def agree(action: str, describe: Callable[[], Mapping[str, object]], group: Any)
 
     Args:
         action: the public call that compares, for messages: ``"ExpertParallel.apply"``.
-        describe: settings by name; values are compared by their ``repr``.
+        describe: settings by name; values are compared by their ``repr``, numbers by their value: 1 and 1.0 are equal.
         group: the process group.
 
     Raises:
@@ -26,36 +28,87 @@ def agree(action: str, describe: Callable[[], Mapping[str, object]], group: Any)
         RuntimeError: another process failed, died or did not come.
     """
     failure: Exception | None = None
-    settings: dict[str, str] = {}
+    settings: dict[str, tuple[str, str]] = {}
     try:
-        settings = {name: repr(value) for name, value in describe().items()}
+        settings = {name: (_key(value), repr(value)) for name, value in describe().items()}
     except Exception as error:
         failure = error
     # The backend "fake" has no other processes: what it gathers is memory that was never written.
     if group.size() > 1 and dist.get_backend(group) != "fake":
         ranks = dist.get_process_group_ranks(group)
-        digest = hashlib.sha256(repr(sorted(settings.items())).encode("utf-8", "backslashreplace")).hexdigest()
+        keys = sorted((name, key) for name, (key, _) in settings.items())
+        digest = hashlib.sha256(repr(keys).encode("utf-8", "backslashreplace")).hexdigest()
         said = "" if failure is None else f"{type(failure).__name__}: {failure}"
         heard = dict(zip(ranks, _gather(action, (digest, said), group), strict=True))
         failed = {rank: text for rank, (_, text) in heard.items() if text}
         if failed and failure is None:
             raise RuntimeError(f"{action} failed on {_some(failed)}, so no rank can go on")
         if not failed and len({digest for digest, _ in heard.values()}) > 1:
-            by_rank = dict(zip(ranks, _gather(action, settings, group), strict=True))
+            shown: dict[tuple[str, str], str] = {}  # one text for values that are equal
+            by_rank = {
+                rank: {name: shown.setdefault((name, key), text) for name, (key, text) in told.items()}
+                for rank, told in zip(ranks, _gather(action, settings, group), strict=True)
+            }
             raise ValueError(f"{action} needs the same settings in every process of the group, got {differences(by_rank)}")
     if failure is not None:
         raise failure
 
 
-def _gather(action: str, mine: Any, group: Any) -> list[Any]:
-    heard: list[Any] = [None] * group.size()
+def _key(value: object) -> str:
+    """The text by which a value is compared."""
+    return repr(int(value) if isinstance(value, float) and value.is_integer() else value)
+
+
+def start_comparison(action: str, mine: object, group: Any, device: torch.device) -> Callable[[], bool]:
+    """Begin to compare one value across a group, in a message of eight bytes that travels while this process does other work.
+
+    Args:
+        action: the public call that compares, for messages.
+        mine: the value, of which a digest of its ``repr`` is sent.
+        group: the process group.
+        device: where it computes; the message is on the CPU if the group has CPUs.
+
+    Returns:
+        A function that waits for the others and returns whether all values are equal. Where the group has no CPUs nothing is
+        read: it returns true, and unequal values fail on the device.
+    """
+    if group.size() == 1 or dist.get_backend(group) == "fake":
+        return lambda: True
+    digest = int.from_bytes(hashlib.blake2b(repr(mine).encode("utf-8", "backslashreplace"), digest_size=8).digest(), signed=True)
+    on_cpu = torch.device("cpu") in group._device_types
+    own = torch.full((1,), digest, dtype=torch.int64, device="cpu" if on_cpu else device)
+    heard = own.new_empty(group.size())
+    during = "settings were compared"
+    with failures_named(action, group, during):
+        work = dist.all_gather_into_tensor(heard, own, group=group, async_op=True)
+
+    def equal() -> bool:
+        with failures_named(action, group, during):
+            work.wait()
+        if on_cpu:
+            return bool((heard == own).all())
+        torch._assert_async((heard == own).all(), f"{action} needs the same settings in every process of the group")
+        return True
+
+    return equal
+
+
+@contextmanager
+def failures_named(action: str, group: Any, during: str) -> Iterator[None]:
+    """Name the call in the error of a collective, of which a backend says at best which socket it was."""
     try:
-        dist.all_gather_object(heard, mine, group=group)
+        yield
     except RuntimeError as error:
         raise RuntimeError(
-            f"{action} over {group.size()} ranks failed on rank {dist.get_rank()} while settings were compared; another rank has "
-            f"died, or did not come within the group's timeout: {error}"
+            f"{action} over {group.size()} ranks failed on rank {dist.get_rank()} while {during}; another rank has died, or did "
+            f"not come within the group's timeout: {error}"
         ) from error
+
+
+def _gather(action: str, mine: Any, group: Any) -> list[Any]:
+    heard: list[Any] = [None] * group.size()
+    with failures_named(action, group, "settings were compared"):
+        dist.all_gather_object(heard, mine, group=group)
     return heard
 
 

@@ -1,14 +1,17 @@
 """Ranks that were given different settings or arguments: all of them say what differs, and none waits for the timeout."""
 
+import os
 import time
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 
 import fusedonemoe
@@ -106,7 +109,12 @@ def _adapt(moe: MoE) -> None:
     add_lora(moe, r=2)
 
 
+def _another_shared_expert(moe: MoE) -> None:
+    moe.add_module("shared_expert", nn.Linear(D, D, bias=False, dtype=torch.float64))
+
+
 CHANGES = [
+    (_another_shared_expert, ValueError, "shared_expert = 'SharedExpert' on ranks 0, 2, 'Linear' on rank 1"),
     (_top_k_of_the_gate, ValueError, "gate.top_k = 2 on ranks 0, 2, 3 on rank 1"),
     (
         _freeze,
@@ -118,7 +126,7 @@ CHANGES = [
 
 def what_was_changed_after_building_is_compared(rank, world, folder):
     for change, error, text in CHANGES:
-        moe = make()
+        moe = make(shared_intermediate_size=4)
         if rank == ODD:
             change(moe)
         refused(lambda: ExpertParallel().apply(moe), error, text)  # noqa: B023
@@ -154,6 +162,19 @@ def what_was_changed_after_building_is_compared(rank, world, folder):
     if rank:
         moe = make(top_k=rank)
         refused(lambda: ExpertParallel(pair).apply(moe), ValueError, "config.top_k = 1 on rank 1, 2 on rank 2")
+
+
+def shared_parameters_stay_shared(rank, world, folder):
+    for style in (ExpertParallel, TensorParallel):
+        blocks: Any = nn.Sequential(make(), make())
+        blocks[1].experts.down_proj = blocks[0].experts.down_proj
+        style().apply(blocks)
+        assert isinstance(blocks[0].experts.down_proj, DTensor)
+        assert blocks[0].experts.down_proj is blocks[1].experts.down_proj
+        assert blocks[0].experts.gate_up_proj is not blocks[1].experts.gate_up_proj
+        odd: Any = nn.ModuleList([make(), nn.Module()])
+        odd[1].weight = odd[0].experts.down_proj
+        refused(lambda: style().apply(odd), ValueError, "0.experts.down_proj must belong to experts alone", "1.weight too")  # noqa: B023
 
 
 def one_rank_that_fails_keeps_none_waiting(rank, world, folder):
@@ -247,6 +268,44 @@ def a_refused_call_keeps_none_waiting(rank, world, folder):
     refused(lambda: dispatcher.dispatch(*last), *said)
 
 
+def equal_numbers_of_two_types_are_equal(rank, world, folder):
+    moe = ExpertParallel(capacity_factor=2 if rank else 2.0).apply(make(routed_scaling_factor=1 if rank else 1.0))
+    assert moe.experts.exchange is not None
+
+
+def sizes_beyond_the_message_are_refused(rank, world, folder):
+    group = dist.group.WORLD
+    for make_dispatcher in (lambda E: AllToAll(group, E), lambda E: FixedCapacity(group, E, capacity=6)):
+        for E, K, text in ((8 + (1 << 21), 2, "num_experts must be below 2097152"), (8, 2 + (1 << 13), "K must be below 8192")):
+            dispatcher = make_dispatcher(E if rank == ODD else 8)
+            arguments = _arguments(K=K if rank == ODD else 2)
+            said = (ValueError, text) if rank == ODD else (RuntimeError, "refused on ranks [1]")
+            refused(lambda: dispatcher.dispatch(*arguments), *said)  # noqa: B023
+
+
+def a_rank_without_the_kernels_says_so(rank, world, folder):
+    for style in (ExpertParallel, TensorParallel):
+        moe = style().apply(make(impl="cpu", dtype=torch.float32))
+        off = {"FUSEDONEMOE_CPU_KERNELS": "0"} if rank == ODD else {}
+        said: Any = (ValueError, "impl='cpu' cannot run here") if rank == ODD else (RuntimeError, "refused on ranks [1]")
+        with mock.patch.dict(os.environ, off):
+            refused(lambda: moe(torch.ones(5, D)), *said)  # noqa: B023
+
+
+def tensor_parallel_calls_are_compared(rank, world, folder):
+    odd = rank == ODD
+    moe = TensorParallel().apply(make(dtype=torch.float32))
+    text = "tensor parallelism needs the same D, K and dtypes on every rank, got T = 5 on ranks 0, 2, 70 on rank 1"
+    refused(lambda: moe(torch.ones(70 if odd else 5, D)), ValueError, text, "every rank must have the same tokens")
+    with torch.autocast("cpu", torch.bfloat16, enabled=odd):
+        text = "x.dtype = torch.float32 on ranks 0, 2, torch.bfloat16 on rank 1"
+        refused(lambda: moe(torch.ones(5, D)), ValueError, text)
+    for call in (moe, lambda x: moe.experts(x, torch.zeros(5, 2, dtype=torch.int64), torch.ones(5, 2))):
+        said = (ValueError, "x must have shape [..., 16]") if odd else (RuntimeError, "tensor parallelism stopped", "ranks [1]")
+        refused(lambda: call(torch.ones(5, D - odd)), *said)  # noqa: B023
+    assert moe(torch.ones(5, D)).isfinite().all()
+
+
 def compiled_calls_fail_on_every_rank(rank, world, folder):
     def rows(dispatcher, x, experts, weights):
         found = dispatcher.dispatch(x, experts, weights)
@@ -258,7 +317,7 @@ def compiled_calls_fail_on_every_rank(rank, world, folder):
             torch._dynamo.reset()
             compiled = torch.compile(rows, fullgraph=True, backend="eager")
             arguments = _arguments(x_dtype=torch.bfloat16 if rank == ODD else torch.float32)
-            refused(lambda: compiled(dispatcher, *arguments), RuntimeError, "the same D, K, dtypes, experts and capacity")  # noqa: B023
+            refused(lambda: compiled(dispatcher, *arguments), RuntimeError, "the same D, K, dtypes, gradients, experts")  # noqa: B023
 
 
 def the_rest_of_the_training_loop_compares(rank, world, folder):
@@ -294,10 +353,15 @@ def the_rest_of_the_training_loop_compares(rank, world, folder):
 NAMES = [
     "every_setting_is_compared",
     "what_was_changed_after_building_is_compared",
+    "shared_parameters_stay_shared",
     "one_rank_that_fails_keeps_none_waiting",
     "what_may_differ_does",
     "rows_of_another_form_are_named",
     "a_refused_call_keeps_none_waiting",
+    "equal_numbers_of_two_types_are_equal",
+    "sizes_beyond_the_message_are_refused",
+    "a_rank_without_the_kernels_says_so",
+    "tensor_parallel_calls_are_compared",
     "compiled_calls_fail_on_every_rank",
     "the_rest_of_the_training_loop_compares",
 ]

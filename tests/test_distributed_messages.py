@@ -83,6 +83,10 @@ def test_capacity_is_the_fraction_that_is_written(alone):
     dispatcher = FixedCapacity(dist.group.WORLD, 4, capacity_factor=1.1)
     dispatcher.world = 4
     assert [dispatcher._slots(n) for n in (40, 41, 4, 1, 0)] == [11, 12, 2, 1, 0]
+    for factor in (1e-7, 1e-300):  # a ceiling of more than 0 is 1
+        dispatcher = FixedCapacity(dist.group.WORLD, 4, capacity_factor=factor)
+        assert [dispatcher._slots(n) for n in (0, 1, 1000)] == [0, 1, 1]
+    assert FixedCapacity(dist.group.WORLD, 4, capacity_factor=1e300)._slots(40) == 40
     assert FixedCapacity(dist.group.WORLD, 4, capacity_factor=9)._slots(40) == 40
 
 

@@ -2,7 +2,9 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fusedonemoe import LoRAExperts, MoE
-from fusedonemoe.integrations.peft import add_lora, load_adapter, save_adapter
+from fusedonemoe.integrations.peft import adapter_config, adapter_state_dict, add_lora, load_adapter, save_adapter
+from fusedonemoe.ops.cpu.native import refusal
 from tests.test_checkpoints_hostile import JSON_VALUES, RAW
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -100,3 +103,39 @@ def test_experts_have_one_number(saved, number):
         tensors | {key.replace("experts.1.", "experts.01."): value.clone() for key, value in tensors.items()}, saved / TENSORS
     )
     assert not attempt(saved, named=False)
+
+
+def test_a_call_that_raises_has_changed_nothing():
+    """Gradients stay required, packed weights packed and modules in place, whichever step of the call raises."""
+    source = model()
+    add_lora(source, r=2)
+    tensors, config = adapter_state_dict(source), adapter_config(source)
+    last = list(tensors)[-1]
+    wrong: Any = "float32"
+    calls: list[tuple[Callable[[Any], object], type[Exception], str]] = [
+        (lambda m: load_adapter(m, tensors, config=config, dtype=torch.int8), TypeError, "dtype must be float64"),
+        (
+            lambda m: load_adapter(m, tensors, config=config, dtype=wrong),
+            TypeError,
+            "dtype must be a torch.dtype",
+        ),
+        (lambda m: load_adapter(m, tensors, config=config, trainable=wrong), TypeError, "trainable must be a bool"),
+        (lambda m: load_adapter(m, {f"{k}x": v for k, v in tensors.items()}, config=config), ValueError, "must"),
+        (lambda m: load_adapter(m, {**tensors, last: tensors[last][:, :1]}, config=config), ValueError, "must"),
+        (lambda m: load_adapter(m, tensors, config={**config, "lora_alpha": float("nan")}), ValueError, "lora_alpha"),
+        (lambda m: add_lora(m, r=2, dtype=torch.int8), TypeError, "dtype must be float64"),
+        (lambda m: add_lora(m, r=10**18), RuntimeError, "(?i)memory|overflow|size|alloc"),
+        (lambda m: LoRAExperts(m[0].experts, r=10**18), RuntimeError, "(?i)memory|overflow|size|alloc"),
+    ]
+    for packed in (False, True):
+        for call, error, text in calls:
+            changed: Any = model()
+            if packed and refusal(torch.float32, True) is None:
+                changed[0].experts.prepack()
+            before = [(name, type(module)) for name, module in changed.named_modules()]
+            size = changed[0].experts.packed_bytes
+            with pytest.raises(error, match=text):
+                call(changed)
+            assert [(name, type(module)) for name, module in changed.named_modules()] == before
+            assert all(parameter.requires_grad for parameter in changed.parameters())
+            assert changed[0].experts.packed_bytes == size

@@ -174,6 +174,26 @@ def test_scales_are_pefts():
     assert_near(logits(ours), logits(theirs), "restored")
 
 
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_scales_are_set_and_reset_as_by_peft(use_rslora):
+    theirs, ours = pair(use_rslora=use_rslora, second=True)
+
+    def each_layer(call: Callable[[Any], None]) -> None:
+        for model in (theirs, ours):
+            for module in model.modules():
+                if hasattr(module, "unscale_layer") and hasattr(module, "lora_A"):
+                    call(module)
+
+    for call in (
+        lambda layer: layer.set_scale("default", 0.5),
+        lambda layer: layer.set_scale("nobody", 7.0),
+        lambda layer: layer.unscale_layer(2.0),
+        lambda layer: layer.unscale_layer(),
+    ):
+        each_layer(call)
+        assert_near(logits(ours), logits(theirs), "scaled")
+
+
 def test_rows_cannot_choose_adapters():
     _, model = pair(second=True)
     model.eval()
@@ -209,6 +229,34 @@ def test_merged_adapters_are_disabled_too():
     model.merge_adapter()
     with model.disable_adapter():
         assert_near(logits(model), base(), "disabled")
+
+
+def test_adapters_that_are_merged_while_disabled_stay_disabled():
+    theirs, ours = pair(second=True)
+    for change in (
+        lambda m: m.base_model.disable_adapter_layers(),
+        lambda m: m.merge_adapter(["second"]),
+        lambda m: m.base_model.enable_adapter_layers(),
+    ):
+        change(theirs)
+        change(ours)
+        assert_near(logits(ours), logits(theirs), "the same as PEFT")
+    ours.base_model.disable_adapter_layers()
+    ours.merge_adapter()
+    assert_near(logits(ours), base(), "disabled")
+
+
+def test_enabling_leaves_merged_adapters_merged():
+    for names in (["second"], ["default", "second"], None):
+        theirs, ours = pair(second=True)
+        for change in (
+            lambda m, names=names: m.merge_adapter(names),
+            lambda m: m.base_model.enable_adapter_layers(),
+            lambda m: m.unmerge_adapter(),
+        ):
+            change(theirs)
+            change(ours)
+            assert_near(logits(ours), logits(theirs), "the same as PEFT")
 
 
 def test_one_of_two_is_merged_and_then_the_other():

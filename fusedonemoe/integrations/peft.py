@@ -35,7 +35,7 @@ from fusedonemoe.integrations.forms import form_of
 from fusedonemoe.integrations.save_refusal import refuse_save
 from fusedonemoe.layers import Experts
 from fusedonemoe.layers.form import ExpertsForm
-from fusedonemoe.layers.lora import LoRAExperts
+from fusedonemoe.layers.lora import LoRAExperts, check_adapter_dtype, unchanged_by_failure
 from fusedonemoe.layers.lora import add_lora as add_lora_to_experts
 from fusedonemoe.layers.peft_refusal import check_no_peft
 
@@ -165,9 +165,30 @@ def load_adapter(
     """
     if any(isinstance(module, LoRAExperts) for module in model.modules()):
         raise ValueError("model must have no adapters yet, got one with LoRAExperts in it")
+    check_adapter_dtype(dtype)
+    if not isinstance(trainable, bool):
+        raise TypeError(f"trainable must be a bool, got {trainable!r}")
     _import_peft()
     check_no_peft(model)
     tensors, checked = _read(source, config)
+    with unchanged_by_failure(model):
+        added = _loaded(model, tensors, checked, strict=strict, trainable=trainable, dtype=dtype)
+    for name, module in added.items():
+        model.set_submodule(name, module)
+    refuse_save(model)
+    return added
+
+
+def _loaded(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    checked: AdapterConfig,
+    *,
+    strict: bool,
+    trainable: bool,
+    dtype: torch.dtype | None,
+) -> dict[str, LoRAExperts]:
+    """Experts with the adapters that the tensors hold, by name; the model is frozen, and does not hold them yet."""
     modules, others = sort_keys(tensors)
     forms = {name: form for name, module in model.named_modules() if (form := form_of(module)) is not None}
     for name in forms:
@@ -200,12 +221,10 @@ def load_adapter(
     for name, found in adapters.items():
         _check_shapes(name, model.get_submodule(name), forms[name], found)
     model.requires_grad_(False)
-    added = {
-        name: _attach(model, name, model.get_submodule(name), forms[name], found, trainable=trainable, dtype=dtype)
+    return {
+        name: _adapted_experts(model.get_submodule(name), forms[name], found, trainable=trainable, dtype=dtype)
         for name, found in adapters.items()
     }
-    refuse_save(model)
-    return added
 
 
 def _check_shapes(name: str, base: nn.Module, form: ExpertsForm, adapters: Mapping[str, Factors]) -> None:
@@ -217,9 +236,7 @@ def _check_shapes(name: str, base: nn.Module, form: ExpertsForm, adapters: Mappi
                 raise ValueError(f"{letter} of {name}.{form.name(target)} must have shape {shape}, got {tuple(factor.shape)}")
 
 
-def _attach(
-    model: nn.Module,
-    name: str,
+def _adapted_experts(
     base: nn.Module,
     form: ExpertsForm,
     adapters: Mapping[str, Factors],
@@ -227,7 +244,7 @@ def _attach(
     trainable: bool,
     dtype: torch.dtype | None,
 ) -> LoRAExperts:
-    """Put these adapters on a module of experts, in the place of what has its name."""
+    """A module of experts with these adapters."""
     ranks = {target: found.A.shape[1] for target, found in adapters.items()}
     alphas = {target: found.scale * ranks[target] for target, found in adapters.items()}
     module = LoRAExperts(base, r=ranks, alpha=alphas, targets=tuple(adapters), form=form, dtype=dtype).train(base.training)
@@ -236,7 +253,6 @@ def _attach(
             with torch.no_grad():
                 own.copy_(loaded)
             own.requires_grad_(trainable)
-    model.set_submodule(name, module)
     return module
 
 

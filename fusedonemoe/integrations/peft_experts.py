@@ -5,6 +5,7 @@ class, and keeps PEFT's modules ``lora_A`` and ``lora_B`` in the places that PEF
 was registered last on the outer module, that of the other one on its ``base_layer``.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -49,11 +50,24 @@ class AdapterLevel(LoraLayer):
         self.lora_A: nn.ModuleDict = wrapper.lora_A
         self.lora_B: nn.ModuleDict = wrapper.lora_B
         self.scaling: dict[str, float] = dict(wrapper.scaling)
+        roots = {name: math.sqrt(r) if wrapper.use_rslora.get(name) else r for name, r in wrapper.r.items()}
+        self._configured_scaling = {name: wrapper.lora_alpha[name] / root for name, root in roots.items()}
         self.merged_adapters: list[str] = []
         self.lora_variant: dict[str, Any] = {}
         self.cast_input_dtype_enabled = True
         self._disable_adapters = wrapper.disable_adapters
         self._active_adapter = list(wrapper.active_adapters)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Make an adapter's scale a multiple of the one that its configuration has; an unknown adapter changes nothing."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self._configured_scaling[adapter]
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scales of the active adapters; None puts back those of their configurations."""
+        for name in self.active_adapters:
+            if name in self.lora_A:
+                self.scaling[name] = self._configured_scaling[name] if scale is None else self.scaling[name] / scale
 
     def update_layer(self, adapter_name: str, *args: Any, **options: Any) -> None:
         """Refused: adapters are added before :func:`~fusedonemoe.integrations.peft.from_peft` takes all of them over."""
@@ -206,11 +220,19 @@ class PeftExperts(AdapterLevel, LoRAExperts):
         """Run each row of ``x`` through its experts, adapted unless PEFT has disabled that, and sum by weight."""
         if adapter_names is not None:
             raise ValueError("adapter_names must be None: a batch of experts has one choice of adapters for all rows")
+        if self._disable_adapters and self.merged:  # merged while they were disabled
+            if torch.compiler.is_compiling():
+                raise RuntimeError("the adapters are disabled and merged at once: call unmerge_adapter() before compiling")
+            self.unmerge()
         return super().forward(x, experts, weights)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch the adapters on or off; merged ones are taken out of the base first."""
-        if not enabled and self.merged:
+        """Switch the adapters on or off; to be off, merged ones are taken out of the base, and to be on they stay in it."""
+        if enabled:
+            super().set_adapter(self.active_adapters)
+            self._disable_adapters = False
+            return
+        if self.merged:
             self.unmerge()
         super().enable_adapters(enabled)
 

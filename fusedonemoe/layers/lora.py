@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +29,29 @@ def _per_target(name: str, value: Any, targets: Sequence[str], kind: type | tupl
         if isinstance(number, bool) or not isinstance(number, kind) or not 0 < number < math.inf:  # type: ignore[operator]
             raise ValueError(f"{name} must be {'an integer' if kind is int else 'a number'} above 0, got {value!r}")
     return values
+
+
+def check_adapter_dtype(dtype: object) -> None:
+    """Raise unless adapters can have this dtype, or None for the default."""
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype or None, got {dtype!r}")
+    if isinstance(dtype, torch.dtype) and dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"dtype must be float64, float32, bfloat16 or float16, which can be trained, got {dtype}")
+
+
+@contextmanager
+def unchanged_by_failure(model: nn.Module) -> Iterator[None]:
+    """Put back what requires gradients and what was packed, if the body raises."""
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    packed = [module for module in model.modules() if isinstance(module, Experts) and is_packed(module)]
+    try:
+        yield
+    except BaseException:
+        for module in packed:
+            module.prepack()
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+        raise
 
 
 class LoRAExperts(RefusesPeft):
@@ -91,15 +115,25 @@ class LoRAExperts(RefusesPeft):
             form = form_of(base)
         if isinstance(targets, str) or not targets or set(targets) - set(TARGETS) or len(set(targets)) != len(targets):
             raise ValueError(f"targets must be some of {TARGETS}, each once, got {targets!r}")
-        if isinstance(base, Experts):
-            base.unpack()
+        check_adapter_dtype(dtype)
         self.form = form
         self.targets: tuple[str, ...] = tuple(target for target in TARGETS if target in targets)
         self.r: dict[str, int] = _per_target("r", r, self.targets, int)
         self.alpha: dict[str, float] = _per_target("alpha", alpha, self.targets, (int, float))
         self.use_rslora = use_rslora
         self._originals: dict[str, Tensor] = {}
-        base.requires_grad_(False)
+        with unchanged_by_failure(base):
+            if isinstance(base, Experts):
+                base.unpack()
+            base.requires_grad_(False)
+            self._make_factors(base, form, dtype)
+        self.base = base
+        self.register_state_dict_pre_hook(refuse_merged)
+        self.register_load_state_dict_pre_hook(refuse_merged)
+        self.reset_parameters()
+        show_to_peft(LoRAExperts)
+
+    def _make_factors(self, base: nn.Module, form: ExpertsForm, dtype: torch.dtype | None) -> None:
         for target in TARGETS:
             A = B = None
             if target in self.targets:
@@ -111,11 +145,6 @@ class LoRAExperts(RefusesPeft):
                 B = nn.Parameter(torch.empty(E, out, rank, **options))
             self.register_parameter(f"{target}_lora_A", A)
             self.register_parameter(f"{target}_lora_B", B)
-        self.base = base
-        self.register_state_dict_pre_hook(refuse_merged)
-        self.register_load_state_dict_pre_hook(refuse_merged)
-        self.reset_parameters()
-        show_to_peft(LoRAExperts)
 
     @property
     def scale(self) -> dict[str, float]:
@@ -349,13 +378,14 @@ def add_lora(
     if "" in forms:
         raise ValueError("model must hold its experts as a module inside; for experts alone call LoRAExperts")
     added = {}
-    for name, form in forms.items():
-        ranks = {t: pattern_value(rank_pattern, f"{name}.{form.name(t)}", r) for t in targets}
-        alphas = {t: pattern_value(alpha_pattern, f"{name}.{form.name(t)}", alpha) for t in targets}
-        base = model.get_submodule(name)
-        added[name] = LoRAExperts(
-            base, r=ranks, alpha=alphas, targets=targets, use_rslora=use_rslora, form=form, dtype=dtype
-        ).train(base.training)
+    with unchanged_by_failure(model):
+        for name, form in forms.items():
+            ranks = {t: pattern_value(rank_pattern, f"{name}.{form.name(t)}", r) for t in targets}
+            alphas = {t: pattern_value(alpha_pattern, f"{name}.{form.name(t)}", alpha) for t in targets}
+            base = model.get_submodule(name)
+            added[name] = LoRAExperts(
+                base, r=ranks, alpha=alphas, targets=targets, use_rslora=use_rslora, form=form, dtype=dtype
+            ).train(base.training)
     model.requires_grad_(False)
     for name, module in added.items():
         for target in module.targets:

@@ -32,18 +32,21 @@ def library_versions() -> dict[str, object]:
 
 
 def describe_blocks(model: nn.Module) -> dict[str, object]:
-    """Each block's, router's and experts' settings and tensors, by their names in the model."""
+    """The settings and tensors of each block, with all that is in it, and of routers and experts, by their names in the model."""
     settings: dict[str, object] = {}
     kinds = (MoE, Experts, *_FIELDS)
+    blocks: list[str] = []
     for name, module in model.named_modules():
         kind = next((kind for kind in kinds if isinstance(module, kind)), None)
-        if kind is None:
-            continue
-        settings[name or "model"] = kind.__name__
         before = f"{name}." if name else ""
-        settings |= {f"{before}{field}": value for field, value in _fields_of(module, kind).items()}
-        if kind is not MoE:
-            settings |= describe_tensors(module, before)
+        if kind is MoE:
+            blocks.append(before)
+        elif kind is None and not name.startswith(tuple(blocks)):
+            continue
+        settings[name or "model"] = (kind or type(module)).__name__
+        if kind is not None:
+            settings |= {f"{before}{field}": value for field, value in _fields_of(module, kind).items()}
+        settings |= describe_tensors(module, before)
     return settings
 
 

@@ -18,7 +18,18 @@ from torch.distributed import ProcessGroup
 
 from fusedonemoe.checks import check_count, check_dim, check_routing
 from fusedonemoe.integrations.distributed.collectives import all_to_all, gather, gather_sum
-from fusedonemoe.integrations.distributed.signature import REFUSED, assert_equal_signatures, check_signatures, signature_of
+from fusedonemoe.integrations.distributed.signature import (
+    REFUSED,
+    Gradients,
+    assert_equal_signatures,
+    check_signatures,
+    check_sizes,
+    compare_signatures,
+    exchange_signatures,
+    gradients_of,
+    joined,
+    signature_of,
+)
 from fusedonemoe.ops.plan import in_range, inverse_order, make_plan
 
 Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -96,8 +107,26 @@ class _Dispatcher:
         self.check(lambda: _check_rows(x_TD, experts_TK, weights_TK), device)
         return self.exchange(x_TD, experts_TK, weights_TK)
 
-    def exchange(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Dispatched:
-        """:meth:`dispatch` for arguments that are checked already."""
+    def exchange(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, *, trained: bool = False) -> Dispatched:
+        """:meth:`dispatch` for arguments that are checked already.
+
+        A gradient that one rank needs is exchanged by all of them, those too whose own arguments require none.
+
+        Args:
+            x_TD: as in :meth:`dispatch`.
+            experts_TK: as in :meth:`dispatch`.
+            weights_TK: as in :meth:`dispatch`.
+            trained: this rank's experts have parameters that require gradients.
+        """
+        asked = gradients_of(x_TD, weights_TK, trained)
+        if self.world == 1:
+            return self._send(x_TD, experts_TK, weights_TK, 0, asked)
+        self.check(lambda: check_sizes(x_TD, experts_TK, self.num_experts), x_TD.device)
+        signature = signature_of(x_TD, experts_TK, weights_TK, self.num_experts, asked)
+        return self._send(x_TD, experts_TK, weights_TK, signature, asked)
+
+    def _send(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, signature: int, asked: Gradients) -> Dispatched:
+        """Compare the signature with that of the other ranks, and exchange rows."""
         raise NotImplementedError
 
     def _owners(self, experts_TK: Tensor) -> Tensor:
@@ -177,8 +206,8 @@ class AllToAll(_Dispatcher):
         super().__init__(group, num_experts)
         self.spare = spare
 
-    def _sizes(self, picked_TW: Tensor, owner_TK: Tensor, signature: int) -> list[list[int]]:
-        """Rows sent to each rank, choices in them, rows received from each, choices in those."""
+    def _sizes(self, picked_TW: Tensor, owner_TK: Tensor, signature: int, asked: Gradients) -> tuple[list[list[int]], Gradients]:
+        """Rows sent to each rank, choices in them, rows received from each, choices in those; and the gradients of all ranks."""
         W = self.world
         choices_W = (owner_TK.reshape(-1, 1) == torch.arange(W, device=owner_TK.device)).sum(0)
         sent_W2 = torch.stack((picked_TW.sum(0), choices_W), 1)
@@ -190,9 +219,9 @@ class AllToAll(_Dispatcher):
         flat: list[int] = torch.cat((sent_W2, received_W3), 1).T.reshape(-1).tolist()  # the one look at the device
         for size in flat:
             torch._check(size >= 0)
-        if not torch.compiler.is_compiling():
-            check_signatures(flat[4 * W :], self.group)
-        return [flat[i * W : (i + 1) * W] for i in range(4)]
+        if not torch.compiler.is_compiling() and W > 1:
+            asked = check_signatures(flat[4 * W :], self.group)
+        return [flat[i * W : (i + 1) * W] for i in range(4)], asked
 
     def _refuse(self, device: torch.device) -> None:
         """Take this rank's part in the exchange of sizes, to tell the others that its own arguments were refused."""
@@ -201,8 +230,7 @@ class AllToAll(_Dispatcher):
         sent_W3[:, 2] = REFUSED
         all_to_all(sent_W3, [1] * W, [1] * W, self.group)
 
-    def exchange(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Dispatched:
-        """:meth:`dispatch` for arguments that are checked already."""
+    def _send(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, signature: int, asked: Gradients) -> Dispatched:
         (T, K), W, device = experts_TK.shape, self.world, x_TD.device
         owner_TK = self._owners(experts_TK)
         # The first choice that takes a token to a rank, K where there is none: the others travel with it.
@@ -210,8 +238,8 @@ class AllToAll(_Dispatcher):
         first_TW = choice_TK.new_full((T, W + 1), K).scatter_reduce(1, owner_TK, choice_TK, "amin")
         is_first_TK = (first_TW.gather(1, owner_TK) == choice_TK) & (owner_TK < W)
         picked_TW = first_TW[:, :W] < K
-        signature = signature_of(x_TD, experts_TK, weights_TK, self.num_experts)
-        sent, _, received, choices = self._sizes(picked_TW, owner_TK, signature)
+        (sent, _, received, choices), needed = self._sizes(picked_TW, owner_TK, signature, asked)
+        x_TD, weights_TK = joined(x_TD, needed.x), joined(weights_TK, needed.weights)
         send, receive, own = self._without_own(sent), self._without_own(received), sent[self.rank]
         N = sum(send) + own
         torch._check(N <= T * W)
@@ -234,7 +262,8 @@ class AllToAll(_Dispatcher):
         )
 
         def combine(y_RD: Tensor) -> Tensor:
-            return gather_sum(self._return(y_RD, send, receive, own), token_N, position_TK)
+            back = self._return(joined(y_RD, any(needed)), send, receive, own)
+            return gather_sum(back, token_N, position_TK)
 
         return self._unfold(rows, ids, weights, sum(choices), combine)
 
@@ -297,7 +326,7 @@ class FixedCapacity(_Dispatcher):
         super().__init__(group, num_experts)
         check_capacity(capacity_factor, capacity)
         self.capacity = capacity
-        self._factor = None if capacity_factor in (None, math.inf) else Fraction(capacity_factor).limit_denominator(1 << 20)
+        self._factor = None if capacity_factor in (None, math.inf) else _fraction(capacity_factor)
         self.dropped: Tensor | None = None
         # gloo ends a process that gets more rows than it expects, so there sizes are compared before each exchange. Other
         # backends exchange nothing but rows.
@@ -312,16 +341,16 @@ class FixedCapacity(_Dispatcher):
         over, under = self._factor.numerator, self._factor.denominator * self.world
         return torch.sym_min(choices, (choices * over + under - 1) // under)
 
-    def exchange(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Dispatched:
-        """:meth:`dispatch` for arguments that are checked already."""
+    def _send(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, signature: int, asked: Gradients) -> Dispatched:
         (T, K), W, device = experts_TK.shape, self.world, x_TD.device
         if T == 0 and self.capacity is not None:  # the others have tokens: a row that goes nowhere stands for this rank's
             tensors = (torch.cat((t, t.new_zeros(1, t.shape[1]))) for t in (x_TD, weights_TK))
-            padded = self.exchange(next(tensors), torch.full((1, K), -1, device=device), next(tensors))
+            padded = self._send(next(tensors), torch.full((1, K), -1, device=device), next(tensors), signature, asked)
             return padded._replace(combine=lambda y_RD: padded.combine(y_RD)[:0])
         choices = T * K
         S = self._slots(choices)
-        self._compare(signature_of(x_TD, experts_TK, weights_TK, self.num_experts), S, device)
+        needed = self._compare(signature, S, device, asked)
+        x_TD, weights_TK = joined(x_TD, needed.x), joined(weights_TK, needed.weights)
         owner_TK = self._owners(experts_TK)
         order, offsets = make_plan(owner_TK, W)
         number_TK = inverse_order(order).view(T, K) - offsets[owner_TK.clamp(max=W - 1)]
@@ -353,34 +382,31 @@ class FixedCapacity(_Dispatcher):
         )
 
         def combine(y_RD: Tensor) -> Tensor:
-            return gather_sum(self._return(y_RD, sizes, sizes, choices), token_N, position_TK)
+            back = self._return(joined(y_RD, any(needed)), sizes, sizes, choices)
+            return gather_sum(back, token_N, position_TK)
 
         return Dispatched(x, ids, weights, combine)
 
-    def _compare(self, signature: int, S: int, device: torch.device) -> None:
-        """With gloo: every rank sends rows of the same form, and equally many."""
-        if not self._compares:
-            return
-        W = self.world
-        own_W2 = torch.stack([torch.full((W,), value, dtype=torch.int64, device=device) for value in (signature, S)], 1)
-        received_W2 = all_to_all(own_W2, [1] * W, [1] * W, self.group)
-        if torch.compiler.is_compiling():
-            assert_equal_signatures(received_W2, own_W2)
-        elif not torch.equal(received_W2, own_W2):
-            signatures, rows = received_W2.T.tolist()
-            check_signatures(signatures, self.group, rows)
+    def _compare(self, signature: int, S: int, device: torch.device, asked: Gradients) -> Gradients:
+        """With gloo: every rank sends rows of the same form, and equally many. The gradients of all ranks."""
+        return compare_signatures(signature, S, self.group, device, asked) if self._compares else asked
 
     def _refuse(self, device: torch.device) -> None:
         """With gloo: tell the others that this rank's own arguments were refused."""
         if self._compares:
-            own_W2 = torch.tensor([[REFUSED, 0]] * self.world, device=device)
-            all_to_all(own_W2, [1] * self.world, [1] * self.world, self.group)
+            exchange_signatures(REFUSED, 0, self.group, device)
 
     def _count(self, beyond_TK: Tensor) -> None:
         if self.dropped is None or self.dropped.device != beyond_TK.device:
             self.dropped = torch.zeros(1, dtype=torch.int64, device=beyond_TK.device)
         # The operator that counts tokens knows a repetition by activation checkpointing from a forward.
         torch.ops.fusedonemoe.count_tokens_(self.dropped, torch.where(beyond_TK, 0, -1))
+
+
+def _fraction(factor: float) -> Fraction:
+    """The factor as a fraction that is not 0 and whose terms fit into the sizes of a compiled graph: 1.1 is 11 / 10."""
+    limited = Fraction(min(factor, 1 << 20)).limit_denominator(1 << (20 if factor > 1e-3 else 40))
+    return limited or Fraction(1, 1 << 40)
 
 
 def check_capacity(capacity_factor: float | None, capacity: int | None) -> None:

@@ -12,7 +12,8 @@ from torch.distributed.tensor.parallel.style import ParallelStyle
 
 from fusedonemoe.agreement import agree
 from fusedonemoe.checks import check_like_x, check_routing
-from fusedonemoe.functional.calls import as_rows, with_leading
+from fusedonemoe.functional.arguments import check_biases, projections
+from fusedonemoe.functional.calls import as_rows, choose_impl, with_leading
 from fusedonemoe.integrations.distributed.collectives import in_autocast_dtype, with_divided_gradient
 from fusedonemoe.integrations.distributed.description import describe_blocks, library_versions
 from fusedonemoe.integrations.distributed.dispatch import AllToAll, FixedCapacity, check_capacity
@@ -87,15 +88,33 @@ def for_each(
         for experts in experts_of(model).values():
             if check is not None:
                 check(experts, group.size())
+        _check_ties(model)
         ranks = dist.get_process_group_ranks(group)
         return {"style": style, **options, "ranks of the group": ranks, **library_versions(), **describe_blocks(model)}
 
     agree(f"{style}.apply", describe, group)
+    tied: dict[nn.Parameter, nn.Parameter] = {}
     for experts in experts_of(model).values():
+        before = dict(experts.named_parameters(recurse=False))
         device = device_type or next(experts.parameters()).device.type
         mesh = where if isinstance(where, DeviceMesh) else DeviceMesh.from_group(group, "cpu" if device == "meta" else device)
         make_parallel(experts, mesh)
+        for name, parameter in before.items():
+            # What two modules of experts share, they go on to share.
+            experts.register_parameter(name, tied.setdefault(parameter, experts.get_parameter(name)))
     return model
+
+
+def _check_ties(model: nn.Module) -> None:
+    """No parameter of experts is that of another module too, where it would stay whole."""
+    names: dict[nn.Parameter, str] = {}
+    for name, module in experts_of(model).items():
+        names |= {parameter: f"{name}.{key}".lstrip(".") for key, parameter in module.named_parameters(recurse=False)}
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter in names and not isinstance(module, Experts):
+                shared = f"{name}.{key}".lstrip(".")
+                raise ValueError(f"{names[parameter]} must belong to experts alone, got a parameter that is {shared} too")
 
 
 def place(experts: Experts, mesh: DeviceMesh, placements: dict[str, Placement]) -> None:
@@ -108,13 +127,21 @@ def place(experts: Experts, mesh: DeviceMesh, placements: dict[str, Placement]) 
         experts.register_parameter(name, nn.Parameter(placed, requires_grad=parameter.requires_grad))
 
 
-def _check_call(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> None:
-    """Everything that the operator would refuse once the rows of all ranks have met."""
+def check_forward(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> None:
+    """Everything that the operator would refuse once the ranks wait for each other."""
     check_routing(x, ids, weights)
     if x.shape[-1] != experts.config.hidden_size:
         raise ValueError(f"x must have shape [..., {experts.config.hidden_size}], got {tuple(x.shape)}")
     up_name = "gate_up_proj" if experts.config.gated else "up_proj"
     check_like_x(up_name, getattr(experts, up_name), x)
+    up, down, up_bias, down_bias = experts.local_weights()
+    if experts.config.impl != "auto" and up.shape[0]:
+        # One rank alone may lack the kernels that impl names.
+        config = experts.config
+        up_EGD, down_EDF = projections(x, up, down, gated=config.gated, transposed=config.transposed)
+        check_biases(x, up_bias, down_bias, (up_EGD.shape[0], up_EGD.shape[1], down_EDF.shape[1]))
+        widths = (up_EGD.shape[2], up_EGD.shape[1], down_EDF.shape[2])
+        choose_impl("experts_mlp", config.impl, x, ids, widths, up_EGD, down_EDF)
 
 
 class ExpertExchange:
@@ -126,12 +153,13 @@ class ExpertExchange:
 
     def __call__(self, experts: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The forward of ``experts``, for the tokens of this process."""
-        self.dispatcher.check(lambda: _check_call(experts, x, ids, weights), experts.down_proj.device)
+        self.dispatcher.check(lambda: check_forward(experts, x, ids, weights), experts.down_proj.device)
         rows = in_autocast_dtype(as_rows(x))
-        dispatched = self.dispatcher.exchange(rows, as_rows(ids), as_rows(weights))
+        local = experts.local_weights()
+        trained = any(w is not None and w.requires_grad for w in local)
+        dispatched = self.dispatcher.exchange(rows, as_rows(ids), as_rows(weights), trained=trained)
         up, down, *biases = (
-            None if w is None else with_divided_gradient(w, self.divisor) if self.divisor > 1 else w
-            for w in experts.local_weights()
+            None if w is None else with_divided_gradient(w, self.divisor) if self.divisor > 1 else w for w in local
         )
         assert up is not None and down is not None
         if up.shape[0]:

@@ -1,5 +1,9 @@
 """Tensor parallelism: each process of a group holds a slice of every expert's intermediate width."""
 
+from contextlib import suppress
+
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
@@ -8,8 +12,19 @@ from torch.distributed.tensor.parallel.style import ParallelStyle
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from fusedonemoe.config import MoEConfig
+from fusedonemoe.functional.calls import as_rows
 from fusedonemoe.integrations.distributed.collectives import in_autocast_dtype, sum_of_parts, with_summed_gradient
-from fusedonemoe.integrations.distributed.expert_parallel import AnyModule, for_each, place
+from fusedonemoe.integrations.distributed.expert_parallel import AnyModule, check_forward, for_each, place
+from fusedonemoe.integrations.distributed.signature import (
+    REFUSED,
+    Gradients,
+    check_sizes,
+    compare_signatures,
+    exchange_signatures,
+    gradients_of,
+    joined,
+    signature_of,
+)
 from fusedonemoe.layers import Experts
 
 
@@ -41,15 +56,50 @@ class TensorExchange:
 
     def __init__(self, group: ProcessGroup) -> None:
         self.group = group
+        # gloo ends a process that gets more numbers than it expects, so there ranks compare their arguments in each call.
+        self._compares: bool = group.size() > 1 and dist.get_backend(group) == "gloo"
 
     def __call__(self, experts: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The forward of ``experts``, for tokens that all processes have."""
+        if torch.compiler.is_compiling():
+            self._check(experts, x, ids, weights)
+        else:
+            try:
+                self._check(experts, x, ids, weights)
+            except Exception:
+                self.tell_refusal(experts)
+                raise
         up, down, up_bias, down_bias = experts.local_weights()
+        x = in_autocast_dtype(x)
+        needed = self._compare(experts, x, ids, weights, down_bias is not None and down_bias.requires_grad)
         if down_bias is not None:  # added once; the other ranks' zeros have zero gradients, which the sum then replaces
-            down_bias = with_summed_gradient(down_bias, self.group) * float(self.group.rank() == 0)
-        shared = with_summed_gradient(in_autocast_dtype(x), self.group)
-        y = experts.compute(shared, ids, with_summed_gradient(weights, self.group), up, down, up_bias, down_bias)
-        return sum_of_parts(y, self.group)
+            bias = joined(down_bias, needed.parameters)
+            down_bias = with_summed_gradient(bias, self.group) * float(self.group.rank() == 0)
+        shared = with_summed_gradient(joined(x, needed.x), self.group)
+        weights = with_summed_gradient(joined(weights, needed.weights), self.group)
+        return sum_of_parts(experts.compute(shared, ids, weights, up, down, up_bias, down_bias), self.group)
+
+    def _check(self, experts: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> None:
+        check_forward(experts, x, ids, weights)
+        if self._compares:
+            check_sizes(as_rows(x), as_rows(ids), experts.config.num_experts)
+
+    def _compare(self, experts: Experts, x: Tensor, ids: Tensor, weights: Tensor, trained: bool) -> Gradients:
+        """With gloo: every rank has arguments of the same form. The gradients of all ranks."""
+        asked = gradients_of(x, weights, trained)
+        if not self._compares:
+            return asked
+        x_TD = as_rows(x)
+        signature = signature_of(x_TD, as_rows(ids), as_rows(weights), experts.config.num_experts, asked)
+        texts = {"parallelism": "tensor", "row_name": "T", "advice": "every rank must have the same tokens"}
+        return compare_signatures(signature, x_TD.shape[0], self.group, experts.down_proj.device, asked, **texts)
+
+    def tell_refusal(self, experts: Experts) -> None:
+        """Tell the other ranks that this one refuses its input; with gloo."""
+        if self._compares and not torch.compiler.is_compiling():
+            # Where the others are gone, this rank's own error says more than that of the exchange.
+            with suppress(RuntimeError):
+                exchange_signatures(REFUSED, 0, self.group, experts.down_proj.device)
 
     def __deepcopy__(self, memo: object) -> "TensorExchange":
         return self

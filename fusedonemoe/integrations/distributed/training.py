@@ -1,6 +1,5 @@
 """Sharded parameters in the rest of a training loop: FSDP2, DDP, optimizers, clipping."""
 
-import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,8 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from fusedonemoe.agreement import agree
-from fusedonemoe.balance.counting import is_capturing
+from fusedonemoe.agreement import agree, failures_named, start_comparison
 from fusedonemoe.integrations.distributed.description import describe_blocks, describe_tensors, library_versions
 from fusedonemoe.integrations.distributed.expert_parallel import ExpertExchange, group_of
 from fusedonemoe.layers import Experts
@@ -146,10 +144,6 @@ def _parallel_parameters(model: nn.Module, group: ProcessGroup) -> list[str]:
     return left_alone
 
 
-# Models whose processes have compared their gradients.
-_averaged: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
-
-
 def _describe_gradients(model: nn.Module) -> dict[str, object]:
     settings: dict[str, object] = {}
     for name, module in model.named_modules():
@@ -168,8 +162,8 @@ def average_gradients(model: nn.Module, group: ProcessGroup | None = None) -> No
         group: the processes; the default group if None.
 
     Raises:
-        ValueError: the processes have gradients of other names, shapes or dtypes. They compare them at the first call for a
-            model, and the message says which ranks have what.
+        ValueError: the processes have gradients of other names, shapes or dtypes, which each call compares. The message says
+            which ranks have what. Over a group without CPUs the comparison fails on the device, and names nothing.
         RuntimeError: another process has failed.
 
     Example:
@@ -181,17 +175,22 @@ def average_gradients(model: nn.Module, group: ProcessGroup | None = None) -> No
         >>> average_gradients(model)
         >>> dist.destroy_process_group()
     """
-    gradients = [p.grad for p in model.parameters() if p.grad is not None and not isinstance(p, DTensor)]
-    if model not in _averaged and not (gradients and is_capturing(gradients[0])):
-        agree("average_gradients", lambda: _describe_gradients(model), group_of(group))
-        _averaged.add(model)
+    whole = {name: p for name, p in model.named_parameters() if not isinstance(p, DTensor)}
+    gradients = [p.grad for p in whole.values() if p.grad is not None]
+    forms = [(name, tuple(p.shape), str(p.dtype)) for name, p in whole.items() if p.grad is not None]
+    device = next((p.device for p in whole.values()), torch.device("cpu"))
+    group = group_of(group)
+    equal = start_comparison("average_gradients", forms, group, device)  # travels while the gradients are put together
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for gradient in gradients:
         by_dtype.setdefault(gradient.dtype, []).append(gradient)
-    for same in by_dtype.values():
-        flat = torch.cat([gradient.reshape(-1) for gradient in same])
-        dist.all_reduce(flat, group=group)
-        flat /= dist.get_world_size(group)
+    messages = [(same, torch.cat([gradient.reshape(-1) for gradient in same])) for same in by_dtype.values()]
+    if not equal():
+        agree("average_gradients", lambda: _describe_gradients(model), group)
+    for same, flat in messages:
+        with failures_named("average_gradients", group, "gradients were averaged"):
+            dist.all_reduce(flat, group=group)
+        flat /= group.size()
         for gradient, mean in zip(same, flat.split([gradient.numel() for gradient in same]), strict=True):
             gradient.copy_(mean.view_as(gradient))
 
@@ -232,7 +231,8 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     parameters of one mesh at a time. A collective call where there are shards.
 
     Args:
-        parameters: with gradients or without; whole ones have the same gradient in every process.
+        parameters: with gradients or without, the same ones in every process; whole ones have the same gradient in each. A
+            shard may have a gradient in one process and none in another.
         max_norm: above 0.
 
     Returns:
@@ -240,6 +240,7 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
 
     Raises:
         ValueError: ``max_norm`` is not above 0.
+        RuntimeError: another process has died, or did not come.
 
     Example:
         >>> import torch
@@ -251,23 +252,32 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """
     if not max_norm > 0:
         raise ValueError(f"max_norm must be above 0, got {max_norm}")
+    parameters = list(parameters)
     gradients = [p.grad for p in parameters if p.grad is not None]
-    if not gradients:
+    # A rank without a gradient takes part for every shard that it holds: others may have one.
+    counted = [p if p.grad is None else p.grad for p in parameters if p.grad is not None or isinstance(p, DTensor)]
+    if not counted:
         return torch.zeros((), device="cpu")
-    dtype = torch.float64 if any(gradient.dtype == torch.float64 for gradient in gradients) else torch.float32
+    dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in counted) else torch.float32
     by_mesh: dict[Any, list[Tensor]] = {}
-    for gradient in gradients:
-        placed = (gradient.device_mesh, gradient.placements) if isinstance(gradient, DTensor) else None
-        by_mesh.setdefault(placed, []).append(gradient)
+    for tensor in counted:
+        placed = (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
+        by_mesh.setdefault(placed, []).append(tensor)
+    given = {id(gradient) for gradient in gradients}
     squares = []
     for placed, some in by_mesh.items():
-        local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in some]
-        square = torch.stack([torch.linalg.vector_norm(part, dtype=dtype) for part in local]).square().sum()
+        local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in some]
+        norms = [
+            torch.linalg.vector_norm(part, dtype=dtype) if id(whole) in given else part.new_zeros((), dtype=dtype)
+            for whole, part in zip(some, local, strict=True)
+        ]
+        square = torch.stack(norms).square().sum()
         if placed is not None:
             mesh, placements = placed
             for axis, placement in enumerate(placements):
                 if not placement.is_replicate():
-                    dist.all_reduce(square, group=mesh.get_group(axis))
+                    with failures_named("clip_grad_norm_", mesh.get_group(axis), "norms were summed"):
+                        dist.all_reduce(square, group=mesh.get_group(axis))
         squares.append(square)
     norm = torch.stack(squares).sum().sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
