@@ -21,7 +21,7 @@ cd "$work"
 
 mkdir unpacked
 tar -xzf dist/*.tar.gz -C unpacked --strip-components=1
-for path in ops/__init__.py fusedonemoe/py.typed tests/test_layout.py docs/conf.py examples/own_model.py LICENSE constraints.txt; do
+for path in ops/__init__.py fusedonemoe/py.typed tests/repo/test_layout.py docs/conf.py examples/own_model.py LICENSE constraints.txt; do
   [ -e "unpacked/$path" ] || fail "the sdist lacks $path"
 done
 [ ! -e unpacked/fusedonemoe/ops ] || fail "the sdist carries the link's target a second time"

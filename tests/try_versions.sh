@@ -28,5 +28,7 @@ PY
 
 cd "$root"
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 XDG_CACHE_HOME=$work/cache TORCHINDUCTOR_CACHE_DIR=$work/inductor
-"$python" -m pytest -q -p no:cacheprovider -m "not slow" "$@" tests/test_{layers,experts_mlp_gradients,cpu_operators,neurons,loss_free_balance}.py \
-  tests/test_{product_key_router,quantized,lora,autocast,compile,export,portable,transformers_experts,training_integrations}.py
+"$python" -m pytest -q -p no:cacheprovider -m "not slow" "$@" \
+  tests/layers/test_{layers,loss_free_balance,product_key_router,export}.py \
+  tests/ops/test_{experts_mlp_gradients,cpu_operators,neurons,quantized,lora,autocast,compile,portable}.py \
+  tests/integrations/test_{transformers_experts,training_integrations}.py

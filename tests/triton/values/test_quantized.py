@@ -14,7 +14,7 @@ from fusedonemoe.ops.triton.plan import make_plan
 from fusedonemoe.ops.triton.quantized_rows import quantized_rows
 from fusedonemoe.ops.triton.rules import Tile
 from fusedonemoe.testing import ErrorNorms, assert_within_budget, error_norms, exact_float64, make_experts, make_mlp_inputs
-from tests.test_experts_mlp_precision import plain_experts
+from tests.ops.test_experts_mlp_precision import plain_experts
 
 FORMS: dict[str, dict[str, Any]] = {
     "int8": {"dtype": "int8"},

@@ -6,9 +6,9 @@ import torch
 from fusedonemoe import functional as F
 from fusedonemoe.ops.records import RouteRule
 from fusedonemoe.ops.triton import routing
-from tests import test_float16_range as float16
-from tests import test_large_logits as logits
-from tests import test_nan_and_infinity as reach
+from tests.ops import test_float16_range as float16
+from tests.ops import test_large_logits as logits
+from tests.ops import test_nan_and_infinity as reach
 
 LAYERS = tuple(dict.fromkeys(layer for layer, _ in float16.CASES))
 each_layer = pytest.mark.parametrize("layer", LAYERS)
