@@ -8,6 +8,8 @@ token, no gradient of a token and no expert that holds NaN or infinity reaches w
 and is never computed.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -77,7 +79,7 @@ def experts_mlp_dense(call: ExpertsCall) -> Tensor:
     return sum_of_experts(y_ETD, routed_ET1, x_TD.dtype)
 
 
-def has_no_hint(size: int | torch.SymInt) -> bool:
+def has_no_hint(size: Any) -> bool:
     """Return whether a size depends on data, as of a graph that is traced with an unbacked number of tokens."""
     return isinstance(size, torch.SymInt) and not size.node.has_hint()
 

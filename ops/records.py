@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fusedonemoe.ops import formats
-from fusedonemoe.ops.formats import Format, Shape, Tensors
+from fusedonemoe.ops.formats import Format, Part, Shape, Tensors
 from fusedonemoe.ops.operands import Reader, check_dim, reader_of
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "identity", "swiglu_oai")
@@ -289,8 +289,9 @@ class ExpertsArguments:
     """
 
     def __init__(self, formats: tuple[Format, ...], *, adapted: bool = False) -> None:
-        self.formats, self.adapted = formats, adapted
-        self.parts = formats[0].parts
+        self.formats: tuple[Format, ...] = formats
+        self.adapted: bool = adapted
+        self.parts: tuple[Part, ...] = formats[0].parts
 
         def side(name: str) -> list[Argument]:
             types = ("Tensor", "Tensor?")
@@ -304,12 +305,12 @@ class ExpertsArguments:
         constants = [Argument(scale.format(name), "float") for name in ("up", "down")] if adapted else []
         if not formats[0].has_sizes:
             constants.append(Argument("intermediate_size", "SymInt"))
-        self.arguments = (*tensors, *constants, *ACTIVATION_ARGUMENTS)
-        self.num_tensors = len(tensors)
-        self.names = tuple(self.parts[0].name.format(name) for name in ("up", "down"))
+        self.arguments: tuple[Argument, ...] = (*tensors, *constants, *ACTIVATION_ARGUMENTS)
+        self.num_tensors: int = len(tensors)
+        self.names: tuple[str, ...] = tuple(self.parts[0].name.format(name) for name in ("up", "down"))
         weights_gradients = ("up", "down") if any(p.has_gradient for p in self.parts) else ()
         adapter_gradients = tuple(factor.name for factor in factors) if adapted else ()
-        self.gradients = ("x", "weights", *weights_gradients, "up_bias", "down_bias", *adapter_gradients)
+        self.gradients: tuple[str, ...] = ("x", "weights", *weights_gradients, "up_bias", "down_bias", *adapter_gradients)
 
     @property
     def schema(self) -> str:

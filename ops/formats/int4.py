@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fusedonemoe.ops.cpu.native import new_on
-from fusedonemoe.ops.formats.format import Format, Shape, Tensors
+from fusedonemoe.ops.formats.format import Format, Part, Shape, Tensors
 from fusedonemoe.ops.formats.quantized_weight import PARTS, QuantizedWeight
 from fusedonemoe.ops.operands import Reader, check_dim
 
@@ -18,7 +18,7 @@ class Int4(Format):
     """Two values in each uint8 of ``[E, O, I / 2]``, scales float32 and zero points uint8 ``[E, O, I / group_size]``."""
 
     name = "int4"
-    parts = PARTS
+    parts: tuple[Part, ...] = PARTS
 
     def shape(self, tensors: Tensors) -> Shape | None:
         """Return ``(E, O, I)`` of uint8 values: each has those of two inputs."""

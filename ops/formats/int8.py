@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fusedonemoe.ops.cpu.native import new_on
-from fusedonemoe.ops.formats.format import Format, Shape, Tensors
+from fusedonemoe.ops.formats.format import Format, Part, Shape, Tensors
 from fusedonemoe.ops.formats.quantized_weight import PARTS, QuantizedWeight
 from fusedonemoe.ops.operands import Reader, check_dim
 
@@ -15,7 +15,7 @@ class Int8(Format):
     """Values int8 ``[E, O, I]``, scales float32 ``[E, O]``, no zero points."""
 
     name = "int8"
-    parts = PARTS
+    parts: tuple[Part, ...] = PARTS
 
     def shape(self, tensors: Tensors) -> Shape | None:
         """Return ``(E, O, I)``, the shape of int8 values."""

@@ -108,7 +108,7 @@ class Panels(Format):
     """
 
     name = "panels"
-    parts = (Part("packed_{}"),)
+    parts: tuple[Part, ...] = (Part("packed_{}"),)
     has_sizes = False
 
     def make(self, weight_EOI: Tensor, **options: Any) -> Tensors:

@@ -13,7 +13,7 @@ class Plain(Format):
     """Rows of inputs, in the dtype of x."""
 
     name = "plain"
-    parts = (Part("{}_proj", casts=True, has_gradient=True),)
+    parts: tuple[Part, ...] = (Part("{}_proj", casts=True, has_gradient=True),)
 
     def shape(self, tensors: Tensors) -> Shape | None:
         """Return ``(E, O, I)`` if the inputs of an output are nearer to each other than the outputs of an input."""

@@ -126,9 +126,11 @@ def _register(
     )
 
 
-experts_mlp = _register("experts_mlp", MLP_ARGUMENTS)
-experts_mlp_lora = _register("experts_mlp_lora", LORA_ARGUMENTS, compiled=False, vanishing=("up_A", "up_B", "down_A", "down_B"))
-experts_mlp_quantized = _register(
+experts_mlp: Callable[..., Any] = _register("experts_mlp", MLP_ARGUMENTS)
+experts_mlp_lora: Callable[..., Any] = _register(
+    "experts_mlp_lora", LORA_ARGUMENTS, compiled=False, vanishing=("up_A", "up_B", "down_A", "down_B")
+)
+experts_mlp_quantized: Callable[..., Any] = _register(
     "experts_mlp_quantized",
     QUANTIZED_ARGUMENTS,
     ungraded=("up_scale", "down_scale"),
@@ -196,7 +198,9 @@ def _register_kernel(
     return shortcut(operator, tensors=tensors, pack=pack, kernel=kernel, first=False, recording=None, impl=None)
 
 
-experts_mlp_packed = _register_kernel("experts_mlp_packed", _call(PACKED_ARGUMENTS), _packed_fake, cpu.experts_mlp_packed)
-unpack_weights = _register_kernel(
+experts_mlp_packed: Callable[..., Any] = _register_kernel(
+    "experts_mlp_packed", _call(PACKED_ARGUMENTS), _packed_fake, cpu.experts_mlp_packed
+)
+unpack_weights: Callable[..., Any] = _register_kernel(
     "unpack_weights", "Tensor panels, int rows, int width, str layout", _unpacked_fake, panels.unpack
 )

@@ -1,5 +1,7 @@
 """Operators that are opaque everywhere, without an implementation in other operators."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -25,9 +27,9 @@ def _selection_fake(keys: Tensor, k: int) -> Tensor:
 
 # Grouped GEMMs: opaque, because on CPU how many rows an expert has decides how they are best computed, and because torch's
 # own refuses to be traced in float32 before 2.15.
-grouped_mm = {"CPU": grouped_gemm.grouped_mm, "CUDA": cuda.grouped_mm}
+grouped_mm: dict[str, Callable[..., Tensor]] = {"CPU": grouped_gemm.grouped_mm, "CUDA": cuda.grouped_mm}
 define_opaque("grouped_mm", "Tensor rows, Tensor weights, Tensor offsets", _grouped_mm_fake, grouped_mm)
-grouped_outer = {"CPU": grouped_gemm.grouped_outer, "CUDA": cuda.grouped_outer}
+grouped_outer: dict[str, Callable[..., Tensor]] = {"CPU": grouped_gemm.grouped_outer, "CUDA": cuda.grouped_outer}
 define_opaque("grouped_outer", "Tensor left, Tensor right, Tensor offsets", _grouped_outer_fake, grouped_outer)
 for _name in ("grouped_mm", "grouped_outer"):
     torch.library.register_autograd(f"{NAMESPACE}::{_name}", no_second_derivative, lib=lib)

@@ -92,10 +92,10 @@ class Signature:
 
     def __init__(self, groups: Iterable[_Group]) -> None:
         self._groups = list(groups)
-        self.arguments = [argument for group, _ in self._groups for argument in group]
-        self.names = [argument.name for argument in self.arguments]
-        self.defaults = tuple(argument.default for argument in self.arguments)
-        self.leading_tensors = [*(argument.is_tensor for argument in self.arguments), False].index(False)
+        self.arguments: list[Argument] = [argument for group, _ in self._groups for argument in group]
+        self.names: list[str] = [argument.name for argument in self.arguments]
+        self.defaults: tuple[Any, ...] = tuple(argument.default for argument in self.arguments)
+        self.leading_tensors: int = [*(argument.is_tensor for argument in self.arguments), False].index(False)
 
     @classmethod
     def of(cls, *parts: str | Part) -> "Signature":

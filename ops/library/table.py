@@ -1,6 +1,6 @@
 """The operators of routing, merged projections, single neurons and value memory: a row each."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ def _routing_fake(logits: Tensor, selection_bias: Tensor | None, rule: RouteRule
 
 
 _LOGITS = "Tensor logits, Tensor? selection_bias"
-route = register(
+route: Callable[..., Any] = register(
     Operator(
         name="route",
         arguments=(_LOGITS, _RULE),
@@ -79,7 +79,7 @@ def _choose_product_keys(logits: Tensor, top_k: int | None) -> str:
 
 
 _PAIRS = "Tensor logits, int top_k, bool norm_topk_prob"
-route_product_key = register(
+route_product_key: Callable[..., Any] = register(
     Operator(
         name="route_product_key",
         arguments=(_PAIRS,),
@@ -112,7 +112,7 @@ def _merged_fake(x: Tensor, experts: Tensor, weights: Tensor, proj: Tensor) -> t
     return x.new_empty(x.shape[0], proj.shape[2]), order, offsets
 
 
-experts_merged = register(
+experts_merged: Callable[..., Any] = register(
     Operator(
         name="experts_merged",
         arguments=(_MERGED,),
@@ -188,7 +188,7 @@ def _values_backward_fake(
     return *wanted((needs.weights,), weights), *_wanted_tables((needs.table,), (table,), slots, num_slots)
 
 
-experts_neurons = register(
+experts_neurons: Callable[..., Any] = register(
     Operator(
         name="experts_neurons",
         arguments=(_NEURONS,),
@@ -217,7 +217,7 @@ experts_neurons = register(
 )
 register_composite("experts_neurons_dense", (_NEURONS,), 1, (neurons, "experts_neurons_dense"), casts=_NEURONS_CASTS)
 
-experts_values = register(
+experts_values: Callable[..., Any] = register(
     Operator(
         name="experts_values",
         arguments=(_VALUES,),
