@@ -139,6 +139,8 @@ class Projection(NamedTuple):
         assert tensor is not None
         if tensor.dim() != 3:
             check_dim(name, tensor, 3)
+        if candidates[0] is formats.PLAIN and tensor.is_contiguous():  # the most frequent, told without a call
+            return _make(cls, (formats.PLAIN, tensors, tensor.shape, bias, adapter))
         for candidate in candidates:
             shape = candidate.shape(tensors)
             if shape is not None:
@@ -273,6 +275,9 @@ class ExpertsGradients(NamedTuple):
     down_B: Tensor | None = None
 
 
+_FLOAT_GRADIENTS = ExpertsNeeds._fields[:6]  # of plain weights without adapters
+
+
 class ExpertsArguments:
     """The argument list of the operators of experts: the only place that knows the order.
 
@@ -353,12 +358,17 @@ class ExpertsArguments:
 
     def needs(self, flags: Sequence[bool]) -> ExpertsNeeds:
         """Return the gradients that are wanted, of flags in the order of :attr:`gradients`."""
+        if self.gradients == _FLOAT_GRADIENTS:
+            return _make(ExpertsNeeds, (*flags, False, False, False, False))
         return ExpertsNeeds(**dict(zip(self.gradients, flags, strict=True)))
 
     def results(self, gradients: ExpertsGradients, owner: Tensor) -> tuple[Tensor, ...]:
         """Return the gradients as a backward returns them: an empty tensor, each its own, for one that was not wanted."""
-        values = (getattr(gradients, name) for name in self.gradients)
-        return tuple(owner.new_empty(0) if value is None else value for value in values)
+        results = []
+        for name in self.gradients:  # a comprehension takes Python frames
+            value = getattr(gradients, name)
+            results.append(owner.new_empty(0) if value is None else value)
+        return tuple(results)
 
 
 def _factors(projection: Projection, like: Tensor) -> Adapter:

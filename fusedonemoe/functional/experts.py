@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from fusedonemoe.checks import check_dim, check_fits, check_like_x, check_routing, check_save_percent
 from fusedonemoe.functional.arguments import check_biases, projections
-from fusedonemoe.functional.calls import as_rows, choose_impl, records_gradients, run_portable, with_leading
+from fusedonemoe.functional.calls import as_rows, choose_impl, run_portable, with_leading
 from fusedonemoe.functional.packed import PackedExperts, home_weights, run_panels
 from fusedonemoe.ops import library
 from fusedonemoe.ops.derivatives import refuse_transforms
@@ -161,7 +161,12 @@ def run_experts(
     else:
         if forward_ad._current_level >= 0:
             refuse_transforms()
-        recording = torch.is_grad_enabled() and records_gradients(x, weights, *parameters)
+        # A call of records_gradients would take a large share of a small layer's time.
+        recording = torch.is_grad_enabled() and (
+            (x.requires_grad or weights.requires_grad or up_EGD.requires_grad or down_EDF.requires_grad)
+            or (gate_up_bias is not None and gate_up_bias.requires_grad)
+            or (down_bias is not None and down_bias.requires_grad)
+        )
         if chosen == "triton" and not recording:
             y = _ops.experts_mlp_inference(*flat, *parameters, *act, library.BUILD)
         else:

@@ -368,8 +368,9 @@ class MoE(nn.Module):
             if tell_refusal is not None:
                 tell_refusal(self.experts)
             check_last_dim("x", x, self.config.hidden_size)
-        logits, weights, experts = self.gate(x)
-        y: Tensor = self.experts(x, experts, weights)
+        parts = self._modules  # an attribute of a module takes a Python function
+        logits, weights, experts = parts["gate"](x)  # type: ignore[misc]
+        y: Tensor = parts["experts"](x, experts, weights)  # type: ignore[misc]
         if self.output_bias is not None:
             y = y + self.output_bias.to(y.dtype)  # under autocast y is not the parameter's
         if self.shared_expert is not None:

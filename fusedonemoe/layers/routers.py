@@ -167,7 +167,11 @@ class TopKRouter(KeptBuffers):
 
     def forward(self, x: Tensor) -> RouterOutput:
         """Route ``x`` ``[..., D]``."""
-        logits = routing_linear(x, self.weight, self.bias)
+        parameters = self._parameters  # an attribute of a module takes a Python function
+        if "weight" in parameters and "bias" in parameters:
+            logits = routing_linear(x, parameters["weight"], parameters["bias"])  # type: ignore[arg-type]
+        else:  # a parametrization or pruning has taken a name out of the parameters
+            logits = routing_linear(x, self.weight, self.bias)
         rule, selection_bias = self._rule, self.e_score_correction_bias
         if logits.shape[-1] != self._num_experts or (selection_bias is not None and rule.top_k == 0):
             check_rule(rule, logits.shape[-1], selection_bias is not None)  # the parameters are others than at first

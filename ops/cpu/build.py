@@ -216,6 +216,10 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_other_threads)
 
 
+# The kernels, once they are loaded.
+library: ctypes.CDLL | None = None
+
+
 def load() -> ctypes.CDLL:
     """Load the compiled kernels.
 
@@ -226,15 +230,17 @@ def load() -> ctypes.CDLL:
         Unavailable: There is no compiler, the cache cannot be written or another user can write it, or
             ``FUSEDONEMOE_CPU_KERNELS=0`` turns the kernels off.
     """
+    global library
     turn = _turn
     with turn.lock:
         if turn.is_taken:  # called again by a signal's handler or by a stderr that uses this library
             raise Unavailable("the kernels are being loaded by this very thread")
         turn.is_taken = True
         try:
-            library = _load()
+            found = _load()
         finally:
             turn.is_taken = False
-    if isinstance(library, str):
-        raise Unavailable(library)
-    return library
+    if isinstance(found, str):
+        raise Unavailable(found)
+    library = found
+    return found

@@ -28,10 +28,11 @@ def refusal(dtype: torch.dtype, contiguous: bool) -> str | None:
         return f"the CPU kernels have float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     if not contiguous:
         return "the CPU kernels read contiguous expert weights"
-    try:
-        build.load()
-    except build.Unavailable as error:
-        return str(error)
+    if build.library is None:
+        try:
+            build.load()
+        except build.Unavailable as error:
+            return str(error)
     return None
 
 
@@ -97,8 +98,28 @@ def trim() -> None:
 
 
 def addresses(*tensors: Tensor | None) -> list[int]:
-    """Where each tensor begins; 0 for none."""
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    """Return where each tensor begins; 0 for none."""
+    found = []
+    for tensor in tensors:  # a comprehension takes a Python frame
+        found.append(0 if tensor is None else tensor.data_ptr())  # noqa: PERF401
+    return found
+
+
+def as_saved(dtype: torch.dtype, operands: Sequence[tuple[Tensor | None, torch.dtype, tuple[int, ...]]]) -> bool:
+    """Return whether operands are as a forward saved them: on the CPU, contiguous, of these dtypes and shapes.
+
+    Args:
+        dtype: of the layer; False for one that the kernels do not have.
+        operands: each with its dtype and shape; None for one that is absent.
+    """
+    if dtype not in _SUFFIX:
+        return False
+    for tensor, expected, shape in operands:
+        if tensor is None:
+            continue
+        if tensor.dtype is not expected or tensor.shape != shape or not tensor.is_contiguous() or tensor.device.type != "cpu":
+            return False
+    return True
 
 
 def call(name: str, dtype: torch.dtype, words: Sequence[int], floats: Sequence[float] = ()) -> None:
@@ -115,6 +136,7 @@ def threads(rows: int, *widths: int) -> int:
     return max(1, min(torch.get_num_threads(), rows * math.prod(widths) // PRODUCTS_PER_THREAD))
 
 
+@cache
 def gate_up_rows(layout: str, inner: int) -> tuple[int, int, int, int]:
     """Return the first gate row, the first up row, the distance of rows, and whether there is a gate."""
     match layout:

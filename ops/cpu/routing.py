@@ -1,14 +1,17 @@
 """The router as a function of tensors: compiled kernels that go over each row of logits once, forward and backward."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from fusedonemoe.ops.cpu import native
-from fusedonemoe.ops.cpu.selection import threads_for
+from fusedonemoe.ops.cpu.selection import KEYS_PER_ROW, KEYS_PER_THREAD, threads_for
 from fusedonemoe.ops.operands import FLOATS, INTEGERS, check_dim, reader_of
 from fusedonemoe.ops.records import RouteRule
 
 
+@lru_cache
 def _flags(rule: RouteRule) -> tuple[int, ...]:
     grouping = (rule.n_group, rule.topk_group, rule.group_score == "max")
     return rule.scoring == "sigmoid", rule.score_first, rule.norm_topk_prob, *grouping
@@ -43,24 +46,36 @@ def route(logits_TE: Tensor, selection_bias: Tensor | None, rule: RouteRule) -> 
     weights_TK = torch.empty(T, K, dtype=torch.float32, device="cpu")
     experts_TK = torch.empty(T, K, dtype=torch.int64, device="cpu")
     addresses = native.addresses(logits_TE, selection_bias, weights_TK, experts_TK)
-    words = (*addresses, T, E, K, rule.top_k > 0, *_flags(rule), threads_for(T, E))
+    threads = 1 if T * (E + KEYS_PER_ROW) < 2 * KEYS_PER_THREAD else threads_for(T, E)  # for few tokens a call costs much
+    words = (*addresses, T, E, K, rule.top_k > 0, *_flags(rule), threads)
     native.call("route", logits_TE.dtype, words, (rule.scale, rule.norm_eps))
     return weights_TK, experts_TK
 
 
 def route_backward(dweights_TK: Tensor, logits_TE: Tensor, experts_TK: Tensor, rule: RouteRule) -> Tensor:
     """Run :func:`fusedonemoe.ops.route.route_backward` in one kernel; ids outside ``[0, E)`` are skipped."""
-    reader = reader_of(logits_TE, "logits")
-    check_dim("experts", experts_TK, 2)
-    (T, E), K = logits_TE.shape, experts_TK.shape[1]
-    _check_rule(rule, E)
-    if (rule.top_k or E) != K:
-        raise ValueError(f"experts must have shape {(T, rule.top_k or E)}, got {tuple(experts_TK.shape)}")
-    logits_TE = reader.read("logits", logits_TE, (T, E))
-    experts_TK = native.as_ids(reader.read("experts", experts_TK, (T, K), INTEGERS))
-    dweights_TK = native.as_float_weights(reader.read("dweights", dweights_TK, (T, K), FLOATS))
+    if logits_TE.dim() != 2:
+        check_dim("logits", logits_TE, 2)
+    dtype, shape = logits_TE.dtype, logits_TE.shape
+    choices = (shape[0], rule.top_k or shape[-1])
+    operands = (
+        (logits_TE, dtype, shape),
+        (experts_TK, torch.int64, choices),
+        (dweights_TK, torch.float32, choices),
+    )
+    _check_rule(rule, shape[-1])
+    if not native.as_saved(dtype, operands):
+        reader = reader_of(logits_TE, "logits")
+        check_dim("experts", experts_TK, 2)
+        if choices[1] != experts_TK.shape[1]:
+            raise ValueError(f"experts must have shape {choices}, got {tuple(experts_TK.shape)}")
+        logits_TE = reader.read("logits", logits_TE, shape)
+        experts_TK = native.read_as(reader.read("experts", experts_TK, choices, INTEGERS), torch.int64)
+        dweights_TK = native.read_as(reader.read("dweights", dweights_TK, choices, FLOATS), torch.float32)
+    (T, E), K = shape, choices[1]
     dlogits_TE = torch.empty_like(logits_TE)
     addresses = native.addresses(dweights_TK, logits_TE, experts_TK, dlogits_TE)
-    words = (*addresses, T, E, experts_TK.shape[1], *_flags(rule), threads_for(T, E))
+    threads = 1 if T * (E + KEYS_PER_ROW) < 2 * KEYS_PER_THREAD else threads_for(T, E)
+    words = (*addresses, T, E, K, *_flags(rule), threads)
     native.call("route_backward", logits_TE.dtype, words, (rule.scale, rule.norm_eps))
     return dlogits_TE

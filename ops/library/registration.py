@@ -186,6 +186,8 @@ def _body(row: Operator) -> Callable[..., Any]:
             check_rows(experts)
         else:
             impl = choose(*pack(flat))  # type: ignore[misc]
+            if impl == "cpu" and torch.compiler.is_exporting():
+                impl = "torch"  # an exported graph holds no kernel that is compiled for this machine
         if impl == "cpu" and compiled is not None:
             return compiled(*flatten(flat))
         if impl not in kernels:
@@ -350,6 +352,9 @@ def _chosen(row: Operator, choose: Callable[..., str]) -> Callable[..., Any]:
     kernels = {**row.kernels} if row.compiled is None else {**row.kernels, "cpu": row.compiled.direct}
 
     def kernel(*packed: Any) -> Any:
-        return _function(kernels[choose(*packed)])(*packed)
+        chosen = kernels[choose(*packed)]
+        if not callable(chosen) and not isinstance(chosen[0], str):
+            return getattr(*chosen)(*packed)
+        return _function(chosen)(*packed)
 
     return kernel

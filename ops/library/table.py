@@ -32,11 +32,14 @@ _RULE = record(RouteRule)
 
 
 def _choose_routing(logits: Tensor, selection_bias: Tensor | None, rule: RouteRule) -> str:
-    """Return who routes; a graph that is exported keeps to torch's own operators."""
+    """Return the implementation that routes."""
     if logits.device.type == "cpu":
-        has_kernels = not torch.compiler.is_exporting() and native.refusal(logits.dtype, contiguous=True) is None
-        return "cpu" if has_kernels else "torch"
+        return "torch" if native.refusal(logits.dtype, contiguous=True) else "cpu"
     return "torch" if _refused_by_gpu("routing", logits, rule.n_group) else "triton"
+
+
+def _choose_routing_backward(dweights: Tensor, logits: Tensor, experts: Tensor, rule: RouteRule) -> str:
+    return _choose_routing(logits, None, rule)
 
 
 def _routing_fake(logits: Tensor, selection_bias: Tensor | None, rule: RouteRule) -> tuple[Tensor, Tensor]:
@@ -57,7 +60,7 @@ route: Callable[..., Any] = register(
             name="route_backward",
             arguments=("Tensor dweights, Tensor logits, Tensor experts", _RULE),
             gradients=("logits",),
-            choose=lambda dweights, logits, experts, rule: _choose_routing(logits, None, rule),
+            choose=_choose_routing_backward,
             kernels={"torch": (routing, "route_backward"), "triton": ("routing", "route_backward")},
             compiled=Compiled(checked=cpu_routing.route_backward, direct=(cpu_routing, "route_backward")),
         ),

@@ -214,6 +214,7 @@ def test_without_kernels_auto_does_without_and_cpu_says_why(compiler, tmp_path, 
     why = build._load.__wrapped__()
     assert isinstance(why, str) and reason in why
     monkeypatch.setattr(build, "_load", lambda: why)
+    monkeypatch.setattr(build, "library", None)
     assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").glob("compiling-*"))
 
     mlp, merged = make_mlp_inputs(5, 6, 4, 3, 2), make_merged_inputs(5, 6, 4, 3, 2)
