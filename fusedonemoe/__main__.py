@@ -1,6 +1,6 @@
 """The command line, ``python -m fusedonemoe`` or ``fusedonemoe``: demo, doctor, bench, report.
 
-Each command is the module of its name here, with ``add_arguments(parser)`` and ``run(args) -> int``.
+Each command is a module with ``add_arguments(parser)`` and ``run(args) -> int``.
 """
 
 import argparse
@@ -13,14 +13,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from fusedonemoe import __version__
+from fusedonemoe.cli import MODULES
 from fusedonemoe.cli.completion import SHELLS
 from fusedonemoe.cli.overview import overview
 
 COMMANDS = {
     "demo": "train a small compiled MoE here",
-    "doctor": "check this machine, and every operator on it",
-    "bench": "time this library beside its peers, here",
-    "report": "make one page of pictures of what bench measured",
+    "doctor": "check this machine and every operator on it",
+    "bench": "compare this library with others on this machine",
+    "report": "draw the results of bench as one page",
 }
 
 
@@ -63,7 +64,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
 def _run_command(name: str, argv: Sequence[str]) -> int:
     # Only the command asked for is imported: the doctor has to run where another command cannot be.
-    command = importlib.import_module(f"fusedonemoe.{name}")
+    command = importlib.import_module(MODULES[name])
     parser = argparse.ArgumentParser(prog=f"fusedonemoe {name}", description=command.__doc__)
     command.add_arguments(parser)
     return int(command.run(parser.parse_args(argv)))

@@ -4,6 +4,8 @@ import argparse
 import importlib
 from collections.abc import Mapping
 
+from fusedonemoe.cli import MODULES
+
 SHELLS = ("bash", "zsh", "fish")
 
 
@@ -21,7 +23,7 @@ def completion(shell: str, parser: argparse.ArgumentParser, commands: Mapping[st
     import shtab
 
     for name, command in commands.items():
-        importlib.import_module(f"fusedonemoe.{name}").add_arguments(command)
+        importlib.import_module(MODULES[name]).add_arguments(command)
     for each in (parser, *commands.values()):
         for action in each._actions:  # argparse has no public list of them, and shtab reads this one too
             # An option that takes a file or a folder says so by what stands for it in the help: FILE, OLD.json, DIR.

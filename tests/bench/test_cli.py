@@ -15,6 +15,7 @@ import torch
 
 from fusedonemoe import MoEConfig, __version__, explain
 from fusedonemoe import __main__ as cli
+from fusedonemoe.cli import MODULES
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def stand_ins(monkeypatch):
         return 7
 
     for name in cli.COMMANDS:
-        module = ModuleType(f"fusedonemoe.{name}", f"What {name} is for.")
+        module = ModuleType(MODULES[name], f"What {name} is for.")
         vars(module).update(add_arguments=lambda parser: parser.add_argument("--steps", type=int, default=3), run=run)
         monkeypatch.setitem(sys.modules, module.__name__, module)
 
@@ -117,7 +118,7 @@ def test_ctrl_c_ends_without_a_traceback(monkeypatch, capsys, stand_ins):
     def interrupted(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["fusedonemoe.demo"], "run", interrupted)
+    monkeypatch.setattr(sys.modules["fusedonemoe.cli.demo"], "run", interrupted)
     assert cli.main(["demo"]) == 130
     out, err = capsys.readouterr()
     assert out == "" and err == "\ninterrupted\n"
@@ -175,7 +176,7 @@ def test_other_errors_of_the_system_are_not_taken_for_the_output(monkeypatch, st
     def run(args):
         raise OSError(errno.ENOSPC, "No space left on device", "/somewhere/else")
 
-    monkeypatch.setattr(sys.modules["fusedonemoe.demo"], "run", run)
+    monkeypatch.setattr(sys.modules["fusedonemoe.cli.demo"], "run", run)
     with pytest.raises(OSError, match="/somewhere/else"):
         cli.main(["demo"])
 
@@ -184,7 +185,7 @@ def test_other_errors_of_the_system_are_not_taken_for_the_output(monkeypatch, st
 def test_a_character_that_the_terminal_lacks_ends_nothing(encoding, monkeypatch, stand_ins):
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding, errors="strict"))
-    monkeypatch.setattr(sys.modules["fusedonemoe.demo"], "run", lambda args: print("x \u2500 \ud800") or 0)
+    monkeypatch.setattr(sys.modules["fusedonemoe.cli.demo"], "run", lambda args: print("x \u2500 \ud800") or 0)
     assert cli.main(["demo"]) == 0
     sign = "\u2500".encode() if encoding == "utf-8" else rb"\u2500"
     assert written.getvalue() == b"x " + sign + rb" \ud800" + b"\n" and sys.stdout.errors == "strict"
@@ -194,7 +195,7 @@ def test_a_character_that_the_terminal_lacks_ends_nothing(encoding, monkeypatch,
 def test_any_width_of_the_terminal_will_do(columns, monkeypatch, capsys, stand_ins):
     monkeypatch.setenv("COLUMNS", columns)
     console = pytest.importorskip("rich.console").Console
-    monkeypatch.setattr(sys.modules["fusedonemoe.demo"], "run", lambda args: console().print("abc") or 0)
+    monkeypatch.setattr(sys.modules["fusedonemoe.cli.demo"], "run", lambda args: console().print("abc") or 0)
     assert cli.main(["demo"]) == 0 and "".join(capsys.readouterr().out.split()) == "abc"
     for argv in (["--help"], ["bench", "--help"]):
         assert exit_code(argv) == 0

@@ -11,18 +11,18 @@ import torch
 
 from fusedonemoe.bench.peers import Peer
 from fusedonemoe.bench.workloads import Cell
-from fusedonemoe.demo import PICTURE, add_arguments, run
-from fusedonemoe.demo.settings import FULL, QUICK
-from fusedonemoe.demo.text import Corpus, load_corpus, source_files, split_files, training_batches, validation_batches
+from fusedonemoe.cli.demo import PICTURE, add_arguments, run
+from fusedonemoe.cli.demo.settings import FULL, QUICK
+from fusedonemoe.cli.demo.text import Corpus, load_corpus, source_files, split_files, training_batches, validation_batches
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
 from rich.console import Console
 
-from fusedonemoe.demo import picture, terminal, throughput
-from fusedonemoe.demo.model import ByteTransformer, balance_loss, count_parameters
-from fusedonemoe.demo.train import Trainer, learning_rate_at, smoothed, train_side_by_side, verdict
+from fusedonemoe.cli.demo import picture, terminal, throughput
+from fusedonemoe.cli.demo.model import ByteTransformer, balance_loss, count_parameters
+from fusedonemoe.cli.demo.train import Trainer, learning_rate_at, smoothed, train_side_by_side, verdict
 
 CPU = torch.device("cpu")
 TINY = dataclasses.replace(QUICK, window=16, batch=2, steps=4, validations=2, validation_batches=2)

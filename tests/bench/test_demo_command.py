@@ -8,7 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from fusedonemoe.demo import PICTURE, _exit_code_of, add_arguments, run
+from fusedonemoe.cli.demo import PICTURE, _exit_code_of, add_arguments, run
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
@@ -33,8 +33,8 @@ def test_a_device_that_is_none_of_the_demos_is_named(device, capsys):
 def test_a_folder_that_cannot_be_written_is_noticed_before_the_work(processes, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
     (tmp_path / "folder" / PICTURE).mkdir(parents=True)
-    monkeypatch.setattr("fusedonemoe.demo.program._build_trainer", None)
-    monkeypatch.setattr("fusedonemoe.demo._exit_code_of", None)
+    monkeypatch.setattr("fusedonemoe.cli.demo.program._build_trainer", None)
+    monkeypatch.setattr("fusedonemoe.cli.demo._exit_code_of", None)
     for folder, reason in {"file": "Not a directory", "folder": "Is a directory", "n" * 300: "File name too long"}.items():
         path = tmp_path / folder
         assert run(parse("--quick", "--nproc", processes, "--output", str(path))) == 2
@@ -46,7 +46,7 @@ def test_ctrl_c_waits_for_the_processes(patient, tmp_path, monkeypatch):
     process = Mock()
     process.wait.side_effect = [KeyboardInterrupt, 1 if patient else subprocess.TimeoutExpired("torchrun", 1)]
     started = Mock(__enter__=lambda self: process, __exit__=lambda self, *error: None)
-    monkeypatch.setattr("fusedonemoe.demo.subprocess.Popen", lambda *args, **options: started)
+    monkeypatch.setattr("fusedonemoe.cli.demo.subprocess.Popen", lambda *args, **options: started)
     with pytest.raises(KeyboardInterrupt):
         run(parse("--nproc", "2", "--output", str(tmp_path)))
     assert process.wait.call_count == 2 and process.terminate.called != patient and not process.kill.called

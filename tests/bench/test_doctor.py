@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from fusedonemoe import __version__, doctor, functional
-from fusedonemoe.cli import probes
+from fusedonemoe import __version__, functional
+from fusedonemoe.cli import doctor, probes
 from fusedonemoe.ops import IMPLEMENTATIONS, dense, grouped, mlp, neurons, product_keys
 from fusedonemoe.ops import route as routing
 from fusedonemoe.ops.cpu import build

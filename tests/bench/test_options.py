@@ -5,15 +5,16 @@ import importlib
 
 import pytest
 
+from asv_bench import suites
 from fusedonemoe.__main__ import main
-from fusedonemoe.cli import options
+from fusedonemoe.cli import MODULES, options
 
 NUMBERS = {
     "demo": {"--steps": 1, "--seed": 0, "--threads": 1, "--nproc": 1},
     "bench": {"--threads": 1},
 }
 WHOLE = [(command, option) for command, least in NUMBERS.items() for option in least]
-POSITIVE = ["--minutes", "--target-ms", "--target-tokens"]
+POSITIVE = {"--minutes": "bench", "--target-ms": "suites", "--target-tokens": "suites"}
 HUGE = "9" * 5000
 NOT_WHOLE = ["", " ", "x", "1.5", "1e3", "nan", "inf", "-inf", "0x10", "1_0", "\0", "1 2"]
 
@@ -22,12 +23,19 @@ NOT_WHOLE = ["", " ", "x", "1.5", "1e3", "nan", "inf", "-inf", "0x10", "1_0", "\
 def no_work(monkeypatch):
     """Fails where a command is run, and not only parsed."""
     for command in NUMBERS:
-        monkeypatch.setattr(importlib.import_module(f"fusedonemoe.{command}"), "run", None)
+        monkeypatch.setattr(importlib.import_module(MODULES[command]), "run", None)
+
+
+def main_of_suites(argv):
+    parser = argparse.ArgumentParser()
+    suites.add_arguments(parser)
+    parser.parse_args(["serving", *argv[1:]])
 
 
 def refusal(capsys, *argv):
+    run = main_of_suites if argv[0] == "suites" else main
     with pytest.raises(SystemExit) as stopped:
-        main(list(argv))
+        run(list(argv))
     out, err = capsys.readouterr()
     assert stopped.value.code == 2 and out == "" and len(err.splitlines()[-1]) < 300
     return err.splitlines()[-1]
@@ -50,13 +58,13 @@ def test_whole_numbers_have_bounds(command, option, capsys):
 @pytest.mark.parametrize("option", POSITIVE)
 def test_amounts_are_finite_and_above_zero(option, capsys):
     for text in ("", "x", "0", "-0.0", "-1", "nan", "inf", "-inf", "1e999", "1,5", "0x1p3", HUGE):
-        told = refusal(capsys, "bench", f"{option}={text}")
+        told = refusal(capsys, POSITIVE[option], f"{option}={text}")
         assert f"argument {option}: must be a finite number above 0, got {text[:20]!r}"[:-1] in told
 
 
 def test_the_bounds_themselves_are_accepted():
     parser = argparse.ArgumentParser()
-    importlib.import_module("fusedonemoe.demo").add_arguments(parser)
+    importlib.import_module("fusedonemoe.cli.demo").add_arguments(parser)
     parsed = parser.parse_args(["--seed", str(2**63 - 1), "--steps", "1", "--threads", str(options.MOST_THREADS), "--nproc", "1"])
     assert (parsed.seed, parsed.steps, parsed.threads, parsed.nproc) == (2**63 - 1, 1, options.MOST_THREADS, 1)
     assert parser.parse_args(["--seed", " +7 "]).seed == 7

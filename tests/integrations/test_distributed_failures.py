@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fusedonemoe.demo.model import ByteTransformer
-from fusedonemoe.demo.parallel import ALONE, Processes
-from fusedonemoe.demo.settings import QUICK
-from fusedonemoe.demo.text import Corpus
-from fusedonemoe.demo.train import Trainer, train_side_by_side
+from fusedonemoe.cli.demo.model import ByteTransformer
+from fusedonemoe.cli.demo.parallel import ALONE, Processes
+from fusedonemoe.cli.demo.settings import QUICK
+from fusedonemoe.cli.demo.text import Corpus
+from fusedonemoe.cli.demo.train import Trainer, train_side_by_side
 from fusedonemoe.integrations.distributed import ExpertParallel
 from tests.integrations.test_distributed import D, make_moe
 from tests.processes import ROOT, run_in_processes
@@ -125,7 +125,7 @@ def test_the_demo_under_torchrun(tmp_path):
 
 
 def test_processes_must_divide_the_batch(capsys):
-    from fusedonemoe.demo import run
+    from fusedonemoe.cli.demo import run
     from tests.bench.test_demo import parse
 
     assert run(parse("--quick", "--nproc", "3")) == 2

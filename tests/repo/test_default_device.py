@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Functions of torch that make a tensor on the default device.
 FACTORIES = {function.__name__ for function in _device_constructors()}
 # Constructors of modules follow torch's default on purpose: where the function is, and its name.
-FOLLOWS_THE_DEFAULT = {("fusedonemoe/demo/model.py", "arange")}
+FOLLOWS_THE_DEFAULT = {("fusedonemoe/cli/demo/model.py", "arange")}
 
 
 def factories_without_a_device(path: Path) -> list[str]:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import fusedonemoe
-from fusedonemoe import compat
+from fusedonemoe import cli, compat
 from fusedonemoe.__main__ import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -205,7 +205,7 @@ def test_the_command_line_is_described():
     assert sections.keys() == COMMANDS.keys()
     for name, section in sections.items():
         parser = argparse.ArgumentParser()
-        importlib.import_module(f"fusedonemoe.{name}").add_arguments(parser)
+        importlib.import_module(cli.MODULES[name]).add_arguments(parser)
         options = re.findall(r"^  (?:-\w[^-\n]*, )?(--[a-z-]+)", parser.format_help(), flags=re.MULTILINE)
         listed = re.findall(r"^\| `(--[a-z-]+)", section, flags=re.MULTILINE)
         assert sorted(["--help", *listed]) == sorted(options), name

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from asv_bench import suites
-from fusedonemoe import bench, demo
+from fusedonemoe import bench
 from fusedonemoe.balance.counting import Usage
+from fusedonemoe.cli import demo
 from fusedonemoe.integrations import peft as adapters
 from fusedonemoe.integrations import transformers as models
 from fusedonemoe.integrations.checkpoints import load_experts
@@ -68,7 +69,7 @@ def test_only_commands_and_kernels_import_extras_at_once():
     # The commands look first whether the package is there; a kernel's module is imported where Triton is, and the module of a
     # subclass of PEFT's layers where a model of PEFT came in.
     early = {(path.split("/")[1], name) for path, _, name, at_once in IMPORTS if at_once}
-    commands = {(command, package) for command in ("bench", "demo") for package in ("rich", "matplotlib")}
+    commands = {(command, package) for command in ("bench", "cli") for package in ("rich", "matplotlib")}
     assert early == commands | {("triton", "triton"), ("integrations", "peft")}
 
 

@@ -52,8 +52,6 @@ FLOORS = [
         "tuning",
         "bench",
         "report",
-        "demo",
-        "doctor",
         "cli",
         "testing",
         "__main__",

@@ -15,7 +15,7 @@ from fusedonemoe.ops import notice
 from tests.repo.test_layout import MODULES, is_inside
 
 # Commands, which print because somebody asked them to.
-COMMANDS = [f"fusedonemoe.{name}" for name in ("__main__", "bench", "completion", "demo", "doctor", "overview", "report")]
+COMMANDS = [f"fusedonemoe.{name}" for name in ("__main__", "bench", "cli", "report")]
 
 
 class Refusing(io.StringIO):

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fusedonemoe.demo.model import ByteTransformer, Loss
-from fusedonemoe.demo.parallel import ALONE, Processes
-from fusedonemoe.demo.settings import Settings
-from fusedonemoe.demo.text import Corpus, training_batches, validation_batches
+from fusedonemoe.cli.demo.model import ByteTransformer, Loss
+from fusedonemoe.cli.demo.parallel import ALONE, Processes
+from fusedonemoe.cli.demo.settings import Settings
+from fusedonemoe.cli.demo.text import Corpus, training_batches, validation_batches
 
 BITS_PER_NAT = 1 / math.log(2)
 WARM_UP_SHARE = 0.08

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fusedonemoe.demo.parallel import ALONE, Processes
-from fusedonemoe.demo.settings import Settings
-from fusedonemoe.demo.text import VOCABULARY
+from fusedonemoe.cli.demo.parallel import ALONE, Processes
+from fusedonemoe.cli.demo.settings import Settings
+from fusedonemoe.cli.demo.text import VOCABULARY
 from fusedonemoe.layers import MoE
 
 ROTARY_BASE = 10_000.0

@@ -15,12 +15,12 @@ from rich.console import Console
 from fusedonemoe import files
 from fusedonemoe.bench.results import CellResult
 from fusedonemoe.bench.workloads import Cell
-from fusedonemoe.demo import PICTURE, picture, terminal, throughput
-from fusedonemoe.demo.model import ByteTransformer, ParameterCount, count_parameters
-from fusedonemoe.demo.parallel import Processes, joined
-from fusedonemoe.demo.settings import FULL, QUICK, Settings
-from fusedonemoe.demo.text import load_corpus, training_batches
-from fusedonemoe.demo.train import Trainer, train_side_by_side, verdict
+from fusedonemoe.cli.demo import PICTURE, picture, terminal, throughput
+from fusedonemoe.cli.demo.model import ByteTransformer, ParameterCount, count_parameters
+from fusedonemoe.cli.demo.parallel import Processes, joined
+from fusedonemoe.cli.demo.settings import FULL, QUICK, Settings
+from fusedonemoe.cli.demo.text import load_corpus, training_batches
+from fusedonemoe.cli.demo.train import Trainer, train_side_by_side, verdict
 
 MOE, DENSE = "MoE", "dense"
 PROMPT = b'def read_lines(path, encoding="utf-8"):\n    """'
@@ -84,7 +84,7 @@ def _compare_throughput(console: Console, settings: Settings, *, device: torch.d
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the demo; see :func:`fusedonemoe.demo.run`."""
+    """Run the demo; see :func:`fusedonemoe.cli.demo.run`."""
     with joined() as processes:
         return _run(args, processes)
 

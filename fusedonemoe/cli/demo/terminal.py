@@ -11,10 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from fusedonemoe.bench.results import CellResult
-from fusedonemoe.demo.model import ParameterCount
-from fusedonemoe.demo.settings import Settings
-from fusedonemoe.demo.text import Corpus
-from fusedonemoe.demo.train import Trainer, smoothed
+from fusedonemoe.cli.demo.model import ParameterCount
+from fusedonemoe.cli.demo.settings import Settings
+from fusedonemoe.cli.demo.text import Corpus
+from fusedonemoe.cli.demo.train import Trainer, smoothed
 
 PLAIN_LINES = 10
 

@@ -7,8 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fusedonemoe import files
-from fusedonemoe.demo.settings import Settings
-from fusedonemoe.demo.train import Trainer, smoothed
+from fusedonemoe.cli.demo.settings import Settings
+from fusedonemoe.cli.demo.train import Trainer, smoothed
 
 # Two of Okabe and Ito's colours, which all common forms of colour blindness tell apart; the markers differ as well.
 STYLES = (("#0072B2", "o"), ("#D55E00", "s"))

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.nproc > 1:
             return _launch(args)
-        from fusedonemoe.demo.program import run as run_program  # only now: it imports the extras
+        from fusedonemoe.cli.demo.program import run as run_program  # only now: it imports the extras
 
         return run_program(args)
     except files.UnwritableError as reason:
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _launch(args: argparse.Namespace) -> int:
     """The same command once more, in as many processes as it asks for, by torchrun."""
-    from fusedonemoe.demo.settings import FULL
+    from fusedonemoe.cli.demo.settings import FULL
 
     if FULL.batch % args.nproc:
         print(f"The demo cannot run here: --nproc must divide the batch of {FULL.batch}, got {args.nproc}", file=sys.stderr)
