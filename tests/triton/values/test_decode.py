@@ -31,6 +31,11 @@ def problem(*shape, layout="gate_up", transposed=False, **options):
     return made.x, made.experts, made.weights, up, down, made.up_bias, made.down_bias
 
 
+def decoded(*arguments):
+    *tensors, act = arguments
+    return decode.experts_mlp(MLP_ARGUMENTS.call((*tensors, *act)))
+
+
 def assert_right(arguments, act=SWIGLU):
     x, experts, weights, up, down, up_bias, down_bias = arguments
     exact = reference.experts_mlp(
@@ -44,7 +49,7 @@ def assert_right(arguments, act=SWIGLU):
         swiglu_limit=act.limit,
     )
     plain = mlp.experts_mlp(MLP_ARGUMENTS.call((*(a if a is None else a.cpu() for a in arguments), *act)), 0)[0]
-    y = decode.experts_mlp(MLP_ARGUMENTS.call((*arguments, *act)))
+    y = decoded(*arguments, act)
     assert_within_budget(y.cpu(), plain, exact)
     return y
 
@@ -90,7 +95,7 @@ def test_ids_out_of_range_read_and_add_nothing(transposed, device):
     experts, weights = arguments[1:3]
     outside = (experts < 0) | (experts >= 4)
     weights = weights.masked_fill(outside, float("nan"))
-    y = decode.experts_mlp(arguments[0], experts, weights, *arguments[3:], SWIGLU)
+    y = decoded(arguments[0], experts, weights, *arguments[3:], SWIGLU)
     assert torch.equal(y, assert_right(arguments))
     assert outside[-1].all() and not y[-1].any()
 
@@ -105,7 +110,7 @@ def test_one_expert_takes_every_row(device):
 
 
 def test_no_token(device):
-    y = decode.experts_mlp(*problem(0, 16, 16, 4, 2, device=device), SWIGLU)
+    y = decoded(*problem(0, 16, 16, 4, 2, device=device), SWIGLU)
     assert y.shape == (0, 16)
 
 
@@ -119,13 +124,13 @@ def test_strided_inputs_and_half_precision_weights(device):
 def test_equal_calls_give_equal_bits(device):
     arguments = problem(3, 48, 24, 6, 3, dtype=torch.bfloat16, bias=True, device=device)
     act = Activation("swiglu_oai", "interleaved", 1.702, 7.0)
-    assert torch.equal(decode.experts_mlp(*arguments, act), decode.experts_mlp(*arguments, act))
+    assert torch.equal(decoded(*arguments, act), decoded(*arguments, act))
 
 
 def test_a_token_alone_gets_what_it_gets_in_company(device):
     x, experts, weights, *rest = problem(3, 48, 24, 6, 3, dtype=torch.bfloat16, device=device)
-    alone = decode.experts_mlp(x[2:3], experts[2:3], weights[2:3], *rest, SWIGLU)
-    assert_within_budget(alone.cpu(), decode.experts_mlp(x, experts, weights, *rest, SWIGLU)[2:3].cpu(), exact_float64(alone))
+    alone = decoded(x[2:3], experts[2:3], weights[2:3], *rest, SWIGLU)
+    assert_within_budget(alone.cpu(), decoded(x, experts, weights, *rest, SWIGLU)[2:3].cpu(), exact_float64(alone))
 
 
 def test_which_row_counts_need_no_plan():
