@@ -24,13 +24,13 @@ settings.load_profile("repository")
 @pytest.fixture
 def packed_uses(monkeypatch):
     """One entry for each forward that read packed weights so far."""
-    from fusedonemoe.ops.cpu import native  # here, for the same reason as torch below
+    from fusedonemoe.ops.cpu import mlp, native  # here, for the same reason as torch below
 
     seen: list[None] = []
     call = native.call
 
     def watched(name, dtype, words, floats=()):
-        is_packed = name == "mlp_forward" and words[-2] == native.FORMATS.index("panels")  # words end with format and group
+        is_packed = name == "mlp_forward" and words[-2] == mlp.NUMBERS["panels"]  # words end with format and group
         seen.extend([None] if is_packed else [])
         return call(name, dtype, words, floats)
 
