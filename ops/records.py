@@ -145,7 +145,9 @@ class Projection(NamedTuple):
             shape = candidate.shape(tensors)
             if shape is not None:
                 return _make(cls, (candidate, tensors, shape, bias, adapter))
-        raise TypeError(f"{name} must be of the format {' or '.join(each.name for each in candidates)}, got {tensor.dtype}")
+        raise TypeError(
+            f"{name} must have a dtype of the format {' or '.join(each.name for each in candidates)}, got {tensor.dtype}"
+        )
 
     @property
     def floats(self) -> Tensor:
@@ -208,7 +210,7 @@ class ExpertsCall(NamedTuple):
         experts_TK, weights_TK = reader.routing(experts_TK, weights_TK, T)
         kinds = [projection.format.kind(projection.tensors) for projection in (up, down)]
         if kinds[0] != kinds[1]:
-            raise ValueError("down must be of the kind {} of up, got {}".format(*(" of ".join(map(str, kind)) for kind in kinds)))
+            raise ValueError("down must have the kind of up, {}, got {}".format(*(" of ".join(map(str, kind)) for kind in kinds)))
 
         def read(name: str, projection: Projection, shape: Shape) -> Projection:
             bias = reader.read_optional(f"{name}_bias", projection.bias, shape[:2])

@@ -93,7 +93,7 @@ def test_an_adapter_of_quantised_weights_has_names_of_its_own():
 
 def test_values_of_no_format_are_refused():
     arguments, _, flat = CASES["int8"]
-    with pytest.raises(TypeError, match=r"up must be of the format int8 or int4, got torch.float32"):
+    with pytest.raises(TypeError, match=r"up must have a dtype of the format int8 or int4, got torch.float32"):
         arguments.call((*ROUTING, UP, *flat[1:]))
 
 
