@@ -212,13 +212,13 @@ def test_few_tokens_on_cpu_are_routed_by_the_routers_own_forward(tokens, routed_
     monkeypatch.setattr(routers, "FEWEST_LOGITS", 4 * 8)
     model: Any = build("qwen3_moe")
     apply(model)
-    called, real = [], functional.route
+    called, real = [], routers.route_by
 
     def route(*args, **named):
         called.append(1)
         return real(*args, **named)
 
-    monkeypatch.setattr(functional, "route", route)
+    monkeypatch.setattr(routers, "route_by", route)
     model.model.layers[0].mlp.gate(torch.randn(tokens, 32))
     assert bool(called) == routed_here
 
