@@ -17,7 +17,7 @@ from fusedonemoe.functional.calls import as_rows, choose_impl, with_leading
 from fusedonemoe.integrations.distributed.collectives import in_autocast_dtype, with_divided_gradient
 from fusedonemoe.integrations.distributed.description import describe_blocks, library_versions
 from fusedonemoe.integrations.distributed.dispatch import AllToAll, FixedCapacity, check_capacity
-from fusedonemoe.layers import Experts
+from fusedonemoe.layers import Experts, panels
 from fusedonemoe.layers.lora import LoRAExperts
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
@@ -135,6 +135,8 @@ def check_forward(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> 
     up_name = "gate_up_proj" if experts.config.gated else "up_proj"
     check_like_x(up_name, getattr(experts, up_name), x)
     up, down, up_bias, down_bias = experts.local_weights()
+    if panels.is_panels(up) or panels.is_panels(down):
+        panels.weights_for_call(experts, x, weights, up, down)  # which an exchange cannot use
     if experts.config.impl != "auto" and up.shape[0]:
         # One rank alone may lack the kernels that impl names.
         config = experts.config
