@@ -13,6 +13,7 @@ from torch import nn
 from transformers.integrations import moe as hf_moe
 
 from fusedonemoe import functional
+from fusedonemoe.functional import routing
 from fusedonemoe.integrations.transformers import Report, apply, disable, enable, routers, unapply
 from fusedonemoe.integrations.transformers.routers import find_router
 from tests.integrations.transformers_families import build, experts_of, small_config, tiny_of
@@ -212,7 +213,7 @@ def test_few_tokens_on_cpu_are_routed_by_the_routers_own_forward(tokens, routed_
     monkeypatch.setattr(routers, "FEWEST_LOGITS", 4 * 8)
     model: Any = build("qwen3_moe")
     apply(model)
-    called, real = [], routers.route_by
+    called, real = [], routing.route_by
 
     def route(*args, **named):
         called.append(1)
