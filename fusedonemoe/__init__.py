@@ -27,9 +27,12 @@ from fusedonemoe.tuning import Tuned, tune
 
 __version__ = "0.1.0.dev0"
 
-# The modules of these classes have moved into layers/. Programs import them by these names, and pickles hold the names.
-for _name in ("fine_grained", "fused_one_moe", "lora", "quantization", "quantized", "routers"):
-    globals()[_name] = sys.modules[f"{__name__}.{_name}"] = sys.modules[f"{__name__}.layers.{_name}"]
+# These modules have moved. Programs import them by these names, and pickles of their classes hold the names.
+_MOVED = {name: f"layers.{name}" for name in ("fine_grained", "fused_one_moe", "lora", "quantization", "quantized", "routers")}
+_MOVED |= {"shared_expert": "layers.shared_expert", "usage": "balance.counting", "ops.quantized": "ops.formats.quantized_weight"}
+for _old, _new in _MOVED.items():
+    _module = sys.modules[f"{__name__}.{_old}"] = sys.modules[f"{__name__}.{_new}"]
+    setattr(sys.modules[f"{__name__}.{_old}".rpartition(".")[0]], _old.rpartition(".")[2], _module)
 
 __all__ = [
     "Experts",

@@ -360,6 +360,8 @@ class ExpertsArguments:
 
     def needs(self, flags: Sequence[bool]) -> ExpertsNeeds:
         """Return the gradients that are wanted, of flags in the order of :attr:`gradients`."""
+        if len(flags) != len(self.gradients):
+            raise ValueError(f"needs must have {len(self.gradients)} flags, got {len(flags)}")
         if self.gradients == _FLOAT_GRADIENTS:
             return _make(ExpertsNeeds, (*flags, False, False, False, False))
         return ExpertsNeeds(**dict(zip(self.gradients, flags, strict=True)))

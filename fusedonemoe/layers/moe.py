@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedonemoe import functional as F
-from fusedonemoe.checks import check_last_dim
+from fusedonemoe.checks import check_last_dim, check_tensor
 from fusedonemoe.config import MoEConfig
 from fusedonemoe.functional.experts import run_experts, run_packed
 from fusedonemoe.hf import config_of, tensors_of
@@ -142,6 +142,8 @@ class Experts(nn.Module):
         """Forward with weights passed in; ``experts`` indexes them. They may be a subset of the experts, or slices of F."""
         config = self.config
         rest = (up_bias, down_bias, config.act, config.save_percent, config.transposed, config.impl)
+        if up_proj is None or down_proj is None:
+            check_tensor(self._up_name if up_proj is None else "down_proj", None)
         if up_proj.dim() == PANEL_DIMS or down_proj.dim() == PANEL_DIMS:
             given = panels.weights_for_call(self, x, weights, up_proj, down_proj)
             if isinstance(given, F.PackedExperts):

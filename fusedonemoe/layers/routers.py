@@ -1,6 +1,6 @@
 """Router modules: from hidden states to routing weights and expert ids."""
 
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, overload
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from fusedonemoe.checks import check_count
 from fusedonemoe.functional.routing import route_by
 from fusedonemoe.layers.kept_buffers import KeptBuffers
 from fusedonemoe.linear import in_dtype, in_routing_dtype, outside_autocast, routing_linear, uniform_by_fan_in
-from fusedonemoe.ops.options import ROUTE_OPTIONS, check_rule, make_rule, options_of
+from fusedonemoe.ops.options import ROUTE_OPTIONS, make_rule, options_of
 from fusedonemoe.ops.records import NORM_EPS, RouteRule
 
 
@@ -33,34 +33,7 @@ class RouterOutput(NamedTuple):
     experts: Tensor
 
 
-_Value = TypeVar("_Value")
-
-
-class _RuleField(Generic[_Value]):
-    """A field of a router's rule as an attribute of the router; setting it makes, and so checks, another rule."""
-
-    def __init__(self, field: str = "") -> None:
-        self._field = field
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._option = name
-        self._field = self._field or name
-
-    @overload
-    def __get__(self, router: None, owner: Any) -> "_RuleField[_Value]": ...
-    @overload
-    def __get__(self, router: "TopKRouter", owner: Any) -> _Value: ...
-
-    def __get__(self, router: "TopKRouter | None", owner: Any) -> Any:
-        if router is None:
-            return self
-        value = getattr(router._rule, self._field)
-        return None if self._option == "top_k" and value == 0 else value
-
-    def __set__(self, router: "TopKRouter", value: _Value) -> None:
-        options = options_of(router, ("top_k", *ROUTE_OPTIONS)) | {self._option: value}
-        has_bias = router.e_score_correction_bias is not None
-        router._rule = make_rule(router._num_experts, selection_bias=has_bias, **options)
+_RULE_FIELDS = ("top_k", *ROUTE_OPTIONS)
 
 
 class TopKRouter(KeptBuffers):
@@ -69,7 +42,7 @@ class TopKRouter(KeptBuffers):
     The linear map and everything after it run in float32 whatever the dtype of x and of the module, autocast included:
     which experts are picked should not hang on the last bit of a bfloat16 logit.
 
-    The fields of the rule are attributes under the names of the arguments; setting one checks the rule again.
+    The fields of the rule are attributes under the names of the arguments. A call after one was set checks the rule again.
 
     Args:
         hidden_size: ``D``.
@@ -104,15 +77,6 @@ class TopKRouter(KeptBuffers):
     bias: Tensor | None
     e_score_correction_bias: Tensor | None
     float32_buffers: ClassVar[tuple[str, ...]] = ("e_score_correction_bias",)  # it accumulates small steps
-    top_k: _RuleField[int | None] = _RuleField()
-    scoring: _RuleField[str] = _RuleField()
-    score_first: _RuleField[bool] = _RuleField()
-    norm_topk_prob: _RuleField[bool] = _RuleField()
-    routed_scaling_factor: _RuleField[float] = _RuleField("scale")
-    n_group: _RuleField[int] = _RuleField()
-    topk_group: _RuleField[int] = _RuleField()
-    group_score: _RuleField[str] = _RuleField()
-    norm_eps: _RuleField[float] = _RuleField()
 
     def __init__(
         self,
@@ -135,20 +99,16 @@ class TopKRouter(KeptBuffers):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self._num_experts = num_experts
-        self._rule: RouteRule = make_rule(
-            num_experts,
-            top_k,
-            scoring=scoring,
-            score_first=score_first,
-            norm_topk_prob=norm_topk_prob,
-            routed_scaling_factor=routed_scaling_factor,
-            n_group=n_group,
-            topk_group=topk_group,
-            group_score=group_score,
-            norm_eps=norm_eps,
-            selection_bias=selection_bias,
-        )
+        self.top_k = top_k
+        self.scoring = scoring
+        self.score_first = score_first
+        self.norm_topk_prob = norm_topk_prob
+        self.routed_scaling_factor = routed_scaling_factor
+        self.n_group = n_group
+        self.topk_group = topk_group
+        self.group_score = group_score
+        self.norm_eps = norm_eps
+        self._check(num_experts, selection_bias)
         self.impl = impl
         self.weight: nn.Parameter = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype)) if bias else None
@@ -156,6 +116,19 @@ class TopKRouter(KeptBuffers):
         correction = torch.empty(num_experts, device=device, dtype=torch.float32) if selection_bias else None
         self.register_buffer("e_score_correction_bias", correction)
         self.reset_parameters()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _RULE_FIELDS:
+            self.__dict__.pop("_checked", None)
+        super().__setattr__(name, value)
+
+    def _check(self, num_experts: int, selection_bias: bool) -> tuple[RouteRule, int, bool]:
+        """Make the checked rule of the fields, and keep it with what it was checked for."""
+        rule = make_rule(num_experts, selection_bias=selection_bias, **options_of(self, _RULE_FIELDS))
+        checked = rule, num_experts, selection_bias
+        if not torch.compiler.is_dynamo_compiling():  # a traced call changes no attribute
+            self.__dict__["_checked"] = checked
+        return checked
 
     def reset_parameters(self) -> None:
         """Initialise as ``nn.Linear`` does: uniform within ``1 / sqrt(D)``; the selection bias to zero."""
@@ -172,9 +145,11 @@ class TopKRouter(KeptBuffers):
             logits = routing_linear(x, parameters["weight"], parameters["bias"])  # type: ignore[arg-type]
         else:  # a parametrization or pruning has taken a name out of the parameters
             logits = routing_linear(x, self.weight, self.bias)
-        rule, selection_bias = self._rule, self.e_score_correction_bias
-        if logits.shape[-1] != self._num_experts or (selection_bias is not None and rule.top_k == 0):
-            check_rule(rule, logits.shape[-1], selection_bias is not None)  # the parameters are others than at first
+        selection_bias, E = self.e_score_correction_bias, logits.shape[-1]
+        checked = self.__dict__.get("_checked")
+        if checked is None or checked[1] != E or checked[2] != (selection_bias is not None):
+            checked = self._check(E, selection_bias is not None)
+        rule, *_ = checked
         weights, experts = route_by(rule, logits, selection_bias, self.impl)
         return RouterOutput(logits, weights, experts)
 

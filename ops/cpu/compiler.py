@@ -43,8 +43,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             process.wait(SECONDS_TO_DIE)
 
 
-def _first_line(message: Path) -> str:
-    return (message.read_text(errors="replace").strip().splitlines() or ["no message"])[0]
+def _first_line(message: Path, otherwise: str = "no message") -> str:
+    return (message.read_text(errors="replace").strip().splitlines() or [otherwise])[0]
 
 
 def _pipe() -> tuple[int, ...]:
@@ -81,7 +81,8 @@ def run(commands: list[list[str]], folder: str, seconds: float) -> None:
                     raise Unavailable(f"{compiler} could not be run: {_first_line(message)}")
                 # Where this process ignores SIGCHLD, the code of a command that failed is lost, and Python makes it 0.
                 if code or not Path(folder, command[-1]).exists():
-                    raise Unavailable(f"{compiler} failed: {_first_line(message)}")
+                    otherwise = "no message" if code else f"it made no {command[-1]}"
+                    raise Unavailable(f"{compiler} failed: {_first_line(message, otherwise)}")
         finally:
             for process in running:
                 _end(process)

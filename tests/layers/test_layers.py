@@ -440,6 +440,39 @@ def test_every_field_of_a_routing_rule_is_an_argument(public):
     assert options <= set(inspect.signature(public).parameters)
 
 
+def test_fields_of_a_routers_rule_are_set_in_any_order():
+    x = torch.randn(3, 16)
+    router = TopKRouter(16, 8, 2, n_group=4, topk_group=2)
+    router.n_group = 1
+    router.topk_group = 1
+    assert router(x).experts.shape == (3, 2)
+    router = TopKRouter(16, 8, 2, scoring="sigmoid", norm_eps=1e-6)
+    router.scoring = "softmax"
+    with pytest.raises(ValueError, match="norm_eps applies only to scoring='sigmoid'"):
+        router(x)
+    router.norm_eps = 1e-20
+    assert router(x).experts.shape == (3, 2)
+    router.weight = torch.nn.Parameter(torch.randn(12, 16))
+    router.top_k = 10
+    assert router(x).experts.shape == (3, 10)
+
+
+def test_a_router_without_its_checked_rule_makes_it():
+    # As of a pickle that an earlier version wrote.
+    router, x = TopKRouter(16, 8, 2, scoring="sigmoid"), torch.randn(3, 16)
+    expected = router(x)
+    for copied in (copy.deepcopy(router), pickle.loads(pickle.dumps(router))):
+        vars(copied).pop("_checked")
+        assert all(map(torch.equal, copied(x), expected))
+
+
+def test_a_weight_that_was_taken_away_is_named():
+    moe = MoE(hidden_size=8, intermediate_size=4, num_experts=3, top_k=1)
+    vars(moe.experts)["_parameters"]["down_proj"] = None
+    with pytest.raises(TypeError, match=r"down_proj must be a torch\.Tensor, got NoneType"):
+        moe(torch.randn(2, 8))
+
+
 def test_setting_a_field_of_a_routers_rule_takes_effect_and_is_checked():
     router, x = TopKRouter(8, 6, 2), torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
     router.top_k, router.scoring, router.norm_eps, router.routed_scaling_factor = 3, "sigmoid", 0.5, 2.0
@@ -450,9 +483,11 @@ def test_setting_a_field_of_a_routers_rule_takes_effect_and_is_checked():
     assert all(map(torch.equal, output[1:], functional.route(output.logits, 3, **options)))
     for name, value in (("top_k", 4), ("n_group", 4), ("scoring", "tanh"), ("norm_topk_prob", 1), ("norm_eps", 0.0)):
         before = getattr(router, name)
+        setattr(router, name, value)
         with pytest.raises((TypeError, ValueError), match=name):
-            setattr(router, name, value)
-        assert getattr(router, name) == before
+            router(x)
+        setattr(router, name, before)
+        assert torch.equal(router(x).weights, output.weights)
     router.n_group, router.top_k = 1, None
     assert router.top_k is None and router(x).experts.shape == (3, 6)
     router.top_k = 2
@@ -465,6 +500,8 @@ def test_modules_that_moved_have_their_names_of_before():
     code = (
         "from fusedonemoe.fine_grained import FineGrainedMoE\nfrom fusedonemoe.lora import LoRAExperts, add_lora\n"
         "from fusedonemoe.quantization import quantize_\nimport fusedonemoe.routers, fusedonemoe.quantized, fusedonemoe\n"
+        "import fusedonemoe.usage, fusedonemoe.shared_expert, fusedonemoe.ops.quantized\n"
+        "assert fusedonemoe.ops.quantized.QuantizedWeight is fusedonemoe.functional.QuantizedWeight\n"
         "assert fusedonemoe.routers.TopKRouter is fusedonemoe.TopKRouter and LoRAExperts is fusedonemoe.LoRAExperts"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -203,7 +203,7 @@ def no_home(monkeypatch, tmp_path):
         (failing_compiler, "failed: moe.cpp:1: \ufffd no such luck"),
         (compiler_that_does_not_start, "c++ could not be run: "),
         (compiler_that_never_ends, "timed out after 0.2 seconds"),
-        (compiler_that_makes_no_library, "the kernels could not be cached or loaded: "),
+        (compiler_that_makes_no_library, "c++ failed: it made no f32.o"),
         (unwritable_cache, "the kernels could not be cached or loaded: "),
         (cache_that_others_can_write, "the kernels' cache is not safe: "),
         (no_home, "the kernels could not be cached or loaded: Could not determine home directory."),
