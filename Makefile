@@ -28,6 +28,7 @@ $(VENV)/.installed-%: constraints.txt pyproject.toml
 	@$(py) -m pip install -qq -c constraints.txt --no-build-isolation -e '.[$(extras_$*)]'
 	@touch $@
 
+.PHONY: kernels-again
 .PHONY: help demo test bench suite docs links-elsewhere site-check check verifytypes pytest triton-values fuzz doctest wheel-smoke try
 .PHONY: clean
 .PHONY: asv-smoke asv-machine asv-run asv-range asv-compare asv-check asv-history
@@ -59,7 +60,10 @@ verifytypes: $(VENV)/.installed-full  ## types of every public name of the wheel
 	tests/verify_types.sh $(py)
 
 pytest: $(VENV)/.installed-full  ## the tests alone
-	$(one_thread) $(py) -m pytest -n $(JOBS) --dist worksteal --durations=20 --durations-min=5 tests
+	$(one_thread) $(py) -m pytest -n $(JOBS) --dist worksteal --durations=20 --durations-min=5 -m 'not recompiles' tests
+
+kernels-again: $(VENV)/.installed-full  ## the CPU kernels for other instruction sets, and with sanitizers (about 8 minutes)
+	$(one_thread) $(py) -m pytest -v -m recompiles tests/ops/test_cpu_build.py
 
 triton-values: $(VENV)/.installed-full  ## values of the GPU kernels, in Triton's interpreter
 	@# A process of its own: triton decides at its import whether it interprets or compiles.
