@@ -57,16 +57,13 @@ def choose_routing(impl: str) -> str:
     return "portable"
 
 
-def run_portable(compute: Callable[..., Tensor], arguments: Sequence[Any], casts: Sequence[int]) -> Tensor:
-    """``compute(*arguments)``; autocast casts the tensors at ``casts`` and then leaves it alone, as it does the operators."""
+def run_portable(operator: str, compute: Callable[..., Tensor], arguments: Sequence[Any]) -> Tensor:
+    """Return ``compute(*arguments)``, with the arguments of an operator cast as autocast casts them there, and autocast off."""
     device_type = next(argument for argument in arguments if isinstance(argument, Tensor)).device.type
     dtype = library.autocast_dtype(device_type)
     if dtype is None:
         return compute(*arguments)
-    cast = [
-        argument.to(dtype) if i in casts and isinstance(argument, Tensor) and argument.dtype != torch.float64 else argument
-        for i, argument in enumerate(arguments)
-    ]
+    cast = library.cast_arguments(operator, arguments, dtype)
     with torch.autocast(device_type, enabled=False):
         return compute(*cast)
 

@@ -157,7 +157,7 @@ def run_experts(
     if chosen == "dense":
         y = _ops.experts_mlp_dense(*flat, *parameters, *act, library.BUILD)
     elif chosen == "portable":
-        y = run_portable(_portable, (*flat, *parameters, *act), casts=(0, 3, 4, 5, 6))
+        y = run_portable("experts_mlp", _portable, (*flat, *parameters, *act))
     else:
         if forward_ad._current_level >= 0:
             refuse_transforms()
@@ -214,7 +214,7 @@ def experts_merged(x: Tensor, experts: Tensor, weights: Tensor, proj: Tensor, *,
     if chosen == "dense":
         h = _ops.experts_merged_dense(*flat, library.BUILD)
     elif chosen == "portable":
-        h = run_portable(experts_merged_portable, flat, casts=(0, 3))
+        h = run_portable("experts_merged", experts_merged_portable, flat)
     else:
         refuse_transforms()
         h = library.experts_merged(*flat, library.BUILD, chosen)[0]

@@ -160,7 +160,7 @@ def experts_neurons(
     if chosen == "dense":
         y = _ops.experts_neurons_dense(*flat, library.BUILD)
     elif chosen == "portable":
-        y = run_portable(experts_neurons_portable, flat, casts=(0, 3, 4))
+        y = run_portable("experts_neurons", experts_neurons_portable, flat)
     elif is_sparse:
         refuse_transforms()
         y = library.experts_neurons_sparse(*flat, chosen)
@@ -214,7 +214,7 @@ def experts_values(experts: Tensor, weights: Tensor, table: Tensor, *, sparse: b
     if chosen == "dense":
         y = _ops.experts_values_dense(*flat, library.BUILD)
     elif chosen == "portable":
-        y = run_portable(experts_values_portable, flat, casts=(2,))
+        y = run_portable("experts_values", experts_values_portable, flat)
     elif is_sparse:
         refuse_transforms()
         y = library.experts_values_sparse(*flat, chosen)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fusedonemoe.checks import check_dim, check_fits, check_float, check_like_x, check_one_of, check_same_device, check_shape
 from fusedonemoe.functional.arguments import check_biases, intermediate_size
-from fusedonemoe.functional.calls import as_rows, records_gradients, run_portable, with_leading
+from fusedonemoe.functional.calls import as_rows, records_gradients, with_leading
 from fusedonemoe.ops import library
 from fusedonemoe.ops.choice import refusal
 from fusedonemoe.ops.derivatives import refuse_transforms
@@ -181,6 +181,4 @@ def run_panels(
         return None
     flat = (as_rows(x), as_rows(experts), as_rows(weights))
     arguments: tuple[Any, ...] = (*flat, packed.up, packed.down, gate_up_bias, down_bias, down.width, *act)
-    if autocast is None:
-        return with_leading(library.experts_mlp_packed(*arguments), x)
-    return with_leading(run_portable(library.experts_mlp_packed, arguments, casts=(0, 5, 6)), x)
+    return with_leading(library.experts_mlp_packed(*arguments), x)

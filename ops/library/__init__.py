@@ -8,7 +8,7 @@ from fusedonemoe.ops.formats.panels import PANEL_DIMS, PanelHome, check_panels
 from fusedonemoe.ops.formats.panels import pack as pack_weight
 from fusedonemoe.ops.library import opaque
 from fusedonemoe.ops.library.experts import FOR_INFERENCE, experts_mlp, experts_mlp_packed, experts_mlp_quantized, unpack_weights
-from fusedonemoe.ops.library.registration import BUILD, NAMESPACE, autocast_dtype
+from fusedonemoe.ops.library.registration import BUILD, NAMESPACE, autocast_dtype, cast_arguments
 from fusedonemoe.ops.library.sparse_tables import experts_neurons_sparse, experts_values_sparse
 from fusedonemoe.ops.library.table import experts_merged, experts_neurons, experts_values, route, route_product_key
 
@@ -19,6 +19,7 @@ __all__ = [
     "PANEL_DIMS",
     "PanelHome",
     "autocast_dtype",
+    "cast_arguments",
     "check_panels",
     "experts_merged",
     "experts_mlp",

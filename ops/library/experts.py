@@ -10,7 +10,15 @@ from fusedonemoe.ops import dense, mlp
 from fusedonemoe.ops.cpu import mlp as cpu
 from fusedonemoe.ops.formats import panels
 from fusedonemoe.ops.grouped import saved_rows
-from fusedonemoe.ops.library.registration import NAMESPACE, define_opaque, gpu_kernels, lib, register, register_composite
+from fusedonemoe.ops.library.registration import (
+    NAMESPACE,
+    define_autocast,
+    define_opaque,
+    gpu_kernels,
+    lib,
+    register,
+    register_composite,
+)
 from fusedonemoe.ops.library.rows import Compiled, Kernel, Operator
 from fusedonemoe.ops.library.signature import Part, Signature, record
 from fusedonemoe.ops.operands import check_rows, reader_of
@@ -186,7 +194,7 @@ def _unpacked_fake(panels: Tensor, rows: int, width: int, layout: str) -> Tensor
 
 
 def _register_kernel(
-    name: str, arguments: str | Part, fake: Callable[..., Any], kernel: Callable[..., Any]
+    name: str, arguments: str | Part, fake: Callable[..., Any], kernel: Callable[..., Any], casts: tuple[str, ...] = ()
 ) -> Callable[..., Any]:
     """Register an operator that is a compiled CPU kernel and nothing else."""
     signature = Signature.of(arguments)
@@ -194,12 +202,13 @@ def _register_kernel(
     define_opaque(name, signature.schema(symbolic=True), fake, {"CPU": lambda *flat: kernel(*pack(flat))})
     # Refused in the forward already: its results would otherwise look like constants.
     torch.library.register_autograd(f"{NAMESPACE}::{name}", _refuse_gradients, setup_context=_refuse_gradients, lib=lib)
+    define_autocast(name, signature, casts)
     operator, tensors = getattr(torch.ops.fusedonemoe, name), signature.leading_tensors
     return shortcut(operator, tensors=tensors, pack=pack, kernel=kernel, first=False, recording=None, impl=None)
 
 
 experts_mlp_packed: Callable[..., Any] = _register_kernel(
-    "experts_mlp_packed", _call(PACKED_ARGUMENTS), _packed_fake, cpu.experts_mlp_packed
+    "experts_mlp_packed", _call(PACKED_ARGUMENTS), _packed_fake, cpu.experts_mlp_packed, _casts(PACKED_ARGUMENTS)
 )
 unpack_weights: Callable[..., Any] = _register_kernel(
     "unpack_weights", "Tensor panels, int rows, int width, str layout", _unpacked_fake, panels.unpack

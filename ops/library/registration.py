@@ -97,7 +97,7 @@ def register(row: Operator) -> Callable[..., Any]:
         operator.register_autograd(backward, setup_context=setup_context)
     else:
         operator.register_autograd(_refusing(row.refusal) if row.refusal else no_second_derivative)
-    _define_autocast(row.name, row.signature, row.casts)
+    define_autocast(row.name, row.signature, row.casts)
     return _shortcut(row)
 
 
@@ -114,7 +114,7 @@ def register_composite(
     lib.define(f"{name}({signature.schema(symbolic=True)}) -> {_returned(results)}")
     lib.impl(name, body, "CompositeImplicitAutograd")
     lib.impl(name, body, "FuncTorchBatched")  # without it vmap would run a loop over the batch, and say so
-    _define_autocast(name, signature, casts)
+    define_autocast(name, signature, casts)
 
 
 def refuse_torch_func(name: str) -> None:
@@ -241,19 +241,27 @@ def wanted(needs: Sequence[bool], *likes: Tensor | None) -> tuple[Tensor, ...]:
     )
 
 
-def _define_autocast(name: str, signature: Signature, casts: tuple[str, ...]) -> None:
+# For each argument of an operator, whether autocast casts it where it is a float.
+_is_cast: dict[str, list[bool]] = {}
+
+
+def cast_arguments(name: str, flat: Sequence[Any], dtype: torch.dtype) -> list[Any]:
+    """Return the arguments of an operator as autocast casts them; those at the end may be missing."""
+    return [
+        a.to(dtype) if casts and isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64 else a
+        for a, casts in zip(flat, _is_cast[name], strict=False)
+    ]
+
+
+def define_autocast(name: str, signature: Signature, casts: tuple[str, ...]) -> None:
     """Under autocast, cast the floating arguments ``casts`` and run the operator with autocast off."""
     op = getattr(torch.ops.fusedonemoe, name).default
     assert set(casts) <= set(signature.names), (name, casts)
-    is_cast = [argument in casts for argument in signature.names]
+    _is_cast[name] = [argument in casts for argument in signature.names]
 
     def rule_for(device: str) -> Callable[..., Any]:
         def rule(*flat: Any) -> Any:
-            dtype = torch.get_autocast_dtype(device)
-            cast = [
-                a.to(dtype) if casts and isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64 else a
-                for a, casts in zip(flat, is_cast, strict=False)  # arguments at the end may be missing
-            ]
+            cast = cast_arguments(name, flat, torch.get_autocast_dtype(device))
             with torch.autocast(device, enabled=False):
                 return op(*cast)
 
