@@ -1,6 +1,7 @@
 """Records: the choices that describe a call, each with its fields in this one place."""
 
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -277,9 +278,6 @@ class ExpertsGradients(NamedTuple):
     down_B: Tensor | None = None
 
 
-_FLOAT_GRADIENTS = ExpertsNeeds._fields[:6]  # of plain weights without adapters
-
-
 class ExpertsArguments:
     """The argument list of the operators of experts: the only place that knows the order.
 
@@ -318,6 +316,9 @@ class ExpertsArguments:
         weights_gradients = ("up", "down") if any(p.has_gradient for p in self.parts) else ()
         adapter_gradients = tuple(factor.name for factor in factors) if adapted else ()
         self.gradients: tuple[str, ...] = ("x", "weights", *weights_gradients, "up_bias", "down_bias", *adapter_gradients)
+        # From flags of these, with False behind them for the others, to those of ExpertsNeeds.
+        places = {name: place for place, name in enumerate(self.gradients)}
+        self._needs_of = itemgetter(*(places.get(name, len(places)) for name in ExpertsNeeds._fields))
 
     @property
     def schema(self) -> str:
@@ -362,9 +363,7 @@ class ExpertsArguments:
         """Return the gradients that are wanted, of flags in the order of :attr:`gradients`."""
         if len(flags) != len(self.gradients):
             raise ValueError(f"needs must have {len(self.gradients)} flags, got {len(flags)}")
-        if self.gradients == _FLOAT_GRADIENTS:
-            return _make(ExpertsNeeds, (*flags, False, False, False, False))
-        return ExpertsNeeds(**dict(zip(self.gradients, flags, strict=True)))
+        return _make(ExpertsNeeds, self._needs_of((*flags, False)))
 
     def results(self, gradients: ExpertsGradients, owner: Tensor) -> tuple[Tensor, ...]:
         """Return the gradients as a backward returns them: an empty tensor, each its own, for one that was not wanted."""

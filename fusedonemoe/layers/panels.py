@@ -73,13 +73,18 @@ def write_home(experts: "Experts", name: str, weight: Tensor) -> None:
     torch.autograd.graph.increment_version(parameter)
 
 
+def refuse_exchange(experts: "Experts") -> None:
+    """Refuse packed weights that an exchange between processes would have to read."""
+    if experts.exchange is not None:
+        raise RuntimeError(f"the weights are packed, which {experts.exchange} cannot use: call unpack() first")
+
+
 def weights_for_call(
     experts: "Experts", x: Tensor, weights: Tensor, up: Tensor, down: Tensor
 ) -> tuple[Tensor, Tensor] | PackedExperts:
     """The weights of one call, at least one of which is panels, as :func:`fusedonemoe.functional.experts_mlp` takes them."""
     config = experts.config
-    if experts.exchange is not None:
-        raise RuntimeError(f"the weights are packed, which {experts.exchange} cannot use: call unpack() first")
+    refuse_exchange(experts)
     _refuse_managed(experts, "call unpack() before fully_shard or FullyShardedDataParallel")
     homes = homes_of(experts)
     if is_panels(up) and homes[experts._up_name].layout != config.act.layout:

@@ -36,7 +36,7 @@ def gradients(experts, x, ids, weights):
 
 
 def gradients_that_one_rank_needs(rank, world, folder):
-    """What requires a gradient on one rank only gets the right one, and the others take part in the exchange."""
+    """A tensor that requires a gradient on one rank only gets the right one, and the others take part in the exchange."""
     for style in STYLES:
         for needs in ({"x_grad": True}, {"weights_grad": True}, {"x_grad": True, "weights_grad": True}, {}):
             for chosen in range(world):

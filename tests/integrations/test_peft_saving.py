@@ -1,4 +1,4 @@
-"""What PEFT and transformers write of adapters of experts, and what they refuse for adapters of this library."""
+"""Files of experts' adapters that PEFT and transformers write, and their refusals of this library's adapters."""
 
 import copy
 from collections.abc import Callable

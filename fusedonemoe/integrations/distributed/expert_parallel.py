@@ -136,7 +136,7 @@ def check_forward(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> 
     check_like_x(up_name, getattr(experts, up_name), x)
     up, down, up_bias, down_bias = experts.local_weights()
     if panels.is_panels(up) or panels.is_panels(down):
-        panels.weights_for_call(experts, x, weights, up, down)  # which an exchange cannot use
+        panels.refuse_exchange(experts)
     if experts.config.impl != "auto" and up.shape[0]:
         # One rank alone may lack the kernels that impl names.
         config = experts.config
