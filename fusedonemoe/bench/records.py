@@ -211,10 +211,6 @@ def read(path: Path) -> dict[str, Any]:
     check(results, RUN)
     if results.get("gpu") is not None:
         check(results["gpu"], GPU, "gpu")
-    if "tables" in results:
-        from fusedonemoe.bench import earlier
-
-        results = earlier.in_cells(results)
     check_cells(results)
     return dict(results)
 

@@ -49,8 +49,6 @@ GONE = object()
 def cut(suite, cells, rows):
     """The first cells and rows of a committed file, in the form of the file."""
     results = json.loads((RESULTS / f"{suite}.json").read_text(encoding="utf-8"))
-    if "tables" in results:
-        return results | {"tables": {name: lines[:rows] for name, lines in list(results["tables"].items())[:cells]}}
     return results | {"cells": [cell | {"rows": cell["rows"][:rows]} for cell in results["cells"][:cells]]}
 
 
@@ -130,7 +128,7 @@ def is_taken(file, read, settings):
 @pytest.mark.parametrize("suite", ["all", "lora", "quantized", "transformers"])
 def test_no_field_ends_a_reader_in_a_traceback(suite, tmp_path, monkeypatch):
     results = of_all_suites() if suite == "all" else cut(suite, 1, 1)
-    settings = {name: value for name, value in results.items() if name not in ("cells", "tables")}
+    settings = {name: value for name, value in results.items() if name != "cells"}
     whole, file = json.dumps(results), tmp_path / "r.json"
     file.write_text(whole)
     assert all(is_taken(file, read, settings) for read in READERS), "the file itself is right"
@@ -193,28 +191,6 @@ DAMAGED = {
     "a time below zero": (json.dumps(GOOD).replace("1.0", "-1").encode(), ", or null, got -1"),
     "a time without an end": (json.dumps(GOOD).replace("1.0", "Infinity").encode(), ", or null, got Infinity"),
 }
-OLD = {"suite": "lora", "date": "2026"}
-LINE = {"name": "a", "seconds": 1}
-DAMAGED_OLD = {
-    "tables that are a list": (OLD | {"tables": []}, "tables must be an object, got []"),
-    "lines that are a number": (OLD | {"tables": {"T8": 3}}, "tables.T8 must be a list, got 3"),
-    "no line": (OLD | {"tables": {"T8": []}}, "cells[0].rows must be a list that is not empty"),
-    "a line that is text": (OLD | {"tables": {"T8": ["x"]}}, 'tables.T8[0] must be an object, got "x"'),
-    "a line without a time": (OLD | {"tables": {"T8": [{"name": "a"}]}}, "tables.T8[0].seconds is missing"),
-    "a name without sizes": (OLD | {"tables": {"x": [{"name": "a", "seconds": 1}]}}, "tables.x: the name must have the number"),
-    "a name without tokens": (
-        OLD | {"tables": {"T0": [{"name": "a", "seconds": 1}]}},
-        "tables.T0: the name must have the number",
-    ),
-    "of quantised weights": (
-        OLD | {"suite": "quantized", "tables": {"E8": [{"name": "a", "seconds": 1}]}},
-        "tables.E8: the name",
-    ),
-    "no sizes": (OLD | {"suite": "transformers", "tables": {}}, "sizes is missing"),
-    "sizes": (OLD | {"suite": "transformers", "tables": {}, "sizes": {"num_experts": 2}}, "sizes.hidden_size is missing"),
-    "a suite that had none": (OLD | {"suite": "seeds", "tables": {}}, "tables of the suite seeds"),
-}
-DAMAGED |= {f"old, {name}": (json.dumps(content).encode(), told) for name, (content, told) in DAMAGED_OLD.items()}
 
 
 def resume_and_compare(argv):
