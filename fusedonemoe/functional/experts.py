@@ -167,11 +167,12 @@ def run_experts(
             or (gate_up_bias is not None and gate_up_bias.requires_grad)
             or (down_bias is not None and down_bias.requires_grad)
         )
-        if chosen == "triton" and not recording:
-            y = _ops.experts_mlp_inference(*flat, *parameters, *act, library.BUILD)
+        if recording:
+            y = library.experts_mlp(*flat, *parameters, *act, save_percent, library.BUILD, chosen)[0]
+        elif chosen == "grouped":
+            y = _ops.experts_mlp(*flat, *parameters, *act, 0, library.BUILD, chosen)[0]
         else:
-            kept = save_percent if recording else 0
-            y = library.experts_mlp(*flat, *parameters, *act, kept, library.BUILD, chosen)[0]
+            y = library.experts_mlp_inference(*flat, *parameters, *act, library.BUILD)
     return y if has_rows else with_leading(y, x)
 
 

@@ -180,5 +180,5 @@ def run_panels(
     if autocast is not None and (x.dtype is torch.float64 or {packed.up.dtype, packed.down.dtype} != {autocast}):
         return None
     flat = (as_rows(x), as_rows(experts), as_rows(weights))
-    arguments: tuple[Any, ...] = (*flat, packed.up, packed.down, gate_up_bias, down_bias, down.width, *act)
+    arguments: tuple[Any, ...] = (*flat, packed.up, packed.down, gate_up_bias, down_bias, down.width, *act, library.BUILD)
     return with_leading(library.experts_mlp_packed(*arguments), x)

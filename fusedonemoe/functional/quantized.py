@@ -242,6 +242,10 @@ def experts_mlp_quantized(
         y = _ops.experts_mlp_quantized_dense(*flat, *parameters, *act, library.BUILD)
     else:
         refuse_transforms()
-        kept = save_percent if records_gradients(x, weights, *parameters) else 0
-        y = library.experts_mlp_quantized(*flat, *parameters, *act, kept, library.BUILD, chosen)[0]
+        recording = records_gradients(x, weights, *parameters)
+        if chosen == "cpu" and not recording:
+            y = library.experts_mlp_quantized_inference(*flat, *parameters, *act, library.BUILD)
+        else:
+            kept = save_percent if recording else 0
+            y = library.experts_mlp_quantized(*flat, *parameters, *act, kept, library.BUILD, chosen)[0]
     return with_leading(y, x)

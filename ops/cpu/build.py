@@ -21,6 +21,8 @@ import time
 from functools import cache
 from pathlib import Path
 
+import torch
+
 from fusedonemoe.ops.cpu import compiler as compilers
 from fusedonemoe.ops.cpu.cache import ATTEMPTS, Folder, Found, Untrusted
 from fusedonemoe.ops.cpu.compiler import Unavailable as Unavailable
@@ -33,6 +35,8 @@ SOURCES = Path(__file__).parent / "native"
 FLAGS = ["-std=c++20", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-fopenmp", "-fPIC"]
 ELEMENTS = ("f32", "bf16", "f16")  # compiled in parallel
+# The oldest torch whose stable interface the operators use: a library that is compiled with any torch serves all of them.
+STABLE_TORCH = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 SECONDS_TO_COMPILE = 300
 SECONDS_TO_WAIT = 660  # for another process, which may compile ATTEMPTS times
 HUGE_PAGE = 2 << 20  # the pool's unit, as in native/layer.h
@@ -69,7 +73,15 @@ def _digest(compiler: str, flags: list[str]) -> str:
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     status = os.stat(compiler)  # a new compiler is a new file; reading its version would start a process
-    for part in (compiler, str(status.st_size), str(status.st_mtime_ns), *flags, platform.machine(), _cpu_features()):
+    for part in (
+        compiler,
+        str(status.st_size),
+        str(status.st_mtime_ns),
+        *flags,
+        STABLE_TORCH,
+        platform.machine(),
+        _cpu_features(),
+    ):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()
 
@@ -79,6 +91,7 @@ def _symbols() -> list[str]:
     source = (SOURCES / "moe.cpp").read_text()
     of_elements = re.findall(r"\bENTRY\((\w+)\)\(", source)
     return [
+        "fusedonemoe_register",
         *re.findall(r"\b(fusedonemoe_\w+)\(", source),
         *(f"fusedonemoe_{name}_{element}" for name in of_elements for element in ELEMENTS),
     ]
@@ -91,13 +104,16 @@ def _compile(compiler: str, flags: list[str], folder: Folder, name: str) -> None
     with folder.working_folder() as working:
         objects = {element: f"{element}.o" for element in ELEMENTS}
         common = {ELEMENTS[0]: ["-DCOMMON"]}
-        of_elements = [
-            [compiler, *flags, f"-DELEMENT={e}", *common.get(e, []), "-c", source, "-o", o] for e, o in objects.items()
-        ]
-        link = [compiler, *flags, "-shared", *objects.values(), "-o", "kernels.so"]
+        commands = [[compiler, *flags, f"-DELEMENT={e}", *common.get(e, []), "-c", source, "-o", o] for e, o in objects.items()]
+        torch_folder = Path(torch.__file__).parent
+        headers = [STABLE_TORCH, "-isystem", str(torch_folder / "include")]
+        commands.append([compiler, *flags, *headers, "-c", str(SOURCES / "operators.cpp"), "-o", "operators.o"])
+        # torch itself is in the process already: the library names it, and has no path to it.
+        linked = [*objects.values(), "operators.o", f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
+        link = [compiler, *flags, "-shared", *linked, "-o", "kernels.so"]
         try:
-            for commands in (of_elements, [link]):
-                compilers.run(commands, working, end - time.monotonic())
+            for step in (commands, [link]):
+                compilers.run(step, working, end - time.monotonic())
         except subprocess.TimeoutExpired as error:
             raise Unavailable(f"{compiler} could not be run: it timed out after {SECONDS_TO_COMPILE} seconds") from error
         folder.keep(Path(working, "kernels.so").read_bytes(), name, working)
@@ -138,7 +154,11 @@ def _open(folder: Folder, name: str, found: Found | None) -> ctypes.CDLL | str:
         return f"the kernels could not be cached or loaded: {error}"
     library = ctypes.CDLL(str(path), handle=handle)
     missing = [symbol for symbol in _symbols() if not hasattr(library, symbol)]
-    return f"the kernels could not be loaded: {path} has no {missing[0]}" if missing else library
+    if missing:
+        return f"the kernels could not be loaded: {path} has no {missing[0]}"
+    if library.fusedonemoe_register():
+        return f"the kernels could not be loaded: torch refuses the operators of {path}"
+    return library
 
 
 def _plan() -> tuple[str, list[str], str]:

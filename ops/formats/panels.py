@@ -7,13 +7,12 @@ them. Zeros fill what the sizes leave, and are never read. Panels are the weight
 element, is a write into the weights.
 """
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fusedonemoe.ops.cpu import build, native
+from fusedonemoe.ops.cpu import native
 from fusedonemoe.ops.formats.format import Format, Part, Shape, Tensors
 
 PANEL_DIMS = 5
@@ -39,22 +38,9 @@ class PanelHome(NamedTuple):
         return self.rows if self.layout == WITHOUT_GATE else self.rows // 2
 
 
-@cache
-def _sizes_of(dtype: torch.dtype) -> tuple[int, int]:
-    return build.load().fusedonemoe_panel_columns(), native._kernel("elements_per_unit", dtype)()
-
-
-def panel_sizes(dtype: torch.dtype) -> tuple[int, int]:
-    """Return columns of a panel and elements of a unit, on this machine."""
-    return _sizes_of(dtype)
-
-
-panel_sizes.__dict__["_dynamo_marked_constant"] = True  # see native.refusal
-
-
 def panel_shape(E: int, home: PanelHome, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
     """Return the shape of the panels of a weight."""
-    columns, elements = panel_sizes(dtype)
+    columns, elements = native.panel_sizes(dtype)
     width = columns if home.layout == WITHOUT_GATE else columns // 2
     return E, -(-home.columns // width), -(-home.width // elements), columns, elements
 
@@ -73,38 +59,19 @@ def check_panels(name: str, panels: Tensor, home: PanelHome) -> None:
         raise ValueError(f"{name} must be contiguous panels, got strides {panels.stride()}")
 
 
-def _move(weight_EOI: Tensor, panels: Tensor, home: PanelHome, *, back: bool) -> None:
-    E, rows, width = weight_EOI.shape
-    first, second, step, gated = native.gate_up_rows(home.layout, home.columns)
-    sizes = (E, home.columns, rows, width, first, second, step, gated, int(back), native.threads(E, rows, width))
-    addresses = native.addresses(weight_EOI, panels)
-    if not all(addresses) and panels.numel():
-        raise RuntimeError("weights can be packed and unpacked in memory alone, and under this mode a tensor has none")
-    native.call("pack", weight_EOI.dtype, (*addresses, *sizes))
-
-
 def pack(weight_EOI: Tensor, layout: str, out: Tensor | None = None) -> Tensor:
     """Return the panels of a contiguous weight on CPU, of a dtype that the kernels have; written into ``out`` where given."""
     E, rows, width = weight_EOI.shape
-    home = PanelHome(rows, width, layout)
-    panels = native.new(panel_shape(E, home, weight_EOI.dtype), weight_EOI.dtype) if out is None else out
-    _move(weight_EOI, panels, home, back=False)
+    dtype = weight_EOI.dtype
+    panels = native.new(panel_shape(E, PanelHome(rows, width, layout), dtype), dtype) if out is None else out
+    torch.ops.fusedonemoe.pack_weights_.default(panels, weight_EOI, layout)
     return panels
-
-
-def unpack(panels: Tensor, rows: int, width: int, layout: str) -> Tensor:
-    """Return the weight ``[E, O, I]`` that the panels hold, to the bit."""
-    home = PanelHome(rows, width, layout)
-    check_panels("panels", panels, home)
-    weight_EOI = torch.empty(panels.shape[0], rows, width, dtype=panels.dtype, device="cpu")
-    _move(weight_EOI, panels, home, back=True)
-    return weight_EOI
 
 
 class Panels(Format):
     """One tensor ``[E, panels, units, columns, elements]``, which does not tell O and I: zeros fill the last panel.
 
-    For the same reason its weights are read back by :func:`unpack`, which is told the sizes and the layout.
+    For the same reason its weights are read back by the operator ``unpack_weights``, which is told the sizes and the layout.
     """
 
     name = "panels"

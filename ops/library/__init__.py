@@ -1,13 +1,21 @@
 """The only place that speaks to torch.library: one row an operator, and all the rest derived from it.
 
 ``table`` and ``experts`` hold the rows, ``registration`` derives schema, fake, autograd, autocast, dispatch by implementation
-and the function that leaves the dispatcher out. Importing this package registers the operators.
+and the function that eager calls take. Importing this package registers the operators.
 """
 
 from fusedonemoe.ops.formats.panels import PANEL_DIMS, PanelHome, check_panels
 from fusedonemoe.ops.formats.panels import pack as pack_weight
 from fusedonemoe.ops.library import opaque
-from fusedonemoe.ops.library.experts import FOR_INFERENCE, experts_mlp, experts_mlp_packed, experts_mlp_quantized, unpack_weights
+from fusedonemoe.ops.library.experts import (
+    FOR_INFERENCE,
+    experts_mlp,
+    experts_mlp_inference,
+    experts_mlp_packed,
+    experts_mlp_quantized,
+    experts_mlp_quantized_inference,
+    unpack_weights,
+)
 from fusedonemoe.ops.library.registration import BUILD, NAMESPACE, autocast_dtype, cast_arguments
 from fusedonemoe.ops.library.sparse_tables import experts_neurons_sparse, experts_values_sparse
 from fusedonemoe.ops.library.table import experts_merged, experts_neurons, experts_values, route, route_product_key
@@ -23,8 +31,10 @@ __all__ = [
     "check_panels",
     "experts_merged",
     "experts_mlp",
+    "experts_mlp_inference",
     "experts_mlp_packed",
     "experts_mlp_quantized",
+    "experts_mlp_quantized_inference",
     "experts_neurons",
     "experts_neurons_sparse",
     "experts_values",

@@ -7,20 +7,19 @@ import torch
 from torch import Tensor
 
 from fusedonemoe.ops import dense, mlp
-from fusedonemoe.ops.cpu import mlp as cpu
-from fusedonemoe.ops.formats import panels
+from fusedonemoe.ops.cpu import native
+from fusedonemoe.ops.formats import FLOATS
 from fusedonemoe.ops.grouped import saved_rows
 from fusedonemoe.ops.library.registration import (
     NAMESPACE,
-    define_autocast,
-    define_opaque,
+    define_compiled,
     gpu_kernels,
     lib,
     register,
     register_composite,
 )
 from fusedonemoe.ops.library.rows import Compiled, Kernel, Operator
-from fusedonemoe.ops.library.signature import Part, Signature, record
+from fusedonemoe.ops.library.signature import Part, record
 from fusedonemoe.ops.operands import check_rows, reader_of
 from fusedonemoe.ops.records import (
     LORA_ARGUMENTS,
@@ -32,7 +31,6 @@ from fusedonemoe.ops.records import (
     ExpertsNeeds,
     SavedRows,
 )
-from fusedonemoe.ops.shortcut import shortcut
 from fusedonemoe.ops.triton import rules
 
 _SAVED = record(SavedRows, "Tensor z, Tensor order, Tensor offsets")
@@ -64,23 +62,6 @@ def _triton_gradients(arguments: ExpertsArguments) -> Kernel:
         return arguments.results(gradients, call.x)
 
     return backward
-
-
-def _compiled(arguments: ExpertsArguments) -> Compiled:
-    return Compiled(
-        checked=cpu.experts_mlp_checked,
-        direct=cpu.experts_mlp,
-        first=cpu.experts_mlp_output,
-        first_arguments=(_call(arguments),),
-        fake=_forward_fake,
-    )
-
-
-def _compiled_backward(arguments: ExpertsArguments, needs: Part) -> Compiled:
-    def backward(dy: Tensor, saved: SavedRows, call: ExpertsCall, needs: ExpertsNeeds) -> tuple[Tensor, ...]:
-        return arguments.results(cpu.experts_mlp_backward(dy, saved, call, needs), call.x)
-
-    return Compiled(arguments=("Tensor dy", _SAVED, _call(arguments), needs), checked=backward, direct=backward)
 
 
 def _forward_fake(call: ExpertsCall, save_percent: int) -> tuple[Tensor, ...]:
@@ -121,14 +102,14 @@ def _register(
             ungraded=ungraded,
             refusal=refusal,
             kernels={"grouped": (mlp, "experts_mlp"), "triton": ("mlp", "experts_mlp")},
-            compiled=_compiled(arguments) if compiled else None,
+            compiled=Compiled(fake=_forward_fake) if compiled else None,
             backward=Operator(
                 name=f"{name}_backward",
                 arguments=("Tensor dy", _SAVED, call, _PERCENT, needs),
                 gradients=tuple(argument.name for argument in arguments.arguments if argument.has_gradient),
                 vanishing=vanishing,
                 kernels={"grouped": _grouped_gradients(arguments), "triton": _triton_gradients(arguments)},
-                compiled=_compiled_backward(arguments, needs) if compiled else None,
+                compiled=Compiled(arguments=("Tensor dy", _SAVED, call, needs)) if compiled else None,
             ),
         )
     )
@@ -146,38 +127,68 @@ experts_mlp_quantized: Callable[..., Any] = _register(
 )
 
 
-# Plain weights, for inference on a GPU
+# Forwards that keep nothing for a backward
 
 
 def _choose_for_inference(call: ExpertsCall) -> str:
     check_rows(call.experts)
+    if call.x.device.type == "cpu":
+        return "torch" if native.refusal(call.x.dtype, contiguous=True) else "cpu"
+    if call.form.up.format not in FLOATS:
+        return "triton"
     return "decode" if rules.few_rows(rules.hint(call.experts.numel()), call.form.up.shape[0]) else "triton"
 
 
-def _without_saved_rows(call: ExpertsCall) -> Tensor:
-    y: Tensor
-    y, *_ = gpu_kernels("mlp").experts_mlp(call, save_percent=0)
-    return y
+def _output_of(experts_mlp: Callable[..., tuple[Tensor, ...]]) -> Callable[[ExpertsCall], Tensor]:
+    return lambda call: experts_mlp(call, save_percent=0)[0]
 
 
-register(
-    Operator(
-        name="experts_mlp_inference",
-        arguments=(_call(MLP_ARGUMENTS),),
-        results=("y",),
-        casts=_casts(MLP_ARGUMENTS),
-        refusal="fusedonemoe::experts_mlp_inference keeps nothing for a backward pass; experts_mlp does",
-        choose=_choose_for_inference,
-        kernels={"decode": ("decode", "experts_mlp"), "triton": _without_saved_rows},
+def _output_fake(call: ExpertsCall) -> Tensor:
+    return call.x.new_empty(call.x.shape)
+
+
+def _register_inference(name: str, arguments: ExpertsArguments) -> Callable[..., Any]:
+    return register(
+        Operator(
+            name=f"{name}_inference",
+            arguments=(_call(arguments),),
+            results=("y",),
+            casts=_casts(arguments),
+            refusal=f"fusedonemoe::{name}_inference keeps nothing for a backward pass; {name} does",
+            choose=_choose_for_inference,
+            kernels={
+                "decode": ("decode", "experts_mlp"),
+                "triton": _output_of(lambda *call, **kept: gpu_kernels("mlp").experts_mlp(*call, **kept)),
+                "torch": _output_of(mlp.experts_mlp),
+            },
+            compiled=Compiled(fake=_output_fake),
+        )
     )
-)
 
 
-# Packed weights, for inference, and the way back to the weights: compiled CPU kernels without gradients
+experts_mlp_inference: Callable[..., Any] = _register_inference("experts_mlp", MLP_ARGUMENTS)
+experts_mlp_quantized_inference: Callable[..., Any] = _register_inference("experts_mlp_quantized", QUANTIZED_ARGUMENTS)
+
+
+# Packed weights, for inference, and the way to them and back: compiled CPU kernels without gradients
 
 FOR_INFERENCE = (
     "packed weights are for inference, and this call records gradients: call it under torch.no_grad() or "
     "torch.inference_mode(), or call unpack() before training"
+)
+
+experts_mlp_packed: Callable[..., Any] = register(
+    Operator(
+        name="experts_mlp_packed",
+        arguments=(_call(PACKED_ARGUMENTS),),
+        results=("y",),
+        casts=_casts(PACKED_ARGUMENTS),
+        refusal=FOR_INFERENCE,
+        refuses_early=True,
+        choose=lambda call: "cpu",
+        kernels={},
+        compiled=Compiled(fake=_output_fake),
+    )
 )
 
 
@@ -185,31 +196,16 @@ def _refuse_gradients(*_: Any, **__: Any) -> Any:
     raise RuntimeError(FOR_INFERENCE)
 
 
-def _packed_fake(x: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(x.shape)
+def _pack_fake(panels: Tensor, weight: Tensor, layout: str) -> None:
+    raise RuntimeError("weights can be packed and unpacked in memory alone, and under this mode a tensor has none")
 
 
 def _unpacked_fake(panels: Tensor, rows: int, width: int, layout: str) -> Tensor:
     return panels.new_empty(panels.shape[0], rows, width)
 
 
-def _register_kernel(
-    name: str, arguments: str | Part, fake: Callable[..., Any], kernel: Callable[..., Any], casts: tuple[str, ...] = ()
-) -> Callable[..., Any]:
-    """Register an operator that is a compiled CPU kernel and nothing else."""
-    signature = Signature.of(arguments)
-    pack = signature.packer(signature)
-    define_opaque(name, signature.schema(symbolic=True), fake, {"CPU": lambda *flat: kernel(*pack(flat))})
-    # Refused in the forward already: its results would otherwise look like constants.
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", _refuse_gradients, setup_context=_refuse_gradients, lib=lib)
-    define_autocast(name, signature, casts)
-    operator, tensors = getattr(torch.ops.fusedonemoe, name), signature.leading_tensors
-    return shortcut(operator, tensors=tensors, pack=pack, kernel=kernel, first=False, recording=None, impl=None)
-
-
-experts_mlp_packed: Callable[..., Any] = _register_kernel(
-    "experts_mlp_packed", _call(PACKED_ARGUMENTS), _packed_fake, cpu.experts_mlp_packed, _casts(PACKED_ARGUMENTS)
-)
-unpack_weights: Callable[..., Any] = _register_kernel(
-    "unpack_weights", "Tensor panels, int rows, int width, str layout", _unpacked_fake, panels.unpack
-)
+define_compiled("pack_weights_", "Tensor(a!) panels, Tensor weight, str layout", _pack_fake, results=0)
+define_compiled("unpack_weights", "Tensor panels, SymInt rows, SymInt width, str layout", _unpacked_fake)
+# Refused in the forward already: the weights would otherwise look like constants.
+torch.library.register_autograd(f"{NAMESPACE}::unpack_weights", _refuse_gradients, setup_context=_refuse_gradients, lib=lib)
+unpack_weights: Callable[..., Any] = torch.ops.fusedonemoe.unpack_weights

@@ -9,7 +9,7 @@ from fusedonemoe.ops import cuda, product_keys
 from fusedonemoe.ops import route as routing
 from fusedonemoe.ops.cpu import grouped_gemm, selection
 from fusedonemoe.ops.derivatives import no_second_derivative
-from fusedonemoe.ops.library.registration import NAMESPACE, define_opaque, lib
+from fusedonemoe.ops.library.registration import NAMESPACE, define_compiled, define_opaque, lib
 from fusedonemoe.ops.plan import tokens_per_expert
 
 
@@ -36,6 +36,7 @@ for _name in ("grouped_mm", "grouped_outer"):
 
 # Selections: opaque on CPU, one for its kernel, the other because rows without ties, which are nearly all, are done sooner.
 define_opaque("select_experts", "Tensor keys, SymInt k", _selection_fake, {"CPU": selection.select, "CUDA": routing.select})
+define_compiled("select_float32", "Tensor keys, SymInt k", _selection_fake)
 define_opaque("select_product_keys", "Tensor logits, SymInt k", _selection_fake, {"CPU": product_keys.select_pairs_on_cpu})
 
 # The counting of routed rows into a tensor outside the graph: opaque, because whether to count is known when the call runs, not

@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.library import triton_op
 
 from fusedonemoe.ops import triton
+from fusedonemoe.ops.cpu import build, native
 from fusedonemoe.ops.derivatives import no_second_derivative, refuse_forward_mode, refused
 from fusedonemoe.ops.library.rows import Compiled, Kernel, Operator
 from fusedonemoe.ops.library.signature import Part, Signature
 from fusedonemoe.ops.operands import check_rows
-from fusedonemoe.ops.shortcut import recorder, shortcut
 
 NAMESPACE = "fusedonemoe"
 
@@ -83,8 +83,8 @@ def register(row: Operator) -> Callable[..., Any]:
     """Register the operator of a row, its backward, its compiled kernel, its autograd formula and its autocast rule.
 
     Returns:
-        The function to call in place of the operator, with its positional arguments: the kernel itself where nothing would
-        notice.
+        The function to call in place of the operator, with its positional arguments: in eager calls it calls the kernel's own
+        operator, and spares the Python that torch.library runs around another.
     """
     if row.compiled:
         _define_compiled(row, row.compiled)
@@ -96,9 +96,10 @@ def register(row: Operator) -> Callable[..., Any]:
         setup_context, backward = formulas[row.name] = _formula(row, row.backward, register(row.backward))
         operator.register_autograd(backward, setup_context=setup_context)
     else:
-        operator.register_autograd(_refusing(row.refusal) if row.refusal else no_second_derivative)
+        refuse = _refusing(row.refusal) if row.refusal else no_second_derivative
+        operator.register_autograd(refuse, setup_context=refuse if row.refuses_early else None)
     define_autocast(row.name, row.signature, row.casts)
-    return _shortcut(row)
+    return _eager_call(row)
 
 
 def register_composite(
@@ -145,11 +146,11 @@ def _in_reverse_mode(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _returned(results: int) -> str:
-    return "Tensor" if results == 1 else f"({', '.join(['Tensor'] * results)})"
+    return "Tensor" if results == 1 else "()" if results == 0 else f"({', '.join(['Tensor'] * results)})"
 
 
 def _refusing(message: str) -> Callable[..., Any]:
-    def refuse(ctx: Any, *_: Any) -> Any:
+    def refuse(*_: Any, **__: Any) -> Any:
         raise RuntimeError(message)
 
     return refuse
@@ -199,22 +200,32 @@ def _body(row: Operator) -> Callable[..., Any]:
 
 
 def _define_compiled(row: Operator, compiled: Compiled) -> None:
-    """Register the operator of a compiled CPU kernel."""
+    """Register the operator of a compiled CPU kernel; the kernel registers itself when the library is loaded."""
     signature = row.taken_by(compiled.arguments)
-    pack = signature.packer(signature)
-
-    def kernel(*flat: Any) -> Any:
-        return compiled.checked(*pack(flat))
-
     if compiled.fake is None:
         fake = _gradients_fake(row, signature)
     else:
-        make = compiled.fake
+        make, pack = compiled.fake, signature.packer(signature)
 
         def fake(*flat: Any) -> Any:
             return make(*pack(flat))
 
-    define_opaque(row.compiled_name, signature.schema(symbolic=False), fake, {"CPU": kernel}, len(row.results))
+    define_compiled(row.compiled_name, signature.schema(symbolic=False), fake, len(row.results))
+
+
+def define_compiled(name: str, arguments: str, fake: Callable[..., Any], results: int = 1) -> None:
+    """Register an operator whose CPU kernel is compiled, and registered with torch when the library is loaded."""
+
+    def load_and_call(*args: Any) -> Any:
+        # torch prefers the kernel for the CPU to this one, once it is there.
+        devices = {argument.device.type for argument in args if isinstance(argument, Tensor)}
+        if devices != {"cpu"} or build.library is not None:
+            raise NotImplementedError(f"fusedonemoe::{name} is for tensors on the CPU, got some on {sorted(devices)}")
+        if reason := native.refusal(torch.float32, contiguous=True):
+            raise RuntimeError(f"fusedonemoe::{name} cannot run here: {reason}")
+        return getattr(torch.ops.fusedonemoe, name).default(*args)
+
+    define_opaque(name, arguments, fake, {"CompositeExplicitAutograd": load_and_call}, results)
 
 
 def _gradients_fake(row: Operator, signature: Signature) -> Callable[..., Any]:
@@ -326,43 +337,69 @@ def _formula(
     return setup_context, backward
 
 
-def _shortcut(row: Operator) -> Callable[..., Any]:
+def _eager_call(row: Operator) -> Callable[..., Any]:
     """Return the function to call in place of an operator."""
-    operator, compiled = getattr(torch.ops.fusedonemoe, row.name), row.compiled
+    operator, compiled, signature = getattr(torch.ops.fusedonemoe, row.name), row.compiled, row.signature
     if compiled is None and row.choose is None:
         return operator
-    if row.choose:
-        kernel = _chosen(row, row.choose)
-    else:
-        assert compiled is not None
-        kernel = _function(compiled.direct)
-    pack = row.signature.packer(row.taken_by(compiled.arguments if compiled else None))
-    recording = None
-    if row.backward:
-        setup_context, backward = formulas[row.name]
-        recording = recorder(row.name, pack=pack, kernel=kernel, backward=backward, setup_context=setup_context)
-    first = compiled.first if compiled else None
-    if compiled and first:
-        pack = row.signature.packer(row.taken_by(compiled.first_arguments or compiled.arguments))
-    return shortcut(
-        operator,
-        tensors=row.signature.leading_tensors,
-        pack=pack,
-        kernel=first or kernel,
-        first=first is not None,
-        recording=recording,
-        impl=None if row.choose else "cpu",
-    )
+    tensors, kernel = signature.leading_tensors, _eager_kernel(row)
+    record = _recorder(row, kernel) if row.backward else operator
+    of_any_impl = row.choose is not None
+
+    def call(*flat: Any) -> Any:
+        if (
+            torch.compiler.is_compiling()
+            or not (of_any_impl or flat[-1] == "cpu")
+            or torch.is_autocast_enabled("cpu")
+            or torch.jit.is_tracing()
+        ):
+            return operator(*flat)
+        if torch.is_grad_enabled():
+            for tensor in flat[:tensors]:
+                if tensor is not None and tensor.requires_grad:
+                    return record(*flat)
+        return kernel(*flat)
+
+    return call
 
 
-def _chosen(row: Operator, choose: Callable[..., str]) -> Callable[..., Any]:
-    """Return the kernel of calls that name no implementation: what the row chooses, which a CPU has."""
-    kernels = {**row.kernels} if row.compiled is None else {**row.kernels, "cpu": row.compiled.direct}
+def _eager_kernel(row: Operator) -> Callable[..., Any]:
+    """Return the function of an operator's arguments that computes, without what the operator has around it."""
+    pack, choose = row.signature.packer(row.taken), row.choose
+    if row.compiled is None:
+        assert choose is not None
+        kernels = row.kernels
 
-    def kernel(*packed: Any) -> Any:
-        chosen = kernels[choose(*packed)]
-        if not callable(chosen) and not isinstance(chosen[0], str):
-            return getattr(*chosen)(*packed)
-        return _function(chosen)(*packed)
+        def chosen(*flat: Any) -> Any:
+            packed = pack(flat)
+            return _function(kernels[choose(*packed)])(*packed)
+
+        return chosen
+    flatten = row.signature.picker(row.taken_by(row.compiled.arguments).names)
+    operator, compiled = getattr(torch.ops.fusedonemoe, row.name), getattr(torch.ops.fusedonemoe, row.compiled_name).default
+    defaults = row.signature.defaults
+    if choose is None:
+        return lambda *flat: compiled(*flatten((*flat, *defaults[len(flat) :])))
+
+    def kernel(*flat: Any) -> Any:
+        first = flat[0]
+        if first.device.type == "cpu" and native.refusal(first.dtype, contiguous=True) is None:
+            return compiled(*flatten(flat))
+        return operator(*flat)
 
     return kernel
+
+
+def _recorder(row: Operator, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that records gradients with the operator's formula, as the operator does, in fewer steps."""
+    setup_context, backward = formulas[row.name]
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = kernel(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    # Autograd and grad_fn show the name that the operator's own function has.
+    function: Any = type(f"GeneratedBackwardFor_{NAMESPACE}_{row.name}_default", (torch.autograd.Function,), methods)
+    return function.apply  # type: ignore[no-any-return]

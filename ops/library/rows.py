@@ -13,24 +13,16 @@ Kernel = Callable[..., Any] | tuple[ModuleType | str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """The compiled CPU kernel of an operator, which is an operator ``*_cpu`` of its own.
+    """The compiled CPU kernel of an operator, which is an operator ``*_cpu`` of its own, in native/operators.cpp.
 
     Attributes:
-        checked: the kernel of operands that were not checked, for calls by the operator's name.
-        direct: the kernel of operands that a public function has checked.
         fake: makes tensors like the results; None for a backward, whose results are like arguments.
-        arguments: those of ``*_cpu``, some of the operator's, in parts as the kernels take them; None for all of them in the
+        arguments: those of ``*_cpu``, some of the operator's, in parts as ``fake`` takes them; None for all of them in the
             operator's parts.
-        first: the first result alone, for calls that record no gradients; None for ``direct``.
-        first_arguments: what ``first`` takes of the operator's arguments; None for ``arguments``.
     """
 
-    checked: Callable[..., Any]
-    direct: Kernel
     fake: Callable[..., Any] | None = None
     arguments: tuple[str | Part, ...] | None = None
-    first: Callable[..., Any] | None = None
-    first_arguments: tuple[str | Part, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +45,7 @@ class Operator:
             first result (``d`` and its name), results, arguments.
         ungraded: of a forward: names of arguments that must not require a gradient; all, where there is no backward.
         refusal: of a forward: what the error says of a gradient that does not exist.
+        refuses_early: whether that error comes in the forward already, where its result would look like a constant.
         vanishing: of a backward: names of arguments that have no gradient where they have no elements.
     """
 
@@ -68,6 +61,7 @@ class Operator:
     backward: "Operator | None" = None
     ungraded: tuple[str, ...] = ()
     refusal: str = ""
+    refuses_early: bool = False
     vanishing: tuple[str, ...] = ()
     signature: Signature = field(init=False)
     taken: Signature = field(init=False)

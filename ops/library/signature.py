@@ -13,6 +13,7 @@ _TYPES: dict[str, Any] = {
     "Tensor": Tensor,
     "Tensor?": Tensor | None,
     "int": int,
+    "SymInt": int,
     "float": float,
     "bool": bool,
     "str": str,

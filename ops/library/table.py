@@ -9,8 +9,6 @@ from torch import Tensor
 from fusedonemoe.ops import dense, grouped, neurons, product_keys, triton
 from fusedonemoe.ops import route as routing
 from fusedonemoe.ops.cpu import native
-from fusedonemoe.ops.cpu import neurons as cpu_neurons
-from fusedonemoe.ops.cpu import routing as cpu_routing
 from fusedonemoe.ops.grouped import MergedNeeds
 from fusedonemoe.ops.library.registration import gpu_kernels, register, register_composite, wanted
 from fusedonemoe.ops.library.rows import Compiled, Operator
@@ -55,14 +53,14 @@ route: Callable[..., Any] = register(
         results=("weights", "experts"),
         choose=_choose_routing,
         kernels={"torch": (routing, "route"), "triton": ("routing", "route")},
-        compiled=Compiled(checked=cpu_routing.route_checked, direct=(cpu_routing, "route"), fake=_routing_fake),
+        compiled=Compiled(fake=_routing_fake),
         backward=Operator(
             name="route_backward",
             arguments=("Tensor dweights, Tensor logits, Tensor experts", _RULE),
             gradients=("logits",),
             choose=_choose_routing_backward,
             kernels={"torch": (routing, "route_backward"), "triton": ("routing", "route_backward")},
-            compiled=Compiled(checked=cpu_routing.route_backward, direct=(cpu_routing, "route_backward")),
+            compiled=Compiled(),
         ),
     )
 )
@@ -122,13 +120,13 @@ experts_merged: Callable[..., Any] = register(
         results=("h", "order", "offsets"),
         casts=_MERGED_CASTS,
         kernels={"grouped": (grouped, "experts_merged"), "triton": ("merged", "experts_merged")},
-        compiled=Compiled(checked=native.experts_merged_checked, direct=native.experts_merged, fake=_merged_fake),
+        compiled=Compiled(fake=_merged_fake),
         backward=Operator(
             name="experts_merged_backward",
             arguments=("Tensor dh, Tensor order, Tensor offsets", _MERGED, flags(MergedNeeds)),
             gradients=("x", "weights", "proj"),
             kernels={"grouped": (grouped, "experts_merged_backward"), "triton": ("merged", "experts_merged_backward")},
-            compiled=Compiled(checked=native.experts_merged_backward, direct=native.experts_merged_backward),
+            compiled=Compiled(),
         ),
     )
 )
@@ -198,23 +196,14 @@ experts_neurons: Callable[..., Any] = register(
         results=("y", "s"),
         casts=_NEURONS_CASTS,
         kernels={"grouped": (neurons, "experts_neurons"), "triton": ("neurons", "experts_neurons")},
-        compiled=Compiled(
-            checked=cpu_neurons.experts_neurons_checked,
-            direct=cpu_neurons.experts_neurons,
-            first=cpu_neurons.experts_neurons_output,
-            fake=_neurons_fake,
-        ),
+        compiled=Compiled(fake=_neurons_fake),
         backward=Operator(
             name="experts_neurons_backward",
             arguments=("Tensor dy, Tensor s", _NEURONS, flags(NeuronNeeds)),
             optional=_SLOTS,
             gradients=("x", "weights", "down", "up"),
             kernels={"grouped": (neurons, "experts_neurons_backward"), "triton": ("neurons", "experts_neurons_backward")},
-            compiled=Compiled(
-                checked=cpu_neurons.experts_neurons_backward,
-                direct=cpu_neurons.experts_neurons_backward,
-                fake=_neurons_backward_fake,
-            ),
+            compiled=Compiled(fake=_neurons_backward_fake),
         ),
     )
 )
@@ -227,18 +216,14 @@ experts_values: Callable[..., Any] = register(
         results=("y",),
         casts=_VALUES_CASTS,
         kernels={"grouped": (neurons, "experts_values"), "triton": ("neurons", "experts_values")},
-        compiled=Compiled(checked=cpu_neurons.experts_values_checked, direct=cpu_neurons.experts_values, fake=_values_fake),
+        compiled=Compiled(fake=_values_fake),
         backward=Operator(
             name="experts_values_backward",
             arguments=("Tensor dy", _VALUES, flags(ValueNeeds)),
             optional=_SLOTS,
             gradients=("weights", "table"),
             kernels={"grouped": (neurons, "experts_values_backward"), "triton": ("neurons", "experts_values_backward")},
-            compiled=Compiled(
-                checked=cpu_neurons.experts_values_backward,
-                direct=cpu_neurons.experts_values_backward,
-                fake=_values_backward_fake,
-            ),
+            compiled=Compiled(fake=_values_backward_fake),
         ),
     )
 )

@@ -5,6 +5,8 @@
 
 // In the order of ACTIVATIONS in Python.
 enum Activation { SILU, GELU, GELU_TANH, RELU, RELU2, SIGMOID, IDENTITY, SWIGLU_OAI, NUM_ACTIVATIONS };
+constexpr const char* ACTIVATION_NAMES[] = {"silu",  "gelu",    "gelu_tanh", "relu",
+                                            "relu2", "sigmoid", "identity",  "swiglu_oai"};
 
 struct Act {
     int name;

@@ -1,5 +1,5 @@
-// The weight formats: a new one is a struct in a file of its own, and a line in each of the two lists here.
-// The numbers are those of NUMBERS in ops/cpu/mlp.py.
+// The weight formats: a new one is a struct in a file of its own, a name in mlp.h, a line in the list here,
+// and in mlp_operands.h the check of its tensors.
 #pragma once
 #include "format_int4.h"
 #include "format_int8.h"
@@ -7,8 +7,6 @@
 #include "format_rows.h"
 #include "mlp_backward.h"
 #include "mlp_forward.h"
-
-enum FormatName { PLAIN, PANELS, INT8, INT4 };
 
 template <class M, class Body> static inline void with_format(int64_t name, Body body) {
     switch (name) {

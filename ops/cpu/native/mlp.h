@@ -8,6 +8,8 @@ struct Weight {
     const void *values, *scales, *zeros;
 };
 
+enum FormatName { PLAIN, PANELS, INT8, INT4 };
+
 struct MLPSizes {
     int64_t tokens, top_k, num_experts, hidden, inner, up_rows;
     int64_t gate, up, step, gated;  // as in GateUp
