@@ -22,20 +22,46 @@ settings.load_profile("repository")
 
 
 @pytest.fixture
-def packed_uses(monkeypatch):
+def packed_uses():
     """One entry for each forward that read packed weights so far."""
-    from fusedonemoe.ops.cpu import mlp, native  # here, for the same reason as torch below
+    import torch  # here, so that collection does not wait for it
+
+    import fusedonemoe.ops  # noqa: F401  defines the operator
 
     seen: list[None] = []
-    call = native.call
+    name = "experts_mlp_packed_cpu"
 
-    def watched(name, dtype, words, floats=()):
-        is_packed = name == "mlp_forward" and words[-2] == mlp.NUMBERS["panels"]  # words end with format and group
-        seen.extend([None] if is_packed else [])
-        return call(name, dtype, words, floats)
+    def watched(keys, *arguments):
+        seen.append(None)
+        return getattr(torch.ops.fusedonemoe, name).default.redispatch(keys.remove(key), *arguments)
 
-    monkeypatch.setattr(native, "call", watched)
-    return seen
+    # Each call passes this key on its way to the kernel.
+    key = torch._C.DispatchKey.BackendSelect
+    lib = torch.library.Library("fusedonemoe", "IMPL")
+    lib.impl(name, watched, "BackendSelect", with_keyset=True)
+    yield seen
+    lib._destroy()
+
+
+@pytest.fixture
+def small_thresholds():
+    """Let the CPU kernels use their threads and their pool for work of any size."""
+    import ctypes
+
+    from fusedonemoe.ops.cpu import build
+
+    library = build.load()
+    kept = [
+        (ctypes.c_double.in_dll(library, "fusedonemoe_products_per_thread"), 1.0),
+        (ctypes.c_double.in_dll(library, "fusedonemoe_keys_per_thread"), 1.0),
+        (ctypes.c_int64.in_dll(library, "fusedonemoe_pooled_from"), 1),
+    ]
+    before = [value.value for value, _ in kept]
+    for value, small in kept:
+        value.value = small
+    yield
+    for (value, _), old in zip(kept, before, strict=True):
+        value.value = old
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,6 +10,7 @@ from fusedonemoe.ops import dense, mlp
 from fusedonemoe.ops.cpu import native
 from fusedonemoe.ops.formats import FLOATS
 from fusedonemoe.ops.grouped import saved_rows
+from fusedonemoe.ops.library import flops
 from fusedonemoe.ops.library.registration import (
     NAMESPACE,
     define_compiled,
@@ -103,6 +104,7 @@ def _register(
             refusal=refusal,
             kernels={"grouped": (mlp, "experts_mlp"), "triton": ("mlp", "experts_mlp")},
             compiled=Compiled(fake=_forward_fake) if compiled else None,
+            flops=flops.mlp,
             backward=Operator(
                 name=f"{name}_backward",
                 arguments=("Tensor dy", _SAVED, call, _PERCENT, needs),
@@ -110,6 +112,7 @@ def _register(
                 vanishing=vanishing,
                 kernels={"grouped": _grouped_gradients(arguments), "triton": _triton_gradients(arguments)},
                 compiled=Compiled(arguments=("Tensor dy", _SAVED, call, needs)) if compiled else None,
+                flops=flops.mlp_backward,
             ),
         )
     )
@@ -162,6 +165,7 @@ def _register_inference(name: str, arguments: ExpertsArguments) -> Callable[...,
                 "torch": _output_of(mlp.experts_mlp),
             },
             compiled=Compiled(fake=_output_fake),
+            flops=flops.mlp,
         )
     )
 
@@ -188,6 +192,7 @@ experts_mlp_packed: Callable[..., Any] = register(
         choose=lambda call: "cpu",
         kernels={},
         compiled=Compiled(fake=_output_fake),
+        flops=flops.mlp,
     )
 )
 

@@ -9,6 +9,7 @@ from fusedonemoe.ops import cuda, product_keys
 from fusedonemoe.ops import route as routing
 from fusedonemoe.ops.cpu import grouped_gemm, selection
 from fusedonemoe.ops.derivatives import no_second_derivative
+from fusedonemoe.ops.library import flops
 from fusedonemoe.ops.library.registration import NAMESPACE, define_compiled, define_opaque, lib
 from fusedonemoe.ops.plan import tokens_per_expert
 
@@ -33,6 +34,9 @@ grouped_outer: dict[str, Callable[..., Tensor]] = {"CPU": grouped_gemm.grouped_o
 define_opaque("grouped_outer", "Tensor left, Tensor right, Tensor offsets", _grouped_outer_fake, grouped_outer)
 for _name in ("grouped_mm", "grouped_outer"):
     torch.library.register_autograd(f"{NAMESPACE}::{_name}", no_second_derivative, lib=lib)
+
+flops.count("grouped_mm", ("rows", "weights", "offsets"), flops.grouped_mm)
+flops.count("grouped_outer", ("left", "right", "offsets"), flops.grouped_outer)
 
 # Selections: opaque on CPU, one for its kernel, the other because rows without ties, which are nearly all, are done sooner.
 define_opaque("select_experts", "Tensor keys, SymInt k", _selection_fake, {"CPU": selection.select, "CUDA": routing.select})

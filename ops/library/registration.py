@@ -25,6 +25,7 @@ from torch.library import triton_op
 from fusedonemoe.ops import triton
 from fusedonemoe.ops.cpu import build, native
 from fusedonemoe.ops.derivatives import no_second_derivative, refuse_forward_mode, refused
+from fusedonemoe.ops.library.flops import count
 from fusedonemoe.ops.library.rows import Compiled, Kernel, Operator
 from fusedonemoe.ops.library.signature import Part, Signature
 from fusedonemoe.ops.operands import check_rows
@@ -99,6 +100,10 @@ def register(row: Operator) -> Callable[..., Any]:
         refuse = _refusing(row.refusal) if row.refusal else no_second_derivative
         operator.register_autograd(refuse, setup_context=refuse if row.refuses_early else None)
     define_autocast(row.name, row.signature, row.casts)
+    if row.flops:
+        count(row.name, row.signature.names, row.flops, row.gradients)
+        if row.compiled:
+            count(row.compiled_name, row.taken_by(row.compiled.arguments).names, row.flops, row.gradients)
     return _eager_call(row)
 
 
@@ -357,7 +362,8 @@ def _eager_call(row: Operator) -> Callable[..., Any]:
         if torch.is_grad_enabled():
             for tensor in flat[:tensors]:
                 if tensor is not None and tensor.requires_grad:
-                    return record(*flat)
+                    # The operator refuses the transforms of torch.func.
+                    return (operator if torch._C._are_functorch_transforms_active() else record)(*flat)
         return kernel(*flat)
 
     return call
@@ -402,4 +408,5 @@ def _recorder(row: Operator, kernel: Callable[..., Any]) -> Callable[..., Any]:
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     # Autograd and grad_fn show the name that the operator's own function has.
     function: Any = type(f"GeneratedBackwardFor_{NAMESPACE}_{row.name}_default", (torch.autograd.Function,), methods)
-    return function.apply  # type: ignore[no-any-return]
+    # Function.apply has more Python, for transforms of torch.func, which the kernels refuse.
+    return super(torch.autograd.Function, function).apply  # type: ignore[no-any-return]

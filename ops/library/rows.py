@@ -47,6 +47,7 @@ class Operator:
         refusal: of a forward: what the error says of a gradient that does not exist.
         refuses_early: whether that error comes in the forward already, where its result would look like a constant.
         vanishing: of a backward: names of arguments that have no gradient where they have no elements.
+        flops: the formula that counts its floating-point operations, in :mod:`fusedonemoe.ops.library.flops`; None for none.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Operator:
     refusal: str = ""
     refuses_early: bool = False
     vanishing: tuple[str, ...] = ()
+    flops: Callable[..., int] | None = None
     signature: Signature = field(init=False)
     taken: Signature = field(init=False)
 

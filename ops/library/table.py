@@ -10,6 +10,7 @@ from fusedonemoe.ops import dense, grouped, neurons, product_keys, triton
 from fusedonemoe.ops import route as routing
 from fusedonemoe.ops.cpu import native
 from fusedonemoe.ops.grouped import MergedNeeds
+from fusedonemoe.ops.library import flops
 from fusedonemoe.ops.library.registration import gpu_kernels, register, register_composite, wanted
 from fusedonemoe.ops.library.rows import Compiled, Operator
 from fusedonemoe.ops.library.signature import flags, record
@@ -121,12 +122,14 @@ experts_merged: Callable[..., Any] = register(
         casts=_MERGED_CASTS,
         kernels={"grouped": (grouped, "experts_merged"), "triton": ("merged", "experts_merged")},
         compiled=Compiled(fake=_merged_fake),
+        flops=flops.merged,
         backward=Operator(
             name="experts_merged_backward",
             arguments=("Tensor dh, Tensor order, Tensor offsets", _MERGED, flags(MergedNeeds)),
             gradients=("x", "weights", "proj"),
             kernels={"grouped": (grouped, "experts_merged_backward"), "triton": ("merged", "experts_merged_backward")},
             compiled=Compiled(),
+            flops=flops.merged_backward,
         ),
     )
 )
@@ -197,6 +200,7 @@ experts_neurons: Callable[..., Any] = register(
         casts=_NEURONS_CASTS,
         kernels={"grouped": (neurons, "experts_neurons"), "triton": ("neurons", "experts_neurons")},
         compiled=Compiled(fake=_neurons_fake),
+        flops=flops.neurons,
         backward=Operator(
             name="experts_neurons_backward",
             arguments=("Tensor dy, Tensor s", _NEURONS, flags(NeuronNeeds)),
@@ -204,6 +208,7 @@ experts_neurons: Callable[..., Any] = register(
             gradients=("x", "weights", "down", "up"),
             kernels={"grouped": (neurons, "experts_neurons_backward"), "triton": ("neurons", "experts_neurons_backward")},
             compiled=Compiled(fake=_neurons_backward_fake),
+            flops=flops.neurons_backward,
         ),
     )
 )
@@ -217,6 +222,7 @@ experts_values: Callable[..., Any] = register(
         casts=_VALUES_CASTS,
         kernels={"grouped": (neurons, "experts_values"), "triton": ("neurons", "experts_values")},
         compiled=Compiled(fake=_values_fake),
+        flops=flops.neurons,
         backward=Operator(
             name="experts_values_backward",
             arguments=("Tensor dy", _VALUES, flags(ValueNeeds)),
@@ -224,6 +230,7 @@ experts_values: Callable[..., Any] = register(
             gradients=("weights", "table"),
             kernels={"grouped": (neurons, "experts_values_backward"), "triton": ("neurons", "experts_values_backward")},
             compiled=Compiled(fake=_values_backward_fake),
+            flops=flops.neurons_backward,
         ),
     )
 )

@@ -46,4 +46,4 @@ def test_a_call_has_few_frames(dtype, gated):
     outputs[0].sum().backward()
     total = outputs[1].sum()
     ours = [file for file in frames_of(total.backward) if file == "<string>" or file.startswith(LIBRARY)]
-    assert 10 < len(ours) <= 40  # without those of torch.autograd, which are the same for any function
+    assert 3 < len(ours) <= 40  # without those of torch.autograd, which are the same for any function

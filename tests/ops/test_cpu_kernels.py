@@ -369,9 +369,8 @@ def test_save_percent_changes_no_bit(activation, gated, layout, routing, dtype):
 
 
 @pytest.fixture
-def set_threads(monkeypatch):
+def set_threads(small_thresholds):
     """Sets torch's number of threads, and lets the kernels use them for however little work."""
-    monkeypatch.setattr(native, "PRODUCTS_PER_THREAD", 1)
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)

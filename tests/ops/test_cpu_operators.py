@@ -187,7 +187,7 @@ def test_a_second_pass_over_one_graph_gives_the_same_bits(make):
 
 
 @pytest.fixture
-def pooled(monkeypatch):
+def pooled(monkeypatch, small_thresholds):
     """Takes every output from the pool, which is empty at the start."""
     monkeypatch.setattr(native, "POOLED_BYTES", 1)
     gc.collect()
@@ -319,12 +319,14 @@ def test_threads_may_call_at_the_same_time(pooled, make):
 
 
 FORKING = """
-    import os, sys, torch
+    import ctypes, os, sys, torch
     from fusedonemoe import functional as F
-    from fusedonemoe.ops.cpu import native
+    from fusedonemoe.ops.cpu import build
     from fusedonemoe.testing import make_merged_inputs
 
-    native.PRODUCTS_PER_THREAD = native.POOLED_BYTES = 1
+    build.load()
+    for name, kind in (("fusedonemoe_products_per_thread", ctypes.c_double), ("fusedonemoe_pooled_from", ctypes.c_int64)):
+        kind.in_dll(build.library, name).value = 1
     torch.set_num_threads(2)
     inputs = make_merged_inputs(50, 33, 65, 4, 2)
     expected = F.experts_merged(*vars(inputs).values(), impl="cpu")

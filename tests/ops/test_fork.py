@@ -20,7 +20,8 @@ pytestmark = [
 
 # The pool by itself: a process that does not import torch forks in a tenth of the time.
 POOL = """
-    import ctypes, os, signal, sys, threading, time
+    import ctypes, importlib.util, os, signal, sys, threading, time
+    ctypes.CDLL(importlib.util.find_spec("torch").submodule_search_locations[0] + "/lib/libtorch_cpu.so")
     kernels = ctypes.CDLL(sys.argv[1])
     kernels.fusedonemoe_pooled_bytes.restype = ctypes.c_void_p
     kernels.fusedonemoe_pooled_bytes.argtypes = [ctypes.c_int64]
@@ -35,13 +36,13 @@ POOL = """
 
 # Every operator with a CPU kernel, forward and backward, on two threads however small it is.
 OPERATORS = """
-    import faulthandler, multiprocessing, os, threading, torch
-    from fusedonemoe.ops.cpu import native, selection
+    import ctypes, faulthandler, multiprocessing, os, threading, torch
+    from fusedonemoe.ops.cpu import build
     from fusedonemoe.cli.probes import make_probes
 
-    native.PRODUCTS_PER_THREAD = selection.KEYS_PER_THREAD = 1
+    for name in ("products", "keys"):
+        ctypes.c_double.in_dll(build.load(), f"fusedonemoe_{name}_per_thread").value = 1
     torch.set_num_threads(2)
-    assert native.threads(12, 32, 32) == 2
     probes = [
         (probe, "cpu" if "cpu" in impls else "auto")
         for dtype in (torch.float32, torch.bfloat16)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusedonemoe import functional as F
+from fusedonemoe.ops import library
 from fusedonemoe.ops.cpu import native
 from fusedonemoe.testing import make_mlp_inputs
 from tests.strategies import mlp_inputs
@@ -145,13 +146,13 @@ def test_a_call_that_records_gradients_is_refused(which, packed_uses):
     operator, act = torch.ops.fusedonemoe.experts_mlp_packed, ("silu", "gate_up", 1.0, 1.0)
     arguments = (inputs.x, inputs.experts, inputs.weights, packed.up, packed.down, inputs.up_bias, inputs.down_bias, 8)
     with pytest.raises(RuntimeError, match=TRAINING):
-        operator(*arguments, *act)
+        operator(*arguments, *act, library.BUILD)
     if which == "panels":
         with pytest.raises(RuntimeError, match=TRAINING):
             torch.ops.fusedonemoe.unpack_weights(packed.down, 16, 8, "plain")
     with torch.no_grad():
         assert torch.equal(run(inputs, packed), run(inputs)) and packed_uses
-        assert torch.equal(operator(*arguments, *act), run(inputs))
+        assert torch.equal(operator(*arguments, *act, library.BUILD), run(inputs))
 
 
 @needs_kernels
@@ -208,7 +209,7 @@ def test_the_operators_keep_what_torch_library_asks_of_them(dtype):
     packed = packed_of(inputs)
     tensors = (inputs.x, inputs.experts, inputs.weights, packed.up, packed.down, inputs.up_bias, None)
     act = ("silu", "gate_up", 1.702, 7.0)
-    torch.library.opcheck(torch.ops.fusedonemoe.experts_mlp_packed.default, (*tensors, 9, *act))
+    torch.library.opcheck(torch.ops.fusedonemoe.experts_mlp_packed.default, (*tensors, 9, *act, library.BUILD))
     torch.library.opcheck(torch.ops.fusedonemoe.unpack_weights.default, (packed.up, 18, 17, "gate_up"))
     torch.library.opcheck(torch.ops.fusedonemoe.unpack_weights.default, (packed.down, 17, 9, "plain"))
 
@@ -282,7 +283,7 @@ def test_panels_of_other_strides_or_experts_are_refused():
         run(inputs, replace(packed, down=packed.down[:3].contiguous()))
     arguments = (inputs.x, inputs.experts, inputs.weights, packed.up, packed.down[:3], None, None, 8)
     with pytest.raises(ValueError, match="as many experts as packed_up"):  # the operator trusts its caller no more
-        torch.ops.fusedonemoe.experts_mlp_packed(*arguments, "silu", "gate_up", 1.0, 1.0)
+        torch.ops.fusedonemoe.experts_mlp_packed(*arguments, "silu", "gate_up", 1.0, 1.0, library.BUILD)
 
 
 @needs_kernels

@@ -240,8 +240,7 @@ def test_a_token_has_the_same_bits_in_any_batch(form, dtype):
 
 @every_form
 @pytest.mark.parametrize("T", [1, 40])
-def test_equal_inputs_give_equal_bits_on_any_number_of_threads(form, T, monkeypatch):
-    monkeypatch.setattr(native, "PRODUCTS_PER_THREAD", 1)
+def test_equal_inputs_give_equal_bits_on_any_number_of_threads(form, T, small_thresholds):
     before = torch.get_num_threads()
     inputs = make_mlp_inputs(T, 64, 160, 5, 3, bias=True)
     weights = quantized(inputs, form)

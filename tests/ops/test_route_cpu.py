@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from fusedonemoe import functional as F
 from fusedonemoe.ops import library, route
-from fusedonemoe.ops.cpu import native, routing, selection
+from fusedonemoe.ops.cpu import native
 from fusedonemoe.ops.records import NORM_EPS, RouteRule
 
 _REFUSAL = native.refusal(torch.float32, True)
@@ -38,15 +38,23 @@ def draw(T, E, dtype=torch.float32, seed=0):
     return torch.randn(T, E, generator=torch.Generator().manual_seed(seed)).mul(2).to(dtype)
 
 
+def route_cpu(logits, bias, rule):
+    return torch.ops.fusedonemoe.route_cpu(logits, bias, *rule)
+
+
+def route_backward_cpu(dweights, logits, experts, rule):
+    return torch.ops.fusedonemoe.route_cpu_backward(dweights, logits, experts, *rule)
+
+
 def check(logits, bias, rule):
     """Forward and backward of the kernels against torch's arithmetic."""
-    weights, experts = routing.route(logits, bias, rule)
+    weights, experts = route_cpu(logits, bias, rule)
     plain_weights, plain_experts = route.route(logits, bias, rule)
     assert weights.dtype == torch.float32 and experts.dtype == torch.int64
     assert torch.equal(experts, plain_experts)
     assert_close(weights, plain_weights, rtol=2e-6, atol=1e-30)
     dweights = draw(len(logits), experts.shape[1], seed=3)
-    gradient = routing.route_backward(dweights, logits, experts, rule)
+    gradient = route_backward_cpu(dweights, logits, experts, rule)
     plain = route.route_backward(dweights, logits, experts, rule)
     assert gradient.dtype == logits.dtype
     # A gradient is a difference of terms of the weights' size.
@@ -80,14 +88,14 @@ def test_groups_and_bias(groups, with_bias, form):
 def test_masked_experts_weigh_nothing(form):
     logits = draw(6, 20)
     logits[:, 5:] = -torch.inf  # so that some of them are picked
-    weights, experts = routing.route(logits, None, rule_of(8, **form))
+    weights, experts = route_cpu(logits, None, rule_of(8, **form))
     assert torch.equal(experts, route.route(logits, None, rule_of(8, **form))[1])
     assert (weights[experts >= 5] == 0).all() and (weights[experts < 5] > 0).all()
 
 
 def test_a_token_that_masks_everything_says_so():
     for norm in (True, False):
-        weights, _ = routing.route(torch.full((2, 6), -torch.inf), None, rule_of(2, norm_topk_prob=norm))
+        weights, _ = route_cpu(torch.full((2, 6), -torch.inf), None, rule_of(2, norm_topk_prob=norm))
         assert weights.isnan().all()
 
 
@@ -95,7 +103,7 @@ def test_a_token_that_masks_everything_says_so():
 def test_nan_stays_in_its_row(form):
     logits = draw(3, 20)
     logits[1, 4] = torch.nan
-    weights, experts = routing.route(logits, None, rule_of(3, **form))
+    weights, experts = route_cpu(logits, None, rule_of(3, **form))
     assert experts[1, 0] == 4 and weights[1, 0].isnan()
     assert weights[[0, 2]].isfinite().all()
 
@@ -105,32 +113,31 @@ def test_a_gradient_skips_ids_of_no_expert(form):
     logits, dweights = draw(4, 20), draw(4, 5, seed=3)
     experts = torch.tensor([[3, -1, 7, 20, 1 << 40]]).expand(4, 5)
     rule, kept = rule_of(5, **form), [0, 2]
-    gradient = routing.route_backward(dweights, logits, experts, rule)
+    gradient = route_backward_cpu(dweights, logits, experts, rule)
     assert_close(gradient, route.route_backward(dweights[:, kept], logits, experts[:, kept], rule))
 
 
 def test_closed_groups_and_ties_as_in_torch():
     logits = torch.tensor([[0.0, 1.0, 5.0, -torch.inf], [1.0, 1.0, 1.0, 1.0], [-0.0, 0.0, 0.0, -0.0]])
     for score in (("softmax", False), ("sigmoid", True)):
-        _, experts = routing.route(logits, None, rule_of(2, *score, groups=(2, 1, "max")))
+        _, experts = route_cpu(logits, None, rule_of(2, *score, groups=(2, 1, "max")))
         assert experts.tolist() == [[2, 3], [0, 1], [0, 1]]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_bits_depend_neither_on_threads_nor_on_other_tokens(threads, monkeypatch):
-    monkeypatch.setattr(selection, "KEYS_PER_THREAD", 1)
+def test_bits_depend_neither_on_threads_nor_on_other_tokens(threads, small_thresholds):
     before = torch.get_num_threads()
     logits, rule, bias = draw(67, 40), rule_of(6, "sigmoid", groups=(8, 3, "top2_sum")), draw(1, 40, seed=2)[0]
-    alone = [routing.route(row[None], bias, rule) for row in logits]
+    alone = [route_cpu(row[None], bias, rule) for row in logits]
     dweights = draw(67, 6, seed=4)
     torch.set_num_threads(threads)
     try:
-        weights, experts = routing.route(logits, bias, rule)
-        gradient = routing.route_backward(dweights, logits, experts, rule)
+        weights, experts = route_cpu(logits, bias, rule)
+        gradient = route_backward_cpu(dweights, logits, experts, rule)
     finally:
         torch.set_num_threads(before)
     assert torch.equal(weights, torch.cat([w for w, _ in alone])) and torch.equal(experts, torch.cat([e for _, e in alone]))
-    rows = [routing.route_backward(dweights[t : t + 1], logits[t : t + 1], experts[t : t + 1], rule) for t in range(67)]
+    rows = [route_backward_cpu(dweights[t : t + 1], logits[t : t + 1], experts[t : t + 1], rule) for t in range(67)]
     assert torch.equal(gradient, torch.cat(rows))
 
 

@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from fusedonemoe import functional as F
 from fusedonemoe.ops import reference, route
-from fusedonemoe.ops.cpu import native, selection
+from fusedonemoe.ops.cpu import native
 from fusedonemoe.testing import exact_float64
 
 _REFUSAL = native.refusal(torch.float32, True)
@@ -122,8 +122,7 @@ def test_float64_keys_are_compared_as_such():
 
 
 @pytest.fixture
-def set_threads(monkeypatch):
-    monkeypatch.setattr(selection, "KEYS_PER_THREAD", 1)
+def set_threads(small_thresholds):
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -138,7 +137,7 @@ def test_any_number_of_threads_selects_the_same(K, set_threads):
 
 
 def test_without_kernels_torch_selects(monkeypatch):
-    monkeypatch.setattr(selection, "_kernel", lambda: None)
+    monkeypatch.setattr(native, "refusal", lambda *_: "no kernels here")
     check(random_keys(5, 30), 4)
 
 

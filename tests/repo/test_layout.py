@@ -37,7 +37,7 @@ FLOORS = [
         *("ops.cpu.native", "ops.cpu.build", "ops.cpu.cache", "ops.cpu.compiler", "ops.cpu.forks"),
     ],
     ["ops.dense", "ops.grouped", "ops.mlp", "ops.neurons", "ops.cpu", "ops.cuda", "ops.triton", "ops.portable"],
-    ["ops.library", "ops.shortcut", "ops.choice", "ops"],
+    ["ops.library", "ops.choice", "ops"],
     ["checks", "linear", "agreement"],
     ["functional", "config", "hf"],
     [

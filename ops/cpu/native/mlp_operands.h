@@ -200,6 +200,7 @@ struct MLPCall {
 // Packs a weight into panels, or unpacks it.
 inline void move_panels(const Kernels& pack, const Tensor& panels, const Tensor& weight,
                         const std::string& layout, bool back) {
+    refuse_forward_mode();
     check_dim("weight", weight, 3);
     const DtypeIndex element = element_of("weight", weight);
     const int64_t E = weight.size(0), rows = weight.size(1), width = weight.size(2);

@@ -2,6 +2,7 @@
 // A tensor that autograd kept may come back in other strides, and an operator can be called by its name.
 #pragma once
 #include <initializer_list>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -18,6 +19,13 @@ int64_t fusedonemoe_pooled_from = 1 << 20;
 // than it saves.
 double fusedonemoe_products_per_thread = 1 << 18, fusedonemoe_keys_per_thread = 1 << 15;
 }
+
+// A function of torch's own that is not in its stable interface: null where this torch has none.
+namespace torch::autograd {
+struct ForwardADLevel {
+    __attribute__((weak)) static std::shared_ptr<ForwardADLevel> try_get_by_idx(uint64_t level);
+};
+}  // namespace torch::autograd
 
 namespace {
 
@@ -75,6 +83,15 @@ struct NoMemory : std::bad_alloc {
     explicit NoMemory(std::string text) : text(std::move(text)) {}
     const char* what() const noexcept override { return text.c_str(); }
 };
+
+// Tensors may have tangents in a level of forward mode, and torch would take a missing rule for zeros.
+inline void refuse_forward_mode() {
+    using torch::autograd::ForwardADLevel;
+    if (&ForwardADLevel::try_get_by_idx && ForwardADLevel::try_get_by_idx(0))
+        throw std::runtime_error(
+            "forward-mode derivatives and torch.func need impl='dense'; the other implementations have "
+            "first derivatives in reverse mode only");
+}
 
 // Takes the arguments of an operator in order.
 class Arguments {
@@ -181,7 +198,7 @@ inline Tensor in_dtype(const Tensor& tensor, DtypeIndex dtype) {
 inline DtypeIndex element_of(const char* name, const Tensor& tensor) {
     const DtypeIndex dtype = dtype_of(tensor);
     if (dtype > F16)
-        refuse("the CPU kernels have float32, bfloat16 and float16, not ", name_of(dtype), " of ", name);
+        refuse(name, " must have a dtype of the CPU kernels, float32, bfloat16 or float16, got ", name_of(dtype));
     return dtype;
 }
 
@@ -192,6 +209,7 @@ struct Routing {
     int64_t T, K;
 
     void read_for(std::optional<int64_t> tokens = std::nullopt) {
+        refuse_forward_mode();
         check_dim("experts", experts, 2);
         T = tokens.value_or(experts.size(0));
         K = experts.size(1);

@@ -162,6 +162,7 @@ struct RuleArguments {
         check_name("group_score", by, {"top2_sum", "max"});
     }
     void check(int64_t E) const {
+        refuse_forward_mode();
         if (rule.groups < 1 || E % rule.groups || rule.open_groups < 1 || rule.open_groups > rule.groups)
             refuse("n_group must divide ", std::to_string(E), " experts and be at least topk_group, got ",
                    std::to_string(rule.groups), ", ", std::to_string(rule.open_groups));
@@ -237,6 +238,7 @@ void select_float32(StableIValue* stack, uint64_t, uint64_t) {
     Arguments given(stack);
     Tensor keys = given.take<Tensor>();
     const auto k = given.take<int64_t>();
+    refuse_forward_mode();
     check_dim("keys", keys, 2);
     const int64_t T = keys.size(0), E = keys.size(1);
     if (k < 0 || k > E) refuse("k must be from 0 to ", std::to_string(E), ", got ", std::to_string(k));
