@@ -3,13 +3,35 @@
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from fusedonemoe.config import MoEConfig
+from fusedonemoe.ops.cpu import build
 
-__all__ = ["portable"]
+__all__ = ["kernel_library", "portable"]
+
+
+def kernel_library() -> Path:
+    """Return the file of the compiled CPU kernels of this machine, which it compiles if need be.
+
+    A process without Python that loads it and calls its function ``int fusedonemoe_load()`` has the operators that a package of
+    AOTInductor with ``impl="cpu"`` calls.
+
+    Raises:
+        RuntimeError: there are no CPU kernels here; the message says why.
+
+    Example:
+        >>> from fusedonemoe.export import kernel_library
+        >>> kernel_library().suffix
+        '.so'
+    """
+    try:
+        return build.library_file()
+    except build.Unavailable as error:
+        raise RuntimeError(f"there are no CPU kernels here: {error}") from error
 
 
 def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any, Any]]:

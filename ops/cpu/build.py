@@ -91,7 +91,7 @@ def _symbols() -> list[str]:
     source = (SOURCES / "moe.cpp").read_text()
     of_elements = re.findall(r"\bENTRY\((\w+)\)\(", source)
     return [
-        "fusedonemoe_register",
+        *("fusedonemoe_register", "fusedonemoe_load"),
         *re.findall(r"\b(fusedonemoe_\w+)\(", source),
         *(f"fusedonemoe_{name}_{element}" for name in of_elements for element in ELEMENTS),
     ]
@@ -201,6 +201,12 @@ def _load() -> ctypes.CDLL | str:
         reason = f"the kernels could not be cached or loaded: {error}"
     say(f"going on without the CPU kernels: {reason}")
     return reason
+
+
+def library_file() -> Path:
+    """Return the file of the library, which is loaded first; see :func:`load` for what it raises."""
+    load()
+    return cache_directory() / _plan()[2]
 
 
 def cache_fault() -> str | None:

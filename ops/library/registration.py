@@ -192,8 +192,6 @@ def _body(row: Operator) -> Callable[..., Any]:
             check_rows(experts)
         else:
             impl = choose(*pack(flat))  # type: ignore[misc]
-            if impl == "cpu" and torch.compiler.is_exporting():
-                impl = "torch"  # an exported graph holds no kernel that is compiled for this machine
         if impl == "cpu" and compiled is not None:
             return compiled(*flatten(flat))
         if impl not in kernels:

@@ -33,7 +33,8 @@ _RULE = record(RouteRule)
 def _choose_routing(logits: Tensor, selection_bias: Tensor | None, rule: RouteRule) -> str:
     """Return the implementation that routes."""
     if logits.device.type == "cpu":
-        return "torch" if native.refusal(logits.dtype, contiguous=True) else "cpu"
+        # An exported graph holds no kernel that is compiled for this machine.
+        return "torch" if torch.compiler.is_exporting() or native.refusal(logits.dtype, contiguous=True) else "cpu"
     return "torch" if _refused_by_gpu("routing", logits, rule.n_group) else "triton"
 
 

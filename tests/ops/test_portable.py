@@ -1,8 +1,5 @@
 """Exports without an operator of this library: what the graph holds, ONNX in onnxruntime, and packages in C++ processes."""
 
-import shutil
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,19 +7,21 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram, export
 
-from fusedonemoe import FusedOneMoE, MoE
+from fusedonemoe import FusedOneMoE, MoE, QuantizedExperts
 from fusedonemoe import functional as F
 from fusedonemoe.compat.flashmoe import FlashMoE, FlashMoEConfig
 from fusedonemoe.compat.momoe import MoE as MoMoE
-from fusedonemoe.export import portable
+from fusedonemoe.export import kernel_library, portable
 from fusedonemoe.layers.fine_grained import FineGrainedMoE
+from fusedonemoe.ops.cpu import native
 from fusedonemoe.ops.route import select, select_for_export
 from fusedonemoe.testing import assert_within_budget
+from tests.cpp_program import CPP, Program
 
 D = 16
 TOKEN_COUNTS = (1, 2, 3, 11, 64)
 SIZES: dict[str, Any] = {"hidden_size": D, "intermediate_size": 8, "num_experts": 8, "top_k": 2}
-CPP = shutil.which("c++") or shutil.which("g++")
+REFUSAL = native.refusal(torch.float32, True)
 
 
 class Zoo(nn.ModuleDict):
@@ -245,21 +244,6 @@ def test_every_function_refuses_what_has_no_onnx_form(monkeypatch, impl):
 
 # Packages
 
-RUNNER = """
-#include <ATen/ATen.h>
-#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
-#include <iostream>
-
-int main(int argc, char** argv) {
-  torch::inductor::AOTIModelPackageLoader model(argv[1]);
-  at::Tensor x = at::empty({std::stoll(argv[2]), std::stoll(argv[3])}, at::kFloat);
-  std::cin.read(static_cast<char*>(x.data_ptr()), x.nbytes());
-  for (const at::Tensor& y : model.run({x})) {
-    std::cout.write(static_cast<const char*>(y.contiguous().data_ptr()), y.nbytes());
-  }
-}
-"""
-
 
 @pytest.mark.slow
 @pytest.mark.skipif(CPP is None, reason="no C++ compiler")
@@ -268,20 +252,29 @@ def test_a_package_runs_in_a_process_without_python(tmp_path, monkeypatch, expor
     zoo, program = exported_zoo
     with torch.no_grad():
         package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
-    torch_folder = Path(torch.__file__).parent
-    (tmp_path / "run.cpp").write_text(RUNNER)
-    assert CPP is not None
-    includes = [f"-I{torch_folder / 'include'}", f"-I{torch_folder / 'include/torch/csrc/api/include'}"]
-    libraries = [f"-L{torch_folder / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch_folder / 'lib'}"]
-    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    command = [CPP, "-std=c++20", "-O0", abi, *includes, "run.cpp", "-o", "run", *libraries]
-    built = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert built.returncode == 0, built.stderr[-4000:]
+    program_without_python = Program(tmp_path)
     for T in TOKEN_COUNTS:
         x = torch.randn(T, D)
-        ran = subprocess.run(
-            [tmp_path / "run", package, str(T), str(D)], input=x.numpy().tobytes(), capture_output=True, check=False
-        )
-        assert ran.returncode == 0, ran.stderr[-4000:]
-        found = torch.frombuffer(bytearray(ran.stdout), dtype=torch.float32).reshape(len(zoo), T, D)
+        found = program_without_python.run(package, x).reshape(len(zoo), T, D)
         torch.testing.assert_close(list(found), [y.detach() for y in zoo(x)])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CPP is None or REFUSAL is not None, reason=f"no C++ compiler, or no CPU kernels: {REFUSAL}")
+def test_a_package_calls_the_cpu_kernels_without_python(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    torch.manual_seed(0)
+    moe = MoE(**{**SIZES, "num_experts": 8}, impl="cpu", shared_intermediate_size=8)
+    int8 = MoE(**{**SIZES, "num_experts": 8}, impl="cpu")
+    int8.register_module("experts", QuantizedExperts.from_experts(int8.experts, "int8"))
+    model = Zoo({"moe": moe, "int8": int8, "merged": FusedOneMoE(D, 8, 8, is_sparse=True, topk=2, impl="cpu")})
+    with torch.no_grad():
+        program = open_token_count(model)
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        loaded, program_without_python = torch._inductor.aoti_load_package(package), Program(tmp_path)
+        for T in TOKEN_COUNTS:
+            x = torch.randn(T, D)
+            outputs = model(x)
+            found = program_without_python.run(package, x, kernel_library()).reshape(len(outputs), T, D)
+            torch.testing.assert_close(list(found), list(outputs), rtol=1e-6, atol=1e-6)
+            assert all(torch.equal(a, b) for a, b in zip(found, loaded(x), strict=True)), "the bits of Python"

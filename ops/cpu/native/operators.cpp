@@ -449,37 +449,93 @@ template <bool HAS_X> void experts_neurons_backward(StableIValue* stack, uint64_
         put(stack, {of_weights, result(dup, c.element)});
 }
 
-// Registers the operators' kernels with torch. Their schemas are defined in Python.
-void register_all() {
-    using torch::stable::detail::StableLibrary;
-    static StableLibrary library(StableLibrary::Kind::IMPL, "fusedonemoe", "CPU", __FILE__, __LINE__);
-    library.impl("experts_mlp_cpu", experts_mlp<Weights::FLOAT>)
-        .impl("experts_mlp_cpu_backward", experts_mlp_backward<Weights::FLOAT>)
-        .impl("experts_mlp_inference_cpu", experts_mlp_inference<Weights::FLOAT>)
-        .impl("experts_mlp_quantized_cpu", experts_mlp<Weights::QUANTIZED>)
-        .impl("experts_mlp_quantized_cpu_backward", experts_mlp_backward<Weights::QUANTIZED>)
-        .impl("experts_mlp_quantized_inference_cpu", experts_mlp_inference<Weights::QUANTIZED>)
-        .impl("experts_mlp_packed_cpu", experts_mlp_inference<Weights::PACKED>)
-        .impl("pack_weights_", pack_weights)
-        .impl("unpack_weights", unpack_weights)
-        .impl("route_cpu", route_forward)
-        .impl("route_cpu_backward", route_gradient)
-        .impl("select_float32", select_float32)
-        .impl("experts_merged_cpu", experts_merged)
-        .impl("experts_merged_cpu_backward", experts_merged_backward)
-        .impl("experts_neurons_cpu", experts_neurons<true>)
-        .impl("experts_neurons_cpu_backward", experts_neurons_backward<true>)
-        .impl("experts_values_cpu", experts_neurons<false>)
-        .impl("experts_values_cpu_backward", experts_neurons_backward<false>);
-}
-}  // namespace
+// The operators of which the CPU kernel is here, by their schemas, which are those that Python defines.
+struct Operator {
+    const char* schema;
+    void (*kernel)(StableIValue*, uint64_t, uint64_t);
+};
+#define SAVED_ARGUMENTS "Tensor dy, Tensor z, Tensor order, Tensor offsets"
+#define MLP_ARGUMENTS                                                                                        \
+    "Tensor x, Tensor experts, Tensor weights, Tensor up_proj, Tensor down_proj, Tensor? up_bias, Tensor? "  \
+    "down_bias, str activation, str layout, float alpha, float limit"
+#define QUANTIZED_ARGUMENTS                                                                                  \
+    "Tensor x, Tensor experts, Tensor weights, Tensor up, Tensor up_scale, Tensor? up_zero, Tensor down, "   \
+    "Tensor down_scale, Tensor? down_zero, Tensor? up_bias, Tensor? down_bias, str activation, str layout, " \
+    "float alpha, float limit"
+#define RULE_ARGUMENTS                                                                                       \
+    "int top_k, str scoring, bool score_first, bool norm_topk_prob, float scale, int n_group, int "          \
+    "topk_group, str group_score, float norm_eps"
+#define MERGED_ARGUMENTS "Tensor x, Tensor experts, Tensor weights, Tensor proj"
+#define NEURONS_ARGUMENTS "Tensor x, Tensor experts, Tensor weights, Tensor down, Tensor up, str activation"
+#define VALUES_ARGUMENTS "Tensor experts, Tensor weights, Tensor table"
+#define NEEDS_AND_SLOTS "bool[] needs, Tensor? slots=None, int num_slots=0"
+const Operator OPERATORS[] = {
+    {"experts_mlp_cpu(" MLP_ARGUMENTS ", int save_percent) -> (Tensor, Tensor, Tensor, Tensor)",
+     experts_mlp<Weights::FLOAT>},
+    {"experts_mlp_cpu_backward(" SAVED_ARGUMENTS ", " MLP_ARGUMENTS
+     ", bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+     experts_mlp_backward<Weights::FLOAT>},
+    {"experts_mlp_inference_cpu(" MLP_ARGUMENTS ") -> Tensor", experts_mlp_inference<Weights::FLOAT>},
+    {"experts_mlp_quantized_cpu(" QUANTIZED_ARGUMENTS
+     ", int save_percent) -> (Tensor, Tensor, Tensor, Tensor)",
+     experts_mlp<Weights::QUANTIZED>},
+    {"experts_mlp_quantized_cpu_backward(" SAVED_ARGUMENTS ", " QUANTIZED_ARGUMENTS
+     ", bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+     experts_mlp_backward<Weights::QUANTIZED>},
+    {"experts_mlp_quantized_inference_cpu(" QUANTIZED_ARGUMENTS ") -> Tensor",
+     experts_mlp_inference<Weights::QUANTIZED>},
+    {"experts_mlp_packed_cpu(Tensor x, Tensor experts, Tensor weights, Tensor packed_up, Tensor packed_down, "
+     "Tensor? up_bias, Tensor? down_bias, SymInt intermediate_size, str activation, str layout, float alpha, "
+     "float limit) -> Tensor",
+     experts_mlp_inference<Weights::PACKED>},
+    {"pack_weights_(Tensor(a!) panels, Tensor weight, str layout) -> ()", pack_weights},
+    {"unpack_weights(Tensor panels, SymInt rows, SymInt width, str layout) -> Tensor", unpack_weights},
+    {"route_cpu(Tensor logits, Tensor? selection_bias, " RULE_ARGUMENTS ") -> (Tensor, Tensor)",
+     route_forward},
+    {"route_cpu_backward(Tensor dweights, Tensor logits, Tensor experts, " RULE_ARGUMENTS ") -> Tensor",
+     route_gradient},
+    {"select_float32(Tensor keys, SymInt k) -> Tensor", select_float32},
+    {"experts_merged_cpu(" MERGED_ARGUMENTS ") -> (Tensor, Tensor, Tensor)", experts_merged},
+    {"experts_merged_cpu_backward(Tensor dh, Tensor order, Tensor offsets, " MERGED_ARGUMENTS
+     ", bool[] needs) -> (Tensor, Tensor, Tensor)",
+     experts_merged_backward},
+    {"experts_neurons_cpu(" NEURONS_ARGUMENTS ") -> (Tensor, Tensor)", experts_neurons<true>},
+    {"experts_neurons_cpu_backward(Tensor dy, Tensor s, " NEURONS_ARGUMENTS ", " NEEDS_AND_SLOTS
+     ") -> (Tensor, Tensor, Tensor, Tensor)",
+     experts_neurons_backward<true>},
+    {"experts_values_cpu(" VALUES_ARGUMENTS ") -> Tensor", experts_neurons<false>},
+    {"experts_values_cpu_backward(Tensor dy, " VALUES_ARGUMENTS ", " NEEDS_AND_SLOTS ") -> (Tensor, Tensor)",
+     experts_neurons_backward<false>},
+};
 
-// Returns 0, or 1 where torch refuses them.
-extern "C" int fusedonemoe_register() {
+using torch::stable::detail::StableLibrary;
+
+void register_kernels() {
+    static StableLibrary library(StableLibrary::Kind::IMPL, "fusedonemoe", "CPU", __FILE__, __LINE__);
+    for (const auto& [schema, kernel] : OPERATORS)
+        library.impl(std::string(schema, strchr(schema, '(')).c_str(), kernel);
+}
+
+void define_schemas() {
+    static StableLibrary library(StableLibrary::Kind::FRAGMENT, "fusedonemoe", "", __FILE__, __LINE__);
+    for (const auto& [schema, _] : OPERATORS)
+        library.def(schema);
+}
+
+int succeeded(void (*register_some)()) {
     try {
-        register_all();
+        register_some();
         return 0;
     } catch (const std::exception&) {
         return 1;
     }
+}
+}  // namespace
+
+extern "C" {
+// Registers the kernels, for a process where Python has defined the operators. Returns 0, or 1 where torch
+// refuses them.
+int fusedonemoe_register() { return succeeded(register_kernels); }
+// Defines the operators too, for a process without Python.
+int fusedonemoe_load() { return succeeded(define_schemas) || succeeded(register_kernels); }
 }
