@@ -24,23 +24,16 @@ settings.load_profile("repository")
 @pytest.fixture
 def packed_uses():
     """One entry for each forward that read packed weights so far."""
-    import torch  # here, so that collection does not wait for it
-
-    import fusedonemoe.ops  # noqa: F401  defines the operator
+    from tests.interception import intercepted  # here, so that collection does not wait for torch
 
     seen: list[None] = []
-    name = "experts_mlp_packed_cpu"
 
-    def watched(keys, *arguments):
+    def counted(kernel):
         seen.append(None)
-        return getattr(torch.ops.fusedonemoe, name).default.redispatch(keys.remove(key), *arguments)
+        return kernel
 
-    # Each call passes this key on its way to the kernel.
-    key = torch._C.DispatchKey.BackendSelect
-    lib = torch.library.Library("fusedonemoe", "IMPL")
-    lib.impl(name, watched, "BackendSelect", with_keyset=True)
-    yield seen
-    lib._destroy()
+    with intercepted("experts_mlp_packed_cpu", counted):
+        yield seen
 
 
 @pytest.fixture

@@ -13,4 +13,4 @@ def select(keys_TE: Tensor, k: int) -> Tensor:
         raise ValueError(f"keys must have shape [T, E] with E >= k, got {tuple(keys_TE.shape)} and k = {k}")
     if keys_TE.dtype != torch.float32 or native.refusal(torch.float32, True) is not None:
         return route.select(keys_TE, k)
-    return torch.ops.fusedonemoe.select_float32.default(keys_TE, k)  # type: ignore[no-any-return]
+    return torch.ops.fusedonemoe.select_float32.default(keys_TE, k)

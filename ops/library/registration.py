@@ -354,7 +354,7 @@ def _eager_call(row: Operator) -> Callable[..., Any]:
             torch.compiler.is_compiling()
             or not (of_any_impl or flat[-1] == "cpu")
             or torch.is_autocast_enabled("cpu")
-            or torch.jit.is_tracing()
+            or torch._C._is_tracing()
         ):
             return operator(*flat)
         if torch.is_grad_enabled():
@@ -407,4 +407,4 @@ def _recorder(row: Operator, kernel: Callable[..., Any]) -> Callable[..., Any]:
     # Autograd and grad_fn show the name that the operator's own function has.
     function: Any = type(f"GeneratedBackwardFor_{NAMESPACE}_{row.name}_default", (torch.autograd.Function,), methods)
     # Function.apply has more Python, for transforms of torch.func, which the kernels refuse.
-    return super(torch.autograd.Function, function).apply  # type: ignore[no-any-return]
+    return super(torch.autograd.Function, function).apply

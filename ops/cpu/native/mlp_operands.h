@@ -213,9 +213,8 @@ inline void move_panels(const Kernels& pack, const Tensor& panels, const Tensor&
                name_of(element), ", got ", std::to_string(panels.size(0)), " and ",
                name_of(dtype_of(panels)));
     if (!weight.is_contiguous()) refuse("weight must be contiguous, got strides ", text_of(weight.strides()));
-    const Pack arguments{
-        written(weight), written(panels), E,       columns, rows, width,
-        at.gate,         at.up,           at.step, gated,   back, threads_of_products(E, rows, width)};
+    const Pack arguments(written(weight), written(panels), E, columns, rows, width, at.gate, at.up, at.step,
+                         gated, back, threads_of_products(E, rows, width));
     pack.run(element, &arguments);
 }
 

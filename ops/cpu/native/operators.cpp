@@ -25,21 +25,9 @@ KERNELS(pack)
 
 void run_forward(const MLPCall& c, void* y, void* z, int32_t* order, int32_t* offsets, int64_t first,
                  int64_t saved) {
-    const MLPForward arguments{address(c.x),
-                               c.up.weight(),
-                               c.down.weight(),
-                               address(c.up.bias),
-                               address(c.down.bias),
-                               c.routing.ids(),
-                               c.routing.shares(),
-                               y,
-                               z,
-                               order,
-                               offsets,
-                               first,
-                               saved,
-                               c.threads(),
-                               c.sizes()};
+    const MLPForward arguments(address(c.x), c.up.weight(), c.down.weight(), address(c.up.bias),
+                               address(c.down.bias), c.routing.ids(), c.routing.shares(), y, z, order,
+                               offsets, first, saved, c.threads(), c.sizes());
     mlp_forward.run(c.element, &arguments);
 }
 
@@ -107,11 +95,10 @@ template <Weights KIND> void experts_mlp_backward(StableIValue* stack, uint64_t,
                ddown = wanted(needs_down, {c.E, c.D, c.F}, c.element),
                dup_bias = wanted(needs[biases] && c.up.bias, {c.E, c.G}, c.element),
                ddown_bias = wanted(needs[biases + 1] && c.down.bias, {c.E, c.D}, c.element);
-    const MLPBackward arguments{
-        address(dy),          address(z),        address(c.x),       c.up.weight(),  c.down.weight(),
-        address(c.down.bias), c.routing.ids(),   c.routing.shares(), plan,           starts,
-        written(dx),          written(dweights), written(dup),       written(ddown), written(dup_bias),
-        written(ddown_bias),  c.threads(),       c.sizes()};
+    const MLPBackward arguments(address(dy), address(z), address(c.x), c.up.weight(), c.down.weight(),
+                                address(c.down.bias), c.routing.ids(), c.routing.shares(), plan, starts,
+                                written(dx), written(dweights), written(dup), written(ddown),
+                                written(dup_bias), written(ddown_bias), c.threads(), c.sizes());
     mlp_backward.run(c.element, &arguments);
     auto gradient = [&](const std::optional<Tensor>& value) { return result(value, c.element); };
     const Tensor of_weights = result_in(dweights, c.routing.weights_dtype, c.element);
@@ -191,18 +178,9 @@ void route_forward(StableIValue* stack, uint64_t, uint64_t) {
     logits = checked("logits", logits, {T, E}, {element});
     if (bias) bias = in_dtype(checked("selection_bias", *bias, {E}, FLOATS), F32);
     const Tensor weights = new_tensor({T, K}, F32), experts = new_tensor({T, K}, I64);
-    const Route arguments{address(logits),
-                          (const float*)address(bias),
-                          (float*)written(weights),
-                          (int64_t*)written(experts),
-                          T,
-                          E,
-                          K,
-                          rule.top_k > 0,
-                          rule.rule,
-                          threads_of_keys(T, E),
-                          rule.scale,
-                          rule.eps};
+    const Route arguments(address(logits), (const float*)address(bias), (float*)written(weights),
+                          (int64_t*)written(experts), T, E, K, rule.top_k > 0, rule.rule,
+                          threads_of_keys(T, E), rule.scale, rule.eps);
     route.run(element, &arguments);
     put(stack, {weights, experts});
 }
@@ -219,17 +197,9 @@ void route_gradient(StableIValue* stack, uint64_t, uint64_t) {
     experts = in_dtype(checked("experts", experts, {T, K}, INTEGERS), I64);
     dweights = in_dtype(checked("dweights", dweights, {T, K}, FLOATS), F32);
     const Tensor dlogits = new_tensor({T, E}, element);
-    const RouteBackward arguments{(const float*)address(dweights),
-                                  address(logits),
-                                  (const int64_t*)address(experts),
-                                  written(dlogits),
-                                  T,
-                                  E,
-                                  K,
-                                  rule.rule,
-                                  threads_of_keys(T, E),
-                                  rule.scale,
-                                  rule.eps};
+    const RouteBackward arguments((const float*)address(dweights), address(logits),
+                                  (const int64_t*)address(experts), written(dlogits), T, E, K, rule.rule,
+                                  threads_of_keys(T, E), rule.scale, rule.eps);
     route_backward.run(element, &arguments);
     put(stack, {dlogits});
 }
@@ -244,8 +214,8 @@ void select_float32(StableIValue* stack, uint64_t, uint64_t) {
     if (k < 0 || k > E) refuse("k must be from 0 to ", std::to_string(E), ", got ", std::to_string(k));
     keys = checked("keys", keys, {T, E}, {F32});
     const Tensor ids = new_tensor({T, k}, I64);
-    const Select arguments{(const float*)address(keys), (int64_t*)written(ids), T, E, k,
-                           threads_of_keys(T, E)};
+    const Select arguments((const float*)address(keys), (int64_t*)written(ids), T, E, k,
+                           threads_of_keys(T, E));
     if (fusedonemoe_select_f32(&arguments)) throw NoMemory("no memory for the buffers of a selection");
     put(stack, {ids});
 }
@@ -285,19 +255,9 @@ void experts_merged(StableIValue* stack, uint64_t, uint64_t) {
     const auto& [_1, _2, _3, T, K] = c.routing;
     const Tensor h = new_tensor({T, c.F}, c.element), order = new_tensor({T * K}, I32),
                  offsets = new_tensor({c.E + 1}, I32);
-    const MergedForward arguments{address(c.x),
-                                  address(c.proj),
-                                  c.routing.ids(),
-                                  c.routing.shares(),
-                                  written(h),
-                                  (int32_t*)written(order),
-                                  (int32_t*)written(offsets),
-                                  T,
-                                  K,
-                                  c.E,
-                                  c.D,
-                                  c.F,
-                                  c.threads()};
+    const MergedForward arguments(address(c.x), address(c.proj), c.routing.ids(), c.routing.shares(),
+                                  written(h), (int32_t*)written(order), (int32_t*)written(offsets), T, K, c.E,
+                                  c.D, c.F, c.threads());
     merged_forward.run(c.element, &arguments);
     put(stack, {h, order, offsets});
 }
@@ -315,22 +275,10 @@ void experts_merged_backward(StableIValue* stack, uint64_t, uint64_t) {
     offsets = checked("offsets", offsets, {c.E + 1}, {I32});
     const auto dx = wanted(needs[0], {T, c.D}, c.element), dweights = wanted(needs[1], {T, K}, F32),
                dproj = wanted(needs[2], {c.E, c.D, c.F}, c.element);
-    const MergedBackward arguments{address(dh),
-                                   address(c.x),
-                                   address(c.proj),
-                                   c.routing.ids(),
-                                   c.routing.shares(),
-                                   (const int32_t*)address(order),
-                                   (const int32_t*)address(offsets),
-                                   written(dx),
-                                   written(dweights),
-                                   written(dproj),
-                                   T,
-                                   K,
-                                   c.E,
-                                   c.D,
-                                   c.F,
-                                   c.threads()};
+    const MergedBackward arguments(address(dh), address(c.x), address(c.proj), c.routing.ids(),
+                                   c.routing.shares(), (const int32_t*)address(order),
+                                   (const int32_t*)address(offsets), written(dx), written(dweights),
+                                   written(dproj), T, K, c.E, c.D, c.F, c.threads());
     merged_backward.run(c.element, &arguments);
     put(stack, {result(dx, c.element), result_in(dweights, c.routing.weights_dtype, c.element),
                 result(dproj, c.element)});
@@ -375,19 +323,9 @@ template <bool HAS_X> void experts_neurons(StableIValue* stack, uint64_t, uint64
     const auto& [_1, _2, _3, T, K] = c.routing;
     const Tensor y = new_tensor({T, c.D}, c.element);
     const auto s = wanted(HAS_X, {T, K}, F32);
-    const NeuronsForward arguments{address(c.x),
-                                   address(c.down),
-                                   address(c.up),
-                                   c.routing.ids(),
-                                   c.routing.shares(),
-                                   written(y),
-                                   (float*)written(s),
-                                   T,
-                                   K,
-                                   c.E,
-                                   c.D,
-                                   c.threads(),
-                                   c.activation};
+    const NeuronsForward arguments(address(c.x), address(c.down), address(c.up), c.routing.ids(),
+                                   c.routing.shares(), written(y), (float*)written(s), T, K, c.E, c.D,
+                                   c.threads(), c.activation);
     if (T) neurons_forward.run(c.element, &arguments);
     if constexpr (HAS_X)
         put(stack, {y, *s});
@@ -418,25 +356,11 @@ template <bool HAS_X> void experts_neurons_backward(StableIValue* stack, uint64_
                dup = wanted(needs[HAS_X ? 3 : 1], {rows, c.D}, c.element);
     // Without a slot there is no row to write.
     auto table = [&](const std::optional<Tensor>& gradient) { return rows ? written(gradient) : nullptr; };
-    const NeuronsBackward arguments{address(dy),
-                                    (const float*)address(s),
-                                    address(c.x),
-                                    address(c.down),
-                                    address(c.up),
-                                    c.routing.ids(),
-                                    c.routing.shares(),
-                                    written(dx),
-                                    (float*)written(dweights),
-                                    table(ddown),
-                                    table(dup),
-                                    (const int64_t*)address(slots),
-                                    T,
-                                    K,
-                                    c.E,
-                                    c.D,
-                                    c.threads(),
-                                    c.activation,
-                                    std::max<int64_t>(num_slots, 1)};
+    const NeuronsBackward arguments(address(dy), (const float*)address(s), address(c.x), address(c.down),
+                                    address(c.up), c.routing.ids(), c.routing.shares(), written(dx),
+                                    (float*)written(dweights), table(ddown), table(dup),
+                                    (const int64_t*)address(slots), T, K, c.E, c.D, c.threads(), c.activation,
+                                    std::max<int64_t>(num_slots, 1));
     if (T)
         neurons_backward.run(c.element, &arguments);
     else
