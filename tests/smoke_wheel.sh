@@ -68,3 +68,30 @@ echo "wheel smoke: the wheel runs"
 "${pip[@]}" install --no-deps --no-build-isolation --force-reinstall ./unpacked
 clean/bin/python -I smoke.py
 echo "wheel smoke: the sdist runs"
+
+# A wheel for one system, with the kernels inside: of one instruction set, which every machine of today has.
+if [ "$(uname -sm)" = "Linux x86_64" ]; then
+  FUSEDONEMOE_PREBUILD=x86-64-v3 "$python" -m build --wheel --no-isolation --outdir prebuilt unpacked >build.log 2>&1 ||
+    { cat build.log; fail "the wheel with kernels could not be built"; }
+  "$python" -m twine check --strict prebuilt/*
+  "${pip[@]}" install --no-deps --force-reinstall prebuilt/fusedonemoe-*-py3-none-linux_x86_64.whl
+  cat >kernels.py <<'PY'
+import shutil
+import torch
+from fusedonemoe import MoE
+from fusedonemoe.ops.cpu import build
+
+assert shutil.which("g++") is None
+assert build.load()._name.endswith("/ops/cpu/prebuilt/kernels-x86-64-v3.so"), build.load()._name
+layer = MoE(hidden_size=16, intermediate_size=32, num_experts=4, top_k=2, impl="cpu")
+x = torch.randn(3, 16, requires_grad=True)
+y = layer(x)
+y.sum().backward()
+assert y.isfinite().all() and y.abs().sum() > 0 and x.grad.abs().sum() > 0
+PY
+  python3=$PWD/clean/bin/python
+  env -i PATH=/nowhere FUSEDONEMOE_CPU_ARCH=x86-64-v3 "$python3" -I kernels.py
+  env -i PATH=/nowhere FUSEDONEMOE_CPU_ARCH=x86-64-v3 "$python3" -I -m fusedonemoe doctor >doctor.log || { cat doctor.log; fail "doctor"; }
+  grep -q 'CPU kernels .*kernels-x86-64-v3.so' doctor.log || { cat doctor.log; fail "doctor does not name the kernels"; }
+  echo "wheel smoke: the wheel with kernels runs without a compiler"
+fi

@@ -1,4 +1,4 @@
-"""Compile the CPU kernels on first use, for the machine they run on, into a per-user cache.
+"""Find the CPU kernels in the wheel, or compile them on first use, for the machine they run on, into a per-user cache.
 
 The source includes only the compiler's own headers. The library's file name is a digest of everything that determines the
 machine code (source, compiler, flags, the CPU's features), so the cache never holds a stale library. The library is written
@@ -23,22 +23,17 @@ from pathlib import Path
 
 import torch
 
+from fusedonemoe.ops.cpu import commands
 from fusedonemoe.ops.cpu import compiler as compilers
 from fusedonemoe.ops.cpu.cache import ATTEMPTS, Folder, Found, Untrusted
+from fusedonemoe.ops.cpu.commands import ELEMENTS, SOURCES, STABLE_TORCH, VARIANTS
 from fusedonemoe.ops.cpu.compiler import Unavailable as Unavailable
 from fusedonemoe.ops.cpu.forks import no_fork
 from fusedonemoe.ops.notice import say
 
-SOURCES = Path(__file__).parent / "native"
-# -ffp-contract=fast rounds a * b + c once in every loop; without it a sum could round differently in a vector and in a scalar
-# tail.
-FLAGS = ["-std=c++20", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
-FLAGS += ["-fopenmp", "-fPIC"]
-ELEMENTS = ("f32", "bf16", "f16")  # compiled in parallel
-# The oldest torch whose stable interface the operators use: a library that is compiled with any torch serves all of them.
-STABLE_TORCH = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 SECONDS_TO_COMPILE = 300
 SECONDS_TO_WAIT = 660  # for another process, which may compile ATTEMPTS times
+PREBUILT = Path(__file__).parent / "prebuilt"  # in the wheels for one system
 HUGE_PAGE = 2 << 20  # the pool's unit, as in native/layer.h
 
 
@@ -66,6 +61,14 @@ def _cpu_features() -> str:
     return "\n".join(
         sorted({line for line in lines if line.startswith(("model", "cpu family", "flags", "Features", "CPU part"))})
     )
+
+
+def _flags_of_cpu() -> frozenset[str]:
+    """Return the features of an x86-64 CPU, as Linux names them; none for another machine."""
+    for line in _cpu_features().splitlines():
+        if line.startswith("flags"):
+            return frozenset(line.partition(":")[2].split())
+    return frozenset()
 
 
 def _digest(compiler: str, flags: list[str]) -> str:
@@ -99,20 +102,10 @@ def _symbols() -> list[str]:
 
 def _compile(compiler: str, flags: list[str], folder: Folder, name: str) -> None:
     say(f"compiling the CPU kernels for this machine, once, into {folder.path} ...")
-    source = str(SOURCES / "moe.cpp")
     end = time.monotonic() + SECONDS_TO_COMPILE
     with folder.working_folder() as working:
-        objects = {element: f"{element}.o" for element in ELEMENTS}
-        common = {ELEMENTS[0]: ["-DCOMMON"]}
-        commands = [[compiler, *flags, f"-DELEMENT={e}", *common.get(e, []), "-c", source, "-o", o] for e, o in objects.items()]
-        torch_folder = Path(torch.__file__).parent
-        headers = [STABLE_TORCH, "-isystem", str(torch_folder / "include")]
-        commands.append([compiler, *flags, *headers, "-c", str(SOURCES / "operators.cpp"), "-o", "operators.o"])
-        # torch itself is in the process already: the library names it, and has no path to it.
-        linked = [*objects.values(), "operators.o", f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
-        link = [compiler, *flags, "-shared", *linked, "-o", "kernels.so"]
         try:
-            for step in (commands, [link]):
+            for step in commands.steps(compiler, flags, Path(torch.__file__).parent, "kernels.so"):
                 compilers.run(step, working, end - time.monotonic())
         except subprocess.TimeoutExpired as error:
             raise Unavailable(f"{compiler} could not be run: it timed out after {SECONDS_TO_COMPILE} seconds") from error
@@ -142,6 +135,27 @@ def _make(compiler: str, flags: list[str], folder: Folder, name: str, seen: Foun
         folder.forget_failures()
 
 
+def _checked(library: ctypes.CDLL, path: Path) -> ctypes.CDLL | str:
+    """Register a library's operators; return it, or what is wrong with it."""
+    if missing := [symbol for symbol in _symbols() if not hasattr(library, symbol)]:
+        return f"the kernels could not be loaded: {path} has no {missing[0]}"
+    if library.fusedonemoe_register():
+        return f"the kernels could not be loaded: torch refuses the operators of {path}"
+    return library
+
+
+def _prebuilt() -> Path | None:
+    """Return the wheel's library for this machine; None without one, or where the flags of the user ask for another."""
+    if os.environ.get("FUSEDONEMOE_CXXFLAGS"):
+        return None
+    has, chosen = _flags_of_cpu(), os.environ.get("FUSEDONEMOE_CPU_ARCH")
+    for name, (needs, _) in reversed(VARIANTS.items()):
+        path = PREBUILT / f"kernels-{name}.so"
+        if chosen in (None, name) and needs <= has and path.exists():
+            return path
+    return None
+
+
 def _open(folder: Folder, name: str, found: Found | None) -> ctypes.CDLL | str:
     """Return the library, or what is wrong with it: "" if it is missing or damaged. The loader could crash on a damaged one."""
     if found is None or not found.is_whole:
@@ -153,22 +167,28 @@ def _open(folder: Folder, name: str, found: Found | None) -> ctypes.CDLL | str:
     except OSError as error:
         return f"the kernels could not be cached or loaded: {error}"
     library = ctypes.CDLL(str(path), handle=handle)
-    missing = [symbol for symbol in _symbols() if not hasattr(library, symbol)]
-    if missing:
-        return f"the kernels could not be loaded: {path} has no {missing[0]}"
-    if library.fusedonemoe_register():
-        return f"the kernels could not be loaded: torch refuses the operators of {path}"
-    return library
+    return _checked(library, path)
 
 
 def _plan() -> tuple[str, list[str], str]:
     """Return the compiler, its flags, and the library's file name."""
     compiler = _compiler()
-    flags = [*FLAGS, *os.environ.get("FUSEDONEMOE_CXXFLAGS", "").split()]
+    chosen = os.environ.get("FUSEDONEMOE_CPU_ARCH")
+    _, options = VARIANTS[chosen] if chosen else (None, ["-march=native"])
+    flags = [*options, *os.environ.get("FUSEDONEMOE_CXXFLAGS", "").split()]
     return compiler, flags, f"kernels-{_digest(compiler, flags)}.so"
 
 
 def _find() -> ctypes.CDLL:
+    chosen = os.environ.get("FUSEDONEMOE_CPU_ARCH")
+    if chosen and chosen not in VARIANTS:
+        raise Unavailable(f"FUSEDONEMOE_CPU_ARCH must be one of {tuple(VARIANTS)}, got {chosen!r}")
+    if path := _prebuilt():
+        with contextlib.suppress(OSError):  # one that this system cannot load: another is compiled
+            library = _checked(ctypes.CDLL(str(path)), path)
+            if isinstance(library, str):
+                raise Unavailable(library)
+            return library
     compiler, flags, name = _plan()
     with contextlib.closing(Folder(cache_directory())) as folder:
         found = folder.look(name)
@@ -206,7 +226,7 @@ def _load() -> ctypes.CDLL | str:
 def library_file() -> Path:
     """Return the file of the library, which is loaded first; see :func:`load` for what it raises."""
     load()
-    return cache_directory() / _plan()[2]
+    return _prebuilt() or cache_directory() / _plan()[2]
 
 
 def cache_fault() -> str | None:

@@ -14,7 +14,7 @@ import torch
 
 from fusedonemoe import MoEConfig, explain
 from fusedonemoe import functional as F
-from fusedonemoe.ops.cpu import build, native
+from fusedonemoe.ops.cpu import build, commands, native
 from fusedonemoe.testing import make_merged_inputs, make_mlp_inputs
 
 ROOT = Path(__file__).parents[2]
@@ -109,7 +109,7 @@ def test_a_truncated_library_is_made_again(compiler, tmp_path, kept):
 
 def test_the_digest_names_all_that_decides(tmp_path, monkeypatch):
     sources = tmp_path / "native"
-    shutil.copytree(build.SOURCES, sources)
+    shutil.copytree(commands.SOURCES, sources)
     monkeypatch.setattr(build, "SOURCES", sources)
     one, other = tmp_path / "one", tmp_path / "other"
     for path in (one, other):

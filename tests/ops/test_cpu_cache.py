@@ -25,7 +25,7 @@ def planted(compiler, tmp_path):
     """A cache that holds a whole library under the right name, of this user and safe."""
     folder = tmp_path / "cache"
     folder.mkdir(mode=0o700)
-    library = folder / f"kernels-{build._digest(build._compiler(), build.FLAGS)}.so"
+    library = folder / build._plan()[2]
     plant(library, Path(os.environ["COMPILED"]).read_bytes())
     return library
 

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from fusedonemoe import functional as F
 from fusedonemoe.ops import reference
-from fusedonemoe.ops.cpu import build, native
+from fusedonemoe.ops.cpu import commands, native
 from fusedonemoe.testing import (
     ROUTINGS,
     ErrorNorms,
@@ -406,9 +406,9 @@ def test_an_expert_done_by_one_thread_gets_the_bits_of_one_done_by_all(hidden, i
 
 
 def test_no_sum_is_left_to_chance():
-    text = "".join(path.read_text() for path in Path(build.SOURCES).iterdir())
+    text = "".join(path.read_text() for path in Path(commands.SOURCES).iterdir())
     assert "omp atomic" not in text and "reduction(" not in text and "atomic<float" not in text and "atomic<double" not in text
-    assert not any(flag in ("-ffast-math", "-Ofast", "-fassociative-math") for flag in build.FLAGS)
+    assert not any(flag in ("-ffast-math", "-Ofast", "-fassociative-math") for flag in commands.FLAGS)
 
 
 @st.composite

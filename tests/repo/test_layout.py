@@ -34,7 +34,7 @@ FLOORS = [
         "ops.options",
         "ops.values",
         "ops.formats",
-        *("ops.cpu.native", "ops.cpu.build", "ops.cpu.cache", "ops.cpu.compiler", "ops.cpu.forks"),
+        *("ops.cpu.native", "ops.cpu.build", "ops.cpu.cache", "ops.cpu.commands", "ops.cpu.compiler", "ops.cpu.forks"),
     ],
     ["ops.dense", "ops.grouped", "ops.mlp", "ops.neurons", "ops.cpu", "ops.cuda", "ops.triton", "ops.portable"],
     ["ops.library", "ops.choice", "ops"],
