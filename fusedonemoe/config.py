@@ -9,14 +9,13 @@ from fusedonemoe.hf import fields_of
 from fusedonemoe.ops.choice import IMPLEMENTATIONS
 from fusedonemoe.ops.options import (
     ACTIVATION_OPTIONS,
-    ROUTE_OPTIONS,
     SWIGLU_ALPHA,
     SWIGLU_LIMIT,
     make_activation,
-    make_rule,
     options_of,
 )
-from fusedonemoe.ops.records import NORM_EPS, Activation, RouteRule
+from fusedonemoe.ops.records import Activation
+from fusedonemoe.ops.rules import ROUTE_OPTIONS, RouteFields, RouteRule, make_rule
 from fusedonemoe.ops.values import check_count, check_flag, check_one_of, check_positive
 
 _FLAGS = (
@@ -30,8 +29,10 @@ _FLAGS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoEConfig:
+class MoEConfig(RouteFields):
     """The configuration of an :class:`~fusedonemoe.MoE` block; it is validated once, when it is made.
+
+    The fields of the routing rule, ``scoring`` and others, are those that :class:`~fusedonemoe.functional.RouteOptions` lists.
 
     Attributes:
         hidden_size: ``D``.
@@ -46,16 +47,8 @@ class MoEConfig:
         output_bias: one bias ``[D]`` of the block, added to each token's sum once (megablocks).
         swiglu_alpha: slope of ``swiglu_oai``.
         swiglu_limit: clamp of ``swiglu_oai``.
-        scoring: ``softmax`` or ``sigmoid``.
-        score_first: score before the selection (Qwen3, DeepSeek-V3) or after it (GPT-OSS).
-        norm_topk_prob: divide a token's weights by their sum before scaling.
-        routed_scaling_factor: factor on the routing weights.
         router_bias: bias of the router's linear map (GPT-OSS).
         selection_bias: a buffer ``gate.e_score_correction_bias`` that takes part in the selection only (DeepSeek-V3).
-        n_group: contiguous expert groups.
-        topk_group: groups that stay open for selection.
-        group_score: ``top2_sum`` or ``max``.
-        norm_eps: added to the sum of sigmoids that normalises them (LFM2 has 1e-6).
         shared_intermediate_size: ``F`` of a shared dense branch that every token takes, gated and activated as the experts are;
             None for no such branch.
         shared_gate: scale the shared branch by ``sigmoid(x . w_s)`` (Qwen2-MoE).
@@ -86,16 +79,8 @@ class MoEConfig:
     output_bias: bool = False
     swiglu_alpha: float = SWIGLU_ALPHA
     swiglu_limit: float = SWIGLU_LIMIT
-    scoring: str = "softmax"
-    score_first: bool = True
-    norm_topk_prob: bool = True
-    routed_scaling_factor: float = 1.0
     router_bias: bool = False
     selection_bias: bool = False
-    n_group: int = 1
-    topk_group: int = 1
-    group_score: str = "top2_sum"
-    norm_eps: float = NORM_EPS
     shared_intermediate_size: int | None = None
     shared_gate: bool = False
     save_percent: int = 100

@@ -12,11 +12,13 @@ from fusedonemoe.functional.variants import TopKSoftmax, route_top_p, route_with
 from fusedonemoe.functional.weights import stack_gate_up
 from fusedonemoe.ops.formats import QuantizedWeight
 from fusedonemoe.ops.plan import Plan
+from fusedonemoe.ops.rules import RouteOptions
 
 __all__ = [
     "PackedExperts",
     "Plan",
     "QuantizedWeight",
+    "RouteOptions",
     "TopKSoftmax",
     "apply_capacity",
     "dequantize_weight",

@@ -1,5 +1,7 @@
 """Routing: from logits to weights and ids, and from ids to the order and the counts of the rows."""
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -9,27 +11,20 @@ from fusedonemoe.functional.calls import choose_routing, with_leading
 from fusedonemoe.ops import library
 from fusedonemoe.ops.derivatives import refuse_transforms
 from fusedonemoe.ops.operands import MOST_ROWS, check_choices_of, check_rows
-from fusedonemoe.ops.options import make_rule
 from fusedonemoe.ops.plan import Plan, make_plan
 from fusedonemoe.ops.plan import tokens_per_expert as _count_tokens
-from fusedonemoe.ops.records import NORM_EPS, RouteRule
 from fusedonemoe.ops.route import route as _route_portably
+from fusedonemoe.ops.rules import RouteOptions, RouteRule, lists_options, make_rule
 
 
+@lists_options
 def route(
     logits: Tensor,
     top_k: int | None,
     *,
-    scoring: str = "softmax",
-    score_first: bool = True,
-    norm_topk_prob: bool = True,
-    routed_scaling_factor: float = 1.0,
     selection_bias: Tensor | None = None,
-    n_group: int = 1,
-    topk_group: int = 1,
-    group_score: str = "top2_sum",
-    norm_eps: float = NORM_EPS,
     impl: str = "auto",
+    **options: Unpack[RouteOptions],
 ) -> tuple[Tensor, Tensor]:
     """Turn router logits into the weights and ids of each token's experts.
 
@@ -40,17 +35,10 @@ def route(
     Args:
         logits: ``[..., E]`` float64, float32, bfloat16 or float16.
         top_k: ``K``, experts per token, best first; None keeps every expert, in id order, without selection.
-        scoring: ``"softmax"`` or ``"sigmoid"``.
-        score_first: score before selecting (Qwen3, Mixtral, DeepSeek-V3) or after (GPT-OSS).
-        norm_topk_prob: divide a token's weights by their sum before scaling.
-        routed_scaling_factor: factor on the weights.
         selection_bias: ``[E]``, added for the selection only (DeepSeek-V3's ``e_score_correction_bias``); no gradient.
-        n_group: the number of contiguous groups, of equal size, that experts are divided into.
-        topk_group: only experts of the best ``topk_group`` groups can be picked.
-        group_score: a group's value: ``"top2_sum"`` of its keys (DeepSeek-V3) or ``"max"`` (DeepSeek-V2).
-        norm_eps: added to the sum of sigmoids that divides them (LFM2 has 1e-6); only for ``scoring="sigmoid"``.
         impl: ``"auto"``, ``"dense"`` for a composite with derivatives of every order, for ``torch.func``, or ``"portable"``
             for export, without an operator of this library.
+        **options: the other fields of the rule, as :class:`RouteOptions` lists them.
 
     Returns:
         ``weights`` ``[..., K]`` float32 (float64 for float64 logits) and ``experts`` ``[..., K]`` int64.
@@ -72,31 +60,12 @@ def route(
         tensor([[0.5000, 0.5000]])
     """
     check_logits(logits)
-    rule = make_rule(
-        logits.shape[-1],
-        top_k,
-        scoring=scoring,
-        score_first=score_first,
-        norm_topk_prob=norm_topk_prob,
-        routed_scaling_factor=routed_scaling_factor,
-        n_group=n_group,
-        topk_group=topk_group,
-        group_score=group_score,
-        norm_eps=norm_eps,
-        selection_bias=selection_bias is not None,
-    )
+    rule = make_rule(logits.shape[-1], top_k, selection_bias=selection_bias is not None, **options)
     return route_by(rule, logits, selection_bias, impl)
 
 
 def route_by(rule: RouteRule, logits: Tensor, selection_bias: Tensor | None, impl: str) -> tuple[Tensor, Tensor]:
-    """Route floating-point logits ``[..., E]`` by a rule that was made for ``E`` experts; see :func:`route`.
-
-    Args:
-        rule: of :func:`~fusedonemoe.ops.records.make_rule`.
-        logits: as for :func:`route`.
-        selection_bias: as for :func:`route`; None for a rule that keeps every expert.
-        impl: as for :func:`route`.
-    """
+    """Run :func:`route` of floating-point logits ``[..., E]`` by a rule that was made for ``E`` experts."""
     if impl != "auto" or torch.compiler.is_exporting():
         impl = choose_routing(impl)
     if selection_bias is not None:

@@ -19,7 +19,8 @@ from fusedonemoe.layers.routers import TopKRouter, routing_impl
 from fusedonemoe.layers.shared_expert import SharedExpert
 from fusedonemoe.linear import uniform_by_fan_in
 from fusedonemoe.ops.library import PANEL_DIMS
-from fusedonemoe.ops.options import ROUTE_OPTIONS, options_of
+from fusedonemoe.ops.options import options_of
+from fusedonemoe.ops.rules import ROUTE_OPTIONS
 
 # Types of parameters, and of their absence, that are not sharded.
 _PLAIN = frozenset((Tensor, nn.Parameter, type(None)))

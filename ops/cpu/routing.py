@@ -8,13 +8,15 @@ from torch import Tensor
 from fusedonemoe.ops.cpu import native
 from fusedonemoe.ops.cpu.selection import KEYS_PER_ROW, KEYS_PER_THREAD, threads_for
 from fusedonemoe.ops.operands import FLOATS, INTEGERS, check_dim, reader_of
-from fusedonemoe.ops.records import RouteRule
+from fusedonemoe.ops.rules import NAMES, RouteRule
 
 
 @lru_cache
-def _flags(rule: RouteRule) -> tuple[int, ...]:
-    grouping = (rule.n_group, rule.topk_group, rule.group_score == "max")
-    return rule.scoring == "sigmoid", rule.score_first, rule.norm_topk_prob, *grouping
+def _numbers(rule: RouteRule) -> tuple[list[int], list[float]]:
+    """The fields behind ``top_k`` as the kernels read them: integers, where a name is its place among the names, and floats."""
+    values = rule._asdict() | {name: names.index(getattr(rule, name)) for name, names in NAMES.items()}
+    floats = {name: values.pop(name) for name, kind in RouteRule.__annotations__.items() if kind is float}
+    return [*values.values()][1:], [*floats.values()]
 
 
 def _check_rule(rule: RouteRule, E: int) -> None:
@@ -47,8 +49,8 @@ def route(logits_TE: Tensor, selection_bias: Tensor | None, rule: RouteRule) -> 
     experts_TK = torch.empty(T, K, dtype=torch.int64, device="cpu")
     addresses = native.addresses(logits_TE, selection_bias, weights_TK, experts_TK)
     threads = 1 if T * (E + KEYS_PER_ROW) < 2 * KEYS_PER_THREAD else threads_for(T, E)  # for few tokens a call costs much
-    words = (*addresses, T, E, K, rule.top_k > 0, *_flags(rule), threads)
-    native.call("route", logits_TE.dtype, words, (rule.scale, rule.norm_eps))
+    integers, floats = _numbers(rule)
+    native.call("route", logits_TE.dtype, (*addresses, T, E, K, rule.top_k > 0, *integers, threads), floats)
     return weights_TK, experts_TK
 
 
@@ -76,6 +78,6 @@ def route_backward(dweights_TK: Tensor, logits_TE: Tensor, experts_TK: Tensor, r
     dlogits_TE = torch.empty_like(logits_TE)
     addresses = native.addresses(dweights_TK, logits_TE, experts_TK, dlogits_TE)
     threads = 1 if T * (E + KEYS_PER_ROW) < 2 * KEYS_PER_THREAD else threads_for(T, E)
-    words = (*addresses, T, E, K, *_flags(rule), threads)
-    native.call("route_backward", logits_TE.dtype, words, (rule.scale, rule.norm_eps))
+    integers, floats = _numbers(rule)
+    native.call("route_backward", logits_TE.dtype, (*addresses, T, E, K, *integers, threads), floats)
     return dlogits_TE
