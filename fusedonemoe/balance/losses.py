@@ -73,8 +73,7 @@ def load_balancing_loss(
         0-dimensional, float32 (float64 for float64 logits); 0 without tokens.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a shape or name that does not fit, naming the argument.
+        TypeError, ValueError: an argument that does not fit, which the message names.
 
     Source:
         Switch Transformers (arXiv 2101.03961), equations 4 to 6, divided by K; DeepSeek-V3 (arXiv 2412.19437) section 2.1.2.
@@ -129,8 +128,7 @@ def router_z_loss(logits: Tensor, *, attention_mask: Tensor | None = None) -> Te
         0-dimensional, float32 (float64 for float64 logits); 0 without tokens.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a shape that does not fit, naming the argument.
+        TypeError, ValueError: an argument that does not fit, which the message names.
 
     Source:
         ST-MoE (arXiv 2202.08906), equation 5.

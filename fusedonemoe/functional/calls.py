@@ -22,11 +22,6 @@ def records_gradients(*tensors: Tensor | None) -> bool:
     return False
 
 
-def compute_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
-    """The dtype the operator will see: autocast's, where it is enabled."""
-    return dtype if dtype is torch.float64 else library.autocast_dtype(device_type) or dtype
-
-
 def choose_impl(operator: str, impl: str, x: Tensor, experts: Tensor, widths: tuple[int, ...], *expert_weights: Tensor) -> str:
     """Return the implementation that runs a call; raise where a named one cannot."""
     device_type, dtype = x.device.type, x.dtype

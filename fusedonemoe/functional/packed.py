@@ -1,20 +1,19 @@
 """Experts from packed weights: the panels are the weights, so there is nothing that could differ from them."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusedonemoe.checks import check_dim, check_fits, check_float, check_like_x, check_one_of, check_same_device, check_shape
-from fusedonemoe.functional.arguments import check_biases, intermediate_size
-from fusedonemoe.functional.calls import as_rows, records_gradients, with_leading
+from fusedonemoe.functional.arguments import intermediate_size
+from fusedonemoe.functional.calls import records_gradients
 from fusedonemoe.ops import library
 from fusedonemoe.ops.choice import refusal
 from fusedonemoe.ops.derivatives import refuse_transforms
 from fusedonemoe.ops.library import PanelHome
 from fusedonemoe.ops.options import row_layout
-from fusedonemoe.ops.records import GATE_UP_LAYOUTS, PLAIN, Activation
+from fusedonemoe.ops.records import GATE_UP_LAYOUTS, PLAIN
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +44,6 @@ class PackedExperts:
 
     @property
     def _homes(self) -> tuple[PanelHome, PanelHome]:
-        """Sizes and order of rows of both weights."""
         rows = self.intermediate_size if self.layout == PLAIN else 2 * self.intermediate_size
         return PanelHome(rows, self.hidden_size, self.layout), PanelHome(self.hidden_size, self.intermediate_size, PLAIN)
 
@@ -139,7 +137,8 @@ def refuse_packed_training(x: Tensor, weights: Tensor, *parameters: Tensor | Non
         )
 
 
-def _check_packed(packed: PackedExperts, x: Tensor, layout: str, transposed: bool, impl: str) -> None:
+def check_packed(packed: PackedExperts, x: Tensor, layout: str, transposed: bool, impl: str) -> None:
+    """Check that a call can read these panels. Operators check their sizes, each time: they are memory that kernels trust."""
     if not isinstance(packed, PackedExperts):
         raise TypeError(f"packed must be PackedExperts, as pack_experts makes them, got {type(packed).__name__}")
     if transposed:
@@ -156,29 +155,3 @@ def _check_packed(packed: PackedExperts, x: Tensor, layout: str, transposed: boo
     if packed.up.dim() != library.PANEL_DIMS or packed.down.dim() != library.PANEL_DIMS:
         shapes = tuple(packed.up.shape), tuple(packed.down.shape)
         raise ValueError(f"packed must hold panels, with {library.PANEL_DIMS} dimensions, got shapes {shapes[0]}, {shapes[1]}")
-    # Their sizes are checked in the operators, each time: they are memory that kernels trust.
-
-
-def run_panels(
-    x: Tensor,
-    experts: Tensor,
-    weights: Tensor,
-    packed: PackedExperts,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    act: Activation,
-    *,
-    transposed: bool,
-    impl: str,
-) -> Tensor | None:
-    """The output from panels; None where autocast computes in another dtype than theirs."""
-    _check_packed(packed, x, act.layout, transposed, impl)
-    (up, down), E = packed._homes, packed.up.shape[0]
-    check_biases(x, gate_up_bias, down_bias, (E, up.rows, up.width))
-    refuse_packed_training(x, weights, packed.up, packed.down, gate_up_bias, down_bias)
-    autocast = library.autocast_dtype(x.device.type)
-    if autocast is not None and (x.dtype is torch.float64 or {packed.up.dtype, packed.down.dtype} != {autocast}):
-        return None
-    flat = (as_rows(x), as_rows(experts), as_rows(weights))
-    arguments: tuple[Any, ...] = (*flat, packed.up, packed.down, gate_up_bias, down_bias, down.width, *act)
-    return with_leading(library.experts_mlp_packed(*arguments), x)

@@ -171,7 +171,7 @@ def experts_mlp_quantized(
     save_percent: int = 100,
     impl: str = "auto",
 ) -> Tensor:
-    """:func:`experts_mlp` over weights of 8 or 4 bits: ``W = scale * (values - zero_point)``.
+    """Run :func:`experts_mlp` over weights of 8 or 4 bits; what is not said here is as there.
 
     Gradients reach x, the routing weights and the biases; quantised weights are constants. Sums are float32. The CPU
     kernels read the weights as they are stored, once, and widen them in registers or a few rows at a time; a token's output
@@ -179,30 +179,14 @@ def experts_mlp_quantized(
     in registers on its way to the product.
 
     Args:
-        x: ``[..., D]`` float64, float32, bfloat16 or float16.
-        experts: ``[..., K]`` ids of any integer dtype; ids outside ``[0, E)`` contribute zero.
-        weights: ``[..., K]`` routing weights of any float dtype.
         gate_up_proj: of ``[E, 2F, D]``, or ``[E, F, D]`` when plain.
         down_proj: of ``[E, D, F]``, with as many bits.
-        gate_up_bias: ``[E, 2F]`` or ``[E, F]``, dtype of x.
-        down_bias: ``[E, D]``, dtype of x.
-        activation: as in :func:`experts_mlp`, like the next four.
-        gated: whether ``gate_up_proj`` holds gate and up.
-        gate_up_layout: order of its rows.
-        swiglu_alpha: slope of ``swiglu_oai``.
-        swiglu_limit: clamp of ``swiglu_oai``.
-        save_percent: 0 to 100, the share of pre-activation rows kept for the backward; the rest is computed again there.
         impl: ``"cpu"`` (compiled kernels; contiguous weights, no float64), ``"triton"`` (GPU kernels, no float64),
             ``"grouped"`` or ``"dense"`` (all weights are widened to the dtype of x, float32 for float16, for the time of the
             call, then as in :func:`experts_mlp`), or ``"auto"``: the kernels where there are some, else grouped. There is no
             portable form.
 
-    Returns:
-        ``[..., D]`` in the dtype of x.
-
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a shape or name that does not fit, or an ``impl`` that cannot run here.
         RuntimeError: a gradient of a scale is asked for.
 
     Example:

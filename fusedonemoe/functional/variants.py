@@ -57,8 +57,7 @@ def route_top_p(
         in its column, or -1.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a shape or number that does not fit, naming the argument.
+        TypeError, ValueError: an argument that does not fit, which the message names.
 
     Source:
         The original FusedOneMoE's "indefinacy", as its text means it; its code returns 0.
@@ -122,8 +121,7 @@ def route_with_shared(
         routed ones, best first, then the shared ones in id order.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a shape or count that does not fit, naming the argument.
+        TypeError, ValueError: an argument that does not fit, which the message names.
 
     Source:
         MoMoE (github.com/tilde-research/MoMoE-impl), ``topk_router.py``.
@@ -168,8 +166,7 @@ def topk_softmax(logits: Tensor, top_k: int, *, impl: str = "auto") -> TopKSoftm
         :class:`TopKSoftmax` ``(weights, experts, token_expert_indices)``.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a shape or count that does not fit, naming the argument.
+        TypeError, ValueError: an argument that does not fit, which the message names.
 
     Source:
         candle-moe's ``apply_topk_softmax_inplace``, after vLLM's ``topk_softmax``.
