@@ -7,25 +7,12 @@ from typing import Any
 
 from fusedonemoe.hf import fields_of
 from fusedonemoe.ops.choice import IMPLEMENTATIONS
-from fusedonemoe.ops.options import (
-    ACTIVATION_OPTIONS,
-    SWIGLU_ALPHA,
-    SWIGLU_LIMIT,
-    make_activation,
-    options_of,
-)
+from fusedonemoe.ops.options import ACTIVATION_OPTIONS, SWIGLU_ALPHA, SWIGLU_LIMIT, make_activation, options_of
 from fusedonemoe.ops.records import Activation
 from fusedonemoe.ops.rules import ROUTE_OPTIONS, RouteFields, RouteRule, make_rule
 from fusedonemoe.ops.values import check_count, check_flag, check_one_of, check_positive
 
-_FLAGS = (
-    "transposed",
-    "bias",
-    "output_bias",
-    "router_bias",
-    "selection_bias",
-    "shared_gate",
-)
+_FLAGS = ("transposed", "bias", "output_bias", "router_bias", "selection_bias", "shared_gate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +43,7 @@ class MoEConfig(RouteFields):
         impl: ``auto``, ``dense``, ``grouped``, ``cpu``, ``triton`` or ``portable``.
 
     Raises:
-        TypeError: a size that is not an integer, a flag that is not a bool, a factor that is not a number.
-        ValueError: any other value that does not fit, naming the field, what was expected and what came.
+        TypeError, ValueError: a value that does not fit; the message names the field, what was expected and what came.
 
     Example:
         >>> from fusedonemoe import MoEConfig

@@ -1,8 +1,4 @@
-"""The expert layers.
-
-Suffixes of tensor names: T tokens, D hidden size, F intermediate size, E experts, K experts per token,
-G rows of the up-projection (2F when gated, F when plain).
-"""
+"""The expert layers. Suffixes of tensor names: T tokens, D, F sizes, E experts, K of a token, G rows of the up-projection."""
 
 from typing import Any
 
@@ -66,23 +62,20 @@ def experts_mlp(
         transposed: weights come as ``[E, D, 2F]`` and ``[E, F, D]`` (GPT-OSS); read as views, never copied.
         swiglu_alpha: slope of ``swiglu_oai``.
         swiglu_limit: clamp of ``swiglu_oai``.
-        save_percent: 0 to 100, the share of pre-activation rows kept for the backward; the rest is computed again there.
-            Less memory for more time, the same gradients. ``dense`` is left to autograd and keeps everything.
-        packed: what :func:`pack_experts` made, in place of ``gate_up_proj`` and ``down_proj``; it holds the weights. For
-            ``impl`` ``"auto"`` or ``"cpu"``, and for calls that record no gradients. The same bits. Where autocast computes in
-            another dtype than that of the panels, each call unpacks them first, which takes time and memory.
+        save_percent: 0 to 100, the share of pre-activation rows kept for the backward; the rest is computed again there, for
+            the same gradients. ``dense`` is left to autograd and keeps everything.
+        packed: what :func:`pack_experts` made, in place of both weights, for calls with ``impl`` ``"auto"`` or ``"cpu"`` that
+            record no gradients. The same bits. If autocast computes in another dtype, each call unpacks the weights first.
         impl: ``"auto"``, ``"dense"`` (masked batched matmul, derivatives of every order), ``"grouped"`` (sorted rows),
             ``"cpu"`` (kernels that are compiled on first use; contiguous weights, no float64), ``"triton"`` (GPU kernels;
-            no float64) or ``"portable"`` (for export: torch's own operators only; reads a number back where many rows are
-            routed).
+            no float64) or ``"portable"`` (torch's own operators only, for export; may read a number from the device).
 
     Returns:
         ``[..., D]`` in the dtype of x. Products accumulate in float32 for half precision; each written tensor is rounded
         once; each row is written once, in a fixed order of summation.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype; no weights, or both forms of them.
-        ValueError: a shape or name that does not fit, or an ``impl`` that cannot run here.
+        TypeError, ValueError: an argument that does not fit, which the message names, or an ``impl`` that cannot run here.
         RuntimeError: the weights are packed, and the call records gradients or is exported.
 
     Source:
@@ -106,8 +99,8 @@ def experts_mlp(
     if gate_up_proj is None or down_proj is None:
         missing = "gate_up_proj" if gate_up_proj is None else "down_proj"
         raise TypeError(f"{missing} must be a torch.Tensor, got NoneType")
-    biases = gate_up_bias, down_bias
-    return run_experts(x, experts, weights, gate_up_proj, down_proj, *biases, act, save_percent, transposed, impl)
+    rest = (gate_up_bias, down_bias, act, save_percent, transposed, impl)
+    return run_experts(x, experts, weights, gate_up_proj, down_proj, *rest)
 
 
 def run_packed(
@@ -227,15 +220,7 @@ def experts_merged(x: Tensor, experts: Tensor, weights: Tensor, proj: Tensor, *,
 def stack_gate_up(gate_proj: Tensor, up_proj: Tensor) -> Tensor:
     """Join separate gate and up weights into the ``[E, 2F, D]`` that :func:`experts_mlp` reads. Copies: do it once.
 
-    Args:
-        gate_proj: ``[E, F, D]``.
-        up_proj: ``[E, F, D]``.
-
-    Returns:
-        ``[E, 2F, D]``, gate rows first.
-
-    Raises:
-        TypeError, ValueError: an argument that does not fit, which the message names.
+    Gate rows come first. An argument that is no floating-point ``[E, F, D]`` is a TypeError or a ValueError.
 
     Example:
         >>> import torch

@@ -1,9 +1,7 @@
-"""Experts of a single neuron, and value memory: tables of many small experts.
-
-Suffixes of tensor names: T tokens, D hidden size, E experts, K experts per token.
-"""
+"""Experts of a single neuron, and value memory: tables of many small experts."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,9 +50,7 @@ def choose_tables(impl: str, *, device_type: str, dtype: torch.dtype, contiguous
     """Choose the implementation for table experts, as :func:`fusedonemoe.ops.choose` does; ``grouped`` runs everywhere."""
     check_one_of("impl", impl, ("auto", *IMPLEMENTATIONS))
 
-    def reason(name: str) -> str | None:
-        return refusal(name, device_type=device_type, dtype=dtype, widths=(), contiguous=contiguous)
-
+    reason = partial(refusal, device_type=device_type, dtype=dtype, widths=(), contiguous=contiguous)
     if exporting_to_onnx():
         if impl not in ("auto", "portable"):
             raise ValueError(no_onnx_form(impl))
@@ -118,8 +114,8 @@ def experts_neurons(
 ) -> Tensor:
     """Run each token through experts of a single neuron: ``y_t = sum_j act(<x_t, d_e>) w_tj u_e``, ``e = experts_tj``.
 
-    ``d_e`` and ``u_e`` are rows of two tables, which may have a million. They are read where they lie, and never gathered
-    into a tensor of T * K rows. An id outside ``[0, E)`` contributes zero, and gets none.
+    ``d_e`` and ``u_e`` are rows of two tables, which may have a million. They are never gathered into a tensor of T * K rows.
+    An id outside ``[0, E)`` contributes zero, and gets none.
 
     Args:
         x: ``[..., D]`` float64, float32, bfloat16 or float16, with ``experts`` and ``weights`` as for :func:`experts_mlp`.
@@ -127,16 +123,14 @@ def experts_neurons(
         up_table: ``[E, D]``, dtype of x.
         activation: ``silu``, ``gelu`` (erf), ``gelu_tanh``, ``relu``, ``relu2``, ``sigmoid`` or ``identity``.
         sparse: as of ``torch.nn.Embedding``: gradients of the tables are coalesced ``torch.sparse_coo`` tensors of the rows that
-            were routed to, equal to those of the dense gradient, and no ``[E, D]`` gradient exists; for ``torch.optim.SGD`` and
-            ``SparseAdam``. Eager calls alone have them; without gradients of the tables it has no effect.
+            were routed to, equal to those of the dense gradient; for ``torch.optim.SGD`` and ``SparseAdam``, in eager calls.
         impl: ``"auto"``, ``"dense"`` (all E experts for every token: derivatives of every order, for small E), ``"grouped"``
             (PyTorch's bags of embeddings; widens tables of half precision), ``"cpu"`` (kernels that are compiled on first
             use; contiguous tables, no float64), ``"triton"`` (GPU kernels; no float64) or ``"portable"`` (for export: gathers
             the routed rows).
 
     Returns:
-        ``[..., D]`` in the dtype of x. Dot products and sums are accumulated in float32 for half precision and rounded once,
-        in a fixed order.
+        ``[..., D]`` in the dtype of x. Sums are accumulated in float32 for half precision and rounded once, in a fixed order.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, which the message names, or an ``impl`` that cannot run here.
@@ -174,16 +168,11 @@ def experts_values(experts: Tensor, weights: Tensor, table: Tensor, *, sparse: b
         experts: ``[..., K]`` ids of any integer dtype.
         weights: ``[..., K]`` of any float dtype.
         table: ``[E, D]`` float64, float32, bfloat16 or float16.
-        sparse: whether the gradient of the table is a sparse tensor, as in :func:`experts_neurons`.
-        impl: as in :func:`experts_neurons`.
+        sparse: as in :func:`experts_neurons`; so are ``impl``, the errors and the rounding.
+        impl: of the computation.
 
     Returns:
-        ``[..., D]`` in the dtype of the table. Sums are accumulated in float32 for half precision and rounded once, in a
-        fixed order.
-
-    Raises:
-        TypeError, ValueError: an argument that does not fit, which the message names, or an ``impl`` that cannot run here.
-        RuntimeError: ``sparse=True`` under torch.compile, torch.export or a transform of ``torch.func``.
+        ``[..., D]`` in the dtype of the table.
 
     Source:
         Lample et al. 2019, "Large memory layers with product keys" (arXiv 1907.05242), section 3.1.

@@ -20,8 +20,7 @@ from fusedonemoe.ops.records import GATE_UP_LAYOUTS, PLAIN
 class PackedExperts:
     """Expert weights in the order in which the CPU kernels read them, for :func:`experts_mlp`.
 
-    The panels are the weights: there is no other copy that counts. A write into ``up`` or ``down``, element by element,
-    changes the weights, and :meth:`unpack` returns what was written.
+    The panels are the weights: a write into ``up`` or ``down`` changes them, and :meth:`unpack` returns what was written.
 
     Attributes:
         up: panels of the up-projection, ``[E, panels, units, columns, elements]``, in the dtype of the weights.
@@ -64,21 +63,17 @@ def pack_experts(
 ) -> PackedExperts:
     """Copy expert weights into the order in which the CPU kernels read them, for inference.
 
-    With few rows per expert the kernels are bound by reading the weights, and panels are read as one stream. The result is a
-    set of weights of its own, as a clone would be: later changes of the arguments do not reach it.
+    With few rows per expert the kernels are bound by reading the weights, and panels are read as one stream. Later changes of
+    the arguments, which are those of :func:`experts_mlp`, do not reach the result. Nothing is recorded for a backward pass.
 
     Args:
         gate_up_proj: ``[E, 2F, D]``, or ``[E, F, D]`` when plain; float32, bfloat16 or float16, contiguous, on CPU.
         down_proj: ``[E, D, F]``, of the same dtype.
-        gated: as in :func:`experts_mlp`.
-        gate_up_layout: as in :func:`experts_mlp`.
-
-    Returns:
-        :class:`PackedExperts`, for the argument ``packed`` of :func:`experts_mlp`. Nothing is recorded for a backward pass.
+        gated: whether the first holds gate and up.
+        gate_up_layout: order of its rows.
 
     Raises:
-        TypeError: an argument that is no floating-point tensor, or dtypes that differ.
-        ValueError: a shape that does not fit, or no CPU kernels for such weights here; the message says why.
+        TypeError, ValueError: an argument that does not fit, or no CPU kernels for such weights here; the message says why.
 
     Example:
         >>> import torch

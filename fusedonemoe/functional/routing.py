@@ -158,11 +158,7 @@ def route_product_key(logits: Tensor, top_k: int, *, norm_topk_prob: bool = Fals
 
 
 def plan(experts: Tensor, num_experts: int) -> Plan:
-    """Sort the rows of a routing by expert, without a host synchronisation.
-
-    Args:
-        experts: ``[..., K]`` ids of any integer dtype; ids outside ``[0, num_experts)`` sort to the end.
-        num_experts: ``E``.
+    """Sort the rows of a routing ``[..., K]`` by expert, without a host synchronisation; ids outside ``[0, E)`` come last.
 
     Returns:
         :class:`Plan` ``(order, offsets)``: ``order`` ``[N]`` int32 lists the flattened rows ``t * K + j`` by expert, in
@@ -188,10 +184,7 @@ def tokens_per_expert(experts: Tensor, num_experts: int) -> Tensor:
 
     Args:
         experts: ids of any shape and integer dtype; ids outside ``[0, num_experts)`` are not counted.
-        num_experts: ``E``.
-
-    Returns:
-        ``[E]`` int64.
+        num_experts: ``E``, the length of the result, int64.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, which the message names.

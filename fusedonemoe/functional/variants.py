@@ -45,8 +45,7 @@ def route_top_p(
 
     Args:
         logits: ``[..., E]`` float64, float32, bfloat16 or float16.
-        top_p: the threshold, from 0 (included) to 1. Note that it is one for each expert alone: fewer than ``1 / top_p`` are
-            kept, unless noise lifts more over it.
+        top_p: the threshold of each expert, from 0 (included) to 1: fewer than ``1 / top_p`` are kept, but for noise.
         temperature: divides the logits of the softmax, not those of the weights; above 0.
         noise: standard deviation of the noise in multiples of ``top_p``; from 0.
         training: whether the noise is added.

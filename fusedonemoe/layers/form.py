@@ -15,14 +15,7 @@ class ExpertsForm:
         down: name of the down-projection's parameter, ``[E, D, F]`` or ``[E, F, D]``.
         up_bias: name of the up-projection's bias ``[E, G]``, or None.
         down_bias: name of the down-projection's bias ``[E, D]``, or None.
-        transposed: the projections are kept as ``[E, D, G]`` and ``[E, F, D]``.
-        activation: this and the next four as for :func:`fusedonemoe.functional.experts_mlp`.
-        gated: the up-projection holds gate and up.
-        gate_up_layout: order of its rows.
-        swiglu_alpha: slope of ``swiglu_oai``.
-        swiglu_limit: clamp of ``swiglu_oai``.
-        save_percent: share of pre-activation rows kept for the backward.
-        impl: implementation of :func:`fusedonemoe.functional.experts_mlp_lora`.
+        transposed: this and all that follow are arguments of :func:`fusedonemoe.functional.experts_mlp_lora`.
 
     Example:
         >>> ExpertsForm(up="w13", down="w2").activation

@@ -68,7 +68,7 @@ class LoRAExperts(RefusesPeft):
         alpha: ``scale = alpha / r``; one or a mapping.
         targets: the projections with an adapter: ``"gate_up"``, ``"down"`` or both.
         use_rslora: ``scale = alpha / sqrt(r)`` (arXiv 2312.03732).
-        form: the form of ``base``, when that is no :class:`Experts`.
+        form: of a ``base`` that is no :class:`Experts`.
         dtype: of the adapters. By default float32 with half-precision weights, as an optimizer's small steps need, and
             otherwise that of the weights; products run in the dtype of x.
 
@@ -76,8 +76,7 @@ class LoRAExperts(RefusesPeft):
         x ``[..., D]``, experts ``[..., K]``, weights ``[..., K]`` to ``[..., D]``: Hugging Face's order of arguments.
 
     Raises:
-        TypeError: ``base`` is no :class:`Experts` and there is no ``form``.
-        ValueError: a rank, an alpha or a target that is none.
+        TypeError, ValueError: a ``base`` without a form, or a rank, an alpha or a target that is none.
 
     Source:
         LoRA (Hu et al. 2021, arXiv 2106.09685).
@@ -181,14 +180,8 @@ class LoRAExperts(RefusesPeft):
         def parameter(name: str | None) -> Tensor | None:
             return None if name is None else getattr(base, name)
 
-        options: dict[str, Any] = {
-            "gate_up_bias": parameter(form.up_bias),
-            "down_bias": parameter(form.down_bias),
-            "transposed": form.transposed,
-            "save_percent": form.save_percent,
-            "impl": form.impl,
-            **options_of(form, ACTIVATION_OPTIONS),
-        }
+        options = options_of(form, (*ACTIVATION_OPTIONS, "transposed", "save_percent", "impl"))
+        options |= {"gate_up_bias": parameter(form.up_bias), "down_bias": parameter(form.down_bias)}
         arguments = (x, experts, weights, getattr(base, form.up), getattr(base, form.down))
         if not self._adapts:
             return F.experts_mlp(*arguments, **options)
@@ -196,12 +189,8 @@ class LoRAExperts(RefusesPeft):
         for target in self.targets:
             A, B = self.factors(target)
             options |= {f"{target}_A": A, f"{target}_B": B}
-        return F.experts_mlp_lora(
-            *arguments,
-            gate_up_scale=scale.get("gate_up", 1.0),
-            down_scale=scale.get("down", 1.0),
-            **options,
-        )
+            options[f"{target}_scale"] = scale[target]
+        return F.experts_mlp_lora(*arguments, **options)
 
     def _refuse_packed(self) -> None:
         if isinstance(self.base, Experts) and is_packed(self.base):
@@ -251,11 +240,7 @@ class LoRAExperts(RefusesPeft):
             parameter.data = merged
 
     def unmerge(self) -> None:
-        """Put the original weights back, the very same tensors.
-
-        Raises:
-            RuntimeError: nothing is merged.
-        """
+        """Put the original weights back, the very same tensors; a RuntimeError if nothing is merged."""
         if not self.merged:
             raise RuntimeError("unmerge() undoes merge(), and nothing is merged")
         self.unpack()
@@ -264,10 +249,7 @@ class LoRAExperts(RefusesPeft):
         self._originals = {}
 
     def unload(self, *, merge: bool = True) -> nn.Module:
-        """The base without adapters, to put in this module's place.
-
-        Args:
-            merge: add the adapters to its weights first, in place, one expert at a time.
+        """Return the base without adapters, which ``merge`` adds to its weights first, in place, one expert at a time.
 
         Raises:
             RuntimeError: pruning or a parametrization computes a weight that they would be added to.
@@ -282,11 +264,7 @@ class LoRAExperts(RefusesPeft):
         return self.base
 
     def prepack(self) -> None:
-        """Refused: packed weights are of plain experts.
-
-        Raises:
-            RuntimeError: always, saying what to do instead.
-        """
+        """Refused with a RuntimeError: packed weights are of plain experts."""
         raise RuntimeError("packed weights are of plain experts: put unload() in this module's place, then prepack()")
 
     def unpack(self) -> None:
@@ -342,14 +320,10 @@ def add_lora(
 
     Args:
         model: is changed; its parameters stop requiring gradients, and those of the adapters do.
-        r: rank.
-        alpha: see :class:`LoRAExperts`.
-        targets: likewise.
-        use_rslora: likewise.
+        r: this, ``alpha``, ``targets``, ``use_rslora`` and ``dtype`` are those of :class:`LoRAExperts`.
         rank_pattern: other ranks by the name of a projection, such as ``{"layers.0.experts.down_proj": 4}``: the end of it, or
             a regular expression for that, as in PEFT. The first that fits counts.
         alpha_pattern: other values of ``alpha``, likewise.
-        dtype: see :class:`LoRAExperts`.
         read: how to read a module, None for one that is left alone; by default each :class:`Experts` is adapted.
 
     Returns:

@@ -6,13 +6,15 @@ Whether a parameter is panels is read off the tensor that is there: panels have 
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fusedonemoe.functional.packed import PackedExperts, check_can_pack, refuse_packed_training
-from fusedonemoe.layers.optimizer_state import remember_forms
 from fusedonemoe.ops import library
 from fusedonemoe.ops.library import PanelHome
 from fusedonemoe.ops.records import PLAIN
@@ -176,7 +178,8 @@ def pack_in_place(experts: "Experts") -> None:
     with torch.inference_mode(False), torch.no_grad():
         panels = {name: library.pack_weight(parameter.detach(), homes[name].layout) for name, parameter in parameters.items()}
         for name, parameter in parameters.items():
-            remember_forms(parameter, parameter.shape, panels[name].shape)
+            _watch_steps()
+            _forms[parameter] = (parameter.shape, panels[name].shape)
             _put(parameter, panels[name])
     experts._packed_layout = homes[experts._up_name].layout
     _guard(experts)
@@ -298,3 +301,29 @@ def as_panels(
             except Exception as error:  # as load_state_dict itself does with what a copy raises
                 errors.append(f"While packing {prefix}{name}, an exception occurred: {error}.")
     return loaded if len(errors) == count else None
+
+
+# Optimizer state has the form that the parameter had when the state was made. Fused optimizers read both as flat memory and do
+# not compare their shapes, so state of the other form would mix up the elements, or reach past the end: such a step is refused.
+
+# The two shapes of each parameter that was packed once, as long as it lives.
+_forms: Any = WeakIdKeyDictionary()
+
+
+@cache
+def _watch_steps() -> None:
+    register_optimizer_step_pre_hook(_refuse_other_form)
+
+
+def _refuse_other_form(optimizer: Optimizer, *_: Any) -> None:
+    if torch.compiler.is_compiling():  # a traced step compares shapes
+        return
+    for parameter, shapes in _forms.items():
+        state = optimizer.state.get(parameter) if parameter.grad is not None else None
+        for name, value in (state or {}).items():
+            if isinstance(value, Tensor) and value.shape in shapes and value.shape != parameter.shape:
+                form = "packed" if parameter.shape == shapes[1] else "unpacked"
+                raise RuntimeError(
+                    f"{type(optimizer).__name__} has {name} of shape {tuple(value.shape)} for a parameter that is {form} now, of "
+                    f"shape {tuple(parameter.shape)}: unpack() before training, with an optimizer that has trained it unpacked"
+                )

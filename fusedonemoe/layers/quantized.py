@@ -67,11 +67,10 @@ class QuantizedExperts(KeptBuffers):
     asymmetric int4 ``*_zero_point``. Biases stay parameters. Casting the module casts the biases only.
 
     Args:
-        config: the block's configuration.
+        config: of the block.
         dtype: ``"int8"`` or ``"int4"``.
         group_size: inputs that share a scale: 32, 64 or 128. For int4 only.
         symmetric: whether there are no zero points. For int4 only.
-        device: of the buffers.
         bias_dtype: of the biases.
 
     Shape:
@@ -130,20 +129,12 @@ class QuantizedExperts(KeptBuffers):
     def from_experts(
         cls, experts: Experts, dtype: str = "int8", *, group_size: int = 128, symmetric: bool = True
     ) -> "QuantizedExperts":
-        """Quantise the weights of a module; biases are taken over.
+        """Quantise the weights of a module, on their device; biases are taken over.
 
-        Args:
-            experts: the module. Weights that are torchao's Int8Tensor, quantised weight-only, are unwrapped as they are.
-            dtype: ``"int8"`` or ``"int4"``.
-            group_size: as in the class, like the next.
-            symmetric: whether there are no zero points.
-
-        Returns:
-            A new module on the device of the weights.
+        Weights that are torchao's Int8Tensor, quantised weight-only, are unwrapped as they are.
 
         Raises:
-            TypeError: another module, or weights of an unknown tensor class.
-            ValueError: weights that cannot be quantised so.
+            TypeError, ValueError: another module, weights of an unknown tensor class, or such as cannot be quantised so.
         """
         if not isinstance(experts, Experts):
             raise TypeError(f"experts must be an Experts module, got {type(experts).__name__}")
@@ -192,8 +183,6 @@ class QuantizedExperts(KeptBuffers):
 
     def extra_repr(self) -> str:
         """The sizes, for ``print(module)``."""
-        config, group = self.config, "" if self.dtype == "int8" else f", group_size={self.group_size}, symmetric={self.symmetric}"
-        return (
-            f"num_experts={config.num_experts}, hidden_size={config.hidden_size}, "
-            f"intermediate_size={config.intermediate_size}, dtype={self.dtype!r}{group}"
-        )
+        sizes = options_of(self.config, ("num_experts", "hidden_size", "intermediate_size"))
+        sizes |= options_of(self, ("dtype",) if self.dtype == "int8" else ("dtype", "group_size", "symmetric"))
+        return ", ".join(f"{name}={value!r}" for name, value in sizes.items())

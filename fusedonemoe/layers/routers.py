@@ -52,8 +52,6 @@ class TopKRouter(KeptBuffers, RouteAttributes):
         selection_bias: keep a float32 buffer ``e_score_correction_bias`` ``[E]``, zero at first, added for the selection
             only; it is not trained by gradients. Casts to half precision leave it as it is, ``.double()`` widens it.
         impl: ``auto``, ``dense`` for derivatives of every order, or ``portable`` for export.
-        device: of the parameters.
-        dtype: of the parameters.
         **options: the other fields of the rule, as :class:`~fusedonemoe.functional.RouteOptions` lists them.
 
     Shape:
@@ -159,8 +157,8 @@ class ProductKeyRouter(nn.Module):
 
     ``l = norm(x) W^T (+ b)``, then :func:`fusedonemoe.functional.route_product_key`.
 
-    Every head has keys of its own and picks ``K`` of the same ``G * G`` experts, so an expert can come up once for each head.
-    All arithmetic is float32 whatever the dtype of x and of the module, autocast included (float64 for float64 x).
+    Every head has keys of its own and picks ``K`` of the same ``G * G`` experts. All arithmetic is float32 whatever the dtype
+    of x and of the module, autocast included (float64 for float64 x).
 
     Args:
         hidden_size: ``D``.
@@ -168,21 +166,17 @@ class ProductKeyRouter(nn.Module):
         top_k: ``K``, experts per token and head, from 1 to ``G * G``.
         num_heads: ``H``.
         norm_topk_prob: whether the weights of a token's head sum to 1.
-        input_norm: ``"batch"`` for BatchNorm over the tokens (FlashMoE, PEER), ``"rms"`` for RMSNorm over D, None for none;
-            both have a trained scale for each of the D features, BatchNorm a shift too. BatchNorm in training takes 2 tokens;
-            its running statistics are float32, after casts to half precision too.
+        input_norm: ``"batch"`` for BatchNorm over the tokens (FlashMoE, PEER), ``"rms"`` for RMSNorm over D, None for none.
+            BatchNorm in training takes 2 tokens; its running statistics stay float32 when the module is cast.
         bias: whether the linear map has one.
         impl: ``auto``, ``dense`` for derivatives of every order, or ``portable`` for export.
-        device: of the parameters.
-        dtype: of the parameters.
 
     Shape:
         x ``[..., D]`` to :class:`RouterOutput` with logits ``[..., H, 2, G]``, weights and experts ``[..., H * K]``, one head
         after the other.
 
     Raises:
-        TypeError: a size that is no integer.
-        ValueError: a size or name out of range.
+        TypeError, ValueError: a size that is no integer, or a size or name out of range.
 
     Example:
         >>> import torch
@@ -209,8 +203,7 @@ class ProductKeyRouter(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"hidden_size": hidden_size, "num_keys": num_keys, "top_k": top_k, "num_heads": num_heads}
-        for name, size in sizes.items():
+        for name, size in (("hidden_size", hidden_size), ("num_keys", num_keys), ("top_k", top_k), ("num_heads", num_heads)):
             check_count(name, size)
         if top_k > num_keys * num_keys:
             raise ValueError(f"top_k must be at most {num_keys * num_keys}, the pairs of {num_keys} keys, got {top_k}")

@@ -14,8 +14,6 @@ class SharedExpert(nn.Module):
     Args:
         config: the block's configuration.
         intermediate_size: ``F`` of this branch.
-        device: of the parameters.
-        dtype: of the parameters.
     """
 
     def __init__(
