@@ -7,7 +7,7 @@ from typing import Any
 
 from fusedonemoe.hf import fields_of
 from fusedonemoe.ops.choice import IMPLEMENTATIONS
-from fusedonemoe.ops.options import ACTIVATION_OPTIONS, SWIGLU_ALPHA, SWIGLU_LIMIT, make_activation, options_of
+from fusedonemoe.ops.options import ACTIVATION_OPTIONS, ActivationFields, make_activation, options_of
 from fusedonemoe.ops.records import Activation
 from fusedonemoe.ops.rules import ROUTE_OPTIONS, RouteFields, RouteRule, make_rule
 from fusedonemoe.ops.values import check_count, check_flag, check_one_of, check_positive
@@ -16,24 +16,21 @@ _FLAGS = ("transposed", "bias", "output_bias", "router_bias", "selection_bias", 
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoEConfig(RouteFields):
+class MoEConfig(ActivationFields, RouteFields):
     """The configuration of an :class:`~fusedonemoe.MoE` block; it is validated once, when it is made.
 
-    The fields of the routing rule, ``scoring`` and others, are those that :class:`~fusedonemoe.functional.RouteOptions` lists.
+    The fields of the routing rule, ``scoring`` and others, are those that :class:`~fusedonemoe.functional.RouteOptions` lists;
+    ``activation``, ``gated``, ``gate_up_layout``, ``swiglu_alpha`` and ``swiglu_limit`` are those of
+    :func:`~fusedonemoe.functional.experts_mlp`.
 
     Attributes:
         hidden_size: ``D``.
         intermediate_size: ``F`` of each expert.
         num_experts: ``E``.
         top_k: ``K``, experts per token; None routes every token to every expert.
-        activation: ``silu``, ``gelu``, ``gelu_tanh``, ``relu``, ``relu2``, ``sigmoid``, ``identity`` or ``swiglu_oai``.
-        gated: gate and up projections (SwiGLU and kin) or an up projection only.
-        gate_up_layout: rows of ``gate_up_proj``: ``gate_up``, ``up_gate`` or ``interleaved``.
         transposed: keep the expert weights as ``[E, D, 2F]`` and ``[E, F, D]`` (GPT-OSS), read as views.
         bias: expert biases.
         output_bias: one bias ``[D]`` of the block, added to each token's sum once (megablocks).
-        swiglu_alpha: slope of ``swiglu_oai``.
-        swiglu_limit: clamp of ``swiglu_oai``.
         router_bias: bias of the router's linear map (GPT-OSS).
         selection_bias: a buffer ``gate.e_score_correction_bias`` that takes part in the selection only (DeepSeek-V3).
         shared_intermediate_size: ``F`` of a shared dense branch that every token takes, gated and activated as the experts are;
@@ -57,14 +54,9 @@ class MoEConfig(RouteFields):
     intermediate_size: int
     num_experts: int
     top_k: int | None
-    activation: str = "silu"
-    gated: bool = True
-    gate_up_layout: str = "gate_up"
     transposed: bool = False
     bias: bool = False
     output_bias: bool = False
-    swiglu_alpha: float = SWIGLU_ALPHA
-    swiglu_limit: float = SWIGLU_LIMIT
     router_bias: bool = False
     selection_bias: bool = False
     shared_intermediate_size: int | None = None

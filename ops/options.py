@@ -1,13 +1,26 @@
 """The public arguments that describe an activation: a checked record made from them, and the arguments of a record."""
 
+from dataclasses import dataclass, fields
 from typing import Any
 
 from fusedonemoe.ops.records import ACTIVATIONS, GATE_UP_LAYOUTS, PLAIN, Activation
 from fusedonemoe.ops.values import check_flag, check_one_of
 
 SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0
-# The public arguments that describe an activation.
-ACTIVATION_OPTIONS = ("activation", "gated", "gate_up_layout", "swiglu_alpha", "swiglu_limit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationFields:
+    """The public arguments that describe an activation; see :func:`fusedonemoe.functional.experts_mlp`."""
+
+    activation: str = "silu"
+    gated: bool = True
+    gate_up_layout: str = "gate_up"
+    swiglu_alpha: float = SWIGLU_ALPHA
+    swiglu_limit: float = SWIGLU_LIMIT
+
+
+ACTIVATION_OPTIONS = tuple(field.name for field in fields(ActivationFields))
 
 
 def make_activation(

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 from fusedonemoe.layers.moe import Experts
-from fusedonemoe.ops.options import ACTIVATION_OPTIONS, SWIGLU_ALPHA, SWIGLU_LIMIT, options_of
+from fusedonemoe.ops.options import ACTIVATION_OPTIONS, ActivationFields, options_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExpertsForm:
+class ExpertsForm(ActivationFields):
     """The form of a module of experts: the names of its parameters, and their computation.
 
     Attributes:
@@ -15,7 +15,7 @@ class ExpertsForm:
         down: name of the down-projection's parameter, ``[E, D, F]`` or ``[E, F, D]``.
         up_bias: name of the up-projection's bias ``[E, G]``, or None.
         down_bias: name of the down-projection's bias ``[E, D]``, or None.
-        transposed: this and all that follow are arguments of :func:`fusedonemoe.functional.experts_mlp_lora`.
+        transposed: this and all other fields are arguments of :func:`fusedonemoe.functional.experts_mlp_lora`.
 
     Example:
         >>> ExpertsForm(up="w13", down="w2").activation
@@ -27,11 +27,6 @@ class ExpertsForm:
     up_bias: str | None = None
     down_bias: str | None = None
     transposed: bool = False
-    activation: str = "silu"
-    gated: bool = True
-    gate_up_layout: str = "gate_up"
-    swiglu_alpha: float = SWIGLU_ALPHA
-    swiglu_limit: float = SWIGLU_LIMIT
     save_percent: int = 100
     impl: str = "auto"
 
