@@ -9,7 +9,10 @@ from fusedonemoe.ops.values import check_count, check_flag, check_integer, check
 
 SCORINGS = ("softmax", "sigmoid")
 GROUP_SCORES = ("top2_sum", "max")
-NAMES = {"scoring": SCORINGS, "group_score": GROUP_SCORES}  # in the order of the numbers that kernels know them by
+NAMES: dict[str, tuple[str, ...]] = {
+    "scoring": SCORINGS,
+    "group_score": GROUP_SCORES,
+}  # in the order of the numbers that kernels know them by
 NORM_EPS = 1e-20
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])

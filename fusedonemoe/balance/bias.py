@@ -18,7 +18,7 @@ def update_selection_bias(bias: Tensor, counts: Tensor, rate: float, *, num_shar
     Overloaded experts become a little harder to pick, idle ones a little easier. The comparison is exact, in integers.
 
     Args:
-        bias: ``[E]`` floating, changed in place, without a gradient.
+        bias: ``[E]`` floating, without a gradient.
         counts: ``[E]`` integers, the rows of each expert since the last step.
         rate: ``u``, from 0; DeepSeek-V3 uses 0.001.
         num_shared_experts: the last so many experts take every token: they are left out of the mean and left alone.
@@ -68,11 +68,10 @@ def _check_rate(rate: float) -> None:
 class LossFreeBalance:
     """Balances the experts of a model by its routers' selection biases, once for each step of the optimizer.
 
-    From every :class:`~fusedonemoe.TopKRouter` with a selection bias it counts, on the device, the rows that each expert takes
-    in training mode. After ``optimizer.step()`` it sums the counts over the data-parallel ranks, if
-    :mod:`torch.distributed` is initialised, takes one step of :func:`update_selection_bias`, and starts again from zero. So
-    several forwards before a step count together, and a step that a gradient scaler skips leaves its counts to the next.
-    Nothing is counted in eval mode, and what activation checkpointing repeats is counted once.
+    It counts on the device which rows the experts of each :class:`~fusedonemoe.TopKRouter` with a selection bias take in
+    training mode; what activation checkpointing repeats is counted once. After ``optimizer.step()`` it sums the counts over the
+    data-parallel ranks, if :mod:`torch.distributed` is initialised, takes one step of :func:`update_selection_bias`, and starts
+    again from zero. So several forwards before a step count together, and so does a step that a gradient scaler skips.
 
     Give a model before the first call of its compiled form: torch.compile does not look for hooks that come later. The first
     update reads whether anything was counted, and warns if not; no other one waits for the device.

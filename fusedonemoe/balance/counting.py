@@ -151,10 +151,6 @@ class RouterCount:
     """A forward hook that adds the rows of each expert to a tensor, recomputations of checkpointing left out.
 
     The tensor is no buffer of the module: DistributedDataParallel would overwrite it with that of the first rank.
-
-    Args:
-        router: whose experts are counted.
-        training_only: count nothing in eval mode.
     """
 
     def __init__(self, router: TopKRouter, training_only: bool) -> None:
@@ -172,15 +168,7 @@ class RouterCount:
 
 
 class RouterCounts:
-    """The counts of several routers, by their names.
-
-    Args:
-        model: of the routers.
-        biased: count only routers with a selection bias, and in training mode only.
-
-    Raises:
-        TypeError, ValueError: ``model`` is no module, or has no such router.
-    """
+    """The counts of a model's routers by their names; ``biased``: of those with a selection bias, in training mode only."""
 
     def __init__(self, model: nn.Module, *, biased: bool) -> None:
         if not isinstance(model, nn.Module):

@@ -72,9 +72,6 @@ class LoRAExperts(RefusesPeft):
         dtype: of the adapters. By default float32 with half-precision weights, as an optimizer's small steps need, and
             otherwise that of the weights; products run in the dtype of x.
 
-    Shape:
-        x ``[..., D]``, experts ``[..., K]``, weights ``[..., K]`` to ``[..., D]``: Hugging Face's order of arguments.
-
     Raises:
         TypeError, ValueError: a ``base`` without a form, or a rank, an alpha or a target that is none.
 
@@ -224,9 +221,8 @@ class LoRAExperts(RefusesPeft):
     def merge(self) -> None:
         """Add the adapters to the base, for inference at the base's cost; :meth:`unmerge` undoes it to the bit.
 
-        The original weights are kept beside the merged ones: rounding would make what a subtraction gives back a little
-        different. While merged, adapters get no gradient, and a state dict is refused, as it would hold them twice.
-        :meth:`unload` keeps no copy.
+        The original weights are kept, which :meth:`unload` does not do. While merged, adapters get no gradient, and a state
+        dict is refused, as it would hold them twice.
 
         Raises:
             RuntimeError: they are merged already, or pruning or a parametrization computes a weight of the base.

@@ -272,12 +272,7 @@ def as_panels(
 ) -> dict[str, Any] | None:
     """A state dict in which the weights have the form of the module's; None, and what is wrong in ``errors``.
 
-    Args:
-        experts: a module, some of whose weights are panels.
-        state_dict: the values by their full names, in home form.
-        prefix: of the module's names.
-        errors: messages are added here.
-        assign: whether the values will become the parameters, with their own dtype, or be copied into them.
+    With ``assign`` the values will become the parameters, with their own dtype; otherwise they are copied into them.
     """
     loaded, homes = dict(state_dict), homes_of(experts)
     count = len(errors)

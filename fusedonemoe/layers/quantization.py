@@ -19,13 +19,13 @@ TOKENS = 16  # whose outputs are compared with float64
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """The effect of quantising one module of experts.
+    """The effect of quantising one module of experts. An error is the root mean square of the change over that of the values.
 
     Attributes:
         name: of the module in the model.
-        up_error: of the up-projection, the root mean square of the change over that of the weights.
-        down_error: likewise of the down-projection.
-        output_error: likewise of the output, against float64 with the weights as they were.
+        up_error: of the up-projection.
+        down_error: of the down-projection.
+        output_error: of the output, against float64 with the weights as they were.
         bytes_before: of both weights.
         bytes_after: of both weights, with scales and zero points.
     """

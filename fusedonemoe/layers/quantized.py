@@ -73,9 +73,6 @@ class QuantizedExperts(KeptBuffers):
         symmetric: whether there are no zero points. For int4 only.
         bias_dtype: of the biases.
 
-    Shape:
-        x ``[..., D]``, experts ``[..., K]``, weights ``[..., K]`` to ``[..., D]``.
-
     Raises:
         ValueError: an unknown dtype, or sizes that do not divide into groups.
 

@@ -1,18 +1,18 @@
 """Activations, the gated and the plain MLP, and the merged projection."""
 
 import math
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from fusedonemoe.ops.reference.arrays import FloatArray, float64, routed_rows, sigmoid
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "identity")
-GATED_ACTIVATIONS = (*ACTIVATIONS, "swiglu_oai")
 GATE_UP_LAYOUTS = ("gate_up", "up_gate", "interleaved")
 
+_Function: TypeAlias = Callable[[FloatArray], FloatArray]
 _erfc = np.vectorize(math.erfc, otypes=[np.float64])
 
 
@@ -37,46 +37,34 @@ class MergedGradients:
     proj: FloatArray
 
 
-def _act(name: str, z: FloatArray) -> FloatArray:
-    match name:
-        case "silu":
-            return z * sigmoid(z)
-        case "gelu":
-            # Phi(z) = erfc(-z / sqrt 2) / 2; (1 + erf) would cancel for negative z.
-            return z * 0.5 * _erfc(-z / math.sqrt(2.0))
-        case "gelu_tanh":
-            # (1 + tanh(y)) / 2 = sigmoid(2 y)
-            return z * sigmoid(2.0 * math.sqrt(2.0 / math.pi) * (z + 0.044715 * z**3))
-        case "relu":
-            return np.maximum(z, 0.0)
-        case "relu2":
-            return np.maximum(z, 0.0) ** 2
-        case "sigmoid":
-            return sigmoid(z)
-        case "identity":
-            return z.copy()
-    raise ValueError(f"activation must be one of {ACTIVATIONS}, got {name!r}")
+def _gelu_tanh_derivative(z: FloatArray) -> FloatArray:
+    slope = 2.0 * math.sqrt(2.0 / math.pi)
+    y = slope * (z + 0.044715 * z**3)
+    return sigmoid(y) + z * sigmoid(y) * sigmoid(-y) * slope * (1.0 + 3 * 0.044715 * z**2)
 
 
-def _act_derivative(name: str, z: FloatArray) -> FloatArray:
-    match name:
-        case "silu":
-            return sigmoid(z) + z * sigmoid(z) * sigmoid(-z)
-        case "gelu":
-            return 0.5 * _erfc(-z / math.sqrt(2.0)) + z * np.exp(-(z**2) / 2.0) / math.sqrt(2.0 * math.pi)
-        case "gelu_tanh":
-            slope = 2.0 * math.sqrt(2.0 / math.pi)
-            y = slope * (z + 0.044715 * z**3)
-            return sigmoid(y) + z * sigmoid(y) * sigmoid(-y) * slope * (1.0 + 3 * 0.044715 * z**2)
-        case "relu":
-            return np.where(z > 0, 1.0, 0.0)
-        case "relu2":
-            return 2.0 * np.maximum(z, 0.0)
-        case "sigmoid":
-            return sigmoid(z) * sigmoid(-z)
-        case "identity":
-            return np.ones_like(z)
-    raise ValueError(f"activation must be one of {ACTIVATIONS}, got {name!r}")
+# The functions, each with its derivative. Phi(z) = erfc(-z / sqrt 2) / 2; (1 + erf) would cancel for negative z.
+_FUNCTIONS: dict[str, tuple[_Function, _Function]] = {
+    "silu": (lambda z: z * sigmoid(z), lambda z: sigmoid(z) + z * sigmoid(z) * sigmoid(-z)),
+    "gelu": (
+        lambda z: z * 0.5 * _erfc(-z / math.sqrt(2.0)),
+        lambda z: 0.5 * _erfc(-z / math.sqrt(2.0)) + z * np.exp(-(z**2) / 2.0) / math.sqrt(2.0 * math.pi),
+    ),
+    # (1 + tanh(y)) / 2 = sigmoid(2 y)
+    "gelu_tanh": (lambda z: z * sigmoid(2.0 * math.sqrt(2.0 / math.pi) * (z + 0.044715 * z**3)), _gelu_tanh_derivative),
+    "relu": (lambda z: np.maximum(z, 0.0), lambda z: np.where(z > 0, 1.0, 0.0)),
+    "relu2": (lambda z: np.maximum(z, 0.0) ** 2, lambda z: 2.0 * np.maximum(z, 0.0)),
+    "sigmoid": (sigmoid, lambda z: sigmoid(z) * sigmoid(-z)),
+    "identity": (np.copy, np.ones_like),
+}
+ACTIVATIONS = tuple(_FUNCTIONS)
+GATED_ACTIVATIONS = (*ACTIVATIONS, "swiglu_oai")
+
+
+def _function(name: str) -> tuple[_Function, _Function]:
+    if name not in _FUNCTIONS:
+        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {name!r}")
+    return _FUNCTIONS[name]
 
 
 def activate(name: str, gate: ArrayLike, up: ArrayLike | None = None, *, alpha: float = 1.702, limit: float = 7.0) -> FloatArray:
@@ -92,7 +80,8 @@ def activate(name: str, gate: ArrayLike, up: ArrayLike | None = None, *, alpha: 
         g = np.minimum(g, limit)
         u = np.clip(float64(up), -limit, limit)
         return (u + 1.0) * g * sigmoid(alpha * g)
-    return _act(name, g) if up is None else _act(name, g) * float64(up)
+    h = _function(name)[0](g)
+    return h if up is None else h * float64(up)
 
 
 def activate_backward(
@@ -115,9 +104,10 @@ def activate_backward(
         dg = da * (clamped_u + 1.0) * (sig + clamped_g * alpha * sig * sigmoid(-alpha * clamped_g))
         du = da * clamped_g * sig
         return np.where(g <= limit, dg, 0.0), np.where(np.abs(u) <= limit, du, 0.0)
+    act, derivative = _function(name)
     if up is None:
-        return da * _act_derivative(name, g), None
-    return da * _act_derivative(name, g) * float64(up), da * _act(name, g)
+        return da * derivative(g), None
+    return da * derivative(g) * float64(up), da * act(g)
 
 
 def split_gate_up(z: FloatArray, layout: str) -> tuple[FloatArray, FloatArray]:

@@ -68,21 +68,9 @@ def route(
     ``picked = TopK(l + b)``, ``p = score(l[picked])``. Then ``w = factor * p / (sum(p) + norm_eps)``, the division
     only with ``norm_topk_prob``. The bias b decides who is picked and never enters a weight.
 
-    Args:
-        logits: ``[T, E]``.
-        top_k: K, or None for every expert in id order without selection.
-        scoring: "softmax" or "sigmoid".
-        score_first: Score all E logits and then select, or select on logits and score the K picked ones.
-        norm_topk_prob: Divide the picked scores by their sum.
-        routed_scaling_factor: Multiplies every weight.
-        selection_bias: b, ``[E]``.
-        n_group: Contiguous groups of E / n_group experts each.
-        topk_group: Groups that stay eligible.
-        group_score: A group's value: "top2_sum", the sum of its best two keys (one when it has one), or "max".
-        norm_eps: Added to the sum that divides.
-
-    Returns:
-        weights ``[T, K]`` and experts ``[T, K]``, in descending order of the key, ties to the lower id.
+    The options are those of ``RouteOptions``; ``top_k`` None keeps every expert in id order without selection. A group with
+    one expert has its key as the sum of its best two. The result is weights and experts ``[T, K]``, in descending order of
+    the key, ties to the lower id.
     """
     logits_TE = float64(logits)
     T, E = logits_TE.shape
