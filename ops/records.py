@@ -9,6 +9,7 @@ from torch import Tensor
 from fusedonemoe.ops import formats
 from fusedonemoe.ops.formats import Format, Part, Shape, Tensors
 from fusedonemoe.ops.operands import Reader, check_dim, reader_of
+from fusedonemoe.ops.rules import RouteRule as RouteRule  # pickles of routers name it here
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "identity", "swiglu_oai")
 GATE_UP_LAYOUTS = ("gate_up", "up_gate", "interleaved")

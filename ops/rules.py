@@ -9,27 +9,21 @@ from fusedonemoe.ops.values import check_count, check_flag, check_integer, check
 
 SCORINGS = ("softmax", "sigmoid")
 GROUP_SCORES = ("top2_sum", "max")
-NAMES: dict[str, tuple[str, ...]] = {
-    "scoring": SCORINGS,
-    "group_score": GROUP_SCORES,
-}  # in the order of the numbers that kernels know them by
+# In the order of the numbers that kernels know them by.
+NAMES: dict[str, tuple[str, ...]] = {"scoring": SCORINGS, "group_score": GROUP_SCORES}
 NORM_EPS = 1e-20
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class RouteRule(NamedTuple):
-    """The rule as operators and kernels take it; :func:`make_rule` makes a checked one.
-
-    The fields are those of :class:`RouteOptions`. ``top_k`` is 0 where every expert is kept, and ``scale`` is
-    ``routed_scaling_factor``.
-    """
+    """The rule as operators and kernels take it, with 0 as the ``top_k`` that keeps every expert; see :class:`RouteOptions`."""
 
     top_k: int
     scoring: str
     score_first: bool
     norm_topk_prob: bool
-    scale: float
+    scale: float  # routed_scaling_factor
     n_group: int
     topk_group: int
     group_score: str
@@ -112,19 +106,12 @@ def with_defaults(options: RouteOptions) -> dict[str, Any]:
 
 
 def make_rule(num_experts: int, top_k: int | None, *, selection_bias: bool = False, **options: Unpack[RouteOptions]) -> RouteRule:
-    """Make the checked record of a routing rule from the public arguments.
-
-    Args:
-        num_experts: the number of experts that the rule is for.
-        top_k: experts per token; None for all of them.
-        selection_bias: there is a bias for the selection, which needs one.
-        **options: the other fields.
+    """Make the checked record of a rule for so many experts, ``top_k`` of them a token or, if None, all of them.
 
     Raises:
-        TypeError: a count that is no integer, or a flag that is no bool.
-        ValueError: an unknown name, or a number that these experts do not allow.
+        TypeError, ValueError: a field of another type, an unknown name, or a number that these experts do not allow.
     """
-    rule = RouteRule(top_k or 0, *with_defaults(options).values())
+    rule = RouteRule(0, *with_defaults(options).values())
     for name, allowed in NAMES.items():
         check_one_of(name, getattr(rule, name), allowed)
     check_flag("score_first", rule.score_first)
@@ -133,7 +120,7 @@ def make_rule(num_experts: int, top_k: int | None, *, selection_bias: bool = Fal
     if rule.scoring == "softmax" and rule.norm_eps != NORM_EPS:
         raise ValueError(f"norm_eps applies only to scoring='sigmoid', got {rule.norm_eps} with scoring='softmax'")
     _check_counts(num_experts, top_k, rule, selection_bias)
-    return rule._replace(scale=float(rule.scale), norm_eps=float(rule.norm_eps))
+    return rule._replace(top_k=top_k or 0, scale=float(rule.scale), norm_eps=float(rule.norm_eps))
 
 
 def check_rule(rule: RouteRule, num_experts: int, selection_bias: bool) -> None:
