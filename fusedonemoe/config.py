@@ -33,8 +33,7 @@ class MoEConfig(ActivationFields, RouteFields):
         output_bias: one bias ``[D]`` of the block, added to each token's sum once (megablocks).
         router_bias: bias of the router's linear map (GPT-OSS).
         selection_bias: a buffer ``gate.e_score_correction_bias`` that takes part in the selection only (DeepSeek-V3).
-        shared_intermediate_size: ``F`` of a shared dense branch that every token takes, gated and activated as the experts are;
-            None for no such branch.
+        shared_intermediate_size: ``F`` of a shared dense branch, gated and activated as the experts are; None for no branch.
         shared_gate: scale the shared branch by ``sigmoid(x . w_s)`` (Qwen2-MoE).
         save_percent: share of pre-activation rows kept for the backward, an integer from 0 to 100.
         impl: ``auto``, ``dense``, ``grouped``, ``cpu``, ``triton`` or ``portable``.

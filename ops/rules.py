@@ -99,10 +99,10 @@ def lists_options(function: _Function) -> _Function:
 
 def with_defaults(options: RouteOptions) -> dict[str, Any]:
     """Return every field under its public name, in the order of :class:`RouteRule`; raise for a keyword that is no field."""
-    for name in options:
-        if name not in _DEFAULTS:
-            raise TypeError(f"got an unexpected keyword argument {name!r}")
-    return {**_DEFAULTS, **options}
+    values = {**_DEFAULTS, **options}
+    if len(values) > len(_DEFAULTS):
+        raise TypeError(f"got an unexpected keyword argument {list(values)[-1]!r}")
+    return values
 
 
 def make_rule(num_experts: int, top_k: int | None, *, selection_bias: bool = False, **options: Unpack[RouteOptions]) -> RouteRule:
@@ -111,25 +111,26 @@ def make_rule(num_experts: int, top_k: int | None, *, selection_bias: bool = Fal
     Raises:
         TypeError, ValueError: a field of another type, an unknown name, or a number that these experts do not allow.
     """
-    rule = RouteRule(0, *with_defaults(options).values())
-    for name, allowed in NAMES.items():
-        check_one_of(name, getattr(rule, name), allowed)
-    check_flag("score_first", rule.score_first)
-    check_flag("norm_topk_prob", rule.norm_topk_prob)
-    check_positive("norm_eps", rule.norm_eps)
-    if rule.scoring == "softmax" and rule.norm_eps != NORM_EPS:
-        raise ValueError(f"norm_eps applies only to scoring='sigmoid', got {rule.norm_eps} with scoring='softmax'")
-    _check_counts(num_experts, top_k, rule, selection_bias)
-    return rule._replace(top_k=top_k or 0, scale=float(rule.scale), norm_eps=float(rule.norm_eps))
+    values = with_defaults(options)
+    scoring, norm_eps = values["scoring"], values["norm_eps"]
+    check_one_of("scoring", scoring, SCORINGS)
+    check_one_of("group_score", values["group_score"], GROUP_SCORES)
+    check_flag("score_first", values["score_first"])
+    check_flag("norm_topk_prob", values["norm_topk_prob"])
+    check_positive("norm_eps", norm_eps)
+    if scoring == "softmax" and norm_eps != NORM_EPS:
+        raise ValueError(f"norm_eps applies only to scoring='sigmoid', got {norm_eps} with scoring='softmax'")
+    _check_counts(num_experts, top_k, values["n_group"], values["topk_group"], selection_bias)
+    values["routed_scaling_factor"], values["norm_eps"] = float(values["routed_scaling_factor"]), float(norm_eps)
+    return RouteRule(top_k or 0, *values.values())
 
 
 def check_rule(rule: RouteRule, num_experts: int, selection_bias: bool) -> None:
     """Check that a rule, which was made for others, is one for this number of experts."""
-    _check_counts(num_experts, rule.top_k or None, rule, selection_bias)
+    _check_counts(num_experts, rule.top_k or None, rule.n_group, rule.topk_group, selection_bias)
 
 
-def _check_counts(num_experts: int, top_k: int | None, rule: RouteRule, selection_bias: bool) -> None:
-    n_group, topk_group = rule.n_group, rule.topk_group
+def _check_counts(num_experts: int, top_k: int | None, n_group: int, topk_group: int, selection_bias: bool) -> None:
     check_integer("n_group", n_group)
     if n_group < 1 or num_experts % n_group:
         raise ValueError(f"n_group must divide the number of experts ({num_experts}), got {n_group}")

@@ -7,8 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fusedonemoe.checks import check_dim, check_fits, check_float, check_like_x, check_routing, check_save_percent, check_shape
-from fusedonemoe.functional.arguments import check_biases, projections
-from fusedonemoe.functional.calls import as_rows, choose_impl, run_portable, with_leading
+from fusedonemoe.functional.calls import as_rows, check_biases, choose_impl, projections, run_portable, with_leading
 from fusedonemoe.functional.packed import PackedExperts, check_packed, home_weights, refuse_packed_training
 from fusedonemoe.ops import library
 from fusedonemoe.ops.derivatives import refuse_transforms

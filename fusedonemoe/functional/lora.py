@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from fusedonemoe.checks import check_dim, check_float, check_routing, check_same_device, check_save_percent, check_shape
-from fusedonemoe.functional.arguments import check_biases, projections
-from fusedonemoe.functional.calls import as_rows, choose_impl, records_gradients, with_leading
+from fusedonemoe.functional.calls import as_rows, check_biases, choose_impl, projections, records_gradients, with_leading
 from fusedonemoe.ops import library
 from fusedonemoe.ops.derivatives import refuse_transforms
 from fusedonemoe.ops.options import make_activation

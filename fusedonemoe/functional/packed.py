@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from fusedonemoe.checks import check_dim, check_fits, check_float, check_like_x, check_one_of, check_same_device, check_shape
-from fusedonemoe.functional.arguments import intermediate_size
-from fusedonemoe.functional.calls import records_gradients
+from fusedonemoe.functional.calls import intermediate_size, records_gradients
 from fusedonemoe.ops import library
 from fusedonemoe.ops.choice import refusal
 from fusedonemoe.ops.derivatives import refuse_transforms

@@ -14,8 +14,7 @@ from fusedonemoe.checks import (
     check_shape,
     check_tensor,
 )
-from fusedonemoe.functional.arguments import check_biases, intermediate_size
-from fusedonemoe.functional.calls import as_rows, choose_impl, records_gradients, with_leading
+from fusedonemoe.functional.calls import as_rows, check_biases, choose_impl, intermediate_size, records_gradients, with_leading
 from fusedonemoe.ops import formats, library
 from fusedonemoe.ops.derivatives import refuse_transforms
 from fusedonemoe.ops.formats import GROUP_SIZES, QUANTIZED, QuantizedWeight

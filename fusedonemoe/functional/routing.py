@@ -106,16 +106,15 @@ def route_product_key(logits: Tensor, top_k: int, *, norm_topk_prob: bool = Fals
     """Turn two halves of router logits into the weights and ids of the best pairs.
 
     ``la, lb = log_softmax(a), log_softmax(b)``; expert ``(i, j) = i * G + j`` scores ``la_i + lb_j``; the ``K`` best of all
-    ``G * G`` are picked, ``w = exp(score)``, then ``w / sum(w)`` if ``norm_topk_prob``. The selection is exact: it is that of a
-    full sort by ``a_i + b_j`` in real arithmetic, equal sums by the lower id, though only about ``K ln K`` pairs are looked
-    at. (Real arithmetic up to the last bit of subnormal logits.) The gradient is exact, the selection being a constant.
+    ``G * G`` are picked, ``w = exp(score)``, then ``w / sum(w)`` if ``norm_topk_prob``. The selection is that of a full sort by
+    ``a_i + b_j`` in real arithmetic (up to the last bit of subnormal logits), equal sums by the lower id, though only about
+    ``K ln K`` pairs are looked at. The gradient is exact, the selection being a constant.
 
     Args:
         logits: ``[..., 2, G]`` float64, float32, bfloat16 or float16: ``a`` and ``b``. Any ``G``. Minus infinity masks a key.
         top_k: ``K``, from 1 to ``G * G``; experts per token, best first.
         norm_topk_prob: whether a token's weights sum to 1.
-        impl: ``"auto"``, ``"dense"`` for a composite with derivatives of every order, for ``torch.func``, or ``"portable"``
-            for export, without an operator of this library.
+        impl: as for :func:`route`.
 
     Returns:
         ``weights`` ``[..., K]`` float32 (float64 for float64 logits) and ``experts`` ``[..., K]`` int64.

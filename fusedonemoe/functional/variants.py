@@ -40,8 +40,8 @@ def route_top_p(
     """Take every expert whose probability exceeds a threshold, as many as there are.
 
     ``p = softmax(l / temperature)``, plus ``noise * top_p * randn`` when training; kept where ``p > top_p``;
-    ``w = sigmoid(l)`` on the kept. A token may keep all experts, or none. The shape does not tell: dropped experts have
-    weight 0 and id -1, which the expert layers skip. The gradient is exact, the selection being a constant.
+    ``w = sigmoid(l)`` on the kept. A token may keep all experts, or none; those it drops have weight 0 and id -1, which the
+    expert layers skip. The gradient is exact, the selection being a constant.
 
     Args:
         logits: ``[..., E]`` float64, float32, bfloat16 or float16.
@@ -103,9 +103,8 @@ def route_with_shared(
 ) -> tuple[Tensor, Tensor]:
     """Route with shared experts in the same tensors: the last ``S`` experts take every token.
 
-    With ``R = E - S``, in this order: two softmaxes, ``r = softmax(l[:R])`` and ``s = softmax(l[R:])``; pick
-    ``TopK(r + b[:R])``, ``K - S`` of them; divide the picked ``r`` by their sum if ``norm_topk_prob``; ``s``, which sums to
-    1, is left alone. So the weights of a token sum to 2, to 1 where only one kind exists.
+    With ``R = E - S``: ``r = softmax(l[:R])`` and ``s = softmax(l[R:])``; pick ``TopK(r + b[:R])``, ``K - S`` of them; divide
+    the picked ``r`` by their sum if ``norm_topk_prob``. So the weights of a token sum to 2, to 1 where only one kind exists.
 
     Args:
         logits: ``[..., E]`` float64, float32, bfloat16 or float16.
@@ -160,9 +159,6 @@ def topk_softmax(logits: Tensor, top_k: int, *, impl: str = "auto") -> TopKSoftm
         logits: ``[..., E]`` float64, float32, bfloat16 or float16.
         top_k: ``K``.
         impl: as for :func:`route`.
-
-    Returns:
-        :class:`TopKSoftmax` ``(weights, experts, token_expert_indices)``.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, which the message names.

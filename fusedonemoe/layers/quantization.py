@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fusedonemoe import functional as F
 from fusedonemoe.layers.lora import LoRAExperts
 from fusedonemoe.layers.moe import Experts
-from fusedonemoe.layers.quantized import QuantizedExperts, check_source, rows_of, unwrapped
+from fusedonemoe.layers.quantized import QuantizedExperts, rows_of, source_of, unwrapped
 from fusedonemoe.ops.activation import activate
 from fusedonemoe.ops.plan import in_range
 
@@ -199,7 +199,7 @@ def quantize_(
     for module in modules.values():  # what would fail fails now, before anything is replaced
         QuantizedExperts(module.config, dtype, **options, device="meta")
         for weight in (module._up_name, "down_proj"):
-            check_source(module, weight, dtype)
+            source_of(module, weight, dtype)
     calls = {} if inputs is None else _calls(model, inputs if isinstance(inputs, tuple) else (inputs,), modules)
     layers = []
     for name in list(modules):

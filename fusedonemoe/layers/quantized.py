@@ -48,15 +48,17 @@ def rows_of(experts: Experts, name: str) -> Tensor:
     return weight.transpose(1, 2)
 
 
-def check_source(experts: Experts, name: str, dtype: str) -> None:
-    """The weight can become one of ``dtype``."""
+def source_of(experts: Experts, name: str, dtype: str) -> tuple[Tensor, F.QuantizedWeight | None]:
+    """Return a weight ``[E, O, I]`` that can become one of ``dtype``, and the tensors inside where it is quantised already."""
     if experts.exchange is not None:
         raise ValueError("experts must all be held by this process to be quantised, but an exchange brings rows to others")
     weight = rows_of(experts, name)
-    if unwrapped(name, weight) is None:
+    inside = unwrapped(name, weight)
+    if inside is None:
         check_finite(name, weight)
     elif dtype != "int8":
         raise ValueError(f"dtype must be 'int8' for {name}, which is torchao's Int8Tensor already, got {dtype!r}")
+    return weight, inside
 
 
 class QuantizedExperts(KeptBuffers):
@@ -139,9 +141,8 @@ class QuantizedExperts(KeptBuffers):
         options: dict[str, Any] = {"group_size": group_size, "symmetric": symmetric}
         module = cls(experts.config, dtype, device="meta", **options)
         for name in (module._up_name, "down_proj"):
-            check_source(experts, name, dtype)
-            weight = rows_of(experts, name)
-            quantized = unwrapped(name, weight) or F.quantize_weight(weight, dtype, **options)
+            weight, inside = source_of(experts, name, dtype)
+            quantized = inside or F.quantize_weight(weight, dtype, **options)
             for part, tensor in zip(_PARTS, quantized, strict=True):
                 module._buffers[name + part] = tensor
             module._parameters[f"{name}_bias"] = getattr(experts, f"{name}_bias")
