@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from torch import nn
+
 from fusedonemoe.layers.moe import Experts
 from fusedonemoe.ops.options import ACTIVATION_OPTIONS, ActivationFields, options_of
 
@@ -35,8 +37,10 @@ class ExpertsForm(ActivationFields):
         return self.up if target == "gate_up" else self.down
 
 
-def form_of(experts: Experts) -> ExpertsForm:
-    """Return the form of an :class:`Experts`."""
+def form_of(experts: nn.Module) -> ExpertsForm | None:
+    """Return the form of an :class:`Experts`; None for another module."""
+    if not isinstance(experts, Experts):
+        return None
     config, up = experts.config, "gate_up_proj" if experts.config.gated else "up_proj"
     return ExpertsForm(
         up=up,

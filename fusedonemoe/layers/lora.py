@@ -105,10 +105,9 @@ class LoRAExperts(RefusesPeft):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        form = form or form_of(base)
         if form is None:
-            if not isinstance(base, Experts):
-                raise TypeError(f"base must be an Experts, or come with a form=, got {type(base).__name__}")
-            form = form_of(base)
+            raise TypeError(f"base must be an Experts, or come with a form=, got {type(base).__name__}")
         if isinstance(targets, str) or not targets or set(targets) - set(TARGETS) or len(set(targets)) != len(targets):
             raise ValueError(f"targets must be some of {TARGETS}, each once, got {targets!r}")
         check_adapter_dtype(dtype)
@@ -185,8 +184,7 @@ class LoRAExperts(RefusesPeft):
         scale = self.scale
         for target in self.targets:
             A, B = self.factors(target)
-            options |= {f"{target}_A": A, f"{target}_B": B}
-            options[f"{target}_scale"] = scale[target]
+            options |= {f"{target}_A": A, f"{target}_B": B, f"{target}_scale": scale[target]}
         return F.experts_mlp_lora(*arguments, **options)
 
     def _refuse_packed(self) -> None:
@@ -294,10 +292,8 @@ def refuse_merged(module: nn.Module, *_: Any) -> None:
 
 def pattern_value(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
     """The value of the first key that is ``name`` or, as a regular expression, the end of it behind a dot."""
-    for key, value in (pattern or {}).items():
-        if re.fullmatch(rf"(.*\.)?({key})", name):
-            return value
-    return default
+    values = (value for key, value in (pattern or {}).items() if re.fullmatch(rf"(.*\.)?({key})", name))
+    return next(values, default)
 
 
 def add_lora(
@@ -338,11 +334,7 @@ def add_lora(
     if any(isinstance(module, LoRAExperts) for module in model.modules()):
         raise ValueError("model must have no adapters yet, got one with LoRAExperts in it")
     check_no_peft(model)
-
-    def default(module: nn.Module) -> ExpertsForm | None:
-        return form_of(module) if isinstance(module, Experts) else None
-
-    forms = {name: form for name, module in model.named_modules() if (form := (read or default)(module)) is not None}
+    forms = {name: form for name, module in model.named_modules() if (form := (read or form_of)(module)) is not None}
     if not forms:
         raise ValueError(f"model must hold experts that can be adapted, got {type(model).__name__} without any")
     if "" in forms:
