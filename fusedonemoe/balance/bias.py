@@ -27,7 +27,7 @@ def update_selection_bias(bias: Tensor, counts: Tensor, rate: float, *, num_shar
         TypeError, ValueError: an argument that does not fit, which the message names.
 
     Source:
-        Wang et al. 2024 (arXiv 2408.15664), algorithm 1.
+        Wang et al. 2024 (arXiv 2408.15664), algorithm 1; DeepSeek-V3 (arXiv 2412.19437) section 2.1.2.
 
     Example:
         >>> import torch
@@ -86,9 +86,6 @@ class LossFreeBalance:
     Raises:
         TypeError, ValueError: an argument that does not fit, or a ``model`` without such a router.
         RuntimeError: at a step, a bias is in half precision, where small steps are lost. Casts of a model do not do that.
-
-    Source:
-        Wang et al. 2024 (arXiv 2408.15664); DeepSeek-V3 (arXiv 2412.19437) section 2.1.2.
 
     Example:
         >>> import torch

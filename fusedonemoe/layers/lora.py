@@ -75,9 +75,6 @@ class LoRAExperts(RefusesPeft):
     Raises:
         TypeError, ValueError: a ``base`` without a form, or a rank, an alpha or a target that is none.
 
-    Source:
-        LoRA (Hu et al. 2021, arXiv 2106.09685).
-
     Example:
         >>> import torch
         >>> from fusedonemoe import LoRAExperts, MoE
