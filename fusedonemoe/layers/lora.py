@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fusedonemoe import functional as F
 from fusedonemoe.layers.form import ExpertsForm, form_of
 from fusedonemoe.layers.moe import Experts
-from fusedonemoe.layers.panels import is_packed
+from fusedonemoe.layers.panels import packed_names
 from fusedonemoe.layers.peft_refusal import RefusesPeft, check_no_peft, show_to_peft
 from fusedonemoe.linear import uniform_by_fan_in
 from fusedonemoe.ops.options import ACTIVATION_OPTIONS, options_of
@@ -43,7 +43,7 @@ def check_adapter_dtype(dtype: object) -> None:
 def unchanged_by_failure(model: nn.Module) -> Iterator[None]:
     """Put back what requires gradients and what was packed, if the body raises."""
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    packed = [module for module in model.modules() if isinstance(module, Experts) and is_packed(module)]
+    packed = [module for module in model.modules() if isinstance(module, Experts) and packed_names(module)]
     try:
         yield
     except BaseException:
@@ -185,7 +185,7 @@ class LoRAExperts(RefusesPeft):
         return F.experts_mlp_lora(*arguments, **options)
 
     def _refuse_packed(self) -> None:
-        if isinstance(self.base, Experts) and is_packed(self.base):
+        if isinstance(self.base, Experts) and packed_names(self.base):
             raise RuntimeError("the weights of the base are packed, which adapters cannot use: call unpack() first")
 
     @torch.no_grad()

@@ -179,7 +179,7 @@ class Experts(nn.Module):
         panels.save_home(self, destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *args: Any) -> None:
-        if panels.is_packed(self):
+        if panels.packed_names(self):
             assign = bool(local_metadata.get("assign_to_params_buffers", False))
             state_dict = panels.as_panels(self, state_dict, prefix, args[-1], assign)
             if state_dict is None:
@@ -299,7 +299,7 @@ class MoE(nn.Module):
         for name, tensor in tensors_of(module, expected).items():
             owner, _, leaf = name.rpartition(".")
             setattr(moe.get_submodule(owner), leaf, tensor)
-        panels.remember_shared(moe.experts, module)
+        moe.experts._shared_with = weakref.ref(module)  # without keeping it alive
         return moe.train(module.training)
 
     def reset_parameters(self) -> None:

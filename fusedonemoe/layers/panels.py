@@ -3,7 +3,6 @@
 Whether a parameter is panels is read off the tensor that is there: panels have five dimensions, weights three.
 """
 
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -52,11 +51,6 @@ def _held(experts: "Experts", name: str) -> Tensor | None:
 def packed_names(experts: "Experts") -> list[str]:
     """The weights that are panels."""
     return [name for name in (experts._up_name, "down_proj") if is_panels(_held(experts, name))]
-
-
-def is_packed(experts: "Experts") -> bool:
-    """Return whether any of the two weights is panels."""
-    return bool(packed_names(experts))
 
 
 @torch.no_grad()
@@ -212,7 +206,7 @@ def unpack_in_place(experts: "Experts") -> None:
 @contextmanager
 def unpacked(experts: "Experts") -> Iterator[None]:
     """The home form inside, and afterwards the form of before."""
-    packed = is_packed(experts)
+    packed = packed_names(experts)
     if packed:
         unpack_in_place(experts)
     try:
@@ -245,11 +239,6 @@ def _refuse_shared_use(module: nn.Module, *_: Any) -> None:
             f"the weights of this {type(module).__name__} are packed, by prepack() of a MoE that shares them (MoE.from_hf): call "
             "its unpack() first"
         )
-
-
-def remember_shared(experts: "Experts", module: nn.Module) -> None:
-    """Keep in mind, without keeping it alive, which module holds the same parameters."""
-    experts._shared_with = weakref.ref(module)
 
 
 # State dicts, which hold the home form
