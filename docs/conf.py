@@ -45,7 +45,6 @@ copybutton_prompt_is_regexp = True
 
 # API pages name every entry, so that a test can find public names without an entry.
 autodoc_member_order = "bysource"
-autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True
 maximum_signature_line_length = 80

@@ -2,27 +2,10 @@
 
 import sys
 
-from fusedonemoe import balance, functional, ops
+from fusedonemoe import balance, functional, layers, ops
 from fusedonemoe.config import MoEConfig
 from fusedonemoe.explanation import Explanation, explain
-from fusedonemoe.layers import (
-    Experts,
-    ExpertsForm,
-    FineGrainedMoE,
-    FineGrainedOutput,
-    FusedOneMoE,
-    LoRAExperts,
-    MoE,
-    MoEOutput,
-    ProductKeyRouter,
-    QuantizationReport,
-    QuantizedExperts,
-    QuantizedLayer,
-    RouterOutput,
-    TopKRouter,
-    add_lora,
-    quantize_,
-)
+from fusedonemoe.layers import *  # noqa: F403  # its list of public names is the one there
 from fusedonemoe.tuning import Tuned, tune
 
 __version__ = "0.1.0.dev0"
@@ -35,29 +18,14 @@ for _old, _new in _MOVED.items():
     setattr(sys.modules[f"{__name__}.{_old}".rpartition(".")[0]], _old.rpartition(".")[2], _module)
 
 __all__ = [
-    "Experts",
-    "ExpertsForm",
     "Explanation",
-    "FineGrainedMoE",
-    "FineGrainedOutput",
-    "FusedOneMoE",
-    "LoRAExperts",
-    "MoE",
     "MoEConfig",
-    "MoEOutput",
-    "ProductKeyRouter",
-    "QuantizationReport",
-    "QuantizedExperts",
-    "QuantizedLayer",
-    "RouterOutput",
-    "TopKRouter",
     "Tuned",
     "__version__",
-    "add_lora",
     "balance",
     "explain",
     "functional",
     "ops",
-    "quantize_",
     "tune",
 ]
+__all__ += layers.__all__

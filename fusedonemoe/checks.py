@@ -6,6 +6,7 @@ from torch import Tensor
 from fusedonemoe.ops import library
 from fusedonemoe.ops.operands import INTEGERS, MOST_ROWS, check_rows
 from fusedonemoe.ops.values import check_count as check_count
+from fusedonemoe.ops.values import check_flag as check_flag
 from fusedonemoe.ops.values import check_integer as check_integer
 from fusedonemoe.ops.values import check_number as check_number
 from fusedonemoe.ops.values import check_one_of as check_one_of

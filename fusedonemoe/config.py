@@ -7,64 +7,39 @@ from typing import Any
 
 from fusedonemoe.hf import fields_of
 from fusedonemoe.ops.choice import IMPLEMENTATIONS
-from fusedonemoe.ops.options import (
-    ACTIVATION_OPTIONS,
-    ROUTE_OPTIONS,
-    SWIGLU_ALPHA,
-    SWIGLU_LIMIT,
-    make_activation,
-    make_rule,
-    options_of,
-)
-from fusedonemoe.ops.records import NORM_EPS, Activation, RouteRule
+from fusedonemoe.ops.options import ACTIVATION_OPTIONS, ActivationFields, make_activation, options_of
+from fusedonemoe.ops.records import Activation
+from fusedonemoe.ops.rules import ROUTE_OPTIONS, RouteFields, RouteRule, make_rule
 from fusedonemoe.ops.values import check_count, check_flag, check_one_of, check_positive
 
-_FLAGS = (
-    "transposed",
-    "bias",
-    "output_bias",
-    "router_bias",
-    "selection_bias",
-    "shared_gate",
-)
+_FLAGS = ("transposed", "bias", "output_bias", "router_bias", "selection_bias", "shared_gate")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoEConfig:
+class MoEConfig(ActivationFields, RouteFields):
     """The configuration of an :class:`~fusedonemoe.MoE` block; it is validated once, when it is made.
+
+    The fields of the routing rule, ``scoring`` and others, are those that :class:`~fusedonemoe.functional.RouteOptions` lists;
+    ``activation``, ``gated``, ``gate_up_layout``, ``swiglu_alpha`` and ``swiglu_limit`` are those of
+    :func:`~fusedonemoe.functional.experts_mlp`.
 
     Attributes:
         hidden_size: ``D``.
         intermediate_size: ``F`` of each expert.
         num_experts: ``E``.
         top_k: ``K``, experts per token; None routes every token to every expert.
-        activation: ``silu``, ``gelu``, ``gelu_tanh``, ``relu``, ``relu2``, ``sigmoid``, ``identity`` or ``swiglu_oai``.
-        gated: gate and up projections (SwiGLU and kin) or an up projection only.
-        gate_up_layout: rows of ``gate_up_proj``: ``gate_up``, ``up_gate`` or ``interleaved``.
         transposed: keep the expert weights as ``[E, D, 2F]`` and ``[E, F, D]`` (GPT-OSS), read as views.
         bias: expert biases.
         output_bias: one bias ``[D]`` of the block, added to each token's sum once (megablocks).
-        swiglu_alpha: slope of ``swiglu_oai``.
-        swiglu_limit: clamp of ``swiglu_oai``.
-        scoring: ``softmax`` or ``sigmoid``.
-        score_first: score before the selection (Qwen3, DeepSeek-V3) or after it (GPT-OSS).
-        norm_topk_prob: divide a token's weights by their sum before scaling.
-        routed_scaling_factor: factor on the routing weights.
         router_bias: bias of the router's linear map (GPT-OSS).
         selection_bias: a buffer ``gate.e_score_correction_bias`` that takes part in the selection only (DeepSeek-V3).
-        n_group: contiguous expert groups.
-        topk_group: groups that stay open for selection.
-        group_score: ``top2_sum`` or ``max``.
-        norm_eps: added to the sum of sigmoids that normalises them (LFM2 has 1e-6).
-        shared_intermediate_size: ``F`` of a shared dense branch that every token takes, gated and activated as the experts are;
-            None for no such branch.
+        shared_intermediate_size: ``F`` of a shared dense branch, gated and activated as the experts are; None for no branch.
         shared_gate: scale the shared branch by ``sigmoid(x . w_s)`` (Qwen2-MoE).
         save_percent: share of pre-activation rows kept for the backward, an integer from 0 to 100.
         impl: ``auto``, ``dense``, ``grouped``, ``cpu``, ``triton`` or ``portable``.
 
     Raises:
-        TypeError: a size that is not an integer, a flag that is not a bool, a factor that is not a number.
-        ValueError: any other value that does not fit, naming the field, what was expected and what came.
+        TypeError, ValueError: a value that does not fit; the message names the field, what was expected and what came.
 
     Example:
         >>> from fusedonemoe import MoEConfig
@@ -78,24 +53,11 @@ class MoEConfig:
     intermediate_size: int
     num_experts: int
     top_k: int | None
-    activation: str = "silu"
-    gated: bool = True
-    gate_up_layout: str = "gate_up"
     transposed: bool = False
     bias: bool = False
     output_bias: bool = False
-    swiglu_alpha: float = SWIGLU_ALPHA
-    swiglu_limit: float = SWIGLU_LIMIT
-    scoring: str = "softmax"
-    score_first: bool = True
-    norm_topk_prob: bool = True
-    routed_scaling_factor: float = 1.0
     router_bias: bool = False
     selection_bias: bool = False
-    n_group: int = 1
-    topk_group: int = 1
-    group_score: str = "top2_sum"
-    norm_eps: float = NORM_EPS
     shared_intermediate_size: int | None = None
     shared_gate: bool = False
     save_percent: int = 100

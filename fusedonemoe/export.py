@@ -46,21 +46,13 @@ def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any, Any]]:
 
 @contextmanager
 def portable(model: nn.Module) -> Iterator[nn.Module]:
-    """Let every layer of this library in a model run ``impl="portable"`` for a while.
+    """Let every layer of this library in a model run ``impl="portable"`` inside a ``with``, which gives the model.
 
-    What is exported meanwhile holds torch's own operators only: it has a form in ONNX, and packages of AOTInductor run where
-    there is no Python. Afterwards every layer runs what it ran before. ``torch.onnx.export`` does this by itself for layers
-    with ``impl="auto"``.
-
-    Args:
-        model: a layer, or a module with layers of this library anywhere in it.
-
-    Yields:
-        The model.
+    What is exported there holds torch's own operators only: it has a form in ONNX, and packages of AOTInductor run where
+    there is no Python. ``torch.onnx.export`` does this by itself for layers with ``impl="auto"``.
 
     Raises:
-        TypeError: ``model`` is no module.
-        ValueError: there is no layer of this library in it.
+        TypeError, ValueError: ``model`` is no module, or has no layer of this library in it.
 
     Example:
         >>> import torch

@@ -9,13 +9,11 @@ from torch import Tensor
 from fusedonemoe.ops import formats
 from fusedonemoe.ops.formats import Format, Part, Shape, Tensors
 from fusedonemoe.ops.operands import Reader, check_dim, reader_of
+from fusedonemoe.ops.rules import RouteRule as RouteRule  # pickles of routers name it here
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "identity", "swiglu_oai")
 GATE_UP_LAYOUTS = ("gate_up", "up_gate", "interleaved")
 PLAIN = "plain"
-SCORINGS = ("softmax", "sigmoid")
-GROUP_SCORES = ("top2_sum", "max")
-NORM_EPS = 1e-20
 
 
 # Makes a record of its fields without a Python function, which a NamedTuple's own constructor is: a call makes several.
@@ -38,33 +36,6 @@ class Activation(NamedTuple):
     layout: str
     alpha: float
     limit: float
-
-
-class RouteRule(NamedTuple):
-    """The rule that turns logits into weights; :func:`fusedonemoe.ops.options.make_rule` makes a checked one.
-
-    Attributes:
-        top_k: experts per token; 0 selects nothing and keeps every expert, in id order.
-        scoring: ``softmax`` or ``sigmoid``.
-        score_first: score all logits and select among the scores (Qwen3, DeepSeek), or select among the logits and score
-            the picked ones only (GPT-OSS).
-        norm_topk_prob: divide the picked scores by their sum.
-        scale: factor on the weights (``routed_scaling_factor``).
-        n_group: number of contiguous expert groups; 1 for none.
-        topk_group: groups that stay open for selection.
-        group_score: a group's value is the sum of its best two keys (``top2_sum``, DeepSeek-V3) or its best (``max``).
-        norm_eps: added to the sum of sigmoids that divides them; a softmax over the picked needs none.
-    """
-
-    top_k: int
-    scoring: str
-    score_first: bool
-    norm_topk_prob: bool
-    scale: float
-    n_group: int
-    topk_group: int
-    group_score: str
-    norm_eps: float = NORM_EPS
 
 
 class Argument(NamedTuple):

@@ -7,7 +7,7 @@ the lower id), so equal scores always give the same experts.
 import torch
 from torch import Tensor
 
-from fusedonemoe.ops.records import RouteRule
+from fusedonemoe.ops.rules import RouteRule
 
 
 def routing_dtype(dtype: torch.dtype) -> torch.dtype:

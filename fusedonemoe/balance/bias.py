@@ -7,45 +7,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fusedonemoe.agreement import agree
-from fusedonemoe.balance.counting import (
-    check_counts,
-    check_module,
-    count_routers,
-    is_capturing,
-    process_group,
-    settings_of,
-)
-from fusedonemoe.checks import (
-    check_float,
-    check_number,
-    check_same_device,
-    check_shape,
-)
-from fusedonemoe.layers.routers import TopKRouter
+from fusedonemoe.balance.counting import RouterCounts, check_counts, is_capturing, process_group
+from fusedonemoe.checks import check_float, check_number, check_same_device, check_shape
 from fusedonemoe.ops.notice import warn
 
 
 def update_selection_bias(bias: Tensor, counts: Tensor, rate: float, *, num_shared_experts: int = 0) -> Tensor:
-    """One step of the bias that balances without a loss: ``b_i += rate * sign(mean(c) - c_i)``, in place.
+    """Take a step of the bias that balances without a loss: ``b_i += rate * sign(mean(c) - c_i)``, in place; return it.
 
     Overloaded experts become a little harder to pick, idle ones a little easier. The comparison is exact, in integers.
 
     Args:
-        bias: ``[E]`` floating, changed in place, without a gradient.
+        bias: ``[E]`` floating, without a gradient.
         counts: ``[E]`` integers, the rows of each expert since the last step.
         rate: ``u``, from 0; DeepSeek-V3 uses 0.001.
         num_shared_experts: the last so many experts take every token: they are left out of the mean and left alone.
 
-    Returns:
-        ``bias``.
-
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a shape or number that does not fit, naming the argument.
+        TypeError, ValueError: an argument that does not fit, which the message names.
 
     Source:
-        Wang et al. 2024 (arXiv 2408.15664), algorithm 1.
+        Wang et al. 2024 (arXiv 2408.15664), algorithm 1; DeepSeek-V3 (arXiv 2412.19437) section 2.1.2.
 
     Example:
         >>> import torch
@@ -86,11 +68,10 @@ def _check_rate(rate: float) -> None:
 class LossFreeBalance:
     """Balances the experts of a model by its routers' selection biases, once for each step of the optimizer.
 
-    From every :class:`~fusedonemoe.TopKRouter` with a selection bias it counts, on the device, the rows that each expert takes
-    in training mode. After ``optimizer.step()`` it sums the counts over the data-parallel ranks, if
-    :mod:`torch.distributed` is initialised, takes one step of :func:`update_selection_bias`, and starts again from zero. So
-    several forwards before a step count together, and a step that a gradient scaler skips leaves its counts to the next.
-    Nothing is counted in eval mode, and what activation checkpointing repeats is counted once.
+    It counts on the device which rows the experts of each :class:`~fusedonemoe.TopKRouter` with a selection bias take in
+    training mode; what activation checkpointing repeats is counted once. After ``optimizer.step()`` it sums the counts over the
+    data-parallel ranks, if :mod:`torch.distributed` is initialised, takes one step of :func:`update_selection_bias`, and starts
+    again from zero. So several forwards before a step count together, and so does a step that a gradient scaler skips.
 
     Give a model before the first call of its compiled form: torch.compile does not look for hooks that come later. The first
     update reads whether anything was counted, and warns if not; no other one waits for the device.
@@ -103,12 +84,8 @@ class LossFreeBalance:
             step; the default group if None. Under expert parallelism too that is every data-parallel rank.
 
     Raises:
-        TypeError: an argument of the wrong type.
-        ValueError: ``model`` has no such router, ``rate`` is negative, or ``group`` has several dimensions.
+        TypeError, ValueError: an argument that does not fit, or a ``model`` without such a router.
         RuntimeError: at a step, a bias is in half precision, where small steps are lost. Casts of a model do not do that.
-
-    Source:
-        Wang et al. 2024 (arXiv 2408.15664); DeepSeek-V3 (arXiv 2412.19437) section 2.1.2.
 
     Example:
         >>> import torch
@@ -126,29 +103,18 @@ class LossFreeBalance:
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, rate: float = 1e-3, group: Any = None) -> None:
-        check_module(model)
         if not hasattr(optimizer, "register_step_post_hook"):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         _check_rate(rate)
         self.rate = rate
         self.group: Any = None if group is None else process_group(group)
-        self._routers = {
-            name: module
-            for name, module in model.named_modules()
-            if isinstance(module, TopKRouter) and module.e_score_correction_bias is not None
-        }
-        if not self._routers:
-            raise ValueError("model has no TopKRouter with selection_bias=True")
-        self._hooks, self._handles = count_routers(self._routers, training_only=True)
-        self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        self._counts = RouterCounts(model, biased=True)
+        self._handle = optimizer.register_step_post_hook(lambda *_: self.update())
         self._looked = False
-
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self.update()
 
     def tokens_per_expert(self) -> dict[str, Tensor]:
         """Return the counts of this process since the last update, ``[E]`` int64 by the router's name in the model."""
-        return {name: hook.counts.clone() for name, hook in self._hooks.items()}
+        return {name: count.clone() for name, count in self._counts.own.items()}
 
     @torch.no_grad()
     def update(self) -> None:
@@ -159,29 +125,23 @@ class LossFreeBalance:
         Raises:
             ValueError: the ranks' rates or routers differ; the message says which ranks have what.
         """
-        for name, router in self._routers.items():
+        biases: list[Tensor] = []
+        for name, router in self._counts.routers.items():
             assert router.e_score_correction_bias is not None
             check_step_dtype(f"{name}.e_score_correction_bias".lstrip("."), router.e_score_correction_bias)
-        counts = [hook.counts for hook in self._hooks.values()]
-        total = torch.cat(counts)  # one message for all layers
-        if dist.is_available() and dist.is_initialized():
-            if not self._looked and not is_capturing(total):
-                settings = {"rate": self.rate, **settings_of(self._routers)}
-                agree("LossFreeBalance.update", lambda: settings, self.group or dist.group.WORLD)
-            dist.all_reduce(total, group=self.group)
+            biases.append(router.e_score_correction_bias)
+        is_distributed = dist.is_available() and dist.is_initialized()
+        group = (self.group or dist.group.WORLD) if is_distributed else None
+        total = self._counts.total("LossFreeBalance.update", group, rate=self.rate)
         if not self._looked:
             self._looked = True
-            self._warn_if_nothing(total)
-        parts = total.split([count.shape[0] for count in counts])
-        for router, part, count in zip(self._routers.values(), parts, counts, strict=True):
-            assert router.e_score_correction_bias is not None
-            update_selection_bias(router.e_score_correction_bias, part, self.rate)
-            count.zero_()
+            self._warn_if_nothing(torch.cat(list(total.values())))
+        for bias, count in zip(biases, total.values(), strict=True):
+            update_selection_bias(bias, count, self.rate)
+        self._counts.reset()
 
     def _warn_if_nothing(self, total: Tensor) -> None:
-        if is_capturing(total):  # where nothing can be read
-            return
-        if not total.any():
+        if not is_capturing(total) and not total.any():  # nothing can be read during a capture
             warn(
                 "LossFreeBalance counted nothing before the first step: it must be made before the first call of a compiled "
                 "model, and the model must be in training mode",
@@ -190,5 +150,5 @@ class LossFreeBalance:
 
     def remove(self) -> None:
         """Take the hooks off the model and the optimizer; the biases stay as they are."""
-        for handle in self._handles:
-            handle.remove()
+        self._counts.remove()
+        self._handle.remove()

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from fusedonemoe import functional as F
 from fusedonemoe.agreement import agree
-from fusedonemoe.checks import check_tensor
+from fusedonemoe.checks import check_ids
 from fusedonemoe.layers.routers import RouterOutput, TopKRouter
 
 _MOST_ROWS = 16  # of a printed table; the busiest and the idlest of more experts
@@ -22,9 +21,7 @@ _MOST_ROWS = 16  # of a printed table; the busiest and the idlest of more expert
 
 def check_counts(counts: Tensor) -> None:
     """Rows of each expert, ``[E]`` integers."""
-    check_tensor("counts", counts)
-    if counts.is_floating_point() or counts.is_complex() or counts.dtype == torch.bool:
-        raise TypeError(f"counts must have an integer dtype, got {counts.dtype}")
+    check_ids(counts, "counts")
     if counts.dim() != 1 or counts.shape[0] < 1:
         raise ValueError(f"counts must have shape [E] with E >= 1, got {tuple(counts.shape)}")
 
@@ -36,8 +33,7 @@ class Usage:
         counts: ``[E]`` integers, the rows of each expert, as :func:`fusedonemoe.functional.tokens_per_expert` counts them.
 
     Raises:
-        TypeError: ``counts`` is no tensor of integers.
-        ValueError: it has not the shape ``[E]``.
+        TypeError, ValueError: ``counts`` are no integers, or have another shape.
 
     Example:
         >>> import torch
@@ -82,10 +78,7 @@ class Usage:
 
     @cached_property
     def entropy(self) -> float:
-        """``-sum(p log p) / log E``: 1 for perfect balance, 0 when one expert has all; not a number without rows.
-
-        A single expert has 1.
-        """
+        """``-sum(p log p) / log E``: 1 for perfect balance, 0 when one of several experts has all; NaN without rows."""
         if not self.total:
             return math.nan
         if self.num_experts == 1:
@@ -110,30 +103,17 @@ class Usage:
         return f"{type(self).__name__}({self.num_experts} experts)"  # reads nothing, unlike str()
 
     def __str__(self) -> str:
-        ids: list[int | None] = list(range(self.num_experts))
+        ids = list(range(self.num_experts))
         if self.num_experts > _MOST_ROWS:
-            by_count = sorted(range(self.num_experts), key=lambda e: -self.counts[e])
-            ids = [*by_count[: _MOST_ROWS // 2], None, *by_count[-_MOST_ROWS // 2 :]]
-        lines = [
-            f"{self.total} rows over {self.num_experts} experts: {self._summary()}",
-            f"{'expert':>6}{'rows':>10}{'share':>9}{'of even':>9}",
-        ]
-        for e in ids:
-            if e is None:
-                lines.append(f"{'...':>6}")
-            else:
-                even = self.share[e] * self.num_experts
-                lines.append(f"{e:>6}{self.counts[e]:>10}{self.share[e]:>9.2%}{even:>9.2f}")
-        return "\n".join(lines)
+            ids.sort(key=lambda e: -self.counts[e])
+        rows = [f"{e:>6}{self.counts[e]:>10}{self.share[e]:>9.2%}{self.share[e] * self.num_experts:>9.2f}" for e in ids]
+        if self.num_experts > _MOST_ROWS:
+            rows[_MOST_ROWS // 2 : -_MOST_ROWS // 2] = [f"{'...':>6}"]
+        title = f"{self.total} rows over {self.num_experts} experts: {self._summary()}"
+        return "\n".join([title, f"{'expert':>6}{'rows':>10}{'share':>9}{'of even':>9}", *rows])
 
     def picture(self, path: str | Path) -> Path:
-        """Draw the shares, by expert and sorted, in multiples of the even share.
-
-        Args:
-            path: of the file; its ending decides the format.
-
-        Returns:
-            ``path``.
+        """Draw the shares, by expert and sorted, in multiples of the even share, into a file; its ending decides the format.
 
         Raises:
             ImportError: matplotlib is missing.
@@ -142,21 +122,15 @@ class Usage:
 
 
 def usage(experts: Tensor | None = None, num_experts: int | None = None, *, counts: Tensor | None = None) -> Usage:
-    """Report how evenly a routing uses its experts.
-
-    Nothing is read from the device before the report is asked for a number.
+    """Report how evenly a routing uses its experts; the report reads from the device when it is asked for a number.
 
     Args:
         experts: ids of any shape and integer dtype; those outside ``[0, num_experts)`` are not counted.
         num_experts: ``E``.
         counts: ``[E]`` rows of each expert, instead of the other two.
 
-    Returns:
-        :class:`Usage`.
-
     Raises:
-        TypeError: an argument of the wrong type or dtype, or neither or both of the two forms.
-        ValueError: a shape or number that does not fit, naming the argument.
+        TypeError, ValueError: an argument that does not fit, which the message names, or neither or both of the two forms.
 
     Example:
         >>> import torch
@@ -177,10 +151,6 @@ class RouterCount:
     """A forward hook that adds the rows of each expert to a tensor, recomputations of checkpointing left out.
 
     The tensor is no buffer of the module: DistributedDataParallel would overwrite it with that of the first rank.
-
-    Args:
-        router: whose experts are counted.
-        training_only: count nothing in eval mode.
     """
 
     def __init__(self, router: TopKRouter, training_only: bool) -> None:
@@ -197,13 +167,52 @@ class RouterCount:
         torch.ops.fusedonemoe.count_tokens_(self.counts, output.experts)
 
 
-def count_routers(routers: Mapping[str, TopKRouter], training_only: bool) -> tuple[dict[str, RouterCount], list[RemovableHandle]]:
-    """Hook a counter to each router."""
-    hooks = {name: RouterCount(router, training_only) for name, router in routers.items()}
-    return hooks, [router.register_forward_hook(hooks[name]) for name, router in routers.items()]
+class RouterCounts:
+    """The counts of a model's routers by their names; ``biased``: of those with a selection bias, in training mode only."""
+
+    def __init__(self, model: nn.Module, *, biased: bool) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        routers = {name: module for name, module in model.named_modules() if isinstance(module, TopKRouter)}
+        if biased:
+            routers = {name: router for name, router in routers.items() if router.e_score_correction_bias is not None}
+        if not routers:
+            raise ValueError(f"model has no TopKRouter{' with selection_bias=True' if biased else ''}")
+        self.routers: dict[str, TopKRouter] = routers
+        self._hooks = {name: RouterCount(router, biased) for name, router in routers.items()}
+        self._handles = [router.register_forward_hook(self._hooks[name]) for name, router in routers.items()]
+        self._compared = False
+
+    @property
+    def own(self) -> dict[str, Tensor]:
+        """The counts of this process, ``[E]`` int64, which go on counting."""
+        return {name: hook.counts for name, hook in self._hooks.items()}
+
+    def total(self, action: str, group: Any, **settings: object) -> dict[str, Tensor]:
+        """The counts, summed over the ranks of a group if there is one; the first sum compares settings and routers."""
+        counts = self.own
+        if group is None:
+            return counts
+        summed = torch.cat(list(counts.values()))  # one message for all layers
+        if not self._compared and not is_capturing(summed):
+            settings |= {f"experts of {name or 'the router'}": count.shape[0] for name, count in counts.items()}
+            agree(action, lambda: settings, group)
+            self._compared = True
+        dist.all_reduce(summed, group=group)
+        return dict(zip(counts, summed.split([count.shape[0] for count in counts.values()]), strict=True))
+
+    def reset(self) -> None:
+        """Start again from zero."""
+        for count in self.own.values():
+            count.zero_()
+
+    def remove(self) -> None:
+        """Take the hooks off the model; what was counted stays."""
+        for handle in self._handles:
+            handle.remove()
 
 
-class UsageMeter:
+class UsageMeter(RouterCounts):
     """Counts what every router of a model picks, over any number of forwards, on the device.
 
     In training and in eval. What activation checkpointing repeats is counted once. A compiled model has to be given before
@@ -215,8 +224,7 @@ class UsageMeter:
             for them; None for this process alone.
 
     Raises:
-        TypeError: ``model`` is no module, or ``group`` no group.
-        ValueError: it has no router, or ``group`` several dimensions.
+        TypeError, ValueError: ``model`` is no module or has no router, or ``group`` is no group or has several dimensions.
 
     Example:
         >>> import torch
@@ -232,14 +240,8 @@ class UsageMeter:
     """
 
     def __init__(self, model: nn.Module, *, group: Any = None) -> None:
-        check_module(model)
         self._group = None if group is None else process_group(group)
-        routers = {name: module for name, module in model.named_modules() if isinstance(module, TopKRouter)}
-        if not routers:
-            raise ValueError("model has no TopKRouter")
-        self._hooks, self._handles = count_routers(routers, training_only=False)
-        self._settings = settings_of(routers)
-        self._compared = False
+        super().__init__(model, biased=False)
 
     def usage(self) -> dict[str, Usage]:
         """Return the counts since the start or the last :meth:`reset`, by the router's name in the model; nothing is read yet.
@@ -247,25 +249,7 @@ class UsageMeter:
         Raises:
             ValueError: the routers of the group's ranks differ; the message says which ranks have what.
         """
-        counts = {name: hook.counts for name, hook in self._hooks.items()}
-        if self._group is not None:
-            total = torch.cat(list(counts.values()))  # one message for all layers
-            if not self._compared and not is_capturing(total):
-                agree("UsageMeter.usage", lambda: self._settings, self._group)
-                self._compared = True
-            dist.all_reduce(total, group=self._group)
-            counts = dict(zip(counts, total.split([count.shape[0] for count in counts.values()]), strict=True))
-        return {name: Usage(count) for name, count in counts.items()}
-
-    def reset(self) -> None:
-        """Start again from zero."""
-        for hook in self._hooks.values():
-            hook.counts.zero_()
-
-    def remove(self) -> None:
-        """Take the hooks off the model; what was counted stays."""
-        for handle in self._handles:
-            handle.remove()
+        return {name: Usage(count) for name, count in self.total("UsageMeter.usage", self._group).items()}
 
     def picture(self, path: str | Path) -> Path:
         """Draw every router's shares into one file; see :meth:`Usage.picture`."""
@@ -275,11 +259,6 @@ class UsageMeter:
         reports = self.usage()
         width = max(map(len, reports))
         return "\n".join(f"{name:<{width}}  {report._summary()}" for name, report in reports.items())
-
-
-def settings_of(routers: Mapping[str, TopKRouter]) -> dict[str, object]:
-    """The lengths of the counts that ranks sum, by the router's name."""
-    return {f"experts of {name or 'the router'}": router.weight.shape[0] for name, router in routers.items()}
 
 
 def is_capturing(total: Tensor) -> bool:
@@ -296,12 +275,6 @@ def process_group(group: Any) -> Any:
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group must be a ProcessGroup or a DeviceMesh, got {type(group).__name__}")
     return group
-
-
-def check_module(model: object) -> None:
-    """The model is a module."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def _draw(reports: Mapping[str, Usage], path: Path) -> Path:

@@ -56,16 +56,14 @@ def load_balancing_loss(
     ``L = E * sum_i f_i P_i`` with ``f_i = c_i / (T K)``, the share of the routed rows that expert ``i`` takes, and ``P_i``
     the mean over the tokens of its probability. 1 at perfect balance, ``E`` at most. Only ``P`` has a gradient.
 
-    transformers' ``load_balancing_loss_func`` divides the counts by ``T`` instead, which makes it ``K`` times this. It also
-    takes a tuple of layers and counts them as one: here, stack them, ``[layers, ..., E]``. Rows that capacity dropped
-    (id -1) count nowhere, so the loss of an overflowing routing is below that of the undropped one.
+    transformers' ``load_balancing_loss_func`` divides the counts by ``T``, which makes it ``K`` times this, and takes a tuple
+    of layers: here, stack them, ``[layers, ..., E]``. Rows that capacity dropped (id -1) count nowhere.
 
     Args:
         logits: ``[..., E]`` router logits; probabilities with ``scoring="given"``.
         experts: ``[..., K]`` ids of any integer dtype; those outside ``[0, num_experts)`` are not counted.
         num_experts: ``E``.
-        scoring: how a token's probabilities come from its logits: ``"softmax"``; ``"sigmoid"``, divided by their sum as
-            DeepSeek-V3 does; or ``"given"``, they are in ``logits``.
+        scoring: ``"softmax"``; ``"sigmoid"``, divided by their sum as DeepSeek-V3 does; or ``"given"``, they are in ``logits``.
         attention_mask: 0 for padding, which is left out of both means; one entry for each token, or only the last of their
             dimensions (``[batch, sequence]`` for ``[layers, batch, sequence, E]``).
 
@@ -73,8 +71,7 @@ def load_balancing_loss(
         0-dimensional, float32 (float64 for float64 logits); 0 without tokens.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a shape or name that does not fit, naming the argument.
+        TypeError, ValueError: an argument that does not fit, which the message names.
 
     Source:
         Switch Transformers (arXiv 2101.03961), equations 4 to 6, divided by K; DeepSeek-V3 (arXiv 2412.19437) section 2.1.2.
@@ -129,8 +126,7 @@ def router_z_loss(logits: Tensor, *, attention_mask: Tensor | None = None) -> Te
         0-dimensional, float32 (float64 for float64 logits); 0 without tokens.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a shape that does not fit, naming the argument.
+        TypeError, ValueError: an argument that does not fit, which the message names.
 
     Source:
         ST-MoE (arXiv 2202.08906), equation 5.

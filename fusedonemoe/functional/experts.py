@@ -1,8 +1,4 @@
-"""The expert layers.
-
-Suffixes of tensor names: T tokens, D hidden size, F intermediate size, E experts, K experts per token,
-G rows of the up-projection (2F when gated, F when plain).
-"""
+"""The expert layers. Suffixes of tensor names: T tokens, D, F sizes, E experts, K of a token, G rows of the up-projection."""
 
 from typing import Any
 
@@ -10,10 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fusedonemoe.checks import check_dim, check_fits, check_like_x, check_routing, check_save_percent
-from fusedonemoe.functional.arguments import check_biases, projections
-from fusedonemoe.functional.calls import as_rows, choose_impl, run_portable, with_leading
-from fusedonemoe.functional.packed import PackedExperts, home_weights, run_panels
+from fusedonemoe.checks import check_dim, check_fits, check_float, check_like_x, check_routing, check_save_percent, check_shape
+from fusedonemoe.functional.calls import as_rows, check_biases, choose_impl, projections, run_portable, with_leading
+from fusedonemoe.functional.packed import PackedExperts, check_packed, home_weights, refuse_packed_training
 from fusedonemoe.ops import library
 from fusedonemoe.ops.derivatives import refuse_transforms
 from fusedonemoe.ops.options import make_activation
@@ -66,23 +61,20 @@ def experts_mlp(
         transposed: weights come as ``[E, D, 2F]`` and ``[E, F, D]`` (GPT-OSS); read as views, never copied.
         swiglu_alpha: slope of ``swiglu_oai``.
         swiglu_limit: clamp of ``swiglu_oai``.
-        save_percent: 0 to 100, the share of pre-activation rows kept for the backward; the rest is computed again there.
-            Less memory for more time, the same gradients. ``dense`` is left to autograd and keeps everything.
-        packed: what :func:`pack_experts` made, in place of ``gate_up_proj`` and ``down_proj``; it holds the weights. For
-            ``impl`` ``"auto"`` or ``"cpu"``, and for calls that record no gradients. The same bits. Where autocast computes in
-            another dtype than that of the panels, each call unpacks them first, which takes time and memory.
+        save_percent: 0 to 100, the share of pre-activation rows kept for the backward; the rest is computed again there, for
+            the same gradients. ``dense`` is left to autograd and keeps everything.
+        packed: what :func:`pack_experts` made, in place of both weights, for calls with ``impl`` ``"auto"`` or ``"cpu"`` that
+            record no gradients. The same bits. If autocast computes in another dtype, each call unpacks the weights first.
         impl: ``"auto"``, ``"dense"`` (masked batched matmul, derivatives of every order), ``"grouped"`` (sorted rows),
             ``"cpu"`` (kernels that are compiled on first use; contiguous weights, no float64), ``"triton"`` (GPU kernels;
-            no float64) or ``"portable"`` (for export: torch's own operators only; reads a number back where many rows are
-            routed).
+            no float64) or ``"portable"`` (torch's own operators only, for export; may read a number from the device).
 
     Returns:
         ``[..., D]`` in the dtype of x. Products accumulate in float32 for half precision; each written tensor is rounded
         once; each row is written once, in a fixed order of summation.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype; no weights, or both forms of them.
-        ValueError: a shape or name that does not fit, or an ``impl`` that cannot run here.
+        TypeError, ValueError: an argument that does not fit, which the message names, or an ``impl`` that cannot run here.
         RuntimeError: the weights are packed, and the call records gradients or is exported.
 
     Source:
@@ -106,8 +98,8 @@ def experts_mlp(
     if gate_up_proj is None or down_proj is None:
         missing = "gate_up_proj" if gate_up_proj is None else "down_proj"
         raise TypeError(f"{missing} must be a torch.Tensor, got NoneType")
-    biases = gate_up_bias, down_bias
-    return run_experts(x, experts, weights, gate_up_proj, down_proj, *biases, act, save_percent, transposed, impl)
+    rest = (gate_up_bias, down_bias, act, save_percent, transposed, impl)
+    return run_experts(x, experts, weights, gate_up_proj, down_proj, *rest)
 
 
 def run_packed(
@@ -124,11 +116,17 @@ def run_packed(
 ) -> Tensor:
     """Run :func:`experts_mlp` on packed weights, with a checked activation and percentage."""
     check_routing(x, experts, weights)
-    biases = gate_up_bias, down_bias
-    y = run_panels(x, experts, weights, packed, *biases, act, transposed=transposed, impl=impl)
-    if y is not None:
-        return y
-    return run_experts(x, experts, weights, *home_weights(packed), *biases, act, save_percent, transposed, impl)
+    check_packed(packed, x, act.layout, transposed, impl)
+    up, down = packed._homes
+    check_biases(x, gate_up_bias, down_bias, (packed.up.shape[0], up.rows, up.width))
+    refuse_packed_training(x, weights, packed.up, packed.down, gate_up_bias, down_bias)
+    autocast = library.autocast_dtype(x.device.type)
+    if autocast is not None and (x.dtype is torch.float64 or {packed.up.dtype, packed.down.dtype} != {autocast}):
+        # The kernels have no panels of one dtype for rows of another.
+        biases = gate_up_bias, down_bias
+        return run_experts(x, experts, weights, *home_weights(packed), *biases, act, save_percent, transposed, impl)
+    parameters = (packed.up, packed.down, gate_up_bias, down_bias, down.width, *act, library.BUILD)
+    return with_leading(library.experts_mlp_packed(as_rows(x), as_rows(experts), as_rows(weights), *parameters), x)
 
 
 def run_experts(
@@ -179,12 +177,10 @@ def run_experts(
 def experts_merged(x: Tensor, experts: Tensor, weights: Tensor, proj: Tensor, *, impl: str = "auto") -> Tensor:
     """Project each token by the weighted mix of its experts: ``h_t = sum_j w_tj (x_t W_e)``, ``e = experts_tj``.
 
-    The up-projection of the original FusedOneMoE: the mix happens before the activation, which is the caller's.
+    The up-projection of the original FusedOneMoE: the mix happens before the activation, which is the caller's. The first
+    three arguments are those of :func:`experts_mlp`.
 
     Args:
-        x: ``[..., D]`` float64, float32, bfloat16 or float16.
-        experts: ``[..., K]`` ids of any integer dtype; ids outside ``[0, E)`` contribute zero.
-        weights: ``[..., K]`` routing weights of any float dtype.
         proj: ``[E, D, F]``, dtype of x.
         impl: ``"auto"``, ``"dense"``, ``"grouped"``, ``"cpu"``, ``"triton"`` or ``"portable"``.
 
@@ -192,8 +188,7 @@ def experts_merged(x: Tensor, experts: Tensor, weights: Tensor, proj: Tensor, *,
         ``[..., F]`` in the dtype of x.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a shape or name that does not fit, or an ``impl`` that cannot run here.
+        TypeError, ValueError: an argument that does not fit, which the message names, or an ``impl`` that cannot run here.
 
     Example:
         >>> import torch
@@ -220,3 +215,21 @@ def experts_merged(x: Tensor, experts: Tensor, weights: Tensor, proj: Tensor, *,
         refuse_transforms()
         h = library.experts_merged(*flat, library.BUILD, chosen)[0]
     return with_leading(h, x)
+
+
+def stack_gate_up(gate_proj: Tensor, up_proj: Tensor) -> Tensor:
+    """Join separate gate and up weights into the ``[E, 2F, D]`` that :func:`experts_mlp` reads. Copies: do it once.
+
+    Gate rows come first. An argument that is no floating-point ``[E, F, D]`` is a TypeError or a ValueError.
+
+    Example:
+        >>> import torch
+        >>> from fusedonemoe import functional as F
+        >>> F.stack_gate_up(torch.randn(4, 32, 16), torch.randn(4, 32, 16)).shape
+        torch.Size([4, 64, 16])
+    """
+    check_float("gate_proj", gate_proj)
+    check_float("up_proj", up_proj)
+    check_dim("gate_proj", gate_proj, "E, F, D")
+    check_shape("up_proj", up_proj, tuple(gate_proj.shape))
+    return torch.cat((gate_proj, up_proj), dim=1)

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from fusedonemoe.checks import check_dim, check_float, check_routing, check_same_device, check_save_percent, check_shape
-from fusedonemoe.functional.arguments import check_biases, projections
-from fusedonemoe.functional.calls import as_rows, choose_impl, records_gradients, with_leading
+from fusedonemoe.functional.calls import as_rows, check_biases, choose_impl, projections, records_gradients, with_leading
 from fusedonemoe.ops import library
 from fusedonemoe.ops.derivatives import refuse_transforms
 from fusedonemoe.ops.options import make_activation
@@ -63,18 +62,13 @@ def experts_mlp_lora(
     save_percent: int = 100,
     impl: str = "auto",
 ) -> Tensor:
-    """Run :func:`experts_mlp` with a low-rank adapter on each projection, factored.
+    """Run :func:`experts_mlp` with a low-rank adapter on each projection, factored; what is not said here is as there.
 
     ``z = x Wup_e + s1 (x A1_e) B1_e + bup_e``, ``y_t = sum_j w_tj (act(z) Wdown_e + s2 (act(z) A2_e) B2_e + bdown_e)``,
     ``e = experts_tj``. The product ``B A`` of no expert is formed, and a projection that requires no gradient costs none of
     its memory and arithmetic.
 
     Args:
-        x: ``[..., D]`` float64, float32, bfloat16 or float16.
-        experts: ``[..., K]`` ids of any integer dtype; those outside ``[0, E)`` contribute zero.
-        weights: ``[..., K]`` routing weights of any float dtype.
-        gate_up_proj: ``[E, 2F, D]``, or ``[E, F, D]`` when plain; dtype of x.
-        down_proj: ``[E, D, F]``, dtype of x.
         gate_up_A: ``[E, r, D]`` of any float dtype, computed with in that of x; None, with ``gate_up_B``, for no adapter.
         gate_up_B: ``[E, 2F, r]`` (``[E, F, r]`` when plain), rows as those of ``gate_up_proj``. Whether the projections are
             ``transposed`` or not, factors are not.
@@ -82,24 +76,8 @@ def experts_mlp_lora(
         down_B: ``[E, D, r]``.
         gate_up_scale: ``s1``, usually ``alpha / r``.
         down_scale: ``s2``.
-        gate_up_bias: ``[E, 2F]`` or ``[E, F]``.
-        down_bias: ``[E, D]``.
-        activation: as in :func:`experts_mlp`.
-        gated: as in :func:`experts_mlp`.
-        gate_up_layout: as in :func:`experts_mlp`.
-        transposed: the projections come as ``[E, D, 2F]`` and ``[E, F, D]``; read as views, never copied.
-        swiglu_alpha: slope of ``swiglu_oai``.
-        swiglu_limit: clamp of ``swiglu_oai``.
-        save_percent: 0 to 100, the share of pre-activation rows kept for the backward.
         impl: ``"auto"``, ``"dense"``, ``"grouped"`` or ``"triton"``. The compiled CPU kernels have no adapters: on CPU,
             ``"auto"`` is ``"grouped"``.
-
-    Returns:
-        ``[..., D]`` in the dtype of x.
-
-    Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a shape or name that does not fit, or an ``impl`` that cannot run here.
 
     Source:
         LoRA (Hu et al. 2021, arXiv 2106.09685); layout of the factors after PEFT's ``target_parameters``.

@@ -1,7 +1,8 @@
-"""Experts of a single neuron, and value memory: tables of many small experts.
+"""Experts of a single neuron, and value memory: tables of many small experts."""
 
-Suffixes of tensor names: T tokens, D hidden size, E experts, K experts per token.
-"""
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from fusedonemoe.checks import (
     check_choices,
     check_dim,
     check_fits,
+    check_flag,
     check_float,
     check_like_x,
     check_one_of,
@@ -17,7 +19,7 @@ from fusedonemoe.checks import (
     check_same_device,
     check_shape,
 )
-from fusedonemoe.functional.calls import as_rows, compute_dtype, records_gradients, run_portable
+from fusedonemoe.functional.calls import as_rows, records_gradients, run_portable
 from fusedonemoe.ops import library
 from fusedonemoe.ops.choice import (
     ASKED_FOR,
@@ -45,19 +47,10 @@ def _check_table(name: str, table: Tensor) -> None:
 
 
 def choose_tables(impl: str, *, device_type: str, dtype: torch.dtype, contiguous: bool) -> Choice:
-    """Choose the implementation for table experts; ``grouped`` runs everywhere.
-
-    Args:
-        impl: ``"auto"`` or one of :data:`IMPLEMENTATIONS`.
-        device_type: of the tensors.
-        dtype: of the computation.
-        contiguous: whether the tables are.
-    """
+    """Choose the implementation for table experts, as :func:`fusedonemoe.ops.choose` does; ``grouped`` runs everywhere."""
     check_one_of("impl", impl, ("auto", *IMPLEMENTATIONS))
 
-    def reason(name: str) -> str | None:
-        return refusal(name, device_type=device_type, dtype=dtype, widths=(), contiguous=contiguous)
-
+    reason = partial(refusal, device_type=device_type, dtype=dtype, widths=(), contiguous=contiguous)
     if exporting_to_onnx():
         if impl not in ("auto", "portable"):
             raise ValueError(no_onnx_form(impl))
@@ -74,16 +67,9 @@ def choose_tables(impl: str, *, device_type: str, dtype: torch.dtype, contiguous
     return Choice(impl, ASKED_FOR)
 
 
-def _choose(impl: str, device_type: str, dtype: torch.dtype, *tables: Tensor) -> str:
-    """The implementation that runs a call; raises where a named one cannot."""
-    contiguous, dtype = all(map(Tensor.is_contiguous, tables)), compute_dtype(dtype, device_type)
-    return choose_tables(impl, device_type=device_type, dtype=dtype, contiguous=contiguous).impl
-
-
 def _gets_sparse_gradients(sparse: bool, chosen: str, *tables: Tensor) -> bool:
     """Return whether this call's gradients of the tables are sparse; raise where they were asked for and cannot be."""
-    if not isinstance(sparse, bool):
-        raise TypeError(f"sparse must be a bool, got {sparse!r}")
+    check_flag("sparse", sparse)
     if not sparse or not records_gradients(*tables):
         return False
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
@@ -94,6 +80,25 @@ def _gets_sparse_gradients(sparse: bool, chosen: str, *tables: Tensor) -> bool:
     if chosen in ("dense", "portable"):
         raise ValueError(f"sparse=True needs impl='grouped', 'cpu' or 'triton': impl={chosen!r} has dense gradients only")
     return True
+
+
+def _run(
+    operator: str, portable: Callable[..., Tensor], flat: tuple[Any, ...], x: Tensor, *tables: Tensor, sparse: bool, impl: str
+) -> Tensor:
+    """Run an operator on tables in the implementation that is chosen for ``x``."""
+    contiguous, device_type = all(map(Tensor.is_contiguous, tables)), x.device.type
+    dtype = x.dtype if x.dtype is torch.float64 else library.autocast_dtype(device_type) or x.dtype
+    chosen = choose_tables(impl, device_type=device_type, dtype=dtype, contiguous=contiguous).impl
+    is_sparse = _gets_sparse_gradients(sparse, chosen, *tables)
+    if chosen == "dense":
+        return getattr(_ops, f"{operator}_dense")(*flat, library.BUILD)
+    if chosen == "portable":
+        return run_portable(operator, portable, flat)
+    refuse_transforms()
+    if is_sparse:
+        return getattr(library, f"{operator}_sparse")(*flat, chosen)
+    y = getattr(library, operator)(*flat, library.BUILD, chosen)
+    return y[0] if operator == "experts_neurons" else y  # the other results are for the backward
 
 
 def experts_neurons(
@@ -109,31 +114,26 @@ def experts_neurons(
 ) -> Tensor:
     """Run each token through experts of a single neuron: ``y_t = sum_j act(<x_t, d_e>) w_tj u_e``, ``e = experts_tj``.
 
-    ``d_e`` and ``u_e`` are rows of two tables, which may have a million. They are read where they lie, and never gathered
-    into a tensor of T * K rows. An id outside ``[0, E)`` contributes zero, and gets none.
+    ``d_e`` and ``u_e`` are rows of two tables, which may have a million. They are never gathered into a tensor of T * K rows.
+    An id outside ``[0, E)`` contributes zero, and gets none.
 
     Args:
-        x: ``[..., D]`` float64, float32, bfloat16 or float16.
-        experts: ``[..., K]`` ids of any integer dtype.
-        weights: ``[..., K]`` routing weights of any float dtype.
+        x: ``[..., D]`` float64, float32, bfloat16 or float16, with ``experts`` and ``weights`` as for :func:`experts_mlp`.
         down_table: ``[E, D]``, dtype of x.
         up_table: ``[E, D]``, dtype of x.
         activation: ``silu``, ``gelu`` (erf), ``gelu_tanh``, ``relu``, ``relu2``, ``sigmoid`` or ``identity``.
         sparse: as of ``torch.nn.Embedding``: gradients of the tables are coalesced ``torch.sparse_coo`` tensors of the rows that
-            were routed to, equal to those of the dense gradient, and no ``[E, D]`` gradient exists; for ``torch.optim.SGD`` and
-            ``SparseAdam``. Eager calls alone have them; without gradients of the tables it has no effect.
+            were routed to, equal to those of the dense gradient; for ``torch.optim.SGD`` and ``SparseAdam``, in eager calls.
         impl: ``"auto"``, ``"dense"`` (all E experts for every token: derivatives of every order, for small E), ``"grouped"``
             (PyTorch's bags of embeddings; widens tables of half precision), ``"cpu"`` (kernels that are compiled on first
             use; contiguous tables, no float64), ``"triton"`` (GPU kernels; no float64) or ``"portable"`` (for export: gathers
             the routed rows).
 
     Returns:
-        ``[..., D]`` in the dtype of x. Dot products and sums are accumulated in float32 for half precision and rounded once,
-        in a fixed order.
+        ``[..., D]`` in the dtype of x. Sums are accumulated in float32 for half precision and rounded once, in a fixed order.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a shape or name that does not fit, or an ``impl`` that cannot run here.
+        TypeError, ValueError: an argument that does not fit, which the message names, or an ``impl`` that cannot run here.
         RuntimeError: ``sparse=True`` under torch.compile, torch.export or a transform of ``torch.func``.
 
     Source:
@@ -154,20 +154,9 @@ def experts_neurons(
     _check_table("down_table", down_table)
     check_shape("up_table", up_table, tuple(down_table.shape))
     check_fits(x, down_table.shape[1], "down_table")
-    chosen = _choose(impl, x.device.type, x.dtype, down_table, up_table)
-    is_sparse = _gets_sparse_gradients(sparse, chosen, down_table, up_table)
     flat = (as_rows(x), as_rows(experts), as_rows(weights), down_table, up_table, activation)
-    if chosen == "dense":
-        y = _ops.experts_neurons_dense(*flat, library.BUILD)
-    elif chosen == "portable":
-        y = run_portable("experts_neurons", experts_neurons_portable, flat)
-    elif is_sparse:
-        refuse_transforms()
-        y = library.experts_neurons_sparse(*flat, chosen)
-    else:
-        refuse_transforms()
-        y = library.experts_neurons(*flat, library.BUILD, chosen)[0]
-    return y.reshape(x.shape)
+    tables = (down_table, up_table)
+    return _run("experts_neurons", experts_neurons_portable, flat, x, *tables, sparse=sparse, impl=impl).reshape(x.shape)
 
 
 def experts_values(experts: Tensor, weights: Tensor, table: Tensor, *, sparse: bool = False, impl: str = "auto") -> Tensor:
@@ -179,17 +168,11 @@ def experts_values(experts: Tensor, weights: Tensor, table: Tensor, *, sparse: b
         experts: ``[..., K]`` ids of any integer dtype.
         weights: ``[..., K]`` of any float dtype.
         table: ``[E, D]`` float64, float32, bfloat16 or float16.
-        sparse: whether the gradient of the table is a sparse tensor, as in :func:`experts_neurons`.
-        impl: as in :func:`experts_neurons`.
+        sparse: as in :func:`experts_neurons`; so are ``impl``, the errors and the rounding.
+        impl: of the computation.
 
     Returns:
-        ``[..., D]`` in the dtype of the table. Sums are accumulated in float32 for half precision and rounded once, in a
-        fixed order.
-
-    Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a shape or name that does not fit, or an ``impl`` that cannot run here.
-        RuntimeError: ``sparse=True`` under torch.compile, torch.export or a transform of ``torch.func``.
+        ``[..., D]`` in the dtype of the table.
 
     Source:
         Lample et al. 2019, "Large memory layers with product keys" (arXiv 1907.05242), section 3.1.
@@ -208,17 +191,6 @@ def experts_values(experts: Tensor, weights: Tensor, table: Tensor, *, sparse: b
     check_shape("weights", weights, tuple(experts.shape))
     check_same_device("experts", experts, "table", table.device)
     check_same_device("weights", weights, "table", table.device)
-    chosen = _choose(impl, table.device.type, table.dtype, table)
-    is_sparse = _gets_sparse_gradients(sparse, chosen, table)
     flat = (as_rows(experts), as_rows(weights), table)
-    if chosen == "dense":
-        y = _ops.experts_values_dense(*flat, library.BUILD)
-    elif chosen == "portable":
-        y = run_portable("experts_values", experts_values_portable, flat)
-    elif is_sparse:
-        refuse_transforms()
-        y = library.experts_values_sparse(*flat, chosen)
-    else:
-        refuse_transforms()
-        y = library.experts_values(*flat, library.BUILD, chosen)
+    y = _run("experts_values", experts_values_portable, flat, table, table, sparse=sparse, impl=impl)
     return y.reshape(*experts.shape[:-1], table.shape[1])

@@ -1,28 +1,25 @@
 """Experts from packed weights: the panels are the weights, so there is nothing that could differ from them."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusedonemoe.checks import check_dim, check_fits, check_float, check_like_x, check_one_of, check_same_device, check_shape
-from fusedonemoe.functional.arguments import check_biases, intermediate_size
-from fusedonemoe.functional.calls import as_rows, records_gradients, with_leading
+from fusedonemoe.functional.calls import intermediate_size, records_gradients
 from fusedonemoe.ops import library
 from fusedonemoe.ops.choice import refusal
 from fusedonemoe.ops.derivatives import refuse_transforms
 from fusedonemoe.ops.library import PanelHome
 from fusedonemoe.ops.options import row_layout
-from fusedonemoe.ops.records import GATE_UP_LAYOUTS, PLAIN, Activation
+from fusedonemoe.ops.records import GATE_UP_LAYOUTS, PLAIN
 
 
 @dataclass(frozen=True, eq=False)
 class PackedExperts:
     """Expert weights in the order in which the CPU kernels read them, for :func:`experts_mlp`.
 
-    The panels are the weights: there is no other copy that counts. A write into ``up`` or ``down``, element by element,
-    changes the weights, and :meth:`unpack` returns what was written.
+    The panels are the weights: a write into ``up`` or ``down`` changes them, and :meth:`unpack` returns what was written.
 
     Attributes:
         up: panels of the up-projection, ``[E, panels, units, columns, elements]``, in the dtype of the weights.
@@ -45,7 +42,6 @@ class PackedExperts:
 
     @property
     def _homes(self) -> tuple[PanelHome, PanelHome]:
-        """Sizes and order of rows of both weights."""
         rows = self.intermediate_size if self.layout == PLAIN else 2 * self.intermediate_size
         return PanelHome(rows, self.hidden_size, self.layout), PanelHome(self.hidden_size, self.intermediate_size, PLAIN)
 
@@ -66,21 +62,17 @@ def pack_experts(
 ) -> PackedExperts:
     """Copy expert weights into the order in which the CPU kernels read them, for inference.
 
-    With few rows per expert the kernels are bound by reading the weights, and panels are read as one stream. The result is a
-    set of weights of its own, as a clone would be: later changes of the arguments do not reach it.
+    With few rows per expert the kernels are bound by reading the weights, and panels are read as one stream. Later changes of
+    the arguments, which are those of :func:`experts_mlp`, do not reach the result. Nothing is recorded for a backward pass.
 
     Args:
         gate_up_proj: ``[E, 2F, D]``, or ``[E, F, D]`` when plain; float32, bfloat16 or float16, contiguous, on CPU.
         down_proj: ``[E, D, F]``, of the same dtype.
-        gated: as in :func:`experts_mlp`.
-        gate_up_layout: as in :func:`experts_mlp`.
-
-    Returns:
-        :class:`PackedExperts`, for the argument ``packed`` of :func:`experts_mlp`. Nothing is recorded for a backward pass.
+        gated: whether the first holds gate and up.
+        gate_up_layout: order of its rows.
 
     Raises:
-        TypeError: an argument that is no floating-point tensor, or dtypes that differ.
-        ValueError: a shape that does not fit, or no CPU kernels for such weights here; the message says why.
+        TypeError, ValueError: an argument that does not fit, or no CPU kernels for such weights here; the message says why.
 
     Example:
         >>> import torch
@@ -139,7 +131,8 @@ def refuse_packed_training(x: Tensor, weights: Tensor, *parameters: Tensor | Non
         )
 
 
-def _check_packed(packed: PackedExperts, x: Tensor, layout: str, transposed: bool, impl: str) -> None:
+def check_packed(packed: PackedExperts, x: Tensor, layout: str, transposed: bool, impl: str) -> None:
+    """Check that a call can read these panels. Operators check their sizes, each time: they are memory that kernels trust."""
     if not isinstance(packed, PackedExperts):
         raise TypeError(f"packed must be PackedExperts, as pack_experts makes them, got {type(packed).__name__}")
     if transposed:
@@ -157,28 +150,3 @@ def _check_packed(packed: PackedExperts, x: Tensor, layout: str, transposed: boo
         shapes = tuple(packed.up.shape), tuple(packed.down.shape)
         raise ValueError(f"packed must hold panels, with {library.PANEL_DIMS} dimensions, got shapes {shapes[0]}, {shapes[1]}")
     # Their sizes are checked in the operators, each time: they are memory that kernels trust.
-
-
-def run_panels(
-    x: Tensor,
-    experts: Tensor,
-    weights: Tensor,
-    packed: PackedExperts,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    act: Activation,
-    *,
-    transposed: bool,
-    impl: str,
-) -> Tensor | None:
-    """The output from panels; None where autocast computes in another dtype than theirs."""
-    _check_packed(packed, x, act.layout, transposed, impl)
-    (up, down), E = packed._homes, packed.up.shape[0]
-    check_biases(x, gate_up_bias, down_bias, (E, up.rows, up.width))
-    refuse_packed_training(x, weights, packed.up, packed.down, gate_up_bias, down_bias)
-    autocast = library.autocast_dtype(x.device.type)
-    if autocast is not None and (x.dtype is torch.float64 or {packed.up.dtype, packed.down.dtype} != {autocast}):
-        return None
-    flat = (as_rows(x), as_rows(experts), as_rows(weights))
-    arguments: tuple[Any, ...] = (*flat, packed.up, packed.down, gate_up_bias, down_bias, down.width, *act, library.BUILD)
-    return with_leading(library.experts_mlp_packed(*arguments), x)

@@ -14,8 +14,7 @@ from fusedonemoe.checks import (
     check_shape,
     check_tensor,
 )
-from fusedonemoe.functional.arguments import check_biases, intermediate_size
-from fusedonemoe.functional.calls import as_rows, choose_impl, records_gradients, with_leading
+from fusedonemoe.functional.calls import as_rows, check_biases, choose_impl, intermediate_size, records_gradients, with_leading
 from fusedonemoe.ops import formats, library
 from fusedonemoe.ops.derivatives import refuse_transforms
 from fusedonemoe.ops.formats import GROUP_SIZES, QUANTIZED, QuantizedWeight
@@ -59,15 +58,14 @@ def quantize_weight(weight: Tensor, dtype: str = "int8", *, group_size: int = 12
         dtype: ``"int8"``, one scale for every output: 127 is the largest of the row. ``"int4"``, one scale for every
             ``group_size`` inputs of an output.
         group_size: 32, 64 or 128, which has to divide I. For int4 only.
-        symmetric: whether a stored 8 means 0 and the largest of a group has a value of its own; otherwise the 16 values of
-            a group reach from its smallest to its largest element, and its zero point is stored. For int4 only.
+        symmetric: for int4: a stored 8 means 0 and the largest of a group has a value of its own; otherwise the 16 values of
+            a group reach from its smallest to its largest element, and its zero point is stored.
 
     Returns:
         :class:`QuantizedWeight`: about half the bytes of bfloat16 for int8, and 0.27 to 0.33 of them for int4.
 
     Raises:
-        TypeError: a weight that is no floating-point tensor.
-        ValueError: another shape, rows that do not divide into groups, or values that are not finite.
+        TypeError, ValueError: a weight of another dtype or shape, rows that do not divide into groups, or infinities or NaNs.
 
     Source:
         ``int4`` symmetric: the "Q4_0" rule of ggml.
@@ -130,18 +128,14 @@ def _check_quantized(name: str, weight: QuantizedWeight) -> None:
 
 
 def dequantize_weight(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weights that a :class:`QuantizedWeight` stands for.
+    """Return the weights ``[E, O, I]`` that a :class:`QuantizedWeight` stands for.
 
     Args:
         weight: of :func:`quantize_weight`.
         dtype: of the result; computed in float32, or float64 where that is asked for, and rounded once.
 
-    Returns:
-        ``[E, O, I]``.
-
     Raises:
-        TypeError: another argument, or parts of other dtypes.
-        ValueError: parts whose shapes do not fit each other.
+        TypeError, ValueError: another argument, or parts that do not fit each other.
 
     Example:
         >>> import torch
@@ -171,38 +165,19 @@ def experts_mlp_quantized(
     save_percent: int = 100,
     impl: str = "auto",
 ) -> Tensor:
-    """:func:`experts_mlp` over weights of 8 or 4 bits: ``W = scale * (values - zero_point)``.
+    """Run :func:`experts_mlp` over weights of 8 or 4 bits; what is not said here is as there.
 
-    Gradients reach x, the routing weights and the biases; quantised weights are constants. Sums are float32. The CPU
-    kernels read the weights as they are stored, once, and widen them in registers or a few rows at a time; a token's output
-    has the same bits whatever else is in the batch and however many threads run. The Triton kernels widen a tile of weights
-    in registers on its way to the product.
+    Gradients reach x, the routing weights and the biases; quantised weights are constants. Sums are float32. The kernels
+    read the weights as they are stored and widen them in registers; on CPU a token's output has the same bits whatever else
+    is in the batch and however many threads run.
 
     Args:
-        x: ``[..., D]`` float64, float32, bfloat16 or float16.
-        experts: ``[..., K]`` ids of any integer dtype; ids outside ``[0, E)`` contribute zero.
-        weights: ``[..., K]`` routing weights of any float dtype.
         gate_up_proj: of ``[E, 2F, D]``, or ``[E, F, D]`` when plain.
         down_proj: of ``[E, D, F]``, with as many bits.
-        gate_up_bias: ``[E, 2F]`` or ``[E, F]``, dtype of x.
-        down_bias: ``[E, D]``, dtype of x.
-        activation: as in :func:`experts_mlp`, like the next four.
-        gated: whether ``gate_up_proj`` holds gate and up.
-        gate_up_layout: order of its rows.
-        swiglu_alpha: slope of ``swiglu_oai``.
-        swiglu_limit: clamp of ``swiglu_oai``.
-        save_percent: 0 to 100, the share of pre-activation rows kept for the backward; the rest is computed again there.
-        impl: ``"cpu"`` (compiled kernels; contiguous weights, no float64), ``"triton"`` (GPU kernels, no float64),
-            ``"grouped"`` or ``"dense"`` (all weights are widened to the dtype of x, float32 for float16, for the time of the
-            call, then as in :func:`experts_mlp`), or ``"auto"``: the kernels where there are some, else grouped. There is no
-            portable form.
-
-    Returns:
-        ``[..., D]`` in the dtype of x.
+        impl: ``"cpu"``, ``"triton"``, ``"grouped"`` or ``"dense"`` (these two widen all weights to the dtype of x, float32 for
+            float16, for the time of the call), or ``"auto"``: the kernels where there are some, else grouped.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a shape or name that does not fit, or an ``impl`` that cannot run here.
         RuntimeError: a gradient of a scale is asked for.
 
     Example:
@@ -225,10 +200,8 @@ def experts_mlp_quantized(
     check_fits(x, D, "gate_up_proj")
     if down_proj.shape != (E, D, F):
         raise ValueError(f"down_proj must be of shape {(E, D, F)}, got {down_proj.shape}")
-    if (down_proj.bits, down_proj.bits == 4 and down_proj.group_size) != (
-        gate_up_proj.bits,
-        gate_up_proj.bits == 4 and gate_up_proj.group_size,
-    ):
+    up_kind, down_kind = ((weight.bits, weight.bits == 4 and weight.group_size) for weight in (gate_up_proj, down_proj))
+    if up_kind != down_kind:
         raise ValueError(
             f"down_proj must have the bits and the group size of gate_up_proj ({gate_up_proj.bits}, {gate_up_proj.group_size}), "
             f"got {down_proj.bits}, {down_proj.group_size}"

@@ -40,13 +40,12 @@ def route_top_p(
     """Take every expert whose probability exceeds a threshold, as many as there are.
 
     ``p = softmax(l / temperature)``, plus ``noise * top_p * randn`` when training; kept where ``p > top_p``;
-    ``w = sigmoid(l)`` on the kept. A token may keep all experts, or none. The shape does not tell: dropped experts have
-    weight 0 and id -1, which the expert layers skip. The gradient is exact, the selection being a constant.
+    ``w = sigmoid(l)`` on the kept. A token may keep all experts, or none; those it drops have weight 0 and id -1, which the
+    expert layers skip. The gradient is exact, the selection being a constant.
 
     Args:
         logits: ``[..., E]`` float64, float32, bfloat16 or float16.
-        top_p: the threshold, from 0 (included) to 1. Note that it is one for each expert alone: fewer than ``1 / top_p`` are
-            kept, unless noise lifts more over it.
+        top_p: the threshold of each expert, from 0 (included) to 1: fewer than ``1 / top_p`` are kept, but for noise.
         temperature: divides the logits of the softmax, not those of the weights; above 0.
         noise: standard deviation of the noise in multiples of ``top_p``; from 0.
         training: whether the noise is added.
@@ -57,8 +56,7 @@ def route_top_p(
         in its column, or -1.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a shape or number that does not fit, naming the argument.
+        TypeError, ValueError: an argument that does not fit, which the message names.
 
     Source:
         The original FusedOneMoE's "indefinacy", as its text means it; its code returns 0.
@@ -105,9 +103,8 @@ def route_with_shared(
 ) -> tuple[Tensor, Tensor]:
     """Route with shared experts in the same tensors: the last ``S`` experts take every token.
 
-    With ``R = E - S``, in this order: two softmaxes, ``r = softmax(l[:R])`` and ``s = softmax(l[R:])``; pick
-    ``TopK(r + b[:R])``, ``K - S`` of them; divide the picked ``r`` by their sum if ``norm_topk_prob``; ``s``, which sums to
-    1, is left alone. So the weights of a token sum to 2, to 1 where only one kind exists.
+    With ``R = E - S``: ``r = softmax(l[:R])`` and ``s = softmax(l[R:])``; pick ``TopK(r + b[:R])``, ``K - S`` of them; divide
+    the picked ``r`` by their sum if ``norm_topk_prob``. So the weights of a token sum to 2, to 1 where only one kind exists.
 
     Args:
         logits: ``[..., E]`` float64, float32, bfloat16 or float16.
@@ -122,8 +119,7 @@ def route_with_shared(
         routed ones, best first, then the shared ones in id order.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a shape or count that does not fit, naming the argument.
+        TypeError, ValueError: an argument that does not fit, which the message names.
 
     Source:
         MoMoE (github.com/tilde-research/MoMoE-impl), ``topk_router.py``.
@@ -164,12 +160,8 @@ def topk_softmax(logits: Tensor, top_k: int, *, impl: str = "auto") -> TopKSoftm
         top_k: ``K``.
         impl: as for :func:`route`.
 
-    Returns:
-        :class:`TopKSoftmax` ``(weights, experts, token_expert_indices)``.
-
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a shape or count that does not fit, naming the argument.
+        TypeError, ValueError: an argument that does not fit, which the message names.
 
     Source:
         candle-moe's ``apply_topk_softmax_inplace``, after vLLM's ``topk_softmax``.

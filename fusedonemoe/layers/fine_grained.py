@@ -1,26 +1,19 @@
 """A block of very many very small experts: product keys find them, one neuron each is all they are."""
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fusedonemoe import functional as F
-from fusedonemoe.checks import check_integer, check_last_dim, check_one_of
+from fusedonemoe.checks import check_flag, check_integer, check_last_dim, check_one_of
 from fusedonemoe.layers.routers import ProductKeyRouter, routing_impl
 from fusedonemoe.linear import uniform_by_fan_in
+from fusedonemoe.ops.activation import activate
+from fusedonemoe.ops.records import ACTIVATIONS, PLAIN, Activation
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": nn.functional.silu,
-    "gelu": nn.functional.gelu,
-    "gelu_tanh": lambda z: nn.functional.gelu(z, approximate="tanh"),
-    "relu": nn.functional.relu,
-    "relu2": lambda z: nn.functional.relu(z).square(),
-    "sigmoid": torch.sigmoid,
-    "identity": lambda z: z,
-}
+_ACTIVATIONS = tuple(name for name in ACTIVATIONS if name != "swiglu_oai")  # which has a gate
 
 
 class FineGrainedOutput(NamedTuple):
@@ -47,21 +40,14 @@ class FineGrainedMoE(nn.Module):
         num_experts: ``E = G * G``, a square.
         top_k: ``K``, experts per token and head.
         intermediate_size: of the dense branch; None leaves it out.
-        activation: of both: ``silu``, ``gelu`` (erf), ``gelu_tanh``, ``relu``, ``relu2``, ``sigmoid`` or ``identity``.
-        num_heads: ``H``; each has keys of its own, for the same experts.
-        norm_topk_prob: whether the weights of a token's head sum to 1.
-        input_norm: ``"batch"``, ``"rms"`` or None, as in :class:`fusedonemoe.ProductKeyRouter`.
-        sparse: whether the gradients of the two tables are sparse tensors, as in :func:`fusedonemoe.functional.experts_neurons`.
-        impl: as in :func:`fusedonemoe.functional.experts_neurons`.
-        device: of the parameters.
-        dtype: of the parameters.
+        activation: of both, as in :func:`fusedonemoe.functional.experts_neurons`; so are ``sparse`` and ``impl``.
+        num_heads: ``H``, as in :class:`fusedonemoe.ProductKeyRouter`; so are ``norm_topk_prob`` and ``input_norm``.
 
     Shape:
         x ``[..., D]`` to :class:`FineGrainedOutput`.
 
     Raises:
-        TypeError: a size that is no integer, or a ``sparse`` that is no bool.
-        ValueError: a size or name out of range.
+        TypeError, ValueError: an argument of another type, or a size or name out of range.
 
     Source:
         He 2024, "Mixture of a million experts" (arXiv 2407.04153); FlashMoE for the dense branch and the logits.
@@ -99,13 +85,13 @@ class FineGrainedMoE(nn.Module):
                 f"num_experts must be the square of a number of keys, such as {max(num_keys, 1) ** 2} or {(num_keys + 1) ** 2}, "
                 f"got {num_experts}"
             )
-        check_one_of("activation", activation, tuple(_ACTIVATIONS))
+        check_one_of("activation", activation, _ACTIVATIONS)
         if intermediate_size is not None:
             check_integer("intermediate_size", intermediate_size)
             if intermediate_size < 1:
                 raise ValueError(f"intermediate_size must be at least 1, or None for no dense branch, got {intermediate_size}")
-        if not isinstance(sparse, bool):
-            raise TypeError(f"sparse must be a bool, got {sparse!r}")
+        check_flag("sparse", sparse)
+        made: Any = {"device": device, "dtype": dtype}
         self.activation = activation
         self.sparse = sparse
         self.impl = impl
@@ -117,18 +103,17 @@ class FineGrainedMoE(nn.Module):
             norm_topk_prob=norm_topk_prob,
             input_norm=input_norm,
             impl=routing_impl(impl),
-            device=device,
-            dtype=dtype,
+            **made,
         )
-        self.down_embed: nn.Parameter = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
-        self.up_embed: nn.Parameter = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
+        self.down_embed: nn.Parameter = nn.Parameter(torch.empty(num_experts, hidden_size, **made))
+        self.up_embed: nn.Parameter = nn.Parameter(torch.empty(num_experts, hidden_size, **made))
         self.gate_proj: nn.Linear | None = None
         self.up_proj: nn.Linear | None = None
         self.down_proj: nn.Linear | None = None
         if intermediate_size is not None:
-            self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False, device=device, dtype=dtype)
-            self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False, device=device, dtype=dtype)
-            self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False, device=device, dtype=dtype)
+            self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False, **made)
+            self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False, **made)
+            self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False, **made)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -147,7 +132,7 @@ class FineGrainedMoE(nn.Module):
         tables = (self.down_embed, self.up_embed)
         y = F.experts_neurons(*(x, experts, weights, *tables), activation=self.activation, sparse=self.sparse, impl=self.impl)
         if self.gate_proj is not None and self.up_proj is not None and self.down_proj is not None:
-            y = y + self.down_proj(_ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))
+            y = y + self.down_proj(activate(self.gate_proj(x), Activation(self.activation, PLAIN, 0.0, 0.0)) * self.up_proj(x))
         return FineGrainedOutput(y, logits)
 
     def extra_repr(self) -> str:

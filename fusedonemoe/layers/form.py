@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 
+from torch import nn
+
 from fusedonemoe.layers.moe import Experts
-from fusedonemoe.ops.options import ACTIVATION_OPTIONS, SWIGLU_ALPHA, SWIGLU_LIMIT, options_of
+from fusedonemoe.ops.options import ACTIVATION_OPTIONS, ActivationFields, options_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExpertsForm:
+class ExpertsForm(ActivationFields):
     """The form of a module of experts: the names of its parameters, and their computation.
 
     Attributes:
@@ -15,14 +17,7 @@ class ExpertsForm:
         down: name of the down-projection's parameter, ``[E, D, F]`` or ``[E, F, D]``.
         up_bias: name of the up-projection's bias ``[E, G]``, or None.
         down_bias: name of the down-projection's bias ``[E, D]``, or None.
-        transposed: the projections are kept as ``[E, D, G]`` and ``[E, F, D]``.
-        activation: this and the next four as for :func:`fusedonemoe.functional.experts_mlp`.
-        gated: the up-projection holds gate and up.
-        gate_up_layout: order of its rows.
-        swiglu_alpha: slope of ``swiglu_oai``.
-        swiglu_limit: clamp of ``swiglu_oai``.
-        save_percent: share of pre-activation rows kept for the backward.
-        impl: implementation of :func:`fusedonemoe.functional.experts_mlp_lora`.
+        transposed: this and all other fields are arguments of :func:`fusedonemoe.functional.experts_mlp_lora`.
 
     Example:
         >>> ExpertsForm(up="w13", down="w2").activation
@@ -34,11 +29,6 @@ class ExpertsForm:
     up_bias: str | None = None
     down_bias: str | None = None
     transposed: bool = False
-    activation: str = "silu"
-    gated: bool = True
-    gate_up_layout: str = "gate_up"
-    swiglu_alpha: float = SWIGLU_ALPHA
-    swiglu_limit: float = SWIGLU_LIMIT
     save_percent: int = 100
     impl: str = "auto"
 
@@ -47,8 +37,10 @@ class ExpertsForm:
         return self.up if target == "gate_up" else self.down
 
 
-def form_of(experts: Experts) -> ExpertsForm:
-    """Return the form of an :class:`Experts`."""
+def form_of(experts: nn.Module) -> ExpertsForm | None:
+    """Return the form of an :class:`Experts`; None for another module."""
+    if not isinstance(experts, Experts):
+        return None
     config, up = experts.config, "gate_up_proj" if experts.config.gated else "up_proj"
     return ExpertsForm(
         up=up,

@@ -1,5 +1,7 @@
 """The block of the original FusedOneMoE."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -28,8 +30,6 @@ class FusedOneMoE(nn.Module):
         topk: ``K`` when sparse.
         bias: ``b_up`` and ``b_down``.
         impl: ``auto``, ``dense``, ``grouped``, ``cpu``, ``triton`` or ``portable``.
-        device: of the parameters.
-        dtype: of the parameters.
 
     Shape:
         ``[..., D]`` to ``[..., D]``.
@@ -56,25 +56,11 @@ class FusedOneMoE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        # MoEConfig knows how to say what is wrong with a size.
-        MoEConfig(
-            hidden_size=hidden_size,
-            intermediate_size=intermediate_size,
-            num_experts=groups,
-            top_k=topk if is_sparse else None,
-            impl=impl,
-        )
+        sizes: Any = {"hidden_size": hidden_size, "num_experts": groups, "top_k": topk if is_sparse else None}
+        MoEConfig(intermediate_size=intermediate_size, impl=impl, **sizes)  # it checks
         self.impl = impl
-        self.gate: TopKRouter = TopKRouter(
-            hidden_size,
-            groups,
-            topk if is_sparse else None,
-            scoring="sigmoid",
-            norm_topk_prob=False,
-            impl=routing_impl(impl),
-            device=device,
-            dtype=dtype,
-        )
+        rule: Any = {"scoring": "sigmoid", "norm_topk_prob": False}
+        self.gate: TopKRouter = TopKRouter(**sizes, **rule, impl=routing_impl(impl), device=device, dtype=dtype)
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))

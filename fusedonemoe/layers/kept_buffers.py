@@ -25,20 +25,20 @@ class KeptBuffers(nn.Module):
         names = (*self.float32_buffers, *self.fixed_buffers)
         return {name: tensor for name in names if (tensor := self._buffers.get(name)) is not None}
 
-    def _keep(self, name: str, before: Tensor, after: Tensor, values: Tensor) -> None:
-        """Let a buffer have a dtype that it may have, with these values: ``before`` was there, ``after`` is."""
-        allowed = (before.dtype,) if name in self.fixed_buffers else _WIDE
-        if after.dtype not in allowed:
-            dtype = before.dtype if name in self.fixed_buffers else torch.float32
-            self._buffers[name] = values.to(after.device, dtype)
+    def _restore(self, kept: dict[str, Tensor], *, loaded: bool) -> None:
+        """Give buffers that have got another dtype an allowed one, with the values that were loaded or those from before."""
+        for name, before in kept.items():
+            after = self._buffers[name]  # another tensor after load_state_dict(assign=True)
+            assert after is not None
+            is_fixed = name in self.fixed_buffers
+            if after.dtype not in ((before.dtype,) if is_fixed else _WIDE):
+                values, dtype = after if loaded else before, before.dtype if is_fixed else torch.float32
+                self._buffers[name] = values.to(after.device, dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         kept = self._kept()
         super()._apply(fn, recurse)
-        for name, before in kept.items():
-            after = self._buffers[name]
-            assert after is not None
-            self._keep(name, before, after, before)
+        self._restore(kept, loaded=False)
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -49,7 +49,4 @@ class KeptBuffers(nn.Module):
                 errors.append(f"{prefix}{name} must have a dtype like {before.dtype}, got {given.dtype}")
                 state_dict[prefix + name] = before  # its values would be cut off; the dict is the caller's copy
         super()._load_from_state_dict(state_dict, prefix, *args)
-        for name, before in kept.items():
-            after = self._buffers[name]  # another tensor after load_state_dict(assign=True)
-            assert after is not None
-            self._keep(name, before, after, after)
+        self._restore(kept, loaded=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fusedonemoe import functional as F
 from fusedonemoe.layers.form import ExpertsForm, form_of
 from fusedonemoe.layers.moe import Experts
-from fusedonemoe.layers.panels import is_packed
+from fusedonemoe.layers.panels import packed_names
 from fusedonemoe.layers.peft_refusal import RefusesPeft, check_no_peft, show_to_peft
 from fusedonemoe.linear import uniform_by_fan_in
 from fusedonemoe.ops.options import ACTIVATION_OPTIONS, options_of
@@ -43,7 +43,7 @@ def check_adapter_dtype(dtype: object) -> None:
 def unchanged_by_failure(model: nn.Module) -> Iterator[None]:
     """Put back what requires gradients and what was packed, if the body raises."""
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    packed = [module for module in model.modules() if isinstance(module, Experts) and is_packed(module)]
+    packed = [module for module in model.modules() if isinstance(module, Experts) and packed_names(module)]
     try:
         yield
     except BaseException:
@@ -68,19 +68,12 @@ class LoRAExperts(RefusesPeft):
         alpha: ``scale = alpha / r``; one or a mapping.
         targets: the projections with an adapter: ``"gate_up"``, ``"down"`` or both.
         use_rslora: ``scale = alpha / sqrt(r)`` (arXiv 2312.03732).
-        form: the form of ``base``, when that is no :class:`Experts`.
+        form: of a ``base`` that is no :class:`Experts`.
         dtype: of the adapters. By default float32 with half-precision weights, as an optimizer's small steps need, and
             otherwise that of the weights; products run in the dtype of x.
 
-    Shape:
-        x ``[..., D]``, experts ``[..., K]``, weights ``[..., K]`` to ``[..., D]``: Hugging Face's order of arguments.
-
     Raises:
-        TypeError: ``base`` is no :class:`Experts` and there is no ``form``.
-        ValueError: a rank, an alpha or a target that is none.
-
-    Source:
-        LoRA (Hu et al. 2021, arXiv 2106.09685).
+        TypeError, ValueError: a ``base`` without a form, or a rank, an alpha or a target that is none.
 
     Example:
         >>> import torch
@@ -109,10 +102,9 @@ class LoRAExperts(RefusesPeft):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        form = form or form_of(base)
         if form is None:
-            if not isinstance(base, Experts):
-                raise TypeError(f"base must be an Experts, or come with a form=, got {type(base).__name__}")
-            form = form_of(base)
+            raise TypeError(f"base must be an Experts, or come with a form=, got {type(base).__name__}")
         if isinstance(targets, str) or not targets or set(targets) - set(TARGETS) or len(set(targets)) != len(targets):
             raise ValueError(f"targets must be some of {TARGETS}, each once, got {targets!r}")
         check_adapter_dtype(dtype)
@@ -181,30 +173,19 @@ class LoRAExperts(RefusesPeft):
         def parameter(name: str | None) -> Tensor | None:
             return None if name is None else getattr(base, name)
 
-        options: dict[str, Any] = {
-            "gate_up_bias": parameter(form.up_bias),
-            "down_bias": parameter(form.down_bias),
-            "transposed": form.transposed,
-            "save_percent": form.save_percent,
-            "impl": form.impl,
-            **options_of(form, ACTIVATION_OPTIONS),
-        }
+        options = options_of(form, (*ACTIVATION_OPTIONS, "transposed", "save_percent", "impl"))
+        options |= {"gate_up_bias": parameter(form.up_bias), "down_bias": parameter(form.down_bias)}
         arguments = (x, experts, weights, getattr(base, form.up), getattr(base, form.down))
         if not self._adapts:
             return F.experts_mlp(*arguments, **options)
         scale = self.scale
         for target in self.targets:
             A, B = self.factors(target)
-            options |= {f"{target}_A": A, f"{target}_B": B}
-        return F.experts_mlp_lora(
-            *arguments,
-            gate_up_scale=scale.get("gate_up", 1.0),
-            down_scale=scale.get("down", 1.0),
-            **options,
-        )
+            options |= {f"{target}_A": A, f"{target}_B": B, f"{target}_scale": scale[target]}
+        return F.experts_mlp_lora(*arguments, **options)
 
     def _refuse_packed(self) -> None:
-        if isinstance(self.base, Experts) and is_packed(self.base):
+        if isinstance(self.base, Experts) and packed_names(self.base):
             raise RuntimeError("the weights of the base are packed, which adapters cannot use: call unpack() first")
 
     @torch.no_grad()
@@ -235,9 +216,8 @@ class LoRAExperts(RefusesPeft):
     def merge(self) -> None:
         """Add the adapters to the base, for inference at the base's cost; :meth:`unmerge` undoes it to the bit.
 
-        The original weights are kept beside the merged ones: rounding would make what a subtraction gives back a little
-        different. While merged, adapters get no gradient, and a state dict is refused, as it would hold them twice.
-        :meth:`unload` keeps no copy.
+        The original weights are kept, which :meth:`unload` does not do. While merged, adapters get no gradient, and a state
+        dict is refused, as it would hold them twice.
 
         Raises:
             RuntimeError: they are merged already, or pruning or a parametrization computes a weight of the base.
@@ -251,11 +231,7 @@ class LoRAExperts(RefusesPeft):
             parameter.data = merged
 
     def unmerge(self) -> None:
-        """Put the original weights back, the very same tensors.
-
-        Raises:
-            RuntimeError: nothing is merged.
-        """
+        """Put the original weights back, the very same tensors; a RuntimeError if nothing is merged."""
         if not self.merged:
             raise RuntimeError("unmerge() undoes merge(), and nothing is merged")
         self.unpack()
@@ -264,10 +240,7 @@ class LoRAExperts(RefusesPeft):
         self._originals = {}
 
     def unload(self, *, merge: bool = True) -> nn.Module:
-        """The base without adapters, to put in this module's place.
-
-        Args:
-            merge: add the adapters to its weights first, in place, one expert at a time.
+        """Return the base without adapters, which ``merge`` adds to its weights first, in place, one expert at a time.
 
         Raises:
             RuntimeError: pruning or a parametrization computes a weight that they would be added to.
@@ -282,11 +255,7 @@ class LoRAExperts(RefusesPeft):
         return self.base
 
     def prepack(self) -> None:
-        """Refused: packed weights are of plain experts.
-
-        Raises:
-            RuntimeError: always, saying what to do instead.
-        """
+        """Refused with a RuntimeError: packed weights are of plain experts."""
         raise RuntimeError("packed weights are of plain experts: put unload() in this module's place, then prepack()")
 
     def unpack(self) -> None:
@@ -320,10 +289,8 @@ def refuse_merged(module: nn.Module, *_: Any) -> None:
 
 def pattern_value(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
     """The value of the first key that is ``name`` or, as a regular expression, the end of it behind a dot."""
-    for key, value in (pattern or {}).items():
-        if re.fullmatch(rf"(.*\.)?({key})", name):
-            return value
-    return default
+    values = (value for key, value in (pattern or {}).items() if re.fullmatch(rf"(.*\.)?({key})", name))
+    return next(values, default)
 
 
 def add_lora(
@@ -342,14 +309,10 @@ def add_lora(
 
     Args:
         model: is changed; its parameters stop requiring gradients, and those of the adapters do.
-        r: rank.
-        alpha: see :class:`LoRAExperts`.
-        targets: likewise.
-        use_rslora: likewise.
+        r: this, ``alpha``, ``targets``, ``use_rslora`` and ``dtype`` are those of :class:`LoRAExperts`.
         rank_pattern: other ranks by the name of a projection, such as ``{"layers.0.experts.down_proj": 4}``: the end of it, or
             a regular expression for that, as in PEFT. The first that fits counts.
         alpha_pattern: other values of ``alpha``, likewise.
-        dtype: see :class:`LoRAExperts`.
         read: how to read a module, None for one that is left alone; by default each :class:`Experts` is adapted.
 
     Returns:
@@ -368,11 +331,7 @@ def add_lora(
     if any(isinstance(module, LoRAExperts) for module in model.modules()):
         raise ValueError("model must have no adapters yet, got one with LoRAExperts in it")
     check_no_peft(model)
-
-    def default(module: nn.Module) -> ExpertsForm | None:
-        return form_of(module) if isinstance(module, Experts) else None
-
-    forms = {name: form for name, module in model.named_modules() if (form := (read or default)(module)) is not None}
+    forms = {name: form for name, module in model.named_modules() if (form := (read or form_of)(module)) is not None}
     if not forms:
         raise ValueError(f"model must hold experts that can be adapted, got {type(model).__name__} without any")
     if "" in forms:

@@ -19,7 +19,8 @@ from fusedonemoe.layers.routers import TopKRouter, routing_impl
 from fusedonemoe.layers.shared_expert import SharedExpert
 from fusedonemoe.linear import uniform_by_fan_in
 from fusedonemoe.ops.library import PANEL_DIMS
-from fusedonemoe.ops.options import ROUTE_OPTIONS, options_of
+from fusedonemoe.ops.options import options_of
+from fusedonemoe.ops.rules import ROUTE_OPTIONS
 
 # Types of parameters, and of their absence, that are not sharded.
 _PLAIN = frozenset((Tensor, nn.Parameter, type(None)))
@@ -58,11 +59,6 @@ class Experts(nn.Module):
     Parameters ``gate_up_proj`` ``[E, 2F, D]`` (``up_proj`` ``[E, F, D]`` when plain), ``down_proj`` ``[E, D, F]`` and, with
     biases, ``gate_up_proj_bias`` ``[E, 2F]`` (``up_proj_bias``) and ``down_proj_bias`` ``[E, D]``. With ``transposed`` the two
     weights are ``[E, D, 2F]`` (``[E, D, F]``) and ``[E, F, D]``, and the kernels that need contiguous rows cannot take them.
-
-    Args:
-        config: the block's configuration.
-        device: of the parameters.
-        dtype: of the parameters.
 
     Shape:
         x ``[..., D]``, experts ``[..., K]``, weights ``[..., K]`` to ``[..., D]``: Hugging Face's order of arguments.
@@ -105,11 +101,7 @@ class Experts(nn.Module):
         return self.compute(x, experts, weights, *self.local_weights())
 
     def local_weights(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Up- and down-projection and their biases, as tensors that an operator can read: this process's, of a ``DTensor``.
-
-        Raises:
-            RuntimeError: a parameter is a shard, and nothing says how rows reach the others.
-        """
+        """Up- and down-projection and their biases, as tensors that an operator can read: this process's, of a ``DTensor``."""
         named: dict[str, Any] = {}
         parameters = self._parameters
         for name in (self._up_name, "down_proj", f"{self._up_name}_bias", "down_proj_bias"):
@@ -154,15 +146,14 @@ class Experts(nn.Module):
     def prepack(self) -> None:
         """Put the weights into the order in which the CPU kernels read them, for inference.
 
-        The parameters stay the same objects under the same names; their values become panels, five-dimensional, of the same
-        dtype. There is no second copy: what writes into the parameters afterwards, an optimizer or a collective, writes into
-        what is computed with. ``state_dict``, ``load_state_dict`` and pickles hold the home form. Moving or casting the module
-        unpacks it. Packing packed weights changes nothing.
+        The parameters stay the same objects under the same names; their values become five-dimensional panels of the same
+        dtype, without a second copy. ``state_dict``, ``load_state_dict`` and pickles hold the home form. Moving or casting the
+        module unpacks it. Packing packed weights changes nothing.
 
         Raises:
-            ValueError: there are no CPU kernels for these weights here, or they share their memory; the message says which.
-            RuntimeError: the weights cannot be packed as they are: ``impl`` names another implementation, a gradient waits, or
-                the parameters are sharded, parallel, parametrized or managed by FSDP. Nothing is changed then.
+            ValueError: there are no CPU kernels for these weights here, or they share their memory.
+            RuntimeError: ``impl`` names another implementation, a gradient waits, or the parameters are sharded, parallel,
+                parametrized or managed by FSDP. Nothing is changed then.
         """
         panels.pack_in_place(self)
 
@@ -187,38 +178,27 @@ class Experts(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         panels.save_home(self, destination, prefix, keep_vars)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        if panels.is_packed(self):
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *args: Any) -> None:
+        if panels.packed_names(self):
             assign = bool(local_metadata.get("assign_to_params_buffers", False))
-            state_dict = panels.as_panels(self, state_dict, prefix, error_msgs, assign)
+            state_dict = panels.as_panels(self, state_dict, prefix, args[-1], assign)
             if state_dict is None:
                 return
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def __copy__(self) -> "Experts":
-        """A copy in the same form, with the module's own parameters."""
         copied = type(self).__new__(type(self))
         copied.__dict__.update(self.__dict__)
         return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Experts":
-        """A copy in the same form, whose parameters are those that ``memo`` has for the module's."""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         copied.__dict__.update(copy.deepcopy({**self.__dict__, "_shared_with": None, "_guards": ()}, memo))
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        """The home form: panels are of this machine."""
+        # The home form: panels are of this machine.
         state = {**self.__dict__, "_shared_with": None, "_guards": (), "_packed_layout": None}
         state["_parameters"] = dict(self._parameters)
         for name in panels.packed_names(self):
@@ -228,11 +208,8 @@ class Experts(nn.Module):
 
     def extra_repr(self) -> str:
         """The sizes, for ``print(module)``."""
-        config = self.config
-        return (
-            f"num_experts={config.num_experts}, hidden_size={config.hidden_size}, "
-            f"intermediate_size={config.intermediate_size}, activation={config.activation!r}, gated={config.gated}"
-        )
+        sizes = options_of(self.config, ("num_experts", "hidden_size", "intermediate_size", "activation", "gated"))
+        return ", ".join(f"{name}={value!r}" for name, value in sizes.items())
 
 
 class MoE(nn.Module):
@@ -244,8 +221,6 @@ class MoE(nn.Module):
 
     Args:
         config: a :class:`MoEConfig`; or give its fields as keywords.
-        device: of the parameters.
-        dtype: of the parameters.
         **fields: fields of :class:`MoEConfig`, when ``config`` is None.
 
     Shape:
@@ -277,27 +252,19 @@ class MoE(nn.Module):
         elif fields:
             raise TypeError(f"give either config or its fields, got both: {sorted(fields)}")
         self.config = config
-        self.gate: TopKRouter = TopKRouter(
-            config.hidden_size,
-            config.num_experts,
-            config.top_k,
-            bias=config.router_bias,
-            selection_bias=config.selection_bias,
-            **options_of(config, ROUTE_OPTIONS),
-            impl=routing_impl(config.impl),
-            device=device,
-            dtype=dtype,
-        )
-        self.experts: Experts = Experts(config, device=device, dtype=dtype)
+        rule = options_of(config, ("hidden_size", "num_experts", "top_k", "selection_bias", *ROUTE_OPTIONS))
+        made: Any = {"device": device, "dtype": dtype}
+        self.gate: TopKRouter = TopKRouter(**rule, bias=config.router_bias, impl=routing_impl(config.impl), **made)
+        self.experts: Experts = Experts(config, **made)
         self.shared_expert: SharedExpert | None = None
         self.shared_expert_gate: nn.Linear | None = None
         if config.shared_intermediate_size is not None:
-            self.shared_expert = SharedExpert(config, config.shared_intermediate_size, device=device, dtype=dtype)
+            self.shared_expert = SharedExpert(config, config.shared_intermediate_size, **made)
             if config.shared_gate:
-                self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False, device=device, dtype=dtype)
+                self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False, **made)
         self.output_bias: nn.Parameter | None = None
         if config.output_bias:
-            self.output_bias = nn.Parameter(torch.zeros(config.hidden_size, device=device, dtype=dtype))
+            self.output_bias = nn.Parameter(torch.zeros(config.hidden_size, **made))
 
     @classmethod
     def from_hf(cls, module: nn.Module, config: MoEConfig | None = None) -> "MoE":
@@ -308,13 +275,12 @@ class MoE(nn.Module):
         While the weights are packed (:meth:`prepack`), ``module`` raises when it is called or saved.
 
         Args:
-            module: the block: router, experts and what stands beside them, as transformers 5 has them in memory.
+            module: the block of router and experts, as transformers 5 has it in memory.
             config: how it routes; None reads the configuration that the module keeps.
 
         Raises:
             TypeError: ``module`` is no module.
-            ValueError: the family is not known; the block does what a MoE does not; or its weights are cut in other tensors
-                (DBRX's flat matrices, a shared branch with gate and up in one), which cannot be shared.
+            ValueError: the family is not known; the block does what a MoE does not; or its weights are cut in other tensors.
 
         Example:
             >>> import torch
@@ -333,7 +299,7 @@ class MoE(nn.Module):
         for name, tensor in tensors_of(module, expected).items():
             owner, _, leaf = name.rpartition(".")
             setattr(moe.get_submodule(owner), leaf, tensor)
-        panels.remember_shared(moe.experts, module)
+        moe.experts._shared_with = weakref.ref(module)  # without keeping it alive
         return moe.train(module.training)
 
     def reset_parameters(self) -> None:

@@ -3,16 +3,17 @@
 Whether a parameter is panels is read off the tensor that is there: panels have five dimensions, weights three.
 """
 
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fusedonemoe.functional.packed import PackedExperts, check_can_pack, refuse_packed_training
-from fusedonemoe.layers.optimizer_state import remember_forms
 from fusedonemoe.ops import library
 from fusedonemoe.ops.library import PanelHome
 from fusedonemoe.ops.records import PLAIN
@@ -50,11 +51,6 @@ def _held(experts: "Experts", name: str) -> Tensor | None:
 def packed_names(experts: "Experts") -> list[str]:
     """The weights that are panels."""
     return [name for name in (experts._up_name, "down_proj") if is_panels(_held(experts, name))]
-
-
-def is_packed(experts: "Experts") -> bool:
-    """Return whether any of the two weights is panels."""
-    return bool(packed_names(experts))
 
 
 @torch.no_grad()
@@ -176,7 +172,8 @@ def pack_in_place(experts: "Experts") -> None:
     with torch.inference_mode(False), torch.no_grad():
         panels = {name: library.pack_weight(parameter.detach(), homes[name].layout) for name, parameter in parameters.items()}
         for name, parameter in parameters.items():
-            remember_forms(parameter, parameter.shape, panels[name].shape)
+            _watch_steps()
+            _forms[parameter] = (parameter.shape, panels[name].shape)
             _put(parameter, panels[name])
     experts._packed_layout = homes[experts._up_name].layout
     _guard(experts)
@@ -209,7 +206,7 @@ def unpack_in_place(experts: "Experts") -> None:
 @contextmanager
 def unpacked(experts: "Experts") -> Iterator[None]:
     """The home form inside, and afterwards the form of before."""
-    packed = is_packed(experts)
+    packed = packed_names(experts)
     if packed:
         unpack_in_place(experts)
     try:
@@ -244,11 +241,6 @@ def _refuse_shared_use(module: nn.Module, *_: Any) -> None:
         )
 
 
-def remember_shared(experts: "Experts", module: nn.Module) -> None:
-    """Keep in mind, without keeping it alive, which module holds the same parameters."""
-    experts._shared_with = weakref.ref(module)
-
-
 # State dicts, which hold the home form
 
 
@@ -269,12 +261,7 @@ def as_panels(
 ) -> dict[str, Any] | None:
     """A state dict in which the weights have the form of the module's; None, and what is wrong in ``errors``.
 
-    Args:
-        experts: a module, some of whose weights are panels.
-        state_dict: the values by their full names, in home form.
-        prefix: of the module's names.
-        errors: messages are added here.
-        assign: whether the values will become the parameters, with their own dtype, or be copied into them.
+    With ``assign`` the values will become the parameters, with their own dtype; otherwise they are copied into them.
     """
     loaded, homes = dict(state_dict), homes_of(experts)
     count = len(errors)
@@ -298,3 +285,29 @@ def as_panels(
             except Exception as error:  # as load_state_dict itself does with what a copy raises
                 errors.append(f"While packing {prefix}{name}, an exception occurred: {error}.")
     return loaded if len(errors) == count else None
+
+
+# Optimizer state has the form that the parameter had when the state was made. Fused optimizers read both as flat memory and do
+# not compare their shapes, so state of the other form would mix up the elements, or reach past the end: such a step is refused.
+
+# The two shapes of each parameter that was packed once, as long as it lives.
+_forms: Any = WeakIdKeyDictionary()
+
+
+@cache
+def _watch_steps() -> None:
+    register_optimizer_step_pre_hook(_refuse_other_form)
+
+
+def _refuse_other_form(optimizer: Optimizer, *_: Any) -> None:
+    if torch.compiler.is_compiling():  # a traced step compares shapes
+        return
+    for parameter, shapes in _forms.items():
+        state = optimizer.state.get(parameter) if parameter.grad is not None else None
+        for name, value in (state or {}).items():
+            if isinstance(value, Tensor) and value.shape in shapes and value.shape != parameter.shape:
+                form = "packed" if parameter.shape == shapes[1] else "unpacked"
+                raise RuntimeError(
+                    f"{type(optimizer).__name__} has {name} of shape {tuple(value.shape)} for a parameter that is {form} now, of "
+                    f"shape {tuple(parameter.shape)}: unpack() before training, with an optimizer that has trained it unpacked"
+                )

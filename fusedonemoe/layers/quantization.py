@@ -1,7 +1,7 @@
 """Quantising the experts of a model in place, and what that changes."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fusedonemoe import functional as F
 from fusedonemoe.layers.lora import LoRAExperts
 from fusedonemoe.layers.moe import Experts
-from fusedonemoe.layers.quantized import QuantizedExperts, check_source, rows_of, unwrapped
+from fusedonemoe.layers.quantized import QuantizedExperts, rows_of, source_of, unwrapped
 from fusedonemoe.ops.activation import activate
 from fusedonemoe.ops.plan import in_range
 
@@ -19,13 +19,13 @@ TOKENS = 16  # whose outputs are compared with float64
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """The effect of quantising one module of experts.
+    """The effect of quantising one module of experts. An error is the root mean square of the change over that of the values.
 
     Attributes:
         name: of the module in the model.
-        up_error: of the up-projection, the root mean square of the change over that of the weights.
-        down_error: likewise of the down-projection.
-        output_error: likewise of the output, against float64 with the weights as they were.
+        up_error: of the up-projection.
+        down_error: of the down-projection.
+        output_error: of the output, against float64 with the weights as they were.
         bytes_before: of both weights.
         bytes_after: of both weights, with scales and zero points.
     """
@@ -104,62 +104,52 @@ def _exact_output(module: Experts, x: Tensor, experts: Tensor, weights: Tensor) 
 def _random_call(module: Experts) -> tuple[Tensor, Tensor, Tensor]:
     """Normal tokens for distinct experts of equal weight, by a generator of its own."""
     config, weight = module.config, module.down_proj
-    generator = torch.Generator().manual_seed(0)
-    K = config.top_k or config.num_experts
-    x = torch.randn(TOKENS, config.hidden_size, generator=generator, dtype=torch.float32, device="cpu")
-    experts = torch.rand(TOKENS, config.num_experts, generator=generator, dtype=torch.float32, device="cpu").topk(K).indices
-    tensors = (x.to(weight.dtype), experts, torch.full((TOKENS, K), 1 / K, dtype=torch.float32, device="cpu"))
-    return tuple(tensor.to(weight.device) for tensor in tensors)  # type: ignore[return-value]
+    K, made = config.experts_per_token, {"dtype": torch.float32, "device": "cpu", "generator": torch.Generator().manual_seed(0)}
+    x = torch.randn(TOKENS, config.hidden_size, **made).to(weight.device, weight.dtype)  # type: ignore[call-overload]
+    experts = torch.rand(TOKENS, config.num_experts, **made).topk(K).indices  # type: ignore[call-overload]
+    return x, experts.to(weight.device), torch.full((TOKENS, K), 1 / K, dtype=torch.float32, device=weight.device)
 
 
-def _experts_of(model: nn.Module) -> tuple[dict[str, Experts], dict[str, list[tuple[nn.Module, str]]]]:
-    """A model's modules of experts with all their places: the parent and the name there."""
-    modules: dict[str, Experts] = {}
-    places: dict[str, list[tuple[nn.Module, str]]] = {}
-    names: dict[int, str] = {}
-    for prefix, parent in model.named_modules():
-        for child_name, child in parent._modules.items():
-            if isinstance(child, Experts):
-                if isinstance(parent, LoRAExperts):
-                    raise ValueError(f"{prefix} must not be adapters, which read plain weights: merge and unload them first")
-                name = names.setdefault(id(child), f"{prefix}.{child_name}" if prefix else child_name)
-                modules[name] = child
-                places.setdefault(name, []).append((parent, child_name))
-    return modules, places
+def _experts_of(model: nn.Module) -> dict[str, Experts]:
+    """A model's modules of experts by name, each once."""
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+    for name, parent in model.named_modules():
+        if isinstance(parent, LoRAExperts) and any(isinstance(child, Experts) for child in parent.children()):
+            raise ValueError(f"{name} must not be adapters, which read plain weights: merge and unload them first")
+    return modules
 
 
-def _put(module: nn.Module, places: list[tuple[nn.Module, str]]) -> None:
-    for parent, name in places:
-        setattr(parent, name, module)
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a module into every place of another."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                setattr(parent, name, new)
 
 
-def _calls(
-    model: nn.Module, inputs: tuple[Any, ...], modules: dict[str, Experts], places: dict[str, list[tuple[nn.Module, str]]]
-) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+def _calls(model: nn.Module, inputs: tuple[Any, ...], modules: dict[str, Experts]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """The first tokens that each module of experts is called with when the model runs on ``inputs``."""
     calls: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    runs: dict[str, nn.Module] = {}
 
-    def recorder(name: str) -> Callable[..., None]:
-        def record(_: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> None:
-            x, experts, weights = (tensor.detach().reshape(-1, tensor.shape[-1])[:TOKENS] for tensor in args)
-            calls.setdefault(name, (x, experts, weights))
-
-        return record
+    def record(name: str, _: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> None:
+        x, experts, weights = (tensor.detach().reshape(-1, tensor.shape[-1])[:TOKENS] for tensor in args)
+        calls.setdefault(name, (x, experts, weights))
 
     hooks = []
     try:
         for name, module in modules.items():
-            runs: nn.Module = module
+            runs[name] = module
             if unwrapped("down_proj", module.down_proj) is not None:  # Experts cannot compute with tensors of that class
-                runs = QuantizedExperts.from_experts(module)
-                _put(runs, places[name])
-            hooks.append(runs.register_forward_pre_hook(recorder(name)))
+                runs[name] = QuantizedExperts.from_experts(module)
+                _replace(model, module, runs[name])
+            hooks.append(runs[name].register_forward_pre_hook(partial(record, name)))
         model(*inputs)
     finally:
         for hook in hooks:
             hook.remove()
-        for name, module in modules.items():
-            _put(module, places[name])
+        for name, run in runs.items():
+            _replace(model, run, modules[name])
     return calls
 
 
@@ -187,8 +177,7 @@ def quantize_(
         :class:`QuantizationReport`: relative errors of weights and outputs against float64, and bytes, of each module.
 
     Raises:
-        TypeError: the model is itself an :class:`Experts`, which cannot be replaced in place, or no module; or weights of a
-            tensor class that is not known.
+        TypeError: the model is no module, or itself an :class:`Experts`; or weights are of a class that is not known.
         ValueError: there are no experts to quantise, or they cannot be quantised so. Nothing is changed then.
 
     Example:
@@ -203,15 +192,15 @@ def quantize_(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, Experts):
         raise TypeError("model must hold Experts, not be one, to have them replaced in place; see QuantizedExperts.from_experts")
-    modules, places = _experts_of(model)
+    modules = _experts_of(model)
     if not modules:
         raise ValueError(f"model must hold Experts to quantise; there are none in this {type(model).__name__}")
     options: dict[str, Any] = {"group_size": group_size, "symmetric": symmetric}
     for module in modules.values():  # what would fail fails now, before anything is replaced
         QuantizedExperts(module.config, dtype, **options, device="meta")
         for weight in (module._up_name, "down_proj"):
-            check_source(module, weight, dtype)
-    calls = {} if inputs is None else _calls(model, inputs if isinstance(inputs, tuple) else (inputs,), modules, places)
+            source_of(module, weight, dtype)
+    calls = {} if inputs is None else _calls(model, inputs if isinstance(inputs, tuple) else (inputs,), modules)
     layers = []
     for name in list(modules):
         module = modules.pop(name)  # whose weights nothing holds any more, once they are replaced
@@ -224,5 +213,5 @@ def quantize_(
         output_error = _relative_rms(float((actual - exact).square().sum()), float(exact.square().sum()))
         size = sum(weight.numel() * weight.dtype.itemsize for weight in before)
         layers.append(QuantizedLayer(name, up_error, down_error, output_error, size, quantized.nbytes))
-        _put(quantized, places[name])
+        _replace(model, module, quantized)
     return QuantizationReport(dtype, tuple(layers))

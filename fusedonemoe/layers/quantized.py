@@ -48,15 +48,17 @@ def rows_of(experts: Experts, name: str) -> Tensor:
     return weight.transpose(1, 2)
 
 
-def check_source(experts: Experts, name: str, dtype: str) -> None:
-    """The weight can become one of ``dtype``."""
+def source_of(experts: Experts, name: str, dtype: str) -> tuple[Tensor, F.QuantizedWeight | None]:
+    """Return a weight ``[E, O, I]`` that can become one of ``dtype``, and the tensors inside where it is quantised already."""
     if experts.exchange is not None:
         raise ValueError("experts must all be held by this process to be quantised, but an exchange brings rows to others")
     weight = rows_of(experts, name)
-    if unwrapped(name, weight) is None:
+    inside = unwrapped(name, weight)
+    if inside is None:
         check_finite(name, weight)
     elif dtype != "int8":
         raise ValueError(f"dtype must be 'int8' for {name}, which is torchao's Int8Tensor already, got {dtype!r}")
+    return weight, inside
 
 
 class QuantizedExperts(KeptBuffers):
@@ -67,15 +69,11 @@ class QuantizedExperts(KeptBuffers):
     asymmetric int4 ``*_zero_point``. Biases stay parameters. Casting the module casts the biases only.
 
     Args:
-        config: the block's configuration.
+        config: of the block.
         dtype: ``"int8"`` or ``"int4"``.
         group_size: inputs that share a scale: 32, 64 or 128. For int4 only.
         symmetric: whether there are no zero points. For int4 only.
-        device: of the buffers.
         bias_dtype: of the biases.
-
-    Shape:
-        x ``[..., D]``, experts ``[..., K]``, weights ``[..., K]`` to ``[..., D]``.
 
     Raises:
         ValueError: an unknown dtype, or sizes that do not divide into groups.
@@ -130,20 +128,12 @@ class QuantizedExperts(KeptBuffers):
     def from_experts(
         cls, experts: Experts, dtype: str = "int8", *, group_size: int = 128, symmetric: bool = True
     ) -> "QuantizedExperts":
-        """Quantise the weights of a module; biases are taken over.
+        """Quantise the weights of a module, on their device; biases are taken over.
 
-        Args:
-            experts: the module. Weights that are torchao's Int8Tensor, quantised weight-only, are unwrapped as they are.
-            dtype: ``"int8"`` or ``"int4"``.
-            group_size: as in the class, like the next.
-            symmetric: whether there are no zero points.
-
-        Returns:
-            A new module on the device of the weights.
+        Weights that are torchao's Int8Tensor, quantised weight-only, are unwrapped as they are.
 
         Raises:
-            TypeError: another module, or weights of an unknown tensor class.
-            ValueError: weights that cannot be quantised so.
+            TypeError, ValueError: another module, weights of an unknown tensor class, or such as cannot be quantised so.
         """
         if not isinstance(experts, Experts):
             raise TypeError(f"experts must be an Experts module, got {type(experts).__name__}")
@@ -151,9 +141,8 @@ class QuantizedExperts(KeptBuffers):
         options: dict[str, Any] = {"group_size": group_size, "symmetric": symmetric}
         module = cls(experts.config, dtype, device="meta", **options)
         for name in (module._up_name, "down_proj"):
-            check_source(experts, name, dtype)
-            weight = rows_of(experts, name)
-            quantized = unwrapped(name, weight) or F.quantize_weight(weight, dtype, **options)
+            weight, inside = source_of(experts, name, dtype)
+            quantized = inside or F.quantize_weight(weight, dtype, **options)
             for part, tensor in zip(_PARTS, quantized, strict=True):
                 module._buffers[name + part] = tensor
             module._parameters[f"{name}_bias"] = getattr(experts, f"{name}_bias")
@@ -192,8 +181,6 @@ class QuantizedExperts(KeptBuffers):
 
     def extra_repr(self) -> str:
         """The sizes, for ``print(module)``."""
-        config, group = self.config, "" if self.dtype == "int8" else f", group_size={self.group_size}, symmetric={self.symmetric}"
-        return (
-            f"num_experts={config.num_experts}, hidden_size={config.hidden_size}, "
-            f"intermediate_size={config.intermediate_size}, dtype={self.dtype!r}{group}"
-        )
+        sizes = options_of(self.config, ("num_experts", "hidden_size", "intermediate_size"))
+        sizes |= options_of(self, ("dtype",) if self.dtype == "int8" else ("dtype", "group_size", "symmetric"))
+        return ", ".join(f"{name}={value!r}" for name, value in sizes.items())

@@ -1,6 +1,6 @@
 """Router modules: from hidden states to routing weights and expert ids."""
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +10,8 @@ from fusedonemoe.checks import check_count
 from fusedonemoe.functional.routing import route_by
 from fusedonemoe.layers.kept_buffers import KeptBuffers
 from fusedonemoe.linear import in_dtype, in_routing_dtype, outside_autocast, routing_linear, uniform_by_fan_in
-from fusedonemoe.ops.options import ROUTE_OPTIONS, make_rule, options_of
-from fusedonemoe.ops.records import NORM_EPS, RouteRule
+from fusedonemoe.ops.options import options_of
+from fusedonemoe.ops.rules import ROUTE_OPTIONS, RouteAttributes, RouteOptions, RouteRule, lists_options, make_rule, with_defaults
 
 
 def routing_impl(impl: str) -> str:
@@ -36,7 +36,7 @@ class RouterOutput(NamedTuple):
 _RULE_FIELDS = ("top_k", *ROUTE_OPTIONS)
 
 
-class TopKRouter(KeptBuffers):
+class TopKRouter(KeptBuffers, RouteAttributes):
     """A linear router: ``l = x W^T (+ b)``, then :func:`fusedonemoe.functional.route`.
 
     The linear map and everything after it run in float32 whatever the dtype of x and of the module, autocast included:
@@ -48,20 +48,11 @@ class TopKRouter(KeptBuffers):
         hidden_size: ``D``.
         num_experts: ``E``.
         top_k: ``K``; None keeps every expert.
-        scoring: ``softmax`` or ``sigmoid``.
-        score_first: score before the selection or after it.
-        norm_topk_prob: divide a token's weights by their sum before scaling.
-        routed_scaling_factor: factor on the weights.
         bias: give the linear map a bias.
         selection_bias: keep a float32 buffer ``e_score_correction_bias`` ``[E]``, zero at first, added for the selection
             only; it is not trained by gradients. Casts to half precision leave it as it is, ``.double()`` widens it.
-        n_group: contiguous expert groups.
-        topk_group: groups that stay open.
-        group_score: ``top2_sum`` or ``max``.
-        norm_eps: added to the sum of sigmoids that normalises them.
         impl: ``auto``, ``dense`` for derivatives of every order, or ``portable`` for export.
-        device: of the parameters.
-        dtype: of the parameters.
+        **options: the other fields of the rule, as :class:`~fusedonemoe.functional.RouteOptions` lists them.
 
     Shape:
         x ``[..., D]`` to :class:`RouterOutput`.
@@ -78,36 +69,24 @@ class TopKRouter(KeptBuffers):
     e_score_correction_bias: Tensor | None
     float32_buffers: ClassVar[tuple[str, ...]] = ("e_score_correction_bias",)  # it accumulates small steps
 
+    @lists_options
     def __init__(
         self,
         hidden_size: int,
         num_experts: int,
         top_k: int | None,
         *,
-        scoring: str = "softmax",
-        score_first: bool = True,
-        norm_topk_prob: bool = True,
-        routed_scaling_factor: float = 1.0,
         bias: bool = False,
         selection_bias: bool = False,
-        n_group: int = 1,
-        topk_group: int = 1,
-        group_score: str = "top2_sum",
-        norm_eps: float = NORM_EPS,
         impl: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **options: Unpack[RouteOptions],
     ) -> None:
         super().__init__()
         self.top_k = top_k
-        self.scoring = scoring
-        self.score_first = score_first
-        self.norm_topk_prob = norm_topk_prob
-        self.routed_scaling_factor = routed_scaling_factor
-        self.n_group = n_group
-        self.topk_group = topk_group
-        self.group_score = group_score
-        self.norm_eps = norm_eps
+        for name, value in with_defaults(options).items():
+            setattr(self, name, value)
         self._check(num_experts, selection_bias)
         self.impl = impl
         self.weight: nn.Parameter = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
@@ -178,8 +157,8 @@ class ProductKeyRouter(nn.Module):
 
     ``l = norm(x) W^T (+ b)``, then :func:`fusedonemoe.functional.route_product_key`.
 
-    Every head has keys of its own and picks ``K`` of the same ``G * G`` experts, so an expert can come up once for each head.
-    All arithmetic is float32 whatever the dtype of x and of the module, autocast included (float64 for float64 x).
+    Every head has keys of its own and picks ``K`` of the same ``G * G`` experts. All arithmetic is float32 whatever the dtype
+    of x and of the module, autocast included (float64 for float64 x).
 
     Args:
         hidden_size: ``D``.
@@ -187,21 +166,17 @@ class ProductKeyRouter(nn.Module):
         top_k: ``K``, experts per token and head, from 1 to ``G * G``.
         num_heads: ``H``.
         norm_topk_prob: whether the weights of a token's head sum to 1.
-        input_norm: ``"batch"`` for BatchNorm over the tokens (FlashMoE, PEER), ``"rms"`` for RMSNorm over D, None for none;
-            both have a trained scale for each of the D features, BatchNorm a shift too. BatchNorm in training takes 2 tokens;
-            its running statistics are float32, after casts to half precision too.
+        input_norm: ``"batch"`` for BatchNorm over the tokens (FlashMoE, PEER), ``"rms"`` for RMSNorm over D, None for none.
+            BatchNorm in training takes 2 tokens; its running statistics stay float32 when the module is cast.
         bias: whether the linear map has one.
         impl: ``auto``, ``dense`` for derivatives of every order, or ``portable`` for export.
-        device: of the parameters.
-        dtype: of the parameters.
 
     Shape:
         x ``[..., D]`` to :class:`RouterOutput` with logits ``[..., H, 2, G]``, weights and experts ``[..., H * K]``, one head
         after the other.
 
     Raises:
-        TypeError: a size that is no integer.
-        ValueError: a size or name out of range.
+        TypeError, ValueError: a size that is no integer, or a size or name out of range.
 
     Example:
         >>> import torch
@@ -228,8 +203,7 @@ class ProductKeyRouter(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"hidden_size": hidden_size, "num_keys": num_keys, "top_k": top_k, "num_heads": num_heads}
-        for name, size in sizes.items():
+        for name, size in (("hidden_size", hidden_size), ("num_keys", num_keys), ("top_k", top_k), ("num_heads", num_heads)):
             check_count(name, size)
         if top_k > num_keys * num_keys:
             raise ValueError(f"top_k must be at most {num_keys * num_keys}, the pairs of {num_keys} keys, got {top_k}")

@@ -9,14 +9,7 @@ from fusedonemoe.ops.options import ACTIVATION_OPTIONS, make_activation, options
 
 
 class SharedExpert(nn.Module):
-    """The dense branch that every token takes: ``(act(x Wg) * (x Wu)) Wd``, or ``act(x Wu) Wd`` when plain.
-
-    Args:
-        config: the block's configuration.
-        intermediate_size: ``F`` of this branch.
-        device: of the parameters.
-        dtype: of the parameters.
-    """
+    """The dense branch that every token takes: ``(act(x Wg) * (x Wu)) Wd``, or ``act(x Wu) Wd`` when plain."""
 
     def __init__(
         self,

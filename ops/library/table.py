@@ -15,7 +15,7 @@ from fusedonemoe.ops.library.registration import gpu_kernels, register, register
 from fusedonemoe.ops.library.rows import Compiled, Operator
 from fusedonemoe.ops.library.signature import flags, record
 from fusedonemoe.ops.neurons import NeuronNeeds, ValueNeeds
-from fusedonemoe.ops.records import RouteRule
+from fusedonemoe.ops.rules import RouteRule
 
 
 def _refused_by_gpu(kernels: str, logits: Tensor, *sizes: Any) -> bool:

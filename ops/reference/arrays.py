@@ -1,5 +1,6 @@
 """What the oracle's formulas are written in."""
 
+from collections.abc import Iterator
 from typing import TypeAlias
 
 import numpy as np
@@ -23,3 +24,10 @@ def softmax(row: FloatArray) -> FloatArray:
     """``exp(l) / sum(exp(l))`` of one row."""
     powers = np.exp(row - row.max())
     return powers / powers.sum()
+
+
+def routed_rows(experts: ArrayLike, num_experts: int) -> Iterator[tuple[int, int, int]]:
+    """Token, choice and expert of each row that has an expert here."""
+    for (t, j), expert in np.ndenumerate(np.asarray(experts, dtype=np.int64)):
+        if 0 <= expert < num_experts:
+            yield t, j, int(expert)

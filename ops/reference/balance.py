@@ -4,6 +4,7 @@ Shape legend: T tokens, E experts, K experts per token, S shared experts among t
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -120,13 +121,16 @@ def apply_capacity(experts: ArrayLike, weights: ArrayLike, num_experts: int, cap
     return ids, kept_weights, dropped
 
 
-def _probabilities(row: FloatArray, scoring: str) -> FloatArray:
+def _probabilities(row: FloatArray, scoring: str) -> tuple[FloatArray, Callable[[FloatArray], FloatArray]]:
+    """The probabilities of a token, and the map from their gradient to that of its logits."""
+    if scoring == "given":
+        return row, lambda dp: dp
     if scoring == "softmax":
-        return softmax(row)
-    if scoring == "sigmoid":
-        scores = sigmoid(row)
-        return scores / scores.sum()
-    return row
+        p = softmax(row)
+        return p, lambda dp: p * (dp - dp @ p)
+    s = sigmoid(row)
+    p = s / s.sum()
+    return p, lambda dp: (dp - dp @ p) / s.sum() * s * (1 - s)
 
 
 def _tokens(T: int, attention_mask: ArrayLike | None) -> list[int]:
@@ -145,16 +149,10 @@ def load_balancing_loss(
     share = np.array([sum(int(i == e) for t in tokens for i in ids[t]) for e in range(E)]) / (len(tokens) * K)
     loss, dlogits = 0.0, np.zeros_like(rows)
     for t in tokens:
-        p = _probabilities(rows[t], scoring)
+        p, backward = _probabilities(rows[t], scoring)
         dp = E * share / len(tokens)
         loss += float(dp @ p)
-        if scoring == "softmax":
-            dlogits[t] = p * (dp - dp @ p)
-        elif scoring == "sigmoid":
-            s = sigmoid(rows[t])
-            dlogits[t] = (dp - dp @ p) / s.sum() * s * (1 - s)
-        else:
-            dlogits[t] = dp
+        dlogits[t] = backward(dp)
     return loss, dlogits
 
 

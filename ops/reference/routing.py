@@ -1,5 +1,7 @@
 """Routing of logits and the plan of routed rows."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -60,27 +62,15 @@ def route(
     group_score: str = "top2_sum",
     norm_eps: float = 1e-20,
 ) -> tuple[FloatArray, IntArray]:
-    """Chooses the experts of every token and their weights.
+    """Choose the experts of every token and their weights.
 
     ``score_first``: ``s = score(l)``, ``picked = TopK(s + b)``, ``p = s[picked]``; otherwise
     ``picked = TopK(l + b)``, ``p = score(l[picked])``. Then ``w = factor * p / (sum(p) + norm_eps)``, the division
     only with ``norm_topk_prob``. The bias b decides who is picked and never enters a weight.
 
-    Args:
-        logits: ``[T, E]``.
-        top_k: K, or None for every expert in id order without selection.
-        scoring: "softmax" or "sigmoid".
-        score_first: Score all E logits and then select, or select on logits and score the K picked ones.
-        norm_topk_prob: Divide the picked scores by their sum.
-        routed_scaling_factor: Multiplies every weight.
-        selection_bias: b, ``[E]``.
-        n_group: Contiguous groups of E / n_group experts each.
-        topk_group: Groups that stay eligible.
-        group_score: A group's value: "top2_sum", the sum of its best two keys (one when it has one), or "max".
-        norm_eps: Added to the sum that divides.
-
-    Returns:
-        weights ``[T, K]`` and experts ``[T, K]``, in descending order of the key, ties to the lower id.
+    The options are those of ``RouteOptions``; ``top_k`` None keeps every expert in id order without selection. A group with
+    one expert has its key as the sum of its best two. The result is weights and experts ``[T, K]``, in descending order of
+    the key, ties to the lower id.
     """
     logits_TE = float64(logits)
     T, E = logits_TE.shape
@@ -116,34 +106,17 @@ def route_backward(
     score_first: bool = True,
     norm_topk_prob: bool = True,
     routed_scaling_factor: float = 1.0,
-    selection_bias: ArrayLike | None = None,
-    n_group: int = 1,
-    topk_group: int = 1,
-    group_score: str = "top2_sum",
     norm_eps: float = 1e-20,
+    **selection: Any,
 ) -> FloatArray:
-    """Gradient of ``sum(dweights * weights)`` with respect to the logits, the selection held constant.
+    """Gradient ``[T, E]`` of ``sum(dweights * weights)`` with respect to the logits, the selection held constant.
 
     With ``S = sum(p) + norm_eps``: ``dp_j = (dw_j - sum_i dw_i p_i / S) / S`` when normalised. A softmax over all E
-    gives every logit a gradient through its denominator; one over the picked logits gives the others none.
-
-    Args:
-        dweights: ``[T, K]``; the other arguments are those of ``route``.
-
-    Returns:
-        dlogits ``[T, E]``.
+    gives every logit a gradient through its denominator; one over the picked logits gives the others none. All arguments
+    but ``dweights`` ``[T, K]`` are those of ``route``.
     """
     dweights_TK, logits_TE = float64(dweights), float64(logits)
-    _, experts_TK = route(
-        logits_TE,
-        top_k,
-        scoring=scoring,
-        score_first=score_first,
-        selection_bias=selection_bias,
-        n_group=n_group,
-        topk_group=topk_group,
-        group_score=group_score,
-    )
+    _, experts_TK = route(logits_TE, top_k, scoring=scoring, score_first=score_first, **selection)
     dlogits_TE = np.zeros_like(logits_TE)
     for t, picked in enumerate(experts_TK):
         score_E = _score(logits_TE[t], scoring)
@@ -162,15 +135,10 @@ def route_backward(
 
 
 def plan(experts: ArrayLike, num_experts: int) -> tuple[IntArray, IntArray]:
-    """Sorts the N = T * K routed rows (row ``t * K + j``) by expert, stably, out-of-range ids last.
+    """Sort the N = T * K routed rows (row ``t * K + j``) by expert, stably, out-of-range ids last.
 
-    Args:
-        experts: Ids, ``[T, K]``.
-        num_experts: E.
-
-    Returns:
-        order ``[N]`` and offsets ``[E + 1]``: expert e owns ``order[offsets[e]:offsets[e + 1]]``; ``offsets[E]``
-        is the number of in-range rows.
+    The result is order ``[N]`` and offsets ``[E + 1]``: expert e owns ``order[offsets[e]:offsets[e + 1]]``; ``offsets[E]``
+    is the number of in-range rows.
     """
     flat_N = np.asarray(experts, dtype=np.int64).reshape(-1)
     order: list[int] = []

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from fusedonemoe.ops.records import RouteRule
+from fusedonemoe.ops.rules import RouteRule
 from fusedonemoe.ops.triton.rules import INTERPRETED
 
 MAX_EXPERTS = 16384  # a row is held in registers; twice as many spill

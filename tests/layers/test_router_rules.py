@@ -8,8 +8,17 @@ import pytest
 import torch
 
 from fusedonemoe import MoEConfig, TopKRouter, functional
-from fusedonemoe.ops.options import ROUTE_OPTIONS
-from fusedonemoe.ops.records import RouteRule
+from fusedonemoe.ops.rules import ROUTE_OPTIONS, RouteAttributes, RouteOptions, RouteRule
+
+
+def test_every_form_of_a_routing_rule_has_the_same_fields():
+    renamed = ["routed_scaling_factor" if name == "scale" else name for name in RouteRule._fields]
+    assert renamed == ["top_k", *ROUTE_OPTIONS] == list(RouteAttributes.__annotations__)
+    assert list(RouteOptions.__annotations__) == list(ROUTE_OPTIONS)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'top_p'"):
+        functional.route(torch.zeros(1, 4), 2, top_p=0.5)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'top_p'"):
+        TopKRouter(16, 8, 2, top_p=0.5)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("public", [functional.route, TopKRouter, MoEConfig])

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from fusedonemoe import functional as F
 from fusedonemoe.ops import library, route
 from fusedonemoe.ops.cpu import native
-from fusedonemoe.ops.records import NORM_EPS, RouteRule
+from fusedonemoe.ops.rules import NORM_EPS, RouteRule
 
 _REFUSAL = native.refusal(torch.float32, True)
 pytestmark = pytest.mark.skipif(_REFUSAL is not None, reason=f"no CPU kernels: {_REFUSAL}")

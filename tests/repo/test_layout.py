@@ -32,6 +32,7 @@ FLOORS = [
         "ops.precision",
         "ops.records",
         "ops.options",
+        "ops.rules",
         "ops.values",
         "ops.formats",
         *("ops.cpu.native", "ops.cpu.build", "ops.cpu.cache", "ops.cpu.commands", "ops.cpu.compiler", "ops.cpu.forks"),

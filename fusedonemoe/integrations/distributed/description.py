@@ -11,17 +11,15 @@ from fusedonemoe.layers import Experts, MoE
 from fusedonemoe.layers.lora import LoRAExperts
 from fusedonemoe.layers.quantized import QuantizedExperts
 from fusedonemoe.layers.routers import ProductKeyRouter, TopKRouter
+from fusedonemoe.ops.rules import ROUTE_OPTIONS
 
 # Attributes that can be changed after the module was built, or that no configuration holds.
 _FIELDS: dict[type[nn.Module], tuple[str, ...]] = {
-    TopKRouter: (
-        "top_k", "scoring", "score_first", "norm_topk_prob", "routed_scaling_factor", "n_group", "topk_group", "group_score",
-        "norm_eps",
-    ),
+    TopKRouter: ("top_k", *ROUTE_OPTIONS),
     ProductKeyRouter: ("num_keys", "top_k", "num_heads", "norm_topk_prob", "input_norm"),
     QuantizedExperts: ("dtype", "group_size", "symmetric"),
     LoRAExperts: ("r", "alpha", "targets", "use_rslora"),
-}  # fmt: skip
+}
 # How much a process keeps for the backward decides its memory, and no result.
 _FREE = ("save_percent",)
 

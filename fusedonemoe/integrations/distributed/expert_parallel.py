@@ -12,8 +12,7 @@ from torch.distributed.tensor.parallel.style import ParallelStyle
 
 from fusedonemoe.agreement import agree
 from fusedonemoe.checks import check_like_x, check_routing
-from fusedonemoe.functional.arguments import check_biases, projections
-from fusedonemoe.functional.calls import as_rows, choose_impl, with_leading
+from fusedonemoe.functional.calls import as_rows, check_biases, choose_impl, projections, with_leading
 from fusedonemoe.integrations.distributed.collectives import in_autocast_dtype, with_divided_gradient
 from fusedonemoe.integrations.distributed.description import describe_blocks, library_versions
 from fusedonemoe.integrations.distributed.dispatch import AllToAll, FixedCapacity, check_capacity

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from fusedonemoe.functional.routing import route_by
 from fusedonemoe.integrations.transformers import wrapping
-from fusedonemoe.ops.options import check_rule
-from fusedonemoe.ops.records import NORM_EPS, RouteRule
+from fusedonemoe.ops.rules import NORM_EPS, RouteRule, check_rule
 
 _PLAN = "_fusedonemoe_plan"
 _SCALES = ("routed_scaling_factor", "router_scaling_factor", "route_scale")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fusedonemoe import functional as F
-from fusedonemoe.ops.records import RouteRule
+from fusedonemoe.ops.rules import RouteRule
 from fusedonemoe.ops.triton import routing
 from tests.ops import test_float16_range as float16
 from tests.ops import test_large_logits as logits

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from fusedonemoe.ops import route as tensors
-from fusedonemoe.ops.records import RouteRule
+from fusedonemoe.ops.rules import RouteRule
 from fusedonemoe.ops.triton import routing
 from fusedonemoe.testing import assert_within_budget, make_logits
 
