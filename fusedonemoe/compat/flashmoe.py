@@ -8,20 +8,8 @@ from torch import Tensor, nn
 
 from fusedonemoe.checks import check_count, check_last_dim
 from fusedonemoe.compat.arguments import check_flag
+from fusedonemoe.hf.reading import ACTIVATIONS
 from fusedonemoe.layers.fine_grained import FineGrainedMoE
-
-# transformers' names of the activations.
-_ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-    "relu2": "relu2",
-    "sigmoid": "sigmoid",
-    "linear": "identity",
-}
 
 
 @dataclass(frozen=True)
@@ -48,8 +36,8 @@ class FlashMoEConfig:
         """Refuse what does not fit."""
         check_count("hidden_size", self.hidden_size)
         check_count("intermediate_size", self.intermediate_size)
-        if self.hidden_act not in _ACTIVATIONS:
-            raise ValueError(f"hidden_act must be one of {tuple(_ACTIVATIONS)}, got {self.hidden_act!r}")
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act must be one of {tuple(ACTIVATIONS)}, got {self.hidden_act!r}")
         check_count("num_experts", self.num_experts)
         check_count("num_experts_per_tok", self.num_experts_per_tok, 1, self.num_experts, "num_experts")
         check_flag("norm_topk_prob", self.norm_topk_prob)
@@ -101,7 +89,7 @@ class FlashMoE(nn.Module):
             config.num_experts,
             config.num_experts_per_tok,
             intermediate_size=config.intermediate_size,
-            activation=_ACTIVATIONS[config.hidden_act],
+            activation=ACTIVATIONS[config.hidden_act],
             norm_topk_prob=config.norm_topk_prob,
             input_norm="batch",
             sparse=sparse,
@@ -109,10 +97,7 @@ class FlashMoE(nn.Module):
             device=device,
             dtype=dtype,
         )
-        norm = self.moe.gate.norm
-        assert norm is not None
-        for parameter in norm.parameters():
-            parameter.requires_grad_(False)
+        self.moe.gate.norm.requires_grad_(False)  # type: ignore[union-attr]
         self.register_load_state_dict_pre_hook(_read_original)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,14 +109,10 @@ class FlashMoE(nn.Module):
 
 _ORIGINAL_NAMES = {
     "router_gate.weight": "moe.gate.weight",
-    "router_norm.running_mean": "moe.gate.norm.running_mean",
-    "router_norm.running_var": "moe.gate.norm.running_var",
-    "router_norm.num_batches_tracked": "moe.gate.norm.num_batches_tracked",
     "down_embed.weight": "moe.down_embed",
     "up_embed.weight": "moe.up_embed",
-    "gate_proj.weight": "moe.gate_proj.weight",
-    "up_proj.weight": "moe.up_proj.weight",
-    "down_proj.weight": "moe.down_proj.weight",
+    **{f"router_norm.{name}": f"moe.gate.norm.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")},
+    **{f"{name}.weight": f"moe.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")},
 }
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fusedonemoe import functional as F
 from fusedonemoe.balance import load_balancing_loss
-from fusedonemoe.checks import check_count, check_float, check_same_device, check_shape
-from fusedonemoe.compat.arguments import check_finite, check_ids_like, check_last, check_like_input, router_logits
+from fusedonemoe.checks import check_count, check_shape
+from fusedonemoe.compat.arguments import check_finite, check_last, check_like_input, check_placed, router_logits
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,9 @@ class MOEConfig:
 
     def __post_init__(self) -> None:
         """Refuse what MoeKernel's documentation calls invalid."""
-        check_count("num_experts", self.num_experts)
+        for name in ("num_experts", "hidden_dim", "expert_dim"):
+            check_count(name, getattr(self, name))
         check_count("top_k", self.top_k, 1, self.num_experts, "num_experts")
-        check_count("hidden_dim", self.hidden_dim)
-        check_count("expert_dim", self.expert_dim)
         check_finite("capacity_factor", self.capacity_factor, least=1)
 
     @property
@@ -87,9 +86,7 @@ def moe_gating_forward(input: Tensor, gate_weights: Tensor, config: MOEConfig) -
     """
     _check_config(config)
     check_last("input", input, config.hidden_dim)
-    check_float("gate_weights", gate_weights)
-    check_shape("gate_weights", gate_weights, (config.hidden_dim, config.num_experts))
-    check_same_device("gate_weights", gate_weights, "input", input.device)
+    check_placed("gate_weights", gate_weights, (config.hidden_dim, config.num_experts), input.device)
     logits_TE = router_logits(input.reshape(-1, config.hidden_dim), gate_weights)
     weights_TK, ids_TK = F.route(logits_TE, config.top_k)
     load_loss = load_balancing_loss(logits_TE, ids_TK, config.num_experts).reshape(1)
@@ -157,10 +154,8 @@ def moe_expert_computation(
     check_last("input", input, D)
     x_TD = input.reshape(-1, D)
     expected = (x_TD.shape[0], config.top_k)
-    check_float("expert_weights", expert_weights)
-    check_shape("expert_weights", expert_weights, expected)
-    check_same_device("expert_weights", expert_weights, "input", input.device)
-    check_ids_like("expert_indices", expert_indices, expected, "input", input.device)
+    check_placed("expert_weights", expert_weights, expected, input.device)
+    check_placed("expert_indices", expert_indices, expected, input.device, ids=True)
     params_EP = _stacked(expert_params, config, input)
     w1_EP, w2_EP, b1_EF, b2_ED = params_EP.split((D * F_, F_ * D, F_, D), 1)
     kept = F.apply_capacity(expert_indices, expert_weights, E, config.capacity_factor)
