@@ -35,39 +35,38 @@ def check_shapes(source: Source, block: Block, parts: list[Part]) -> None:
         if part.form == "each":
             first, *others = keys_of(block, part)
             for key in others:
-                if source.shape(key) != source.shape(first):
-                    raise ValueError(f"{key} must have shape {source.shape(first)}, as {first} has, got {source.shape(key)}")
+                if source[key].shape != source[first].shape:
+                    raise ValueError(f"{key} must have shape {source[first].shape}, as {first} has, got {source[key].shape}")
         elif part.form == "mxfp4":
             blocks, scales = keys_of(block, part)
-            if source.shape(scales) != source.shape(blocks)[:-1]:
+            if source[scales].shape != source[blocks].shape[:-1]:
                 raise ValueError(
-                    f"{scales} must have shape {source.shape(blocks)[:-1]} to fit {blocks}, got {source.shape(scales)}"
+                    f"{scales} must have shape {source[blocks].shape[:-1]} to fit {blocks}, got {source[scales].shape}"
                 )
 
 
 def check_names(
-    source: Source, block: Block, names: dict[str, str], into: Experts | MoE | None, filled: ExpertWeights | None
+    source: Source, block: Block, beside: dict[str, str], into: Experts | MoE | None, filled: ExpertWeights | None
 ) -> None:
     """Nothing is missing and nothing is left over."""
-    used = {key for part in present_parts(block) for key in keys_of(block, part)}
-    used |= {block.key(theirs) for theirs in names.values()}
+    used = {key for part in present_parts(block) for key in keys_of(block, part)} | {*beside.values()}
     missing: list[str] = []
     scopes = {block.key(part.name.partition(".")[0]) + "." for part in LAYOUTS[block.layout].parts}
     if isinstance(into, MoE) and filled is not None:
         has = filled.block.keys()
-        missing = [block.key(BLOCK_NAMES[ours][0]) for ours in sorted(has - names.keys())]
-        used -= {block.key(theirs) for ours, theirs in names.items() if ours not in has}
+        missing = [block.key(BLOCK_NAMES[ours][0]) for ours in sorted(has - beside.keys())]
+        used -= {key for ours, key in beside.items() if ours not in has}
         # Where the block has no module of its own, its neighbours in the layer are none of its tensors.
         is_layer = block.prefix.rpartition(".")[2].isdigit()
         modules = {alias.partition(".")[0] for aliases in BLOCK_NAMES.values() for alias in aliases if "." in alias}
         scopes |= {block.key(module) + "." for module in modules} if is_layer else {block.key("")}
-    elif isinstance(into, Experts) and "output_bias" in names:
+    elif isinstance(into, Experts) and "output_bias" in beside:
         raise ValueError(
-            f"{block.key(names['output_bias'])} is a bias of the whole block, which Experts does not have: load into a MoE with "
+            f"{beside['output_bias']} is a bias of the whole block, which Experts does not have: load into a MoE with "
             "output_bias=True"
         )
-    unexpected = [key for key in source.names() if key not in used and any(key.startswith(scope) for scope in scopes)]
-    if hidden := {key: file for key, file in source.unlisted.items() if any(key.startswith(scope) for scope in scopes)}:
+    unexpected = [key for key in source if key not in used and key.startswith(tuple(scopes))]
+    if hidden := {key: file for key, file in source.unlisted.items() if key.startswith(tuple(scopes))}:
         raise ValueError(
             f"the index and the shards must agree on {block.prefix or 'the checkpoint'}, got tensors in files that the index "
             f"does not name for them: {dict(list(hidden.items())[:5])}"
@@ -103,32 +102,35 @@ def block_shapes(block: Block) -> dict[str, tuple[int, ...]]:
     }
 
 
+def _check_numbers(source: Source, key: str, purpose: str = "") -> None:
+    """A tensor has floats that can be read."""
+    if why := source[key].refusal():
+        raise TypeError(f"{key} must be {why}")
+    if source[key].dtype not in FLOATS:
+        raise TypeError(
+            f"{key} must be float64, float32, bfloat16 or float16{purpose}, got {source[key].dtype}: dequantise it first"
+        )
+
+
 def check_beside(source: Source, beside: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> None:
     """The router, the shared branch and the biases have these shapes, and numbers that can be rounded to the module's dtype."""
     for ours, key in beside.items():
-        if why := source.refusal(key):
-            raise TypeError(f"{key} must be {why}")
-        if source.dtype(key) not in FLOATS:
-            raise TypeError(
-                f"{key} must be float64, float32, bfloat16 or float16 to be {ours}, got {source.dtype(key)}: dequantise it first"
-            )
+        _check_numbers(source, key, f" to be {ours}")
         # Ernie's selection bias has a leading axis of one.
-        if ours in shapes and source.shape(key) not in (shape := shapes[ours], (1, *shape)):
-            raise ValueError(f"{key} must have shape {shape}, as {ours} has, got {source.shape(key)}")
+        if ours in shapes and source[key].shape not in (shape := shapes[ours], (1, *shape)):
+            raise ValueError(f"{key} must have shape {shape}, as {ours} has, got {source[key].shape}")
 
 
 def check_dtypes(source: Source, block: Block, parts: list[Part]) -> None:
     """The experts' tensors have numbers that can be converted."""
     for part in parts:
         for key in keys_of(block, part):
-            if why := source.refusal(key):
+            if part.form != "mxfp4":
+                _check_numbers(source, key)
+            elif why := source[key].refusal():
                 raise TypeError(f"{key} must be {why}")
-            dtype = source.dtype(key)
-            if part.form == "mxfp4":
-                if dtype != torch.uint8:
-                    raise TypeError(f"{key} must be uint8, as MXFP4 is stored, got {dtype}")
-            elif dtype not in FLOATS:
-                raise TypeError(f"{key} must be float64, float32, bfloat16 or float16, got {dtype}: dequantise it first")
+            elif source[key].dtype != torch.uint8:
+                raise TypeError(f"{key} must be uint8, as MXFP4 is stored, got {source[key].dtype}")
 
 
 def stored_dtypes(source: Source, block: Block, parts: list[Part]) -> dict[str, torch.dtype]:
@@ -137,6 +139,6 @@ def stored_dtypes(source: Source, block: Block, parts: list[Part]) -> dict[str, 
     for part in parts:
         stack = part.target.replace("gate_up", "up").replace("gate", "up")
         # check_dtypes() has refused all that torch has no dtype for.
-        dtypes = {torch.bfloat16} if part.form == "mxfp4" else {source.dtype(key) for key in keys_of(block, part)}
+        dtypes = {torch.bfloat16} if part.form == "mxfp4" else {source[key].dtype for key in keys_of(block, part)}
         held[stack] = held.get(stack, set()) | dtypes  # type: ignore[operator]
     return {stack: reduce(torch.promote_types, dtypes) for stack, dtypes in held.items()}

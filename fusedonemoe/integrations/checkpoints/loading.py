@@ -33,10 +33,7 @@ Module = TypeVar("Module", Experts, MoE)
 def list_blocks(checkpoint: Checkpoint, layout: str = "auto", *, num_experts: int | None = None) -> list[Block]:
     """Find every block of experts in a checkpoint, without reading a weight.
 
-    Args:
-        checkpoint: as for :func:`load_experts`.
-        layout: likewise.
-        num_experts: likewise.
+    The arguments are those of :func:`load_experts`.
 
     Returns:
         One :class:`Block` each, in the checkpoint's order; none for a checkpoint without experts.
@@ -162,19 +159,18 @@ def load_experts(
         block = _pick(source, layout, num_experts, prefix, layer)
         parts = present_parts(block)
         check_shapes(source, block, parts)
-        names = block.block_names
+        beside = {ours: block.key(theirs) for ours, theirs in block.block_names.items()}
         filled = None if into is None else weights_of(into, to_write=True)
-        check_names(source, block, names, into, filled)
+        check_names(source, block, beside, into, filled)
         check_dtypes(source, block, parts)
         if into is None or filled is None:
-            check_beside(source, {ours: block.key(theirs) for ours, theirs in names.items()}, block_shapes(block))
-            home = _allocate(source, block, parts, names, dtype, device)
-            beside = {ours: block.key(theirs) for ours, theirs in names.items()}
+            check_beside(source, beside, block_shapes(block))
+            home = _allocate(source, block, parts, beside, dtype, device)
         else:
             home = filled
             check_module(block, into)
             extents = check_writable(home)
-            beside = {ours: block.key(theirs) for ours, theirs in names.items() if ours in home.block}
+            beside = {ours: key for ours, key in beside.items() if ours in home.block}
             check_beside(source, beside, {ours: tuple(tensor.shape) for ours, tensor in home.block.items()})
             for key, pairs in _plan(source, block, parts, beside, home, in_memory=True):
                 check_apart(key, pairs, extents)
@@ -206,30 +202,31 @@ def _pick(source: Source, layout: str, num_experts: int | None, prefix: str | No
     if blocks:
         raise ValueError(f"{asked} names no block of experts, the checkpoint has {[b.prefix for b in blocks]}")
     expected = "any known layout" if layout == "auto" else f"layout {layout!r}"
-    raise ValueError(f"no experts of {expected} in the checkpoint; its names begin with {source.names()[:5]}")
+    raise ValueError(f"no experts of {expected} in the checkpoint; its names begin with {list(source)[:5]}")
 
 
 def _allocate(
     source: Source,
     block: Block,
     parts: list[Part],
-    names: dict[str, str],
+    beside: dict[str, str],
     dtype: torch.dtype | None,
     device: torch.device | str | None,
 ) -> ExpertWeights:
     """Empty weights in home's form."""
     stored = stored_dtypes(source, block, parts)
+    shapes = block_shapes(block)
     E, D, F = block.num_experts, block.hidden_size, block.intermediate_size
     G = 2 * F if block.gated else F
 
     def empty(stack: str, *shape: int) -> Tensor:
-        return torch.empty(*shape, dtype=dtype or stored[stack], device=device or "cpu")
+        return torch.empty(shape, dtype=dtype or stored[stack], device=device or "cpu")
 
     def empty_beside(ours: str, key: str) -> Tensor:
-        own: Any = source.dtype(key)
+        own: Any = source[key].dtype
         # A selection bias is the sum of many small steps, which half precision would lose.
         narrow = ours == "gate.e_score_correction_bias" and dtype in (torch.bfloat16, torch.float16)
-        shape = block_shapes(block).get(ours, source.shape(key))
+        shape = shapes.get(ours, source[key].shape)
         return torch.empty(shape, dtype=torch.float32 if narrow else dtype or own, device=device or "cpu")
 
     return ExpertWeights(
@@ -239,28 +236,28 @@ def _allocate(
         down_bias=empty("down_bias", E, D) if block.bias else None,
         gated=block.gated,
         gate_up_layout=LAYOUTS[block.layout].rows,
-        block={ours: empty_beside(ours, block.key(theirs)) for ours, theirs in names.items()},
+        block={ours: empty_beside(ours, key) for ours, key in beside.items()},
         layout=block.layout,
         prefix=block.prefix,
-        block_names=names,
+        block_names=block.block_names,
     )
 
 
 def _read(source: Source, block: Block, part: Part, dtype: torch.dtype) -> Iterator[Tensor]:
     """Each expert's tensor, in the part's own orientation."""
     for expert in range(block.num_experts):
-        keys = [block.key(name.format(expert)) for name in part.names()]
+        first, *scales = (source[block.key(name.format(expert))] for name in part.names())
+        one = slice(expert, expert + 1)
         match part.form:
             case "each":
-                yield source.read(keys[0])
+                yield first.read()
             case "stack":
-                yield source.read(keys[0], slice(expert, expert + 1))[0]
+                yield first.read(one)[0]
             case "flat":
-                size = source.shape(keys[0])[0] // block.num_experts
-                yield source.read(keys[0], slice(expert * size, (expert + 1) * size))
+                size = first.shape[0] // block.num_experts
+                yield first.read(slice(expert * size, (expert + 1) * size))
             case "mxfp4":
-                blocks, scales = (source.read(key, slice(expert, expert + 1))[0] for key in keys)
-                yield dequantize_mxfp4(blocks, scales, dtype)
+                yield dequantize_mxfp4(first.read(one)[0], scales[0].read(one)[0], dtype)
 
 
 def _plan(
@@ -268,29 +265,21 @@ def _plan(
 ) -> Iterator[tuple[str, list[tuple[Tensor, Tensor]]]]:
     """A checkpoint's tensor, and pairs of a view of home and the numbers that go there; one expert at a time.
 
-    Args:
-        source: the checkpoint.
-        block: the block.
-        parts: its experts' tensors.
-        beside: the names of its other tensors.
-        home: where all of it goes.
-        in_memory: leave out tensors that are read from a file.
+    ``in_memory`` leaves out tensors that are read from a file.
     """
     for part in parts:
         keys = keys_of(block, part)
-        if in_memory and not any(source.in_memory(key) for key in keys):
+        if in_memory and not any(source[key].in_memory for key in keys):
             continue
         stack = home.stack(part.target)
         assert stack is not None
         for expert, piece in enumerate(_read(source, block, part, stack.dtype)):
             oriented = piece.T if part.transposed else piece
-            yield (
-                keys[expert if part.form == "each" else 0],
-                pieces(home, oriented, part.target, expert, LAYOUTS[block.layout].rows),
-            )
+            views = pieces(home, oriented, part.target, expert, LAYOUTS[block.layout].rows)
+            yield keys[expert if part.form == "each" else 0], views
     for ours, key in beside.items():
-        if not in_memory or source.in_memory(key):
-            yield key, [(home.block[ours], source.read(key).reshape(home.block[ours].shape))]
+        if not in_memory or source[key].in_memory:
+            yield key, [(home.block[ours], source[key].read().reshape(home.block[ours].shape))]
 
 
 @torch.no_grad()

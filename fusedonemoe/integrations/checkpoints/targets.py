@@ -1,6 +1,6 @@
 """Checks of the memory that a checkpoint is written into, before the first number is written."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -63,13 +63,7 @@ def _extent(tensor: Tensor) -> tuple[str, int, int]:
 
 
 def check_writable(home: ExpertWeights) -> Extents:
-    """Every tensor of a module can take the checkpoint's numbers.
-
-    Raises:
-        TypeError: a dtype that is not computed in.
-        ValueError: no memory, or memory that two elements or two tensors share.
-        RuntimeError: tensors of inference mode, outside of it.
-    """
+    """Every tensor of a module can take the checkpoint's numbers."""
     tensors = named_tensors(home)
     for name, tensor in tensors.items():
         if tensor.is_meta:
@@ -90,16 +84,12 @@ def check_writable(home: ExpertWeights) -> Extents:
 
 
 def check_apart(key: str, pairs: Iterable[tuple[Tensor, Tensor]], extents: Extents) -> None:
-    """A tensor of a state dict in memory shares none with the module, or is the very tensor that it is loaded into.
+    """A tensor of a state dict in memory shares none with the module, or is the very tensor that it is loaded into."""
 
-    Raises:
-        ValueError: writing would change what is still to be read.
-    """
+    def place(tensor: Tensor) -> object:
+        return tensor.data_ptr(), tensor.dtype, tensor.stride(), tensor.shape
+
     for ours, theirs in pairs:
         name = extents.holder_of(theirs)
-        if name is not None and _place(ours) != _place(theirs):
+        if name is not None and place(ours) != place(theirs):
             raise ValueError(f"{key} shares memory with {name} of into and would be overwritten while it is read: give a clone")
-
-
-def _place(tensor: Tensor) -> tuple[int, torch.dtype, Sequence[int], Sequence[int]]:
-    return tensor.data_ptr(), tensor.dtype, tensor.stride(), tensor.shape

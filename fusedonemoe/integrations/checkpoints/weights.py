@@ -80,13 +80,7 @@ class ExpertWeights:
 def weights_of(module: Experts | MoE, *, to_write: bool = False) -> ExpertWeights:
     """A module's parameters without autograd: themselves, and of packed ones the home form in new tensors.
 
-    Args:
-        module: the module.
-        to_write: refuse tensors that are not the module's own parameters and buffers: what is written into others is lost.
-
-    Raises:
-        TypeError: the experts are of another kind, or a tensor is sharded or quantised.
-        ValueError: a parameter is missing, has another shape than the configuration says, or is one that checkpoints do not have.
+    ``to_write`` refuses tensors that are not the module's own parameters and buffers: what is written into others is lost.
     """
     experts = module.experts if isinstance(module, MoE) else module
     if not isinstance(experts, Experts):
@@ -161,12 +155,7 @@ def _state(module: MoE, to_write: bool) -> dict[str, object]:
 
 
 def check_weights(weights: ExpertWeights) -> None:
-    """Weights that somebody put together fit each other.
-
-    Raises:
-        TypeError: a field is no dense tensor.
-        ValueError: shapes that do not fit, an unknown order of rows, or a name that a MoE does not have.
-    """
+    """Weights that somebody put together fit each other."""
     down = _readable("down_proj", weights.down_proj, None)
     if down.dim() != 3:
         raise ValueError(f"down_proj must have 3 dimensions [E, D, F], got shape {tuple(down.shape)}")
@@ -193,14 +182,9 @@ def store_packed(module: Experts | MoE, home: ExpertWeights) -> None:
 
 
 def pieces(home: ExpertWeights, piece: Tensor, target: Target, expert: int, order: str) -> list[tuple[Tensor, Tensor]]:
-    """Views that hold the same numbers, in home and in a checkpoint's piece of one expert.
+    """Views that hold the same numbers, in home and in a checkpoint's piece of one expert, oriented as in home.
 
-    Args:
-        home: the weights.
-        piece: ``[2F, D]`` and so on: the expert's tensor in home's orientation.
-        target: what it holds.
-        expert: whose.
-        order: of the rows of ``gate_up`` in the checkpoint.
+    ``order`` is that of the rows of ``gate_up`` in the checkpoint.
     """
     suffix = "_bias" if target.endswith("_bias") else ""
     if target.startswith("gate_up") and order != home.gate_up_layout:
