@@ -10,6 +10,7 @@ from fusedonemoe.integrations.checkpoints.files import refusal
 from fusedonemoe.integrations.checkpoints.layouts import Target
 from fusedonemoe.layers import Experts, MoE
 from fusedonemoe.layers.panels import home_of, packed_names, write_home
+from fusedonemoe.ops.activation import split_gate_up
 from fusedonemoe.ops.records import GATE_UP_LAYOUTS
 
 
@@ -17,11 +18,8 @@ def rows_of(up: Tensor, part: Target, rows: str) -> Tensor:
     """The gate's or the up-projection's rows (first axis) of one expert, as a view."""
     if part == "gate_up":
         return up
-    first = part == "gate"
-    if rows == "interleaved":
-        return up[0::2] if first else up[1::2]
-    half = up.shape[0] // 2
-    return up[:half] if first == (rows == "gate_up") else up[half:]
+    gate_and_up = split_gate_up(up.movedim(0, -1), rows)
+    return gate_and_up[part == "up"].movedim(-1, 0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
