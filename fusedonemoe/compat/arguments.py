@@ -17,6 +17,12 @@ def check_finite(name: str, value: float, *, least: float = -math.inf, above: fl
         raise ValueError(f"{name} must be {bound}, got {value!r}")
 
 
+def check_config(config: object, kind: type) -> None:
+    """An object of this class."""
+    if not isinstance(config, kind):
+        raise TypeError(f"config must be a {kind.__name__}, got {type(config).__name__}")
+
+
 def check_flag(name: str, value: bool) -> None:
     """True or False."""
     if not isinstance(value, bool):

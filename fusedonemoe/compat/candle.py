@@ -36,10 +36,6 @@ def apply_topk_softmax_inplace(
         topk_indices: ``[T, K]`` of any integer dtype; overwritten.
         token_expert_indices: ``[T, K]`` of any integer dtype; overwritten.
 
-    Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a shape or device that does not fit.
-
     Example:
         >>> import torch
         >>> from fusedonemoe.compat.candle import apply_topk_softmax_inplace
@@ -123,10 +119,6 @@ class FusedMoE:
 
         Returns:
             ``[T, D]`` in the dtype of input.
-
-        Raises:
-            TypeError: an argument of the wrong type or dtype.
-            ValueError: a shape, device or type that does not fit.
         """
         if isinstance(moe_type, bool) or not isinstance(moe_type, int) or moe_type not in (QWEN3, NOMIC):
             raise ValueError(f"moe_type must be 0 (Qwen3) or 1 (Nomic), got {moe_type!r}")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedonemoe.checks import check_count, check_last_dim
-from fusedonemoe.compat.arguments import check_flag
+from fusedonemoe.compat.arguments import check_config, check_flag
 from fusedonemoe.hf.reading import ACTIVATIONS
 from fusedonemoe.layers.fine_grained import FineGrainedMoE
 
@@ -34,11 +34,10 @@ class FlashMoEConfig:
 
     def __post_init__(self) -> None:
         """Refuse what does not fit."""
-        check_count("hidden_size", self.hidden_size)
-        check_count("intermediate_size", self.intermediate_size)
+        for name in ("hidden_size", "intermediate_size", "num_experts"):
+            check_count(name, getattr(self, name))
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act must be one of {tuple(ACTIVATIONS)}, got {self.hidden_act!r}")
-        check_count("num_experts", self.num_experts)
         check_count("num_experts_per_tok", self.num_experts_per_tok, 1, self.num_experts, "num_experts")
         check_flag("norm_topk_prob", self.norm_topk_prob)
 
@@ -54,8 +53,6 @@ class FlashMoE(nn.Module):
         config: a :class:`FlashMoEConfig`.
         sparse: whether the gradients of ``down_embed`` and ``up_embed`` are sparse tensors.
         impl: as in :func:`fusedonemoe.functional.experts_neurons`.
-        device: of the parameters.
-        dtype: of the parameters.
 
     Shape:
         x ``[..., D]`` with T tokens in all to y ``[..., D]`` and router_logits ``[2, T, G]``.
@@ -81,8 +78,7 @@ class FlashMoE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(config, FlashMoEConfig):
-            raise TypeError(f"config must be a FlashMoEConfig, got {type(config).__name__}")
+        check_config(config, FlashMoEConfig)
         self.config = config
         self.moe: FineGrainedMoE = FineGrainedMoE(
             config.hidden_size,

@@ -40,8 +40,6 @@ class FusedOneMoE(_FusedOneMoE):
         noise: strength of the noise in training.
         training: whether the layer starts in training mode; ``train()`` and ``eval()`` change it as everywhere.
         bias: ``b_up`` and ``b_down``.
-        device: of the parameters.
-        dtype: of the parameters.
         impl: ``auto``, ``dense``, ``grouped``, ``cpu``, ``triton`` or ``portable``.
 
     Shape:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fusedonemoe import functional as F
 from fusedonemoe.balance import load_balancing_loss
 from fusedonemoe.checks import check_count, check_shape
-from fusedonemoe.compat.arguments import check_finite, check_last, check_like_input, check_placed, router_logits
+from fusedonemoe.compat.arguments import check_config, check_finite, check_last, check_like_input, check_placed, router_logits
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,6 @@ class MOEConfig:
         return 2 * self.hidden_dim * self.expert_dim + self.expert_dim + self.hidden_dim
 
 
-def _check_config(config: MOEConfig) -> None:
-    if not isinstance(config, MOEConfig):
-        raise TypeError(f"config must be a MOEConfig, got {type(config).__name__}")
-
-
 def moe_gating_forward(input: Tensor, gate_weights: Tensor, config: MOEConfig) -> tuple[Tensor, Tensor, Tensor]:  # noqa: A002
     """Route tokens: ``p = softmax(x W)``, the K largest, ``w = p / sum(p)`` over them, and the load-balancing loss.
 
@@ -72,10 +67,6 @@ def moe_gating_forward(input: Tensor, gate_weights: Tensor, config: MOEConfig) -
         expert_weights ``[T, K]`` float32 (float64 for float64 input), best first, summing to 1; expert_indices ``[T, K]``
         int32; load_loss ``[1]``, dtype of the weights.
 
-    Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a shape or device that does not fit.
-
     Example:
         >>> import torch
         >>> from fusedonemoe.compat.moekernel import MOEConfig, moe_gating_forward
@@ -84,7 +75,7 @@ def moe_gating_forward(input: Tensor, gate_weights: Tensor, config: MOEConfig) -
         >>> weights.shape, indices.dtype, load_loss.shape
         (torch.Size([10, 2]), torch.int32, torch.Size([1]))
     """
-    _check_config(config)
+    check_config(config, MOEConfig)
     check_last("input", input, config.hidden_dim)
     check_placed("gate_weights", gate_weights, (config.hidden_dim, config.num_experts), input.device)
     logits_TE = router_logits(input.reshape(-1, config.hidden_dim), gate_weights)
@@ -136,10 +127,6 @@ def moe_expert_computation(
     Returns:
         ``[..., D]`` in the dtype of input.
 
-    Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a shape or device that does not fit.
-
     Example:
         >>> import torch
         >>> from fusedonemoe.compat.moekernel import MOEConfig, moe_expert_computation, moe_gating_forward
@@ -149,7 +136,7 @@ def moe_expert_computation(
         >>> moe_expert_computation(x, weights, indices, params, config).shape
         torch.Size([2, 5, 16])
     """
-    _check_config(config)
+    check_config(config, MOEConfig)
     D, F_, E = config.hidden_dim, config.expert_dim, config.num_experts
     check_last("input", input, D)
     x_TD = input.reshape(-1, D)

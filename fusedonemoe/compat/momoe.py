@@ -123,10 +123,6 @@ class MoMoE(nn.Module):
             mask_NM: ``[N, M]``, boolean or integer, not 0 where expert n takes token m. A token with fewer than K experts
                 runs through those; with more than K, through the K of lowest id.
             s_NM: ``[N, M]`` routing weights of any float dtype; read where the mask is set.
-
-        Raises:
-            TypeError: an argument of the wrong type or dtype.
-            ValueError: a shape or device that does not fit.
         """
         check_last("x_BSD", x_BSD, self.D)
         x_MD = x_BSD.reshape(-1, self.D)
@@ -177,9 +173,7 @@ class TopKRouter(nn.Module):
         num_chosen_experts: ``K``, shared ones included.
         num_shared_experts: ``Ks``.
         Wg_DN: ``[D, N]``, copied into the parameter; None draws it.
-        impl: as in :func:`fusedonemoe.functional.route`.
-        device: of the parameter; by default that of ``Wg_DN``, or a GPU, or the CPU.
-        dtype: of the parameter; by default that of ``Wg_DN``, or bfloat16.
+        impl: as in :func:`fusedonemoe.functional.route`; ``device`` and ``dtype`` as in :class:`MoMoE`.
 
     Shape:
         x_BSD ``[..., D]``, biases_N ``[N]`` to x_BSD itself, mask_NM ``[N, M]`` int32 and s_NM ``[N, M]`` float32.
@@ -222,10 +216,6 @@ class TopKRouter(nn.Module):
             x_BSD: ``[..., D]``, any float dtype.
             biases_N: ``[N]``, any float dtype; added to a routed expert's probability for the selection only. The entries of
                 the shared experts are not read.
-
-        Raises:
-            TypeError: an argument of the wrong type or dtype.
-            ValueError: a shape or device that does not fit.
         """
         weights_MK, ids_MK = self._route(x_BSD, biases_N)
         s_MN = weights_MK.new_zeros(ids_MK.shape[0], self.N).scatter(1, ids_MK, weights_MK)

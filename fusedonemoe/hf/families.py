@@ -165,65 +165,50 @@ def _dbrx_experts(config: Any) -> Fields:
 
 @dataclass(frozen=True)
 class Family:
-    """The readers of one family.
-
-    Attributes:
-        route: fields of the router.
-        width: attributes that may hold ``F``, in this order.
-        shared: fields of the shared branch.
-        experts: fields of the experts.
-    """
+    """The readers of one family."""
 
     route: Reader
-    width: tuple[str, ...] = ("moe_intermediate_size",)
+    width: tuple[str, ...] = ("moe_intermediate_size",)  # attributes that may hold F, in this order
     shared: Reader = _nothing
     experts: Reader = _as_configured
 
 
+_LIKE_DEEPSEEK_V3 = (
+    "bailing_hybrid", "deepseek_v3", "deepseek_v32", "dots1", "glm4_moe", "glm4_moe_lite", "glm4v_moe_text", "glm_moe_dsa",
+    "kimi_linear", "solar_open",
+)  # fmt: skip
 _DENSE_WIDTH = ("intermediate_size",)
 _N_SHARED = _shared("moe_intermediate_size", "n_shared_experts")
 _NUM_SHARED = _shared("moe_intermediate_size", "num_shared_experts")
-_GATED_SHARED = _shared(gate=True)
-_DEEPSEEK_V3 = Family(_deepseek_v3, shared=_N_SHARED)
-_DEEPSEEK_V2 = Family(_deepseek_v2, shared=_N_SHARED)
-_MISTRAL4 = Family(_mistral4, shared=_N_SHARED)
-_GRANITE = Family(_softmax_of_the_picked, _DENSE_WIDTH)
-_QWEN3 = Family(_softmax)
-_QWEN3_NEXT = Family(_softmax, shared=_GATED_SHARED)
 
 FAMILIES: dict[str, Family] = {
+    **dict.fromkeys(_LIKE_DEEPSEEK_V3, Family(_deepseek_v3, shared=_N_SHARED)),
+    **dict.fromkeys(("deepseek_ocr2_text", "deepseek_v2", "unlimited_ocr_text"), Family(_deepseek_v2, shared=_N_SHARED)),
+    **dict.fromkeys(("mistral4", "mistral_large4_text"), Family(_mistral4, shared=_N_SHARED)),
+    **dict.fromkeys(
+        ("granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared"), Family(_softmax_of_the_picked, _DENSE_WIDTH)
+    ),
+    **dict.fromkeys(("mellum", "qwen3_moe", "qwen3_omni_moe_text"), Family(_softmax)),
+    **dict.fromkeys(
+        ("qwen2_moe", "qwen3_next", "qwen3_omni_moe_talker_text", "qwen4_exp_text"), Family(_softmax, shared=_shared(gate=True))
+    ),
     "afmoe": Family(_scaled_sigmoid("route_scale"), shared=_NUM_SHARED),
     "aria_text": Family(_softmax_of_the_picked, _DENSE_WIDTH, _aria_shared, _reads(activation="silu", transposed=True)),
     "axk2": Family(_axk2, shared=_N_SHARED),
-    "bailing_hybrid": _DEEPSEEK_V3,
     "beam": Family(_deepseek_v3),
     "cohere2_moe": Family(_cohere2, _DENSE_WIDTH, _cohere2_shared),
     "dbrx": Family(_dbrx, ("ffn_hidden_size",), experts=_dbrx_experts),
-    "deepseek_ocr2_text": _DEEPSEEK_V2,
-    "deepseek_v2": _DEEPSEEK_V2,
-    "deepseek_v3": _DEEPSEEK_V3,
-    "deepseek_v32": _DEEPSEEK_V3,
-    "dots1": _DEEPSEEK_V3,
     "dots3_note_text": Family(_deepseek_v3, shared=_shared("shared_experts_intermediate_size", "n_shared_experts")),
     "dots3_note_vision_encoder": Family(_scaled_sigmoid("router_scaling_factor")),
     "ernie4_5_moe": Family(_reads(selection_bias=True), shared=_shared("moe_intermediate_size", "moe_num_shared_experts")),
     "exaone_moe": Family(_deepseek_v3, shared=_NUM_SHARED),
     "flex_olmo": Family(_softmax, _DENSE_WIDTH),
     "flint": Family(_reads(_softmax, scoring="sigmoid"), shared=_shared()),
-    "glm4_moe": _DEEPSEEK_V3,
-    "glm4_moe_lite": _DEEPSEEK_V3,
-    "glm4v_moe_text": _DEEPSEEK_V3,
-    "glm_moe_dsa": _DEEPSEEK_V3,
     "gpt_oss": Family(_softmax_of_the_picked, _DENSE_WIDTH, experts=_reads(_privacy_filter, gate_up_layout="interleaved")),
-    "granitemoe": _GRANITE,
-    "granitemoe_swa": _GRANITE,
-    "granitemoehybrid": _GRANITE,
-    "granitemoeshared": _GRANITE,
     "hunyuan_v1_moe": Family(_softmax_normalised, _DENSE_WIDTH, _shared("intermediate_size")),
     "hy_v3": Family(_scaled_sigmoid("router_scaling_factor"), shared=_NUM_SHARED),
     "jamba": Family(_reads(norm_topk_prob=False), _DENSE_WIDTH),
     "jetmoe": Family(_softmax_of_the_picked, _DENSE_WIDTH, experts=_reads(_as_configured, output_bias=True)),
-    "kimi_linear": _DEEPSEEK_V3,
     "kolibri1": Family(_reads(_softmax, _sigmoid_with_bias, score_first=False), shared=_shared()),
     "laguna": Family(
         _reads(_without("moe_router_logit_softcapping"), _scaled_sigmoid("moe_routed_scaling_factor")), shared=_shared()
@@ -233,15 +218,12 @@ FAMILIES: dict[str, Family] = {
         _reads(_without("zero_expert_num"), selection_bias=True, norm_topk_prob=False, routed_scaling_factor=_SCALE),
         ("expert_ffn_hidden_size",),
     ),
-    "mellum": _QWEN3,
     "mimo_v2_flash": Family(_deepseek_v3),
     "minimax": Family(_mixtral, _DENSE_WIDTH),
     "minimax_m2": Family(_reads(_without("router_jitter_noise"), _sigmoid_with_bias), _DENSE_WIDTH),
     "minimax_m3_vl_text": Family(
         _scaled_sigmoid("routed_scaling_factor"), _DENSE_WIDTH, _shared("shared_intermediate_size"), _clamped_swiglu
     ),
-    "mistral4": _MISTRAL4,
-    "mistral_large4_text": _MISTRAL4,
     "mixtral": Family(_mixtral, _DENSE_WIDTH),
     "nemotron_h": Family(
         _deepseek_v3,
@@ -250,17 +232,9 @@ FAMILIES: dict[str, Family] = {
     ),
     "olmoe": Family(_softmax, _DENSE_WIDTH),
     "openai_privacy_filter": Family(_softmax_of_the_picked, _DENSE_WIDTH, experts=_privacy_filter),
-    "qwen2_moe": _QWEN3_NEXT,
-    "qwen3_5_moe_text": Family(_softmax_normalised, shared=_GATED_SHARED),
-    "qwen3_moe": _QWEN3,
-    "qwen3_next": _QWEN3_NEXT,
-    "qwen3_omni_moe_talker_text": _QWEN3_NEXT,
-    "qwen3_omni_moe_text": _QWEN3,
+    "qwen3_5_moe_text": Family(_softmax_normalised, shared=_shared(gate=True)),
     "qwen3_vl_moe_text": Family(_softmax_normalised),
-    "qwen4_exp_text": _QWEN3_NEXT,
-    "solar_open": _DEEPSEEK_V3,
     "step3p5": Family(_step3p7, shared=_shared("share_expert_dim")),
-    "unlimited_ocr_text": _DEEPSEEK_V2,
 }
 
 # What these blocks do that the fields of MoEConfig do not say, whatever the configuration.

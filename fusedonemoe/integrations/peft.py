@@ -17,21 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from fusedonemoe.checks import check_shape
-from fusedonemoe.integrations.adapter_layouts import (
-    GATE_UP_DOWN,
-    PER_EXPERT,
-    PREFIX,
-    AdapterConfig,
-    Factors,
-    check_config,
-    join_factors,
-    read_per_expert,
-    read_stacked,
-    sort_keys,
-    split_factors,
-    write_per_expert,
-    write_stacked,
-)
+from fusedonemoe.integrations import adapter_layouts as layouts
+from fusedonemoe.integrations.adapter_layouts import AdapterConfig, Factors, join_factors, split_factors
 from fusedonemoe.integrations.checkpoints.files import read_json
 from fusedonemoe.integrations.forms import form_of
 from fusedonemoe.layers import Experts
@@ -87,19 +74,10 @@ def add_lora(model: nn.Module, **options: Any) -> dict[str, LoRAExperts]:
 
     They are this library's: save them with :func:`save_adapter`. The model's own ``save_pretrained`` raises from then on, and so
     does ``get_peft_model``, which could neither switch nor save them. For adapters that PEFT switches and saves, let PEFT add
-    them, and call :func:`from_peft`.
-
-    Args:
-        model: is changed: every module of experts is replaced by a :class:`~fusedonemoe.LoRAExperts` over it, and all
-            parameters but the adapters' stop requiring gradients.
-        **options: of :func:`fusedonemoe.add_lora`.
-
-    Returns:
-        The new modules by name.
+    them, and call :func:`from_peft`. Arguments and results are those of :func:`fusedonemoe.add_lora`.
 
     Raises:
-        ValueError: the model holds no experts, or such as the operators cannot compute; the message says which. Or it has
-            adapters of PEFT's.
+        ValueError: the model holds no experts, or such as the operators cannot compute; or it has adapters of PEFT's.
     """
     _import_peft()
     added = add_lora_to_experts(model, read=form_of, **options)
@@ -125,12 +103,12 @@ def _read(source: Any, config: Any) -> tuple[Mapping[str, Tensor], AdapterConfig
             path = path / "adapter_config.json"
             values = read_json(path, "an adapter's configuration")
             try:
-                return tensors, check_config(values)
+                return tensors, layouts.check_config(values)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{path}: {error}") from error
     if config is None:
         raise ValueError(f"config must be given beside a state dict or a file: ranks do not tell the scale of {origin}")
-    return tensors, check_config(config)
+    return tensors, layouts.check_config(config)
 
 
 def _read_tensors(path: Path) -> Mapping[str, Tensor]:
@@ -183,8 +161,7 @@ def load_adapter(
         ImportError: safetensors is not installed.
         OSError: a file is not there, or cannot be read.
         TypeError: ``config`` is no configuration, or the adapters are no floating-point tensors.
-        ValueError: a file is damaged; what the keys, shapes, ranks or the configuration say does not fit; the message names the
-            file or the module.
+        ValueError: a file is damaged, or keys, shapes, ranks and the configuration do not fit. The message names the place.
     """
     if any(isinstance(module, LoRAExperts) for module in model.modules()):
         raise ValueError("model must have no adapters yet, got one with LoRAExperts in it")
@@ -211,7 +188,7 @@ def _loaded(
     dtype: torch.dtype | None,
 ) -> dict[str, LoRAExperts]:
     """Experts with the adapters that the tensors hold, by name; the model is frozen, and does not hold them yet."""
-    modules, others = sort_keys(tensors)
+    modules, others = layouts.sort_keys(tensors)
     bases = dict(model.named_modules())
     forms = {name: form for name, module in bases.items() if (form := form_of(module)) is not None}
     for name in forms:
@@ -221,18 +198,18 @@ def _loaded(
     separate: dict[str, dict[tuple[str, int], dict[str, Tensor]]] = {}
     for module, factors in modules.items():
         name = re.sub(r"(\.base_layer)+$", "", module)
-        match = PER_EXPERT.fullmatch(module)
+        match = layouts.PER_EXPERT.fullmatch(module)
         if name in forms:
             stacked.setdefault(name, {})[module.count(".base_layer")] = factors
         elif match and match["experts"] in forms:
-            proj = GATE_UP_DOWN.get(match["proj"], match["proj"])
+            proj = layouts.GATE_UP_DOWN.get(match["proj"], match["proj"])
             separate.setdefault(match["experts"], {})[proj, int(match["expert"])] = factors
         else:
             others.append(module)
     if both := stacked.keys() & separate.keys():
         raise ValueError(f"adapters must be in one layout, got two for {sorted(both)}")
-    adapters = {n: read_stacked(n, forms[n], bases[n], found, checked) for n, found in stacked.items()}
-    adapters |= {n: read_per_expert(n, forms[n], bases[n], found, checked) for n, found in separate.items()}
+    adapters = {n: layouts.read_stacked(n, forms[n], bases[n], found, checked) for n, found in stacked.items()}
+    adapters |= {n: layouts.read_per_expert(n, forms[n], bases[n], found, checked) for n, found in separate.items()}
     if not adapters:
         raise ValueError(f"source must hold adapters of experts of this model, got keys of {sorted(modules)[:3]}")
     if strict and others:
@@ -282,10 +259,9 @@ def _check_wrapped(name: str, wrapper: Any, form: ExpertsForm, adapter: str | No
 def from_peft(model: nn.Module, adapter: str | None = None) -> dict[str, LoRAExperts]:
     """Take over the adapters of experts in a ``PeftModel``: its wrappers become :class:`~fusedonemoe.LoRAExperts`.
 
-    The parameters stay PEFT's, and so do their names: ``disable_adapter``, ``set_adapter``, ``merge_adapter``,
-    ``merge_and_unload``, ``delete_adapter``, ``load_adapter`` into an adapter that is there, ``save_pretrained`` and what else
-    PEFT and transformers do to adapters works on these as on all. All adapters of the experts are taken over; others of the
-    model, such as those of attention, are left as they are. To add one to the experts, add it before.
+    The parameters stay PEFT's, and so do their names: what PEFT and transformers do to adapters (switch, merge, delete, save,
+    load into one that is there) works on these as on all. All adapters of the experts are taken over, no others of the model.
+    To add one to the experts, add it before.
 
     Args:
         model: a ``PeftModel``, or what it wraps. It is changed.
@@ -360,23 +336,15 @@ def adapter_state_dict(model: nn.Module, *, layout: str = "peft") -> dict[str, T
         ValueError: an unknown layout, or a model without adapters.
     """
     check_one_of("layout", layout, LAYOUTS)
-    write = write_stacked if layout == "peft" else write_per_expert
-    return {PREFIX + key: tensor for name, module in _adapted(model).items() for key, tensor in write(name, module)}
+    write = layouts.write_stacked if layout == "peft" else layouts.write_per_expert
+    return {layouts.PREFIX + key: tensor for name, module in _adapted(model).items() for key, tensor in write(name, module)}
 
 
 def adapter_config(model: nn.Module, *, layout: str = "peft", base_model: str | None = None) -> dict[str, Any]:
     """The configuration that belongs to :func:`adapter_state_dict`, as ``adapter_config.json`` holds it.
 
-    Args:
-        model: with :class:`~fusedonemoe.LoRAExperts` inside.
-        layout: as for :func:`adapter_state_dict`.
-        base_model: name or path of the base model, for those who load by it.
-
-    Returns:
-        A mapping that ``peft.LoraConfig(**...)`` takes.
-
-    Raises:
-        ValueError: an unknown layout, or a model without adapters.
+    It is a mapping that ``peft.LoraConfig(**...)`` takes; ``base_model`` is the name or path of the base model, for those who
+    load by it.
     """
     check_one_of("layout", layout, LAYOUTS)
     adapted = _adapted(model)
@@ -417,15 +385,8 @@ def adapter_config(model: nn.Module, *, layout: str = "peft", base_model: str | 
 def save_adapter(model: nn.Module, directory: str | Path, *, layout: str = "peft", base_model: str | None = None) -> None:
     """Write a model's adapters so that ``PeftModel.from_pretrained`` or vLLM loads them.
 
-    Args:
-        model: with :class:`~fusedonemoe.LoRAExperts` inside.
-        directory: gets ``adapter_model.safetensors`` and ``adapter_config.json``; is made if it is not there.
-        layout: as for :func:`adapter_state_dict`.
-        base_model: as for :func:`adapter_config`.
-
-    Raises:
-        ImportError: safetensors is not installed.
-        ValueError: an unknown layout, or a model without adapters.
+    The directory, which is made if need be, gets ``adapter_model.safetensors`` and ``adapter_config.json``. Other arguments and
+    errors are those of :func:`adapter_state_dict` and :func:`adapter_config`; and an ImportError if safetensors is missing.
     """
     tensors = adapter_state_dict(model, layout=layout)
     config = adapter_config(model, layout=layout, base_model=base_model)

@@ -91,7 +91,7 @@ class HeldAdapters(AdapterLevel, nn.Module):
         raise RuntimeError("these adapters are one half of those of the experts, which the module around them computes with")
 
 
-def _view(target: str, index: int) -> property:
+def _view(target: str, index: int) -> Any:
     """:class:`~fusedonemoe.LoRAExperts`' parameter of this name, as a view of PEFT's matrix."""
     return property(lambda self: self.factors(target)[index] if target in self.targets else None)
 
@@ -153,10 +153,7 @@ class PeftExperts(AdapterLevel, LoRAExperts):
         """Scale times rank."""
         return {target: scale * self.r[target] for target, scale in self.scale.items()}
 
-    @property
-    def use_rslora(self) -> bool:  # type: ignore[override]
-        """False: :attr:`alpha` follows from the scale, whichever way PEFT came to that."""
-        return False
+    use_rslora: Any = False  # alpha follows from the scale, whichever way PEFT came to that
 
     @property
     def scale(self) -> dict[str, float]:
@@ -184,10 +181,10 @@ class PeftExperts(AdapterLevel, LoRAExperts):
         scaled = [B * level.scaling[name] for (_, B), name in zip(pairs, names, strict=True)]
         return torch.cat([A for A, _ in pairs], dim=1), torch.cat(scaled, dim=2)
 
-    gate_up_lora_A = _view("gate_up", 0)
-    gate_up_lora_B = _view("gate_up", 1)
-    down_lora_A = _view("down", 0)
-    down_lora_B = _view("down", 1)
+    gate_up_lora_A: Tensor | None = _view("gate_up", 0)
+    gate_up_lora_B: Tensor | None = _view("gate_up", 1)
+    down_lora_A: Tensor | None = _view("down", 0)
+    down_lora_B: Tensor | None = _view("down", 1)
 
     def reset_parameters(self) -> None:
         """Draw A anew and set B to zero, for the active adapters."""

@@ -68,16 +68,8 @@ def _pattern(name: str) -> re.Pattern[str]:
 _Found = dict[str, set[int | None]]
 
 
-@dataclass(frozen=True)
-class Misfit:
-    """Tensors named like a block's that are none, and why."""
-
-    prefix: str
-    reason: str
-
-
 class _MisfitError(Exception):
-    """The reason why tensors do not fit a layout."""
+    """The reason why tensors that are named like a block's do not fit a layout."""
 
 
 def _ending(name: str) -> tuple[str, ...]:
@@ -96,13 +88,6 @@ def _expert_number(key: str, text: str) -> int | None:
 
 def _shortened(text: str) -> str:
     return repr(text if len(text) <= 160 else f"{text[:80]}...{text[-60:]}")
-
-
-def _gaps(held: set[int], count: int) -> str:
-    """The numbers below ``count`` that are not held: as many steps as numbers are held, however large ``count`` is."""
-    lost = count - len(held)
-    first = list(islice((number for number in range(count) if number not in held), _MOST_LISTED))
-    return str(first) + (f" and {lost - len(first)} more" if lost > len(first) else "")
 
 
 def _find(source: Source, layouts: dict[str, Layout]) -> dict[str, dict[str, _Found]]:
@@ -136,8 +121,10 @@ def _num_experts(source: Source, prefix: str, layout: Layout, found: _Found, giv
         count = max(numbers) + 1
         for part in layout.parts:
             held = {number for number in found.get(part.name, numbers) if number is not None}
-            if len(held) < count:
-                raise ValueError(f"{prefix or 'the checkpoint'} has no {part.name} of experts {_gaps(held, count)}")
+            if lost := count - len(held):  # named in as many steps as numbers are held, however large the count is
+                first_lost = list(islice((number for number in range(count) if number not in held), _MOST_LISTED))
+                more = f" and {lost - len(first_lost)} more" if lost > len(first_lost) else ""
+                raise ValueError(f"{prefix or 'the checkpoint'} has no {part.name} of experts {first_lost}{more}")
     elif first.form == "flat":
         routers = [name for router in BLOCK_NAMES["gate.weight"] if (name := _key(prefix, router)) in source]
         if given is None and not routers:
@@ -192,7 +179,7 @@ def _sizes(source: Source, prefix: str, layout: Layout, found: _Found, given: in
     return E, D, F
 
 
-def _choose(source: Source, prefix: str, complete: dict[str, _Found], given: int | None) -> Block | Misfit:
+def _choose(source: Source, prefix: str, complete: dict[str, _Found], given: int | None) -> Block:
     """The one layout that fits, with its sizes."""
     # An up and a down projection are a plain expert only where there is no gate beside them.
     largest = [a for a in complete if not any(complete[a].keys() < other.keys() for other in complete.values())]
@@ -204,7 +191,7 @@ def _choose(source: Source, prefix: str, complete: dict[str, _Found], given: int
         except _MisfitError as misfit:
             misfits.append(f"not {layout}: {misfit}")
     if not fitting:
-        return Misfit(prefix, "; ".join(misfits))
+        raise _MisfitError("; ".join(misfits))
     layout = LAYOUT_OF_MODEL_TYPE.get(source.model_type or "", "")
     if layout not in fitting:
         meanings = {(LAYOUTS[name].parts[0].name, LAYOUTS[name].parts[0].transposed, LAYOUTS[name].rows) for name in fitting}
@@ -226,12 +213,15 @@ def _choose(source: Source, prefix: str, complete: dict[str, _Found], given: int
     return Block(prefix, layout, *fitting[layout], LAYOUTS[layout].gated, bias, names, beside)
 
 
-def find_blocks(source: Source, layout: str, num_experts: int | None) -> tuple[list[Block], list[Misfit]]:
-    """Every block of experts in the checkpoint's order, and what only looks like one."""
+def find_blocks(source: Source, layout: str, num_experts: int | None) -> tuple[list[Block], dict[str, str]]:
+    """Every block of experts in the checkpoint's order, and the reasons by prefix why other tensors only look like one."""
     layouts = LAYOUTS if layout == "auto" else {layout: LAYOUTS[layout]}
-    found: list[Block | Misfit] = []
+    blocks: list[Block] = []
+    misfits: dict[str, str] = {}
     for prefix, by_layout in _find(source, layouts).items():
         complete = {name: held for name, held in by_layout.items() if held.keys() >= {*LAYOUTS[name].names(required=True)}}
-        if complete:
-            found.append(_choose(source, prefix, complete, num_experts))
-    return [each for each in found if isinstance(each, Block)], [each for each in found if isinstance(each, Misfit)]
+        try:
+            blocks += [_choose(source, prefix, complete, num_experts)] if complete else []
+        except _MisfitError as misfit:
+            misfits[prefix] = str(misfit)
+    return blocks, misfits

@@ -1,8 +1,11 @@
-"""Checks of a checkpoint's names, shapes and dtypes against a layout and a module, before a number is read."""
+"""Checks of a checkpoint against a layout and a module, and of the memory that it is written into, before a number is read."""
 
+from collections.abc import Iterable
 from functools import reduce
+from itertools import pairwise
 
 import torch
+from torch import Tensor
 
 from fusedonemoe.hf import BLOCK_NAMES
 from fusedonemoe.integrations.checkpoints.blocks import Block
@@ -11,6 +14,9 @@ from fusedonemoe.integrations.checkpoints.layouts import LAYOUTS, Part
 from fusedonemoe.integrations.checkpoints.sources import Source
 from fusedonemoe.integrations.checkpoints.weights import ExpertWeights
 from fusedonemoe.layers import Experts, MoE
+
+Extent = tuple[str, int, int, str]
+"""Device, first byte and the byte after the last one, and the name of the tensor there."""
 
 
 def present_parts(block: Block) -> list[Part]:
@@ -142,3 +148,69 @@ def stored_dtypes(source: Source, block: Block, parts: list[Part]) -> dict[str, 
         dtypes = {torch.bfloat16} if part.form == "mxfp4" else {source[key].dtype for key in keys_of(block, part)}
         held[stack] = held.get(stack, set()) | dtypes  # type: ignore[operator]
     return {stack: reduce(torch.promote_types, dtypes) for stack, dtypes in held.items()}
+
+
+def named_tensors(home: ExpertWeights) -> dict[str, Tensor]:
+    """Every tensor of a block's weights, by the name that messages use."""
+    up = "gate_up_proj" if home.gated else "up_proj"
+    named = {
+        f"experts.{up}": home.gate_up_proj,
+        "experts.down_proj": home.down_proj,
+        f"experts.{up}_bias": home.gate_up_bias,
+        "experts.down_proj_bias": home.down_bias,
+    }
+    return {name: tensor for name, tensor in named.items() if tensor is not None} | home.block
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Two elements may be one memory: an expanded tensor, or one with a stride below what smaller strides reach."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
+
+
+def _extent(tensor: Tensor) -> tuple[str, int, int]:
+    """Device, first byte and the byte after the last one."""
+    span = 1 + sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    return str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + span * tensor.element_size()
+
+
+def check_writable(home: ExpertWeights) -> list[Extent]:
+    """Every tensor of a module can take the checkpoint's numbers. Returns the memory that they lie in."""
+    tensors = named_tensors(home)
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise ValueError(f"into is on the meta device ({name}): give it memory first, into.to_empty(device=...)")
+        if tensor.dtype not in FLOATS:
+            raise TypeError(f"{name} of into must be float64, float32, bfloat16 or float16, got {tensor.dtype}")
+        if tensor.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError(f"{name} of into was made in inference mode: load it within torch.inference_mode(), too")
+        if _overlaps_itself(tensor):
+            raise ValueError(
+                f"{name} of into must have memory of its own for each element, got strides {tensor.stride()} for shape "
+                f"{tuple(tensor.shape)}"
+            )
+    extents = sorted((*_extent(tensor), name) for name, tensor in tensors.items() if tensor.numel())
+    for (place, _, end, owner), (device, first, _, name) in pairwise(extents):
+        if device == place and first < end:
+            raise ValueError(f"{owner} and {name} of into share memory: what is loaded into one would overwrite the other")
+    return extents
+
+
+def check_apart(key: str, pairs: Iterable[tuple[Tensor, Tensor]], extents: list[Extent]) -> None:
+    """A tensor of a state dict in memory shares none with the module, or is the very tensor that it is loaded into."""
+
+    def place(tensor: Tensor) -> object:
+        return tensor.data_ptr(), tensor.dtype, tensor.stride(), tensor.shape
+
+    for ours, theirs in pairs:
+        device, first, last = _extent(theirs)
+        holders = [name for there, a, b, name in extents if there == device and a < last and first < b]
+        if holders and theirs.numel() and place(ours) != place(theirs):
+            raise ValueError(
+                f"{key} shares memory with {holders[0]} of into and would be overwritten while it is read: give a clone"
+            )

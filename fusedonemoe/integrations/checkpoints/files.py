@@ -83,7 +83,7 @@ class Held:
 
     def __init__(self, name: str, tensor: Tensor, *, in_file: bool) -> None:
         self._name, self._tensor = name, tensor
-        self.in_memory = not in_file  # what is read is a view of memory that somebody else may hold as well
+        self.in_memory: bool = not in_file  # what is read is a view of memory that somebody else may hold as well
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -27,21 +27,18 @@ def to_state_dict(
     own, detached, as in ``state_dict()``; the others are copies.
 
     Args:
-        block: a module, or what :func:`load_experts` returned. A :class:`~fusedonemoe.MoE` is written with its router and shared
-            branch, an :class:`~fusedonemoe.Experts` alone.
+        block: a module, a :class:`~fusedonemoe.MoE` with its router and shared branch; or what :func:`load_experts` returned.
         layout: a name of :data:`LAYOUTS`; None for the one that the weights were read in.
         prefix: put before each name, with a dot; None for what the weights were read with, nothing for a module.
-        block_names: names below the prefix for what stands beside the experts, by :class:`~fusedonemoe.MoE`'s names, where they
-            differ from the layout's: ``{"gate.weight": "router.weight"}``. Those of a checkpoint are the ``block_names`` of what
-            :func:`list_blocks` found.
+        block_names: names below the prefix for the tensors other than the experts', by :class:`~fusedonemoe.MoE`'s names, where
+            they differ from the layout's: ``{"gate.weight": "router.weight"}``. A :class:`Block` has those of its checkpoint.
 
     Returns:
         Contiguous tensors by name.
 
     Raises:
         TypeError: ``block`` is none of these, a module without a layout, or one with sharded or quantised weights.
-        ValueError: a layout that is unknown, cannot be written, or has no place for what the block holds; weights whose shapes do
-            not fit each other.
+        ValueError: a layout that is unknown, cannot be written, or has no place for a tensor; shapes that do not fit.
 
     Example:
         >>> from fusedonemoe import MoE

@@ -17,20 +17,9 @@ Checkpoint = Mapping[str, Tensor] | str | os.PathLike[str]
 _WHOLE_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
-def _model_type(config: Path) -> str | None:
-    """The one field that is read of a configuration."""
-    model_type = read_json(config, "a model's configuration").get("model_type")
-    if model_type is not None and not isinstance(model_type, str):
-        raise ValueError(f"{config} must have a string for model_type, got {type(model_type).__name__}")
-    return model_type
-
-
 def _shard_path(index: Path, name: str, file: object) -> Path:
-    """The file of one entry, which must be in the index's own folder, or below it.
-
-    A link in that folder may lead out of it: Hugging Face's cache consists of such links, and who made one could have put
-    the file there.
-    """
+    """The file of one entry, which must be in the index's own folder, or below it."""
+    # A link in that folder may lead out of it: Hugging Face's cache consists of such links.
     if not isinstance(file, str) or not file:
         raise ValueError(f"{index} must name a file for {name!r}, got {file!r}")
     path = Path(file)
@@ -99,7 +88,9 @@ class Source(dict[str, Held | Stored]):
             raise FileNotFoundError(f"checkpoint {path} is not there")
         directory = path if path.is_dir() else path.parent
         if (config := directory / "config.json").exists():
-            self.model_type = _model_type(config)
+            self.model_type = read_json(config, "a model's configuration").get("model_type")
+            if self.model_type is not None and not isinstance(self.model_type, str):
+                raise ValueError(f"{config} must have a string for model_type, got {type(self.model_type).__name__}")
         files = _files_in(path) if path.is_dir() else [path]
         if files[0].name.endswith(INDEX_SUFFIX):
             self._open_shards(files[0])

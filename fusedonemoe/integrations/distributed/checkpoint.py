@@ -74,12 +74,6 @@ def checkpointable(state: Any) -> Any:
 
     Needed with :class:`TensorParallel` alone; harmless otherwise. Values are not copied: loading into the result loads into
     the parameters. A state dict of a model, an optimizer or both keeps its nesting.
-
-    Example:
-        >>> import torch
-        >>> from fusedonemoe.integrations.distributed import checkpointable
-        >>> checkpointable({"model": {"weight": torch.ones(2)}, "step": 3})
-        {'model': {'weight': tensor([1., 1.])}, 'step': 3}
     """
     if isinstance(state, dict):
         return {key: checkpointable(value) for key, value in state.items()}

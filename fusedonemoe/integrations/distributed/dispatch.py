@@ -103,26 +103,31 @@ class _Dispatcher(Ranks):
         """Split sizes for the collective, in which rows that stay take no part."""
         return [0 if r == self.rank else size for r, size in enumerate(sizes)]
 
-    def _exchange(self, outgoing: Tensor, send: list[int], receive: list[int], own: int) -> Tensor:
-        """Rows in the order of their ranks, so that every expert meets its rows in the order of the whole batch."""
-        leaving, staying = outgoing.split([sum(send), own])
-        received = all_to_all(leaving, receive, send, self.group)
-        first, last = received.split([sum(receive[: self.rank]), sum(receive[self.rank :])])
-        return torch.cat((first, staying, last))
+    def _travel(
+        self, outgoing: tuple[Tensor, ...], send: list[int], receive: list[int], own: int, graded: bool
+    ) -> tuple[list[Tensor], Callable[[Tensor], Tensor]]:
+        """Rows in the order of their ranks, so that every expert meets its rows in the order of the whole batch.
 
-    def _return(self, rows: Tensor, send: list[int], receive: list[int], own: int) -> Tensor:
-        """The way back: rows in the outgoing order."""
-        first, staying, last = rows.split([sum(receive[: self.rank]), own, sum(receive[self.rank :])])
-        back = all_to_all(torch.cat((first, last)), send, receive, self.group)
-        return torch.cat((back, staying))
+        Also returns the way back, to rows in the outgoing order; ``graded`` says that some rank needs gradients.
+        """
+        before, after = sum(receive[: self.rank]), sum(receive[self.rank :])
+        arrived = []
+        for rows in outgoing:
+            leaving, staying = rows.split([sum(send), own])
+            first, last = all_to_all(leaving, receive, send, self.group).split([before, after])
+            arrived.append(torch.cat((first, staying, last)))
+
+        def back(rows: Tensor) -> Tensor:
+            first, staying, last = joined(rows, graded).split([before, own, after])
+            return torch.cat((all_to_all(torch.cat((first, last)), send, receive, self.group), staying))
+
+        return arrived, back
 
 
 def _compact(marked: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Return the indices of a flat mask's marked entries, ``[length]``, and each entry's number among them.
-
-    The number of an unmarked entry is ``length``, taken from the device: what the host read is for shapes alone. (Inductor
-    may place a kernel that has such a number for an argument before the line that reads it.)
-    """
+    """Return the indices of a flat mask's marked entries, ``[length]``, and each entry's number among them; or ``length``."""
+    # That length is taken from the device: what the host read is for shapes alone. Inductor may place a kernel that has such a
+    # number for an argument before the line that reads it.
     number = torch.where(marked, marked.to(torch.int64).cumsum(0) - 1, marked.sum())
     slot = torch.where(marked, number, marked.shape[0])
     entries = torch.arange(marked.shape[0], device=marked.device)
@@ -139,8 +144,7 @@ class AllToAll(_Dispatcher):
     Args:
         group: the process group.
         num_experts: ``E``, over all ranks.
-        spare: rows of zeros that the experts get beside the routed ones, with an id that names none: 1 for experts that
-            cannot take 0 rows.
+        spare: extra rows of zeros for the experts, with an id that names none: 1 for experts that cannot take 0 rows.
 
     Example:
         >>> import torch, torch.distributed as dist
@@ -204,16 +208,9 @@ class AllToAll(_Dispatcher):
         local_NK = experts_TK.index_select(0, token_N).to(torch.int64) - (rank_N * self.block)[:, None]
         ids_NK = torch.where(here_NK, local_NK, self.block).to(torch.int32)
         # Every row takes all K weights along; the experts give a gradient to those of the choices that are theirs.
-        rows, ids, weights = (
-            self._exchange(outgoing, send, receive, own)
-            for outgoing in (gather(x_TD, token_N, position_TK), ids_NK, gather(weights_TK, token_N, position_TK))
-        )
-
-        def combine(y_RD: Tensor) -> Tensor:
-            back = self._return(joined(y_RD, any(needed)), send, receive, own)
-            return gather_sum(back, token_N, position_TK)
-
-        return self._unfold(rows, ids, weights, sum(choices), combine)
+        outgoing = (gather(x_TD, token_N, position_TK), ids_NK, gather(weights_TK, token_N, position_TK))
+        (rows, ids, weights), back = self._travel(outgoing, send, receive, own, any(needed))
+        return self._unfold(rows, ids, weights, sum(choices), lambda y_RD: gather_sum(back(y_RD), token_N, position_TK))
 
     def _unfold(
         self, x_RD: Tensor, ids_RK: Tensor, weights_RK: Tensor, routed: int, combine: Callable[[Tensor], Tensor]
@@ -240,10 +237,9 @@ class AllToAll(_Dispatcher):
 class FixedCapacity(_Dispatcher):
     """Sends every other rank the same number of rows, filled up or cut off: nothing is read on the host.
 
-    One row for each choice of an expert elsewhere, at most ``S`` for each pair of ranks: ``S = ceil(capacity_factor * T * K /
-    W)``, which even routing needs 1 for. What exceeds it is dropped in the order of the tokens: it adds nothing to the output,
-    and ``dropped`` counts it. Rows that stay need no place, so ``S = T * K``, from ``capacity_factor >= W`` on, drops
-    nothing.
+    One row for each choice of an expert elsewhere, at most ``S = ceil(capacity_factor * T * K / W)`` for each pair of ranks;
+    even routing needs a factor of 1. What exceeds it is dropped in the order of the tokens: it adds nothing to the output, and
+    ``dropped`` counts it. Rows that stay need no place, so a factor of ``W`` drops nothing.
 
     Args:
         group: the process group, in which every rank has the same number of tokens, unless ``capacity`` is given.
@@ -252,8 +248,8 @@ class FixedCapacity(_Dispatcher):
         capacity: ``S`` itself, instead of a factor.
 
     Attributes:
-        dropped: ``[1]`` int64, the choices dropped by this rank so far, on the device of the tokens; None before the first
-            call. What activation checkpointing repeats counts once.
+        dropped: ``[1]`` int64, the choices dropped by this rank so far; None before the first call. What activation
+            checkpointing repeats counts once.
 
     Example:
         >>> import torch, torch.distributed as dist
@@ -274,11 +270,14 @@ class FixedCapacity(_Dispatcher):
         super().__init__(group, num_experts)
         check_capacity(capacity_factor, capacity)
         self.capacity = capacity
-        self._factor = None if capacity_factor in (None, math.inf) else _fraction(capacity_factor)
+        self._factor: Fraction | None = None
+        if capacity_factor is not None and capacity_factor != math.inf:
+            # Not 0, and with terms that fit into the sizes of a compiled graph: 1.1 is 11 / 10.
+            most = 1 << (20 if capacity_factor > 1e-3 else 40)
+            self._factor = Fraction(min(capacity_factor, 1 << 20)).limit_denominator(most) or Fraction(1, 1 << 40)
         self.dropped: Tensor | None = None
 
     def _slots(self, choices: int) -> int:
-        """``S``."""
         if self.capacity is not None:
             return self.capacity
         if self._factor is None:
@@ -301,7 +300,11 @@ class FixedCapacity(_Dispatcher):
         number_TK = inverse_order(order).view(T, K) - offsets[owner_TK.clamp(max=W - 1)]
         stays_TK = owner_TK == self.rank
         fits_TK = (owner_TK < W) & ~stays_TK & (number_TK < S)
-        self._count((owner_TK < W) & ~stays_TK & (number_TK >= S))
+        if self.dropped is None or self.dropped.device != device:
+            self.dropped = torch.zeros(1, dtype=torch.int64, device=device)
+        dropped_TK = (owner_TK < W) & ~stays_TK & (number_TK >= S)
+        # The operator that counts tokens knows a repetition by activation checkpointing from a forward.
+        torch.ops.fusedonemoe.count_tokens_(self.dropped, torch.where(dropped_TK, 0, -1))
 
         N = (W - 1) * S + choices  # for every choice of this rank a row that may stay
         every = torch.arange(choices, device=device)
@@ -317,32 +320,10 @@ class FixedCapacity(_Dispatcher):
         ids_N1 = torch.where(holds_N, local_TK.reshape(-1).index_select(0, choice_N), self.block).to(torch.int32)[:, None]
         token_N = choice_N // K
         sizes = self._without_own([S] * W)
-        x, ids, weights = (
-            self._exchange(outgoing, sizes, sizes, choices)
-            for outgoing in (
-                gather(x_TD, token_N, position_TK),
-                ids_N1,
-                gather(weights_TK.reshape(-1, 1), choice_N, position_TK.reshape(-1, 1)),
-            )
-        )
-
-        def combine(y_RD: Tensor) -> Tensor:
-            back = self._return(joined(y_RD, any(needed)), sizes, sizes, choices)
-            return gather_sum(back, token_N, position_TK)
-
-        return Dispatched(x, ids, weights, combine)
-
-    def _count(self, beyond_TK: Tensor) -> None:
-        if self.dropped is None or self.dropped.device != beyond_TK.device:
-            self.dropped = torch.zeros(1, dtype=torch.int64, device=beyond_TK.device)
-        # The operator that counts tokens knows a repetition by activation checkpointing from a forward.
-        torch.ops.fusedonemoe.count_tokens_(self.dropped, torch.where(beyond_TK, 0, -1))
-
-
-def _fraction(factor: float) -> Fraction:
-    """The factor as a fraction that is not 0 and whose terms fit into the sizes of a compiled graph: 1.1 is 11 / 10."""
-    limited = Fraction(min(factor, 1 << 20)).limit_denominator(1 << (20 if factor > 1e-3 else 40))
-    return limited or Fraction(1, 1 << 40)
+        x_ND = gather(x_TD, token_N, position_TK)
+        weights_N1 = gather(weights_TK.reshape(-1, 1), choice_N, position_TK.reshape(-1, 1))
+        (x, ids, weights), back = self._travel((x_ND, ids_N1, weights_N1), sizes, sizes, choices, any(needed))
+        return Dispatched(x, ids, weights, lambda y_RD: gather_sum(back(y_RD), token_N, position_TK))
 
 
 def check_capacity(capacity_factor: float | None, capacity: int | None) -> None:

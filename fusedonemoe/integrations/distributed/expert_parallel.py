@@ -40,7 +40,7 @@ def group_of(where: DeviceMesh | ProcessGroup | None) -> ProcessGroup:
 
 
 def experts_of(model: nn.Module) -> dict[str, Experts]:
-    """The model's :class:`~fusedonemoe.Experts` by name."""
+    """The model's :class:`~fusedonemoe.Experts` by name, if all of them can become parallel."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     found = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
@@ -55,19 +55,15 @@ def experts_of(model: nn.Module) -> dict[str, Experts]:
                 f"{adapted[id(module)] or 'the model'} has adapters, which compute with all experts in one process: merge them "
                 "and put unload() in the place of the module"
             )
-    return found
-
-
-def _check_ties(model: nn.Module) -> None:
-    """No parameter of experts is that of another module too, where it would stay whole."""
-    names: dict[nn.Parameter, str] = {}
-    for name, module in experts_of(model).items():
-        names |= {parameter: f"{name}.{key}".lstrip(".") for key, parameter in module.named_parameters(recurse=False)}
+    names = {
+        p: f"{name}.{key}".lstrip(".") for name, module in found.items() for key, p in module.named_parameters(recurse=False)
+    }
     for name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
-            if parameter in names and not isinstance(module, Experts):
+            if parameter in names and not isinstance(module, Experts):  # there it would stay whole
                 shared = f"{name}.{key}".lstrip(".")
                 raise ValueError(f"{names[parameter]} must belong to experts alone, got a parameter that is {shared} too")
+    return found
 
 
 def place(experts: Experts, mesh: DeviceMesh, placements: dict[str, Placement]) -> None:
@@ -181,7 +177,6 @@ class GroupStyle(ParallelStyle):
         def describe() -> dict[str, object]:
             for experts in experts_of(model).values():
                 self.check(experts, group.size())
-            _check_ties(model)
             options = {name: getattr(self, name) for name in self.options}
             ranks = dist.get_process_group_ranks(group)
             return {"style": style, **options, "ranks of the group": ranks, **describe_blocks(model)}
@@ -236,7 +231,7 @@ class ExpertParallel(GroupStyle):
         >>> dist.destroy_process_group()
     """
 
-    options = ("capacity_factor", "capacity", "gradients")
+    options: tuple[str, ...] = ("capacity_factor", "capacity", "gradients")
 
     def __init__(
         self,

@@ -67,19 +67,14 @@ def signature_of(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, num_exper
 
 
 def _fields_of(signature: int) -> dict[str, str]:
-    fields = {}
+    asked = [name for place, name in enumerate(Gradients._fields) if signature & _FORM << place]
+    on = f"on for {' and '.join(asked)}" if asked else "on"
+    fields = {"gradients": "off (torch.no_grad)" if signature & _NO_GRAD else on}
     for name, bits in _BITS.items():
         value = signature % (1 << bits)
         fields[name] = str(_DTYPES[value]) if name.endswith("dtype") else str(value)
         signature >>= bits
     return fields
-
-
-def _gradients_in(signature: int) -> str:
-    if signature & _NO_GRAD:
-        return "off (torch.no_grad)"
-    asked = [name for place, name in enumerate(Gradients._fields) if signature & _FORM << place]
-    return f"on for {' and '.join(asked)}" if asked else "on"
 
 
 def check_signatures(
@@ -111,9 +106,9 @@ def check_signatures(
     uneven = len(set(rows)) > 1
     if len({signature % _FORM for signature in signatures}) == 1 and not uneven and not torn:
         return gradients
-    fields = {rank: _fields_of(signature) for rank, signature in zip(ranks, signatures, strict=True)}
+    fields = {}
     for rank, signature, count in zip(ranks, signatures, rows, strict=True):
-        fields[rank] |= {row_name: str(count), "gradients": _gradients_in(signature) if torn else ""}
+        fields[rank] = {**_fields_of(signature), row_name: str(count), **({} if torn else {"gradients": ""})}
     ending = "a rank without gradients has no backward, for which the others would wait" if torn else advice if uneven else ""
     needs = "needs gradients on every rank or on none" if torn else "needs the same D, K and dtypes on every rank"
     raise ValueError(f"{parallelism} parallelism {needs}, got {differences(fields)}{'; ' if ending else ''}{ending}")

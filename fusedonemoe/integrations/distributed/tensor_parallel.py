@@ -35,7 +35,7 @@ class TensorExchange:
     """The forward over the group that :class:`TensorParallel` sets on an :class:`~fusedonemoe.Experts`."""
 
     def __init__(self, group: ProcessGroup) -> None:
-        self.ranks = Ranks(group)
+        self.ranks: Ranks = Ranks(group)
 
     def __call__(self, experts: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The forward of ``experts``, for tokens that all processes have."""
@@ -76,20 +76,9 @@ class TensorParallel(GroupStyle):
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: a mesh of several dimensions.
 
     Source:
         Megatron-LM (arXiv 1909.08053) section 3, for each expert.
-
-    Example:
-        >>> import torch, torch.distributed as dist
-        >>> from fusedonemoe import MoE
-        >>> from fusedonemoe.integrations.distributed import TensorParallel
-        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # under torchrun: no arguments
-        >>> moe = TensorParallel().apply(MoE(hidden_size=16, intermediate_size=8, num_experts=4, top_k=2))
-        >>> moe(torch.randn(5, 16)).shape
-        torch.Size([5, 16])
-        >>> dist.destroy_process_group()
     """
 
     def check(self, experts: Experts, world: int) -> None:

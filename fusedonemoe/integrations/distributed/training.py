@@ -120,11 +120,8 @@ def _describe_gradients(model: nn.Module) -> dict[str, object]:
 def average_gradients(model: nn.Module, group: ProcessGroup | None = None) -> None:
     """Average the gradients of whole parameters over the processes, in one message; those of shards stay.
 
-    The simplest data parallelism, for a model that neither DDP nor FSDP wraps. A collective call.
-
-    Args:
-        model: after its backward pass. A parameter has a gradient in all processes, or in none.
-        group: the processes; the default group if None.
+    The simplest data parallelism, for a model that neither DDP nor FSDP wraps, after its backward pass. A parameter has a
+    gradient in all processes, or in none. A collective call over ``group``, by default all processes.
 
     Raises:
         ValueError: the processes have gradients of other names, shapes or dtypes, which each call compares. The message says
@@ -177,16 +174,13 @@ def parameter_groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
 def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """Scale all gradients so that their common 2-norm is at most ``max_norm``, whole parameters and shards alike.
 
-    The norm is that of the whole model: every process gets the same number. ``torch.nn.utils.clip_grad_norm_`` takes
-    parameters of one mesh at a time. A collective call where there are shards.
+    Returns the norm before, 0-dimensional: that of the whole model, the same in every process. (``torch.nn.utils`` takes
+    parameters of one mesh at a time.) A collective call where there are shards.
 
     Args:
-        parameters: with gradients or without, the same ones in every process; whole ones have the same gradient in each. A
+        parameters: the same ones in every process, with gradients or without; whole ones have the same gradient in each. A
             shard may have a gradient in one process and none in another.
         max_norm: above 0.
-
-    Returns:
-        The norm before, 0-dimensional.
 
     Raises:
         ValueError: ``max_norm`` is not above 0.

@@ -5,7 +5,7 @@ serves every layer of a model.
 """
 
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -60,13 +60,6 @@ def _name_of_act(act_fn: Any) -> str | None:
     return _name_of(type(act_fn) if isinstance(act_fn, nn.Module) else act_fn)
 
 
-def _probe(magnitudes: Iterable[float]) -> Tensor:
-    """Pre-activations ``[rows, 16]`` of every magnitude and sign, float64."""
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randn(64, 16, generator=generator, dtype=torch.float64, device="cpu")
-    return torch.cat([z * magnitude for magnitude in magnitudes])
-
-
 def _agrees(gate: Callable[[Tensor], Tensor], z: Tensor, candidate: Activation) -> bool:
     with torch.device("cpu"):  # what a gate makes beside its argument
         expected, actual = activate(z, candidate), gate(z)
@@ -99,7 +92,8 @@ def _gate_by_numbers(
     try:
         # Also in the middle of a trace: these are real numbers, and none of the traced program's.
         with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
-            z = _probe([*_MAGNITUDES, *finite])
+            z = torch.randn(64, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
+            z = torch.cat([z * magnitude for magnitude in (*_MAGNITUDES, *finite)])
             found = next((c for c in candidates if _agrees(lambda v: gate(stand_in, v), z, c)), None)
     except Exception:  # Somebody else's code, called on what it may not expect: whatever it raises, it is unknown to us.
         return None

@@ -290,9 +290,8 @@ def _same_routing(plan: RouterPlan, probe: _Probe, own: tuple[Tensor, ...]) -> b
 
 def _modes(plan: RouterPlan) -> Iterator[RouterPlan]:
     """The plan with every way to choose dtypes."""
-    for wide, autocast, float_logits, like in itertools.product(
-        (False, True), (True, False), (False, True), ("input", "logits", "float32")
-    ):
+    flags = (False, True)
+    for wide, autocast, float_logits, like in itertools.product(flags, flags[::-1], flags, ("input", "logits", "float32")):
         if not (plan.linear and (wide or not autocast)):
             yield plan._replace(wide=wide, autocast=autocast, float_logits=float_logits, weights_like=like)
 
@@ -303,14 +302,13 @@ def _same_dtypes(plan: RouterPlan, probe: _Probe, own: tuple[Tensor, ...], autoc
             ours = _outputs(plan, probe.router, probe.x, *probe.arguments)
         except RuntimeError:  # a product of two dtypes
             return False
-    if any(a.dtype != b.dtype for a, b in zip(ours[:2], own[:2], strict=True)):
-        return False
-    return torch.equal(ours[0], own[0])
+    same = all(a.dtype == b.dtype for a, b in zip(ours[:2], own[:2], strict=True))
+    return same and torch.equal(ours[0], own[0])
 
 
-def _own(probe: _Probe, *, autocast: bool = False, x: Tensor | None = None) -> tuple[Tensor, ...]:
+def _own(probe: _Probe, *, autocast: bool = False) -> tuple[Tensor, ...]:
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        return probe.router(probe.x.clone() if x is None else x, *probe.arguments)
+        return probe.router(probe.x.clone(), *probe.arguments)
 
 
 def _plan_of(router: nn.Module) -> RouterPlan | str:
@@ -333,10 +331,7 @@ def _plan_of(router: nn.Module) -> RouterPlan | str:
 
 def _matched(probe: _Probe, linear: str, takes_bias: bool) -> RouterPlan | str:
     router = probe.router
-    own = []
-    for training in (True, False):
-        router.train(training)
-        own.append(_own(probe))
+    own = [_own(probe._replace(router=router.train(training))) for training in (True, False)]
     if any(len(outputs) != 3 for outputs in own):
         return f"it returns {len(own[0])} values, where logits, weights and ids were expected"
     num_experts = own[0][0].shape[-1]
@@ -344,7 +339,9 @@ def _matched(probe: _Probe, linear: str, takes_bias: bool) -> RouterPlan | str:
     plan = next(plans, None)
     if plan is None:
         return "none of this library's rules gives the weights that its forward gives"
-    plan = plan._replace(flattens=own[0][0].dim() == 2 and (probe.x.dim() == 3 or _own(probe, x=probe.x[None])[0].dim() == 2))
+    plan = plan._replace(
+        flattens=own[0][0].dim() == 2 and (probe.x.dim() == 3 or _own(probe._replace(x=probe.x[None]))[0].dim() == 2)
+    )
     # Three views of what the dtypes are: float32, bfloat16 where the router can compute in it, and autocast.
     seen = [*((probe, outputs, False) for outputs in own), (probe, _own(probe, autocast=True), True)]
     half = probe.to(torch.bfloat16)
