@@ -36,11 +36,11 @@ _INEXPRESSIBLE = {
 
 
 def _without(name: str) -> Reader:
-    """No fields, if this attribute is not above 0."""
+    """No fields, if this attribute is missing, nothing, or a number that is not above 0."""
 
     def read(config: Any) -> Fields:
-        value = getattr(config, name, None) or 0
-        if value > 0:
+        value = getattr(config, name, None)
+        if value and not (isinstance(value, int | float) and value < 0):
             raise refuse(config, _INEXPRESSIBLE[name].format(value))
         return {}
 

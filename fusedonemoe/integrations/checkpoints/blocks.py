@@ -93,21 +93,16 @@ def _shortened(text: str) -> str:
 def _find(source: Source, layouts: dict[str, Layout]) -> dict[str, dict[str, _Found]]:
     """By prefix and layout, what there is."""
     found: dict[str, dict[str, _Found]] = defaultdict(lambda: defaultdict(lambda: defaultdict(set)))
-    users: dict[str, list[str]] = defaultdict(list)
+    # A key's last two words pick the few names that it can match.
+    by_ending: dict[tuple[str, ...], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for layout, rule in layouts.items():
         for name in rule.names():
-            users[name].append(layout)
-    # A key's last two words pick the few names that it can match.
-    by_ending: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    for name in users:
-        by_ending[_ending(name)].append(name)
+            by_ending[_ending(name)][name].append(layout)
     for key in source:
-        for name in by_ending.get(_ending(key), ()):
+        for name, users in by_ending.get(_ending(key), {}).items():
             if match := _pattern(name).fullmatch(key):
                 expert = _expert_number(key, match["expert"]) if "{}" in name else None
-                if expert is None and "{}" in name:
-                    continue
-                for layout in users[name]:
+                for layout in users if expert is not None or "{}" not in name else ():
                     found[match["prefix"] or ""][layout][name].add(expert)
     return found
 

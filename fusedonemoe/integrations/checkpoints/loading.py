@@ -274,9 +274,7 @@ def _plan(
         keys = checking.keys_of(block, part)
         if in_memory and not any(source[key].in_memory for key in keys):
             continue
-        stack = home.stack(part.target)
-        assert stack is not None
-        for expert, piece in enumerate(_read(source, block, part, stack.dtype)):
+        for expert, piece in enumerate(_read(source, block, part, home.stack(part.target).dtype)):
             oriented = piece.T if part.transposed else piece
             views = pieces(home, oriented, part.target, expert, LAYOUTS[block.layout].rows)
             yield keys[expert if part.form == "each" else 0], views

@@ -100,7 +100,6 @@ def _write(weights: ExpertWeights, part: Part, order: str) -> dict[str, Tensor]:
     """One part's tensors: a view of home, where home has all experts in the part's order, orientation and one by one."""
     E, D, F = weights.down_proj.shape
     home = weights.stack(part.target)
-    assert home is not None
     view = home.transpose(1, 2) if part.transposed else home
     halves = weights.gated and not part.target.startswith("down")
     as_stored = not halves or (part.target.startswith("gate_up") and order == weights.gate_up_layout)

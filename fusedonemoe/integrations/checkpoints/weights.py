@@ -14,14 +14,6 @@ from fusedonemoe.ops.activation import split_gate_up
 from fusedonemoe.ops.records import GATE_UP_LAYOUTS
 
 
-def rows_of(up: Tensor, part: Target, rows: str) -> Tensor:
-    """The gate's or the up-projection's rows (first axis) of one expert, as a view."""
-    if part == "gate_up":
-        return up
-    gate_and_up = split_gate_up(up.movedim(0, -1), rows)
-    return gate_and_up[part == "up"].movedim(-1, 0)
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ExpertWeights:
     """A block's weights, as :func:`fusedonemoe.functional.experts_mlp` takes them.
@@ -57,22 +49,10 @@ class ExpertWeights:
         """``E``."""
         return self.down_proj.shape[0]
 
-    def stack(self, target: Target) -> Tensor | None:
+    def stack(self, target: Target) -> Tensor:
         """Return all experts' tensor that a part of a checkpoint belongs to."""
-        if target.startswith("down"):
-            return self.down_bias if target.endswith("bias") else self.down_proj
-        return self.gate_up_bias if target.endswith("bias") else self.gate_up_proj
-
-    def rows(self, target: Target, expert: int, order: str) -> Tensor | None:
-        """One expert's matrix or bias as a view; both halves of ``gate_up`` only in the order that they are stored in."""
-        stack = self.stack(target)
-        if stack is None:
-            return None
-        half: Target = target.removesuffix("_bias")  # type: ignore[assignment]
-        if half == "down" or not self.gated:
-            return stack[expert]
-        assert half != "gate_up" or order == self.gate_up_layout
-        return rows_of(stack[expert], half, self.gate_up_layout)
+        names = ("down_proj", "down_bias") if target.startswith("down") else ("gate_up_proj", "gate_up_bias")
+        return getattr(self, names[target.endswith("bias")])
 
 
 def weights_of(module: Experts | MoE, *, to_write: bool = False) -> ExpertWeights:
@@ -160,12 +140,11 @@ def check_weights(weights: ExpertWeights) -> None:
     check_one_of("gate_up_layout", weights.gate_up_layout, GATE_UP_LAYOUTS)
     E, D, F = down.shape
     G = 2 * F if weights.gated else F
-    _readable("gate_up_proj", weights.gate_up_proj, (E, G, D))
     if (weights.gate_up_bias is None) != (weights.down_bias is None):
         raise ValueError("gate_up_bias and down_bias must both be given, or neither")
-    for name, tensor, shape in (("gate_up_bias", weights.gate_up_bias, (E, G)), ("down_bias", weights.down_bias, (E, D))):
-        if tensor is not None:
-            _readable(name, tensor, shape)
+    for name, shape in (("gate_up_proj", (E, G, D)), ("gate_up_bias", (E, G)), ("down_bias", (E, D))):
+        if name == "gate_up_proj" or weights.down_bias is not None:
+            _readable(name, getattr(weights, name), shape)
     if unknown := sorted(weights.block.keys() - BLOCK_NAMES.keys()):
         raise ValueError(f"block must have names of {sorted(BLOCK_NAMES)}, got {unknown}")
     for name, tensor in weights.block.items():
@@ -184,10 +163,14 @@ def pieces(home: ExpertWeights, piece: Tensor, target: Target, expert: int, orde
 
     ``order`` is that of the rows of ``gate_up`` in the checkpoint.
     """
-    suffix = "_bias" if target.endswith("_bias") else ""
-    if target.startswith("gate_up") and order != home.gate_up_layout:
-        halves: tuple[Target, Target] = ("gate", "up")
-        return [(home.rows(f"{half}{suffix}", expert, order), rows_of(piece, half, order)) for half in halves]  # type: ignore[arg-type, misc]
-    view = home.rows(target, expert, order)
-    assert view is not None
-    return [(view, piece)]
+    stored, half = home.stack(target)[expert], target.removesuffix("_bias")
+    if half == "down" or not home.gated or (half == "gate_up" and order == home.gate_up_layout):
+        return [(stored, piece)]
+    if half == "gate_up":
+        return list(zip(_gate_and_up(stored, home.gate_up_layout), _gate_and_up(piece, order), strict=True))
+    return [(_gate_and_up(stored, home.gate_up_layout)[half == "up"], piece)]
+
+
+def _gate_and_up(rows: Tensor, order: str) -> list[Tensor]:
+    """Views of the gate's and the up-projection's rows (first axis) of one expert."""
+    return [half.movedim(-1, 0) for half in split_gate_up(rows.movedim(0, -1), order)]

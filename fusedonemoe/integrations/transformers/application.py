@@ -65,14 +65,13 @@ def apply(model: nn.Module, *, routers: bool = True) -> Report:
     _check_model(model)
     enable()
     _restore_implementations(model)
-    fused_before = [module for module in model.modules() if is_fused(module)]
+    fused_before = {module for module in model.modules() if is_fused(module)}
     _applied.add(model)
     previous: dict[int, Any] = {}
     fused: list[nn.Module] = []
     report = Report(tuple(_apply_to(layer, previous, fused, routers) for layer in find_layers(model)))
-    for router in fused_before:
-        if not any(router is other for other in fused):
-            unfuse_router(router)
+    for router in fused_before.difference(fused):
+        unfuse_router(router)
     return report
 
 
