@@ -52,11 +52,7 @@ _EXPERT_NAMES: dict[str, tuple[str, ...]] = {
 
 
 def config_of(block: nn.Module) -> Any:
-    """The configuration that a block, its experts or its router keep.
-
-    Raises:
-        ValueError: none of them does.
-    """
+    """The configuration that a block, its experts or its router keep; a ValueError where none of them does."""
     for module in (block, *(getattr(block, name, None) for name in ("experts", "gate", "router"))):
         config = getattr(module, "config", None)
         if config is not None:
@@ -65,11 +61,9 @@ def config_of(block: nn.Module) -> Any:
 
 
 def tensors_of(block: nn.Module, expected: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The block's parameters and buffers themselves, by the names in a :class:`fusedonemoe.MoE`.
+    """The parameters and buffers of a transformers model's sparse block, by the names in a :class:`fusedonemoe.MoE`.
 
-    Args:
-        block: a sparse block of a transformers model.
-        expected: the names and shapes that the MoE has.
+    They are the tensors themselves; ``expected`` are the names and shapes that the MoE has.
 
     Raises:
         ValueError: a tensor is missing, has another shape, or is left over.

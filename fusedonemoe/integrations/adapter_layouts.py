@@ -30,13 +30,8 @@ GATE_UP_DOWN = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 def split_factors(lora_A: Tensor, lora_B: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """The factors of each expert from PEFT's two matrices, as views.
 
-    Args:
-        lora_A: ``[E * r, in]``.
-        lora_B: ``[out, r * E]``, the expert as the fastest index.
-        num_experts: ``E``.
-
-    Returns:
-        ``A`` ``[E, r, in]`` and ``B`` ``[E, out, r]``.
+    ``lora_A`` ``[E * r, in]`` gives ``A`` ``[E, r, in]``, and ``lora_B`` ``[out, r * E]``, in which the expert is the fastest
+    index, ``B`` ``[E, out, r]``.
 
     Raises:
         ValueError: the two do not belong together, or not to as many experts.
@@ -57,15 +52,7 @@ def split_factors(lora_A: Tensor, lora_B: Tensor, num_experts: int) -> tuple[Ten
 
 
 def join_factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """PEFT's two matrices from the factors of each expert: the inverse of :func:`split_factors`.
-
-    Args:
-        A: ``[E, r, in]``.
-        B: ``[E, out, r]``.
-
-    Returns:
-        ``lora_A`` ``[E * r, in]`` and ``lora_B`` ``[out, r * E]``, contiguous.
-    """
+    """PEFT's two matrices, contiguous, from the factors of each expert: the inverse of :func:`split_factors`."""
     return A.reshape(-1, A.shape[2]).contiguous(), B.permute(1, 2, 0).reshape(B.shape[1], -1).contiguous()
 
 

@@ -323,14 +323,13 @@ def _unwrapped(model: Any) -> nn.Module:
 
 
 def adapter_state_dict(model: nn.Module, *, layout: str = "peft") -> dict[str, Tensor]:
-    """The adapters of a model as other libraries keep them.
+    """The adapters of a model's :class:`~fusedonemoe.LoRAExperts` as other libraries keep them.
+
+    The tensors are contiguous and have memory of their own, under the keys of ``adapter_model.safetensors``.
 
     Args:
-        model: with :class:`~fusedonemoe.LoRAExperts` inside.
+        model: with adapters.
         layout: ``"peft"``, two matrices of all experts per parameter, or ``"vllm"``, a matrix per expert and projection.
-
-    Returns:
-        Contiguous tensors of their own under the keys of ``adapter_model.safetensors``.
 
     Raises:
         ValueError: an unknown layout, or a model without adapters.

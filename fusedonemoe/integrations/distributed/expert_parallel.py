@@ -150,17 +150,12 @@ class GroupStyle(ParallelStyle):
         The weights of the group's first rank are the ones that count. A model on the meta device is sharded without them.
         Before anything changes, the processes compare their models: what each of them would refuse alone is refused by all.
 
-        Args:
-            model: a block, its experts, or a model with blocks in it.
-
-        Returns:
-            ``model``.
+        The model may be a block, its experts, or have blocks in it; it is returned.
 
         Raises:
             TypeError: ``model`` is no module.
             ValueError: it has no experts, or they are parallel already, or have adapters, or have sizes that the group cannot
-                share; or the processes' models, options or versions differ. The message names what differs and which ranks have
-                what.
+                share; or the processes' models, options or versions differ. The message says which ranks have what.
             RuntimeError: :mod:`torch.distributed` is not initialised, or another process has failed.
         """
         return self._each(model, self.group)
