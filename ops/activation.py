@@ -10,7 +10,7 @@ from torch import Tensor
 from fusedonemoe.ops.records import PLAIN, Activation
 
 
-def _split(z: Tensor, layout: str) -> tuple[Tensor, Tensor]:
+def split_gate_up(z: Tensor, layout: str) -> tuple[Tensor, Tensor]:
     """Views of the gate and the up columns."""
     if layout == "interleaved":
         return z[..., 0::2], z[..., 1::2]
@@ -18,8 +18,8 @@ def _split(z: Tensor, layout: str) -> tuple[Tensor, Tensor]:
     return (first, second) if layout == "gate_up" else (second, first)
 
 
-def _join(gate: Tensor, up: Tensor, layout: str) -> Tensor:
-    """The inverse of :func:`_split`."""
+def join_gate_up(gate: Tensor, up: Tensor, layout: str) -> Tensor:
+    """The inverse of :func:`split_gate_up`."""
     if layout == "interleaved":
         return torch.stack((gate, up), dim=-1).flatten(-2)
     return torch.cat((gate, up) if layout == "gate_up" else (up, gate), dim=-1)
@@ -78,7 +78,7 @@ def activate(z: Tensor, act: Activation, *, reuse: bool = False) -> Tensor:
     """
     if act.layout == PLAIN:
         return _act(z, act.name)
-    gate, up = _split(z, act.layout)
+    gate, up = split_gate_up(z, act.layout)
     if act.name == "swiglu_oai":
         gate = gate.clamp(max=act.limit)
         return (up.clamp(-act.limit, act.limit) + 1) * (gate * torch.sigmoid(act.alpha * gate))
@@ -99,10 +99,10 @@ def activate_backward(dh: Tensor, z: Tensor, act: Activation) -> Tensor:
     """
     if act.layout == PLAIN:
         return _act_backward(dh, z, act.name)
-    gate, up = _split(z, act.layout)
+    gate, up = split_gate_up(z, act.layout)
     if act.name == "swiglu_oai":
         g, u = gate.clamp(max=act.limit), up.clamp(-act.limit, act.limit)
         s = torch.sigmoid(act.alpha * g)
         dgate = dh * (u + 1) * s * (1 + act.alpha * g * (1 - s))
-        return _join(dgate * (gate <= act.limit), dh * g * s * (up.abs() <= act.limit), act.layout)
-    return _join(_act_backward(dh * up, gate, act.name), dh * _act(gate, act.name), act.layout)
+        return join_gate_up(dgate * (gate <= act.limit), dh * g * s * (up.abs() <= act.limit), act.layout)
+    return join_gate_up(_act_backward(dh * up, gate, act.name), dh * _act(gate, act.name), act.layout)

@@ -17,17 +17,28 @@ def check_finite(name: str, value: float, *, least: float = -math.inf, above: fl
         raise ValueError(f"{name} must be {bound}, got {value!r}")
 
 
+def check_config(config: object, kind: type) -> None:
+    """An object of this class."""
+    if not isinstance(config, kind):
+        raise TypeError(f"config must be a {kind.__name__}, got {type(config).__name__}")
+
+
 def check_flag(name: str, value: bool) -> None:
     """True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
-def check_ids_like(name: str, ids: Tensor, shape: tuple[int, ...], owner: str, device: torch.device) -> None:
-    """Integers of this shape, on the device of ``owner``."""
-    check_ids(ids, name)
-    check_shape(name, ids, shape)
-    check_same_device(name, ids, owner, device)
+def check_placed(
+    name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device, owner: str = "input", *, ids: bool = False
+) -> None:
+    """Floats, or integers where they are ids, of this shape and on the device of ``owner``."""
+    if ids:
+        check_ids(tensor, name)
+    else:
+        check_float(name, tensor)
+    check_shape(name, tensor, shape)
+    check_same_device(name, tensor, owner, device)
 
 
 def check_like_input(name: str, tensor: Tensor, x: Tensor) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fusedonemoe import functional as F
-from fusedonemoe.checks import check_count, check_dim, check_float, check_same_device, check_shape
-from fusedonemoe.compat.arguments import check_ids_like, check_like_input
+from fusedonemoe.checks import check_count, check_dim, check_float, check_shape
+from fusedonemoe.compat.arguments import check_like_input, check_placed
 
 QWEN3, NOMIC = 0, 1
 
@@ -36,10 +36,6 @@ def apply_topk_softmax_inplace(
         topk_indices: ``[T, K]`` of any integer dtype; overwritten.
         token_expert_indices: ``[T, K]`` of any integer dtype; overwritten.
 
-    Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a shape or device that does not fit.
-
     Example:
         >>> import torch
         >>> from fusedonemoe.compat.candle import apply_topk_softmax_inplace
@@ -57,12 +53,10 @@ def apply_topk_softmax_inplace(
     K = topk_weight.shape[1]
     if not 1 <= K <= E:
         raise ValueError(f"topk_weight must have shape [T, K] with K from 1 to the number of experts ({E}), got K = {K}")
-    check_shape("topk_weight", topk_weight, (T, K))
-    check_same_device("topk_weight", topk_weight, "gating_output", gating_output.device)
-    check_ids_like("topk_indices", topk_indices, (T, K), "gating_output", gating_output.device)
-    check_ids_like("token_expert_indices", token_expert_indices, (T, K), "gating_output", gating_output.device)
-    outputs = (topk_weight, topk_indices, token_expert_indices)
-    for output, values in zip(outputs, F.topk_softmax(gating_output, K), strict=True):
+    outputs = {"topk_weight": topk_weight, "topk_indices": topk_indices, "token_expert_indices": token_expert_indices}
+    for name, output in outputs.items():
+        check_placed(name, output, (T, K), gating_output.device, "gating_output", ids=name != "topk_weight")
+    for output, values in zip(outputs.values(), F.topk_softmax(gating_output, K), strict=True):
         output.copy_(values)
 
 
@@ -125,10 +119,6 @@ class FusedMoE:
 
         Returns:
             ``[T, D]`` in the dtype of input.
-
-        Raises:
-            TypeError: an argument of the wrong type or dtype.
-            ValueError: a shape, device or type that does not fit.
         """
         if isinstance(moe_type, bool) or not isinstance(moe_type, int) or moe_type not in (QWEN3, NOMIC):
             raise ValueError(f"moe_type must be 0 (Qwen3) or 1 (Nomic), got {moe_type!r}")
@@ -145,24 +135,17 @@ class FusedMoE:
             check_like_input(name, tensor, input)
         check_dim("gate_weights", gate_weights, "E, D, F")
         F_ = gate_weights.shape[2]
-        check_shape("gate_weights", gate_weights, (E, D, F_))
-        check_shape("up_weights", up_weights, (E, D, F_))
-        if down_weights is not None:
-            check_shape("down_weights", down_weights, (E, F_, D))
-        check_float("routing_weights", routing_weights)
-        check_shape("routing_weights", routing_weights, (T, K))
-        check_same_device("routing_weights", routing_weights, "input", input.device)
-        check_ids_like("expert_indices", expert_indices, (T, K), "input", input.device)
+        for name, tensor in weights.items():
+            check_shape(name, tensor, (E, F_, D) if name == "down_weights" else (E, D, F_))
+        check_placed("routing_weights", routing_weights, (T, K), input.device)
+        check_placed("expert_indices", expert_indices, (T, K), input.device, ids=True)
         gated = moe_type == QWEN3
-        if gated:
-            assert down_weights is not None
-            # Joined in every call: what was joined in an earlier one would be old after a write that torch does not count,
-            # as those of fused optimizers and of collectives.
-            up_EGD, down_EDF = torch.cat((gate_weights, up_weights), 2).transpose(1, 2), down_weights.transpose(1, 2)
-        else:
-            up_EGD, down_EDF = gate_weights.transpose(1, 2), up_weights
+        # Joined in every call: what was joined in an earlier one would be old after a write that torch does not count,
+        # as those of fused optimizers and of collectives.
+        up_EDG = torch.cat((gate_weights, up_weights), 2) if gated else gate_weights
+        down_EDF = weights["down_weights"].transpose(1, 2) if gated else up_weights
         experts = expert_indices.to(torch.int64)
         activation = self.activation.value
         return F.experts_mlp(
-            input, experts, routing_weights, up_EGD, down_EDF, activation=activation, gated=gated, impl=self.impl
+            input, experts, routing_weights, up_EDG.transpose(1, 2), down_EDF, activation=activation, gated=gated, impl=self.impl
         )

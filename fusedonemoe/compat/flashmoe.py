@@ -7,21 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from fusedonemoe.checks import check_count, check_last_dim
-from fusedonemoe.compat.arguments import check_flag
+from fusedonemoe.compat.arguments import check_config, check_flag
+from fusedonemoe.hf.reading import ACTIVATIONS
 from fusedonemoe.layers.fine_grained import FineGrainedMoE
-
-# transformers' names of the activations.
-_ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-    "relu2": "relu2",
-    "sigmoid": "sigmoid",
-    "linear": "identity",
-}
 
 
 @dataclass(frozen=True)
@@ -46,11 +34,10 @@ class FlashMoEConfig:
 
     def __post_init__(self) -> None:
         """Refuse what does not fit."""
-        check_count("hidden_size", self.hidden_size)
-        check_count("intermediate_size", self.intermediate_size)
-        if self.hidden_act not in _ACTIVATIONS:
-            raise ValueError(f"hidden_act must be one of {tuple(_ACTIVATIONS)}, got {self.hidden_act!r}")
-        check_count("num_experts", self.num_experts)
+        for name in ("hidden_size", "intermediate_size", "num_experts"):
+            check_count(name, getattr(self, name))
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act must be one of {tuple(ACTIVATIONS)}, got {self.hidden_act!r}")
         check_count("num_experts_per_tok", self.num_experts_per_tok, 1, self.num_experts, "num_experts")
         check_flag("norm_topk_prob", self.norm_topk_prob)
 
@@ -66,8 +53,6 @@ class FlashMoE(nn.Module):
         config: a :class:`FlashMoEConfig`.
         sparse: whether the gradients of ``down_embed`` and ``up_embed`` are sparse tensors.
         impl: as in :func:`fusedonemoe.functional.experts_neurons`.
-        device: of the parameters.
-        dtype: of the parameters.
 
     Shape:
         x ``[..., D]`` with T tokens in all to y ``[..., D]`` and router_logits ``[2, T, G]``.
@@ -93,15 +78,14 @@ class FlashMoE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(config, FlashMoEConfig):
-            raise TypeError(f"config must be a FlashMoEConfig, got {type(config).__name__}")
+        check_config(config, FlashMoEConfig)
         self.config = config
         self.moe: FineGrainedMoE = FineGrainedMoE(
             config.hidden_size,
             config.num_experts,
             config.num_experts_per_tok,
             intermediate_size=config.intermediate_size,
-            activation=_ACTIVATIONS[config.hidden_act],
+            activation=ACTIVATIONS[config.hidden_act],
             norm_topk_prob=config.norm_topk_prob,
             input_norm="batch",
             sparse=sparse,
@@ -109,10 +93,7 @@ class FlashMoE(nn.Module):
             device=device,
             dtype=dtype,
         )
-        norm = self.moe.gate.norm
-        assert norm is not None
-        for parameter in norm.parameters():
-            parameter.requires_grad_(False)
+        self.moe.gate.norm.requires_grad_(False)  # type: ignore[union-attr]
         self.register_load_state_dict_pre_hook(_read_original)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,14 +105,10 @@ class FlashMoE(nn.Module):
 
 _ORIGINAL_NAMES = {
     "router_gate.weight": "moe.gate.weight",
-    "router_norm.running_mean": "moe.gate.norm.running_mean",
-    "router_norm.running_var": "moe.gate.norm.running_var",
-    "router_norm.num_batches_tracked": "moe.gate.norm.num_batches_tracked",
     "down_embed.weight": "moe.down_embed",
     "up_embed.weight": "moe.up_embed",
-    "gate_proj.weight": "moe.gate_proj.weight",
-    "up_proj.weight": "moe.up_proj.weight",
-    "down_proj.weight": "moe.down_proj.weight",
+    **{f"router_norm.{name}": f"moe.gate.norm.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")},
+    **{f"{name}.weight": f"moe.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")},
 }
 
 

@@ -25,24 +25,15 @@ class FusedOneMoE(_FusedOneMoE):
       ``p + noise * topp * randn``; the experts with ``p > topp``, as many as there are, ``w = sigmoid(l)`` on them and 0
       elsewhere. A token whose probabilities all stay below ``topp`` takes none.
 
-    Parameters are those of :class:`fusedonemoe.FusedOneMoE`; a state dict of the original (``WG``, ``Wi``, ``down``, biases)
-    loads too.
+    Parameters and the arguments that are not listed are those of :class:`fusedonemoe.FusedOneMoE`; a state dict of the original
+    (``WG``, ``Wi``, ``down``, biases) loads too.
 
     Args:
-        hidden_size: ``D``.
-        intermediate_size: ``F``.
-        groups: ``E``, number of experts.
-        is_sparse: route; otherwise mix all experts.
-        topk: ``K`` of the top-k routing.
         is_indefinacy: top-p instead of top-k.
         topp: the probability that an expert has to exceed, from 0 and below 1.
         temperature: divides the logits before the softmax.
         noise: strength of the noise in training.
         training: whether the layer starts in training mode; ``train()`` and ``eval()`` change it as everywhere.
-        bias: ``b_up`` and ``b_down``.
-        device: of the parameters.
-        dtype: of the parameters.
-        impl: ``auto``, ``dense``, ``grouped``, ``cpu``, ``triton`` or ``portable``.
 
     Shape:
         ``[..., D]`` to ``[..., D]``.

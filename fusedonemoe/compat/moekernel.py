@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fusedonemoe import functional as F
 from fusedonemoe.balance import load_balancing_loss
-from fusedonemoe.checks import check_count, check_float, check_same_device, check_shape
-from fusedonemoe.compat.arguments import check_finite, check_ids_like, check_last, check_like_input, router_logits
+from fusedonemoe.checks import check_count, check_shape
+from fusedonemoe.compat.arguments import check_config, check_finite, check_last, check_like_input, check_placed, router_logits
 
 
 @dataclass(frozen=True)
@@ -41,21 +41,15 @@ class MOEConfig:
 
     def __post_init__(self) -> None:
         """Refuse what MoeKernel's documentation calls invalid."""
-        check_count("num_experts", self.num_experts)
+        for name in ("num_experts", "hidden_dim", "expert_dim"):
+            check_count(name, getattr(self, name))
         check_count("top_k", self.top_k, 1, self.num_experts, "num_experts")
-        check_count("hidden_dim", self.hidden_dim)
-        check_count("expert_dim", self.expert_dim)
         check_finite("capacity_factor", self.capacity_factor, least=1)
 
     @property
     def parameters_per_expert(self) -> int:
         """``P = 2 D F + F + D``, the length of one expert's flat parameters."""
         return 2 * self.hidden_dim * self.expert_dim + self.expert_dim + self.hidden_dim
-
-
-def _check_config(config: MOEConfig) -> None:
-    if not isinstance(config, MOEConfig):
-        raise TypeError(f"config must be a MOEConfig, got {type(config).__name__}")
 
 
 def moe_gating_forward(input: Tensor, gate_weights: Tensor, config: MOEConfig) -> tuple[Tensor, Tensor, Tensor]:  # noqa: A002
@@ -73,10 +67,6 @@ def moe_gating_forward(input: Tensor, gate_weights: Tensor, config: MOEConfig) -
         expert_weights ``[T, K]`` float32 (float64 for float64 input), best first, summing to 1; expert_indices ``[T, K]``
         int32; load_loss ``[1]``, dtype of the weights.
 
-    Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a shape or device that does not fit.
-
     Example:
         >>> import torch
         >>> from fusedonemoe.compat.moekernel import MOEConfig, moe_gating_forward
@@ -85,11 +75,9 @@ def moe_gating_forward(input: Tensor, gate_weights: Tensor, config: MOEConfig) -
         >>> weights.shape, indices.dtype, load_loss.shape
         (torch.Size([10, 2]), torch.int32, torch.Size([1]))
     """
-    _check_config(config)
+    check_config(config, MOEConfig)
     check_last("input", input, config.hidden_dim)
-    check_float("gate_weights", gate_weights)
-    check_shape("gate_weights", gate_weights, (config.hidden_dim, config.num_experts))
-    check_same_device("gate_weights", gate_weights, "input", input.device)
+    check_placed("gate_weights", gate_weights, (config.hidden_dim, config.num_experts), input.device)
     logits_TE = router_logits(input.reshape(-1, config.hidden_dim), gate_weights)
     weights_TK, ids_TK = F.route(logits_TE, config.top_k)
     load_loss = load_balancing_loss(logits_TE, ids_TK, config.num_experts).reshape(1)
@@ -139,10 +127,6 @@ def moe_expert_computation(
     Returns:
         ``[..., D]`` in the dtype of input.
 
-    Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a shape or device that does not fit.
-
     Example:
         >>> import torch
         >>> from fusedonemoe.compat.moekernel import MOEConfig, moe_expert_computation, moe_gating_forward
@@ -152,15 +136,13 @@ def moe_expert_computation(
         >>> moe_expert_computation(x, weights, indices, params, config).shape
         torch.Size([2, 5, 16])
     """
-    _check_config(config)
+    check_config(config, MOEConfig)
     D, F_, E = config.hidden_dim, config.expert_dim, config.num_experts
     check_last("input", input, D)
     x_TD = input.reshape(-1, D)
     expected = (x_TD.shape[0], config.top_k)
-    check_float("expert_weights", expert_weights)
-    check_shape("expert_weights", expert_weights, expected)
-    check_same_device("expert_weights", expert_weights, "input", input.device)
-    check_ids_like("expert_indices", expert_indices, expected, "input", input.device)
+    check_placed("expert_weights", expert_weights, expected, input.device)
+    check_placed("expert_indices", expert_indices, expected, input.device, ids=True)
     params_EP = _stacked(expert_params, config, input)
     w1_EP, w2_EP, b1_EF, b2_ED = params_EP.split((D * F_, F_ * D, F_, D), 1)
     kept = F.apply_capacity(expert_indices, expert_weights, E, config.capacity_factor)

@@ -17,16 +17,18 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from fusedonemoe import functional as F
 from fusedonemoe.balance.bias import check_step_dtype, update_selection_bias
 from fusedonemoe.checks import check_count, check_float, check_same_device, check_save_percent, check_shape, check_tensor
-from fusedonemoe.compat.arguments import check_finite, check_last, router_logits
+from fusedonemoe.compat.arguments import check_finite, check_last, check_placed, router_logits
 from fusedonemoe.layers.kept_buffers import KeptBuffers
 from fusedonemoe.layers.routers import routing_impl
 from fusedonemoe.linear import uniform_by_fan_in
 
 
-def _home(
-    given: Tensor | None, device: torch.device | str | None, dtype: torch.dtype | None
-) -> dict[str, torch.device | torch.dtype]:
+def _home(device: torch.device | str | None, dtype: torch.dtype | None, **weights: Tensor | None) -> dict[str, Any]:
     """Where parameters live: as asked for, as given, or as in MoMoE: bfloat16 on the GPU, when there is one."""
+    for name, weight in weights.items():
+        if weight is not None:
+            check_float(name, weight)
+    given = next((weight for weight in weights.values() if weight is not None), None)
     if device is None:
         device = torch.get_default_device() if given is None else given.device
         if given is None and device.type == "cpu" and torch.cuda.is_available():
@@ -34,20 +36,18 @@ def _home(
     return {"device": torch.device(device), "dtype": dtype or (torch.bfloat16 if given is None else given.dtype)}
 
 
-def _parameter(
-    name: str, given: Tensor | None, shape: tuple[int, ...], fan_in: int, home: dict[str, torch.device | torch.dtype]
-) -> nn.Parameter:
+def _parameter(name: str, given: Tensor | None, shape: tuple[int, ...], fan_in: int, home: dict[str, Any]) -> nn.Parameter:
     if given is not None:
         check_shape(name, given, shape)
-        return nn.Parameter(given.detach().clone(memory_format=torch.contiguous_format).to(**home))  # type: ignore[call-overload]
-    parameter = nn.Parameter(torch.empty(shape, **home))  # type: ignore[call-overload]
+        return nn.Parameter(given.detach().clone(memory_format=torch.contiguous_format).to(**home))
+    parameter = nn.Parameter(torch.empty(shape, **home))
     uniform_by_fan_in(parameter, fan_in)
     return parameter
 
 
-def _check_sizes(embedding_dim: int, num_experts: int, num_chosen_experts: int) -> None:
-    check_count("embedding_dim", embedding_dim)
-    check_count("num_experts", num_experts)
+def _check_sizes(num_experts: int, num_chosen_experts: int, **sizes: int) -> None:
+    for name, size in {**sizes, "num_experts": num_experts}.items():
+        check_count(name, size)
     check_count("num_chosen_experts", num_chosen_experts, 1, num_experts, "num_experts")
 
 
@@ -106,16 +106,12 @@ class MoMoE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_sizes(embedding_dim, num_experts, num_chosen_experts)
-        check_count("intermediate_dim", intermediate_dim)
+        _check_sizes(num_experts, num_chosen_experts, embedding_dim=embedding_dim, intermediate_dim=intermediate_dim)
         check_save_percent(save_percent)
         self.D, self.H, self.N, self.K = embedding_dim, intermediate_dim, num_experts, num_chosen_experts
         self.save_percent = save_percent
         self.impl = impl
-        for name, given in (("Wl1_ND2H", Wl1_ND2H), ("Wl2_NHD", Wl2_NHD)):
-            if given is not None:
-                check_float(name, given)
-        home = _home(Wl2_NHD if Wl1_ND2H is None else Wl1_ND2H, device, dtype)
+        home = _home(device, dtype, Wl1_ND2H=Wl1_ND2H, Wl2_NHD=Wl2_NHD)
         self.Wl1_ND2H: nn.Parameter = _parameter("Wl1_ND2H", Wl1_ND2H, (self.N, self.D, 2 * self.H), self.D, home)
         self.Wl2_NHD: nn.Parameter = _parameter("Wl2_NHD", Wl2_NHD, (self.N, self.H, self.D), self.H, home)
 
@@ -127,20 +123,15 @@ class MoMoE(nn.Module):
             mask_NM: ``[N, M]``, boolean or integer, not 0 where expert n takes token m. A token with fewer than K experts
                 runs through those; with more than K, through the K of lowest id.
             s_NM: ``[N, M]`` routing weights of any float dtype; read where the mask is set.
-
-        Raises:
-            TypeError: an argument of the wrong type or dtype.
-            ValueError: a shape or device that does not fit.
         """
         check_last("x_BSD", x_BSD, self.D)
         x_MD = x_BSD.reshape(-1, self.D)
-        expected = (self.N, x_MD.shape[0])
         check_tensor("mask_NM", mask_NM)
         if mask_NM.is_floating_point() or mask_NM.is_complex():
             raise TypeError(f"mask_NM must be boolean or of an integer dtype, got {mask_NM.dtype}")
-        check_shape("mask_NM", mask_NM, expected)
         check_float("s_NM", s_NM)
-        check_shape("s_NM", s_NM, expected)
+        for name, tensor in (("mask_NM", mask_NM), ("s_NM", s_NM)):
+            check_shape(name, tensor, (self.N, x_MD.shape[0]))
         for name, tensor in (("x_BSD", x_BSD), ("mask_NM", mask_NM), ("s_NM", s_NM)):
             check_same_device(name, tensor, "the parameters", self.Wl1_ND2H.device)
         ids_MK = _ids_of(mask_NM, self.K)
@@ -182,9 +173,7 @@ class TopKRouter(nn.Module):
         num_chosen_experts: ``K``, shared ones included.
         num_shared_experts: ``Ks``.
         Wg_DN: ``[D, N]``, copied into the parameter; None draws it.
-        impl: as in :func:`fusedonemoe.functional.route`.
-        device: of the parameter; by default that of ``Wg_DN``, or a GPU, or the CPU.
-        dtype: of the parameter; by default that of ``Wg_DN``, or bfloat16.
+        impl: as in :func:`fusedonemoe.functional.route`; ``device`` and ``dtype`` as in :class:`MoMoE`.
 
     Shape:
         x_BSD ``[..., D]``, biases_N ``[N]`` to x_BSD itself, mask_NM ``[N, M]`` int32 and s_NM ``[N, M]`` float32.
@@ -213,14 +202,12 @@ class TopKRouter(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_sizes(embedding_dim, num_experts, num_chosen_experts)
+        _check_sizes(num_experts, num_chosen_experts, embedding_dim=embedding_dim)
         check_count("num_shared_experts", num_shared_experts, 0, num_chosen_experts, "num_chosen_experts")
-        if Wg_DN is not None:
-            check_float("Wg_DN", Wg_DN)
         self.D, self.N, self.K = embedding_dim, num_experts, num_chosen_experts
         self.Ks: int = num_shared_experts
         self.impl = impl
-        self.Wg_DN: nn.Parameter = _parameter("Wg_DN", Wg_DN, (self.D, self.N), self.D, _home(Wg_DN, device, dtype))
+        self.Wg_DN: nn.Parameter = _parameter("Wg_DN", Wg_DN, (self.D, self.N), self.D, _home(device, dtype, Wg_DN=Wg_DN))
 
     def forward(self, x_BSD: Tensor, biases_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Route every token of ``x_BSD``.
@@ -229,10 +216,6 @@ class TopKRouter(nn.Module):
             x_BSD: ``[..., D]``, any float dtype.
             biases_N: ``[N]``, any float dtype; added to a routed expert's probability for the selection only. The entries of
                 the shared experts are not read.
-
-        Raises:
-            TypeError: an argument of the wrong type or dtype.
-            ValueError: a shape or device that does not fit.
         """
         weights_MK, ids_MK = self._route(x_BSD, biases_N)
         s_MN = weights_MK.new_zeros(ids_MK.shape[0], self.N).scatter(1, ids_MK, weights_MK)
@@ -242,9 +225,7 @@ class TopKRouter(nn.Module):
     def _route(self, x_BSD: Tensor, biases_N: Tensor) -> tuple[Tensor, Tensor]:
         check_last("x_BSD", x_BSD, self.D)
         check_same_device("x_BSD", x_BSD, "the parameters", self.Wg_DN.device)
-        check_float("biases_N", biases_N)
-        check_shape("biases_N", biases_N, (self.N,))
-        check_same_device("biases_N", biases_N, "x_BSD", x_BSD.device)
+        check_placed("biases_N", biases_N, (self.N,), x_BSD.device, "x_BSD")
         logits_MN = router_logits(x_BSD.reshape(-1, self.D), self.Wg_DN)
         return F.route_with_shared(logits_MN, self.K, self.Ks, selection_bias=biases_N, impl=self.impl)
 
@@ -262,19 +243,8 @@ class MoE(KeptBuffers):
     once. Evaluation changes nothing.
 
     Args:
-        embedding_dim: ``D``.
-        intermediate_dim: ``H``.
-        num_experts: ``N``, shared ones included.
-        num_chosen_experts: ``K``, shared ones included.
-        num_shared_experts: ``Ks``; they are the last Ks experts.
-        save_percent: as in :class:`MoMoE`.
-        bias_update_rate: how far a bias moves in one step.
-        Wg_DN: as in :class:`TopKRouter`.
-        Wl1_ND2H: as in :class:`MoMoE`.
-        Wl2_NHD: as in :class:`MoMoE`.
-        impl: as in :func:`fusedonemoe.functional.experts_mlp`.
-        device: as in :class:`MoMoE`.
-        dtype: as in :class:`MoMoE`.
+        bias_update_rate: how far a bias moves in one step. All other arguments are those of :class:`TopKRouter` and
+            :class:`MoMoE`.
 
     Shape:
         ``[..., D]`` to ``[..., D]`` in the dtype of the parameters.
@@ -312,11 +282,10 @@ class MoE(KeptBuffers):
         super().__init__()
         check_finite("bias_update_rate", bias_update_rate, least=0)
         self.bias_update_rate = bias_update_rate
-        home = {"device": device, "dtype": dtype}
+        home: dict[str, Any] = {"device": device, "dtype": dtype}
         sizes = (num_experts, num_chosen_experts)
-        router_form = {"impl": routing_impl(impl), **home}
-        self.router: TopKRouter = TopKRouter(embedding_dim, *sizes, num_shared_experts, Wg_DN, **router_form)  # type: ignore[arg-type]
-        self.momoe: MoMoE = MoMoE(embedding_dim, intermediate_dim, *sizes, save_percent, Wl1_ND2H, Wl2_NHD, impl=impl, **home)  # type: ignore[arg-type]
+        self.router: TopKRouter = TopKRouter(embedding_dim, *sizes, num_shared_experts, Wg_DN, impl=routing_impl(impl), **home)
+        self.momoe: MoMoE = MoMoE(embedding_dim, intermediate_dim, *sizes, save_percent, Wl1_ND2H, Wl2_NHD, impl=impl, **home)
         self.D, self.H, self.N, self.K = embedding_dim, intermediate_dim, *sizes
         self.Ks: int = num_shared_experts
         self.save_percent = save_percent

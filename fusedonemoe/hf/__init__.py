@@ -13,11 +13,7 @@ __all__ = ["BLOCK_NAMES", "FAMILIES", "UNSUPPORTED", "config_of", "fields_of", "
 
 
 def fields_of(config: Any, layer: int | None = None) -> Fields:
-    """The fields of ``MoEConfig`` for the block of a Hugging Face configuration.
-
-    Args:
-        config: of a model, or of its text model.
-        layer: whose block, where layers differ.
+    """The fields of ``MoEConfig`` for the block of a model's configuration, or of its text model's, in a layer if these differ.
 
     Raises:
         ValueError: the family is not known, or its block does something that the fields do not say.

@@ -47,18 +47,12 @@ _EXPERT_NAMES: dict[str, tuple[str, ...]] = {
     "experts.gate_up_proj": ("experts.gate_up_proj", "input_linear.weight"),
     "experts.up_proj": ("experts.up_proj",),
     "experts.down_proj": ("experts.down_proj", "output_linear.weight"),
-    "experts.gate_up_proj_bias": ("experts.gate_up_proj_bias",),
-    "experts.up_proj_bias": ("experts.up_proj_bias",),
-    "experts.down_proj_bias": ("experts.down_proj_bias",),
+    **{f"experts.{name}_bias": (f"experts.{name}_bias",) for name in ("gate_up_proj", "up_proj", "down_proj")},
 }
 
 
 def config_of(block: nn.Module) -> Any:
-    """The configuration that a block, its experts or its router keep.
-
-    Raises:
-        ValueError: none of them does.
-    """
+    """The configuration that a block, its experts or its router keep; a ValueError where none of them does."""
     for module in (block, *(getattr(block, name, None) for name in ("experts", "gate", "router"))):
         config = getattr(module, "config", None)
         if config is not None:
@@ -67,32 +61,27 @@ def config_of(block: nn.Module) -> Any:
 
 
 def tensors_of(block: nn.Module, expected: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The block's parameters and buffers themselves, by the names in a :class:`fusedonemoe.MoE`.
+    """The parameters and buffers of a transformers model's sparse block, by the names in a :class:`fusedonemoe.MoE`.
 
-    Args:
-        block: a sparse block of a transformers model.
-        expected: the names and shapes that the MoE has.
+    They are the tensors themselves; ``expected`` are the names and shapes that the MoE has.
 
     Raises:
         ValueError: a tensor is missing, has another shape, or is left over.
     """
     held: dict[str, Tensor] = dict(block.named_parameters()) | dict(block.named_buffers())
-    found: dict[str, Tensor] = {}
-    names: dict[str, str] = {}
-    for ours, aliases in (_EXPERT_NAMES | BLOCK_NAMES).items():
-        for theirs in aliases:
-            if ours not in names and theirs in held:
-                names[ours], found[ours] = theirs, held[theirs]
-    missing = sorted(expected.keys() - found.keys())
+    known = _EXPERT_NAMES | BLOCK_NAMES
+    names = {ours: here[0] for ours, aliases in known.items() if (here := [name for name in aliases if name in held])}
+    missing = sorted(expected.keys() - names.keys())
     unexpected = sorted(held.keys() - {names[ours] for ours in expected.keys() & names.keys()})
     if missing or unexpected:
         raise ValueError(
             f"module {type(block).__name__} does not have the tensors of this MoE, so it cannot share them: "
             f"missing {missing}, unexpected {unexpected}"
         )
+    found = {ours: held[names[ours]] for ours in expected}
     for ours, shape in expected.items():
         if ours == "gate.e_score_correction_bias":  # Ernie's has a leading axis of one; no gradient flows through it
             found[ours] = found[ours].detach().view(-1)
         if tuple(found[ours].shape) != shape:
             raise ValueError(f"{names[ours]} must have shape {shape} to be {ours}, got {tuple(found[ours].shape)}")
-    return {ours: found[ours] for ours in expected}
+    return found

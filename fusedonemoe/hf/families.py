@@ -5,27 +5,49 @@ How a family routes is written in its model's code, not in its configuration, so
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fusedonemoe.hf.reading import Fields, activation, flag, get, known_activation, number, refuse, whole
 
+Reader = Callable[[Any], Fields]
+
+
+def _reads(*readers: Reader, **fields: Any) -> Reader:
+    """A reader of what other readers read, and of these fields: each a value, or a function that reads it."""
+
+    def read(config: Any) -> Fields:
+        found: Fields = {}
+        for reader in readers:
+            found |= reader(config)
+        return found | {name: value(config) if callable(value) else value for name, value in fields.items()}
+
+    return read
+
+
+# What the fields of MoEConfig do not say, by the attribute of a configuration that is above 0 then.
+_INEXPRESSIBLE = {
+    "moe_jitter_eps": "moe_jitter_eps is {}, and MoE adds no noise in training",
+    "moe_latent_size": "its experts live in a latent space of {} (moe_latent_size)",
+    "moe_router_logit_softcapping": "router logits are capped at {}",
+    "router_jitter_noise": "router_jitter_noise is {}, and MoE adds no noise in training",
+    "zero_expert_num": "{} experts are identities without weights (zero_expert_num)",
+}
+
+
+def _without(name: str) -> Reader:
+    """No fields, if this attribute is missing, nothing, or a number that is not above 0."""
+
+    def read(config: Any) -> Fields:
+        value = getattr(config, name, None)
+        if value and not (isinstance(value, int | float) and value < 0):
+            raise refuse(config, _INEXPRESSIBLE[name].format(value))
+        return {}
+
+    return read
+
+
 # Routers
-
-
-def _softmax(config: Any) -> Fields:
-    return {"norm_topk_prob": flag(config, "norm_topk_prob")}
-
-
-def _softmax_normalised(config: Any) -> Fields:
-    return {"norm_topk_prob": True}
-
-
-def _softmax_as_it_is(config: Any) -> Fields:
-    return {"norm_topk_prob": False}
-
-
-def _softmax_of_the_picked(config: Any) -> Fields:
-    return {"score_first": False}
 
 
 def _groups(config: Any) -> Fields:
@@ -36,14 +58,28 @@ def _groups(config: Any) -> Fields:
     return {} if n_group == topk_group else {"n_group": n_group, "topk_group": topk_group}
 
 
-def _deepseek_v3(config: Any) -> Fields:
-    return {
-        "scoring": "sigmoid",
-        "selection_bias": True,
-        "norm_topk_prob": flag(config, "norm_topk_prob"),
-        "routed_scaling_factor": number(config, "routed_scaling_factor"),
-        **_groups(config),
-    }
+_nothing = _reads()
+_NORM = partial(flag, name="norm_topk_prob")
+_SCALE = partial(number, name="routed_scaling_factor")
+_softmax = _reads(norm_topk_prob=_NORM)
+_softmax_normalised = _reads(norm_topk_prob=True)
+_softmax_of_the_picked = _reads(score_first=False)
+_sigmoid_with_bias = _reads(scoring="sigmoid", selection_bias=True)
+_mixtral = _reads(_without("router_jitter_noise"), _softmax_normalised)
+_deepseek_v3 = _reads(_groups, _sigmoid_with_bias, norm_topk_prob=_NORM, routed_scaling_factor=_SCALE)
+_mistral4 = _reads(_groups, norm_topk_prob=partial(flag, name="norm_topk_prob", default=True), routed_scaling_factor=_SCALE)
+_lfm2 = _reads(
+    scoring="sigmoid",
+    selection_bias=partial(flag, name="use_expert_bias"),
+    norm_topk_prob=_NORM,
+    norm_eps=1e-6,
+    routed_scaling_factor=_SCALE,
+)
+
+
+def _scaled_sigmoid(scale: str) -> Reader:
+    """Sigmoid, selection bias, normalisation, and a factor of this name."""
+    return _reads(_sigmoid_with_bias, routed_scaling_factor=partial(number, name=scale))
 
 
 def _axk2(config: Any) -> Fields:
@@ -57,61 +93,7 @@ def _deepseek_v2(config: Any) -> Fields:
     if method not in ("greedy", "group_limited_greedy"):
         raise refuse(config, f"topk_method {method!r} is neither 'greedy' nor 'group_limited_greedy'")
     groups = _groups(config) if method == "group_limited_greedy" else {}
-    scale = number(config, "routed_scaling_factor")
-    return {"norm_topk_prob": False, "routed_scaling_factor": scale, "group_score": "max", **groups}
-
-
-def _mistral4(config: Any) -> Fields:
-    norm = flag(config, "norm_topk_prob", default=True)
-    return {"norm_topk_prob": norm, "routed_scaling_factor": number(config, "routed_scaling_factor"), **_groups(config)}
-
-
-def _sigmoid_with_bias(*scale: str) -> Callable[[Any], Fields]:
-    """Sigmoid, selection bias, normalisation, and a factor of one of these names."""
-
-    def route(config: Any) -> Fields:
-        factor = number(config, *scale) if scale else 1.0
-        return {"scoring": "sigmoid", "selection_bias": True, "routed_scaling_factor": factor}
-
-    return route
-
-
-def _minimax_m2(config: Any) -> Fields:
-    return _no_jitter(config) | _sigmoid_with_bias()(config)
-
-
-def _no_jitter(config: Any) -> Fields:
-    if getattr(config, "router_jitter_noise", 0.0):
-        raise refuse(config, f"router_jitter_noise is {config.router_jitter_noise}, and MoE adds no noise in training")
-    return {}
-
-
-def _mixtral(config: Any) -> Fields:
-    return _no_jitter(config) | _softmax_normalised(config)
-
-
-def _flint(config: Any) -> Fields:
-    return {"scoring": "sigmoid"} | _softmax(config)
-
-
-def _kolibri1(config: Any) -> Fields:
-    return {"scoring": "sigmoid", "score_first": False, "selection_bias": True} | _softmax(config)
-
-
-def _laguna(config: Any) -> Fields:
-    if getattr(config, "moe_router_logit_softcapping", 0.0) > 0:
-        raise refuse(config, f"router logits are capped at {config.moe_router_logit_softcapping}")
-    return _sigmoid_with_bias("moe_routed_scaling_factor")(config)
-
-
-def _lfm2(config: Any) -> Fields:
-    return {
-        "scoring": "sigmoid",
-        "selection_bias": flag(config, "use_expert_bias"),
-        "norm_topk_prob": flag(config, "norm_topk_prob"),
-        "norm_eps": 1e-6,
-        "routed_scaling_factor": number(config, "routed_scaling_factor"),
-    }
+    return {"norm_topk_prob": False, "routed_scaling_factor": _SCALE(config), "group_score": "max", **groups}
 
 
 def _cohere2(config: Any) -> Fields:
@@ -119,122 +101,62 @@ def _cohere2(config: Any) -> Fields:
     if scoring not in ("softmax", "sigmoid"):
         raise refuse(config, f"expert_selection_fn {scoring!r} is neither 'softmax' nor 'sigmoid'")
     # A softmax over the picked logits sums to 1 as it is.
-    norm = scoring == "softmax" or flag(config, "norm_topk_prob")
-    return {"scoring": scoring, "score_first": False, "norm_topk_prob": norm}
-
-
-def _ernie(config: Any) -> Fields:
-    return {"selection_bias": True}
-
-
-def _longcat(config: Any) -> Fields:
-    if getattr(config, "zero_expert_num", 0):
-        raise refuse(config, f"{config.zero_expert_num} experts are identities without weights (zero_expert_num)")
-    scale = number(config, "routed_scaling_factor")
-    return {"selection_bias": True, "norm_topk_prob": False, "routed_scaling_factor": scale}
+    return {"scoring": scoring, "score_first": False, "norm_topk_prob": scoring == "softmax" or _NORM(config)}
 
 
 def _step3p7(config: Any) -> Fields:
     if any(getattr(config, name, None) and any(getattr(config, name)) for name in ("swiglu_limits", "swiglu_limits_shared")):
         raise refuse(config, "the gate is clamped after its activation in some layers (swiglu_limits)")
-    return _sigmoid_with_bias("moe_router_scaling_factor")(config)
+    return _scaled_sigmoid("moe_router_scaling_factor")(config)
 
 
 def _dbrx(config: Any) -> Fields:
     power = getattr(config, "moe_normalize_expert_weights", None)
     if power not in (None, 1):
         raise refuse(config, f"weights are normalised by their {power}-norm, not by their sum")
-    if getattr(config, "moe_jitter_eps", None):
-        raise refuse(config, f"moe_jitter_eps is {config.moe_jitter_eps}, and MoE adds no noise in training")
-    return {"norm_topk_prob": power == 1}
+    return {"norm_topk_prob": power == 1} | _without("moe_jitter_eps")(config)
 
 
-# Shared branches: F of the branch, and whether it is scaled by a gate.
+# Shared branches
 
 
-def _shared_times(count: str, width: str = "moe_intermediate_size") -> Callable[[Any], Fields]:
-    def shared(config: Any) -> Fields:
-        n = getattr(config, count, None) or 0
-        return _branch(config, n * whole(config, width)) if n else {}
+def _shared(width: str = "shared_expert_intermediate_size", count: str = "", gate: bool = False) -> Reader:
+    """The width of the branch, for each of as many shared experts as ``count`` says, and whether a gate scales it."""
 
-    return shared
+    def read(config: Any) -> Fields:
+        n = getattr(config, count or width, None) or 0
+        if not n:
+            return {}
+        for name in ("mlp_bias", "use_bias"):
+            if getattr(config, name, False):
+                raise refuse(config, f"its shared branch has biases ({name})")
+        return {"shared_intermediate_size": n * whole(config, width) if count else n, "shared_gate": gate}
 
-
-def _shared_width(width: str, gate: bool = False) -> Callable[[Any], Fields]:
-    def shared(config: Any) -> Fields:
-        value = getattr(config, width, None) or 0
-        return _branch(config, value) | {"shared_gate": gate} if value else {}
-
-    return shared
-
-
-def _branch(config: Any, width: int) -> Fields:
-    for name in ("mlp_bias", "use_bias"):
-        if getattr(config, name, False):
-            raise refuse(config, f"its shared branch has biases ({name})")
-    return {"shared_intermediate_size": width}
-
-
-def _no_shared(config: Any) -> Fields:
-    return {}
+    return read
 
 
 def _aria_shared(config: Any) -> Fields:
-    fields = _shared_times("moe_num_shared_experts", "intermediate_size")(config)
+    fields = _shared("intermediate_size", "moe_num_shared_experts")(config)
     if fields and activation(config) != "silu":
         raise refuse(config, f"its shared branch has activation {config.hidden_act!r}, the experts 'silu'")
     return fields
 
 
 def _cohere2_shared(config: Any) -> Fields:
-    fields = _shared_times("num_shared_experts", "intermediate_size")(config)
+    fields = _shared("intermediate_size", "num_shared_experts")(config)
     if fields and config.shared_expert_combination_strategy != "sum":
         raise refuse(config, f"shared_expert_combination_strategy is {config.shared_expert_combination_strategy!r}, not 'sum'")
     return fields
 
 
-def _dots3_shared(config: Any) -> Fields:
-    return _shared_times("n_shared_experts", "shared_experts_intermediate_size")(config)
-
-
 # Experts beyond "gated, with the configuration's activation, stored [E, 2F, D]"
 
-
-def _as_configured(config: Any) -> Fields:
-    return {"activation": activation(config)}
-
-
-def _clamped_swiglu(config: Any) -> Fields:
-    alpha, limit = number(config, "swiglu_alpha"), number(config, "swiglu_limit")
-    return {"activation": "swiglu_oai", "swiglu_alpha": alpha, "swiglu_limit": limit}
-
-
-def _gpt_oss(config: Any) -> Fields:
-    own = {"gate_up_layout": "interleaved", "transposed": True, "bias": True, "router_bias": True}
-    return _clamped_swiglu(config) | own
-
-
-def _privacy_filter(config: Any) -> Fields:
-    # Weights are divided by K in the router, and the block's output is multiplied by it.
-    return _clamped_swiglu(config) | {"transposed": True, "bias": True, "router_bias": True}
-
-
-def _nemotron(config: Any) -> Fields:
-    if getattr(config, "moe_latent_size", None) is not None:
-        raise refuse(config, f"its experts live in a latent space of {config.moe_latent_size} (moe_latent_size)")
-    return _as_configured(config) | {"gated": False}
-
-
-def _aria(config: Any) -> Fields:
-    return {"activation": "silu", "transposed": True}
-
-
-def _silu(config: Any) -> Fields:
-    return {"activation": "silu"}
-
-
-def _jetmoe(config: Any) -> Fields:
-    return _as_configured(config) | {"output_bias": True}
+_as_configured = _reads(activation=activation)
+_clamped_swiglu = _reads(
+    activation="swiglu_oai", swiglu_alpha=partial(number, name="swiglu_alpha"), swiglu_limit=partial(number, name="swiglu_limit")
+)
+# The privacy filter's router divides weights by K, and its block multiplies the output by it.
+_privacy_filter = _reads(_clamped_swiglu, transposed=True, bias=True, router_bias=True)
 
 
 def _dbrx_experts(config: Any) -> Fields:
@@ -243,90 +165,76 @@ def _dbrx_experts(config: Any) -> Fields:
 
 @dataclass(frozen=True)
 class Family:
-    """The readers of one family.
+    """The readers of one family."""
 
-    Attributes:
-        route: fields of the router.
-        width: attributes that may hold ``F``, in this order.
-        shared: fields of the shared branch.
-        experts: fields of the experts.
-    """
-
-    route: Callable[[Any], Fields]
-    width: tuple[str, ...] = ("moe_intermediate_size",)
-    shared: Callable[[Any], Fields] = _no_shared
-    experts: Callable[[Any], Fields] = _as_configured
+    route: Reader
+    width: tuple[str, ...] = ("moe_intermediate_size",)  # attributes that may hold F, in this order
+    shared: Reader = _nothing
+    experts: Reader = _as_configured
 
 
+_LIKE_DEEPSEEK_V3 = (
+    "bailing_hybrid", "deepseek_v3", "deepseek_v32", "dots1", "glm4_moe", "glm4_moe_lite", "glm4v_moe_text", "glm_moe_dsa",
+    "kimi_linear", "solar_open",
+)  # fmt: skip
 _DENSE_WIDTH = ("intermediate_size",)
-_N_SHARED = _shared_times("n_shared_experts")
-_NUM_SHARED = _shared_times("num_shared_experts")
-_GATED_SHARED = _shared_width("shared_expert_intermediate_size", gate=True)
-_DEEPSEEK_V3 = Family(_deepseek_v3, shared=_N_SHARED)
-_DEEPSEEK_V2 = Family(_deepseek_v2, shared=_N_SHARED)
-_GRANITE = Family(_softmax_of_the_picked, _DENSE_WIDTH)
+_N_SHARED = _shared("moe_intermediate_size", "n_shared_experts")
+_NUM_SHARED = _shared("moe_intermediate_size", "num_shared_experts")
 
 FAMILIES: dict[str, Family] = {
-    "afmoe": Family(_sigmoid_with_bias("route_scale"), shared=_NUM_SHARED),
-    "aria_text": Family(_softmax_of_the_picked, _DENSE_WIDTH, _aria_shared, _aria),
+    **dict.fromkeys(_LIKE_DEEPSEEK_V3, Family(_deepseek_v3, shared=_N_SHARED)),
+    **dict.fromkeys(("deepseek_ocr2_text", "deepseek_v2", "unlimited_ocr_text"), Family(_deepseek_v2, shared=_N_SHARED)),
+    **dict.fromkeys(("mistral4", "mistral_large4_text"), Family(_mistral4, shared=_N_SHARED)),
+    **dict.fromkeys(
+        ("granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared"), Family(_softmax_of_the_picked, _DENSE_WIDTH)
+    ),
+    **dict.fromkeys(("mellum", "qwen3_moe", "qwen3_omni_moe_text"), Family(_softmax)),
+    **dict.fromkeys(
+        ("qwen2_moe", "qwen3_next", "qwen3_omni_moe_talker_text", "qwen4_exp_text"), Family(_softmax, shared=_shared(gate=True))
+    ),
+    "afmoe": Family(_scaled_sigmoid("route_scale"), shared=_NUM_SHARED),
+    "aria_text": Family(_softmax_of_the_picked, _DENSE_WIDTH, _aria_shared, _reads(activation="silu", transposed=True)),
     "axk2": Family(_axk2, shared=_N_SHARED),
-    "bailing_hybrid": _DEEPSEEK_V3,
     "beam": Family(_deepseek_v3),
     "cohere2_moe": Family(_cohere2, _DENSE_WIDTH, _cohere2_shared),
     "dbrx": Family(_dbrx, ("ffn_hidden_size",), experts=_dbrx_experts),
-    "deepseek_ocr2_text": _DEEPSEEK_V2,
-    "deepseek_v2": _DEEPSEEK_V2,
-    "deepseek_v3": _DEEPSEEK_V3,
-    "deepseek_v32": _DEEPSEEK_V3,
-    "dots1": _DEEPSEEK_V3,
-    "dots3_note_text": Family(_deepseek_v3, shared=_dots3_shared),
-    "dots3_note_vision_encoder": Family(_sigmoid_with_bias("router_scaling_factor")),
-    "ernie4_5_moe": Family(_ernie, shared=_shared_times("moe_num_shared_experts")),
+    "dots3_note_text": Family(_deepseek_v3, shared=_shared("shared_experts_intermediate_size", "n_shared_experts")),
+    "dots3_note_vision_encoder": Family(_scaled_sigmoid("router_scaling_factor")),
+    "ernie4_5_moe": Family(_reads(selection_bias=True), shared=_shared("moe_intermediate_size", "moe_num_shared_experts")),
     "exaone_moe": Family(_deepseek_v3, shared=_NUM_SHARED),
     "flex_olmo": Family(_softmax, _DENSE_WIDTH),
-    "flint": Family(_flint, shared=_shared_width("shared_expert_intermediate_size")),
-    "glm4_moe": _DEEPSEEK_V3,
-    "glm4_moe_lite": _DEEPSEEK_V3,
-    "glm4v_moe_text": _DEEPSEEK_V3,
-    "glm_moe_dsa": _DEEPSEEK_V3,
-    "gpt_oss": Family(_softmax_of_the_picked, _DENSE_WIDTH, experts=_gpt_oss),
-    "granitemoe": _GRANITE,
-    "granitemoe_swa": _GRANITE,
-    "granitemoehybrid": _GRANITE,
-    "granitemoeshared": _GRANITE,
-    "hunyuan_v1_moe": Family(_softmax_normalised, _DENSE_WIDTH, _shared_width("intermediate_size")),
-    "hy_v3": Family(_sigmoid_with_bias("router_scaling_factor"), shared=_NUM_SHARED),
-    "jamba": Family(_softmax_as_it_is, _DENSE_WIDTH),
-    "jetmoe": Family(_softmax_of_the_picked, _DENSE_WIDTH, experts=_jetmoe),
-    "kimi_linear": _DEEPSEEK_V3,
-    "kolibri1": Family(_kolibri1, shared=_shared_width("shared_expert_intermediate_size")),
-    "laguna": Family(_laguna, shared=_shared_width("shared_expert_intermediate_size")),
-    "lfm2_moe": Family(_lfm2, experts=_silu),
-    "longcat_flash": Family(_longcat, ("expert_ffn_hidden_size",)),
-    "mellum": Family(_softmax),
+    "flint": Family(_reads(_softmax, scoring="sigmoid"), shared=_shared()),
+    "gpt_oss": Family(_softmax_of_the_picked, _DENSE_WIDTH, experts=_reads(_privacy_filter, gate_up_layout="interleaved")),
+    "hunyuan_v1_moe": Family(_softmax_normalised, _DENSE_WIDTH, _shared("intermediate_size")),
+    "hy_v3": Family(_scaled_sigmoid("router_scaling_factor"), shared=_NUM_SHARED),
+    "jamba": Family(_reads(norm_topk_prob=False), _DENSE_WIDTH),
+    "jetmoe": Family(_softmax_of_the_picked, _DENSE_WIDTH, experts=_reads(_as_configured, output_bias=True)),
+    "kolibri1": Family(_reads(_softmax, _sigmoid_with_bias, score_first=False), shared=_shared()),
+    "laguna": Family(
+        _reads(_without("moe_router_logit_softcapping"), _scaled_sigmoid("moe_routed_scaling_factor")), shared=_shared()
+    ),
+    "lfm2_moe": Family(_lfm2, experts=_reads(activation="silu")),
+    "longcat_flash": Family(
+        _reads(_without("zero_expert_num"), selection_bias=True, norm_topk_prob=False, routed_scaling_factor=_SCALE),
+        ("expert_ffn_hidden_size",),
+    ),
     "mimo_v2_flash": Family(_deepseek_v3),
     "minimax": Family(_mixtral, _DENSE_WIDTH),
-    "minimax_m2": Family(_minimax_m2, _DENSE_WIDTH),
+    "minimax_m2": Family(_reads(_without("router_jitter_noise"), _sigmoid_with_bias), _DENSE_WIDTH),
     "minimax_m3_vl_text": Family(
-        _sigmoid_with_bias("routed_scaling_factor"), _DENSE_WIDTH, _shared_width("shared_intermediate_size"), _clamped_swiglu
+        _scaled_sigmoid("routed_scaling_factor"), _DENSE_WIDTH, _shared("shared_intermediate_size"), _clamped_swiglu
     ),
-    "mistral4": Family(_mistral4, shared=_N_SHARED),
-    "mistral_large4_text": Family(_mistral4, shared=_N_SHARED),
     "mixtral": Family(_mixtral, _DENSE_WIDTH),
-    "nemotron_h": Family(_deepseek_v3, shared=_shared_width("moe_shared_expert_intermediate_size"), experts=_nemotron),
+    "nemotron_h": Family(
+        _deepseek_v3,
+        shared=_shared("moe_shared_expert_intermediate_size"),
+        experts=_reads(_without("moe_latent_size"), _as_configured, gated=False),
+    ),
     "olmoe": Family(_softmax, _DENSE_WIDTH),
     "openai_privacy_filter": Family(_softmax_of_the_picked, _DENSE_WIDTH, experts=_privacy_filter),
-    "qwen2_moe": Family(_softmax, shared=_GATED_SHARED),
-    "qwen3_5_moe_text": Family(_softmax_normalised, shared=_GATED_SHARED),
-    "qwen3_moe": Family(_softmax),
-    "qwen3_next": Family(_softmax, shared=_GATED_SHARED),
-    "qwen3_omni_moe_talker_text": Family(_softmax, shared=_GATED_SHARED),
-    "qwen3_omni_moe_text": Family(_softmax),
+    "qwen3_5_moe_text": Family(_softmax_normalised, shared=_shared(gate=True)),
     "qwen3_vl_moe_text": Family(_softmax_normalised),
-    "qwen4_exp_text": Family(_softmax, shared=_GATED_SHARED),
-    "solar_open": _DEEPSEEK_V3,
-    "step3p5": Family(_step3p7, shared=_shared_width("share_expert_dim")),
-    "unlimited_ocr_text": _DEEPSEEK_V2,
+    "step3p5": Family(_step3p7, shared=_shared("share_expert_dim")),
 }
 
 # What these blocks do that the fields of MoEConfig do not say, whatever the configuration.

@@ -70,11 +70,11 @@ def flag(config: Any, name: str, *, default: bool | None = None) -> bool:
     return value
 
 
-def number(config: Any, *names: str) -> float:
+def number(config: Any, name: str) -> float:
     """A factor."""
-    value = get(config, *names)
+    value = get(config, name)
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
-        raise ValueError(f"{names[0]} of {title(config)} must be a finite number, got {value!r}")
+        raise ValueError(f"{name} of {title(config)} must be a finite number, got {value!r}")
     return float(value)
 
 

@@ -19,6 +19,7 @@ from fusedonemoe.checks import check_float
 from fusedonemoe.integrations.checkpoints.files import unreadable
 from fusedonemoe.layers.form import ExpertsForm
 from fusedonemoe.layers.lora import TARGETS, LoRAExperts, pattern_value
+from fusedonemoe.ops.activation import join_gate_up, split_gate_up
 
 PREFIX = "base_model.model."
 _KEY = re.compile(rf"(?:{re.escape(PREFIX)})?(?P<module>.+?)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
@@ -29,13 +30,8 @@ GATE_UP_DOWN = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 def split_factors(lora_A: Tensor, lora_B: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """The factors of each expert from PEFT's two matrices, as views.
 
-    Args:
-        lora_A: ``[E * r, in]``.
-        lora_B: ``[out, r * E]``, the expert as the fastest index.
-        num_experts: ``E``.
-
-    Returns:
-        ``A`` ``[E, r, in]`` and ``B`` ``[E, out, r]``.
+    ``lora_A`` ``[E * r, in]`` gives ``A`` ``[E, r, in]``, and ``lora_B`` ``[out, r * E]``, in which the expert is the fastest
+    index, ``B`` ``[E, out, r]``.
 
     Raises:
         ValueError: the two do not belong together, or not to as many experts.
@@ -56,15 +52,7 @@ def split_factors(lora_A: Tensor, lora_B: Tensor, num_experts: int) -> tuple[Ten
 
 
 def join_factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """PEFT's two matrices from the factors of each expert: the inverse of :func:`split_factors`.
-
-    Args:
-        A: ``[E, r, in]``.
-        B: ``[E, out, r]``.
-
-    Returns:
-        ``lora_A`` ``[E * r, in]`` and ``lora_B`` ``[out, r * E]``, contiguous.
-    """
+    """PEFT's two matrices, contiguous, from the factors of each expert: the inverse of :func:`split_factors`."""
     return A.reshape(-1, A.shape[2]).contiguous(), B.permute(1, 2, 0).reshape(B.shape[1], -1).contiguous()
 
 
@@ -185,29 +173,13 @@ def read_stacked(
 
 def _gate_up_from_halves(gate: Factors, up: Factors, layout: str) -> Factors:
     """One adapter of both halves from one of each: of rank r where they share A, else of both ranks together."""
-    E, rows, _ = gate.B.shape
-    if torch.equal(gate.A, up.A) and gate.scale == up.scale:
-        A, scale, halves = gate.A, gate.scale, (gate.B, up.B)
-    else:
+    A, gate_B, up_B = gate.A, gate.B, up.B
+    if not torch.equal(gate.A, up.A) or gate.scale != up.scale:
         # A block diagonal B keeps the halves apart; scales that differ go into it.
-        scale = gate.scale
-        up_B = up.B * (up.scale / gate.scale)
         A = torch.cat((gate.A, up.A), dim=1)
-        halves = (
-            torch.cat((gate.B, gate.B.new_zeros(E, rows, up_B.shape[2])), dim=2),
-            torch.cat((up_B.new_zeros(E, rows, gate.B.shape[2]), up_B), dim=2),
-        )
-    if layout == "interleaved":
-        return Factors(A, torch.stack(halves, dim=2).flatten(1, 2), scale)
-    return Factors(A, torch.cat(halves if layout == "gate_up" else halves[::-1], dim=1), scale)
-
-
-def _halves(B: Tensor, layout: str) -> tuple[Tensor, Tensor]:
-    """The gate's and the up-projection's rows of ``B``."""
-    if layout == "interleaved":
-        return B[:, 0::2], B[:, 1::2]
-    first, second = B.chunk(2, dim=1)
-    return (first, second) if layout == "gate_up" else (second, first)
+        gate_B = nn.functional.pad(gate.B, (0, up.B.shape[2]))
+        up_B = nn.functional.pad(up.B * (up.scale / gate.scale), (gate.B.shape[2], 0))
+    return Factors(A, join_gate_up(gate_B.mT, up_B.mT, layout).mT, gate.scale)
 
 
 def read_per_expert(
@@ -228,19 +200,17 @@ def read_per_expert(
         if parts[0]["A"].shape[0] != rank:
             raise ValueError(f"{name}.{proj} must have rank {rank} by the config, got {parts[0]['A'].shape[0]}")
         stacked[proj] = Factors(torch.stack([p["A"] for p in parts]), torch.stack([p["B"] for p in parts]), scale)
-    adapters = {}
-    ups = {proj for proj in stacked if proj != "down_proj"}
+    adapters = {"down": stacked["down_proj"]} if "down_proj" in stacked else {}
+    ups = stacked.keys() - {"down_proj"}
     if ups and ups != ({"gate_proj", "up_proj"} if form.gated else {"up_proj"}):
         raise ValueError(f"{name} must have adapters of both gate_proj and up_proj, or of neither, got {sorted(ups)}")
     if ups:
         up = stacked["up_proj"]
         adapters["gate_up"] = _gate_up_from_halves(stacked["gate_proj"], up, form.gate_up_layout) if form.gated else up
-    if "down_proj" in stacked:
-        adapters["down"] = stacked["down_proj"]
     return adapters
 
 
-def registered_targets(base: nn.Module, form: ExpertsForm, targets: "tuple[str, ...]") -> list[str]:
+def registered_targets(base: nn.Module, form: ExpertsForm, targets: tuple[str, ...]) -> list[str]:
     """The targets in the order in which their parameters were registered, in which PEFT wraps them."""
     names = [name for name, _ in base.named_parameters(recurse=False)]
     return sorted(targets, key=lambda target: names.index(form.name(target)))
@@ -259,16 +229,15 @@ def write_stacked(name: str, module: LoRAExperts) -> Iterator[tuple[str, Tensor]
 def write_per_expert(name: str, module: LoRAExperts) -> Iterator[tuple[str, Tensor]]:
     """A module's adapters as a matrix per expert and projection, without the keys' prefix; gate and up share their A."""
     projections: dict[str, tuple[Tensor, Tensor]] = {}
-    if "gate_up" in module.targets:
-        A, B = (factor.detach() for factor in module.factors("gate_up"))
-        if module.form.gated:
-            gate, up = _halves(B, module.form.gate_up_layout)
-            projections |= {"gate_proj": (A, gate), "up_proj": (A, up)}
+    for target in module.targets:
+        A, B = (factor.detach() for factor in module.factors(target))
+        if target == "down":
+            projections["down_proj"] = (A, B)
+        elif module.form.gated:
+            gate, up = split_gate_up(B.mT, module.form.gate_up_layout)
+            projections |= {"gate_proj": (A, gate.mT), "up_proj": (A, up.mT)}
         else:
             projections["up_proj"] = (A, B)
-    if "down" in module.targets:
-        A, B = module.factors("down")
-        projections["down_proj"] = (A.detach(), B.detach())
     for proj, factors in projections.items():
         for letter, stacked in zip("AB", factors, strict=True):
             for e, matrix in enumerate(stacked.unbind()):

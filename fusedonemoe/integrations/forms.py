@@ -1,7 +1,5 @@
 """The form of transformers' modules of experts: flags, activation and gate, as an :class:`ExpertsForm`."""
 
-from typing import Any
-
 from torch import nn
 
 from fusedonemoe.integrations.transformers.gates import activation_of
@@ -12,38 +10,21 @@ from fusedonemoe.layers.form import form_of as form_of_experts
 from fusedonemoe.ops.options import activation_options
 
 
-def _is_experts(module: nn.Module) -> bool:
-    """Return whether a module has the attributes that transformers' decorator of experts sets."""
-    parameters = dict(module.named_parameters(recurse=False))
-    down = parameters.get("down_proj")
-    return down is not None and down.dim() == 3 and hasattr(module, "num_experts") and hasattr(module, "_apply_gate")
-
-
 def form_of(module: nn.Module) -> ExpertsForm | None:
     """Return the form of a module of experts, ours or transformers'; None for any other module.
 
-    Args:
-        module: any.
-
-    Raises:
-        ValueError: experts with something between or behind their projections that the operators do not have.
+    Raises a ValueError for experts with something between or behind their projections that the operators do not have.
     """
     if isinstance(module, Experts):
         return form_of_experts(module)
-    if not _is_experts(module):
-        return None
+    down = dict(module.named_parameters(recurse=False)).get("down_proj")
+    if down is None or down.dim() != 3 or not (hasattr(module, "num_experts") and hasattr(module, "_apply_gate")):
+        return None  # without the attributes that transformers' decorator of experts sets
     kind = type(module).__name__
     if getattr(module, "has_post_expert_norm", False):
         raise ValueError(f"{kind} normalises each expert's output, which the operators do not")
     gated = getattr(module, "has_gate", True)
     up = "gate_up_proj" if gated else "up_proj"
-    has_bias = getattr(module, "has_bias", False)
-    form: dict[str, Any] = {
-        "up": up,
-        "up_bias": f"{up}_bias" if has_bias else None,
-        "down_bias": "down_proj_bias" if has_bias else None,
-        "transposed": getattr(module, "is_transposed", False),
-    }
     act = activation_of(module)
     if act is None:
         own_gate = "_apply_gate" in vars(module) or getattr(type(module), "_apply_gate", None) not in default_gates()
@@ -51,4 +32,11 @@ def form_of(module: nn.Module) -> ExpertsForm | None:
             raise ValueError(f"{kind} has a gate of its own, which the operators do not")
         name = type(getattr(module, "act_fn", None)).__name__
         raise ValueError(f"{kind} has the activation {name}, which the operators do not")
-    return ExpertsForm(**form, **activation_options(act))
+    has_bias = getattr(module, "has_bias", False)
+    return ExpertsForm(
+        up=up,
+        up_bias=f"{up}_bias" if has_bias else None,
+        down_bias="down_proj_bias" if has_bias else None,
+        transposed=getattr(module, "is_transposed", False),
+        **activation_options(act),
+    )

@@ -6,6 +6,7 @@ A model trains here, with ``add_lora``, and its adapters go back with ``save_ada
 
 import importlib
 import json
+import re
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -15,29 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusedonemoe.integrations.adapter_layouts import (
-    GATE_UP_DOWN,
-    PER_EXPERT,
-    PREFIX,
-    AdapterConfig,
-    Factors,
-    check_config,
-    join_factors,
-    read_per_expert,
-    read_stacked,
-    sort_keys,
-    split_factors,
-    write_per_expert,
-    write_stacked,
-)
+from fusedonemoe.checks import check_shape
+from fusedonemoe.integrations import adapter_layouts as layouts
+from fusedonemoe.integrations.adapter_layouts import AdapterConfig, Factors, join_factors, split_factors
 from fusedonemoe.integrations.checkpoints.files import read_json
 from fusedonemoe.integrations.forms import form_of
-from fusedonemoe.integrations.save_refusal import refuse_save
 from fusedonemoe.layers import Experts
 from fusedonemoe.layers.form import ExpertsForm
 from fusedonemoe.layers.lora import LoRAExperts, check_adapter_dtype, unchanged_by_failure
 from fusedonemoe.layers.lora import add_lora as add_lora_to_experts
 from fusedonemoe.layers.peft_refusal import check_no_peft
+from fusedonemoe.ops.values import check_flag, check_one_of
 
 __all__ = [
     "adapter_config",
@@ -55,28 +44,44 @@ LAYOUTS = ("peft", "vllm")
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
+class _RefusedSave:
+    """Stands in for a model's ``save_pretrained``: raises while there are adapters, and is the model's own without."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        names = [name for name, module in self.model.named_modules() if isinstance(module, LoRAExperts)]
+        if names:
+            raise RuntimeError(
+                f"save_pretrained would write the adapters of {names[0]} under names that nothing loads: save adapters with "
+                "fusedonemoe.integrations.peft.save_adapter(model, directory), or put unload() in the place of each first"
+            )
+        own: Any = type(self.model)
+        return own.save_pretrained(self.model, *args, **options)
+
+
+def _refuse_save(model: nn.Module) -> None:
+    """Guard every ``save_pretrained`` in a model that would write adapters of this library."""
+    for module in model.modules():
+        saves = callable(getattr(type(module), "save_pretrained", None)) and "save_pretrained" not in vars(module)
+        if saves and any(isinstance(part, LoRAExperts) for part in module.modules()):
+            module.save_pretrained = _RefusedSave(module)  # type: ignore[assignment]
+
+
 def add_lora(model: nn.Module, **options: Any) -> dict[str, LoRAExperts]:
     """:func:`fusedonemoe.add_lora` for a transformers model: its modules of experts, and ours, get adapters.
 
     They are this library's: save them with :func:`save_adapter`. The model's own ``save_pretrained`` raises from then on, and so
     does ``get_peft_model``, which could neither switch nor save them. For adapters that PEFT switches and saves, let PEFT add
-    them, and call :func:`from_peft`.
-
-    Args:
-        model: is changed: every module of experts is replaced by a :class:`~fusedonemoe.LoRAExperts` over it, and all
-            parameters but the adapters' stop requiring gradients.
-        **options: of :func:`fusedonemoe.add_lora`.
-
-    Returns:
-        The new modules by name.
+    them, and call :func:`from_peft`. Arguments and results are those of :func:`fusedonemoe.add_lora`.
 
     Raises:
-        ValueError: the model holds no experts, or such as the operators cannot compute; the message says which. Or it has
-            adapters of PEFT's.
+        ValueError: the model holds no experts, or such as the operators cannot compute; or it has adapters of PEFT's.
     """
     _import_peft()
     added = add_lora_to_experts(model, read=form_of, **options)
-    refuse_save(model)
+    _refuse_save(model)
     return added
 
 
@@ -88,26 +93,22 @@ def _import_peft() -> None:
 
 def _read(source: Any, config: Any) -> tuple[Mapping[str, Tensor], AdapterConfig]:
     """The tensors and the configuration of an adapter."""
-    if isinstance(source, Mapping):
-        tensors, origin = source, "source"
-    else:
+    origin, tensors = "source", source
+    if not isinstance(source, Mapping):
         path = Path(source)
-        if path.is_dir():
-            if config is None:
-                return _read_tensors(path / "adapter_model.safetensors"), _read_config(path / "adapter_config.json")
-            path = path / "adapter_model.safetensors"
-        tensors, origin = _read_tensors(path), str(path)
+        is_directory = path.is_dir()
+        origin = str(path / "adapter_model.safetensors") if is_directory else str(path)
+        tensors = _read_tensors(Path(origin))
+        if config is None and is_directory:
+            path = path / "adapter_config.json"
+            values = read_json(path, "an adapter's configuration")
+            try:
+                return tensors, layouts.check_config(values)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{path}: {error}") from error
     if config is None:
         raise ValueError(f"config must be given beside a state dict or a file: ranks do not tell the scale of {origin}")
-    return tensors, check_config(config)
-
-
-def _read_config(path: Path) -> AdapterConfig:
-    values = read_json(path, "an adapter's configuration")
-    try:
-        return check_config(values)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{path}: {error}") from error
+    return tensors, layouts.check_config(config)
 
 
 def _read_tensors(path: Path) -> Mapping[str, Tensor]:
@@ -160,14 +161,12 @@ def load_adapter(
         ImportError: safetensors is not installed.
         OSError: a file is not there, or cannot be read.
         TypeError: ``config`` is no configuration, or the adapters are no floating-point tensors.
-        ValueError: a file is damaged; what the keys, shapes, ranks or the configuration say does not fit; the message names the
-            file or the module.
+        ValueError: a file is damaged, or keys, shapes, ranks and the configuration do not fit. The message names the place.
     """
     if any(isinstance(module, LoRAExperts) for module in model.modules()):
         raise ValueError("model must have no adapters yet, got one with LoRAExperts in it")
     check_adapter_dtype(dtype)
-    if not isinstance(trainable, bool):
-        raise TypeError(f"trainable must be a bool, got {trainable!r}")
+    check_flag("trainable", trainable)
     _import_peft()
     check_no_peft(model)
     tensors, checked = _read(source, config)
@@ -175,7 +174,7 @@ def load_adapter(
         added = _loaded(model, tensors, checked, strict=strict, trainable=trainable, dtype=dtype)
     for name, module in added.items():
         model.set_submodule(name, module)
-    refuse_save(model)
+    _refuse_save(model)
     return added
 
 
@@ -189,29 +188,28 @@ def _loaded(
     dtype: torch.dtype | None,
 ) -> dict[str, LoRAExperts]:
     """Experts with the adapters that the tensors hold, by name; the model is frozen, and does not hold them yet."""
-    modules, others = sort_keys(tensors)
-    forms = {name: form for name, module in model.named_modules() if (form := form_of(module)) is not None}
+    modules, others = layouts.sort_keys(tensors)
+    bases = dict(model.named_modules())
+    forms = {name: form for name, module in bases.items() if (form := form_of(module)) is not None}
     for name in forms:
-        if isinstance(experts := model.get_submodule(name), Experts):
+        if isinstance(experts := bases[name], Experts):
             experts.unpack()
     stacked: dict[str, dict[int, dict[str, Tensor]]] = {}
     separate: dict[str, dict[tuple[str, int], dict[str, Tensor]]] = {}
     for module, factors in modules.items():
-        name = module
-        while name.endswith(".base_layer"):
-            name = name.removesuffix(".base_layer")
-        match = PER_EXPERT.fullmatch(module)
+        name = re.sub(r"(\.base_layer)+$", "", module)
+        match = layouts.PER_EXPERT.fullmatch(module)
         if name in forms:
             stacked.setdefault(name, {})[module.count(".base_layer")] = factors
         elif match and match["experts"] in forms:
-            proj = GATE_UP_DOWN.get(match["proj"], match["proj"])
+            proj = layouts.GATE_UP_DOWN.get(match["proj"], match["proj"])
             separate.setdefault(match["experts"], {})[proj, int(match["expert"])] = factors
         else:
             others.append(module)
     if both := stacked.keys() & separate.keys():
         raise ValueError(f"adapters must be in one layout, got two for {sorted(both)}")
-    adapters = {n: read_stacked(n, forms[n], model.get_submodule(n), found, checked) for n, found in stacked.items()}
-    adapters |= {n: read_per_expert(n, forms[n], model.get_submodule(n), found, checked) for n, found in separate.items()}
+    adapters = {n: layouts.read_stacked(n, forms[n], bases[n], found, checked) for n, found in stacked.items()}
+    adapters |= {n: layouts.read_per_expert(n, forms[n], bases[n], found, checked) for n, found in separate.items()}
     if not adapters:
         raise ValueError(f"source must hold adapters of experts of this model, got keys of {sorted(modules)[:3]}")
     if strict and others:
@@ -219,12 +217,20 @@ def _loaded(
     if strict and (missing := [n for n, form in forms.items() if n not in adapters and checked.targets(n, form)]):
         raise ValueError(f"the config's target_parameters name {missing}, for which there are no tensors")
     for name, found in adapters.items():
-        _check_shapes(name, model.get_submodule(name), forms[name], found)
+        _check_shapes(name, bases[name], forms[name], found)
     model.requires_grad_(False)
-    return {
-        name: _adapted_experts(model.get_submodule(name), forms[name], found, trainable=trainable, dtype=dtype)
-        for name, found in adapters.items()
-    }
+    added = {}
+    for name, found in adapters.items():
+        ranks = {target: A.shape[1] for target, (A, _, _) in found.items()}
+        alphas = {target: scale * ranks[target] for target, (_, _, scale) in found.items()}
+        base = bases[name]
+        added[name] = LoRAExperts(base, r=ranks, alpha=alphas, targets=tuple(found), form=forms[name], dtype=dtype)
+        added[name].train(base.training)
+        for target, (*read, _) in found.items():
+            for own, loaded in zip(added[name].factors(target), read, strict=True):
+                own.data.copy_(loaded)
+                own.requires_grad_(trainable)
+    return added
 
 
 def _check_shapes(name: str, base: nn.Module, form: ExpertsForm, adapters: Mapping[str, Factors]) -> None:
@@ -232,28 +238,7 @@ def _check_shapes(name: str, base: nn.Module, form: ExpertsForm, adapters: Mappi
         E, rows, columns = getattr(base, form.name(target)).shape
         out, inner = (columns, rows) if form.transposed else (rows, columns)
         for letter, factor, shape in (("A", A, (E, A.shape[1], inner)), ("B", B, (E, out, A.shape[1]))):
-            if factor.shape != shape:
-                raise ValueError(f"{letter} of {name}.{form.name(target)} must have shape {shape}, got {tuple(factor.shape)}")
-
-
-def _adapted_experts(
-    base: nn.Module,
-    form: ExpertsForm,
-    adapters: Mapping[str, Factors],
-    *,
-    trainable: bool,
-    dtype: torch.dtype | None,
-) -> LoRAExperts:
-    """A module of experts with these adapters."""
-    ranks = {target: found.A.shape[1] for target, found in adapters.items()}
-    alphas = {target: found.scale * ranks[target] for target, found in adapters.items()}
-    module = LoRAExperts(base, r=ranks, alpha=alphas, targets=tuple(adapters), form=form, dtype=dtype).train(base.training)
-    for target, found in adapters.items():
-        for own, loaded in zip(module.factors(target), found[:2], strict=True):
-            with torch.no_grad():
-                own.copy_(loaded)
-            own.requires_grad_(trainable)
-    return module
+            check_shape(f"{letter} of {name}.{form.name(target)}", factor, shape)
 
 
 def _check_wrapped(name: str, wrapper: Any, form: ExpertsForm, adapter: str | None) -> None:
@@ -274,10 +259,9 @@ def _check_wrapped(name: str, wrapper: Any, form: ExpertsForm, adapter: str | No
 def from_peft(model: nn.Module, adapter: str | None = None) -> dict[str, LoRAExperts]:
     """Take over the adapters of experts in a ``PeftModel``: its wrappers become :class:`~fusedonemoe.LoRAExperts`.
 
-    The parameters stay PEFT's, and so do their names: ``disable_adapter``, ``set_adapter``, ``merge_adapter``,
-    ``merge_and_unload``, ``delete_adapter``, ``load_adapter`` into an adapter that is there, ``save_pretrained`` and what else
-    PEFT and transformers do to adapters works on these as on all. All adapters of the experts are taken over; others of the
-    model, such as those of attention, are left as they are. To add one to the experts, add it before.
+    The parameters stay PEFT's, and so do their names: what PEFT and transformers do to adapters (switch, merge, delete, save,
+    load into one that is there) works on these as on all. All adapters of the experts are taken over, no others of the model.
+    To add one to the experts, add it before.
 
     Args:
         model: a ``PeftModel``, or what it wraps. It is changed.
@@ -338,55 +322,40 @@ def _unwrapped(model: Any) -> nn.Module:
             return model
 
 
-def _check_layout(layout: str) -> None:
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
-
-
 def adapter_state_dict(model: nn.Module, *, layout: str = "peft") -> dict[str, Tensor]:
-    """The adapters of a model as other libraries keep them.
+    """The adapters of a model's :class:`~fusedonemoe.LoRAExperts` as other libraries keep them.
+
+    The tensors are contiguous and have memory of their own, under the keys of ``adapter_model.safetensors``.
 
     Args:
-        model: with :class:`~fusedonemoe.LoRAExperts` inside.
+        model: with adapters.
         layout: ``"peft"``, two matrices of all experts per parameter, or ``"vllm"``, a matrix per expert and projection.
-
-    Returns:
-        Contiguous tensors of their own under the keys of ``adapter_model.safetensors``.
 
     Raises:
         ValueError: an unknown layout, or a model without adapters.
     """
-    _check_layout(layout)
-    write = write_stacked if layout == "peft" else write_per_expert
-    return {PREFIX + key: tensor for name, module in _adapted(model).items() for key, tensor in write(name, module)}
-
-
-def _projections(name: str, module: LoRAExperts, target: str, layout: str) -> str:
-    """The name that a pattern of ranks needs for a target."""
-    if layout == "peft":
-        return f"{name}.{module.form.name(target)}"
-    return rf"{name}\.\d+\.{'(gate|up)_proj' if target == 'gate_up' else 'down_proj'}"
+    check_one_of("layout", layout, LAYOUTS)
+    write = layouts.write_stacked if layout == "peft" else layouts.write_per_expert
+    return {layouts.PREFIX + key: tensor for name, module in _adapted(model).items() for key, tensor in write(name, module)}
 
 
 def adapter_config(model: nn.Module, *, layout: str = "peft", base_model: str | None = None) -> dict[str, Any]:
     """The configuration that belongs to :func:`adapter_state_dict`, as ``adapter_config.json`` holds it.
 
-    Args:
-        model: with :class:`~fusedonemoe.LoRAExperts` inside.
-        layout: as for :func:`adapter_state_dict`.
-        base_model: name or path of the base model, for those who load by it.
-
-    Returns:
-        A mapping that ``peft.LoraConfig(**...)`` takes.
-
-    Raises:
-        ValueError: an unknown layout, or a model without adapters.
+    It is a mapping that ``peft.LoraConfig(**...)`` takes; ``base_model`` is the name or path of the base model, for those who
+    load by it.
     """
-    _check_layout(layout)
+    check_one_of("layout", layout, LAYOUTS)
     adapted = _adapted(model)
+
+    def pattern(name: str, module: LoRAExperts, target: str) -> str:
+        if layout == "peft":
+            return f"{name}.{module.form.name(target)}"
+        return rf"{name}\.\d+\.{'(gate|up)_proj' if target == 'gate_up' else 'down_proj'}"
+
     use_rslora = all(module.use_rslora for module in adapted.values())
     adapters = {
-        _projections(name, module, target, layout): (
+        pattern(name, module, target): (
             module.r[target],
             module.alpha[target] if module.use_rslora == use_rslora else module.scale[target] * module.r[target],
         )
@@ -415,15 +384,8 @@ def adapter_config(model: nn.Module, *, layout: str = "peft", base_model: str | 
 def save_adapter(model: nn.Module, directory: str | Path, *, layout: str = "peft", base_model: str | None = None) -> None:
     """Write a model's adapters so that ``PeftModel.from_pretrained`` or vLLM loads them.
 
-    Args:
-        model: with :class:`~fusedonemoe.LoRAExperts` inside.
-        directory: gets ``adapter_model.safetensors`` and ``adapter_config.json``; is made if it is not there.
-        layout: as for :func:`adapter_state_dict`.
-        base_model: as for :func:`adapter_config`.
-
-    Raises:
-        ImportError: safetensors is not installed.
-        ValueError: an unknown layout, or a model without adapters.
+    The directory, which is made if need be, gets ``adapter_model.safetensors`` and ``adapter_config.json``. Other arguments and
+    errors are those of :func:`adapter_state_dict` and :func:`adapter_config`; and an ImportError if safetensors is missing.
     """
     tensors = adapter_state_dict(model, layout=layout)
     config = adapter_config(model, layout=layout, base_model=base_model)

@@ -32,8 +32,7 @@ class AdapterLevel(LoraLayer):
 
     def get_param(self) -> Tensor:
         """The adapted parameter."""
-        parameter: Tensor = getattr(self.get_base_layer(), self.parameter_name)
-        return parameter
+        return getattr(self.get_base_layer(), self.parameter_name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own asks the base for a weight, which experts do not have under that name.
@@ -92,16 +91,17 @@ class HeldAdapters(AdapterLevel, nn.Module):
         raise RuntimeError("these adapters are one half of those of the experts, which the module around them computes with")
 
 
+def _view(target: str, index: int) -> Any:
+    """:class:`~fusedonemoe.LoRAExperts`' parameter of this name, as a view of PEFT's matrix."""
+    return property(lambda self: self.factors(target)[index] if target in self.targets else None)
+
+
 class PeftExperts(AdapterLevel, LoRAExperts):
     """Experts with the adapters of a ``PeftModel``, which PEFT goes on to switch, train, save, load, merge and delete.
 
     The parameters are PEFT's own: ``lora_A.<adapter>.weight`` ``[E * r, in]``, ``lora_B.<adapter>.weight`` ``[out, r * E]``, and
     those of the other projection behind ``base_layer``. :meth:`factors` gives the active ones by expert, as views.
-
-    Args:
-        wrapper: PEFT's outermost ``ParamWrapper`` around the experts.
-        form: how to read the experts.
-        adapter: the adapter to be active; None for those that are.
+    ``wrapper`` is PEFT's outermost ``ParamWrapper`` around the experts; without ``adapter`` the active adapters stay active.
     """
 
     def __init__(self, wrapper: Any, form: ExpertsForm, adapter: str | None = None) -> None:
@@ -153,10 +153,7 @@ class PeftExperts(AdapterLevel, LoRAExperts):
         """Scale times rank."""
         return {target: scale * self.r[target] for target, scale in self.scale.items()}
 
-    @property
-    def use_rslora(self) -> bool:  # type: ignore[override]
-        """False: :attr:`alpha` follows from the scale, whichever way PEFT came to that."""
-        return False
+    use_rslora: Any = False  # alpha follows from the scale, whichever way PEFT came to that
 
     @property
     def scale(self) -> dict[str, float]:
@@ -184,28 +181,10 @@ class PeftExperts(AdapterLevel, LoRAExperts):
         scaled = [B * level.scaling[name] for (_, B), name in zip(pairs, names, strict=True)]
         return torch.cat([A for A, _ in pairs], dim=1), torch.cat(scaled, dim=2)
 
-    def _factor(self, target: str, index: int) -> Tensor | None:
-        return self.factors(target)[index] if target in self.targets else None
-
-    @property
-    def gate_up_lora_A(self) -> Tensor | None:  # type: ignore[override]
-        """Return :class:`~fusedonemoe.LoRAExperts`' parameter of this name as a view of PEFT's matrix, like the next three."""
-        return self._factor("gate_up", 0)
-
-    @property
-    def gate_up_lora_B(self) -> Tensor | None:  # type: ignore[override]
-        """A view of PEFT's matrix."""
-        return self._factor("gate_up", 1)
-
-    @property
-    def down_lora_A(self) -> Tensor | None:  # type: ignore[override]
-        """A view of PEFT's matrix."""
-        return self._factor("down", 0)
-
-    @property
-    def down_lora_B(self) -> Tensor | None:  # type: ignore[override]
-        """A view of PEFT's matrix."""
-        return self._factor("down", 1)
+    gate_up_lora_A: Tensor | None = _view("gate_up", 0)
+    gate_up_lora_B: Tensor | None = _view("gate_up", 1)
+    down_lora_A: Tensor | None = _view("down", 0)
+    down_lora_B: Tensor | None = _view("down", 1)
 
     def reset_parameters(self) -> None:
         """Draw A anew and set B to zero, for the active adapters."""
@@ -243,11 +222,7 @@ class PeftExperts(AdapterLevel, LoRAExperts):
         super().set_adapter(adapter_names, *args, **options)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter.
-
-        Raises:
-            ValueError: it is merged.
-        """
+        """Remove an adapter that is not merged."""
         if adapter_name in self.merged_adapters:
             raise ValueError(f"adapter {adapter_name!r} must not be merged to be deleted: call unmerge_adapter() first")
         super().delete_adapter(adapter_name)
@@ -263,14 +238,9 @@ class PeftExperts(AdapterLevel, LoRAExperts):
             self._merging = None
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add adapters to the base; :meth:`unmerge` undoes it to the bit.
+        """Add adapters, the active ones by default, to the base; :meth:`unmerge` undoes it to the bit.
 
-        Args:
-            safe_merge: raise rather than merge what is not finite.
-            adapter_names: which adapters; None for the active ones.
-
-        Raises:
-            ValueError: a sum is not finite, with ``safe_merge``.
+        With ``safe_merge`` a sum that is not finite raises a ValueError.
         """
         names = list(self.active_adapters if adapter_names is None else adapter_names)
         if self.merged:

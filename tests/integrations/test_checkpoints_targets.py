@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from fusedonemoe import Experts, MoE, MoEConfig, QuantizedExperts, add_lora
-from fusedonemoe.integrations.checkpoints import ExpertWeights, load_experts, sources, to_state_dict
-from fusedonemoe.integrations.checkpoints.targets import named_tensors
+from fusedonemoe.integrations.checkpoints import ExpertWeights, files, load_experts, to_state_dict
+from fusedonemoe.integrations.checkpoints.checking import named_tensors
 from tests.integrations.checkpoint_layouts import LAYOUTS, loaded, make, same
 
 D, F_, E = 5, 4, 3
@@ -306,15 +306,15 @@ def test_quantised_and_sharded_parameters_are_refused():
 def test_a_disk_that_fails_in_the_middle_is_told_apart_from_a_refusal(tmp_path, monkeypatch):
     """No check foresees it: the error says that the module is partly filled."""
     save_file(_state(_moe()), tmp_path / "model.safetensors")
-    read, reads = sources.Source.read, []
+    read, reads = files.Stored.read, []
 
-    def failing(self: Any, name: str, index: slice | None = None) -> Tensor:
-        reads.append(name)
+    def failing(self: Any, index: slice | None = None) -> Tensor:
+        reads.append(self)
         if len(reads) > 4:
             raise OSError("the disk is gone")
-        return read(self, name, index)
+        return read(self, index)
 
-    monkeypatch.setattr(sources.Source, "read", failing)
+    monkeypatch.setattr(files.Stored, "read", failing)
     with pytest.raises(RuntimeError, match=r"MoE now holds a part of the checkpoint .* load again .*OSError: the disk is gone"):
         load_experts(tmp_path, into=_moe())
     moe = _moe()  # where not even the first number was read, nothing has changed

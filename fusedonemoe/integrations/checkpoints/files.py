@@ -5,6 +5,7 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,7 @@ _DTYPES: dict[str, torch.dtype] = {
 
 
 def read_json(path: Path, meaning: str, *, unique: bool = False) -> dict[str, Any]:
-    """The object that a JSON file holds.
-
-    Args:
-        path: the file.
-        meaning: what it should be, for messages.
-        unique: whether a name that occurs twice in one object is an error; otherwise the last one counts.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is no such object.
-    """
+    """The object that a JSON file holds; a name that occurs twice in it is an error, or else the last one counts."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         content = dict(pairs)
@@ -68,14 +59,10 @@ def _content(path: Path, meaning: str) -> bytes:
         return file.read(found.st_size)  # and no further, should the file grow
 
 
-def _plain(tensor: Tensor) -> bool:
-    """The tensor's numbers lie in its memory: no shard, no quantised tensor, no tensor of a subclass that computes otherwise."""
-    return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
-
-
 def refusal(tensor: Tensor) -> str | None:
     """Why the numbers of a tensor cannot be read or written piece by piece, or None."""
-    if not _plain(tensor):
+    # A shard, a quantised tensor or another subclass has numbers that do not lie in its memory.
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return f"a plain tensor, got {type(tensor).__name__}"
     if tensor.is_nested or tensor.layout != torch.strided:
         return f"a dense tensor, got {'a nested one' if tensor.is_nested else tensor.layout}"
@@ -91,121 +78,104 @@ def unreadable(tensor: Tensor) -> str | None:
     return "memory, got a tensor on the meta device" if tensor.is_meta else refusal(tensor)
 
 
-class Tensors:
-    """Tensors that are in memory, or mapped into it."""
+class Held:
+    """A tensor in memory, or mapped into it from a file."""
 
-    in_memory = True
+    def __init__(self, name: str, tensor: Tensor, *, in_file: bool) -> None:
+        self._name, self._tensor = name, tensor
+        self.in_memory: bool = not in_file  # what is read is a view of memory that somebody else may hold as well
 
-    def __init__(self, tensors: Mapping[Any, object], origin: str, *, is_file: bool = False) -> None:
-        self._tensors: dict[str, Tensor] = {}
-        self._is_file = is_file
-        for name, value in tensors.items():
-            if not isinstance(value, Tensor):
-                continue
-            if not isinstance(name, str):
-                raise TypeError(f"{origin} must have strings for names, got {name!r}")
-            if isinstance(value, UninitializedParameter | UninitializedBuffer):
-                raise ValueError(f"{name} of {origin} must have numbers, got a parameter without a shape")
-            self._tensors[name] = value.detach()
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape."""
+        if self._tensor.is_nested:
+            raise TypeError(f"{self._name} must be {refusal(self._tensor)}")
+        return tuple(self._tensor.shape)
 
-    def names(self) -> list[str]:
-        """Every tensor's name."""
-        return list(self._tensors)
+    @property
+    def dtype(self) -> torch.dtype | str:
+        """The dtype."""
+        return self._tensor.dtype
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape."""
-        tensor = self._tensors[name]
-        if tensor.is_nested:
-            raise TypeError(f"{name} must be {refusal(tensor)}")
-        return tuple(tensor.shape)
-
-    def dtype(self, name: str) -> torch.dtype | str:
-        """A tensor's dtype."""
-        return self._tensors[name].dtype
-
-    def refusal(self, name: str) -> str | None:
-        """Why a tensor cannot be read, or None."""
-        tensor = self._tensors[name]
-        if why := unreadable(tensor):
-            return why
+    def refusal(self) -> str | None:
+        """Why it cannot be read, or None."""
+        tensor = self._tensor
         # One number in a file can be the value of a billion elements, for which memory would be taken.
-        if self._is_file and tensor.untyped_storage().nbytes() < tensor.nbytes:
+        if not (why := unreadable(tensor)) and not self.in_memory and tensor.untyped_storage().nbytes() < tensor.nbytes:
             return f"stored with all its elements, got strides {tensor.stride()} for shape {tuple(tensor.shape)}"
-        return None
+        return why
 
-    def read(self, name: str, index: slice | None) -> Tensor:
-        """A tensor, or some of its rows, as a view."""
-        tensor = self._tensors[name]
-        return tensor if index is None else tensor[index]
-
-    def close(self) -> None:
-        """Let go of them."""
-        self._tensors = {}
+    def read(self, index: slice | None = None) -> Tensor:
+        """It or some of its rows, as a view: copy what has to last."""
+        return self._tensor if index is None else self._tensor[index]
 
 
-class Safetensors:
-    """One safetensors file; of a tensor only the rows asked for are read."""
+class Stored:
+    """A tensor in a safetensors file, of which only the rows asked for are read."""
 
     in_memory = False
 
-    def __init__(self, path: Path) -> None:
-        try:
-            from safetensors import safe_open
-        except ImportError as error:
-            raise ImportError(
-                f"reading {path.name} needs the package safetensors: pip install 'fusedonemoe[hf]', or pip install safetensors"
-            ) from error
-        self._path = path
-        try:
-            self._file: Any = safe_open(path, framework="pt")
-        except Exception as error:
-            raise ValueError(f"{path} must be a safetensors file: {error}") from error
-        self._slices: dict[str, Any] = {}
+    def __init__(self, path: Path, file: Any, name: str) -> None:
+        self._path, self._file, self._name = path, file, name
 
-    def names(self) -> list[str]:
-        """Every tensor's name."""
-        return list(self._file.keys())
+    @cached_property
+    def _slice(self) -> Any:
+        return self._file.get_slice(self._name)
 
-    def _slice(self, name: str) -> Any:
-        if name not in self._slices:
-            self._slices[name] = self._file.get_slice(name)
-        return self._slices[name]
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape, from the header."""
+        return tuple(self._slice.get_shape())
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, from the header."""
-        return tuple(self._slice(name).get_shape())
-
-    def dtype(self, name: str) -> torch.dtype | str:
-        """A tensor's dtype, from the header."""
-        written: str = self._slice(name).get_dtype()
+    @property
+    def dtype(self) -> torch.dtype | str:
+        """The dtype, from the header; as the file writes it where torch has none."""
+        written: str = self._slice.get_dtype()
         return _DTYPES.get(written, written)
 
-    def refusal(self, name: str) -> str | None:
-        """The header was checked when the file was opened."""
+    def refusal(self) -> str | None:
+        """None: the header was checked when the file was opened."""
         return None
 
-    def read(self, name: str, index: slice | None) -> Tensor:
-        """A tensor, or some of its rows."""
+    def read(self, index: slice | None = None) -> Tensor:
+        """It or some of its rows."""
         try:
-            tensor: Tensor = self._file.get_tensor(name) if index is None else self._slice(name)[index]
+            tensor: Tensor = self._file.get_tensor(self._name) if index is None else self._slice[index]
         except Exception as error:
-            raise ValueError(f"{self._path}: {name} cannot be read: {error}") from error
+            raise ValueError(f"{self._path}: {self._name} cannot be read: {error}") from error
         return tensor
 
-    def close(self) -> None:
-        """Let go of the file."""
-        self._slices = {}
-        self._file = None
+
+def held(tensors: Mapping[Any, object], origin: str, *, in_file: bool = False) -> dict[str, Held]:
+    """The tensors among the values of a state dict."""
+    found: dict[str, Held] = {}
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            continue
+        if not isinstance(name, str):
+            raise TypeError(f"{origin} must have strings for names, got {name!r}")
+        if isinstance(value, UninitializedParameter | UninitializedBuffer):
+            raise ValueError(f"{name} of {origin} must have numbers, got a parameter without a shape")
+        found[name] = Held(name, value.detach(), in_file=in_file)
+    return found
 
 
-def open_file(path: Path) -> Tensors | Safetensors:
-    """The tensors of one file, by its ending.
+def _stored(path: Path) -> dict[str, Stored]:
+    try:
+        from safetensors import safe_open
+    except ImportError as error:
+        raise ImportError(
+            f"reading {path.name} needs the package safetensors: pip install 'fusedonemoe[hf]', or pip install safetensors"
+        ) from error
+    try:
+        file: Any = safe_open(path, framework="pt")
+    except Exception as error:
+        raise ValueError(f"{path} must be a safetensors file: {error}") from error
+    return {name: Stored(path, file, name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
 
-    Raises:
-        OSError: it cannot be opened.
-        TypeError: it holds something else than a state dict.
-        ValueError: its ending is unknown, it is no regular file, or it is damaged.
-    """
+
+def open_file(path: Path) -> Mapping[str, Held | Stored]:
+    """The tensors of one file, by its ending."""
     if path.suffix != ".safetensors" and path.suffix not in TORCH_SUFFIXES:
         raise ValueError(
             f"checkpoint must be a .safetensors, {', '.join(TORCH_SUFFIXES)} or {INDEX_SUFFIX} file or a directory, got {path}"
@@ -215,11 +185,11 @@ def open_file(path: Path) -> Tensors | Safetensors:
     with path.open("rb"):  # the operating system's own error names the file
         pass
     if path.suffix == ".safetensors":
-        return Safetensors(path)
+        return _stored(path)
     loaded = _load_torch(path)
     if not isinstance(loaded, Mapping):
         raise TypeError(f"{path} must hold a state dict, got {type(loaded).__name__}")
-    return Tensors(loaded, str(path), is_file=True)
+    return held(loaded, str(path), in_file=True)
 
 
 def _load_torch(path: Path) -> object:

@@ -56,27 +56,31 @@ class Layout:
         """Return whether experts have a gate."""
         return any(part.target in ("gate", "gate_up") for part in self.parts)
 
+    def names(self, required: bool = False) -> list[str]:
+        """The names below the block of all parts, or of those that are required."""
+        return [name for part in self.parts if part.required or not required for name in part.names()]
+
+
+def piece_shape(target: Target, D: int, F: int) -> tuple[int, ...]:
+    """Shape of one expert's tensor in home's orientation."""
+    shape = {"gate_up": (2 * F, D), "gate": (F, D), "up": (F, D), "down": (D, F)}[target.removesuffix("_bias")]
+    return shape[:1] if target.endswith("_bias") else shape
+
 
 def _per_expert(gate: str | None, up: str, down: str) -> tuple[Part, ...]:
-    names = (("gate", gate), ("up", up), ("down", down))
-    weights = tuple(Part(target, f"experts.{{}}.{name}.weight", "each") for target, name in names if name)  # type: ignore[arg-type]
-    biases = tuple(
-        Part(f"{target}_bias", f"experts.{{}}.{name}.bias", "each", required=False)  # type: ignore[arg-type]
-        for target, name in names
-        if name
-    )
-    return weights + biases
+    names = {target: name for target, name in (("gate", gate), ("up", up), ("down", down)) if name}
+    weights = (Part(target, f"experts.{{}}.{name}.weight", "each") for target, name in names.items())  # type: ignore[arg-type]
+    biases = (Part(f"{t}_bias", f"experts.{{}}.{name}.bias", "each", required=False) for t, name in names.items())  # type: ignore[arg-type]
+    return (*weights, *biases)
 
 
-def _stacked(up: str, transposed: bool, biases: Literal["none", "optional", "required"] = "optional") -> tuple[Part, ...]:
+def _stacked(up: str, *, transposed: bool = False, biases_required: bool = False, form: Form = "stack") -> tuple[Part, ...]:
     target: Target = "gate_up" if up == "gate_up_proj" else "up"
-    bias: Target = "gate_up_bias" if up == "gate_up_proj" else "up_bias"
-    required = biases == "required"
     return (
-        Part(target, f"experts.{up}", "stack", transposed),
-        Part("down", "experts.down_proj", "stack", transposed),
-        Part(bias, f"experts.{up}_bias", "stack", required=required),
-        Part("down_bias", "experts.down_proj_bias", "stack", required=required),
+        Part(target, f"experts.{up}", form, transposed),
+        Part("down", "experts.down_proj", form, transposed),
+        Part(f"{target}_bias", f"experts.{up}_bias", "stack", required=biases_required),  # type: ignore[arg-type]
+        Part("down_bias", "experts.down_proj_bias", "stack", required=biases_required),
     )
 
 
@@ -85,42 +89,26 @@ def _shared(module: str, gate: str = "gate_proj", up: str = "up_proj", down: str
     return tuple((f"shared_expert.{ours}.weight", f"{module}.{theirs}.weight") for ours, theirs in names)
 
 
+_ROUTER = (("gate.weight", "router.weight"), ("gate.bias", "router.bias"))
 _ROUTER_LAYER = (("gate.weight", "router.layer.weight"), ("gate.bias", "router.layer.bias"))
 
 LAYOUTS: dict[str, Layout] = {
     # Qwen, OLMoE, DeepSeek, GLM, Hunyuan and most others on disk.
     "hf": Layout(_per_expert("gate_proj", "up_proj", "down_proj")),
-    "jamba": Layout(_per_expert("gate_proj", "up_proj", "down_proj"), block_names=(("gate.weight", "router.weight"),)),
+    "jamba": Layout(_per_expert("gate_proj", "up_proj", "down_proj"), block_names=_ROUTER[:1]),
     "mixtral": Layout(_per_expert("w1", "w3", "w2"), block_names=(("gate.e_score_correction_bias", "e_score_correction_bias"),)),
     "lfm2": Layout(_per_expert("w1", "w3", "w2"), block_names=(("gate.e_score_correction_bias", "expert_bias"),)),
     "nemotron_h": Layout(_per_expert(None, "up_proj", "down_proj"), block_names=_shared("shared_experts")[1:]),
     # The form that transformers has in memory.
-    "hf_stacked": Layout(_stacked("gate_up_proj", transposed=False)),
-    "hf_stacked_plain": Layout(_stacked("up_proj", transposed=False)),
+    "hf_stacked": Layout(_stacked("gate_up_proj")),
+    "hf_stacked_plain": Layout(_stacked("up_proj")),
     # Qwen3-VL and Llama 4 on disk; with biases, OpenAI's privacy filter.
     "hf_transposed": Layout(_stacked("gate_up_proj", transposed=True)),
-    "gpt_oss": Layout(
-        _stacked("gate_up_proj", transposed=True, biases="required"),
-        rows="interleaved",
-        block_names=(("gate.weight", "router.weight"), ("gate.bias", "router.bias")),
-    ),
-    "gpt_oss_mxfp4": Layout(
-        (
-            Part("gate_up", "experts.gate_up_proj", "mxfp4"),
-            Part("down", "experts.down_proj", "mxfp4"),
-            Part("gate_up_bias", "experts.gate_up_proj_bias", "stack"),
-            Part("down_bias", "experts.down_proj_bias", "stack"),
-        ),
-        rows="interleaved",
-        block_names=(("gate.weight", "router.weight"), ("gate.bias", "router.bias")),
-        writable=False,
-    ),
+    "gpt_oss": Layout(_stacked("gate_up_proj", transposed=True, biases_required=True), "interleaved", _ROUTER),
+    "gpt_oss_mxfp4": Layout(_stacked("gate_up_proj", biases_required=True, form="mxfp4"), "interleaved", _ROUTER, writable=False),
     "aria": Layout(
-        (
-            Part("gate_up", "experts.fc1.weight", "stack", transposed=True),
-            Part("down", "experts.fc2.weight", "stack", transposed=True),
-        ),
-        block_names=(("gate.weight", "router.weight"), *_shared("shared_experts")),
+        (Part("gate_up", "experts.fc1.weight", "stack", True), Part("down", "experts.fc2.weight", "stack", True)),
+        block_names=(*_ROUTER[:1], *_shared("shared_experts")),
     ),
     "granite": Layout(
         (Part("gate_up", "input_linear.weight", "stack"), Part("down", "output_linear.weight", "stack")),

@@ -7,45 +7,33 @@ import torch
 from torch import Tensor
 
 from fusedonemoe.checks import check_integer, check_one_of
+from fusedonemoe.integrations.checkpoints import checking
 from fusedonemoe.integrations.checkpoints.blocks import Block, find_blocks
-from fusedonemoe.integrations.checkpoints.checking import (
-    block_shapes,
-    check_beside,
-    check_dtypes,
-    check_module,
-    check_names,
-    check_shapes,
-    keys_of,
-    present_parts,
-    stored_dtypes,
-)
 from fusedonemoe.integrations.checkpoints.files import FLOATS
 from fusedonemoe.integrations.checkpoints.layouts import LAYOUTS, Part
-from fusedonemoe.integrations.checkpoints.mxfp4 import dequantize_mxfp4
 from fusedonemoe.integrations.checkpoints.sources import Checkpoint, Source
-from fusedonemoe.integrations.checkpoints.targets import check_apart, check_writable
 from fusedonemoe.integrations.checkpoints.weights import ExpertWeights, pieces, store_packed, weights_of
 from fusedonemoe.layers import Experts, MoE
 
 Module = TypeVar("Module", Experts, MoE)
+# E2M1: sign, two bits of exponent, one of mantissa.
+_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_EXPONENT_BIAS = 127  # of the shared E8M0 exponent
+_NOT_A_NUMBER = 255  # the one E8M0 code that is no exponent
 
 
 def list_blocks(checkpoint: Checkpoint, layout: str = "auto", *, num_experts: int | None = None) -> list[Block]:
     """Find every block of experts in a checkpoint, without reading a weight.
 
-    Args:
-        checkpoint: as for :func:`load_experts`.
-        layout: likewise.
-        num_experts: likewise.
+    The arguments are those of :func:`load_experts`.
 
     Returns:
         One :class:`Block` each, in the checkpoint's order; none for a checkpoint without experts.
 
     Raises:
-        TypeError: ``checkpoint`` is no state dict and no path, a torch file holds something else, or ``num_experts`` is
-            no integer.
-        ValueError: an unknown layout, a layout that is ambiguous, experts that are missing or numbered otherwise than 0, 1, 2; a
-            damaged file, or an index that names files outside its folder. The message names the file.
+        TypeError: an argument of the wrong type, or a torch file that holds no state dict.
+        ValueError: an unknown or ambiguous layout, experts that are missing or numbered otherwise than 0, 1, 2; a damaged file,
+            or an index that names files outside its folder. The message names the file.
         OSError: a file or shard that is not there (FileNotFoundError), or cannot be read.
 
     Example:
@@ -97,10 +85,9 @@ def load_experts(
 ) -> ExpertWeights | Experts | MoE:
     """Read one block of experts, one expert at a time, from whatever layout it is stored in.
 
-    Rows, transposition and order of gate and up are converted to the library's own on the way. Names, shapes, dtypes and the
-    module are checked before the first weight is written: a call that raises ValueError or TypeError has changed nothing. What
-    no check can foresee, a disk that fails or memory that runs out while weights are read, is a RuntimeError that says that the
-    module is partly filled.
+    Rows, transposition and order of gate and up are converted to the library's own on the way. Everything is checked before the
+    first weight is written: a call that raises ValueError or TypeError has changed nothing. A disk that fails or memory that
+    runs out while weights are read is a RuntimeError that says that the module is partly filled.
 
     Weights, biases and the router may be float64, float32, bfloat16 or float16, and are rounded to the dtype of the module, or
     to ``dtype``. A selection bias stays float32 where ``dtype`` is narrower.
@@ -108,28 +95,24 @@ def load_experts(
     Args:
         checkpoint: a state dict; a ``.safetensors``, ``.bin``, ``.pt`` or ``.pth`` file; the ``.index.json`` of a sharded one;
             or a directory that holds one of them.
-        layout: a name of :data:`LAYOUTS`, or ``"auto"`` to go by names and shapes, and by ``config.json`` where those leave
-            it open.
+        layout: a name of :data:`LAYOUTS`, or ``"auto"`` to go by names and shapes, and where needed by ``config.json``.
         prefix: the block's, as :func:`list_blocks` has it (``"model.layers.3.mlp"``). None is for a checkpoint with one block.
         layer: the block whose prefix has this as its last number, instead of ``prefix``.
         into: the module to fill: an :class:`~fusedonemoe.Experts`, or a :class:`~fusedonemoe.MoE` with its router and shared
             branch. None returns tensors.
         num_experts: ``E``, for a flat layout (``megablocks``, ``dbrx``) without a router beside the experts.
-        dtype: of the tensors that are returned; the checkpoint's own if None, and where it stores the experts of one returned
-            tensor in several dtypes, the narrowest that holds all of them. A module keeps its dtype.
+        dtype: of the tensors that are returned; if None the checkpoint's own, the narrowest that holds all experts of a tensor.
         device: of the tensors that are returned; the CPU if None.
 
     Returns:
         ``into``, filled; or :class:`ExpertWeights`.
 
     Raises:
-        TypeError: an argument of the wrong type; weights, a router or biases of another dtype, in the checkpoint or in the
-            module; a module whose weights are sharded or quantised.
-        ValueError: an unknown or ambiguous layout, no such block, or several; sizes that differ from the module's; missing or
-            unexpected names, which the message lists; a damaged file, or an index that names files outside its folder; a module
-            on the meta device, with tensors that share memory, or with weights that something computes (pruning, a
-            parametrization).
-        OSError: a file or shard that is not there (FileNotFoundError), or cannot be read.
+        TypeError: as for :func:`list_blocks`; another dtype in the checkpoint or the module; sharded or quantised weights.
+        ValueError: as for :func:`list_blocks`; no such block, or several; sizes that differ from the module's; missing or
+            unexpected names; a module on the meta device, with tensors that share memory, or with weights that are computed
+            (pruning, a parametrization).
+        OSError: as for :func:`list_blocks`.
         RuntimeError: a module that was made in inference mode, outside of it; or reading failed in the middle.
         ImportError: a safetensors file without the package.
 
@@ -160,24 +143,23 @@ def load_experts(
         raise ValueError(f"give either prefix or layer, got both: {prefix!r} and {layer!r}")
     with Source(checkpoint) as source:
         block = _pick(source, layout, num_experts, prefix, layer)
-        parts = present_parts(block)
-        check_shapes(source, block, parts)
-        names = block.block_names
+        parts = checking.present_parts(block)
+        checking.check_shapes(source, block, parts)
+        beside = {ours: block.key(theirs) for ours, theirs in block.block_names.items()}
         filled = None if into is None else weights_of(into, to_write=True)
-        check_names(source, block, names, into, filled)
-        check_dtypes(source, block, parts)
+        checking.check_names(source, block, beside, into, filled)
+        checking.check_dtypes(source, block, parts)
         if into is None or filled is None:
-            check_beside(source, {ours: block.key(theirs) for ours, theirs in names.items()}, block_shapes(block))
-            home = _allocate(source, block, parts, names, dtype, device)
-            beside = {ours: block.key(theirs) for ours, theirs in names.items()}
+            checking.check_beside(source, beside, checking.block_shapes(block))
+            home = _allocate(source, block, parts, beside, dtype, device)
         else:
             home = filled
-            check_module(block, into)
-            extents = check_writable(home)
-            beside = {ours: block.key(theirs) for ours, theirs in names.items() if ours in home.block}
-            check_beside(source, beside, {ours: tuple(tensor.shape) for ours, tensor in home.block.items()})
+            checking.check_module(block, into)
+            extents = checking.check_writable(home)
+            beside = {ours: key for ours, key in beside.items() if ours in home.block}
+            checking.check_beside(source, beside, {ours: tuple(tensor.shape) for ours, tensor in home.block.items()})
             for key, pairs in _plan(source, block, parts, beside, home, in_memory=True):
-                check_apart(key, pairs, extents)
+                checking.check_apart(key, pairs, extents)
         _copy(source, block, parts, beside, home, into)
         if into is not None:
             store_packed(into, home)
@@ -200,36 +182,36 @@ def _pick(source: Source, layout: str, num_experts: int | None, prefix: str | No
     asked = f"prefix {prefix!r}" if prefix is not None else f"layer {layer}" if layer is not None else "prefix"
     if fitting:
         raise ValueError(f"{asked} must name one block of experts, give one of the prefixes {[b.prefix for b in fitting]}")
-    reasons = [f"{m.prefix or 'the checkpoint'}: {m.reason}" for m in misfits if prefix in (None, m.prefix)]
-    if reasons:
+    if reasons := [f"{name or 'the checkpoint'}: {why}" for name, why in misfits.items() if prefix in (None, name)]:
         raise ValueError(f"no block of experts fits: {'; '.join(reasons)}")
     if blocks:
         raise ValueError(f"{asked} names no block of experts, the checkpoint has {[b.prefix for b in blocks]}")
     expected = "any known layout" if layout == "auto" else f"layout {layout!r}"
-    raise ValueError(f"no experts of {expected} in the checkpoint; its names begin with {source.names()[:5]}")
+    raise ValueError(f"no experts of {expected} in the checkpoint; its names begin with {list(source)[:5]}")
 
 
 def _allocate(
     source: Source,
     block: Block,
     parts: list[Part],
-    names: dict[str, str],
+    beside: dict[str, str],
     dtype: torch.dtype | None,
     device: torch.device | str | None,
 ) -> ExpertWeights:
     """Empty weights in home's form."""
-    stored = stored_dtypes(source, block, parts)
+    stored = checking.stored_dtypes(source, block, parts)
+    shapes = checking.block_shapes(block)
     E, D, F = block.num_experts, block.hidden_size, block.intermediate_size
     G = 2 * F if block.gated else F
 
     def empty(stack: str, *shape: int) -> Tensor:
-        return torch.empty(*shape, dtype=dtype or stored[stack], device=device or "cpu")
+        return torch.empty(shape, dtype=dtype or stored[stack], device=device or "cpu")
 
     def empty_beside(ours: str, key: str) -> Tensor:
-        own: Any = source.dtype(key)
+        own: Any = source[key].dtype
         # A selection bias is the sum of many small steps, which half precision would lose.
         narrow = ours == "gate.e_score_correction_bias" and dtype in (torch.bfloat16, torch.float16)
-        shape = block_shapes(block).get(ours, source.shape(key))
+        shape = shapes.get(ours, source[key].shape)
         return torch.empty(shape, dtype=torch.float32 if narrow else dtype or own, device=device or "cpu")
 
     return ExpertWeights(
@@ -239,28 +221,46 @@ def _allocate(
         down_bias=empty("down_bias", E, D) if block.bias else None,
         gated=block.gated,
         gate_up_layout=LAYOUTS[block.layout].rows,
-        block={ours: empty_beside(ours, block.key(theirs)) for ours, theirs in names.items()},
+        block={ours: empty_beside(ours, key) for ours, key in beside.items()},
         layout=block.layout,
         prefix=block.prefix,
-        block_names=names,
+        block_names=block.block_names,
     )
+
+
+def dequantize_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """``value[i] * 2 ** (scale - 127)`` ``[..., C]``, which bfloat16 and float32 hold exactly.
+
+    ``blocks`` ``[..., C / 32, 16]`` has two values in each byte, the even one in the lower half; ``scales`` are ``[..., C / 32]``
+    exponents, both uint8. Source: OCP Microscaling Formats (MX) specification 1.0, sections 5.3 and 6.3.
+    """
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    values = torch.tensor([*_MAGNITUDES, *(-value for value in _MAGNITUDES)], dtype=compute, device=blocks.device)
+    nibbles = torch.stack((blocks & 0x0F, blocks >> 4), dim=-1).flatten(-2)
+    exponent = scales.to(torch.int32) - _EXPONENT_BIAS
+    # Two factors, each a normal float32: 2 ** -127 is none.
+    half = exponent.div(2, rounding_mode="floor")
+    wide = values[nibbles.to(torch.int32)]
+    wide = wide * torch.exp2(half.to(compute))[..., None] * torch.exp2((exponent - half).to(compute))[..., None]
+    wide = wide.masked_fill_((scales == _NOT_A_NUMBER)[..., None], float("nan"))
+    return wide.flatten(-2).to(dtype)
 
 
 def _read(source: Source, block: Block, part: Part, dtype: torch.dtype) -> Iterator[Tensor]:
     """Each expert's tensor, in the part's own orientation."""
     for expert in range(block.num_experts):
-        keys = [block.key(name.format(expert)) for name in part.names()]
+        first, *scales = (source[block.key(name.format(expert))] for name in part.names())
+        one = slice(expert, expert + 1)
         match part.form:
             case "each":
-                yield source.read(keys[0])
+                yield first.read()
             case "stack":
-                yield source.read(keys[0], slice(expert, expert + 1))[0]
+                yield first.read(one)[0]
             case "flat":
-                size = source.shape(keys[0])[0] // block.num_experts
-                yield source.read(keys[0], slice(expert * size, (expert + 1) * size))
+                size = first.shape[0] // block.num_experts
+                yield first.read(slice(expert * size, (expert + 1) * size))
             case "mxfp4":
-                blocks, scales = (source.read(key, slice(expert, expert + 1))[0] for key in keys)
-                yield dequantize_mxfp4(blocks, scales, dtype)
+                yield dequantize_mxfp4(first.read(one)[0], scales[0].read(one)[0], dtype)
 
 
 def _plan(
@@ -268,29 +268,19 @@ def _plan(
 ) -> Iterator[tuple[str, list[tuple[Tensor, Tensor]]]]:
     """A checkpoint's tensor, and pairs of a view of home and the numbers that go there; one expert at a time.
 
-    Args:
-        source: the checkpoint.
-        block: the block.
-        parts: its experts' tensors.
-        beside: the names of its other tensors.
-        home: where all of it goes.
-        in_memory: leave out tensors that are read from a file.
+    ``in_memory`` leaves out tensors that are read from a file.
     """
     for part in parts:
-        keys = keys_of(block, part)
-        if in_memory and not any(source.in_memory(key) for key in keys):
+        keys = checking.keys_of(block, part)
+        if in_memory and not any(source[key].in_memory for key in keys):
             continue
-        stack = home.stack(part.target)
-        assert stack is not None
-        for expert, piece in enumerate(_read(source, block, part, stack.dtype)):
+        for expert, piece in enumerate(_read(source, block, part, home.stack(part.target).dtype)):
             oriented = piece.T if part.transposed else piece
-            yield (
-                keys[expert if part.form == "each" else 0],
-                pieces(home, oriented, part.target, expert, LAYOUTS[block.layout].rows),
-            )
+            views = pieces(home, oriented, part.target, expert, LAYOUTS[block.layout].rows)
+            yield keys[expert if part.form == "each" else 0], views
     for ours, key in beside.items():
-        if not in_memory or source.in_memory(key):
-            yield key, [(home.block[ours], source.read(key).reshape(home.block[ours].shape))]
+        if not in_memory or source[key].in_memory:
+            yield key, [(home.block[ours], source[key].read().reshape(home.block[ours].shape))]
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fusedonemoe.checks import check_one_of
 from fusedonemoe.hf import BLOCK_NAMES
-from fusedonemoe.integrations.checkpoints.layouts import LAYOUTS, Layout, Part
+from fusedonemoe.integrations.checkpoints.layouts import LAYOUTS, Part, piece_shape
 from fusedonemoe.integrations.checkpoints.weights import ExpertWeights, check_weights, pieces, weights_of
 from fusedonemoe.layers import Experts, MoE
 
@@ -27,21 +27,18 @@ def to_state_dict(
     own, detached, as in ``state_dict()``; the others are copies.
 
     Args:
-        block: a module, or what :func:`load_experts` returned. A :class:`~fusedonemoe.MoE` is written with its router and shared
-            branch, an :class:`~fusedonemoe.Experts` alone.
+        block: a module, a :class:`~fusedonemoe.MoE` with its router and shared branch; or what :func:`load_experts` returned.
         layout: a name of :data:`LAYOUTS`; None for the one that the weights were read in.
         prefix: put before each name, with a dot; None for what the weights were read with, nothing for a module.
-        block_names: names below the prefix for what stands beside the experts, by :class:`~fusedonemoe.MoE`'s names, where they
-            differ from the layout's: ``{"gate.weight": "router.weight"}``. Those of a checkpoint are the ``block_names`` of what
-            :func:`list_blocks` found.
+        block_names: names below the prefix for the tensors other than the experts', by :class:`~fusedonemoe.MoE`'s names, where
+            they differ from the layout's: ``{"gate.weight": "router.weight"}``. A :class:`Block` has those of its checkpoint.
 
     Returns:
         Contiguous tensors by name.
 
     Raises:
         TypeError: ``block`` is none of these, a module without a layout, or one with sharded or quantised weights.
-        ValueError: a layout that is unknown, cannot be written, or has no place for what the block holds; weights whose shapes do
-            not fit each other.
+        ValueError: a layout that is unknown, cannot be written, or has no place for a tensor; shapes that do not fit.
 
     Example:
         >>> from fusedonemoe import MoE
@@ -62,13 +59,12 @@ def to_state_dict(
         raise TypeError(f"block must be an Experts, a MoE or ExpertWeights, got {type(block).__name__}")
     name = weights.layout if layout is None else layout
     check_one_of("layout", name, _WRITABLE)
-    rule = LAYOUTS[name]
-    parts = _parts_for(weights, name, rule)
-    named = _names_for(weights, name, rule, dict(block_names or {}))
+    parts = _parts_for(weights, name)
+    named = _names_for(weights, name, dict(block_names or {}))
     written: dict[str, Tensor] = {}
     with torch.no_grad():
         for part in parts:
-            written |= _write(weights, part, rule.rows)
+            written |= _write(weights, part, LAYOUTS[name].rows)
         for ours, theirs in named.items():
             tensor = weights.block[ours].contiguous()
             # Ernie's selection bias has a leading axis of one.
@@ -77,71 +73,47 @@ def to_state_dict(
     return {f"{before}.{key}" if before else key: tensor for key, tensor in written.items()}
 
 
-def _parts_for(weights: ExpertWeights, name: str, rule: Layout) -> list[Part]:
+def _parts_for(weights: ExpertWeights, name: str) -> list[Part]:
+    rule = LAYOUTS[name]
     if rule.gated != weights.gated:
         kind = {True: "gated", False: "plain"}
         raise ValueError(f"layout {name!r} is of {kind[rule.gated]} experts, the block's are {kind[weights.gated]}")
     biases = [part for part in rule.parts if part.target.endswith("bias")]
-    if weights.down_bias is not None:
-        if not biases:
-            raise ValueError(f"layout {name!r} has no place for the experts' biases")
-        return list(rule.parts)
-    if any(part.required for part in biases):
+    if weights.down_bias is not None and not biases:
+        raise ValueError(f"layout {name!r} has no place for the experts' biases")
+    if weights.down_bias is None and any(part.required for part in biases):
         raise ValueError(f"layout {name!r} has biases, the block's experts have none")
-    return [part for part in rule.parts if part not in biases]
+    return [part for part in rule.parts if weights.down_bias is not None or part not in biases]
 
 
-def _names_for(weights: ExpertWeights, name: str, rule: Layout, given: dict[str, str]) -> dict[str, str]:
+def _names_for(weights: ExpertWeights, name: str, given: dict[str, str]) -> dict[str, str]:
     """The names of a block's tensors other than the experts'."""
     if unknown := sorted(given.keys() - weights.block.keys()):
         raise ValueError(f"block_names must be of {sorted(weights.block)}, got {unknown}")
-    known = dict(rule.block_names) | (weights.block_names if name == weights.layout else {}) | given
+    known = dict(LAYOUTS[name].block_names) | (weights.block_names if name == weights.layout else {}) | given
     if "output_bias" in weights.block and "output_bias" not in known:
         raise ValueError(f"layout {name!r} has no place for output_bias: name it in block_names")
     return {ours: known.get(ours, BLOCK_NAMES[ours][0]) for ours in weights.block}
 
 
-def _piece_shape(weights: ExpertWeights, part: Part) -> tuple[int, ...]:
-    """Shape of one expert's tensor, as the part has it."""
-    _, D, F = weights.down_proj.shape
-    shape = {"gate_up": (2 * F, D), "gate": (F, D), "up": (F, D), "down": (D, F)}[part.target.removesuffix("_bias")]
-    if part.target.endswith("_bias"):
-        return shape[:1]
-    return shape[::-1] if part.transposed else shape
-
-
-def _as_stored(weights: ExpertWeights, part: Part, order: str) -> Tensor | None:
-    """All experts of a part as a view of home, where home has them in the part's order and one after the other."""
-    stacks = {"down": weights.down_proj, "down_bias": weights.down_bias}
-    if not weights.gated:
-        stacks |= {"up": weights.gate_up_proj, "up_bias": weights.gate_up_bias}
-    elif order == weights.gate_up_layout:
-        stacks |= {"gate_up": weights.gate_up_proj, "gate_up_bias": weights.gate_up_bias}
-    stack = stacks.get(part.target)
-    if stack is None:
-        return None
-    view = stack.transpose(1, 2) if part.transposed else stack
-    return view if view.is_contiguous() else None
-
-
 def _write(weights: ExpertWeights, part: Part, order: str) -> dict[str, Tensor]:
-    """One part's tensors."""
-    E, shape = weights.num_experts, _piece_shape(weights, part)
-
-    def fill(piece: Tensor, expert: int) -> Tensor:
-        oriented = piece.T if part.transposed else piece
-        for ours, theirs in pieces(weights, oriented, part.target, expert, order):
-            theirs.copy_(ours)
-        return piece
-
-    owner = {"down": weights.down_proj, "down_bias": weights.down_bias, "up": weights.gate_up_proj}
-    like = owner.get(part.target, weights.gate_up_bias if part.target.endswith("_bias") else weights.gate_up_proj)
-    assert like is not None
+    """One part's tensors: a view of home, where home has all experts in the part's order, orientation and one by one."""
+    E, D, F = weights.down_proj.shape
+    home = weights.stack(part.target)
+    view = home.transpose(1, 2) if part.transposed else home
+    halves = weights.gated and not part.target.startswith("down")
+    as_stored = not halves or (part.target.startswith("gate_up") and order == weights.gate_up_layout)
+    if part.form != "each" and as_stored and view.is_contiguous():
+        return {part.name: view.flatten(0, 1) if part.form == "flat" else view}
+    shape = piece_shape(part.target, D, F)[:: -1 if part.transposed else 1]
     if part.form == "each":
-        return {part.name.format(expert): fill(like.new_empty(shape), expert) for expert in range(E)}
-    stack = _as_stored(weights, part, order)
-    if stack is None:
-        stack = like.new_empty(E, *shape)
-        for expert in range(E):
-            fill(stack[expert], expert)
-    return {part.name: stack.flatten(0, 1) if part.form == "flat" else stack}
+        written = {part.name.format(expert): home.new_empty(shape) for expert in range(E)}
+        experts = [*written.values()]
+    else:
+        stack = home.new_empty(E, *shape)
+        written = {part.name: stack.flatten(0, 1) if part.form == "flat" else stack}
+        experts = [*stack]
+    for expert, piece in enumerate(experts):
+        for ours, theirs in pieces(weights, piece.T if part.transposed else piece, part.target, expert, order):
+            theirs.copy_(ours)
+    return written

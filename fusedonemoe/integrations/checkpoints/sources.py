@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 from types import TracebackType
 
-import torch
 from torch import Tensor
 
-from fusedonemoe.integrations.checkpoints.files import INDEX_SUFFIX, Safetensors, Tensors, open_file, read_json
+from fusedonemoe.integrations.checkpoints.files import INDEX_SUFFIX, Held, Stored, held, open_file, read_json
 
 Checkpoint = Mapping[str, Tensor] | str | os.PathLike[str]
 """What the public functions read: a state dict, a file, an index of shards, or a directory of them."""
@@ -18,20 +17,9 @@ Checkpoint = Mapping[str, Tensor] | str | os.PathLike[str]
 _WHOLE_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
-def _model_type(config: Path) -> str | None:
-    """The one field that is read of a configuration."""
-    model_type = read_json(config, "a model's configuration").get("model_type")
-    if model_type is not None and not isinstance(model_type, str):
-        raise ValueError(f"{config} must have a string for model_type, got {type(model_type).__name__}")
-    return model_type
-
-
 def _shard_path(index: Path, name: str, file: object) -> Path:
-    """The file of one entry, which must be in the index's own folder, or below it.
-
-    A link in that folder may lead out of it: Hugging Face's cache consists of such links, and who made one could have put
-    the file there.
-    """
+    """The file of one entry, which must be in the index's own folder, or below it."""
+    # A link in that folder may lead out of it: Hugging Face's cache consists of such links.
     if not isinstance(file, str) or not file:
         raise ValueError(f"{index} must name a file for {name!r}, got {file!r}")
     path = Path(file)
@@ -72,14 +60,10 @@ def _files_in(directory: Path) -> list[Path]:
     return files
 
 
-class Source:
-    """An open checkpoint: which tensors it has, their shapes, and any rows of them.
+class Source(dict[str, Held | Stored]):
+    """An open checkpoint: its tensors by name, in its order, whose shapes are known and of which any rows can be read.
 
     Inside ``with``, a ValueError or TypeError about the checkpoint gets the file's name.
-
-    Args:
-        checkpoint: a state dict; a ``.safetensors``, ``.bin``, ``.pt`` or ``.pth`` file; an ``.index.json`` file of shards; or
-            a directory with one of these.
 
     Attributes:
         model_type: what a ``config.json`` beside the files says, or None.
@@ -87,91 +71,52 @@ class Source:
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__()
         self.model_type: str | None = None
         self.unlisted: dict[str, str] = {}
         self._path: Path | None = None
-        self._open: dict[Path, Tensors | Safetensors] = {}
-        self._owner: dict[str, Tensors | Safetensors] = {}
         if isinstance(checkpoint, Mapping):
-            tensors = Tensors(checkpoint, "checkpoint")
-            self._owner = dict.fromkeys(tensors.names(), tensors)
+            self.update(held(checkpoint, "checkpoint"))
         elif isinstance(checkpoint, str | os.PathLike):
-            try:
-                self._open_path(Path(checkpoint))
-            except BaseException:
-                self.close()
-                raise
+            self._path = Path(checkpoint)
+            self._open(self._path)
         else:
             raise TypeError(f"checkpoint must be a state dict or a path, got {type(checkpoint).__name__}")
 
-    def _open_path(self, path: Path) -> None:
-        self._path = path
+    def _open(self, path: Path) -> None:
         if not path.exists():
             raise FileNotFoundError(f"checkpoint {path} is not there")
         directory = path if path.is_dir() else path.parent
         if (config := directory / "config.json").exists():
-            self.model_type = _model_type(config)
+            self.model_type = read_json(config, "a model's configuration").get("model_type")
+            if self.model_type is not None and not isinstance(self.model_type, str):
+                raise ValueError(f"{config} must have a string for model_type, got {type(self.model_type).__name__}")
         files = _files_in(path) if path.is_dir() else [path]
         if files[0].name.endswith(INDEX_SUFFIX):
             self._open_shards(files[0])
             return
-        for file in files:
-            self._open[file] = part = open_file(file)
-            self._owner |= dict.fromkeys(part.names(), part)
-        counts = Counter(name for part in self._open.values() for name in part.names())
+        parts = [open_file(file) for file in files]
+        counts = Counter(name for part in parts for name in part)
         if twice := sorted(name for name, count in counts.items() if count > 1):
             raise ValueError(f"{path} holds tensors of the same name in several files and no index: {twice[:5]}")
+        for part in parts:
+            self.update(part)
 
     def _open_shards(self, index: Path) -> None:
         shard_of = _shards_of(index)
         shards = dict.fromkeys(shard_of.values())
         if lost := sorted({shard.name for shard in shards if not shard.exists()}):
             raise FileNotFoundError(f"{index} names shards that are not there: {lost[:5]}")
-        for shard in shards:
-            self._open[shard] = open_file(shard)
-        held = {shard: set(part.names()) for shard, part in self._open.items()}
-        if lost := sorted(name for name, shard in shard_of.items() if name not in held[shard]):
+        parts = {shard: open_file(shard) for shard in shards}
+        if lost := sorted(name for name, shard in shard_of.items() if name not in parts[shard]):
             raise ValueError(f"{index} names tensors that their shards do not hold: {lost[:5]}")
-        self._owner = {name: self._open[shard] for name, shard in shard_of.items()}
-        self.unlisted = {name: shard.name for shard, names in held.items() for name in names if shard_of.get(name) != shard}
-
-    def names(self) -> list[str]:
-        """Every tensor's name, in the checkpoint's order."""
-        return list(self._owner)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._owner
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, without reading it."""
-        return self._owner[name].shape(name)
-
-    def dtype(self, name: str) -> torch.dtype | str:
-        """A tensor's dtype, without reading it; as the file writes it where torch has none."""
-        return self._owner[name].dtype(name)
-
-    def refusal(self, name: str) -> str | None:
-        """Why a tensor cannot be read, or None."""
-        return self._owner[name].refusal(name)
-
-    def read(self, name: str, index: slice | None = None) -> Tensor:
-        """A tensor, or some of its rows: often a view of the file, so copy what has to last."""
-        return self._owner[name].read(name, index)
-
-    def in_memory(self, name: str) -> bool:
-        """Return whether reading a tensor gives a view of memory that somebody else may hold as well."""
-        return self._path is None and self._owner[name].in_memory
-
-    def close(self) -> None:
-        """Let go of the files."""
-        for part in self._open.values():
-            part.close()
-        self._open, self._owner = {}, {}
+        self.update({name: parts[shard][name] for name, shard in shard_of.items()})
+        self.unlisted = {name: shard.name for shard, part in parts.items() for name in part if shard_of.get(name) != shard}
 
     def __enter__(self) -> "Source":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        self.clear()  # closes the files
         if self._path is not None and kind in (ValueError, TypeError) and str(self._path) not in str(error):
             raise kind(f"{self._path}: {error}") from error

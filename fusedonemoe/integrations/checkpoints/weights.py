@@ -10,18 +10,8 @@ from fusedonemoe.integrations.checkpoints.files import refusal
 from fusedonemoe.integrations.checkpoints.layouts import Target
 from fusedonemoe.layers import Experts, MoE
 from fusedonemoe.layers.panels import home_of, packed_names, write_home
+from fusedonemoe.ops.activation import split_gate_up
 from fusedonemoe.ops.records import GATE_UP_LAYOUTS
-
-
-def rows_of(up: Tensor, part: Target, rows: str) -> Tensor:
-    """The gate's or the up-projection's rows (first axis) of one expert, as a view."""
-    if part == "gate_up":
-        return up
-    first = part == "gate"
-    if rows == "interleaved":
-        return up[0::2] if first else up[1::2]
-    half = up.shape[0] // 2
-    return up[:half] if first == (rows == "gate_up") else up[half:]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,34 +49,16 @@ class ExpertWeights:
         """``E``."""
         return self.down_proj.shape[0]
 
-    def stack(self, target: Target) -> Tensor | None:
+    def stack(self, target: Target) -> Tensor:
         """Return all experts' tensor that a part of a checkpoint belongs to."""
-        if target.startswith("down"):
-            return self.down_bias if target.endswith("bias") else self.down_proj
-        return self.gate_up_bias if target.endswith("bias") else self.gate_up_proj
-
-    def rows(self, target: Target, expert: int, order: str) -> Tensor | None:
-        """One expert's matrix or bias as a view; both halves of ``gate_up`` only in the order that they are stored in."""
-        stack = self.stack(target)
-        if stack is None:
-            return None
-        half: Target = target.removesuffix("_bias")  # type: ignore[assignment]
-        if half == "down" or not self.gated:
-            return stack[expert]
-        assert half != "gate_up" or order == self.gate_up_layout
-        return rows_of(stack[expert], half, self.gate_up_layout)
+        names = ("down_proj", "down_bias") if target.startswith("down") else ("gate_up_proj", "gate_up_bias")
+        return getattr(self, names[target.endswith("bias")])
 
 
 def weights_of(module: Experts | MoE, *, to_write: bool = False) -> ExpertWeights:
     """A module's parameters without autograd: themselves, and of packed ones the home form in new tensors.
 
-    Args:
-        module: the module.
-        to_write: refuse tensors that are not the module's own parameters and buffers: what is written into others is lost.
-
-    Raises:
-        TypeError: the experts are of another kind, or a tensor is sharded or quantised.
-        ValueError: a parameter is missing, has another shape than the configuration says, or is one that checkpoints do not have.
+    ``to_write`` refuses tensors that are not the module's own parameters and buffers: what is written into others is lost.
     """
     experts = module.experts if isinstance(module, MoE) else module
     if not isinstance(experts, Experts):
@@ -161,24 +133,18 @@ def _state(module: MoE, to_write: bool) -> dict[str, object]:
 
 
 def check_weights(weights: ExpertWeights) -> None:
-    """Weights that somebody put together fit each other.
-
-    Raises:
-        TypeError: a field is no dense tensor.
-        ValueError: shapes that do not fit, an unknown order of rows, or a name that a MoE does not have.
-    """
+    """Weights that somebody put together fit each other."""
     down = _readable("down_proj", weights.down_proj, None)
     if down.dim() != 3:
         raise ValueError(f"down_proj must have 3 dimensions [E, D, F], got shape {tuple(down.shape)}")
     check_one_of("gate_up_layout", weights.gate_up_layout, GATE_UP_LAYOUTS)
     E, D, F = down.shape
     G = 2 * F if weights.gated else F
-    _readable("gate_up_proj", weights.gate_up_proj, (E, G, D))
     if (weights.gate_up_bias is None) != (weights.down_bias is None):
         raise ValueError("gate_up_bias and down_bias must both be given, or neither")
-    for name, tensor, shape in (("gate_up_bias", weights.gate_up_bias, (E, G)), ("down_bias", weights.down_bias, (E, D))):
-        if tensor is not None:
-            _readable(name, tensor, shape)
+    for name, shape in (("gate_up_proj", (E, G, D)), ("gate_up_bias", (E, G)), ("down_bias", (E, D))):
+        if name == "gate_up_proj" or weights.down_bias is not None:
+            _readable(name, getattr(weights, name), shape)
     if unknown := sorted(weights.block.keys() - BLOCK_NAMES.keys()):
         raise ValueError(f"block must have names of {sorted(BLOCK_NAMES)}, got {unknown}")
     for name, tensor in weights.block.items():
@@ -193,19 +159,18 @@ def store_packed(module: Experts | MoE, home: ExpertWeights) -> None:
 
 
 def pieces(home: ExpertWeights, piece: Tensor, target: Target, expert: int, order: str) -> list[tuple[Tensor, Tensor]]:
-    """Views that hold the same numbers, in home and in a checkpoint's piece of one expert.
+    """Views that hold the same numbers, in home and in a checkpoint's piece of one expert, oriented as in home.
 
-    Args:
-        home: the weights.
-        piece: ``[2F, D]`` and so on: the expert's tensor in home's orientation.
-        target: what it holds.
-        expert: whose.
-        order: of the rows of ``gate_up`` in the checkpoint.
+    ``order`` is that of the rows of ``gate_up`` in the checkpoint.
     """
-    suffix = "_bias" if target.endswith("_bias") else ""
-    if target.startswith("gate_up") and order != home.gate_up_layout:
-        halves: tuple[Target, Target] = ("gate", "up")
-        return [(home.rows(f"{half}{suffix}", expert, order), rows_of(piece, half, order)) for half in halves]  # type: ignore[arg-type, misc]
-    view = home.rows(target, expert, order)
-    assert view is not None
-    return [(view, piece)]
+    stored, half = home.stack(target)[expert], target.removesuffix("_bias")
+    if half == "down" or not home.gated or (half == "gate_up" and order == home.gate_up_layout):
+        return [(stored, piece)]
+    if half == "gate_up":
+        return list(zip(_gate_and_up(stored, home.gate_up_layout), _gate_and_up(piece, order), strict=True))
+    return [(_gate_and_up(stored, home.gate_up_layout)[half == "up"], piece)]
+
+
+def _gate_and_up(rows: Tensor, order: str) -> list[Tensor]:
+    """Views of the gate's and the up-projection's rows (first axis) of one expert."""
+    return [half.movedim(-1, 0) for half in split_gate_up(rows.movedim(0, -1), order)]

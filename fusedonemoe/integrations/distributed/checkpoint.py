@@ -1,6 +1,6 @@
 """State dicts that :mod:`torch.distributed.checkpoint` stores and loads at any number of processes."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,13 +14,6 @@ def _pairs(placement: Placement) -> bool:
     return isinstance(placement, _StridedShard) and placement.split_factor == 2
 
 
-class _Piece(NamedTuple):
-    """A view of a process's tensor, and where it belongs in the whole."""
-
-    view: Tensor
-    chunk: ChunkStorageMetadata
-
-
 class PairedShard(Tensor):
     """A process's halves of a tensor of gate and up rows, as two pieces of the whole.
 
@@ -29,7 +22,7 @@ class PairedShard(Tensor):
     Of a tensor with the three methods below it takes several boxes. There is nothing else to do with this one.
     """
 
-    pieces: list[_Piece]
+    pieces: list[tuple[Tensor, ChunkStorageMetadata]]  # views of the process's tensor, and their places in the whole
 
     @staticmethod
     def __new__(cls, tensor: DTensor) -> "PairedShard":
@@ -49,62 +42,43 @@ class PairedShard(Tensor):
         for first, view in zip((0, half), tensor.to_local().detach().chunk(2, dim=paired), strict=True):
             place_in_whole = [*offsets]
             place_in_whole[paired] += first
-            self.pieces.append(_Piece(view, ChunkStorageMetadata(offsets=torch.Size(place_in_whole), sizes=view.shape)))
+            self.pieces.append((view, ChunkStorageMetadata(offsets=torch.Size(place_in_whole), sizes=view.shape)))
         return self
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        """Nothing is computed with it."""
         raise NotImplementedError(f"this tensor is for torch.distributed.checkpoint.save and load alone, not for {function}")
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"PairedShard({tuple(self.shape)}, at {[tuple(piece.chunk.offsets) for piece in self.pieces]})"
+        return f"PairedShard({tuple(self.shape)}, at {[tuple(chunk.offsets) for _, chunk in self.pieces]})"
 
     def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:  # noqa: A002 (the protocol's name)
         return [
             WriteItem(
-                index=MetadataIndex(fqn, piece.chunk.offsets),
+                index=MetadataIndex(fqn, chunk.offsets),
                 type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    chunk=piece.chunk, properties=TensorProperties.create_from_tensor(piece.view), size=self.shape
-                ),
+                tensor_data=TensorWriteData(chunk=chunk, properties=TensorProperties.create_from_tensor(view), size=self.shape),
             )
-            for piece in self.pieces
+            for view, chunk in self.pieces
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [piece.chunk for piece in self.pieces]
+        return [chunk for _, chunk in self.pieces]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        return next(piece.view for piece in self.pieces if piece.chunk.offsets == index.offset)
-
-
-def _is_paired(value: object) -> bool:
-    return isinstance(value, DTensor) and any(_pairs(placement) for placement in value.placements)
+        return next(view for view, chunk in self.pieces if chunk.offsets == index.offset)
 
 
 def checkpointable(state: Any) -> Any:
     """The same state, in which slices of gate and up rows say where they belong.
 
     Needed with :class:`TensorParallel` alone; harmless otherwise. Values are not copied: loading into the result loads into
-    the parameters.
-
-    Args:
-        state: a state dict, of a model, an optimizer or both, nested as they are.
-
-    Returns:
-        The same nesting of dicts and lists.
-
-    Example:
-        >>> import torch
-        >>> from fusedonemoe.integrations.distributed import checkpointable
-        >>> checkpointable({"model": {"weight": torch.ones(2)}, "step": 3})
-        {'model': {'weight': tensor([1., 1.])}, 'step': 3}
+    the parameters. A state dict of a model, an optimizer or both keeps its nesting.
     """
     if isinstance(state, dict):
         return {key: checkpointable(value) for key, value in state.items()}
     if isinstance(state, list | tuple):
         return type(state)(checkpointable(value) for value in state)
-    if _is_paired(state):
+    if isinstance(state, DTensor) and any(_pairs(placement) for placement in state.placements):
         return PairedShard(state)
     return state

@@ -48,39 +48,31 @@ def all_to_all(rows: Tensor, receive: list[int], send: list[int], group: Process
     return _AllToAll.apply(rows, receive, send, group.group_name)
 
 
+def _sum(partial: Tensor, group_name: str) -> Tensor:
+    return _collectives.wait_tensor(_collectives.all_reduce(partial.contiguous(), "sum", group_name))
+
+
 class _AllReduce(torch.autograd.Function):
-    """Sums in the forward, and lets each process keep its own gradient: what follows is the same in all of them."""
+    """Sums over the processes, either the values or their gradients; the other ones are left as they are."""
 
     @staticmethod
-    def forward(ctx: Any, partial: Tensor, group_name: str) -> Tensor:
-        return _collectives.wait_tensor(_collectives.all_reduce(partial.contiguous(), "sum", group_name))
+    def forward(ctx: Any, values: Tensor, group_name: str, gradient: bool) -> Tensor:
+        ctx.group_name, ctx.gradient = group_name, gradient
+        return values.view_as(values) if gradient else _sum(values, group_name)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-class _AllReduceGradient(torch.autograd.Function):
-    """The reverse: the same input in all processes, of whose gradient each has a part."""
-
-    @staticmethod
-    def forward(ctx: Any, shared: Tensor, group_name: str) -> Tensor:
-        ctx.group_name = group_name
-        return shared.view_as(shared)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _collectives.wait_tensor(_collectives.all_reduce(grad.contiguous(), "sum", ctx.group_name)), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _sum(grad, ctx.group_name) if ctx.gradient else grad, None, None
 
 
 def sum_of_parts(partial: Tensor, group: ProcessGroup) -> Tensor:
-    """Sum what the processes computed of a common output."""
-    return _AllReduce.apply(partial, group.group_name)
+    """Sum what the processes computed of a common output; each keeps its own gradient, as all do the same with the sum."""
+    return _AllReduce.apply(partial, group.group_name, False)
 
 
 def with_summed_gradient(shared: Tensor, group: ProcessGroup) -> Tensor:
-    """A common input, whose gradient is summed over the processes."""
-    return _AllReduceGradient.apply(shared, group.group_name)
+    """A common input, of whose gradient each process has a part: it is summed over them."""
+    return _AllReduce.apply(shared, group.group_name, True)
 
 
 class _Divide(torch.autograd.Function):
@@ -103,52 +95,36 @@ def _gather_sum(rows_NB: Tensor, position_AP: Tensor) -> Tensor:
     """``out[a] = sum_p rows[position[a, p]]``, a position of ``N`` adding nothing; half precision is summed in float32."""
     padded = torch.cat((rows_NB, rows_NB.new_zeros(1, rows_NB.shape[1])))
     wide = torch.promote_types(rows_NB.dtype, torch.float32)
-    sum_AB: Tensor | None = None
-    for position in position_AP.unbind(1):
-        part_AB = padded.index_select(0, position).to(wide)
-        sum_AB = part_AB if sum_AB is None else sum_AB + part_AB
-    assert sum_AB is not None
+    first, *others = position_AP.unbind(1)
+    sum_AB = padded.index_select(0, first).to(wide)
+    for position in others:
+        sum_AB = sum_AB + padded.index_select(0, position).to(wide)
     return sum_AB.to(rows_NB.dtype)
 
 
 class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values_AB: Tensor, index_N: Tensor, position_AP: Tensor) -> Tensor:
-        ctx.save_for_backward(position_AP)
-        return values_AB.index_select(0, index_N)
+    """Gathers rows by an index, or sums them by its inverse: each is the gradient of the other."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (position_AP,) = ctx.saved_tensors
-        return _gather_sum(grad, position_AP), None, None
-
-
-class _GatherSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows_NB: Tensor, index_N: Tensor, position_AP: Tensor) -> Tensor:
-        ctx.save_for_backward(index_N)
-        return _gather_sum(rows_NB, position_AP)
+    def forward(ctx: Any, rows: Tensor, index_N: Tensor, position_AP: Tensor, summed: bool) -> Tensor:
+        ctx.summed = summed
+        ctx.save_for_backward(index_N if summed else position_AP)
+        return _gather_sum(rows, position_AP) if summed else rows.index_select(0, index_N)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (index_N,) = ctx.saved_tensors
-        return grad.index_select(0, index_N), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (saved,) = ctx.saved_tensors
+        return grad.index_select(0, saved) if ctx.summed else _gather_sum(grad, saved), None, None, None
 
 
 def gather(values_AB: Tensor, index_N: Tensor, position_AP: Tensor) -> Tensor:
-    """``values[index]`` ``[N, B]``. Its gradient is a sum in a fixed order, by the inverse of the index.
-
-    Args:
-        values_AB: the rows.
-        index_N: which of them.
-        position_AP: where in ``index_N`` row ``a`` stands, up to ``P`` times; ``N`` for nowhere.
-    """
-    return _Gather.apply(values_AB, index_N, position_AP)
+    """``values[index]`` ``[N, B]``. ``position`` has the places of row ``a`` in ``index``, up to ``P``; ``N`` stands for none."""
+    return _Gather.apply(values_AB, index_N, position_AP, False)
 
 
 def gather_sum(rows_NB: Tensor, index_N: Tensor, position_AP: Tensor) -> Tensor:
-    """The transpose of :func:`gather`: ``out[a]`` is the sum of the rows whose index is ``a``. ``[A, B]``."""
-    return _GatherSum.apply(rows_NB, index_N, position_AP)
+    """The transpose of :func:`gather`: ``out[a]`` is the sum of the rows whose index is ``a``, in a fixed order. ``[A, B]``."""
+    return _Gather.apply(rows_NB, index_N, position_AP, True)
 
 
 def in_autocast_dtype(x: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """The settings of a model's blocks that every process must share, for :func:`fusedonemoe.agreement.agree`."""
 
 import dataclasses
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +29,8 @@ def library_versions() -> dict[str, object]:
 
 
 def describe_blocks(model: nn.Module) -> dict[str, object]:
-    """The settings and tensors of each block, with all that is in it, and of routers and experts, by their names in the model."""
-    settings: dict[str, object] = {}
+    """The versions; and settings and tensors of each block, all that is in it, and of routers and experts, by their names."""
+    settings = library_versions()
     kinds = (MoE, Experts, *_FIELDS)
     blocks: list[str] = []
     for name, module in model.named_modules():
@@ -42,32 +41,27 @@ def describe_blocks(model: nn.Module) -> dict[str, object]:
         elif kind is None and not name.startswith(tuple(blocks)):
             continue
         settings[name or "model"] = (kind or type(module)).__name__
-        if kind is not None:
-            settings |= {f"{before}{field}": value for field, value in _fields_of(module, kind).items()}
+        if kind in _FIELDS:
+            settings |= {f"{before}{field}": getattr(module, field) for field in _FIELDS[kind]}
+        elif isinstance(module, MoE | Experts):
+            config = dataclasses.asdict(module.config)
+            settings |= {f"{before}config.{field}": value for field, value in config.items() if field not in _FREE}
         settings |= describe_tensors(module, before)
     return settings
 
 
-def _fields_of(module: Any, kind: type[nn.Module]) -> dict[str, object]:
-    if kind in _FIELDS:
-        return {field: getattr(module, field) for field in _FIELDS[kind]}
-    return {f"config.{name}": value for name, value in dataclasses.asdict(module.config).items() if name not in _FREE}
-
-
 def describe_tensors(module: nn.Module, before: str = "") -> dict[str, object]:
     """The module's own parameters and buffers: shape, dtype, device type, and whether they are trained."""
-    tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-    return {f"{before}{name}": _Described(tensor) for name, tensor in tensors}
-
-
-class _Described:
-    """One tensor's properties, as they are compared and printed."""
-
-    def __init__(self, tensor: Tensor) -> None:
+    described: dict[str, object] = {}
+    for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
         kind = "" if type(tensor) in (Tensor, nn.Parameter) else f" {type(tensor).__name__}"
         trained = "trained" if tensor.requires_grad else "not trained"
         dtype = str(tensor.dtype).removeprefix("torch.")
-        self.text = f"{dtype} {tuple(tensor.shape)} on {tensor.device.type}, {trained}{kind}"
+        described[before + name] = _Unquoted(f"{dtype} {tuple(tensor.shape)} on {tensor.device.type}, {trained}{kind}")
+    return described
 
-    def __repr__(self) -> str:
-        return self.text
+
+class _Unquoted(str):
+    """A text that prints without quotes."""
+
+    __repr__ = str.__str__

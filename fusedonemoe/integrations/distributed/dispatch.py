@@ -7,32 +7,25 @@ exchange, M routed rows among those, S slots for outgoing rows.
 
 import math
 from collections.abc import Callable
-from contextlib import suppress
 from fractions import Fraction
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from fusedonemoe.checks import check_count, check_dim, check_routing
+from fusedonemoe.checks import check_count, check_dim, check_number, check_routing
 from fusedonemoe.integrations.distributed.collectives import all_to_all, gather, gather_sum
 from fusedonemoe.integrations.distributed.signature import (
-    REFUSED,
     Gradients,
+    Ranks,
     assert_equal_signatures,
     check_signatures,
-    check_sizes,
-    compare_signatures,
-    exchange_signatures,
     gradients_of,
     joined,
     signature_of,
 )
 from fusedonemoe.ops.plan import in_range, inverse_order, make_plan
-
-Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Dispatched(NamedTuple):
@@ -51,78 +44,43 @@ class Dispatched(NamedTuple):
     combine: Callable[[Tensor], Tensor]
 
 
-class _Dispatcher:
+class _Dispatcher(Ranks):
     """A group, and where in it the experts are: rank ``r`` has ``[r * block, (r + 1) * block)``."""
 
-    def __init__(self, group: ProcessGroup, num_experts: int) -> None:
+    def __init__(self, group: ProcessGroup, num_experts: int, *, compares: bool = False) -> None:
         check_count("num_experts", num_experts)
-        self.group = group
+        super().__init__(group, compares=compares)
         self.num_experts = num_experts
-        self.world: int = group.size()
-        self.rank: int = group.rank()
         self.block: int = math.ceil(num_experts / self.world)
 
-    def __deepcopy__(self, memo: object) -> "_Dispatcher":
-        return self  # a copy of a model talks to the same processes
-
-    def check(self, check: Callable[[], None], device: torch.device) -> None:
-        """Check a call's arguments. Where they are refused, the other ranks hear of it and do not wait for this one."""
-        if torch.compiler.is_compiling():
-            check()
-            return
-        try:
-            check()
-        except Exception:
-            self.tell_refusal(device)
-            raise
-
-    def tell_refusal(self, device: torch.device) -> None:
-        """Tell the other ranks, which wait for this one or will do so, that it raises instead."""
-        if self.world > 1 and not torch.compiler.is_compiling():
-            # Where the others are gone, this rank's own error says more than that of the exchange.
-            with suppress(RuntimeError):
-                self._refuse(device)
-
-    def _refuse(self, device: torch.device) -> None:
-        """Take this rank's part in the exchange of sizes, and say that there will be no rows."""
-        raise NotImplementedError
-
     def dispatch(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Dispatched:
-        """Bring the rows of all ranks to their experts; a collective call.
+        """Bring this rank's tokens, any number, to their experts; a collective call.
 
-        Args:
-            x_TD: this rank's tokens, any number.
-            experts_TK: ids over all ranks, of any integer dtype; those outside ``[0, E)`` go nowhere.
-            weights_TK: routing weights.
-
-        Returns:
-            :class:`Dispatched`.
+        Ids are of any integer dtype and count the experts of all ranks; those outside ``[0, E)`` go nowhere.
 
         Raises:
             TypeError: an argument of the wrong type or dtype.
             ValueError: shapes that do not fit, or D, K, a dtype or ``E`` that differs between the ranks, which the message names.
             RuntimeError: another rank has refused its arguments, or died, or did not come.
         """
-        device = x_TD.device if isinstance(x_TD, Tensor) else torch.device("cpu")
-        self.check(lambda: _check_rows(x_TD, experts_TK, weights_TK), device)
+
+        def check() -> None:
+            check_routing(x_TD, experts_TK, weights_TK)
+            check_dim("x_TD", x_TD, "T, D")
+
+        self.check(check, x_TD.device if isinstance(x_TD, Tensor) else torch.device("cpu"))
         return self.exchange(x_TD, experts_TK, weights_TK)
 
     def exchange(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, *, trained: bool = False) -> Dispatched:
         """:meth:`dispatch` for arguments that are checked already.
 
         A gradient that one rank needs is exchanged by all of them, those too whose own arguments require none.
-
-        Args:
-            x_TD: as in :meth:`dispatch`.
-            experts_TK: as in :meth:`dispatch`.
-            weights_TK: as in :meth:`dispatch`.
-            trained: this rank's experts have parameters that require gradients.
+        ``trained`` says that this rank's experts have parameters that require gradients.
         """
         asked = gradients_of(x_TD, weights_TK, trained)
-        if self.world == 1:
-            return self._send(x_TD, experts_TK, weights_TK, 0, asked)
-        self.check(lambda: check_sizes(x_TD, experts_TK, self.num_experts), x_TD.device)
-        signature = signature_of(x_TD, experts_TK, weights_TK, self.num_experts, asked)
+        signature = 0
+        if self.world > 1:
+            signature = self.check(lambda: signature_of(x_TD, experts_TK, weights_TK, self.num_experts, asked), x_TD.device)
         return self._send(x_TD, experts_TK, weights_TK, signature, asked)
 
     def _send(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, signature: int, asked: Gradients) -> Dispatched:
@@ -145,31 +103,31 @@ class _Dispatcher:
         """Split sizes for the collective, in which rows that stay take no part."""
         return [0 if r == self.rank else size for r, size in enumerate(sizes)]
 
-    def _exchange(self, outgoing: Tensor, send: list[int], receive: list[int], own: int) -> Tensor:
-        """Rows in the order of their ranks, so that every expert meets its rows in the order of the whole batch."""
-        leaving, staying = outgoing.split([sum(send), own])
-        received = all_to_all(leaving, receive, send, self.group)
-        first, last = received.split([sum(receive[: self.rank]), sum(receive[self.rank :])])
-        return torch.cat((first, staying, last))
+    def _travel(
+        self, outgoing: tuple[Tensor, ...], send: list[int], receive: list[int], own: int, graded: bool
+    ) -> tuple[list[Tensor], Callable[[Tensor], Tensor]]:
+        """Rows in the order of their ranks, so that every expert meets its rows in the order of the whole batch.
 
-    def _return(self, rows: Tensor, send: list[int], receive: list[int], own: int) -> Tensor:
-        """The way back: rows in the outgoing order."""
-        first, staying, last = rows.split([sum(receive[: self.rank]), own, sum(receive[self.rank :])])
-        back = all_to_all(torch.cat((first, last)), send, receive, self.group)
-        return torch.cat((back, staying))
+        Also returns the way back, to rows in the outgoing order; ``graded`` says that some rank needs gradients.
+        """
+        before, after = sum(receive[: self.rank]), sum(receive[self.rank :])
+        arrived = []
+        for rows in outgoing:
+            leaving, staying = rows.split([sum(send), own])
+            first, last = all_to_all(leaving, receive, send, self.group).split([before, after])
+            arrived.append(torch.cat((first, staying, last)))
 
+        def back(rows: Tensor) -> Tensor:
+            first, staying, last = joined(rows, graded).split([before, own, after])
+            return torch.cat((all_to_all(torch.cat((first, last)), send, receive, self.group), staying))
 
-def _check_rows(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> None:
-    check_routing(x_TD, experts_TK, weights_TK)
-    check_dim("x_TD", x_TD, "T, D")
+        return arrived, back
 
 
 def _compact(marked: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Return the indices of a flat mask's marked entries, ``[length]``, and each entry's number among them.
-
-    The number of an unmarked entry is ``length``, taken from the device: what the host read is for shapes alone. (Inductor
-    may place a kernel that has such a number for an argument before the line that reads it.)
-    """
+    """Return the indices of a flat mask's marked entries, ``[length]``, and each entry's number among them; or ``length``."""
+    # That length is taken from the device: what the host read is for shapes alone. Inductor may place a kernel that has such a
+    # number for an argument before the line that reads it.
     number = torch.where(marked, marked.to(torch.int64).cumsum(0) - 1, marked.sum())
     slot = torch.where(marked, number, marked.shape[0])
     entries = torch.arange(marked.shape[0], device=marked.device)
@@ -186,8 +144,7 @@ class AllToAll(_Dispatcher):
     Args:
         group: the process group.
         num_experts: ``E``, over all ranks.
-        spare: rows of zeros that the experts get beside the routed ones, with an id that names none: 1 for experts that
-            cannot take 0 rows.
+        spare: extra rows of zeros for the experts, with an id that names none: 1 for experts that cannot take 0 rows.
 
     Example:
         >>> import torch, torch.distributed as dist
@@ -202,8 +159,10 @@ class AllToAll(_Dispatcher):
         >>> dist.destroy_process_group()
     """
 
+    numbers = 2
+
     def __init__(self, group: ProcessGroup, num_experts: int, *, spare: int = 0) -> None:
-        super().__init__(group, num_experts)
+        super().__init__(group, num_experts, compares=True)
         self.spare = spare
 
     def _sizes(self, picked_TW: Tensor, owner_TK: Tensor, signature: int, asked: Gradients) -> tuple[list[list[int]], Gradients]:
@@ -212,7 +171,7 @@ class AllToAll(_Dispatcher):
         choices_W = (owner_TK.reshape(-1, 1) == torch.arange(W, device=owner_TK.device)).sum(0)
         sent_W2 = torch.stack((picked_TW.sum(0), choices_W), 1)
         # The signature travels with the sizes, so that the comparison costs no message.
-        received_W3 = all_to_all(torch.cat((sent_W2, sent_W2.new_full((W, 1), signature)), 1), [1] * W, [1] * W, self.group)
+        _, received_W3 = self.exchange_signatures(signature, sent_W2)
         if torch.compiler.is_compiling():
             assert_equal_signatures(received_W3[:, 2], signature)
             received_W3 = received_W3[:, :2]
@@ -222,13 +181,6 @@ class AllToAll(_Dispatcher):
         if not torch.compiler.is_compiling() and W > 1:
             asked = check_signatures(flat[4 * W :], self.group)
         return [flat[i * W : (i + 1) * W] for i in range(4)], asked
-
-    def _refuse(self, device: torch.device) -> None:
-        """Take this rank's part in the exchange of sizes, to tell the others that its own arguments were refused."""
-        W = self.world
-        sent_W3 = torch.zeros(W, 3, dtype=torch.int64, device=device)
-        sent_W3[:, 2] = REFUSED
-        all_to_all(sent_W3, [1] * W, [1] * W, self.group)
 
     def _send(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, signature: int, asked: Gradients) -> Dispatched:
         (T, K), W, device = experts_TK.shape, self.world, x_TD.device
@@ -256,16 +208,9 @@ class AllToAll(_Dispatcher):
         local_NK = experts_TK.index_select(0, token_N).to(torch.int64) - (rank_N * self.block)[:, None]
         ids_NK = torch.where(here_NK, local_NK, self.block).to(torch.int32)
         # Every row takes all K weights along; the experts give a gradient to those of the choices that are theirs.
-        rows, ids, weights = (
-            self._exchange(outgoing, send, receive, own)
-            for outgoing in (gather(x_TD, token_N, position_TK), ids_NK, gather(weights_TK, token_N, position_TK))
-        )
-
-        def combine(y_RD: Tensor) -> Tensor:
-            back = self._return(joined(y_RD, any(needed)), send, receive, own)
-            return gather_sum(back, token_N, position_TK)
-
-        return self._unfold(rows, ids, weights, sum(choices), combine)
+        outgoing = (gather(x_TD, token_N, position_TK), ids_NK, gather(weights_TK, token_N, position_TK))
+        (rows, ids, weights), back = self._travel(outgoing, send, receive, own, any(needed))
+        return self._unfold(rows, ids, weights, sum(choices), lambda y_RD: gather_sum(back(y_RD), token_N, position_TK))
 
     def _unfold(
         self, x_RD: Tensor, ids_RK: Tensor, weights_RK: Tensor, routed: int, combine: Callable[[Tensor], Tensor]
@@ -292,10 +237,9 @@ class AllToAll(_Dispatcher):
 class FixedCapacity(_Dispatcher):
     """Sends every other rank the same number of rows, filled up or cut off: nothing is read on the host.
 
-    One row for each choice of an expert elsewhere, at most ``S`` for each pair of ranks: ``S = ceil(capacity_factor * T * K /
-    W)``, which even routing needs 1 for. What exceeds it is dropped in the order of the tokens: it adds nothing to the output,
-    and ``dropped`` counts it. Rows that stay need no place, so ``S = T * K``, from ``capacity_factor >= W`` on, drops
-    nothing.
+    One row for each choice of an expert elsewhere, at most ``S = ceil(capacity_factor * T * K / W)`` for each pair of ranks;
+    even routing needs a factor of 1. What exceeds it is dropped in the order of the tokens: it adds nothing to the output, and
+    ``dropped`` counts it. Rows that stay need no place, so a factor of ``W`` drops nothing.
 
     Args:
         group: the process group, in which every rank has the same number of tokens, unless ``capacity`` is given.
@@ -304,8 +248,8 @@ class FixedCapacity(_Dispatcher):
         capacity: ``S`` itself, instead of a factor.
 
     Attributes:
-        dropped: ``[1]`` int64, the choices dropped by this rank so far, on the device of the tokens; None before the first
-            call. What activation checkpointing repeats counts once.
+        dropped: ``[1]`` int64, the choices dropped by this rank so far; None before the first call. What activation
+            checkpointing repeats counts once.
 
     Example:
         >>> import torch, torch.distributed as dist
@@ -326,14 +270,14 @@ class FixedCapacity(_Dispatcher):
         super().__init__(group, num_experts)
         check_capacity(capacity_factor, capacity)
         self.capacity = capacity
-        self._factor = None if capacity_factor in (None, math.inf) else _fraction(capacity_factor)
+        self._factor: Fraction | None = None
+        if capacity_factor is not None and capacity_factor != math.inf:
+            # Not 0, and with terms that fit into the sizes of a compiled graph: 1.1 is 11 / 10.
+            most = 1 << (20 if capacity_factor > 1e-3 else 40)
+            self._factor = Fraction(min(capacity_factor, 1 << 20)).limit_denominator(most) or Fraction(1, 1 << 40)
         self.dropped: Tensor | None = None
-        # gloo ends a process that gets more rows than it expects, so there sizes are compared before each exchange. Other
-        # backends exchange nothing but rows.
-        self._compares: bool = self.world > 1 and dist.get_backend(group) == "gloo"
 
     def _slots(self, choices: int) -> int:
-        """``S``."""
         if self.capacity is not None:
             return self.capacity
         if self._factor is None:
@@ -349,14 +293,18 @@ class FixedCapacity(_Dispatcher):
             return padded._replace(combine=lambda y_RD: padded.combine(y_RD)[:0])
         choices = T * K
         S = self._slots(choices)
-        needed = self._compare(signature, S, device, asked)
+        needed = self.compare(signature, S, device, asked)
         x_TD, weights_TK = joined(x_TD, needed.x), joined(weights_TK, needed.weights)
         owner_TK = self._owners(experts_TK)
         order, offsets = make_plan(owner_TK, W)
         number_TK = inverse_order(order).view(T, K) - offsets[owner_TK.clamp(max=W - 1)]
         stays_TK = owner_TK == self.rank
         fits_TK = (owner_TK < W) & ~stays_TK & (number_TK < S)
-        self._count((owner_TK < W) & ~stays_TK & (number_TK >= S))
+        if self.dropped is None or self.dropped.device != device:
+            self.dropped = torch.zeros(1, dtype=torch.int64, device=device)
+        dropped_TK = (owner_TK < W) & ~stays_TK & (number_TK >= S)
+        # The operator that counts tokens knows a repetition by activation checkpointing from a forward.
+        torch.ops.fusedonemoe.count_tokens_(self.dropped, torch.where(dropped_TK, 0, -1))
 
         N = (W - 1) * S + choices  # for every choice of this rank a row that may stay
         every = torch.arange(choices, device=device)
@@ -372,41 +320,10 @@ class FixedCapacity(_Dispatcher):
         ids_N1 = torch.where(holds_N, local_TK.reshape(-1).index_select(0, choice_N), self.block).to(torch.int32)[:, None]
         token_N = choice_N // K
         sizes = self._without_own([S] * W)
-        x, ids, weights = (
-            self._exchange(outgoing, sizes, sizes, choices)
-            for outgoing in (
-                gather(x_TD, token_N, position_TK),
-                ids_N1,
-                gather(weights_TK.reshape(-1, 1), choice_N, position_TK.reshape(-1, 1)),
-            )
-        )
-
-        def combine(y_RD: Tensor) -> Tensor:
-            back = self._return(joined(y_RD, any(needed)), sizes, sizes, choices)
-            return gather_sum(back, token_N, position_TK)
-
-        return Dispatched(x, ids, weights, combine)
-
-    def _compare(self, signature: int, S: int, device: torch.device, asked: Gradients) -> Gradients:
-        """With gloo: every rank sends rows of the same form, and equally many. The gradients of all ranks."""
-        return compare_signatures(signature, S, self.group, device, asked) if self._compares else asked
-
-    def _refuse(self, device: torch.device) -> None:
-        """With gloo: tell the others that this rank's own arguments were refused."""
-        if self._compares:
-            exchange_signatures(REFUSED, 0, self.group, device)
-
-    def _count(self, beyond_TK: Tensor) -> None:
-        if self.dropped is None or self.dropped.device != beyond_TK.device:
-            self.dropped = torch.zeros(1, dtype=torch.int64, device=beyond_TK.device)
-        # The operator that counts tokens knows a repetition by activation checkpointing from a forward.
-        torch.ops.fusedonemoe.count_tokens_(self.dropped, torch.where(beyond_TK, 0, -1))
-
-
-def _fraction(factor: float) -> Fraction:
-    """The factor as a fraction that is not 0 and whose terms fit into the sizes of a compiled graph: 1.1 is 11 / 10."""
-    limited = Fraction(min(factor, 1 << 20)).limit_denominator(1 << (20 if factor > 1e-3 else 40))
-    return limited or Fraction(1, 1 << 40)
+        x_ND = gather(x_TD, token_N, position_TK)
+        weights_N1 = gather(weights_TK.reshape(-1, 1), choice_N, position_TK.reshape(-1, 1))
+        (x, ids, weights), back = self._travel((x_ND, ids_N1, weights_N1), sizes, sizes, choices, any(needed))
+        return Dispatched(x, ids, weights, lambda y_RD: gather_sum(back(y_RD), token_N, position_TK))
 
 
 def check_capacity(capacity_factor: float | None, capacity: int | None) -> None:
@@ -414,12 +331,8 @@ def check_capacity(capacity_factor: float | None, capacity: int | None) -> None:
     if capacity_factor is not None and capacity is not None:
         raise ValueError(f"give capacity_factor or capacity, got both: {capacity_factor} and {capacity}")
     if capacity_factor is not None:
-        if isinstance(capacity_factor, bool) or not isinstance(capacity_factor, int | float):
-            raise TypeError(f"capacity_factor must be a number, got {capacity_factor!r}")
+        check_number("capacity_factor", capacity_factor)
         if not capacity_factor > 0:
             raise ValueError(f"capacity_factor must be above 0, got {capacity_factor}")
     if capacity is not None:
-        if isinstance(capacity, bool) or not isinstance(capacity, int):
-            raise TypeError(f"capacity must be an integer, got {capacity!r}")
-        if capacity < 1:
-            raise ValueError(f"capacity must be at least 1, got {capacity}")
+        check_count("capacity", capacity)

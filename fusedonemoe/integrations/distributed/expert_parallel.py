@@ -1,6 +1,5 @@
 """Expert parallelism: each process of a group holds a part of the experts, and rows go where their experts are."""
 
-from collections.abc import Callable
 from typing import Literal, TypeVar
 
 import torch.distributed as dist
@@ -11,10 +10,10 @@ from torch.distributed.tensor import Placement, Shard, distribute_tensor
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
 from fusedonemoe.agreement import agree
-from fusedonemoe.checks import check_like_x, check_routing
+from fusedonemoe.checks import check_last_dim, check_like_x, check_routing
 from fusedonemoe.functional.calls import as_rows, check_biases, choose_impl, projections, with_leading
 from fusedonemoe.integrations.distributed.collectives import in_autocast_dtype, with_divided_gradient
-from fusedonemoe.integrations.distributed.description import describe_blocks, library_versions
+from fusedonemoe.integrations.distributed.description import describe_blocks
 from fusedonemoe.integrations.distributed.dispatch import AllToAll, FixedCapacity, check_capacity
 from fusedonemoe.layers import Experts, panels
 from fusedonemoe.layers.lora import LoRAExperts
@@ -40,7 +39,7 @@ def group_of(where: DeviceMesh | ProcessGroup | None) -> ProcessGroup:
 
 
 def experts_of(model: nn.Module) -> dict[str, Experts]:
-    """The model's :class:`~fusedonemoe.Experts` by name."""
+    """The model's :class:`~fusedonemoe.Experts` by name, if all of them can become parallel."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     found = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
@@ -55,65 +54,15 @@ def experts_of(model: nn.Module) -> dict[str, Experts]:
                 f"{adapted[id(module)] or 'the model'} has adapters, which compute with all experts in one process: merge them "
                 "and put unload() in the place of the module"
             )
-    return found
-
-
-def for_each(
-    model: AnyModule,
-    where: DeviceMesh | ProcessGroup | None,
-    make_parallel: Callable[[Experts, DeviceMesh], None],
-    *,
-    style: str,
-    options: dict[str, object],
-    check: Callable[[Experts, int], None] | None = None,
-    device_type: str | None = None,
-) -> AnyModule:
-    """Make every :class:`~fusedonemoe.Experts` of a model parallel over a mesh; that of its parameters' device by default.
-
-    Before anything changes, the processes compare their models: what each of them would refuse alone is refused by all.
-
-    Args:
-        model: with experts.
-        where: the group or the mesh.
-        make_parallel: changes one module of experts.
-        style: the name of the class that asks.
-        options: its options, which must be equal in every process.
-        check: of one module and the size of the group; raises where that module cannot be parallel.
-        device_type: of the mesh.
-    """
-    group = group_of(where)
-
-    def describe() -> dict[str, object]:
-        for experts in experts_of(model).values():
-            if check is not None:
-                check(experts, group.size())
-        _check_ties(model)
-        ranks = dist.get_process_group_ranks(group)
-        return {"style": style, **options, "ranks of the group": ranks, **library_versions(), **describe_blocks(model)}
-
-    agree(f"{style}.apply", describe, group)
-    tied: dict[nn.Parameter, nn.Parameter] = {}
-    for experts in experts_of(model).values():
-        before = dict(experts.named_parameters(recurse=False))
-        device = device_type or next(experts.parameters()).device.type
-        mesh = where if isinstance(where, DeviceMesh) else DeviceMesh.from_group(group, "cpu" if device == "meta" else device)
-        make_parallel(experts, mesh)
-        for name, parameter in before.items():
-            # What two modules of experts share, they go on to share.
-            experts.register_parameter(name, tied.setdefault(parameter, experts.get_parameter(name)))
-    return model
-
-
-def _check_ties(model: nn.Module) -> None:
-    """No parameter of experts is that of another module too, where it would stay whole."""
-    names: dict[nn.Parameter, str] = {}
-    for name, module in experts_of(model).items():
-        names |= {parameter: f"{name}.{key}".lstrip(".") for key, parameter in module.named_parameters(recurse=False)}
+    names = {
+        p: f"{name}.{key}".lstrip(".") for name, module in found.items() for key, p in module.named_parameters(recurse=False)
+    }
     for name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
-            if parameter in names and not isinstance(module, Experts):
+            if parameter in names and not isinstance(module, Experts):  # there it would stay whole
                 shared = f"{name}.{key}".lstrip(".")
                 raise ValueError(f"{names[parameter]} must belong to experts alone, got a parameter that is {shared} too")
+    return found
 
 
 def place(experts: Experts, mesh: DeviceMesh, placements: dict[str, Placement]) -> None:
@@ -128,17 +77,15 @@ def place(experts: Experts, mesh: DeviceMesh, placements: dict[str, Placement]) 
 
 def check_forward(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> None:
     """Everything that the operator would refuse once the ranks wait for each other."""
+    config = experts.config
     check_routing(x, ids, weights)
-    if x.shape[-1] != experts.config.hidden_size:
-        raise ValueError(f"x must have shape [..., {experts.config.hidden_size}], got {tuple(x.shape)}")
-    up_name = "gate_up_proj" if experts.config.gated else "up_proj"
+    check_last_dim("x", x, config.hidden_size)
+    up_name = "gate_up_proj" if config.gated else "up_proj"
     check_like_x(up_name, getattr(experts, up_name), x)
     up, down, up_bias, down_bias = experts.local_weights()
     if panels.is_panels(up) or panels.is_panels(down):
         panels.refuse_exchange(experts)
-    if experts.config.impl != "auto" and up.shape[0]:
-        # One rank alone may lack the kernels that impl names.
-        config = experts.config
+    if config.impl != "auto" and up.shape[0]:  # one rank alone may lack the kernels that impl names
         up_EGD, down_EDF = projections(x, up, down, gated=config.gated, transposed=config.transposed)
         check_biases(x, up_bias, down_bias, (up_EGD.shape[0], up_EGD.shape[1], down_EDF.shape[1]))
         widths = (up_EGD.shape[2], up_EGD.shape[1], down_EDF.shape[2])
@@ -174,14 +121,74 @@ class ExpertExchange:
         """Tell the other ranks that this one refuses its input, before it has routed it."""
         self.dispatcher.tell_refusal(experts.down_proj.device)
 
-    def __deepcopy__(self, memo: object) -> "ExpertExchange":
-        return self
-
     def __repr__(self) -> str:
         return f"{type(self.dispatcher).__name__} over {self.dispatcher.world} ranks"
 
 
-class ExpertParallel(ParallelStyle):
+class GroupStyle(ParallelStyle):
+    """Makes every :class:`~fusedonemoe.Experts` of a model parallel over a group: what the styles have in common."""
+
+    options: tuple[str, ...] = ()  # attributes that must be equal in every process
+
+    def __init__(self, group: ProcessGroup | DeviceMesh | None = None) -> None:
+        super().__init__()
+        if group is not None and not isinstance(group, ProcessGroup | DeviceMesh):
+            raise TypeError(f"group must be a ProcessGroup or a DeviceMesh, got {type(group).__name__}")
+        self.group = group
+
+    def check(self, experts: Experts, world: int) -> None:
+        """Raise where experts cannot be parallel over ``world`` ranks."""
+
+    def shard(self, experts: Experts, mesh: DeviceMesh) -> None:
+        """Make experts parallel over the mesh."""
+        raise NotImplementedError
+
+    def apply(self, model: AnyModule) -> AnyModule:
+        """Shard every :class:`~fusedonemoe.Experts` of the model, in place; a collective call.
+
+        The weights of the group's first rank are the ones that count. A model on the meta device is sharded without them.
+        Before anything changes, the processes compare their models: what each of them would refuse alone is refused by all.
+
+        The model may be a block, its experts, or have blocks in it; it is returned.
+
+        Raises:
+            TypeError: ``model`` is no module.
+            ValueError: it has no experts, or they are parallel already, or have adapters, or have sizes that the group cannot
+                share; or the processes' models, options or versions differ. The message says which ranks have what.
+            RuntimeError: :mod:`torch.distributed` is not initialised, or another process has failed.
+        """
+        return self._each(model, self.group)
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        """Apply the plan: :func:`torch.distributed.tensor.parallel.parallelize_module` calls this."""
+        return self._each(module, device_mesh if self.group is None else self.group, device_mesh.device_type)
+
+    def _each(self, model: AnyModule, where: DeviceMesh | ProcessGroup | None, device_type: str | None = None) -> AnyModule:
+        """Apply the style over a group; a new mesh is of ``device_type``, or of the parameters' device."""
+        group = group_of(where)
+        style = type(self).__name__
+
+        def describe() -> dict[str, object]:
+            for experts in experts_of(model).values():
+                self.check(experts, group.size())
+            options = {name: getattr(self, name) for name in self.options}
+            ranks = dist.get_process_group_ranks(group)
+            return {"style": style, **options, "ranks of the group": ranks, **describe_blocks(model)}
+
+        agree(f"{style}.apply", describe, group)
+        tied: dict[nn.Parameter, nn.Parameter] = {}
+        for experts in experts_of(model).values():
+            before = dict(experts.named_parameters(recurse=False))
+            device = device_type or next(experts.parameters()).device.type
+            mesh = where if isinstance(where, DeviceMesh) else DeviceMesh.from_group(group, "cpu" if device == "meta" else device)
+            self.shard(experts, mesh)
+            for name, parameter in before.items():
+                # What two modules of experts share, they go on to share.
+                experts.register_parameter(name, tied.setdefault(parameter, experts.get_parameter(name)))
+        return model
+
+
+class ExpertParallel(GroupStyle):
     """Shards the experts of a model over the processes of a group.
 
     Rank ``r`` holds the ``r``-th block of ``ceil(E / W)`` experts, the last ranks fewer or none. Every process routes its own
@@ -218,6 +225,8 @@ class ExpertParallel(ParallelStyle):
         >>> dist.destroy_process_group()
     """
 
+    options: tuple[str, ...] = ("capacity_factor", "capacity", "gradients")
+
     def __init__(
         self,
         group: ProcessGroup | DeviceMesh | None = None,
@@ -226,46 +235,16 @@ class ExpertParallel(ParallelStyle):
         capacity: int | None = None,
         gradients: Literal["mean", "sum"] = "mean",
     ) -> None:
-        super().__init__()
-        if group is not None and not isinstance(group, ProcessGroup | DeviceMesh):
-            raise TypeError(f"group must be a ProcessGroup or a DeviceMesh, got {type(group).__name__}")
+        super().__init__(group)
         check_capacity(capacity_factor, capacity)
         if gradients not in ("mean", "sum"):
             raise ValueError(f"gradients must be 'mean' or 'sum', got {gradients!r}")
-        self.group = group
         self.capacity_factor = capacity_factor
         self.capacity = capacity
         self.gradients = gradients
 
-    def apply(self, model: AnyModule) -> AnyModule:
-        """Shard every :class:`~fusedonemoe.Experts` of the model, in place; a collective call.
-
-        The weights of the group's first rank are the ones that count. A model on the meta device is sharded without them.
-
-        Args:
-            model: a block, its experts, or a model with blocks in it.
-
-        Returns:
-            ``model``.
-
-        Raises:
-            TypeError: ``model`` is no module.
-            ValueError: it has no experts, or they are parallel already, or have adapters; or the processes' models, options or
-                versions differ. The message names what differs and which ranks have what.
-            RuntimeError: :mod:`torch.distributed` is not initialised, or another process has failed.
-        """
-        return self._each(model, self.group)
-
-    def _each(self, model: AnyModule, where: DeviceMesh | ProcessGroup | None, device_type: str | None = None) -> AnyModule:
-        names = ("capacity_factor", "capacity", "gradients")
-        options = {name: getattr(self, name) for name in names}
-        return for_each(model, where, self._shard, style="ExpertParallel", options=options, device_type=device_type)
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        """Apply the plan: :func:`torch.distributed.tensor.parallel.parallelize_module` calls this."""
-        return self._each(module, device_mesh if self.group is None else self.group, device_mesh.device_type)
-
-    def _shard(self, experts: Experts, mesh: DeviceMesh) -> None:
+    def shard(self, experts: Experts, mesh: DeviceMesh) -> None:
+        """Give each rank a block of the experts, and a dispatcher of rows."""
         place(experts, mesh, {name: Shard(0) for name, _ in experts.named_parameters(recurse=False)})
         group, E = mesh.get_group(), experts.config.num_experts
         dispatcher: AllToAll | FixedCapacity
@@ -279,31 +258,13 @@ class ExpertParallel(ParallelStyle):
 def dropped_rows(model: nn.Module, *, reset: bool = False) -> dict[str, Tensor]:
     """Return the rows that this process dropped for want of capacity, by the name of the experts, without waiting.
 
-    Args:
-        model: whose experts are parallel with a capacity.
-        reset: start again from zero.
-
-    Returns:
-        0-dimensional int64 tensors, routed rows (choices) since the start or the last reset.
-
-    Example:
-        >>> import torch, torch.distributed as dist
-        >>> from fusedonemoe import MoE
-        >>> from fusedonemoe.integrations.distributed import ExpertParallel, dropped_rows
-        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        >>> moe = MoE(hidden_size=16, intermediate_size=8, num_experts=4, top_k=2)
-        >>> moe = ExpertParallel(capacity_factor=1.25).apply(moe)
-        >>> y = moe(torch.randn(5, 16))
-        >>> dropped_rows(moe)
-        {'experts': tensor(0)}
-        >>> dist.destroy_process_group()
+    They are 0-dimensional int64 tensors: routed rows (choices) since the start or the last call with ``reset``.
     """
     counts: dict[str, Tensor] = {}
     for name, module in model.named_modules():
-        if isinstance(module, Experts) and isinstance(module.exchange, ExpertExchange):
-            dropped = getattr(module.exchange.dispatcher, "dropped", None)
-            if dropped is not None:
-                counts[name] = dropped[0].clone()
-                if reset:
-                    dropped.zero_()
+        dropped = getattr(getattr(getattr(module, "exchange", None), "dispatcher", None), "dropped", None)
+        if dropped is not None:
+            counts[name] = dropped[0].clone()
+            if reset:
+                dropped.zero_()
     return counts

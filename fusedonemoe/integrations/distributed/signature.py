@@ -5,7 +5,11 @@ unwritten. The backward exchanges the gradients of what requires them, so that r
 tells the others the form of its rows first, in a message that has the same size in every rank.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from contextlib import suppress
+from functools import reduce
+from operator import or_
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,13 +28,7 @@ REFUSED = _FORM << 4  # bit 62: the rank's own checks have refused its arguments
 
 
 class Gradients(NamedTuple):
-    """The gradients that a backward pass exchanges.
-
-    Attributes:
-        x: that of the rows.
-        weights: that of the routing weights.
-        parameters: any of the experts' own.
-    """
+    """The gradients that a backward pass exchanges: of the rows, of the routing weights, and any of the experts' own."""
 
     x: bool
     weights: bool
@@ -48,24 +46,17 @@ def joined(tensor: Tensor, needed: bool) -> Tensor:
     return tensor.detach().requires_grad_() if needed and not tensor.requires_grad else tensor
 
 
-def _sizes(x_TD: Tensor, experts_TK: Tensor, num_experts: int) -> dict[str, int]:
-    return {"K": experts_TK.shape[1], "num_experts": num_experts, "D": x_TD.shape[1]}
-
-
-def check_sizes(x_TD: Tensor, experts_TK: Tensor, num_experts: int) -> None:
-    """Raise where a size does not fit into its field of the signature, in which it would look like another one."""
-    for name, size in _sizes(x_TD, experts_TK, num_experts).items():
-        if size >= 1 << _BITS[name]:
-            raise ValueError(f"{name} must be below {1 << _BITS[name]} to be exchanged between ranks, got {size}")
-
-
 def signature_of(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, num_experts: int, gradients: Gradients) -> int:
-    """The form of a rank's rows and its gradients; the number of tokens is no part of it."""
-    dtypes = {"x.dtype": _DTYPES.index(x_TD.dtype), "weights.dtype": _DTYPES.index(weights_TK.dtype)}
-    values = dtypes | _sizes(x_TD, experts_TK, num_experts)
+    """The form of a rank's rows and its gradients; the number of tokens is no part of it.
+
+    Raises where a size does not fit into its field, in which it would look like another one.
+    """
+    dtypes = (_DTYPES.index(x_TD.dtype), _DTYPES.index(weights_TK.dtype))
     packed, place = 0, 1
-    for name, bits in _BITS.items():
-        packed = packed + values[name] * place
+    for (name, bits), value in zip(_BITS.items(), (*dtypes, experts_TK.shape[1], num_experts, x_TD.shape[1]), strict=True):
+        if value >= 1 << bits:
+            raise ValueError(f"{name} must be below {1 << bits} to be exchanged between ranks, got {value}")
+        packed = packed + value * place
         place <<= bits
     for asked in gradients:
         packed = packed + asked * place
@@ -76,19 +67,14 @@ def signature_of(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, num_exper
 
 
 def _fields_of(signature: int) -> dict[str, str]:
-    fields = {}
+    asked = [name for place, name in enumerate(Gradients._fields) if signature & _FORM << place]
+    on = f"on for {' and '.join(asked)}" if asked else "on"
+    fields = {"gradients": "off (torch.no_grad)" if signature & _NO_GRAD else on}
     for name, bits in _BITS.items():
         value = signature % (1 << bits)
         fields[name] = str(_DTYPES[value]) if name.endswith("dtype") else str(value)
         signature >>= bits
     return fields
-
-
-def _gradients_in(signature: int) -> str:
-    if signature & _NO_GRAD:
-        return "off (torch.no_grad)"
-    asked = [name for place, name in enumerate(Gradients._fields) if signature & _FORM << place]
-    return f"on for {' and '.join(asked)}" if asked else "on"
 
 
 def check_signatures(
@@ -100,15 +86,7 @@ def check_signatures(
     row_name: str = "rows for each rank",
     advice: str = "with a capacity_factor every rank must have the same number of tokens: give capacity= instead",
 ) -> Gradients:
-    """Compare the signatures of all ranks, in the order of the group.
-
-    Args:
-        signatures: one of each rank.
-        group: the process group.
-        rows: where ranks must have equally many: the number that each of them has.
-        parallelism: the kind of parallelism, for messages.
-        row_name: the name of ``rows`` in messages.
-        advice: the end of a message about ``rows``.
+    """Compare the signatures of all ranks, and their numbers of rows where these must be equal.
 
     Returns:
         The gradients that any rank asks for, which all of them exchange.
@@ -118,9 +96,7 @@ def check_signatures(
         ValueError: the ranks' arguments differ, or a rank records no gradients that others need.
     """
     rows = rows or [0] * len(signatures)
-    every = 0
-    for signature in signatures:
-        every |= signature
+    every = reduce(or_, signatures)
     ranks = dist.get_process_group_ranks(group)
     if every & REFUSED:
         refused = [rank for rank, signature in zip(ranks, signatures, strict=True) if signature & REFUSED]
@@ -130,36 +106,70 @@ def check_signatures(
     uneven = len(set(rows)) > 1
     if len({signature % _FORM for signature in signatures}) == 1 and not uneven and not torn:
         return gradients
-    fields = {rank: _fields_of(signature) for rank, signature in zip(ranks, signatures, strict=True)}
+    fields = {}
     for rank, signature, count in zip(ranks, signatures, rows, strict=True):
-        fields[rank] |= {row_name: str(count), "gradients": _gradients_in(signature) if torn else ""}
+        fields[rank] = {**_fields_of(signature), row_name: str(count), **({} if torn else {"gradients": ""})}
     ending = "a rank without gradients has no backward, for which the others would wait" if torn else advice if uneven else ""
     needs = "needs gradients on every rank or on none" if torn else "needs the same D, K and dtypes on every rank"
     raise ValueError(f"{parallelism} parallelism {needs}, got {differences(fields)}{'; ' if ending else ''}{ending}")
-
-
-def exchange_signatures(signature: int, rows: int, group: ProcessGroup, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Send this rank's signature and its number of rows to every rank: what was sent and received, ``[W, 2]`` int64."""
-    W = group.size()
-    own_W2 = torch.stack([torch.full((W,), value, dtype=torch.int64, device=device) for value in (signature, rows)], 1)
-    return own_W2, all_to_all(own_W2, [1] * W, [1] * W, group)
-
-
-def compare_signatures(
-    signature: int, rows: int, group: ProcessGroup, device: torch.device, asked: Gradients, **texts: str
-) -> Gradients:
-    """Exchange signatures in a message of their own, and compare them as :func:`check_signatures` does."""
-    own_W2, received_W2 = exchange_signatures(signature, rows, group, device)
-    if torch.compiler.is_compiling():
-        assert_equal_signatures(received_W2, own_W2)
-        return asked
-    if torch.equal(received_W2, own_W2):
-        return asked
-    signatures, counts = received_W2.T.tolist()
-    return check_signatures(signatures, group, counts, **texts)
 
 
 def assert_equal_signatures(received: Tensor, own: Tensor | int) -> None:
     """The check inside a compiled graph, where nothing may be read: it fails on the device."""
     equal = (received & ~_NO_GRAD == own).all()
     torch._assert_async(equal, "parallel experts need the same D, K, dtypes, gradients, experts and capacity on every rank")
+
+
+class Ranks:
+    """A group whose ranks compare the forms of their rows before they send any, and hear of a rank that refuses its arguments.
+
+    gloo ends a process that gets more rows than it expects. Over another backend, nothing but rows may travel.
+    """
+
+    numbers = 1  # that a signature travels with
+
+    def __init__(self, group: ProcessGroup, *, compares: bool = False) -> None:
+        self.group = group
+        self.world: int = group.size()
+        self.rank: int = group.rank()
+        self.compares: bool = self.world > 1 and (compares or dist.get_backend(group) == "gloo")
+
+    def __deepcopy__(self, memo: object) -> "Ranks":
+        return self  # a copy of a model talks to the same processes
+
+    def check(self, check: Callable[[], Any], device: torch.device) -> Any:
+        """Check a call's arguments. Where they are refused, the other ranks hear of it and do not wait for this one."""
+        if torch.compiler.is_compiling():
+            return check()
+        try:
+            return check()
+        except Exception:
+            self.tell_refusal(device)
+            raise
+
+    def tell_refusal(self, device: torch.device) -> None:
+        """Tell the other ranks, which wait for this one or will do so, that it raises instead."""
+        if self.compares and not torch.compiler.is_compiling():
+            # Where the others are gone, this rank's own error says more than that of the exchange.
+            with suppress(RuntimeError):
+                self.exchange_signatures(REFUSED, torch.zeros(self.world, self.numbers, dtype=torch.int64, device=device))
+
+    def exchange_signatures(self, signature: int, numbers_WN: Tensor) -> tuple[Tensor, Tensor]:
+        """Send every rank its numbers and this rank's signature: what was sent and received, ``[W, N + 1]`` int64."""
+        own = torch.cat((numbers_WN, numbers_WN.new_full((self.world, 1), signature)), 1)
+        return own, all_to_all(own, [1] * self.world, [1] * self.world, self.group)
+
+    def compare(self, signature: int, rows: int, device: torch.device, asked: Gradients, **texts: str) -> Gradients:
+        """Exchange signatures in a message of their own: every rank has rows of one form, and equally many."""
+        if not self.compares:
+            return asked
+        own_W2, received_W2 = self.exchange_signatures(
+            signature, torch.full((self.world, 1), rows, dtype=torch.int64, device=device)
+        )
+        if torch.compiler.is_compiling():
+            assert_equal_signatures(received_W2, own_W2)
+            return asked
+        if torch.equal(received_W2, own_W2):
+            return asked
+        counts, signatures = received_W2.T.tolist()
+        return check_signatures(signatures, self.group, counts, **texts)

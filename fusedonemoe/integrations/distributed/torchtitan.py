@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fusedonemoe import functional as F
 from fusedonemoe.checks import check_float, check_shape
@@ -21,18 +22,11 @@ class GroupedExperts(nn.Module):
         dim: ``D``.
         hidden_dim: ``F``.
         num_experts: ``E``, those of this process under expert parallelism.
-        activation: as in :class:`~fusedonemoe.MoEConfig`.
-        impl: likewise.
-        device: of the parameters.
-        dtype: of the parameters.
+        activation: as in :class:`~fusedonemoe.MoEConfig`, and so is ``impl``.
 
     Shape:
         x_RD ``[R, D]`` sorted by expert, num_tokens_per_expert_E ``[E]`` to ``[R, D]``; rows past the sum of the counts,
         which are padding, to zeros.
-
-    Raises:
-        TypeError: a size that is no integer.
-        ValueError: a size or name out of range.
 
     Example:
         >>> import torch
@@ -90,7 +84,8 @@ class GroupedExperts(nn.Module):
 
     def forward(self, x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
         """Run every row through its expert. Nothing is read on the host."""
-        w13, w2 = (_local(weight) for weight in (self.w13_EF2D, self.w2_EDF))
+        weights: tuple[Tensor, ...] = (self.w13_EF2D, self.w2_EDF)
+        w13, w2 = (weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights)
         check_float("x_RD", x_RD)
         check_shape("num_tokens_per_expert_E", num_tokens_per_expert_E, (w2.shape[0],))
         ends = num_tokens_per_expert_E.to(torch.int64).cumsum(0)
@@ -111,12 +106,6 @@ class GroupedExperts(nn.Module):
     def extra_repr(self) -> str:
         """The sizes, for ``print(module)``."""
         return f"dim={self.config.hidden_size}, hidden_dim={self.config.intermediate_size}, num_experts={self.num_experts}"
-
-
-def _local(weight: Tensor) -> Tensor:
-    from torch.distributed.tensor import DTensor
-
-    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 def _split(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:

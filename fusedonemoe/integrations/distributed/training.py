@@ -12,46 +12,25 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from fusedonemoe.agreement import agree, failures_named, start_comparison
-from fusedonemoe.integrations.distributed.description import describe_blocks, describe_tensors, library_versions
+from fusedonemoe.integrations.distributed.description import describe_blocks, describe_tensors
 from fusedonemoe.integrations.distributed.expert_parallel import ExpertExchange, group_of
 from fusedonemoe.layers import Experts
 
 
 def expert_placement(model: nn.Module, mesh: DeviceMesh) -> Callable[[nn.Parameter], Any]:
-    """The ``shard_placement_fn`` that lets ``fully_shard`` cut the experts of a block along, and over, what suits them.
+    """The ``shard_placement_fn`` with which ``fully_shard`` cuts the experts of a block over the ranks that hold the same ones.
 
-    Under expert parallelism the experts stand on some ranks already; ``mesh`` is what is left of the data-parallel ranks, those
-    that hold copies of the same experts. They are cut along dimension 1 where the mesh divides it (the rows of the up-, the
-    outputs of the down-projection): that works with more ranks than experts, and is stored as it stands. Otherwise along the
-    experts.
+    They are cut along dimension 1 where the mesh divides it (the rows of the up-, the outputs of the down-projection): that
+    works with more ranks than experts. Otherwise along the experts. The guide to distributed training has an example.
 
     Args:
         model: the block that is given to ``fully_shard``, after :meth:`ExpertParallel.apply`.
         mesh: one-dimensional, the ranks that hold the same experts. Without expert parallelism the mesh of ``fully_shard``.
 
-    Returns:
-        A function of a parameter.
-
     Raises:
         TypeError: ``mesh`` is no device mesh.
         ValueError: ``mesh`` has several dimensions, or ``model`` no experts; or the blocks of the mesh's processes differ, which
             they compare here, in a collective call.
-
-    Example:
-        >>> import torch.distributed as dist
-        >>> from torch.distributed.device_mesh import init_device_mesh
-        >>> from torch.distributed.fsdp import fully_shard
-        >>> from fusedonemoe import MoE
-        >>> from fusedonemoe.integrations.distributed import ExpertParallel, expert_placement
-        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        >>> mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("copies", "experts"))
-        >>> moe = MoE(hidden_size=16, intermediate_size=8, num_experts=4, top_k=2)
-        >>> moe = ExpertParallel(mesh["experts"]).apply(moe)
-        >>> everyone = init_device_mesh("cpu", (1,), mesh_dim_names=("everyone",))
-        >>> moe = fully_shard(moe, mesh=everyone, shard_placement_fn=expert_placement(moe, mesh["copies"]))
-        >>> moe.experts.down_proj.placements
-        (Shard(dim=1),)
-        >>> dist.destroy_process_group()
     """
     from torch.distributed.fsdp._fully_shard import _fsdp_common as fsdp
 
@@ -59,7 +38,7 @@ def expert_placement(model: nn.Module, mesh: DeviceMesh) -> Callable[[nn.Paramet
         raise TypeError(f"mesh must be a DeviceMesh, got {type(mesh).__name__}")
     if mesh.ndim != 1:
         raise ValueError(f"mesh must have one dimension, got {mesh.ndim} ({mesh.mesh_dim_names})")
-    agree("expert_placement", lambda: {**library_versions(), **describe_blocks(model)}, mesh.get_group())
+    agree("expert_placement", lambda: describe_blocks(model), mesh.get_group())
     ours = {
         parameter: isinstance(parameter, DTensor) and isinstance(module.exchange, ExpertExchange)
         for module in model.modules()
@@ -95,31 +74,17 @@ def data_parallel(model: nn.Module, **options: Any) -> DistributedDataParallel:
         model: after :meth:`ExpertParallel.apply`, over the same processes and with ``gradients="mean"``.
         **options: of ``DistributedDataParallel``.
 
-    Returns:
-        The wrapped model.
-
     Raises:
         ValueError: the experts are parallel over other processes than the rest, or their gradients are sums; or the blocks of the
             processes differ, and the message says which ranks have what.
         RuntimeError: :mod:`torch.distributed` is not initialised, or another process has failed.
-
-    Example:
-        >>> import torch, torch.distributed as dist
-        >>> from fusedonemoe import MoE
-        >>> from fusedonemoe.integrations.distributed import ExpertParallel, data_parallel
-        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        >>> moe = ExpertParallel().apply(MoE(hidden_size=16, intermediate_size=8, num_experts=4, top_k=2))
-        >>> model = data_parallel(moe)
-        >>> model(torch.randn(5, 16)).sum().backward()
-        >>> dist.barrier()  # the group goes when its collectives have come to their end
-        >>> dist.destroy_process_group()
     """
     group = group_of(options.get("process_group"))
     left_alone: list[str] = []
 
     def describe() -> dict[str, object]:
         left_alone.extend(_parallel_parameters(model, group))
-        return {**library_versions(), **describe_blocks(model)}
+        return describe_blocks(model)
 
     agree("data_parallel", describe, group)
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, left_alone)
@@ -132,11 +97,11 @@ def _parallel_parameters(model: nn.Module, group: ProcessGroup) -> list[str]:
     for name, module in model.named_modules():
         if not isinstance(module, Experts) or not isinstance(module.exchange, ExpertExchange):
             continue
-        ranks = dist.get_process_group_ranks(module.exchange.dispatcher.group)
-        if ranks != dist.get_process_group_ranks(group):
+        ranks, of_model = (dist.get_process_group_ranks(g) for g in (module.exchange.dispatcher.group, group))
+        if ranks != of_model:
             raise ValueError(
-                f"{name} is parallel over ranks {ranks}, and the model over {dist.get_process_group_ranks(group)}: the copies of "
-                "an expert would drift apart; use fully_shard with expert_placement"
+                f"{name} is parallel over ranks {ranks}, and the model over {of_model}: the copies of an expert would drift "
+                "apart; use fully_shard with expert_placement"
             )
         if module.exchange.divisor != group.size():
             raise ValueError(f"{name} sums its gradients, and DistributedDataParallel averages: use gradients='mean'")
@@ -155,11 +120,8 @@ def _describe_gradients(model: nn.Module) -> dict[str, object]:
 def average_gradients(model: nn.Module, group: ProcessGroup | None = None) -> None:
     """Average the gradients of whole parameters over the processes, in one message; those of shards stay.
 
-    The simplest data parallelism, for a model that neither DDP nor FSDP wraps. A collective call.
-
-    Args:
-        model: after its backward pass. A parameter has a gradient in all processes, or in none.
-        group: the processes; the default group if None.
+    The simplest data parallelism, for a model that neither DDP nor FSDP wraps, after its backward pass. A parameter has a
+    gradient in all processes, or in none. A collective call over ``group``, by default all processes.
 
     Raises:
         ValueError: the processes have gradients of other names, shapes or dtypes, which each call compares. The message says
@@ -195,31 +157,16 @@ def average_gradients(model: nn.Module, group: ProcessGroup | None = None) -> No
             gradient.copy_(mean.view_as(gradient))
 
 
-def _mesh_of(parameter: Tensor) -> DeviceMesh | None:
-    return parameter.device_mesh if isinstance(parameter, DTensor) else None
-
-
 def parameter_groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
     """The model's parameters for an optimizer, by the mesh that they are placed on.
 
-    One call of a fused or foreach optimizer takes whole tensors, or those of one mesh, but not both.
-
-    Args:
-        model: whose parameters require gradients or not; those that do are taken.
-        **options: of every group, such as ``weight_decay``.
-
-    Returns:
-        One dict for whole parameters, then one for each mesh.
-
-    Example:
-        >>> import torch
-        >>> from fusedonemoe.integrations.distributed import parameter_groups
-        >>> optimizer = torch.optim.AdamW(parameter_groups(torch.nn.Linear(2, 1), weight_decay=0.1), lr=1e-3, fused=True)
+    One call of a fused or foreach optimizer takes whole tensors, or those of one mesh, but not both. So there is a dict for
+    whole parameters that require gradients, then one for each mesh, all with the same ``options``, such as ``weight_decay``.
     """
     groups: dict[DeviceMesh | None, list[Tensor]] = {None: []}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            groups.setdefault(_mesh_of(parameter), []).append(parameter)
+            groups.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
     return [{"params": parameters, **options} for parameters in groups.values() if parameters]
 
 
@@ -227,16 +174,13 @@ def parameter_groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
 def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """Scale all gradients so that their common 2-norm is at most ``max_norm``, whole parameters and shards alike.
 
-    The norm is that of the whole model: every process gets the same number. ``torch.nn.utils.clip_grad_norm_`` takes
-    parameters of one mesh at a time. A collective call where there are shards.
+    Returns the norm before, 0-dimensional: that of the whole model, the same in every process. (``torch.nn.utils`` takes
+    parameters of one mesh at a time.) A collective call where there are shards.
 
     Args:
-        parameters: with gradients or without, the same ones in every process; whole ones have the same gradient in each. A
+        parameters: the same ones in every process, with gradients or without; whole ones have the same gradient in each. A
             shard may have a gradient in one process and none in another.
         max_norm: above 0.
-
-    Returns:
-        The norm before, 0-dimensional.
 
     Raises:
         ValueError: ``max_norm`` is not above 0.

@@ -21,11 +21,6 @@ def register_expert_parallel() -> str:
 
     Source:
         transformers, ``distributed/expert_parallel.py``: ``EPImplementation``.
-
-    Example:
-        >>> from fusedonemoe.integrations.distributed.transformers import register_expert_parallel
-        >>> register_expert_parallel()
-        'fusedonemoe'
     """
     if find_spec("transformers") is None:
         raise ImportError("transformers is missing: pip install 'fusedonemoe[hf]'")

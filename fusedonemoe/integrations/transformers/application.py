@@ -27,11 +27,6 @@ def enable() -> None:
 
     Raises:
         ImportError: transformers 5 or newer is not installed.
-
-    Example:
-        >>> from fusedonemoe.integrations.transformers import disable, enable
-        >>> enable()
-        >>> disable()
     """
     registry.register(experts_forward)
 
@@ -51,15 +46,8 @@ def apply(model: nn.Module, *, routers: bool = True) -> Report:
     """Let this library compute the mixture-of-experts layers of a loaded model.
 
     Experts are reached through transformers' registry, so parameters, checkpoints, adapters and parallel plans stay as they
-    are. A router is replaced where its own forward, called with random weights and inputs in float32, gives what one of this
-    library's rules gives; otherwise it keeps its forward, and the report says so.
-
-    Args:
-        model: of transformers, or one that contains such a model.
-        routers: also replace routers.
-
-    Returns:
-        What was replaced, layer by layer, and why not the rest.
+    are. With ``routers``, a router is replaced where its own forward, called with random weights and inputs in float32, gives
+    what one of this library's rules gives. The report says what was replaced, layer by layer, and why not the rest.
 
     Raises:
         ImportError: transformers 5 or newer is not installed.
@@ -77,25 +65,22 @@ def apply(model: nn.Module, *, routers: bool = True) -> Report:
     _check_model(model)
     enable()
     _restore_implementations(model)
-    fused_before = [module for module in model.modules() if is_fused(module)]
+    fused_before = {module for module in model.modules() if is_fused(module)}
     _applied.add(model)
     previous: dict[int, Any] = {}
     fused: list[nn.Module] = []
     report = Report(tuple(_apply_to(layer, previous, fused, routers) for layer in find_layers(model)))
-    for router in fused_before:
-        if not any(router is other for other in fused):
-            unfuse_router(router)
+    for router in fused_before.difference(fused):
+        unfuse_router(router)
     return report
 
 
 def unapply(model: nn.Module) -> None:
     """Undo :func:`apply` in a model, or in a part of one: the implementations from before, and the routers' own forwards.
 
-    What others have put around a router since stays there, and works as before. A model that was never given to
-    :func:`apply` stays as it is. The layers of a model share one configuration, so their experts go back together.
-
-    Args:
-        model: what :func:`apply` was given, a copy of it, a part of it, or what wraps it now.
+    The model may be a copy of what :func:`apply` was given, a part of it, or what wraps it now; any other stays as it is. What
+    others have put around a router since works as before. The layers of a model share one configuration, so their experts go
+    back together.
 
     Raises:
         TypeError: ``model`` is no ``torch.nn.Module``.

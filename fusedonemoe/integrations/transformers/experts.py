@@ -14,23 +14,14 @@ from fusedonemoe.ops.options import activation_options
 def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Run an experts module of transformers: ``y_t = sum_k w_tk expert_{e_tk}(x_t)``.
 
-    What the module is (gate, biases, layouts, norm) is read off its attributes with the defaults of the first version of the
-    contract, because each later version has added some. The number of experts is that of the weights: under expert
-    parallelism a module has fewer than its configuration says. Any id outside it is skipped, be it ``E``, which is
-    transformers' word for "not here", or -1.
-
-    Args:
-        experts: the module; the arguments after it are passed by position, as their names differ between models.
-        hidden_states: ``[T, D]``.
-        top_k_index: ``[T, K]`` ids.
-        top_k_weights: ``[T, K]`` routing weights, of any float dtype.
-
-    Returns:
-        ``[T, D]`` in the dtype of ``hidden_states``.
+    The module's attributes have the defaults of the first version of transformers' contract, because each later version has
+    added some. The number of experts is that of the weights: under expert parallelism a module has fewer than its
+    configuration says. Any id outside it is skipped, be it ``E``, which is transformers' word for "not here", or -1.
+    transformers passes the arguments by position: ``[T, D]``, ``[T, K]`` ids, ``[T, K]`` weights of any float dtype; the result
+    is ``[T, D]`` in the dtype of ``hidden_states``.
     """
     has_gate = getattr(experts, "has_gate", True)
     up = experts.gate_up_proj if has_gate else experts.up_proj
-    down = experts.down_proj
     transposed = getattr(experts, "is_transposed", False)
     up_bias = down_bias = None
     if getattr(experts, "has_bias", False):
@@ -40,14 +31,14 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
         x = x.to(up.dtype)
     act = None if getattr(experts, "has_post_expert_norm", False) else activation_of(experts)
     if act is None:
-        y = _unfused(experts, x, top_k_index, top_k_weights, up, down, up_bias, down_bias, transposed)
+        y = _unfused(experts, x, top_k_index, top_k_weights, (up, up_bias), (experts.down_proj, down_bias), transposed)
     else:
         y = F.experts_mlp(
             x,
             top_k_index,
             top_k_weights,
             up,
-            down,
+            experts.down_proj,
             gate_up_bias=up_bias,
             down_bias=down_bias,
             transposed=transposed,
@@ -61,20 +52,18 @@ def _unfused(
     x_TD: Tensor,
     experts_TK: Tensor,
     weights_TK: Tensor,
-    up: Tensor,
-    down: Tensor,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
+    up: tuple[Tensor, Tensor | None],
+    down: tuple[Tensor, Tensor | None],
     transposed: bool,
 ) -> Tensor:
     """Two grouped products with the module's own code between and behind them; a row for every token and choice."""
-    (T, K), D, E = experts_TK.shape, x_TD.shape[-1], up.shape[0]
+    (T, K), D, E = experts_TK.shape, x_TD.shape[-1], up[0].shape[0]
     ids_N1 = experts_TK.reshape(-1, 1)
     inside_N1 = (ids_N1 >= 0) & (ids_N1 < E)
     x_ND = x_TD[:, None].expand(T, K, D).reshape(T * K, D)
-    z_NG = _grouped(x_ND, ids_N1, up, up_bias, transposed)
+    z_NG = _grouped(x_ND, ids_N1, *up, transposed)
     h_NF = experts._apply_gate(z_NG) if getattr(experts, "has_gate", True) else experts.act_fn(z_NG)
-    y_ND = _grouped(h_NF, ids_N1, down, down_bias, transposed)
+    y_ND = _grouped(h_NF, ids_N1, *down, transposed)
     if getattr(experts, "has_post_expert_norm", False):
         # A row of zeros, which a skipped id has, is what a norm has no gradient at.
         y_ND = experts.post_expert_norm(torch.where(inside_N1, y_ND, 1))

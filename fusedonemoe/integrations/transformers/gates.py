@@ -5,9 +5,9 @@ serves every layer of a model.
 """
 
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from fusedonemoe.integrations.transformers.registry import activations, default_
 from fusedonemoe.ops.activation import activate
 from fusedonemoe.ops.records import GATE_UP_LAYOUTS, PLAIN, Activation
 
+Result = TypeVar("Result")
 # The attributes in which transformers' classes keep the numbers of their gates.
 _NUMBERS = ("limit", "alpha", "swiglu_limit", "swiglu_alpha")
 _ALPHA, _LIMIT = 1.702, 7.0
@@ -25,30 +26,31 @@ _MAGNITUDES = (0.3, 3.0, 30.0, 1e4)
 _TOLERANCE = 1e-5  # relative; a gate may compute in float32. The two forms of gelu differ by 5e-4.
 
 
-@lru_cache(maxsize=1)
-def _functions_by_class() -> dict[Any, str]:
-    """Names of the operators' activations by the class, or the function, that computes each."""
-    hf = activations()
-    return {
-        nn.SiLU: "silu",
-        hf.SiLUActivation: "silu",
-        nn.functional.silu: "silu",
-        hf.GELUActivation: "gelu",
-        nn.functional.gelu: "gelu",
-        hf.GELUTanh: "gelu_tanh",
-        hf.NewGELUActivation: "gelu_tanh",
-        nn.ReLU: "relu",
-        nn.functional.relu: "relu",
-        hf.ReLUSquaredActivation: "relu2",
-        nn.Sigmoid: "sigmoid",
-        torch.sigmoid: "sigmoid",
-        hf.LinearActivation: "identity",
-    }
+def _constant(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Cache a function, which is a constant to torch.compile: it would look through the cache by itself."""
+    cached = lru_cache(maxsize=256)(function)
+
+    @torch.compiler.assume_constant_result
+    def constant(*arguments: Any) -> Result:
+        return cached(*arguments)
+
+    return constant
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _name_of(function_or_class: Any) -> str | None:
-    return _functions_by_class().get(function_or_class)
+    """The operators' name of the activation that a class or a function computes."""
+    hf, functional = activations(), nn.functional
+    computing = {
+        "silu": (nn.SiLU, hf.SiLUActivation, functional.silu),
+        "gelu": (hf.GELUActivation, functional.gelu),
+        "gelu_tanh": (hf.GELUTanh, hf.NewGELUActivation),
+        "relu": (nn.ReLU, functional.relu),
+        "relu2": (hf.ReLUSquaredActivation,),
+        "sigmoid": (nn.Sigmoid, torch.sigmoid),
+        "identity": (hf.LinearActivation,),
+    }
+    return next((name for name, known in computing.items() if function_or_class in known), None)
 
 
 def _name_of_act(act_fn: Any) -> str | None:
@@ -56,13 +58,6 @@ def _name_of_act(act_fn: Any) -> str | None:
     if isinstance(act_fn, nn.GELU):
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(act_fn.approximate)
     return _name_of(type(act_fn) if isinstance(act_fn, nn.Module) else act_fn)
-
-
-def _probe(magnitudes: Iterable[float]) -> Tensor:
-    """Pre-activations ``[rows, 16]`` of every magnitude and sign, float64."""
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randn(64, 16, generator=generator, dtype=torch.float64, device="cpu")
-    return torch.cat([z * magnitude for magnitude in magnitudes])
 
 
 def _agrees(gate: Callable[[Tensor], Tensor], z: Tensor, candidate: Activation) -> bool:
@@ -74,18 +69,11 @@ def _agrees(gate: Callable[[Tensor], Tensor], z: Tensor, candidate: Activation) 
     return bool(((actual - expected).abs() <= _TOLERANCE * scale).all())
 
 
-@torch.compiler.assume_constant_result  # not on a cached function, which torch.compile looks through
+@_constant
 def _gate_by_numbers(
     gate: Callable[..., Tensor], act_name: str | None, numbers: tuple[float | None, ...]
 ) -> tuple[str, str, float, float] | None:
-    return _compared(gate, act_name, numbers)
-
-
-@lru_cache(maxsize=256)
-def _compared(
-    gate: Callable[..., Tensor], act_name: str | None, numbers: tuple[float | None, ...]
-) -> tuple[str, str, float, float] | None:
-    """The :class:`Activation` that a gate of its own computes, by comparing the two on numbers; None for one of none.
+    """The fields of the :class:`Activation` that a gate of its own computes, found by comparing numbers; or None.
 
     The gate is called on a stand-in that has the activation and the numbers and nothing else: a gate that reads more, be it
     a parameter or the configuration, is one that a constant cannot describe.
@@ -104,7 +92,8 @@ def _compared(
     try:
         # Also in the middle of a trace: these are real numbers, and none of the traced program's.
         with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
-            z = _probe([*_MAGNITUDES, *finite])
+            z = torch.randn(64, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
+            z = torch.cat([z * magnitude for magnitude in (*_MAGNITUDES, *finite)])
             found = next((c for c in candidates if _agrees(lambda v: gate(stand_in, v), z, c)), None)
     except Exception:  # Somebody else's code, called on what it may not expect: whatever it raises, it is unknown to us.
         return None
@@ -112,14 +101,7 @@ def _compared(
 
 
 def activation_of(experts: nn.Module) -> Activation | None:
-    """Return the activation that an experts module computes between its projections.
-
-    Args:
-        experts: of a class that transformers' ``use_experts_implementation`` decorates.
-
-    Returns:
-        The operators' activation, or None when only the module's own ``_apply_gate`` or ``act_fn`` computes it.
-    """
+    """Return the activation between an experts module's projections; None where only its own code computes it."""
     act_name = _name_of_act(getattr(experts, "act_fn", None))
     if not getattr(experts, "has_gate", True):
         return None if act_name is None else Activation(act_name, PLAIN, _ALPHA, _LIMIT)
@@ -135,13 +117,8 @@ def activation_of(experts: nn.Module) -> Activation | None:
     return None if found is None else Activation(*found)
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _is_default(gate: Any) -> bool:
-    return _is_a_default(gate)
-
-
-@lru_cache(maxsize=256)
-def _is_a_default(gate: Any) -> bool:
     return gate in default_gates()
 
 

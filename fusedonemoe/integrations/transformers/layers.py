@@ -11,19 +11,12 @@ _NO_REGISTRY = "its experts do not ask transformers' registry of experts functio
 
 
 class FoundLayer(NamedTuple):
-    """A mixture-of-experts layer of a model.
-
-    Attributes:
-        name: of the module.
-        module: the experts where they ask the registry; otherwise whatever shows that there are experts.
-        parent: the module that it stands in, wrappers of the experts left out; None for the model itself.
-        refusal: why it cannot be replaced; empty where it asks the registry.
-    """
+    """A mixture-of-experts layer of a model."""
 
     name: str
-    module: nn.Module
-    parent: nn.Module | None
-    refusal: str
+    module: nn.Module  # the experts where they ask the registry; otherwise whatever shows that there are experts
+    parent: nn.Module | None  # the module that it stands in, without wrappers of the experts; None for the model itself
+    refusal: str  # why it cannot be replaced; empty where it asks the registry
 
 
 def _parent_name(name: str) -> str:
@@ -38,10 +31,10 @@ def _outermost(name: str, modules: dict[str, nn.Module]) -> str:
 
 
 def _stands_for_experts(name: str, module: nn.Module) -> bool:
-    """Return whether a module that asks no registry looks like experts: by its name, its class or a count of experts.
-
-    These classes share no interface, so looks have to do. They decide what the report names and nothing else.
-    """
+    """Return whether a module that asks no registry looks like experts: by its name, its class or a count of experts."""
+    # These classes share no interface, so looks have to do. They decide what the report names and nothing else.
+    if hasattr(module, "config") and hasattr(module, "get_input_embeddings"):
+        return False  # a model, which keeps the number of experts too, for its losses
     if isinstance(module, nn.ModuleList | nn.ModuleDict) and name.rpartition(".")[2] == "experts":
         return True
     count = getattr(module, "num_experts", None)
@@ -60,7 +53,7 @@ def find_layers(model: nn.Module) -> list[FoundLayer]:
     for name, module in modules.items():
         inside = any(name == t or name.startswith(f"{t}.") for t in [*taken, *others] if t)
         around = any(not name or t.startswith(f"{name}.") for t in asking)
-        if not inside and not around and _stands_for_experts(name, module) and not _is_whole_model(module):
+        if not inside and not around and _stands_for_experts(name, module):
             others.append(name)
     # Several in one parent are the projections, or the router and the experts, of one layer; in a list they are layers.
     parents = [_parent_name(name) for name in others]
@@ -68,8 +61,3 @@ def find_layers(model: nn.Module) -> list[FoundLayer]:
     merged = dict.fromkeys(parent if parent in blocks else name for name, parent in zip(others, parents, strict=True))
     found += [FoundLayer(name, modules[name], modules.get(_parent_name(name)), _NO_REGISTRY) for name in merged]
     return sorted(found, key=lambda layer: order[layer.name])
-
-
-def _is_whole_model(module: nn.Module) -> bool:
-    """A model keeps the number of experts too, for its losses; a layer is no model."""
-    return hasattr(module, "config") and hasattr(module, "get_input_embeddings")

@@ -28,11 +28,8 @@ def activations() -> Any:
 
 
 def _copies() -> list[Any]:
-    """Every copy of transformers' module of experts functions that is loaded.
-
-    transformers imports its modules lazily and under more than one path, which can leave two; a model asks the copy that its
-    own decorator came from.
-    """
+    """Every copy of transformers' module of experts functions that is loaded."""
+    # transformers imports lazily and under more than one path, which can leave two; a model asks the copy of its decorator.
     _import(_MOE)
     found = [module for name, module in list(sys.modules.items()) if name.endswith("integrations.moe")]
     return [module for module in found if hasattr(module, "ExpertsInterface")]
@@ -43,23 +40,15 @@ def default_gates() -> list[Any]:
     return [module._default_apply_gate for module in _copies() if hasattr(module, "_default_apply_gate")]
 
 
-def _default_interface(decorator: Any) -> Any:
-    """The registry that a copy's decorator binds to its classes; None for a decorator of before that argument."""
-    parameter = inspect.signature(decorator).parameters.get("experts_interface")
-    return None if parameter is None else type(parameter.default)
-
-
 def _interfaces() -> list[Any]:
     """The classes of all registries to enter ourselves in, each once."""
-    found = []
+    found = [type(_import("transformers.modeling_utils").ALL_EXPERTS_FUNCTIONS)]
     for module in _copies():
-        found += [
-            module.ExpertsInterface,
-            type(module.ALL_EXPERTS_FUNCTIONS),
-            _default_interface(module.use_experts_implementation),
-        ]
-    found.append(type(_import("transformers.modeling_utils").ALL_EXPERTS_FUNCTIONS))
-    return list(dict.fromkeys(interface for interface in found if interface is not None))
+        found += [module.ExpertsInterface, type(module.ALL_EXPERTS_FUNCTIONS)]
+        # The registry that this copy's decorator binds to its classes; it had no such argument at first.
+        if bound := inspect.signature(module.use_experts_implementation).parameters.get("experts_interface"):
+            found.append(type(bound.default))
+    return list(dict.fromkeys(found))
 
 
 def register(function: Callable[..., Any]) -> None:

@@ -1,10 +1,8 @@
 """Routers: find the rule that a router's forward computes by trying this library's rules, and replace the forward by it.
 
 The forward of the router's instance is replaced, not the whole sparse block and not a class. The block's own forward
-goes on calling the router and the experts as modules, so whatever hangs on them keeps working: the hooks with which
-transformers records router logits for the auxiliary loss, those of parallel plans, adapters on the weight, gradient
-checkpointing, shared experts and reshapes that every family writes in its own way; and names in a ``state_dict`` cannot
-change. What is left of the block between the two fused halves is a view and two calls.
+goes on calling the router and the experts as modules, so whatever hangs on them keeps working: hooks that record router
+logits, parallel plans, adapters on the weight, gradient checkpointing, shared experts, names in a ``state_dict``.
 """
 
 import copy
@@ -38,33 +36,19 @@ FEWEST_LOGITS = 1 << 13
 
 
 class RouterPlan(NamedTuple):
-    """The steps from a router's input to its logits, and from these to its outputs.
+    """The steps from a router's input to its logits, and from these to its outputs."""
 
-    Attributes:
-        linear: name of the child that makes the logits; empty for the router's own ``weight`` and ``bias``.
-        has_bias: the router has a ``bias`` of its own. Looking up a missing attribute on a module is slow.
-        bias: source of the selection bias: ``""``, ``"buffer"`` or ``"argument"``.
-        num_experts: number of logits of a token.
-        rule: from logits to weights and ids.
-        wide: the logits are a float32 product, whatever the dtype of the input.
-        autocast: autocast may lower that product.
-        float_logits: the logits are cast to float32.
-        weights_like: the dtype of the weights: that of the ``"input"`` or of the ``"logits"``, or ``"float32"``.
-        flattens: leading dimensions are flattened away.
-        settings: numbers and words that the router's own code reads, from itself or its configuration, with their values when
-            the router was tried. The plan is valid for these values only.
-    """
-
-    linear: str
-    has_bias: bool
-    bias: str
-    num_experts: int
-    rule: RouteRule
-    wide: bool = False
-    autocast: bool = True
-    float_logits: bool = False
-    weights_like: str = "input"
-    flattens: bool = True
+    linear: str  # name of the child that makes the logits; empty for the router's own weight and bias
+    has_bias: bool  # the router has a bias of its own; looking up a missing attribute on a module is slow
+    bias: str  # source of the selection bias: "", "buffer" or "argument"
+    num_experts: int  # number of logits of a token
+    rule: RouteRule  # from logits to weights and ids
+    wide: bool = False  # the logits are a float32 product, whatever the dtype of the input
+    autocast: bool = True  # autocast may lower that product
+    float_logits: bool = False  # the logits are cast to float32
+    weights_like: str = "input"  # dtype of the weights: that of the "input" or of the "logits", or "float32"
+    flattens: bool = True  # leading dimensions are flattened away
+    # Owner, name and value of what the router's code read when it was tried. The plan is valid for these values only.
     settings: tuple[tuple[str, str, Any], ...] = ()
 
     def __str__(self) -> str:
@@ -105,19 +89,14 @@ def _outputs(plan: RouterPlan, router: Any, hidden_states: Tensor, *arguments: T
     if logits.shape[-1] != plan.num_experts:  # the router has other parameters than when it was tried
         check_rule(plan.rule, logits.shape[-1], bias is not None)
     weights, experts = route_by(plan.rule, logits, bias, "auto")
-    if plan.weights_like == "float32":
-        dtype = torch.float32
-    else:
-        dtype = logits.dtype if plan.weights_like == "logits" else hidden_states.dtype
+    dtype = {"input": hidden_states.dtype, "logits": logits.dtype, "float32": torch.float32}[plan.weights_like]
     return logits, weights if weights.dtype == dtype else weights.to(dtype), experts
 
 
 def forward(self: Any, hidden_states: Tensor, *arguments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Router logits, weights and ids, by this library's routing; bound to the router in place of its own forward.
-
-    By this name, a pickled router comes back with its own: a bound method is pickled as "the object's attribute of the
-    function's name". No ``functools.partial``, which torch.compile guards on the identity of.
-    """
+    """Router logits, weights and ids, by this library's routing; bound to the router in place of its own forward."""
+    # By this name, a pickled router comes back with its own: a bound method is pickled as "the object's attribute of the
+    # function's name". No functools.partial, which torch.compile guards on the identity of.
     plan = getattr(self, _PLAN, None)
     if plan is None or not _holds(plan, self):  # taken off beneath a later wrapper, or the router was changed since
         return type(self).forward(self, hidden_states, *arguments)
@@ -170,11 +149,9 @@ def _names_in(kind: type[nn.Module]) -> tuple[str, ...]:
 def _settings_of(router: nn.Module) -> tuple[tuple[str, str, Any], ...]:
     """Owner (``""`` or ``"config"``), name and value of each number and word that the router's own code reads."""
     found = []
-    for owner, holder in (("", router), ("config", getattr(router, "config", None))):
-        for name in _names_in(cast(Any, type(router))) if holder is not None else ():
-            value = None
-            with suppress(Exception):  # a configuration may have a value for each layer, and no common one
-                value = getattr(holder, name)
+    for owner, name in itertools.product(("", "config"), _names_in(cast(Any, type(router)))):
+        with suppress(Exception):  # a configuration may have a value for each layer, and no common one
+            value = getattr(getattr(router, owner) if owner else router, name)
             if isinstance(value, bool | int | float | str):
                 found.append((owner, name, value))
     return tuple(found)
@@ -312,9 +289,8 @@ def _same_routing(plan: RouterPlan, probe: _Probe, own: tuple[Tensor, ...]) -> b
 
 def _modes(plan: RouterPlan) -> Iterator[RouterPlan]:
     """The plan with every way to choose dtypes."""
-    for wide, autocast, float_logits, like in itertools.product(
-        (False, True), (True, False), (False, True), ("input", "logits", "float32")
-    ):
+    flags = (False, True)
+    for wide, autocast, float_logits, like in itertools.product(flags, flags[::-1], flags, ("input", "logits", "float32")):
         if not (plan.linear and (wide or not autocast)):
             yield plan._replace(wide=wide, autocast=autocast, float_logits=float_logits, weights_like=like)
 
@@ -325,14 +301,13 @@ def _same_dtypes(plan: RouterPlan, probe: _Probe, own: tuple[Tensor, ...], autoc
             ours = _outputs(plan, probe.router, probe.x, *probe.arguments)
         except RuntimeError:  # a product of two dtypes
             return False
-    if any(a.dtype != b.dtype for a, b in zip(ours[:2], own[:2], strict=True)):
-        return False
-    return torch.equal(ours[0], own[0])
+    same = all(a.dtype == b.dtype for a, b in zip(ours[:2], own[:2], strict=True))
+    return same and torch.equal(ours[0], own[0])
 
 
-def _own(probe: _Probe, *, autocast: bool = False, x: Tensor | None = None) -> tuple[Tensor, ...]:
+def _own(probe: _Probe, *, autocast: bool = False) -> tuple[Tensor, ...]:
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        return probe.router(probe.x.clone() if x is None else x, *probe.arguments)
+        return probe.router(probe.x.clone(), *probe.arguments)
 
 
 def _plan_of(router: nn.Module) -> RouterPlan | str:
@@ -355,10 +330,7 @@ def _plan_of(router: nn.Module) -> RouterPlan | str:
 
 def _matched(probe: _Probe, linear: str, takes_bias: bool) -> RouterPlan | str:
     router = probe.router
-    own = []
-    for training in (True, False):
-        router.train(training)
-        own.append(_own(probe))
+    own = [_own(probe._replace(router=router.train(training))) for training in (True, False)]
     if any(len(outputs) != 3 for outputs in own):
         return f"it returns {len(own[0])} values, where logits, weights and ids were expected"
     num_experts = own[0][0].shape[-1]
@@ -366,7 +338,9 @@ def _matched(probe: _Probe, linear: str, takes_bias: bool) -> RouterPlan | str:
     plan = next(plans, None)
     if plan is None:
         return "none of this library's rules gives the weights that its forward gives"
-    plan = plan._replace(flattens=own[0][0].dim() == 2 and (probe.x.dim() == 3 or _own(probe, x=probe.x[None])[0].dim() == 2))
+    plan = plan._replace(
+        flattens=own[0][0].dim() == 2 and (probe.x.dim() == 3 or _own(probe._replace(x=probe.x[None]))[0].dim() == 2)
+    )
     # Three views of what the dtypes are: float32, bfloat16 where the router can compute in it, and autocast.
     seen = [*((probe, outputs, False) for outputs in own), (probe, _own(probe, autocast=True), True)]
     half = probe.to(torch.bfloat16)

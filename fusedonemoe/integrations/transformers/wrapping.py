@@ -62,10 +62,8 @@ def is_bound(value: Any, function: Callable[..., Any], module: nn.Module) -> boo
 
 
 def reaches(module: nn.Module, function: Callable[..., Any]) -> bool:
-    """Return whether the forward of a module's instance is this function bound to it, or a wrapper that may call it.
-
-    Accelerate keeps what it wrapped as an attribute of the module; others keep it in a closure, a partial or an object.
-    """
+    """Return whether the forward of a module's instance is this function bound to it, or a wrapper that may call it."""
+    # Accelerate keeps what it wrapped as an attribute of the module; others keep it in a closure, a partial or an object.
     own = vars(module)
     if "forward" not in own:
         return False
@@ -83,11 +81,9 @@ def reaches(module: nn.Module, function: Callable[..., Any]) -> bool:
 
 
 def remove(module: nn.Module, function: Callable[..., Any]) -> None:
-    """Take a function that is bound to a module out of its attributes, and leave every other wrapper where it is.
-
-    Where a later wrapper kept it as an attribute, the class's own forward takes its place. In a closure it stays, and has to
-    do nothing there by itself.
-    """
+    """Take a function that is bound to a module out of its attributes, and leave every other wrapper where it is."""
+    # Where a later wrapper kept it as an attribute, the class's own forward takes its place. In a closure it stays, and has to
+    # do nothing there by itself.
     own = vars(module)
     if is_bound(own.get("forward"), function, module):
         del own["forward"]
