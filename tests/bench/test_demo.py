@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from fusedonemoe.bench.peers import Peer
+from fusedonemoe.bench.peers import Peer, masked_block
 from fusedonemoe.bench.workloads import Cell
 from fusedonemoe.cli.demo import PICTURE, add_arguments, run
 from fusedonemoe.cli.demo.settings import FULL, QUICK
@@ -229,7 +229,7 @@ def nan_gradient(y):
 
 def wrong_layer(change):
     def build(cell, weights):
-        forward = throughput.all_experts(cell, weights)
+        forward = masked_block(cell, weights)
         return lambda x: change(forward(x))
 
     return Peer("wrong", build, ("training",), metered=False)

@@ -55,15 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the demo.
 
-    Args:
-        args: what a parser with :func:`add_arguments` returned.
-
     Returns:
         The exit code: 0; 1 when a layer that should agree does not; 2 when something that it needs is not there, or the picture
         cannot be written.
     """
-    missing = [package for package in NEEDS["demo"] if not is_installed(package)]
-    if missing:
+    if missing := [package for package in NEEDS["demo"] if not is_installed(package)]:
         print(f"The demo needs {' and '.join(missing)}: pip install 'fusedonemoe[cli,plot]'", file=sys.stderr)
         return 2
     try:

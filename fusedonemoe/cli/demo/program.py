@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,22 +28,12 @@ PROMPT = b'def read_lines(path, encoding="utf-8"):\n    """'
 TEMPERATURE = 0.8
 
 
-class Stopwatch:
-    """Adds up the seconds of each part of the run."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def measure(self, part: str) -> Iterator[None]:
-        """Time a block as ``part``."""
-        start = time.perf_counter()
-        yield
-        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
-
-    def __str__(self) -> str:
-        parts = ", ".join(f"{part} {seconds:.0f} s" for part, seconds in self.seconds.items())
-        return f"{sum(self.seconds.values()):.0f} s in all: {parts}"
+@contextmanager
+def _measured(part: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Time a part of the run."""
+    start = time.perf_counter()
+    yield
+    seconds[part] = time.perf_counter() - start
 
 
 def _device(name: str) -> torch.device:
@@ -52,11 +43,6 @@ def _device(name: str) -> torch.device:
         raise RuntimeError(f"--device must be cpu or cuda, got {name!r}")
     torch.empty(0, device=device)
     return device
-
-
-def _machine(device: torch.device) -> str:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
-    return f"{name}, Python {platform.python_version()}, torch {torch.__version__}"
 
 
 def _build_trainer(
@@ -107,39 +93,42 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
         return 2
     compiled = not args.no_compile
     console = Console(quiet=processes.rank > 0, markup=False, emoji=False)  # texts as they are: a path may have brackets
-    watch = Stopwatch()
-
+    seconds: dict[str, float] = {}
+    measure = partial(_measured, seconds=seconds)
     options: dict[str, Any] = {"seed": args.seed, "device": device, "compiled": compiled, "processes": processes}
     built = [_build_trainer(name, settings, **options) for name in (MOE, DENSE)]
     moe, dense = trainers = [trainer for trainer, _ in built]
     parameters = {trainer.name: count for trainer, count in built}
-    machine = _machine(device) + (f", {processes.world} processes with a part of the experts each" if processes.world > 1 else "")
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
+    machine += f", Python {platform.python_version()}, torch {torch.__version__}"
+    machine += f", {processes.world} processes with a part of the experts each" if processes.world > 1 else ""
     terminal.show_header(console, settings, corpus, parameters, machine=machine)
 
     shape = {"batch": settings.batch, "window": settings.window}
-    with watch.measure("compiling both models" if compiled else "warm-up"):
+    with measure("compiling both models" if compiled else "warm-up"):
         (batch,) = training_batches(corpus.train, **shape, steps=1, seed=args.seed, device=device)
         for trainer in trainers:
             with terminal.working(console, f"Compiling the {trainer.name} model ..." if compiled else "Warming up ..."):
                 trainer.warm_up(batch)
-    with watch.measure("training"), terminal.training_display(console, trainers, settings) as on_step:
+    with measure("training"), terminal.training_display(console, trainers, settings) as on_step:
         train_side_by_side(trainers, corpus, settings, seed=args.seed, device=device, on_step=on_step)
     console.print(verdict(moe.history.val[-1][1], dense.history.val[-1][1]), style="bold")
 
-    with watch.measure("sample"), terminal.working(console, "Writing ..."):
+    with measure("sample"), terminal.working(console, "Writing ..."):
         continuation = moe.model.generate(PROMPT, settings.sample_bytes, temperature=TEMPERATURE, seed=args.seed)
     terminal.show_sample(console, PROMPT, continuation, name=f"{MOE} model")
     if processes.rank > 0:  # one layer is timed, and one picture drawn, in the first process
         return 0
 
-    with watch.measure("timing one layer"):
+    with measure("timing one layer"):
         results = _compare_throughput(console, settings, device=device, compiled=compiled)
 
     path = args.output / PICTURE
-    with watch.measure("picture"):
+    with measure("picture"):
         picture.draw(path, trainers, settings)
     console.print(f"Picture: {files.shown(path)}", soft_wrap=True)
-    console.print(f"Time: {watch}")
+    parts = ", ".join(f"{part} {taken:.0f} s" for part, taken in seconds.items())
+    console.print(f"Time: {sum(seconds.values()):.0f} s in all: {parts}")
     if any(row.failed for result in results for row in result.rows):
         print("A layer of the comparison disagrees with float64; see the table.", file=sys.stderr)
         return 1
