@@ -23,8 +23,6 @@ COMMANDS = {
     "bench": "compare this library with others on this machine",
     "report": "draw the results of bench as one page",
 }
-
-
 # 128 + SIGPIPE, as a shell reports it.
 PIPE_CLOSED = 141
 # Why a stream that is open takes no more.
@@ -48,7 +46,7 @@ class _PrintCompletion(argparse.Action):
 
 
 def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """The parser of the command line, and those of its commands, which have no options yet."""
+    """Make the parser of the command line, and those of its commands, which have no options yet."""
     parser = argparse.ArgumentParser(prog="fusedonemoe", description="Mixture-of-experts blocks for PyTorch and torch.compile.")
     parser.add_argument("--version", action="version", version=f"fusedonemoe {__version__}")
     parser.add_argument(
@@ -60,14 +58,6 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     )
     commands = parser.add_subparsers(metavar="COMMAND", title="commands (COMMAND --help tells more)")
     return parser, {name: commands.add_parser(name, help=purpose) for name, purpose in COMMANDS.items()}
-
-
-def _run_command(name: str, argv: Sequence[str]) -> int:
-    # Only the command asked for is imported: the doctor has to run where another command cannot be.
-    command = importlib.import_module(MODULES[name])
-    parser = argparse.ArgumentParser(prog=f"fusedonemoe {name}", description=command.__doc__)
-    command.add_arguments(parser)
-    return int(command.run(parser.parse_args(argv)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,11 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def guarded(command: Callable[[], int]) -> int:
-    """Run a command, and turn an interruption or an output that cannot be written into its exit code, as :func:`main` does.
-
-    Args:
-        command: returns its own exit code.
-    """
+    """Run a command that returns its exit code; turn an interruption or a failing output into one, as :func:`main` does."""
     if os.environ.get("COLUMNS", "").strip() == "0":
         del os.environ["COLUMNS"]  # It means unknown, and rich would print nothing into 0 columns.
     try:
@@ -122,8 +108,12 @@ def guarded(command: Callable[[], int]) -> int:
 
 
 def _dispatch(argv: Sequence[str]) -> int:
-    if argv and argv[0] in COMMANDS:
-        return _run_command(argv[0], argv[1:])
+    if argv and (name := argv[0]) in COMMANDS:
+        # Only the command asked for is imported: the doctor has to run where another command cannot be.
+        command = importlib.import_module(MODULES[name])
+        parser = argparse.ArgumentParser(prog=f"fusedonemoe {name}", description=command.__doc__)
+        command.add_arguments(parser)
+        return int(command.run(parser.parse_args(argv[1:])))
     _parsers()[0].parse_args(argv)
     print(overview(__version__, COMMANDS))
     return 0
@@ -132,15 +122,15 @@ def _dispatch(argv: Sequence[str]) -> int:
 @contextmanager
 def _every_character() -> Iterator[None]:
     """Write a character that the encoding of stdout lacks as its number, where Python would raise an error."""
-    before: list[tuple[io.TextIOWrapper, str]] = []
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        before.append((sys.stdout, sys.stdout.errors))
-        sys.stdout.reconfigure(errors="backslashreplace")
+    stream = sys.stdout
+    if not isinstance(stream, io.TextIOWrapper) or stream.errors != "strict":
+        yield
+        return
+    stream.reconfigure(errors="backslashreplace")
     try:
         yield
     finally:
-        for stream, errors in before:
-            stream.reconfigure(errors=errors)
+        stream.reconfigure(errors="strict")
 
 
 def _drop_output() -> None:

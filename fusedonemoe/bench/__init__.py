@@ -25,11 +25,7 @@ ABSENT = (None, False)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the benchmark to a parser.
-
-    Args:
-        parser: the parser of the command or subcommand.
-    """
+    """Add the options of the benchmark to a parser."""
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--suite", type=_suite, choices=list(REGISTRY), metavar="SUITE", default="quick", help="one of those below (%(default)s)"
@@ -46,12 +42,7 @@ def _suite(name: str) -> str:
 
 
 def add_options(parser: argparse.ArgumentParser, registry: Mapping[str, Suite]) -> None:
-    """Add the options that do not choose the suite, and the list of suites.
-
-    Args:
-        parser: the parser of the command.
-        registry: the suites that it runs.
-    """
+    """Add the options that do not choose the suite, and the list of suites."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = "suites:\n" + "\n".join(f"  {name:14s}{suite.purpose}" for name, suite in registry.items())
     parser.epilog += "\n\nexit status: 0; 1 a peer's outputs disagree; 2 nothing could be run, or a file cannot be read or"
@@ -89,9 +80,6 @@ def add_options(parser: argparse.ArgumentParser, registry: Mapping[str, Suite]) 
 def run(args: argparse.Namespace) -> int:
     """Run the cells asked for and print them.
 
-    Args:
-        args: what :func:`add_arguments` parsed.
-
     Returns:
         The exit status: 0; 1 when a peer's outputs disagreed or it raised; 2 when nothing could be run; 3 when ours is slower
         than in the file of ``--compare``.
@@ -100,22 +88,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def run_from(registry: Mapping[str, Suite], args: argparse.Namespace) -> int:
-    """Run the suite ``args.suite`` of a registry.
-
-    Args:
-        registry: the suites of the command.
-        args: its options.
-
-    Returns:
-        The exit status, as of :func:`run`.
-    """
+    """Run the suite ``args.suite`` of a registry, and return the exit status, as :func:`run` does."""
+    problem = _misused(registry, args)
     if find_spec("rich") is None:
-        print("the benchmark prints with rich, which is missing: pip install 'fusedonemoe[bench]'", file=sys.stderr)
-        return EXIT_USAGE
-    if args.picture and find_spec("matplotlib") is None:
-        print("--picture is drawn with matplotlib, which is missing: pip install 'fusedonemoe[plot]'", file=sys.stderr)
-        return EXIT_USAGE
-    if problem := _misused(registry, args):
+        problem = "the benchmark prints with rich, which is missing: pip install 'fusedonemoe[bench]'"
+    elif args.picture and find_spec("matplotlib") is None:
+        problem = "--picture is drawn with matplotlib, which is missing: pip install 'fusedonemoe[plot]'"
+    if problem:
         print(problem, file=sys.stderr)
         return EXIT_USAGE
     # Here, not at the top: this module is imported whenever the command line is, to read the options.
@@ -132,9 +111,8 @@ def _without_remarks() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(max(before, logging.WARNING))
     try:
-        with warnings.catch_warnings():
-            for category in (FutureWarning, DeprecationWarning):
-                warnings.simplefilter("ignore", category)
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            warnings.simplefilter("ignore", DeprecationWarning)
             yield
     finally:
         logging.disable(before)

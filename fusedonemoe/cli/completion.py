@@ -10,12 +10,7 @@ SHELLS = ("bash", "zsh", "fish")
 
 
 def completion(shell: str, parser: argparse.ArgumentParser, commands: Mapping[str, argparse.ArgumentParser]) -> str:
-    """The script for a shell.
-
-    Args:
-        shell: one of :data:`SHELLS`.
-        parser: of the command line, with a parser for each command, which is filled here.
-        commands: those parsers by name.
+    """Return the script for one of :data:`SHELLS`, from the parser of the command line and those of its commands, still empty.
 
     Raises:
         ImportError: shtab is not installed.

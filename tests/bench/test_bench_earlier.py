@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from asv_bench import suites
+from fusedonemoe.bench.catalogue import SUITES
 from fusedonemoe.bench.suites import REGISTRY
 
 pytest.importorskip("rich")
@@ -125,7 +126,7 @@ def test_every_committed_file_can_be_shown_and_compared_with(suite, tmp_path):
 def test_the_cells_of_a_committed_file_are_those_that_the_suite_has_today(suite):
     module = importlib.import_module((REGISTRY | suites.REGISTRY)[suite].module)
     committed = records.read(RESULTS / f"{suite}.json")["cells"]
-    cells = module.cells()
+    cells = SUITES[suite] if suite in SUITES else module.cells()
     assert [cell["name"] for cell in committed] == [cell.name for cell in cells]
     for then, now in zip(committed, cells, strict=True):
         named = ("operator", "T", "D", "F", "E", "K", "mode")

@@ -26,8 +26,8 @@ class Loss(NamedTuple):
 def balance_loss(logits: Tensor, tokens_per_expert: Tensor) -> Tensor:
     """Compute the load-balancing loss ``E * sum_e f_e P_e`` of the Switch Transformer (arXiv 2101.03961, section 2.2).
 
-    It is 1 when every expert is as likely and as busy as every other. ``P`` is the mean of the softmax of the logits ``[..., E]``;
-    ``f`` is the share of each expert in ``tokens_per_expert`` ``[E]``, through which no gradient flows.
+    It is 1 when every expert is as likely and as busy as every other. ``P`` is the mean softmax of the logits ``[..., E]``; ``f``
+    is the share of each expert in ``tokens_per_expert`` ``[E]``, through which no gradient flows.
     """
     E = logits.shape[-1]
     share_E = tokens_per_expert.to(logits.dtype) / tokens_per_expert.sum()
@@ -165,8 +165,7 @@ def count_parameters(model: ByteTransformer) -> ParameterCount:
     """Count a model's parameters; of each MoE block, a token uses ``K`` of ``E`` experts."""
     total = sum(parameter.numel() for parameter in model.parameters())
     idle = 0
-    for config, experts in ((module.config, module.experts) for module in model.modules() if isinstance(module, MoE)):
-        idle += (
-            (config.num_experts - config.experts_per_token) * sum(w.numel() for w in experts.parameters()) // config.num_experts
-        )
+    for moe in (module for module in model.modules() if isinstance(module, MoE)):
+        of_an_expert = sum(parameter.numel() for parameter in moe.experts.parameters()) // moe.config.num_experts
+        idle += of_an_expert * (moe.config.num_experts - moe.config.experts_per_token)
     return ParameterCount(total, total - idle)

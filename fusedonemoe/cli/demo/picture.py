@@ -1,6 +1,7 @@
 """The picture: how both models learned, and which experts the text went to."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -23,7 +24,7 @@ def _draw_curves(axes: Axes, trainers: list[Trainer], settings: Settings) -> Non
         axes.plot(steps, history.train, color=colour, alpha=0.15, linewidth=0.8)
         axes.plot(steps, smoothed(history.train), color=colour, linewidth=1.8, label=f"{trainer.name}, training (smoothed)")
         val_steps, val_bits = zip(*history.val, strict=True)
-        line = {"color": colour, "marker": marker, "linestyle": "--", "linewidth": 1, "markeredgecolor": "white"}
+        line: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": "--", "linewidth": 1, "markeredgecolor": "white"}
         axes.plot(val_steps, val_bits, **line, label=f"{trainer.name}, held-out files: {val_bits[-1]:.3f} at the end")
     # The first steps fall from 8 bits and would flatten everything that comes later.
     shown = [bits for t in trainers for bits in t.history.train[int(FIRST_SHOWN_SHARE * settings.steps) :]]
