@@ -14,7 +14,6 @@ from contextlib import contextmanager, suppress
 
 from fusedonemoe import __version__
 from fusedonemoe.cli import MODULES
-from fusedonemoe.cli.completion import SHELLS
 from fusedonemoe.cli.overview import overview
 
 COMMANDS = {
@@ -23,6 +22,7 @@ COMMANDS = {
     "bench": "compare this library with others on this machine",
     "report": "draw the results of bench as one page",
 }
+SHELLS = ("bash", "zsh", "fish")
 # 128 + SIGPIPE, as a shell reports it.
 PIPE_CLOSED = 141
 # Why a stream that is open takes no more.
@@ -30,18 +30,27 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class _PrintCompletion(argparse.Action):
-    """Print the script and end, as ``--help`` does."""
+    """Print a script with which a shell completes this command line, made by shtab from the parsers, and end."""
 
     def __call__(self, parser: argparse.ArgumentParser, *args: object) -> None:
-        from fusedonemoe.cli.completion import completion
-
-        full, commands = _parsers()
         try:
-            print(completion(str(args[1]), full, commands))
+            import shtab
         except ImportError as error:
             if error.name != "shtab":
                 raise
             parser.exit(2, "Completion needs shtab: pip install 'fusedonemoe[cli]'\n")
+        full, commands = _parsers()
+        for name, command in commands.items():
+            importlib.import_module(MODULES[name]).add_arguments(command)
+        for each in (full, *commands.values()):
+            for action in each._actions:  # argparse has no public list of them, and shtab reads this one too
+                # An option that takes a file or a folder says so by what stands for it in the help: FILE, OLD.json, DIR.
+                placeholder = str(action.metavar or "")
+                if placeholder == "FILE" or "." in placeholder:
+                    vars(action)["complete"] = shtab.FILE
+                elif placeholder == "DIR":
+                    vars(action)["complete"] = shtab.DIRECTORY
+        print(shtab.complete(full, shell=str(args[1])))
         parser.exit(0)
 
 

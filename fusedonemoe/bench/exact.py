@@ -39,8 +39,7 @@ def gradient_of(name: str) -> str:
 def _random_columns(weight: Tensor) -> Tensor:
     """Return the columns that the gradient of a weight matrix is multiplied by."""
     generator = torch.Generator().manual_seed(9)
-    columns = torch.randn(weight.shape[-1], COLUMNS, generator=generator, dtype=torch.float64, device="cpu")
-    return columns.to(weight.device)
+    return torch.randn(weight.shape[-1], COLUMNS, generator=generator, dtype=torch.float64, device="cpu").to(weight.device)
 
 
 def exact_answer(cell: Cell, inputs: Inputs) -> dict[str, Tensor]:
@@ -111,11 +110,9 @@ def _expert(cell: Cell, rows: Tensor, own: dict[str, Tensor]) -> tuple[Tensor, T
 
 
 def errors_of(cell: Cell, inputs: Inputs, answer: Answer, exact: Mapping[str, Tensor]) -> dict[str, float]:
-    """Compute the errors of an answer to the first draw; in training, to a gradient that is zero outside the sample.
+    """Compute ``||v - v64|| / ||v64||`` of every tensor of an answer to the first draw.
 
-    Returns:
-        ``||v - v64|| / ||v64||`` of every tensor; infinity for a wrong shape, wrong ids, a missing tensor, a gradient where none
-        can be, and a value that is not finite.
+    It is infinity for a wrong shape, wrong ids, a missing tensor, a gradient where none can be, and a value that is not finite.
     """
     if other := answer.keys() ^ exact.keys():
         return dict.fromkeys(sorted(other), INFINITE)

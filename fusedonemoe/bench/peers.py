@@ -126,10 +126,9 @@ def device_of(weights: Weights) -> torch.device:
 
 
 def _our_block(cell: Cell, weights: Weights, impl: str = "auto", prepack: bool = False) -> Forward:
+    sizes: dict[str, Any] = {"hidden_size": cell.D, "intermediate_size": cell.F, "num_experts": cell.E, "top_k": cell.K}
     with torch.device("meta"):
-        moe: Any = MoE(
-            hidden_size=cell.D, intermediate_size=cell.F, num_experts=cell.E, top_k=cell.K, dtype=cell.dtype, impl=impl
-        )
+        moe: Any = MoE(**sizes, dtype=cell.dtype, impl=impl)
     moe.gate.weight, moe.experts.gate_up_proj, moe.experts.down_proj = _parameters(weights)
     if prepack:
         for parameter in moe.experts.parameters():  # the shared weights, which other peers read, are not packed
@@ -148,24 +147,9 @@ def _our_router(cell: Cell, weights: Weights) -> Forward:
 
 
 def _our_experts(cell: Cell, weights: Weights, impl: str | None = None) -> Forward:
-    router = _our_router(cell, weights)
-    mlp: Callable[..., Tensor] = F.experts_mlp
-    mlp = partial(
-        mlp,
-        **weights,
-        activation=cell.activation,
-        gated=cell.gated,
-        gate_up_layout=cell.layout,
-        transposed=cell.transposed,
-        save_percent=cell.save_percent,
-        impl=impl or our_impl(device_of(weights)),
-    )
-
-    def forward(x: Tensor, logits: Tensor) -> Tensor:
-        scores, experts = router(logits)
-        return mlp(x, experts, scores)
-
-    return forward
+    options: dict[str, Any] = {name: getattr(cell, name) for name in ("activation", "gated", "transposed", "save_percent")}
+    options |= {"gate_up_layout": cell.layout, "impl": impl or our_impl(device_of(weights)), **weights}
+    return routed(_our_router(cell, weights), partial(F.experts_mlp, **options))
 
 
 def _our_merged(cell: Cell, weights: Weights, impl: str | None = None) -> Forward:
@@ -180,6 +164,16 @@ def route(cell: Cell, logits: Tensor) -> tuple[Tensor, Tensor]:
         return picked.softmax(-1), experts
     scores, experts = logits.softmax(-1).topk(cell.K, dim=-1)
     return (scores / scores.sum(-1, keepdim=True) if cell.norm_topk_prob else scores), experts
+
+
+def routed(router: Callable[..., Any], experts: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Forward:
+    """Put a router in front of experts, which take rows, ids and weights."""
+
+    def forward(x: Tensor, logits: Tensor) -> Tensor:
+        scores, ids = router(logits)
+        return experts(x, ids, scores)
+
+    return forward
 
 
 def cheap_route(x: Tensor, router: Tensor, K: int) -> tuple[Tensor, Tensor]:
@@ -222,12 +216,11 @@ def sorted_experts(
         cell: the shape.
         matrices: up and down, as ``[E, D, G]`` and ``[E, F, D]``.
         biases: those of up and down.
-        product_of: from the sorted ids and the rows of each expert to the product of rows, a matrix and its bias.
+        product_of: from the sorted ids and the number of rows of each expert to the product of rows and matrices, with a bias.
     """
     (up, down), (up_bias, down_bias) = matrices, biases
 
-    def forward(x: Tensor, logits: Tensor) -> Tensor:
-        scores, experts = route(cell, logits)
+    def compute(x: Tensor, experts: Tensor, scores: Tensor) -> Tensor:
         ids, order = experts.flatten().sort(stable=True)
         counts = torch.zeros(cell.E, dtype=torch.int32, device=x.device)
         product = product_of(ids, counts.scatter_add_(0, ids, torch.ones_like(ids, dtype=torch.int32)))
@@ -235,7 +228,7 @@ def sorted_experts(
         out = out * scores.flatten()[order, None].to(x.dtype)
         return torch.empty_like(out).index_copy(0, order, out).view(cell.T, cell.K, cell.D).sum(1)
 
-    return forward
+    return routed(partial(route, cell), compute)
 
 
 def _plain_experts(cell: Cell, weights: Weights) -> Forward:
@@ -315,12 +308,7 @@ def _transformers_experts(cell: Cell, weights: Weights, implementation: str) -> 
     names = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
     for name, parameter in zip(names, _parameters(weights), strict=False):
         setattr(experts, name, parameter)
-
-    def forward(x: Tensor, logits: Tensor) -> Tensor:
-        scores, ids = route(cell, logits)
-        return experts(x, ids, scores.to(x.dtype))
-
-    return forward
+    return routed(partial(route, cell), lambda x, ids, scores: experts(x, ids, scores.to(x.dtype)))
 
 
 def _loop_block(cell: Cell, weights: Weights) -> WithWeights:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -87,39 +88,23 @@ def print_heading(settings: dict[str, Any]) -> None:
 
 @contextmanager
 def progress(total: int, *, in_pipes: bool = False) -> Iterator[Callable[[str], None]]:
-    """Show a bar on stderr while cells run.
-
-    Args:
-        total: how many cells.
-        in_pipes: whether stderr gets a line for each cell when it is no terminal, instead of nothing.
+    """Show a bar on stderr while cells run; ``in_pipes``, a line for each cell when stderr is no terminal, instead of nothing.
 
     Yields:
         A function that takes the name of the cell that begins.
     """
-    console = Console(stderr=True)
+    console, start, begun = Console(stderr=True), time.monotonic(), count()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
     # Drawn between cells only: a thread that redraws would share the cores, and the priority, with what is timed.
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[left]}"),
-        console=console,
-        auto_refresh=False,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    start = time.monotonic()
-    with bar:
+    with Progress(*columns, console=console, auto_refresh=False, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=total, left="")
-        begun = 0
 
         def advance(name: str) -> None:
-            nonlocal begun
-            left = time_left(time.monotonic() - start, begun, total)
-            bar.update(task, description=name, completed=begun, left=left, refresh=True)
+            done = next(begun)
+            left = time_left(time.monotonic() - start, done, total)
+            bar.update(task, description=name, completed=done, left=left, refresh=True)
             if in_pipes and not console.is_terminal:
-                print(f"[{begun}/{total}] {name} {left}".rstrip(), file=sys.stderr, flush=True)
-            begun += 1
+                print(f"[{done}/{total}] {name} {left}".rstrip(), file=sys.stderr, flush=True)
 
         yield advance
 
@@ -209,14 +194,7 @@ def title_of(name: str, accounts: Mapping[str, Any]) -> str:
 def accounts_of(
     floor: Floor | None, rates: tuple[float, float], work: LeastWork | None, parameters: tuple[int, int]
 ) -> dict[str, Any]:
-    """Return what :func:`title_of` shows, by its name in a file.
-
-    Args:
-        floor: of the cell; None without times.
-        rates: FLOP/s and bytes/s that it was computed with.
-        work: that it was computed from.
-        parameters: all, and those that one token is multiplied with.
-    """
+    """Return what :func:`title_of` shows, by its name in a file; ``parameters`` are all, and those that one token meets."""
     return {
         "floor_seconds": floor and floor.seconds,
         "floor_bound_by": floor and floor.bound_by,

@@ -48,11 +48,7 @@ def has_failed(cell: dict[str, Any]) -> bool:
 
 
 def finished_cells(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the cells of an earlier run with the same settings in which nothing failed.
-
-    Args:
-        path: of the results; it need not exist.
-        settings: of this run.
+    """Return the cells of an earlier run with the same settings in which nothing failed; the file need not exist.
 
     Raises:
         DamagedError: the path holds something else, which must not be lost.

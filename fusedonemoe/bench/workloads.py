@@ -67,11 +67,7 @@ class Cell:
 
     @property
     def rotation(self) -> int:
-        """The number of inputs that the timing on CPUs rotates through.
-
-        With three, no call finds its own last rows in the cache. Few tokens need more, so that no call finds its own last
-        experts there.
-        """
+        """The inputs that the timing on CPUs rotates through, so that no call finds its last rows or experts in the cache."""
         return 16 if self.T == 1 else 6 if self.T <= 64 else 3
 
     @property
@@ -135,15 +131,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class LeastWork:
-    """The work that no implementation of a cell can avoid.
-
-    Attributes:
-        touched_bytes: forward, the weights of the experts hit, read once, input and output, and a routing that is an input;
-            training, those weights read twice, the gradient of every weight of every expert written once, and the input, the
-            routing and their gradients.
-    """
+    """The work that no implementation of a cell can avoid."""
 
     flops: int  # operations of the matrix products over the routed rows; a gradient has two products for each of the forward
+    # Forward: the weights of the experts hit, read once, input and output, and a routing that is an input. Training: those
+    # weights read twice, the gradient of every expert's weights written once, and the input, the routing and their gradients.
     touched_bytes: int
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from asv_bench import suites
+from fusedonemoe.bench import REGISTRY
 from fusedonemoe.bench.catalogue import SUITES
-from fusedonemoe.bench.suites import REGISTRY
 
 pytest.importorskip("rich")
 records = importlib.import_module("fusedonemoe.bench.records")

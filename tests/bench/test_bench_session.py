@@ -15,9 +15,8 @@ import torch
 
 from asv_bench import suites
 from fusedonemoe import bench
-from fusedonemoe.bench import results
+from fusedonemoe.bench import IN_THE_REPOSITORY, REGISTRY, results
 from fusedonemoe.bench.catalogue import SUITES
-from fusedonemoe.bench.suites import IN_THE_REPOSITORY, REGISTRY
 
 pytest.importorskip("rich")
 comparison = importlib.import_module("fusedonemoe.bench.comparison")

@@ -14,9 +14,12 @@ import torch
 from rich.console import Console
 
 from fusedonemoe import files
+from fusedonemoe.bench.peers import LOOP, OURS, PEERS, Forward, Peer, Weights, masked_block
 from fusedonemoe.bench.results import CellResult
+from fusedonemoe.bench.runner import run_cell
+from fusedonemoe.bench.timing import Timer, gpu_timer
 from fusedonemoe.bench.workloads import Cell
-from fusedonemoe.cli.demo import PICTURE, picture, terminal, throughput
+from fusedonemoe.cli.demo import PICTURE, picture, terminal
 from fusedonemoe.cli.demo.model import ByteTransformer, ParameterCount, count_parameters
 from fusedonemoe.cli.demo.parallel import Processes, joined
 from fusedonemoe.cli.demo.settings import FULL, QUICK, Settings
@@ -54,6 +57,27 @@ def _build_trainer(
     return Trainer(name, model, settings, compiled=compiled, processes=processes), count
 
 
+def line_up(*, compiled: bool) -> list[Peer]:
+    """Return the ways to compute the layer, this library first. The loop is no single graph, so it is never compiled."""
+    peers = []
+    blocks = {peer.name: peer.build for peer in PEERS["block"]}
+    for name, build in ((OURS, blocks[OURS]), (LOOP, blocks[LOOP]), ("all experts, masked", masked_block)):
+
+        def compile_built(cell: Cell, weights: Weights, build=build) -> Forward:  # type: ignore[no-untyped-def]
+            return torch.compile(build(cell, weights), fullgraph=True, dynamic=False)
+
+        if compiled and name != LOOP:
+            peers.append(Peer(f"{name}, compiled", compile_built, ("training",), metered=False))
+        peers.append(Peer(f"{name}, eager", build, ("training",), metered=False))
+    return peers
+
+
+def compare(cell: Cell, *, peers: list[Peer], device: torch.device, rounds: int) -> CellResult:
+    """Check every peer against float64, then time those that agree, in turns."""
+    timer = gpu_timer(device) if device.type == "cuda" else Timer(real_time=False)
+    return run_cell(cell, timer, peers=peers, rounds=rounds, seconds=0.0)
+
+
 def _compare_throughput(console: Console, settings: Settings, *, device: torch.device, compiled: bool) -> list[CellResult]:
     """Show one table for the demo's own layer and one for a layer of more experts."""
     tokens, D, F, K = settings.tokens_per_step, settings.hidden_size, settings.intermediate_size, settings.top_k
@@ -62,8 +86,8 @@ def _compare_throughput(console: Console, settings: Settings, *, device: torch.d
         cell = Cell("block", tokens, D, F, E, K, torch.float32, mode="training")
         shape = f"{tokens:,} tokens, D={D}, F={F}, E={E}, K={K}"
         with terminal.working(console, f"Timing one MoE layer: {shape} ..."):
-            peers = throughput.line_up(compiled=compiled)
-            result = throughput.compare(cell, peers=peers, device=device, rounds=settings.throughput_rounds)
+            peers = line_up(compiled=compiled)
+            result = compare(cell, peers=peers, device=device, rounds=settings.throughput_rounds)
         terminal.show_throughput(console, shape, result)
         results.append(result)
     return results
