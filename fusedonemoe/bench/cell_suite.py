@@ -51,7 +51,7 @@ def run_on(args: argparse.Namespace, device: torch.device) -> int:
     settings = _describe_gpu(device, args) if suite == GPU else {}
     measure: Callable[[Cell], CellResult]
     if suite == GPU:
-        measure = _GpuRun(device, args, settings["conditions"])
+        measure = _gpu_measure(device, args, settings["conditions"])
     elif suite == "cpu":
         threads, ceilings = args.threads or torch.get_num_threads(), Ceilings()
         job = partial(isolated.Job, ceilings=ceilings, threads=threads, peers=args.peers, real_time=not args.no_rt)
@@ -92,32 +92,28 @@ def _describe_gpu(device: torch.device, args: argparse.Namespace) -> dict[str, A
     return {"gpu": gpu, "impl": our_impl(device), "dry": args.dry, "tf32": tf32, "conditions": []}
 
 
-class _GpuRun:
-    """Measures the cells of ``gpu`` on a device, and adds clocks and temperature to ``seen`` from time to time."""
+def _gpu_measure(device: torch.device, args: argparse.Namespace, seen: list[dict[str, str]]) -> Callable[[Cell], CellResult]:
+    """Return a function that measures a cell of ``gpu``, and adds clocks and temperature to ``seen`` from time to time."""
+    timer, last = gpu_timer(device), float("-inf")
+    options: dict[str, Any] = {"rounds": GPU_ROUNDS, "seconds": GPU_SECONDS_PER_PEER}
+    if args.dry:
+        options = {"rounds": 1, "seconds": 0.0, "dry": True}
 
-    def __init__(self, device: torch.device, args: argparse.Namespace, seen: list[dict[str, str]]) -> None:
-        self.timer, self.args, self.seen = gpu_timer(device), args, seen
-        self.last = float("-inf")
-
-    def __call__(self, cell: Cell) -> CellResult:
-        result = self._measured(cell)
+    def measure(cell: Cell) -> CellResult:
+        nonlocal last
+        try:
+            result = runner.run_cell(cell, timer, peers=chosen(line_up(GPU, cell), args.peers), **options)
+        except Exception as error:  # The cell could not be set up; the others are still of use.
+            note, failed = runner.note_of(error, WHOLE_CELL)
+            result = CellResult(cell, (Row(WHOLE_CELL, note=note, failed=failed),))
+        timer.clean()
         # A collection looks at all objects of all modules, for half a second; from here on only at what is new. They stay
         # frozen: this run is the last work of the process.
-        gc.collect()
         gc.freeze()
-        if time.monotonic() - self.last >= SECONDS_BETWEEN_CONDITIONS:
+        if time.monotonic() - last >= SECONDS_BETWEEN_CONDITIONS:
             if found := conditions():
-                self.seen.append({"after": cell.name, **found})
-            self.last = time.monotonic()
+                seen.append({"after": cell.name, **found})
+            last = time.monotonic()
         return result
 
-    def _measured(self, cell: Cell) -> CellResult:
-        """Return a cell's result; one row that says why where the cell could not be set up."""
-        rounds, seconds = (1, 0.0) if self.args.dry else (GPU_ROUNDS, GPU_SECONDS_PER_PEER)
-        peers = chosen(line_up(GPU, cell), self.args.peers)
-        try:
-            return runner.run_cell(cell, self.timer, peers=peers, dry=self.args.dry, rounds=rounds, seconds=seconds)
-        except Exception as error:  # The other cells are still of use.
-            note, failed = runner.note_of(error, WHOLE_CELL)
-        self.timer.clean()
-        return CellResult(cell, (Row(WHOLE_CELL, note=note, failed=failed),))
+    return measure

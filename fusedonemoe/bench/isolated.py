@@ -15,6 +15,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,27 +52,21 @@ class Job:
 def run_job(job: Job) -> CellResult:
     """Do a job in a new process; one failed row where the process did not end well. The ceilings take its samples."""
     try:
-        return _in_a_process(job)
+        with tempfile.TemporaryDirectory(prefix="fusedonemoe-bench-") as folder:
+            given, made, said = (Path(folder, name) for name in ("job", "result", "stderr"))
+            given.write_bytes(pickle.dumps(job))
+            command = [*COMMAND, os.fspath(given), os.fspath(made)]
+            with open(said, "wb") as stderr:
+                streams: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": stderr}
+                try:
+                    ending = _ending(subprocess.call(command, env=environment(job), timeout=MOST_SECONDS, **streams))
+                except subprocess.TimeoutExpired:
+                    ending = f"took more than {MOST_SECONDS} s"
+            if not made.exists() or ending != _ending(0):
+                return _failed(job.cell, ending, said.read_text(encoding="utf-8", errors="replace"))
+            result, ceilings = pickle.loads(made.read_bytes())
     except OSError as error:  # a full disk, no folder for temporary files, no more processes
         return _failed(job.cell, f"the process could not be started: {reason_of(error)}", "")
-
-
-def _in_a_process(job: Job) -> CellResult:
-    with tempfile.TemporaryDirectory(prefix="fusedonemoe-bench-") as folder:
-        given, made, said = (Path(folder, name) for name in ("job", "result", "stderr"))
-        given.write_bytes(pickle.dumps(job))
-        command = [*COMMAND, os.fspath(given), os.fspath(made)]
-        with open(said, "wb") as stderr:
-            try:
-                status = subprocess.call(
-                    command, env=environment(job), stdout=subprocess.DEVNULL, stderr=stderr, timeout=MOST_SECONDS
-                )
-                ending = _ending(status)
-            except subprocess.TimeoutExpired:
-                ending = f"took more than {MOST_SECONDS} s"
-        if not made.exists() or ending != _ending(0):
-            return _failed(job.cell, ending, said.read_text(encoding="utf-8", errors="replace"))
-        result, ceilings = pickle.loads(made.read_bytes())
     job.ceilings.take(ceilings)
     assert isinstance(result, CellResult)
     return result

@@ -55,6 +55,14 @@ FORMS: dict[str, dict[str, object]] = {
     "int4, groups of 32": {"dtype": "int4", "group_size": 32},
 }
 
+# Router and MoE operator with external weights, because a model with its weights may not exceed 2 GB.
+ONNX_MODEL = """<ir_version: 9, opset_import: ["" : 18, "com.microsoft" : 1]>
+block (float[T, {D}] x) => (float[T, {D}] y) <{weights}> {{
+  logits = MatMul(x, router)
+  y = com.microsoft.MoE <k = {K}, normalize_routing_weights = 1, activation_type = "swiglu", swiglu_fusion = 1,
+    swiglu_limit = 3e38, activation_alpha = 1.0, activation_beta = 0.0> (x, logits, gate_up, "", down)
+}}"""
+
 # y, x, routing weights, int32 ids.
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor], object]
 
@@ -149,7 +157,7 @@ def _onnxruntime(cell: Cell, weights: Weights) -> Forward:
         _found(module, "pip install onnx onnxruntime", "onnxruntime")
     if cell.dtype != torch.float32:
         raise UnavailableError("takes float32 only")
-    runtime = import_module("onnxruntime")
+    runtime, parse = import_module("onnxruntime"), import_module("onnx.parser").parse_model
     # Its SwiGLU wants the rows of gate and up in turns.
     gate_up = torch.stack(weights["gate_up_proj"].detach().chunk(2, dim=1), dim=2).flatten(1, 2)
     named = {"router": weights["router"].detach().t().contiguous(), "gate_up": gate_up, "down": weights["down_proj"].detach()}
@@ -159,32 +167,11 @@ def _onnxruntime(cell: Cell, weights: Weights) -> Forward:
     options.log_severity_level = 3
     values = [runtime.OrtValue.ortvalue_from_numpy(w.numpy()) for w in named.values()]
     options.add_external_initializers(list(named), values)
-    session = runtime.InferenceSession(_onnx_model(cell, named), options, providers=["CPUExecutionProvider"])
+    declared = ", ".join(f'float{list(weight.shape)} {name} = ["location": "memory"]' for name, weight in named.items())
+    model: bytes = parse(ONNX_MODEL.format(D=cell.D, K=cell.K, weights=declared)).SerializeToString()
+    session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     # The session reads the weights from the values' memory, so the call keeps them alive.
     return lambda x, values=values: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
-
-
-def _onnx_model(cell: Cell, weights: dict[str, Tensor]) -> bytes:
-    """Return router and MoE operator with external weights, because a model with its weights may not exceed 2 GB."""
-    onnx = import_module("onnx")
-    helper, FLOAT = onnx.helper, onnx.TensorProto.FLOAT
-    declared = []
-    for name, weight in weights.items():
-        tensor = onnx.TensorProto(name=name, data_type=FLOAT, dims=weight.shape, data_location=onnx.TensorProto.EXTERNAL)
-        tensor.external_data.add(key="location", value="memory")
-        declared.append(tensor)
-    attributes = {"domain": "com.microsoft", "k": cell.K, "normalize_routing_weights": 1, "swiglu_limit": 3e38}
-    attributes |= {"activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0}
-    nodes = [
-        helper.make_node("MatMul", ["x", "router"], ["logits"]),
-        helper.make_node("MoE", ["x", "logits", "gate_up", "", "down"], ["y"], **attributes),
-    ]
-    x, y = (helper.make_tensor_value_info(name, FLOAT, ["T", cell.D]) for name in "xy")
-    domains = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(helper.make_graph(nodes, "block", [x], [y], declared), opset_imports=domains)
-    model.ir_version = 9
-    serialised: bytes = model.SerializeToString()
-    return serialised
 
 
 def _liger(cell: Cell, weights: Weights) -> Forward:

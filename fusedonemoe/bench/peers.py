@@ -84,11 +84,6 @@ class Peer:
     copies: int = 0  # the number of copies of the weights that it keeps
     metered: bool = True  # whether its memory is allocated by torch or by this library, so that its peak can be measured
 
-    @property
-    def is_ours(self) -> bool:
-        """True for this library."""
-        return is_ours(self.name)
-
 
 def is_ours(name: str) -> bool:
     """Tell whether a peer of this name is this library."""

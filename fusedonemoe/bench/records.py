@@ -152,15 +152,6 @@ def check(values: Any, fields: Fields, where: str = "") -> dict[str, Any]:
     return values
 
 
-def check_cells(results: dict[str, Any]) -> None:
-    """Check ``cells`` of a file and their rows, as :func:`check` does."""
-    check(results, {"cells": LIST.here})
-    for n, cell in enumerate(results["cells"]):
-        check(cell, CELL, f"cells[{n}]")
-        for r, row in enumerate(cell["rows"]):
-            check(row, ROW, f"cells[{n}].rows[{r}]")
-
-
 def check_levels(values: Any) -> None:
     """Raise DamagedError where lists and objects are nested deeper than in a file of results."""
     level = [values]
@@ -193,7 +184,11 @@ def read(path: Path) -> dict[str, Any]:
         from fusedonemoe.bench import earlier
 
         results = earlier.in_cells(results)
-    check_cells(results)
+    check(results, {"cells": LIST.here})
+    for n, cell in enumerate(results["cells"]):
+        check(cell, CELL, f"cells[{n}]")
+        for r, row in enumerate(cell["rows"]):
+            check(row, ROW, f"cells[{n}].rows[{r}]")
     return dict(results)
 
 

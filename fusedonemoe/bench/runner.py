@@ -191,7 +191,7 @@ class _Checks:
             row = replace(row, note=f"leaves the gradients of up to {unused} unused experts unwritten", comparable=False)
         del answer, output
         # A graph's memory is its own for good, and no call of it allocates.
-        quick = peer.is_ours or seconds < self.timer.metered_seconds
+        quick = is_ours(peer.name) or seconds < self.timer.metered_seconds
         if peer.metered and quick and cell.mode != "decode":
             row = replace(row, peak_bytes=self.timer.peak_bytes(lambda: [t.detach() for t in tensors_of(prepared.call(0))]))
         return row, prepared.call
@@ -202,10 +202,10 @@ def groups_of(peers: Sequence[Peer], *, weight_bytes: int, memory_bytes: float) 
 
     Ours are in every group, and first; then come the others in the order of their copies. A peer that does not fit is alone.
     """
-    ours = [peer for peer in peers if peer.is_ours]
+    ours = [peer for peer in peers if is_ours(peer.name)]
     room = memory_bytes - weight_bytes * (1 + sum(peer.copies for peer in ours))
     groups, used = [list(ours)], 0
-    for peer in sorted((peer for peer in peers if not peer.is_ours), key=lambda peer: peer.copies):
+    for peer in sorted((peer for peer in peers if not is_ours(peer.name)), key=lambda peer: peer.copies):
         size = peer.copies * weight_bytes
         if used and size and used + size > room:
             groups.append(list(ours))
@@ -292,10 +292,13 @@ def run_cell(
                     del call
             announce(f"timing {', '.join(calls)}")
             timer.clean()
-            references = {} if ceilings else _references(cell, timer, work.touched_bytes)
+            references: dict[str, Call | None] = {}
+            if not ceilings:  # what sets the floor; for a cell of graphs they are graphs too
+                references = {COPY: copy_call(work.touched_bytes, timer.device), DENSE: dense_call(cell, timer.device)}
+            graphed = timer.graphed if cell.mode == "decode" else lambda call: call
             times = time_interleaved(
                 timer,
-                calls | references,
+                calls | {name: graphed(call) for name, call in references.items() if call},
                 rounds=rounds,
                 seconds=seconds,
                 between=between,
@@ -339,13 +342,3 @@ def run_cell(
         dense_seconds=dense,
         copy_seconds=copy,
     )
-
-
-def _references(cell: Cell, timer: Timer, touched_bytes: int) -> dict[str, Call]:
-    """Return the calls that set the floor of a cell; for a cell of graphs they are graphs too."""
-    found = {COPY: copy_call(touched_bytes, timer.device)}
-    if dense := dense_call(cell, timer.device):
-        found[DENSE] = dense
-    if cell.mode == "decode":
-        found = {name: timer.graphed(call) for name, call in found.items()}
-    return {name: lambda i, call=call: call() for name, call in found.items()}  # type: ignore[misc]

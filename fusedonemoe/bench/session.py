@@ -65,17 +65,6 @@ def finished_cells(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]
     return [cell for cell in before["cells"] if not has_failed(cell)]
 
 
-def _temporary_file() -> Path | None:
-    """Make a file for a run without ``--json``; None, and a line on stderr, where there is no room for one."""
-    try:
-        descriptor, name = tempfile.mkstemp(prefix="fusedonemoe-bench-", suffix=".json")
-    except OSError as error:
-        print(f"cells that are finished before an interruption will be lost: {reason_of(error)}", file=sys.stderr)
-        return None
-    os.close(descriptor)
-    return Path(name)
-
-
 @contextmanager
 def _kept(path: Path | None, results: dict[str, Any], *, wanted: bool) -> Iterator[Callable[[bool], None]]:
     """Keep the results of a run in a file; without a path in a temporary one, if that is wanted.
@@ -86,7 +75,14 @@ def _kept(path: Path | None, results: dict[str, Any], *, wanted: bool) -> Iterat
     Yields:
         A function that writes the results so far; its argument is true at the end of the run.
     """
-    temporary = _temporary_file() if path is None and wanted else None
+    temporary: Path | None = None
+    if path is None and wanted:
+        try:
+            descriptor, name = tempfile.mkstemp(prefix="fusedonemoe-bench-", suffix=".json")
+            os.close(descriptor)
+            temporary = Path(name)
+        except OSError as error:
+            print(f"cells that are finished before an interruption will be lost: {reason_of(error)}", file=sys.stderr)
     target = path or temporary
     once = target is not None and files.is_stream(target)
     in_file, seen, told = len(results["cells"]), files.stamp_of(target) if target else None, False

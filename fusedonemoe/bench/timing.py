@@ -125,7 +125,7 @@ class Timer:
         """Free the memory that no object refers to, on the device too."""
         gc.collect()
 
-    def graphed(self, forward: Callable[[], object]) -> Callable[[], object]:
+    def graphed(self, forward: Callable[..., object]) -> Callable[..., object]:
         """Return a replay of the forward as a CUDA graph; on a CPU, which has no graphs, the forward itself.
 
         Args:
@@ -168,7 +168,7 @@ class GpuTimer(Timer):
         super().clean()
         torch.cuda.empty_cache()
 
-    def graphed(self, forward: Callable[[], object]) -> Callable[[], object]:
+    def graphed(self, forward: Callable[..., object]) -> Callable[..., object]:
         """Return a replay of the forward as a CUDA graph."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -179,7 +179,7 @@ class GpuTimer(Timer):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             forward()
-        return graph.replay
+        return lambda *_: graph.replay()
 
 
 def gpu_timer(device: torch.device) -> Timer:
@@ -237,23 +237,27 @@ def time_interleaved(
     return times
 
 
-def dense_call(cell: Cell, device: torch.device) -> Callable[[], object] | None:
+def dense_call(cell: Cell, device: torch.device) -> Call | None:
     """Return plain matrix products with the operations of the cell; None where it has none."""
     shapes = products(cell)
     pairs = [[torch.randn(n, device=device, dtype=cell.dtype) for n in ((m, k), (k, n))] for m, k, n in shapes]
     outs = [torch.empty(m, n, device=device, dtype=cell.dtype) for m, _, n in shapes]
 
-    def call() -> None:
+    def call(_: int = 0) -> None:
         for (a, b), out in zip(pairs, outs, strict=True):
             torch.mm(a, b, out=out)
 
     return call if pairs else None
 
 
-def copy_call(size: int, device: torch.device) -> Callable[[], object]:
+def copy_call(size: int, device: torch.device) -> Call:
     """Return a copy that moves this many bytes, half of them read and half of them written."""
     source, target = (torch.zeros(max(1, size // 2), dtype=torch.int8, device=device) for _ in range(2))
-    return lambda: target.copy_(source)
+
+    def call(_: int = 0) -> None:
+        target.copy_(source)
+
+    return call
 
 
 CONDITIONS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "clocks_throttle_reasons.active", "utilization.gpu")

@@ -94,10 +94,6 @@ def _torch_finding() -> Finding:
     return Finding("torch", "ok" if is_inside else "FAIL", f"{version} ({'' if is_inside else 'not '}in {supported})")
 
 
-def _package_finding(name: str) -> Finding:
-    return Finding(name, "ok", version_of(name) or "of unknown version") if is_installed(name) else Finding(name, "absent", "")
-
-
 def _cpu_findings() -> list[Finding]:
     fields: dict[str, str] = {}
     with contextlib.suppress(OSError):  # Linux alone has it
@@ -163,11 +159,13 @@ def _cache_finding() -> Finding:
 
 def check_environment() -> list[Finding]:
     """Look at versions, processors, compiler and cache."""
+    names = ("numpy", "triton", "transformers")
+    packages = {name: (version_of(name) or "of unknown version") if is_installed(name) else "" for name in names}
     return [
         Finding("python", "ok", f"{platform.python_version()}, {platform.system()} {platform.machine()}"),
         Finding("fusedonemoe", "ok", __version__),
         _torch_finding(),
-        *(_package_finding(name) for name in ("numpy", "triton", "transformers")),
+        *(Finding(name, "ok" if version else "absent", version) for name, version in packages.items()),
         *_cpu_findings(),
         _compiler_finding(),
         _kernels_finding(),

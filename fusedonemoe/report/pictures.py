@@ -40,15 +40,11 @@ def grid(figures: Sequence[Figure]) -> str:
     return html
 
 
-def styles_of(peers: Sequence[str]) -> dict[str, Style]:
-    """Return the style of each peer of a run: a peer looks the same in all its pictures."""
-    ours, others = ([p for p in peers if is_ours(p) == mine] for mine in (True, False))
-    return {p: style_of(n, ours=True) for n, p in enumerate(ours)} | {p: style_of(n, ours=False) for n, p in enumerate(others)}
-
-
 def _against(album: Album, run: Run, along: str, label: str) -> list[Figure]:
     """Draw times of cells that differ in one size, with the floor."""
-    styles, figures = styles_of(peers_of(run.cells)), []
+    # A peer looks the same in all pictures of a run.
+    peers, figures = peers_of(run.cells), []
+    styles = {p: style_of(n, ours=mine) for mine in (True, False) for n, p in enumerate(p for p in peers if is_ours(p) == mine)}
     for cells in families(run.cells, along):
         points: dict[str, dict[float, float]] = {name: {} for name in ("floor", *styles)}
         for cell in cells:
