@@ -69,34 +69,19 @@ def add_options(parser: argparse.ArgumentParser, registry: Mapping[str, Suite]) 
     parser.epilog = "suites:\n" + "\n".join(f"  {name:14s}{suite.purpose}" for name, suite in registry.items())
     parser.epilog += "\n\nexit status: 0; 1 a peer's outputs disagree; 2 nothing could be run, or a file cannot be read or"
     parser.epilog += "\nwritten; 3 slower than --compare; 130 interrupted; 141 the reader of the output went away"
-    parser.add_argument(
-        "--cells", type=options.regex, metavar="REGEX", help="only the cells whose name matches, as in 'block-.*E32-'"
-    )
-    parser.add_argument("--peers", type=options.regex, metavar="REGEX", help="ours and the peers whose name matches")
-    parser.add_argument(
-        "--threads",
-        type=options.whole(1, options.MOST_THREADS),
-        metavar="N",
-        help="threads of torch's pool (default: torch's choice)",
-    )
-    parser.add_argument("--no-rt", action="store_true", help="do not ask for real-time priority while timing")
-    parser.add_argument(
-        "--json",
-        type=options.path,
-        metavar="FILE",
-        help="write the results, and what they were measured with, after every cell; to a pipe once, at the end",
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with the file of --json if there is one: measure what is missing in it"
-    )
-    parser.add_argument(
-        "--compare", type=options.path, metavar="OLD.json", help="compare with an older run on this machine; 3 if ours is slower"
-    )
-    parser.add_argument(
-        "--minutes", type=options.above_zero, metavar="N", help="begin no cell after so long (gpu: 8; else no limit)"
-    )
-    parser.add_argument("--dry", action="store_true", help="run every code path at small sizes on the CPU, and time nothing")
-    parser.add_argument("--picture", metavar="FILE.png", type=options.path, help="also draw them, in multiples of the floor")
+    add, threads = parser.add_argument, options.whole(1, options.MOST_THREADS)
+    add("--cells", type=options.regex, metavar="REGEX", help="only the cells whose name matches, as in 'block-.*E32-'")
+    add("--peers", type=options.regex, metavar="REGEX", help="ours and the peers whose name matches")
+    add("--threads", type=threads, metavar="N", help="threads of torch's pool (default: torch's choice)")
+    add("--no-rt", action="store_true", help="do not ask for real-time priority while timing")
+    kept = "write the results, and what they were measured with, after every cell; to a pipe once, at the end"
+    add("--json", type=options.path, metavar="FILE", help=kept)
+    add("--resume", action="store_true", help="go on with the file of --json if there is one: measure what is missing in it")
+    compared = "compare with an older run on this machine; 3 if ours is slower"
+    add("--compare", type=options.path, metavar="OLD.json", help=compared)
+    add("--minutes", type=options.above_zero, metavar="N", help="begin no cell after so long (gpu: 8; else no limit)")
+    add("--dry", action="store_true", help="run every code path at small sizes on the CPU, and time nothing")
+    add("--picture", metavar="FILE.png", type=options.path, help="also draw them, in multiples of the floor")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -45,20 +45,15 @@ def machine_of(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def load(path: str | os.PathLike[str], settings: dict[str, Any]) -> dict[str, Any]:
-    """Read an older file.
-
-    Raises:
-        IncomparableError: it is no file of results, of another suite, without times, or of another machine.
-    """
+    """Read an older file; raise IncomparableError where it holds no results, no times, or those of another suite or machine."""
     try:
         old = records.read(Path(path))
     except DamagedError as error:
         raise IncomparableError(f"no results of the benchmark ({error})") from error
     schema, suite = old.get("schema", "missing"), old["suite"]
     if schema != report.SCHEMA or suite != settings["suite"]:
-        raise IncomparableError(
-            f"expected schema {report.SCHEMA} and suite {settings['suite']}, got schema {schema} and suite {suite}"
-        )
+        expected = f"expected schema {report.SCHEMA} and suite {settings['suite']}"
+        raise IncomparableError(f"{expected}, got schema {schema} and suite {suite}")
     if settings.get("dry") or not any(row.get("seconds") for cell in old["cells"] for row in cell["rows"]):
         raise IncomparableError("a dry run has no times")
     before, now = machine_of(old), machine_of(settings)

@@ -87,13 +87,10 @@ def exact_answer(cell: Cell, inputs: Inputs) -> dict[str, Tensor]:
                 gradient[e] = (dz if name == "gate_up_bias" else dout).sum(0)
     if not training:
         return {OUTPUT: y}
-    if "weights" in wide:
-        found = {"x": dx, "weights": dweights}
-    elif "router" in wide:
-        of_x, of_router = torch.autograd.grad(weights_RK, (wide["x"], wide["router"]), dweights)
-        found = {"x": dx + of_x, "router": of_router}
-    else:
-        found = {"x": dx, "logits": torch.autograd.grad(weights_RK, wide["logits"], dweights)[0]}
+    leaves = {name: t for name, t in wide.items() if t.requires_grad and t.is_leaf}
+    of_routing = torch.autograd.grad(weights_RK, list(leaves.values()), dweights, allow_unused=True)
+    found = dict(zip(leaves, of_routing, strict=True))
+    found["x"] = dx if found["x"] is None else dx + found["x"]
     return {OUTPUT: y} | {gradient_of(name): gradient for name, gradient in (found | gradients).items()}
 
 
