@@ -43,7 +43,8 @@ def order_of_round(names: Sequence[str], round_index: int) -> list[str]:
 def threads(count: int | None) -> Iterator[None]:
     """Give torch's pool so many threads for a while; None leaves it alone."""
     before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
+    if count:
+        torch.set_num_threads(count)
     try:
         yield
     finally:
