@@ -64,11 +64,7 @@ def _key(value: object) -> str:
 def start_comparison(action: str, mine: object, group: Any, device: torch.device) -> Callable[[], bool]:
     """Begin to compare one value across a group, in a message of eight bytes that travels while this process does other work.
 
-    Args:
-        action: the public call that compares, for messages.
-        mine: the value, of which a digest of its ``repr`` is sent.
-        group: the process group.
-        device: where it computes; the message is on the CPU if the group has CPUs.
+    A digest of the value's ``repr`` is sent, from the CPU if the group has CPUs, else from the device.
 
     Returns:
         A function that waits for the others and returns whether all values are equal. Where the group has no CPUs nothing is

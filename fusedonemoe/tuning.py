@@ -67,17 +67,10 @@ def candidates(best: Tiles, name: str) -> Iterator[Tiles]:
 def search(
     start: Tiles, names: tuple[str, ...], measure: Callable[[Tiles], float], seconds: float, clock: Callable[[], float]
 ) -> tuple[Tiles, float, float, int, bool]:
-    """Take one kernel after the other, and keep what is faster.
-
-    Args:
-        start: where to begin.
-        names: of the kernels that a call runs, ``"rows"`` for their common blocks of rows.
-        measure: milliseconds of a call with such tiles; infinite where they do not fit the device.
-        seconds: when to stop.
-        clock: the time in seconds.
+    """Take one kernel of a call after the other, and keep what is faster; ``"rows"`` names their common blocks of rows.
 
     Returns:
-        The best tiles, their time, the time of ``start``, how many were measured, and whether all were.
+        The best tiles, their milliseconds, those of ``start``, how many were measured, and whether all were in so many seconds.
     """
     end = clock() + seconds
     best, first = start, measure(start)

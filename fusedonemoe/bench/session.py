@@ -214,10 +214,7 @@ def run_suite(
         everything: all cells of the suite.
         peers: names of the peers of a cell, for a suite that takes ``--peers``.
         described: further settings of the run, for the file.
-        options: those of :func:`run_cells`.
-
-    Returns:
-        The exit status of :func:`run_cells`; 2 also when a pattern matches nothing.
+        options: the arguments of :func:`run_cells`, which also says what the exit status is; 2 if a pattern matches nothing.
     """
     order = [cell.name for cell in everything]
     names = set(matching("--cells", order, args.cells))
