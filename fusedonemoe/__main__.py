@@ -14,7 +14,6 @@ from contextlib import contextmanager, suppress
 
 from fusedonemoe import __version__
 from fusedonemoe.cli import MODULES
-from fusedonemoe.cli.completion import SHELLS
 from fusedonemoe.cli.overview import overview
 
 COMMANDS = {
@@ -23,8 +22,7 @@ COMMANDS = {
     "bench": "compare this library with others on this machine",
     "report": "draw the results of bench as one page",
 }
-
-
+SHELLS = ("bash", "zsh", "fish")
 # 128 + SIGPIPE, as a shell reports it.
 PIPE_CLOSED = 141
 # Why a stream that is open takes no more.
@@ -32,23 +30,32 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class _PrintCompletion(argparse.Action):
-    """Print the script and end, as ``--help`` does."""
+    """Print a script with which a shell completes this command line, made by shtab from the parsers, and end."""
 
     def __call__(self, parser: argparse.ArgumentParser, *args: object) -> None:
-        from fusedonemoe.cli.completion import completion
-
-        full, commands = _parsers()
         try:
-            print(completion(str(args[1]), full, commands))
+            import shtab
         except ImportError as error:
             if error.name != "shtab":
                 raise
             parser.exit(2, "Completion needs shtab: pip install 'fusedonemoe[cli]'\n")
+        full, commands = _parsers()
+        for name, command in commands.items():
+            importlib.import_module(MODULES[name]).add_arguments(command)
+        for each in (full, *commands.values()):
+            for action in each._actions:  # argparse has no public list of them, and shtab reads this one too
+                # An option that takes a file or a folder says so by what stands for it in the help: FILE, OLD.json, DIR.
+                placeholder = str(action.metavar or "")
+                if placeholder == "FILE" or "." in placeholder:
+                    vars(action)["complete"] = shtab.FILE
+                elif placeholder == "DIR":
+                    vars(action)["complete"] = shtab.DIRECTORY
+        print(shtab.complete(full, shell=str(args[1])))
         parser.exit(0)
 
 
 def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """The parser of the command line, and those of its commands, which have no options yet."""
+    """Make the parser of the command line, and those of its commands, which have no options yet."""
     parser = argparse.ArgumentParser(prog="fusedonemoe", description="Mixture-of-experts blocks for PyTorch and torch.compile.")
     parser.add_argument("--version", action="version", version=f"fusedonemoe {__version__}")
     parser.add_argument(
@@ -60,14 +67,6 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     )
     commands = parser.add_subparsers(metavar="COMMAND", title="commands (COMMAND --help tells more)")
     return parser, {name: commands.add_parser(name, help=purpose) for name, purpose in COMMANDS.items()}
-
-
-def _run_command(name: str, argv: Sequence[str]) -> int:
-    # Only the command asked for is imported: the doctor has to run where another command cannot be.
-    command = importlib.import_module(MODULES[name])
-    parser = argparse.ArgumentParser(prog=f"fusedonemoe {name}", description=command.__doc__)
-    command.add_arguments(parser)
-    return int(command.run(parser.parse_args(argv)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,11 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def guarded(command: Callable[[], int]) -> int:
-    """Run a command, and turn an interruption or an output that cannot be written into its exit code, as :func:`main` does.
-
-    Args:
-        command: returns its own exit code.
-    """
+    """Run a command that returns its exit code; turn an interruption or a failing output into one, as :func:`main` does."""
     if os.environ.get("COLUMNS", "").strip() == "0":
         del os.environ["COLUMNS"]  # It means unknown, and rich would print nothing into 0 columns.
     try:
@@ -122,8 +117,12 @@ def guarded(command: Callable[[], int]) -> int:
 
 
 def _dispatch(argv: Sequence[str]) -> int:
-    if argv and argv[0] in COMMANDS:
-        return _run_command(argv[0], argv[1:])
+    if argv and (name := argv[0]) in COMMANDS:
+        # Only the command asked for is imported: the doctor has to run where another command cannot be.
+        command = importlib.import_module(MODULES[name])
+        parser = argparse.ArgumentParser(prog=f"fusedonemoe {name}", description=command.__doc__)
+        command.add_arguments(parser)
+        return int(command.run(parser.parse_args(argv[1:])))
     _parsers()[0].parse_args(argv)
     print(overview(__version__, COMMANDS))
     return 0
@@ -132,15 +131,15 @@ def _dispatch(argv: Sequence[str]) -> int:
 @contextmanager
 def _every_character() -> Iterator[None]:
     """Write a character that the encoding of stdout lacks as its number, where Python would raise an error."""
-    before: list[tuple[io.TextIOWrapper, str]] = []
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        before.append((sys.stdout, sys.stdout.errors))
-        sys.stdout.reconfigure(errors="backslashreplace")
+    stream = sys.stdout
+    if not isinstance(stream, io.TextIOWrapper) or stream.errors != "strict":
+        yield
+        return
+    stream.reconfigure(errors="backslashreplace")
     try:
         yield
     finally:
-        for stream, errors in before:
-            stream.reconfigure(errors=errors)
+        stream.reconfigure(errors="strict")
 
 
 def _drop_output() -> None:

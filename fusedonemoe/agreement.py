@@ -42,7 +42,9 @@ def agree(action: str, describe: Callable[[], Mapping[str, object]], group: Any)
         heard = dict(zip(ranks, _gather(action, (digest, said), group), strict=True))
         failed = {rank: text for rank, (_, text) in heard.items() if text}
         if failed and failure is None:
-            raise RuntimeError(f"{action} failed on {_some(failed)}, so no rank can go on")
+            listed = ", ".join(f"rank {rank} ({text})" for rank, text in list(failed.items())[:_MOST_LISTED])
+            more = f" and {len(failed) - _MOST_LISTED} more ranks" if len(failed) > _MOST_LISTED else ""
+            raise RuntimeError(f"{action} failed on {listed}{more}, so no rank can go on")
         if not failed and len({digest for digest, _ in heard.values()}) > 1:
             shown: dict[tuple[str, str], str] = {}  # one text for values that are equal
             by_rank = {
@@ -55,18 +57,14 @@ def agree(action: str, describe: Callable[[], Mapping[str, object]], group: Any)
 
 
 def _key(value: object) -> str:
-    """The text by which a value is compared."""
+    """Return the text by which a value is compared."""
     return repr(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def start_comparison(action: str, mine: object, group: Any, device: torch.device) -> Callable[[], bool]:
     """Begin to compare one value across a group, in a message of eight bytes that travels while this process does other work.
 
-    Args:
-        action: the public call that compares, for messages.
-        mine: the value, of which a digest of its ``repr`` is sent.
-        group: the process group.
-        device: where it computes; the message is on the CPU if the group has CPUs.
+    A digest of the value's ``repr`` is sent, from the CPU if the group has CPUs, else from the device.
 
     Returns:
         A function that waits for the others and returns whether all values are equal. Where the group has no CPUs nothing is
@@ -112,11 +110,6 @@ def _gather(action: str, mine: Any, group: Any) -> list[Any]:
     return heard
 
 
-def _some(failed: Mapping[int, str]) -> str:
-    listed = [f"rank {rank} ({text})" for rank, text in list(failed.items())[:_MOST_LISTED]]
-    return ", ".join(listed) + (f" and {len(failed) - len(listed)} more ranks" if len(failed) > len(listed) else "")
-
-
 def differences(by_rank: Mapping[int, Mapping[str, str]]) -> str:
     """The settings that differ, each with its values and their ranks.
 
@@ -139,8 +132,6 @@ def differences(by_rank: Mapping[int, Mapping[str, str]]) -> str:
 
 
 def _ranks(ranks: list[int]) -> str:
-    if len(ranks) == 1:
-        return f"rank {ranks[0]}"
     if len(ranks) > 2 and ranks == list(range(ranks[0], ranks[-1] + 1)):
         return f"ranks {ranks[0]} to {ranks[-1]}"
-    return f"ranks {', '.join(map(str, ranks))}"
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"

@@ -1,6 +1,7 @@
 """The implementation that a layer uses, and the reason."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,16 +62,12 @@ class Explanation:
     configuration: str = ""
 
     def __str__(self) -> str:
-        lines = [
-            f"{self.operator} on {self.device}, {str(self.dtype).removeprefix('torch.')}, {self.tokens} tokens: "
-            f"impl = {self.impl!r} ({self.reason})"
-        ]
+        lines = [f"{self.operator} on {self.device}, {str(self.dtype).removeprefix('torch.')}, {self.tokens} tokens: "]
+        lines[0] += f"impl = {self.impl!r} ({self.reason})"
         for c in self.candidates:
+            figures = f"{c.work.flops / 1e9:10.3f} GFLOP {c.work.weight_bytes / 1e6:10.2f} MB of expert weights"
             note = f"  cannot run: {c.refusal}" if c.refusal else ""
-            lines.append(
-                f"  {'*' if c.impl == self.impl else ' '} {c.impl:8s} {c.work.flops / 1e9:10.3f} GFLOP "
-                f"{c.work.weight_bytes / 1e6:10.2f} MB of expert weights{note}"
-            )
+            lines.append(f"  {'*' if c.impl == self.impl else ' '} {c.impl:8s} {figures}{note}")
         if self.configuration:
             lines.append(f"  {self.configuration}")
         if self.packed_bytes:
@@ -93,7 +90,7 @@ def explain(
         x: an input ``[..., D]``; its token count, dtype and device are used.
         tokens: ``T`` to count work for, when there is no ``x``. The choice itself never depends on it.
         dtype: when there is neither ``x`` nor a module to take it from (default float32).
-        device: likewise (default cpu).
+        device: when there is neither (default cpu).
 
     Returns:
         The :class:`Explanation`.
@@ -143,33 +140,29 @@ def explain(
     like = x if x is not None else next(layer.parameters()) if isinstance(layer, torch.nn.Module) else None
     dtype = dtype or (torch.float32 if like is None else like.dtype)
     device_type = torch.device(device or ("cpu" if like is None else like.device)).type
-    if x is not None:
-        tokens = x.numel() // D
+    tokens = tokens if x is None else x.numel() // D
     parameters = layer.parameters() if isinstance(layer, torch.nn.Module) else ()
     contiguous = all(p.is_contiguous() for p in parameters) and not transposed
-    if operator == "experts_neurons":
-        chosen = choose_tables(impl, device_type=device_type, dtype=dtype, contiguous=contiguous)
+    place: dict[str, Any] = {"device_type": device_type, "dtype": dtype, "contiguous": contiguous}
+    if tables := operator == "experts_neurons":
+        chosen = choose_tables(impl, **place)
     else:
-        chosen = choose(
-            operator, impl, top_k=K, num_experts=E, device_type=device_type, dtype=dtype, widths=widths, contiguous=contiguous
-        )
+        chosen = choose(operator, impl, top_k=K, num_experts=E, widths=widths, **place)
     itemsize = experts.nbytes / weight_numel if isinstance(experts, QuantizedExperts) else dtype.itemsize
 
-    def work(name: str) -> Work:
+    def candidate(name: str) -> Candidate:
         # Of tables the portable form gathers the rows that are asked for, and pads nothing.
-        counted = "grouped" if (operator, name) == ("experts_neurons", "portable") else name
-        return count_work(counted, tokens=tokens, top_k=K, num_experts=E, weight_numel=weight_numel, itemsize=itemsize)
+        counted = "grouped" if tables and name == "portable" else name
+        work = count_work(counted, tokens=tokens, top_k=K, num_experts=E, weight_numel=weight_numel, itemsize=itemsize)
+        if tables and name == "grouped":  # it has no grouped product that could be refused
+            return Candidate(name, work, None)
+        return Candidate(name, work, refusal(name, widths=widths, operator=operator, **place))
 
-    def why_not(name: str) -> str | None:
-        if operator == "experts_neurons" and name == "grouped":  # it has no grouped product
-            return None
-        return refusal(name, device_type=device_type, dtype=dtype, widths=widths, contiguous=contiguous, operator=operator)
-
-    candidates = tuple(Candidate(name, work(name), why_not(name)) for name in IMPLEMENTATIONS)
     packed_bytes = experts.packed_bytes if isinstance(experts, Experts) else 0
     configuration = ""
     # The tiles of quantised weights are cut further, to groups, and tables have none.
     described = operator not in ("experts_mlp_quantized", "experts_neurons")
     if described and chosen.impl == "triton" and (arch := architecture(torch.device(device or device_type))):
         configuration = describe(arch, dtype, tokens * K, E, D, F, gated, inference=operator == "experts_mlp")
+    candidates = tuple(map(candidate, IMPLEMENTATIONS))
     return Explanation(operator, chosen.impl, chosen.reason, tokens, device_type, dtype, candidates, packed_bytes, configuration)

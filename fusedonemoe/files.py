@@ -22,27 +22,21 @@ class UnwritableError(OSError):
 
 
 class Stamp(NamedTuple):
-    """One version of a file, which no other version has.
-
-    Attributes:
-        inode: of the file.
-        changed: when its content was written, in nanoseconds.
-        size: in bytes.
-    """
+    """One version of a file, which no other version has."""
 
     inode: int
-    changed: int
-    size: int
+    changed: int  # when its content was written, in nanoseconds
+    size: int  # in bytes
 
 
 def shown(path: AnyPath) -> str:
-    """A path as it is printed: quoted where it holds characters that a terminal obeys."""
+    """Return a path as it is printed: quoted where it holds characters that a terminal obeys."""
     text = os.fspath(path)
     return text if text.isprintable() and text else repr(text)
 
 
 def reason_of(error: OSError | ValueError) -> str:
-    """The reason alone, without the number and the path that Python puts around it."""
+    """Return the reason alone, without the number and the path that Python puts around it."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
@@ -56,35 +50,32 @@ def _named(path: AnyPath) -> Iterator[None]:
         raise UnwritableError(f"cannot write {shown(path)}: {reason_of(error)}") from error
 
 
-def _found(path: AnyPath) -> os.stat_result | None:
-    """Return the status of the file at a path, links followed; None where there is none."""
+def _look(path: AnyPath) -> tuple[os.stat_result | None, bool, IO[str] | None]:
+    """Look at a path, links followed.
+
+    Returns:
+        The file's status, None where there is none; whether it is a stream; and the standard stream of this process that is this
+        very file, as ``/dev/stdout`` is behind ``> file``.
+    """
     try:
-        return os.stat(path)
+        found = os.stat(path)
     except FileNotFoundError:
-        return None
-
-
-def _own_output(found: os.stat_result) -> IO[str] | None:
-    """The standard stream of this process that is this very file, as ``/dev/stdout`` is behind ``> file``."""
-    for stream in (sys.__stdout__, sys.__stderr__):
+        return None, False, None
+    for own in (sys.__stdout__, sys.__stderr__):
         with suppress(AttributeError, OSError, ValueError):  # None, without a descriptor, or closed
-            if os.path.samestat(found, os.fstat(stream.fileno())):  # type: ignore[union-attr]
-                return stream
-    return None
-
-
-def _is_stream(found: os.stat_result | None) -> bool:
-    return found is not None and (not stat.S_ISREG(found.st_mode) or _own_output(found) is not None)
+            if os.path.samestat(found, os.fstat(own.fileno())):  # type: ignore[union-attr]
+                return found, True, own
+    return found, not stat.S_ISREG(found.st_mode), None
 
 
 def is_stream(path: AnyPath) -> bool:
     """Return whether a path names a pipe, a device or this process's own output: these are written to, never replaced."""
     with _named(path):
-        return _is_stream(_found(path))
+        return _look(path)[1]
 
 
 def stamp_of(path: AnyPath) -> Stamp | None:
-    """The version of the file that is there now; None where there is none, or none that can be seen."""
+    """Return the version of the file that is there now; None where there is none, or none that can be seen."""
     with suppress(OSError, ValueError):
         found = os.stat(path)
         return Stamp(found.st_ino, found.st_mtime_ns, found.st_size)
@@ -94,34 +85,24 @@ def stamp_of(path: AnyPath) -> Stamp | None:
 def check(path: AnyPath) -> None:
     """Make the file's folder, and find out whether :func:`write` can write there; the file itself is left as it is.
 
-    Args:
-        path: of the file.
-
     Raises:
         UnwritableError: it cannot.
     """
     with _named(path):
-        found = _found(path)
-        if found is not None and _is_stream(found):
-            _check_stream(path, found)
+        found, streams, own = _look(path)
+        if own is not None:
             return
-        target = _target(path, found)
-        # A byte, because a full disk still has room for the name of an empty file.
-        with _temporary_beside(target) as (temporary, file):
-            file.write(b"\n")
-            file.close()
-            temporary.unlink()
-
-
-def _check_stream(path: AnyPath, found: os.stat_result) -> None:
-    if _own_output(found) is not None:
-        return
-    if stat.S_ISFIFO(found.st_mode):  # Opened and closed once, it would end for its reader.
-        if not os.access(path, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        return
-    with open(path, "wb", buffering=0) as file:  # A directory refuses this.
-        file.write(b"")  # /dev/full refuses this.
+        if streams and found is not None and stat.S_ISFIFO(found.st_mode):  # Opened and closed once, it would end for its reader.
+            if not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        elif streams:
+            with open(path, "wb", buffering=0) as file:  # A directory refuses this.
+                file.write(b"")  # /dev/full refuses this.
+        else:
+            # A byte, because a full disk still has room for the name of an empty file.
+            with _temporary_beside(path, found) as (_, _, file):
+                file.write(b"\n")
+                file.close()
 
 
 def write(path: AnyPath, content: bytes) -> Stamp | None:
@@ -129,10 +110,6 @@ def write(path: AnyPath, content: bytes) -> Stamp | None:
 
     The folder is made. An existing file keeps its mode, and its owner where that is permitted; a new one gets what the umask
     leaves. A symbolic link stays, and its target is replaced. A pipe, a device or this process's own output is written to.
-
-    Args:
-        path: of the file.
-        content: all of it.
 
     Returns:
         The version that was written; None for a stream.
@@ -142,56 +119,42 @@ def write(path: AnyPath, content: bytes) -> Stamp | None:
         BrokenPipeError: nobody reads the pipe any more.
     """
     with _named(path):
-        found = _found(path)
-        if found is not None and _is_stream(found):
-            with _stream(path, found) as stream:
+        found, streams, own = _look(path)
+        if streams:
+            if own is not None:
+                own.flush()
+            # A second opening of this process's own output would begin at the file's start.
+            with open(path, "wb") if own is None else os.fdopen(os.dup(own.fileno()), "wb") as stream:
                 stream.write(content)
             return None
-        target = _target(path, found)
-        with _temporary_beside(target) as (temporary, file):
+        with _temporary_beside(path, found) as (target, temporary, file):
             file.write(content)
             file.close()
             if found is not None:
-                _make_alike(temporary, found)
+                if hasattr(os, "chown"):
+                    with suppress(OSError):  # Only root gives files away.
+                        os.chown(temporary, found.st_uid, found.st_gid)
+                os.chmod(temporary, stat.S_IMODE(found.st_mode))
             stamp = stamp_of(temporary)
             os.replace(temporary, target)
         return stamp
 
 
-def _target(path: AnyPath, found: os.stat_result | None) -> Path:
-    """The file itself behind links, in a folder that is there; an error where it may not be written."""
+@contextmanager
+def _temporary_beside(path: AnyPath, found: os.stat_result | None) -> Iterator[tuple[Path, Path, IO[bytes]]]:
+    """Yield the file itself behind links, and a new one in its folder, opened, which is removed at the end.
+
+    The folder is made; a file that may not be written is an error.
+    """
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     if found is not None:
         os.close(os.open(target, os.O_WRONLY))  # Its folder alone decides whether its name may be taken.
-    return target
-
-
-def _stream(path: AnyPath, found: os.stat_result) -> IO[bytes]:
-    own = _own_output(found)
-    if own is None:
-        return open(path, "wb")
-    own.flush()
-    return os.fdopen(os.dup(own.fileno()), "wb")  # A second opening would begin at the file's start.
-
-
-@contextmanager
-def _temporary_beside(target: Path) -> Iterator[tuple[Path, IO[bytes]]]:
-    """A new file in the folder of another, opened; removed on an error, Ctrl-C included."""
     # Not tempfile: its files are readable for the owner alone, whatever the umask says.
     temporary = target.with_name(f".{secrets.token_hex(8)}.new")
     try:
         with open(temporary, "xb") as file:
-            yield temporary, file
-    except BaseException:
+            yield target, temporary, file
+    finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise
-
-
-def _make_alike(temporary: Path, found: os.stat_result) -> None:
-    """Owner and mode of an existing file for the one that replaces it."""
-    if hasattr(os, "chown"):
-        with suppress(OSError):  # Only root gives files away.
-            os.chown(temporary, found.st_uid, found.st_gid)
-    os.chmod(temporary, stat.S_IMODE(found.st_mode))

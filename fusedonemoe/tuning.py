@@ -42,48 +42,35 @@ class Tuned:
     complete: bool
 
 
-def _with_row_blocks(tiles: Tiles, block: int) -> Tiles:
-    """All kernels that walk the schedule with the same blocks of rows."""
-    rows = {name: getattr(tiles, name)._replace(BLOCK_M=block) for name in ("up", "down", "dh", "dx")}
-    return tiles._replace(**rows)
-
-
 def _variants(tile: Tile) -> Iterator[Tile]:
-    """Neighbours of a tile, few enough to be measured."""
-    for warps in {4, 8} - {tile.num_warps}:
-        yield tile._replace(num_warps=warps)
-    for columns in {tile.BLOCK_N // 2, tile.BLOCK_N * 2} & {32, 64, 128, 256}:
-        yield tile._replace(BLOCK_N=columns)
-    for depth in {tile.BLOCK_K // 2, tile.BLOCK_K * 2} & {32, 64, 128}:
-        yield tile._replace(BLOCK_K=depth)
-    for stages in {tile.num_stages - 1, tile.num_stages + 1} & {2, 3, 4, 5}:
-        yield tile._replace(num_stages=stages)
+    """Yield neighbours of a tile, few enough to be measured."""
+    neighbours = {
+        "num_warps": {4, 8} - {tile.num_warps},
+        "BLOCK_N": {tile.BLOCK_N // 2, tile.BLOCK_N * 2} & {32, 64, 128, 256},
+        "BLOCK_K": {tile.BLOCK_K // 2, tile.BLOCK_K * 2} & {32, 64, 128},
+        "num_stages": {tile.num_stages - 1, tile.num_stages + 1} & {2, 3, 4, 5},
+    }
+    return (tile._replace(**{name: value}) for name, values in neighbours.items() for value in values)
 
 
 def candidates(best: Tiles, name: str) -> Iterator[Tiles]:
     """List the neighbours of ``best``: other blocks of rows (``name`` is ``"rows"``), or another tile for one kernel."""
-    if name == "rows":
-        for block in sorted({16, 32, 64, 128} - {best.up.BLOCK_M}):
-            yield _with_row_blocks(best, block)
-    else:
-        for tile in _variants(getattr(best, name)):
-            yield best._replace(**{name: tile})
+    if name != "rows":
+        return (best._replace(**{name: tile}) for tile in _variants(getattr(best, name)))
+    # All kernels that walk the schedule have the same blocks of rows.
+    return (
+        best._replace(**{kernel: getattr(best, kernel)._replace(BLOCK_M=block) for kernel in ("up", "down", "dh", "dx")})
+        for block in sorted({16, 32, 64, 128} - {best.up.BLOCK_M})
+    )
 
 
 def search(
     start: Tiles, names: tuple[str, ...], measure: Callable[[Tiles], float], seconds: float, clock: Callable[[], float]
 ) -> tuple[Tiles, float, float, int, bool]:
-    """One kernel after the other, keep what is faster.
-
-    Args:
-        start: where to begin.
-        names: of the kernels that a call runs, ``"rows"`` for their common blocks of rows.
-        measure: milliseconds of a call with such tiles; infinite where they do not fit the device.
-        seconds: when to stop.
-        clock: the time in seconds.
+    """Take one kernel of a call after the other, and keep what is faster; ``"rows"`` names their common blocks of rows.
 
     Returns:
-        The best tiles, their time, the time of ``start``, how many were measured, and whether all were.
+        The best tiles, their milliseconds, those of ``start``, how many were measured, and whether all were in so many seconds.
     """
     end = clock() + seconds
     best, first = start, measure(start)
@@ -113,7 +100,7 @@ def _median_milliseconds(call: Callable[[], object]) -> float:
 
 
 def _bytes_needed(config: MoEConfig, tokens: int, itemsize: int, backward: bool) -> int:
-    """Activations of one call, and its gradients, twice: another call may begin before the memory of one is reused."""
+    """Count the activations of a call and its gradients, twice: another may begin before the memory of one is reused."""
     rows = tokens * config.experts_per_token
     activations = rows * (config.up_rows * (3 if backward else 1) + 2 * config.intermediate_size + 2 * config.hidden_size)
     weights = config.num_experts * config.hidden_size * (config.up_rows + config.intermediate_size)

@@ -6,7 +6,7 @@ Cells, peers, timing, result files and options are those of :mod:`fusedonemoe.be
 import argparse
 
 from fusedonemoe import bench
-from fusedonemoe.bench.suites import CELLS, PEERS, Suite
+from fusedonemoe.bench import CELLS, PEERS, Suite
 from fusedonemoe.cli import options
 
 REGISTRY: dict[str, Suite] = {

@@ -87,14 +87,15 @@ class LinesResult(Generic[C, L]):
     bytes_per_s: float = 0.0  # the read bandwidth that the floor was computed with
 
     @property
-    def rates(self) -> tuple[float, float]:
-        """The rates that the floor was computed with: FLOP/s and bytes/s."""
-        return self.flops_per_s, self.bytes_per_s
+    def accounts(self) -> dict[str, Any]:
+        """Floor, rates and work, for the file."""
+        rates, parameters = (self.flops_per_s, self.bytes_per_s), (self.parameters, self.active_parameters)
+        return report.accounts_of(self.floor, rates, self.work, parameters)
 
     @property
     def title(self) -> str:
         """The heading of the table: the name, the floor and its ceilings, the work."""
-        return report.title_of(self.cell.name, self.floor, self.rates, self.work, (self.parameters, self.active_parameters))
+        return report.title_of(self.cell.name, self.accounts)
 
 
 def result_of(
@@ -128,7 +129,7 @@ def cell_to_json(result: LinesResult[C, L]) -> dict[str, Any]:
         "name": result.cell.name,
         **described,
         "dtype": str(result.cell.dtype).removeprefix("torch."),
-        **report.accounts_of(result.floor, result.rates, result.work, (result.parameters, result.active_parameters)),
+        **result.accounts,
         "rows": rows,
     }
 

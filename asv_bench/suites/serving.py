@@ -24,9 +24,8 @@ from asv_bench.suites.serving_models import CELLS, PEERS, Blocks, LoopBlock, Ser
 from fusedonemoe.bench import report, session
 from fusedonemoe.bench.ceilings import Ceilings
 from fusedonemoe.bench.peers import UnavailableError, chosen, is_ours, relative_error
-from fusedonemoe.bench.priority import RealTime
 from fusedonemoe.bench.results import percentile, quartiles
-from fusedonemoe.bench.timing import PAUSE_SECONDS, order_of_round, threads
+from fusedonemoe.bench.timing import PAUSE_SECONDS, at_real_time, order_of_round, threads
 from fusedonemoe.bench.workloads import Cell, LeastWork, floor_of, least_work
 
 # Lengths of requests: steps of a decoder, and prompts.
@@ -239,13 +238,13 @@ def run_cell(
     rounds = 1 if dry else ROUNDS
     between = ceilings.sampler(torch.float32) if not dry else lambda: None
     for turn in range(rounds):
-        with RealTime(real_time):
+        with at_real_time(real_time):
             between()
         share = order[turn * len(order) // rounds : (turn + 1) * len(order) // rounds]
         for name in order_of_round(list(models), turn):
             time.sleep(PAUSE_SECONDS)
             # More threads than cores at real-time priority would spend their slices waiting for one another.
-            with RealTime(real_time and cell.clients == 1), threads(each):
+            with at_real_time(real_time and cell.clients == 1), threads(each):
                 answered, wall = serve(models[name], xs, share, cell.clients)
             sent[name] += answered
             walls[name] += wall

@@ -14,9 +14,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from fusedonemoe.bench import IN_THE_REPOSITORY
 from fusedonemoe.bench.peers import OURS, is_ours
 from fusedonemoe.bench.records import DamagedError, read
-from fusedonemoe.bench.suites import IN_THE_REPOSITORY
 from fusedonemoe.report.runs import times_ours
 
 ROOT = Path(__file__).resolve().parent.parent.parent

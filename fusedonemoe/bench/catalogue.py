@@ -114,6 +114,7 @@ SUITES: dict[str, tuple[Cell, ...]] = {
         Cell("block", T, D, F, E, K, dtype, mode=mode, label=label, allocator=allocator)
         for (label, (T, D, F, E, K)), dtype, (mode, allocator) in product(_SHAPES.items(), DTYPES, _CPU_USES)
     ),
+    "quantized": tuple(Cell("quantized", T, *_MODELS["qwen3-30b"][0], torch.bfloat16) for T in (1, 16, 512)),
     # The published models first: a run that is stopped has them.
     "gpu": (*_of_models(), *_of_fusedonemoe(), *_of_candle_moe(), *_of_momoe()),
 }

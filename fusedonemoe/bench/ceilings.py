@@ -3,7 +3,6 @@
 Both are the best that torch itself reaches, so torch code can be compared with a floor computed from them.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,15 +10,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fusedonemoe.bench.timing import Timer
+
 GEMM_SIZES = (512, 1024, 2048)
 # Far beyond any cache, so that a sum over it streams from memory.
 STREAM_BYTES = 1 << 29
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def _products(a: Tensor, b: Tensor) -> list[Callable[[], object]]:
@@ -34,11 +29,7 @@ def _products(a: Tensor, b: Tensor) -> list[Callable[[], object]]:
 
 @dataclass
 class Ceilings:
-    """The best samples of a run so far.
-
-    Shared between cells: other guests of a host, and the memory node of an array, move a sample by a factor of two, and the
-    machine's ceiling is the best of them all.
-    """
+    """The best samples of a run so far, of all cells: other guests of a host, or another memory node, halve a sample."""
 
     flops_per_s: dict[torch.dtype, float] = field(default_factory=dict)  # matrix-product rate by dtype
     bytes_per_s: float = 0.0  # read bandwidth
@@ -51,14 +42,13 @@ class Ceilings:
 
     def sampler(self, dtype: torch.dtype) -> Callable[[], None]:
         """Return a function that measures once more and keeps the best."""
-        stream = torch.ones(STREAM_BYTES // 4, device="cpu")
+        stream, timer = torch.ones(STREAM_BYTES // 4, device="cpu"), Timer()
 
         def sample() -> None:
-            for _ in range(2):
-                self.bytes_per_s = max(self.bytes_per_s, STREAM_BYTES / _seconds(stream.sum))
+            found = Ceilings(bytes_per_s=STREAM_BYTES / min(timer.seconds([stream.sum] * 2)))
             for n in GEMM_SIZES:
                 a, b = (torch.ones(n, n, dtype=dtype, device="cpu") for _ in range(2))
-                for product in _products(a, b):
-                    self.flops_per_s[dtype] = max(self.flops_per_s.get(dtype, 0.0), 2 * n**3 / _seconds(product))
+                found.flops_per_s[dtype] = 2 * n**3 / min(timer.seconds(_products(a, b)))
+                self.take(found)
 
         return sample

@@ -1,4 +1,4 @@
-"""The suites ``quick``, ``cpu`` and ``gpu``: the cells of the catalogue on this machine's processor, or on its GPU."""
+"""The suites of this package: the cells of the catalogue on this machine's processor, or on its GPU."""
 
 import argparse
 import gc
@@ -10,30 +10,26 @@ from typing import Any
 
 import torch
 
-from fusedonemoe.bench import gpu_libraries, isolated, libraries, report, runner, session
+from fusedonemoe.bench import isolated, report, runner, session
 from fusedonemoe.bench.catalogue import SUITES
 from fusedonemoe.bench.ceilings import Ceilings
-from fusedonemoe.bench.peers import PEERS, Peer, chosen, our_impl
+from fusedonemoe.bench.libraries import line_up
+from fusedonemoe.bench.peers import chosen, our_impl
 from fusedonemoe.bench.results import CellResult, Row
-from fusedonemoe.bench.timing import GpuTimer, Timer, conditions
+from fusedonemoe.bench.timing import Timer, conditions, gpu_timer
 from fusedonemoe.bench.workloads import Cell
 
 GPU = "gpu"
 GPU_ROUNDS = 3
-# Of device time for the timed calls of a peer, over all rounds.
+# Of the timed calls of a peer, over all rounds.
 GPU_SECONDS_PER_PEER = 0.1
+QUANTIZED_SECONDS_PER_PEER = 1.0
 # Without --minutes no cell of `gpu` is begun after so long: GPUs are lent by the minute.
 GPU_MINUTES = 8.0
 # nvidia-smi takes a while, and clocks drift slowly.
 SECONDS_BETWEEN_CONDITIONS = 15.0
 # The row of a cell that failed as a whole.
 WHOLE_CELL = "(cell)"
-
-LINE_UPS: dict[str, Callable[[Cell], list[Peer]]] = {
-    "quick": lambda cell: list(PEERS[cell.operator]),
-    "cpu": libraries.line_up,
-    GPU: gpu_libraries.line_up,
-}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,37 +47,32 @@ def run(args: argparse.Namespace) -> int:
 
 def run_on(args: argparse.Namespace, device: torch.device) -> int:
     """Run the cells on a device."""
-    on_gpu = args.suite == GPU
-    settings = _describe_gpu(device, args) if on_gpu else {}
-    measure = {"quick": _in_this_process, "cpu": _in_processes}.get(args.suite)
+    suite = args.suite
+    settings = _describe_gpu(device, args) if suite == GPU else {}
+    measure: Callable[[Cell], CellResult]
+    if suite == GPU:
+        measure = _gpu_measure(device, args, settings["conditions"])
+    elif suite == "cpu":
+        threads, ceilings = args.threads or torch.get_num_threads(), Ceilings()
+        job = partial(isolated.Job, ceilings=ceilings, threads=threads, peers=args.peers, real_time=not args.no_rt)
+        measure = lambda cell: isolated.run_job(job(cell))  # noqa: E731
+    else:
+        seconds = QUANTIZED_SECONDS_PER_PEER if suite == "quantized" else runner.SECONDS_PER_PEER
+        in_turns = partial(runner.run_cell, timer=Timer(real_time=not args.no_rt), ceilings=Ceilings(), seconds=seconds)
+        measure = lambda cell: in_turns(cell, peers=chosen(line_up(suite, cell), args.peers))  # noqa: E731
+    long = suite in ("cpu", GPU)
     return session.run_suite(
         args,
-        SUITES[args.suite],
-        measure=measure(args) if measure else _GpuRun(device, args, settings["conditions"]),
+        SUITES[suite],
+        measure=measure,
         to_json=report.cell_to_json,
         show=report.print_cell,
-        peers=lambda cell: [peer.name for peer in LINE_UPS[args.suite](cell)],
-        summary=lambda results: None if args.suite == "quick" or args.dry else report.print_summary(results),
+        peers=lambda cell: [peer.name for peer in line_up(suite, cell)],
+        summary=lambda results: report.print_summary(results) if long and not args.dry else None,
         described=settings,
-        minutes=GPU_MINUTES if on_gpu and not args.dry else None,
-        long=args.suite != "quick",
+        minutes=GPU_MINUTES if suite == GPU and not args.dry else None,
+        long=long,
     )
-
-
-def _in_this_process(args: argparse.Namespace) -> Callable[[Cell], CellResult]:
-    measure = partial(runner.run_cell, timer=Timer(real_time=not args.no_rt), ceilings=Ceilings())
-    return lambda cell: measure(cell, peers=chosen(LINE_UPS[args.suite](cell), args.peers))
-
-
-def _in_processes(args: argparse.Namespace) -> Callable[[Cell], CellResult]:
-    job = partial(
-        isolated.Job,
-        ceilings=Ceilings(),
-        threads=args.threads or torch.get_num_threads(),
-        peers=args.peers,
-        real_time=not args.no_rt,
-    )
-    return lambda cell: isolated.run_job(job(cell))
 
 
 def _describe_gpu(device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
@@ -97,41 +88,32 @@ def _describe_gpu(device: torch.device, args: argparse.Namespace) -> dict[str, A
             "cache_bytes": found.L2_cache_size,
             "cuda": torch.version.cuda or torch.version.hip,
         }
-    return {
-        "gpu": gpu,
-        "impl": our_impl(device),
-        "dry": args.dry,
-        "tf32": torch.backends.cuda.matmul.allow_tf32,
-        "conditions": [],
-    }
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    return {"gpu": gpu, "impl": our_impl(device), "dry": args.dry, "tf32": tf32, "conditions": []}
 
 
-class _GpuRun:
-    """Measures the cells of ``gpu`` on a device, and adds clocks and temperature to ``seen`` from time to time."""
+def _gpu_measure(device: torch.device, args: argparse.Namespace, seen: list[dict[str, str]]) -> Callable[[Cell], CellResult]:
+    """Return a function that measures a cell of ``gpu``, and adds clocks and temperature to ``seen`` from time to time."""
+    timer, last = gpu_timer(device), float("-inf")
+    options: dict[str, Any] = {"rounds": GPU_ROUNDS, "seconds": GPU_SECONDS_PER_PEER}
+    if args.dry:
+        options = {"rounds": 1, "seconds": 0.0, "dry": True}
 
-    def __init__(self, device: torch.device, args: argparse.Namespace, seen: list[dict[str, str]]) -> None:
-        self.timer, self.args, self.seen = GpuTimer(device), args, seen
-        self.last = float("-inf")
-
-    def __call__(self, cell: Cell) -> CellResult:
-        result = self._measured(cell)
+    def measure(cell: Cell) -> CellResult:
+        nonlocal last
+        try:
+            result = runner.run_cell(cell, timer, peers=chosen(line_up(GPU, cell), args.peers), **options)
+        except Exception as error:  # The cell could not be set up; the others are still of use.
+            note, failed = runner.note_of(error, WHOLE_CELL)
+            result = CellResult(cell, (Row(WHOLE_CELL, note=note, failed=failed),))
+        timer.clean()
         # A collection looks at all objects of all modules, for half a second; from here on only at what is new. They stay
         # frozen: this run is the last work of the process.
-        gc.collect()
         gc.freeze()
-        if time.monotonic() - self.last >= SECONDS_BETWEEN_CONDITIONS:
+        if time.monotonic() - last >= SECONDS_BETWEEN_CONDITIONS:
             if found := conditions():
-                self.seen.append({"after": cell.name, **found})
-            self.last = time.monotonic()
+                seen.append({"after": cell.name, **found})
+            last = time.monotonic()
         return result
 
-    def _measured(self, cell: Cell) -> CellResult:
-        """Return a cell's result; one row that says why where the cell could not be set up."""
-        rounds, seconds = (1, 0.0) if self.args.dry else (GPU_ROUNDS, GPU_SECONDS_PER_PEER)
-        peers = chosen(LINE_UPS[GPU](cell), self.args.peers)
-        try:
-            return runner.run_cell(cell, self.timer, peers=peers, dry=self.args.dry, rounds=rounds, seconds=seconds)
-        except Exception as error:  # The other cells are still of use.
-            note, failed = runner.note_of(error, WHOLE_CELL)
-        self.timer.clean()
-        return CellResult(cell, (Row(WHOLE_CELL, note=note, failed=failed),), None, 0.0, 0.0, 0.0, None)
+    return measure

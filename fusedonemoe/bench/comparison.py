@@ -10,8 +10,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from rich.table import Table
-
 from fusedonemoe.bench import records, report
 from fusedonemoe.bench.peers import is_ours
 from fusedonemoe.bench.records import DamagedError
@@ -29,8 +27,8 @@ class IncomparableError(Exception):
 class Pair(NamedTuple):
     """A row of both runs."""
 
-    cell: str  # its name
-    peer: str  # its name
+    cell: str
+    peer: str
     before: float  # seconds in the older run
     now: float  # seconds in this one
 
@@ -47,20 +45,15 @@ def machine_of(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def load(path: str | os.PathLike[str], settings: dict[str, Any]) -> dict[str, Any]:
-    """Read an older file.
-
-    Raises:
-        IncomparableError: it is no file of results, of another suite, without times, or of another machine.
-    """
+    """Read an older file; raise IncomparableError where it holds no results, no times, or those of another suite or machine."""
     try:
         old = records.read(Path(path))
     except DamagedError as error:
         raise IncomparableError(f"no results of the benchmark ({error})") from error
     schema, suite = old.get("schema", "missing"), old["suite"]
     if schema != report.SCHEMA or suite != settings["suite"]:
-        raise IncomparableError(
-            f"expected schema {report.SCHEMA} and suite {settings['suite']}, got schema {schema} and suite {suite}"
-        )
+        expected = f"expected schema {report.SCHEMA} and suite {settings['suite']}"
+        raise IncomparableError(f"{expected}, got schema {schema} and suite {suite}")
     if settings.get("dry") or not any(row.get("seconds") for cell in old["cells"] for row in cell["rows"]):
         raise IncomparableError("a dry run has no times")
     before, now = machine_of(old), machine_of(settings)
@@ -86,11 +79,6 @@ def drift_of(pairs: list[Pair]) -> float:
     return median(others) if others else 1.0
 
 
-def is_slower(pair: Pair, drift: float) -> bool:
-    """Tell whether a row is slower by more than the tolerance, and by more than the drift explains."""
-    return pair.ratio > TOLERANCE and pair.ratio / drift > TOLERANCE
-
-
 def print_comparison(old: dict[str, Any], new: dict[str, Any]) -> bool:
     """Print every row of ours that both results have; return whether one of ours is slower than it was."""
     console = report.console()
@@ -99,20 +87,18 @@ def print_comparison(old: dict[str, Any], new: dict[str, Any]) -> bool:
         if (was := before.get(name)) != (now := after.get(name)):
             console.print(f"other version: {name} was {was or 'missing'}, is {now or 'missing'}", highlight=False)
     pairs = list(pairs_of(old, new))
-    table = Table(title=f"compared with the run of {old['date']}", title_justify="left")
-    for heading in ("cell", "peer", "ms before", "ms now", "x before", "others x before"):
-        table.add_column(heading, justify="left" if heading in ("cell", "peer") else "right", no_wrap=heading == "cell")
+    headings = ("cell", "peer", "ms before", "ms now", "x before", "others x before")
+    table = report.make_table(f"compared with the run of {old['date']}", headings)
     slower = 0
     for pair in pairs:
         if is_ours(pair.peer):
             drift = drift_of([other for other in pairs if other.cell == pair.cell])
-            bad = is_slower(pair, drift)
+            bad = min(pair.ratio, pair.ratio / drift) > TOLERANCE  # by more than the drift explains
             slower += bad
             figures = (report.milliseconds(pair.before), report.milliseconds(pair.now), f"{pair.ratio:.2f}", f"{drift:.2f}")
             table.add_row(pair.cell, pair.peer, *figures, style="red" if bad else None)
     console.print(table, highlight=False)
-    missing = {cell["name"] for cell in new["cells"]} - {pair.cell for pair in pairs}
-    if missing:
+    if missing := {cell["name"] for cell in new["cells"]} - {pair.cell for pair in pairs}:
         console.print(f"without a time in the older file: {', '.join(sorted(missing))}", highlight=False)
     console.print(f"{slower} slower by more than {TOLERANCE - 1:.0%}; the others' times, all cells: x {drift_of(pairs):.2f}")
     return slower > 0

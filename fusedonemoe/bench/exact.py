@@ -39,8 +39,7 @@ def gradient_of(name: str) -> str:
 def _random_columns(weight: Tensor) -> Tensor:
     """Return the columns that the gradient of a weight matrix is multiplied by."""
     generator = torch.Generator().manual_seed(9)
-    columns = torch.randn(weight.shape[-1], COLUMNS, generator=generator, dtype=torch.float64, device="cpu")
-    return columns.to(weight.device)
+    return torch.randn(weight.shape[-1], COLUMNS, generator=generator, dtype=torch.float64, device="cpu").to(weight.device)
 
 
 def exact_answer(cell: Cell, inputs: Inputs) -> dict[str, Tensor]:
@@ -88,13 +87,10 @@ def exact_answer(cell: Cell, inputs: Inputs) -> dict[str, Tensor]:
                 gradient[e] = (dz if name == "gate_up_bias" else dout).sum(0)
     if not training:
         return {OUTPUT: y}
-    if "weights" in wide:
-        found = {"x": dx, "weights": dweights}
-    elif "router" in wide:
-        of_x, of_router = torch.autograd.grad(weights_RK, (wide["x"], wide["router"]), dweights)
-        found = {"x": dx + of_x, "router": of_router}
-    else:
-        found = {"x": dx, "logits": torch.autograd.grad(weights_RK, wide["logits"], dweights)[0]}
+    leaves = {name: t for name, t in wide.items() if t.requires_grad and t.is_leaf}
+    of_routing = torch.autograd.grad(weights_RK, list(leaves.values()), dweights, allow_unused=True)
+    found = dict(zip(leaves, of_routing, strict=True))
+    found["x"] = dx if found["x"] is None else dx + found["x"]
     return {OUTPUT: y} | {gradient_of(name): gradient for name, gradient in (found | gradients).items()}
 
 
@@ -111,11 +107,9 @@ def _expert(cell: Cell, rows: Tensor, own: dict[str, Tensor]) -> tuple[Tensor, T
 
 
 def errors_of(cell: Cell, inputs: Inputs, answer: Answer, exact: Mapping[str, Tensor]) -> dict[str, float]:
-    """Compute the errors of an answer to the first draw; in training, to a gradient that is zero outside the sample.
+    """Compute ``||v - v64|| / ||v64||`` of every tensor of an answer to the first draw.
 
-    Returns:
-        ``||v - v64|| / ||v64||`` of every tensor; infinity for a wrong shape, wrong ids, a missing tensor, a gradient where none
-        can be, and a value that is not finite.
+    It is infinity for a wrong shape, wrong ids, a missing tensor, a gradient where none can be, and a value that is not finite.
     """
     if other := answer.keys() ^ exact.keys():
         return dict.fromkeys(sorted(other), INFINITE)

@@ -17,19 +17,18 @@ SPREAD = 6.0
 # of the largest logit. Peers differ in the dtype of their logits, so on other tokens they may rightly pick different experts.
 LEAST_GAP = 2.0
 CANDIDATES_PER_TOKEN = 8
+# The tensors that a call takes, by operator.
+NAMES: dict[str, tuple[str, ...]] = {"block": ("x",), "router": ("logits",), "experts": ("x", "logits")}
+NAMES |= dict.fromkeys(("merged", "quantized"), ("x", "experts", "weights"))
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Inputs of a cell; the same for every peer and every run on a device of this kind.
+    """Inputs of a cell; the same for every peer and every run on a device of this kind."""
 
-    Attributes:
-        draws: those tensors for each draw: x ``[T, D]``, of a block; x and logits ``[T, E]`` float32, of experts; x, ids ``[T,
-            K]`` and weights ``[T, K]`` float32, of a merged up-projection; logits, of a router.
-    """
-
-    names: tuple[str, ...]  # of the tensors that a call takes
-    draws: tuple[tuple[Tensor, ...], ...]
+    # Of the tensors that a call takes: x ``[T, D]``, logits ``[T, E]`` float32, ids and weights ``[T, K]``, the latter float32.
+    names: tuple[str, ...]
+    draws: tuple[tuple[Tensor, ...], ...]  # those tensors for each draw
     weights: dict[str, Tensor]  # by name, over one memory for all draws and peers
     experts: tuple[Tensor, ...]  # ids ``[T, K]`` of each draw
     sample: Tensor  # the tokens that are checked, ascending
@@ -47,12 +46,11 @@ def make_inputs(cell: Cell, device: torch.device, draws: int) -> Inputs:
     # Weights of a product over n have the size n^-0.5; biases 0.5. The last axis of a matrix is summed over, or the one before.
     sums = {"gate_up_proj": cell.D, "down_proj": cell.F, "proj": cell.D}
     weights = {n: normal(*s, scale=sums[n] ** -0.5 if n in sums else 0.5) for n, s in cell.weight_shapes.items() if n != "router"}
-    names: tuple[str, ...]
     tensors: list[tuple[Tensor, ...]]
     if cell.operator == "block":
         xs, ids, router = unambiguous_tokens(cell, draws)
         weights = {"router": router.to(device)} | weights
-        names, tensors, experts = ("x",), [(x.to(device),) for x in xs], [e.to(device) for e in ids]
+        tensors, experts = [(x.to(device),) for x in xs], [e.to(device) for e in ids]
     else:
         popularity_E = torch.zeros(cell.E, device=device)
         if cell.routing == "skewed":
@@ -60,18 +58,17 @@ def make_inputs(cell: Cell, device: torch.device, draws: int) -> Inputs:
         logits = [_logits(cell, popularity_E, generator) for _ in range(draws)]
         experts = [logits_TE.topk(cell.K, dim=1).indices for logits_TE in logits]
         if cell.operator == "router":
-            names, tensors = ("logits",), [(logits_TE,) for logits_TE in logits]
+            tensors = [(logits_TE,) for logits_TE in logits]
         elif cell.operator in ("merged", "quantized"):
             scores = [logits_TE.gather(1, ids).sigmoid() for logits_TE, ids in zip(logits, experts, strict=True)]
-            names = ("x", "experts", "weights")
             tensors = [(normal(cell.T, cell.D), *pair) for pair in zip(experts, scores, strict=True)]
         else:
-            names, tensors = ("x", "logits"), [(normal(cell.T, cell.D), logits_TE) for logits_TE in logits]
+            tensors = [(normal(cell.T, cell.D), logits_TE) for logits_TE in logits]
     sample = sampled_tokens(cell, experts[0])
     width = cell.F if cell.operator == "merged" else cell.D
     dys = tuple(normal(cell.T, width) for _ in range(draws if cell.mode == "training" else 0))
     checked = torch.zeros_like(dys[0]).index_copy_(0, sample, dys[0][sample]) if dys else None
-    return Inputs(names, tuple(tensors), weights, tuple(experts), sample, dys, checked)
+    return Inputs(NAMES[cell.operator], tuple(tensors), weights, tuple(experts), sample, dys, checked)
 
 
 def _logits(cell: Cell, popularity_E: Tensor, generator: torch.Generator) -> Tensor:
@@ -83,10 +80,10 @@ def _logits(cell: Cell, popularity_E: Tensor, generator: torch.Generator) -> Ten
 
 
 def unambiguous_tokens(cell: Cell, draws: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
-    """Draw tokens whose top K is the same in float64, float32 and bfloat16 arithmetic, on the CPU.
+    """Draw tokens ``[T, D]`` whose top K is the same in float64, float32 and bfloat16 arithmetic, on the CPU.
 
     Returns:
-        ``[T, D]`` tokens and ``[T, K]`` experts of each draw, and the router ``[E, D]``.
+        The tokens of each draw, their experts ``[T, K]``, and the router ``[E, D]``.
     """
     generator = torch.Generator().manual_seed(7)
     wanted = draws * cell.T
@@ -106,14 +103,9 @@ def unambiguous_tokens(cell: Cell, draws: int) -> tuple[tuple[Tensor, ...], tupl
 
 
 def sampled_tokens(cell: Cell, experts: Tensor) -> Tensor:
-    """Choose the tokens to check: of each expert the first and the last row, where a wrong border shows, and evenly spaced ones.
+    """Choose the tokens to check, ascending: all where that is affordable, by the ids ``[T, K]`` of their experts.
 
-    Args:
-        cell: the shape, which says how many can be afforded.
-        experts: ``[T, K]`` ids.
-
-    Returns:
-        Ascending ids of tokens; all of them where that is affordable.
+    Else of each expert the first and the last row, where a wrong border shows, and evenly spaced ones.
     """
     affordable = int(CHECKED_FLOPS / max(2.0 * cell.active_parameters, 1.0))
     device = experts.device

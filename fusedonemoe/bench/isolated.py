@@ -15,6 +15,9 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from fusedonemoe.bench import runner
 from fusedonemoe.bench.ceilings import Ceilings
@@ -31,48 +34,39 @@ PROCESS = "(process)"
 # Before a line of the child's stderr that says what it is about to do.
 MARK = "bench: "
 MOST_SECONDS = 900
-# Less than for a few cells: these are many, and some calls take seconds.
-ROUNDS = 4
-SECONDS_PER_PEER = 0.25
 
 
 @dataclass(frozen=True)
 class Job:
-    """The task of a process."""
+    """The task of a process. Rounds and seconds are fewer than for a few cells: these are many, and some calls take seconds."""
 
     cell: Cell  # what to measure
     ceilings: Ceilings  # the best samples so far
     threads: int  # of every pool
     peers: re.Pattern[str] | None = None  # pattern of the peers' names; None for all
     real_time: bool = True  # ask for real-time priority while timing
-    rounds: int = ROUNDS  # turns of each peer
-    seconds: float = SECONDS_PER_PEER  # of timed calls for each peer
+    rounds: int = 4  # turns of each peer
+    seconds: float = 0.25  # of timed calls for each peer
 
 
 def run_job(job: Job) -> CellResult:
-    """Measure a cell in a process; one failed row where the process did not end well. The ceilings take its samples."""
+    """Do a job in a new process; one failed row where the process did not end well. The ceilings take its samples."""
     try:
-        return _in_a_process(job)
+        with tempfile.TemporaryDirectory(prefix="fusedonemoe-bench-") as folder:
+            given, made, said = (Path(folder, name) for name in ("job", "result", "stderr"))
+            given.write_bytes(pickle.dumps(job))
+            command = [*COMMAND, os.fspath(given), os.fspath(made)]
+            with open(said, "wb") as stderr:
+                streams: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": stderr}
+                try:
+                    ending = _ending(subprocess.call(command, env=environment(job), timeout=MOST_SECONDS, **streams))
+                except subprocess.TimeoutExpired:
+                    ending = f"took more than {MOST_SECONDS} s"
+            if not made.exists() or ending != _ending(0):
+                return _failed(job.cell, ending, said.read_text(encoding="utf-8", errors="replace"))
+            result, ceilings = pickle.loads(made.read_bytes())
     except OSError as error:  # a full disk, no folder for temporary files, no more processes
         return _failed(job.cell, f"the process could not be started: {reason_of(error)}", "")
-
-
-def _in_a_process(job: Job) -> CellResult:
-    with tempfile.TemporaryDirectory(prefix="fusedonemoe-bench-") as folder:
-        given, made = Path(folder, "job"), Path(folder, "result")
-        given.write_bytes(pickle.dumps(job))
-        command = [*COMMAND, os.fspath(given), os.fspath(made)]
-        try:
-            process = subprocess.run(
-                command, env=environment(job), capture_output=True, text=True, errors="replace", timeout=MOST_SECONDS, check=False
-            )
-        except subprocess.TimeoutExpired as stopped:
-            stderr = stopped.stderr or b""
-            text = stderr.decode(errors="replace") if isinstance(stderr, bytes) else stderr
-            return _failed(job.cell, f"took more than {MOST_SECONDS} s", text)
-        if process.returncode or not made.exists():
-            return _failed(job.cell, _ending(process.returncode), process.stderr)
-        result, ceilings = pickle.loads(made.read_bytes())
     job.ceilings.take(ceilings)
     assert isinstance(result, CellResult)
     return result
@@ -100,18 +94,11 @@ def _failed(cell: Cell, ending: str, stderr: str) -> CellResult:
     begun = [line.removeprefix(MARK) for line in lines if line.startswith(MARK)]
     where = f" while {begun[-1]}" if begun else ""
     said = f": {lines[-1]}" if lines and not lines[-1].startswith(MARK) else ""
-    row = Row(PROCESS, note=f"failed: {ending}{where}{said}", failed=True)
-    return CellResult(cell, (row,), None, 0.0, 0.0, 0.0, False)
-
-
-def _announce(text: str) -> None:
-    print(f"{MARK}{text}", file=sys.stderr, flush=True)
+    return CellResult(cell, (Row(PROCESS, note=f"failed: {ending}{where}{said}", failed=True),), real_time=False)
 
 
 def main(given: str, made: str) -> None:
     """Do a job: read it from one file, and write its result to the other."""
-    import torch
-
     # By its import name: here this module is __main__, and the job was pickled by the other.
     job = pickle.loads(Path(given).read_bytes())
     torch.set_num_threads(job.threads)
@@ -119,10 +106,10 @@ def main(given: str, made: str) -> None:
         job.cell,
         Timer(real_time=job.real_time),
         ceilings=job.ceilings,
-        peers=chosen(line_up(job.cell), job.peers),
+        peers=chosen(line_up("cpu", job.cell), job.peers),
         rounds=job.rounds,
         seconds=job.seconds,
-        announce=_announce,
+        announce=lambda text: print(f"{MARK}{text}", file=sys.stderr, flush=True),
     )
     Path(made).write_bytes(pickle.dumps((result, job.ceilings)))
 

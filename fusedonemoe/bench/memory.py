@@ -18,12 +18,6 @@ def peak_extra_bytes(call: Callable[[], Tensor | Iterable[Tensor | None]]) -> in
     (a dispatch mode would miss them, and resident memory would see pages that malloc keeps). The memory of the returned
     tensors is left out from the moment of its allocation. The pool of the CPU kernels is counted with torch's allocator,
     each with its own peak, so the sum is an upper bound. Scratch that a BLAS allocates for itself is not seen.
-
-    Args:
-        call: returns a tensor, or several.
-
-    Returns:
-        Bytes; 0 when the call allocates nothing but its results.
     """
     # Kineto announces its stages on stderr; it reads this once, when the process profiles for the first time.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -37,25 +31,20 @@ def peak_extra_bytes(call: Callable[[], Tensor | Iterable[Tensor | None]]) -> in
     results = [result] if isinstance(result, Tensor) else [t for t in result if t is not None]
     kept = {t.untyped_storage().data_ptr() for t in results}
     in_pool = pool_peak()
-    held = _replay(_allocations(profile.profiler.kineto_results.experimental_event_tree()), kept)
+    events = sorted(_allocations(profile.profiler.kineto_results.experimental_event_tree()), key=lambda e: e.start_time_ns)
+    held = _replay([(event.extra_fields.ptr, event.extra_fields.alloc_size) for event in events], kept)
     return held + max(0, in_pool - sum(pooled_size(t) for t in results))
 
 
-def _allocations(events: Iterable[Any]) -> list[tuple[int, int]]:
-    """Address and size of every allocation (positive) and release (negative), in the order of time."""
-
-    def walk(events: Iterable[Any]) -> Iterator[Any]:
-        for event in events:
-            if event.tag == torch._C._profiler._EventType.Allocation:
-                yield event
-            yield from walk(event.children)
-
-    ordered = sorted(walk(events), key=lambda event: event.start_time_ns)
-    return [(event.extra_fields.ptr, event.extra_fields.alloc_size) for event in ordered]
+def _allocations(events: Iterable[Any]) -> Iterator[Any]:
+    for event in events:
+        if event.tag == torch._C._profiler._EventType.Allocation:
+            yield event
+        yield from _allocations(event.children)
 
 
 def _replay(allocations: list[tuple[int, int]], kept: set[int]) -> int:
-    """The running peak, without the last allocation at each address in ``kept``: addresses are used again."""
+    """Return the peak of allocations (positive) and releases by address, without the last at each address in ``kept``."""
     last = {ptr: i for i, (ptr, size) in enumerate(allocations) if size > 0 and ptr in kept}
     held = peak = 0
     for i, (ptr, size) in enumerate(allocations):
@@ -67,12 +56,7 @@ def _replay(allocations: list[tuple[int, int]], kept: set[int]) -> int:
 
 
 def held_bytes(call: Callable[[], Tensor], parameters: Iterable[Tensor | None]) -> tuple[int, Tensor]:
-    """Return the bytes that autograd holds for the backward of a call, each storage once and whole, and the call's result.
-
-    Args:
-        call: the forward; compiled or not.
-        parameters: whose storages do not count.
-    """
+    """Return the bytes that autograd holds for a backward, each storage once, those of parameters left out, and the result."""
     held: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:

@@ -2,18 +2,18 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fusedonemoe import MoE
 from fusedonemoe import functional as F
-from fusedonemoe.bench.workloads import MODES, Cell
+from fusedonemoe.bench.workloads import MODES, Cell, Named
 
 OURS = "fusedonemoe"
 GROUPED = "fusedonemoe grouped"
@@ -75,23 +75,14 @@ class WithWeights(NamedTuple):
 
 @dataclass(frozen=True)
 class Peer:
-    """One contender.
-
-    Attributes:
-        build: from a cell and its weights, which all peers share, to the forward that is timed. It may keep copies that its users
-            would make once.
-    """
+    """One contender."""
 
     name: str  # as printed
+    # From a cell and its weights, which all peers share, to the forward that is timed. It may keep copies made once.
     build: Callable[[Cell, Weights], Forward | WithWeights]
     modes: tuple[str, ...] = ("forward",)  # of the cells that it can run
     copies: int = 0  # the number of copies of the weights that it keeps
     metered: bool = True  # whether its memory is allocated by torch or by this library, so that its peak can be measured
-
-    @property
-    def is_ours(self) -> bool:
-        """True for this library."""
-        return is_ours(self.name)
 
 
 def is_ours(name: str) -> bool:
@@ -99,15 +90,7 @@ def is_ours(name: str) -> bool:
     return name.startswith(OURS)
 
 
-class Contender(Protocol):
-    """A peer of any suite."""
-
-    @property
-    def name(self) -> str:
-        """The name, as printed."""
-
-
-P = TypeVar("P", bound=Contender)
+P = TypeVar("P", bound=Named)
 
 
 def chosen(peers: Iterable[P], pattern: re.Pattern[str] | None) -> list[P]:
@@ -132,7 +115,8 @@ def our_impl(device: torch.device) -> str:
     return "triton" if device.type == "cuda" or interpreted() else "auto"
 
 
-def _device_of(weights: Weights) -> torch.device:
+def device_of(weights: Weights) -> torch.device:
+    """Return the device of all weights."""
     return next(iter(weights.values())).device
 
 
@@ -158,27 +142,13 @@ def _our_router(cell: Cell, weights: Weights) -> Forward:
 
 
 def _our_experts(cell: Cell, weights: Weights, impl: str | None = None) -> Forward:
-    router = _our_router(cell, weights)
-    options: dict[str, Any] = {
-        "gate_up_bias": weights.get("gate_up_bias"),
-        "down_bias": weights.get("down_bias"),
-        "activation": cell.activation,
-        "gated": cell.gated,
-        "gate_up_layout": cell.layout,
-        "transposed": cell.transposed,
-        "save_percent": cell.save_percent,
-        "impl": impl or our_impl(_device_of(weights)),
-    }
-
-    def forward(x: Tensor, logits: Tensor) -> Tensor:
-        scores, experts = router(logits)
-        return F.experts_mlp(x, experts, scores, weights["gate_up_proj"], weights["down_proj"], **options)
-
-    return forward
+    options: dict[str, Any] = {name: getattr(cell, name) for name in ("activation", "gated", "transposed", "save_percent")}
+    options |= {"gate_up_layout": cell.layout, "impl": impl or our_impl(device_of(weights)), **weights}
+    return routed(_our_router(cell, weights), partial(F.experts_mlp, **options))
 
 
 def _our_merged(cell: Cell, weights: Weights, impl: str | None = None) -> Forward:
-    impl = impl or our_impl(_device_of(weights))
+    impl = impl or our_impl(device_of(weights))
     return lambda x, experts, scores: F.experts_merged(x, experts, scores, weights["proj"], impl=impl)
 
 
@@ -189,6 +159,16 @@ def route(cell: Cell, logits: Tensor) -> tuple[Tensor, Tensor]:
         return picked.softmax(-1), experts
     scores, experts = logits.softmax(-1).topk(cell.K, dim=-1)
     return (scores / scores.sum(-1, keepdim=True) if cell.norm_topk_prob else scores), experts
+
+
+def routed(router: Callable[..., Any], experts: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Forward:
+    """Put a router in front of experts, which take rows, ids and weights."""
+
+    def forward(x: Tensor, logits: Tensor) -> Tensor:
+        scores, ids = router(logits)
+        return experts(x, ids, scores)
+
+    return forward
 
 
 def cheap_route(x: Tensor, router: Tensor, K: int) -> tuple[Tensor, Tensor]:
@@ -219,25 +199,48 @@ def _check_rows(cell: Cell) -> None:
         raise UnavailableError("torch's grouped_mm takes rows of whole 16 bytes only")
 
 
-def _plain_experts(cell: Cell, weights: Weights) -> Forward:
-    """Sort, gather, two grouped products, weigh, put back, sum: the usual experts in torch without kernels of their own."""
-    _check_rows(cell)
-    up, down = columns_last(cell, weights)
-    up_bias, down_bias = weights.get("gate_up_bias"), weights.get("down_bias")
+def sorted_experts(
+    cell: Cell,
+    matrices: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    product_of: Callable[[Tensor, Tensor], Callable[[Tensor, Tensor, Tensor | None], Tensor]],
+) -> Forward:
+    """Sort, gather, two grouped products, weigh, put back, sum.
 
-    def forward(x: Tensor, logits: Tensor) -> Tensor:
-        scores, experts = route(cell, logits)
+    Args:
+        cell: the shape.
+        matrices: up and down, as ``[E, D, G]`` and ``[E, F, D]``.
+        biases: those of up and down.
+        product_of: from the sorted ids and the number of rows of each expert to the product of rows and matrices, with a bias.
+    """
+    (up, down), (up_bias, down_bias) = matrices, biases
+
+    def compute(x: Tensor, experts: Tensor, scores: Tensor) -> Tensor:
         ids, order = experts.flatten().sort(stable=True)
         counts = torch.zeros(cell.E, dtype=torch.int32, device=x.device)
-        offsets = counts.scatter_add_(0, ids, torch.ones_like(ids, dtype=torch.int32)).cumsum(0, dtype=torch.int32)
-        z = nn.functional.grouped_mm(x[order // cell.K], up, offs=offsets)
-        hidden = activated(z if up_bias is None else z + up_bias[ids], cell)
-        out = nn.functional.grouped_mm(hidden, down, offs=offsets)
-        out = out if down_bias is None else out + down_bias[ids]
+        product = product_of(ids, counts.scatter_add_(0, ids, torch.ones_like(ids, dtype=torch.int32)))
+        out = product(activated(product(x[order // cell.K], up, up_bias), cell), down, down_bias)
         out = out * scores.flatten()[order, None].to(x.dtype)
         return torch.empty_like(out).index_copy(0, order, out).view(cell.T, cell.K, cell.D).sum(1)
 
-    return forward
+    return routed(partial(route, cell), compute)
+
+
+def _plain_experts(cell: Cell, weights: Weights) -> Forward:
+    """Return the usual experts in torch without kernels of their own."""
+    _check_rows(cell)
+
+    def product_of(ids: Tensor, counts: Tensor) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+        offsets = counts.cumsum(0, dtype=torch.int32)
+
+        def product(rows: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
+            out = nn.functional.grouped_mm(rows, matrices, offs=offsets)
+            return out if bias is None else out + bias[ids]
+
+        return product
+
+    biases = (weights.get("gate_up_bias"), weights.get("down_bias"))
+    return sorted_experts(cell, columns_last(cell, weights), biases, product_of)
 
 
 def qwen3_moe_config(D: int, inner: int, E: int, K: int, implementation: str = "grouped_mm") -> Any:
@@ -269,7 +272,7 @@ def _check_transformers(cell: Cell, device: torch.device, implementation: str) -
 
 
 def _transformers_block(cell: Cell, weights: Weights, implementation: str = "grouped_mm") -> Forward:
-    _check_transformers(cell, _device_of(weights), implementation)
+    _check_transformers(cell, device_of(weights), implementation)
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
     with torch.device("meta"):
@@ -280,34 +283,27 @@ def _transformers_block(cell: Cell, weights: Weights, implementation: str = "gro
 
 
 def _transformers_experts(cell: Cell, weights: Weights, implementation: str) -> Forward:
-    _check_transformers(cell, _device_of(weights), implementation)
-    experts: Any = _transformers_module(cell, implementation)
-    names = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
-    for name, parameter in zip(names, _parameters(weights), strict=False):
-        setattr(experts, name, parameter)
-
-    def forward(x: Tensor, logits: Tensor) -> Tensor:
-        scores, ids = route(cell, logits)
-        return experts(x, ids, scores.to(x.dtype))
-
-    return forward
-
-
-def _transformers_module(cell: Cell, implementation: str) -> nn.Module:
-    """Return the experts of a model with the cell's options, without memory of their own."""
+    """Return the experts of a model with the cell's options."""
+    _check_transformers(cell, device_of(weights), implementation)
     with torch.device("meta"):
+        experts: Any
         if cell.is_plain:
             from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-            return Qwen3MoeExperts(qwen3_moe_config(cell.D, cell.F, cell.E, cell.K, implementation))
-        if (cell.activation, cell.bias, cell.layout, cell.transposed) == ("swiglu_oai", True, "interleaved", True):
+            experts = Qwen3MoeExperts(qwen3_moe_config(cell.D, cell.F, cell.E, cell.K, implementation))
+        elif (cell.activation, cell.bias, cell.layout, cell.transposed) == ("swiglu_oai", True, "interleaved", True):
             from transformers import GptOssConfig
             from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
             sizes: dict[str, Any] = {"hidden_size": cell.D, "intermediate_size": cell.F, "num_local_experts": cell.E}
             sizes |= {"num_experts_per_tok": cell.K, "experts_implementation": implementation}
-            return GptOssExperts(GptOssConfig(**sizes))
-    raise UnavailableError("no model in transformers has experts with these options")
+            experts = GptOssExperts(GptOssConfig(**sizes))
+        else:
+            raise UnavailableError("no model in transformers has experts with these options")
+    names = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
+    for name, parameter in zip(names, _parameters(weights), strict=False):
+        setattr(experts, name, parameter)
+    return routed(partial(route, cell), lambda x, ids, scores: experts(x, ids, scores.to(x.dtype)))
 
 
 def _loop_block(cell: Cell, weights: Weights) -> WithWeights:
@@ -336,14 +332,8 @@ def _loop_block(cell: Cell, weights: Weights) -> WithWeights:
     return WithWeights(forward, {"router": router, **stacks})
 
 
-def _dense_block(cell: Cell, weights: Weights) -> Forward:
+def masked_block(cell: Cell, weights: Weights) -> Forward:
     """Compute every token by every expert, and mask the sum by the routing weights: the original's formulation."""
-    times = cell.E / cell.K
-    flops = 6 * cell.T * cell.E * cell.D * cell.F * (3 if cell.mode == "training" else 1)
-    if times > MOST_TIMES_THE_WORK:
-        raise UnavailableError(f"computes {times:.0f} times the work")
-    if flops > MOST_FLOPS:
-        raise UnavailableError(f"computes {times:.0f} times the work, {flops / 1e9:.0f} GFLOP")
     router, gate_up, down = weights.values()
 
     def forward(x: Tensor) -> Tensor:
@@ -355,6 +345,16 @@ def _dense_block(cell: Cell, weights: Weights) -> Forward:
         return torch.matmul(hidden, down.transpose(1, 2)).sum(0)
 
     return forward
+
+
+def _dense_block(cell: Cell, weights: Weights) -> Forward:
+    times = cell.E / cell.K
+    flops = 6 * cell.T * cell.E * cell.D * cell.F * (3 if cell.mode == "training" else 1)
+    if times > MOST_TIMES_THE_WORK:
+        raise UnavailableError(f"computes {times:.0f} times the work")
+    if flops > MOST_FLOPS:
+        raise UnavailableError(f"computes {times:.0f} times the work, {flops / 1e9:.0f} GFLOP")
+    return masked_block(cell, weights)
 
 
 def _einsum_merged(cell: Cell, weights: Weights) -> Forward:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from fusedonemoe import files
-from fusedonemoe.bench.libraries import LINE_UP
+from fusedonemoe.bench.libraries import ON_CPUS
 from fusedonemoe.bench.peers import OURS, is_ours
 
 # Okabe and Ito's colours, which all common forms of colour blindness tell apart; ours have the warm ones to themselves.
@@ -29,18 +29,9 @@ TITLES = {
     "decode": "forward in a CUDA graph",
 }
 
-Panel = tuple[str, str, str]
 
-
-def _panel_of(cell: dict[str, Any]) -> Panel:
+def _panel_of(cell: dict[str, Any]) -> tuple[str, str, str]:
     return cell.get("operator", ""), cell.get("mode", "forward"), cell.get("allocator", "default")
-
-
-def _title(panel: Panel, dtype: str, several: bool) -> str:
-    operator, mode, allocator = panel
-    what = TITLES.get(mode, mode)
-    extra = ", huge pages" if allocator != "default" else ""
-    return f"{operator + ', ' if several else ''}{what}, {dtype}{extra}"
 
 
 def _label(cell: dict[str, Any]) -> str:
@@ -56,8 +47,7 @@ def _unique(values: Iterable[Any]) -> list[Any]:
 
 def _styles(peers: list[str]) -> dict[str, dict[str, Any]]:
     """Return the style of each peer; peers of the suite for CPUs look the same in every picture."""
-    known = [peer.name for peer in LINE_UP]
-    peers = [*known, *(peer for peer in peers if peer not in known)]
+    peers = _unique([*(peer.name for peer in ON_CPUS), *peers])
     ours, others = [p for p in peers if is_ours(p)], [p for p in peers if not is_ours(p)]
     styles: dict[str, dict[str, Any]] = {}
     for n, peer in enumerate(ours):
@@ -74,15 +64,13 @@ def _draw_panel(axes: Axes, cells: list[dict[str, Any]], styles: dict[str, dict[
     for line, cell in enumerate(cells):
         axes.axhline(line, color="0.9", linewidth=0.8, zorder=1)
         floor = cell.get("floor_seconds")
-        times = {row["peer"]: row["seconds"] / floor for row in cell["rows"] if row.get("seconds") and floor}
-        incomplete = {row["peer"] for row in cell["rows"] if not row.get("comparable", True)}
+        rows = {row["peer"]: row for row in cell["rows"] if row.get("seconds") and floor}
         for peer, style in styles.items():
-            if peer in times:
-                hollow = {"facecolors": "none", "edgecolors": style["color"]} if peer in incomplete else {}
-                shown = {name: value for name, value in style.items() if not (hollow and name in ("color", "edgecolors"))}
-                axes.scatter(
-                    [min(times[peer], MOST_SHOWN)], [line], clip_on=False, linewidths=1.0 if hollow else 0.5, **shown, **hollow
-                )
+            if row := rows.get(peer):
+                style = style | {"linewidths": 0.5}
+                if not row.get("comparable", True):  # hollow
+                    style |= {"facecolors": "none", "edgecolors": style.pop("color"), "linewidths": 1.0}
+                axes.scatter([min(row["seconds"] / floor, MOST_SHOWN)], [line], clip_on=False, **style)
     axes.axvline(1, color="0.35", linewidth=1, zorder=2)
     axes.set_xscale("log")
     axes.set_xlim(right=MOST_SHOWN)
@@ -123,16 +111,15 @@ def check(path: Path) -> None:
     files.check(path)
 
 
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure in the format of the path's ending; raise UnwritableError where it cannot be written."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=150, format=_format_of(path))
+    files.write(path, drawn.getvalue())
+
+
 def draw(path: Path, results: dict[str, Any]) -> None:
-    """Write the picture.
-
-    Args:
-        path: of the PNG, or of another format that its ending names; its folder is made.
-        results: what the benchmark writes as JSON.
-
-    Raises:
-        UnwritableError: it cannot be written.
-    """
+    """Write the picture of results as they are in a file, as PNG or the format of the path's ending; raise UnwritableError."""
     cells = results["cells"]
     peers = _unique(row["peer"] for cell in cells for row in cell["rows"] if row.get("seconds"))
     styles = _styles(peers)
@@ -150,13 +137,13 @@ def draw(path: Path, results: dict[str, Any]) -> None:
                 axes.set_axis_off()
                 continue
             _draw_panel(axes, shown[panel, dtype], styles)
-            axes.set_title(_title(panel, dtype, several), fontsize=11, loc="left")
+            operator, mode, allocator = panel
+            title = f"{operator + ', ' if several else ''}{TITLES.get(mode, mode)}, {dtype}"
+            axes.set_title(title + (", huge pages" if allocator != "default" else ""), fontsize=11, loc="left")
     for axes in filter(lambda axes: axes.axison, grid[-1]):
         axes.set_xlabel("time in multiples of the floor (1 is the least this machine needs)")
     handles = [grid[0][0].scatter([], [], label=peer, linewidths=0.5, **styles[peer]) for peer in styles if peer in peers]
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=2 * len(dtypes), frameon=False)
     figure.suptitle("\n".join(_caption(results)), fontsize=10)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=150, format=_format_of(path))
-    files.write(path, drawn.getvalue())
+    save(figure, path)

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -34,7 +34,7 @@ class Kind:
     """The values that a field may hold."""
 
     told: str  # the same in words
-    holds: Callable[[Any], bool]  # decides
+    holds: Callable[[Any], bool]
     needed: bool = False  # whether the field may not be missing
 
     @property
@@ -73,8 +73,8 @@ SIZE = Kind("a whole number from 1", lambda value: COUNT.holds(value) and value 
 PERCENT = Kind("a number from 0 to 100", lambda value: _is_amount(value) and value <= 100)
 # An answer that is far off has an error that is infinite or no number.
 ERROR = Kind("a number", lambda value: isinstance(value, float) or _is_amount(value))
-PAIR = Kind("two numbers", lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is_amount, value)))
 AMOUNTS = Kind("a list of numbers", lambda value: isinstance(value, list) and all(map(_is_amount, value)))
+PAIR = Kind("two numbers", lambda value: AMOUNTS.holds(value) and len(value) == 2)
 OBJECT = Kind("an object", lambda value: isinstance(value, dict))
 LIST = Kind("a list", lambda value: isinstance(value, list))
 FILLED = Kind("a list that is not empty", lambda value: isinstance(value, list) and bool(value))
@@ -88,16 +88,10 @@ RUN: Fields = {
     "suite": TEXT.here,
     "date": TEXT.here,
     "versions": VERSIONS,
-    "cpu": TEXT.or_null,
-    "cpu_capability": TEXT.or_null,
-    "cores": COUNT.or_null,
-    "threads": COUNT.or_null,
-    "peers": TEXT.or_null,
+    **dict.fromkeys(("cpu", "cpu_capability", "peers", "impl", "huge_pages"), TEXT.or_null),
+    **dict.fromkeys(("cores", "threads"), COUNT.or_null),
     "dry": FLAG.or_null,
-    "impl": TEXT.or_null,
-    "gpu": OBJECT.or_null,
-    "allocators": OBJECT.or_null,
-    "huge_pages": TEXT.or_null,
+    **dict.fromkeys(("gpu", "allocators"), OBJECT.or_null),
     "conditions": LIST,
 }
 GPU: Fields = {"name": TEXT.here}
@@ -113,11 +107,9 @@ CELL: Fields = {
     "load": AMOUNTS,
     "real_time": FLAG.or_null,
     "experts_hit": AMOUNT,
-    **dict.fromkeys(
-        ("floor_seconds", "flops_per_s", "bytes_per_s", "flops", "touched_bytes", "parameters", "active_parameters"),
-        AMOUNT.or_null,
-    ),
-    **dict.fromkeys(("dense_seconds", "copy_seconds", "floor_tokens_per_second"), AMOUNT.or_null),
+    **dict.fromkeys(("floor_seconds", "flops_per_s", "bytes_per_s", "flops", "touched_bytes"), AMOUNT.or_null),
+    **dict.fromkeys(("parameters", "active_parameters", "floor_tokens_per_second"), AMOUNT.or_null),
+    **dict.fromkeys(("dense_seconds", "copy_seconds"), AMOUNT.or_null),
 }
 ROW: Fields = {
     "peer": TEXT.here,
@@ -142,18 +134,12 @@ def _shown(value: Any) -> str:
 
 
 def check(values: Any, fields: Fields, where: str = "") -> dict[str, Any]:
-    """Check an object's fields.
+    """Return an object whose fields hold what they may, else raise DamagedError.
 
     Args:
-        values: of which nothing is known yet.
-        fields: what each may hold.
-        where: of the object in its file, as ``"cells[0]"``; empty for the whole file.
-
-    Returns:
-        The object.
-
-    Raises:
-        DamagedError: it is no object, or a field is missing or holds something else.
+        values: the object, of which nothing is known yet.
+        fields: the values that each field may hold.
+        where: its place in the file, as ``"cells[0]"``; empty for the whole file.
     """
     if not isinstance(values, dict):
         raise DamagedError(f"{where or 'the file'} must be an object, got {_shown(values)}")
@@ -166,37 +152,20 @@ def check(values: Any, fields: Fields, where: str = "") -> dict[str, Any]:
     return values
 
 
-def check_cells(results: dict[str, Any]) -> None:
-    """Check ``cells`` of a file and their rows, as :func:`check` does."""
-    check(results, {"cells": LIST.here})
-    for n, cell in enumerate(results["cells"]):
-        check(cell, CELL, f"cells[{n}]")
-        for r, row in enumerate(cell["rows"]):
-            check(row, ROW, f"cells[{n}].rows[{r}]")
-
-
-def _inside(values: dict[str, Any] | list[Any]) -> Iterable[Any]:
-    return values.values() if isinstance(values, dict) else values
-
-
 def check_levels(values: Any) -> None:
     """Raise DamagedError where lists and objects are nested deeper than in a file of results."""
     level = [values]
     for _ in range(MOST_LEVELS):
-        level = [inner for each in level if isinstance(each, dict | list) for inner in _inside(each)]
-        if not level:
+        lists = [list(each.values()) if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
+        if not (level := [inner for each in lists for inner in each]):
             return
     raise DamagedError(TOO_DEEP)
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a file that ``bench --json`` wrote; every reader of such files reads them here.
+    """Read a file that ``bench --json`` wrote; raise DamagedError where it cannot be read, or is no file of results.
 
-    Returns:
-        The results; every field that is listed here has a value that it may have.
-
-    Raises:
-        DamagedError: the file cannot be read, or is no file of results.
+    Every reader of such files reads them here, so every field that is listed above has a value that it may have.
     """
     content = _content_of(path)
     try:
@@ -211,7 +180,11 @@ def read(path: Path) -> dict[str, Any]:
     check(results, RUN)
     if results.get("gpu") is not None:
         check(results["gpu"], GPU, "gpu")
-    check_cells(results)
+    check(results, {"cells": LIST.here})
+    for n, cell in enumerate(results["cells"]):
+        check(cell, CELL, f"cells[{n}]")
+        for r, row in enumerate(cell["rows"]):
+            check(row, ROW, f"cells[{n}].rows[{r}]")
     return dict(results)
 
 

@@ -5,11 +5,12 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from fusedonemoe.bench import gpu_libraries, libraries
+from fusedonemoe.bench.libraries import PACKAGES
 from fusedonemoe.bench.peers import OURS, PREPACKED, YARDSTICK, is_ours
-from fusedonemoe.bench.results import CellResult, Row
+from fusedonemoe.bench.results import CellResult
 from fusedonemoe.bench.workloads import ALLOCATORS, Floor, LeastWork
 
-PACKAGES = ("fusedonemoe", "torch", "transformers", "numpy")
 SCHEMA = 1
 # Fields of rows that only cells with weights in several forms have.
 OF_SOME = ("weight_bytes", "floor_seconds", "weight_error")
@@ -55,7 +55,7 @@ def cpu_model() -> str:
 
 def describe_run(*, suite: str, peers: re.Pattern[str] | None = None) -> dict[str, Any]:
     """Describe what every figure depends on: versions, machine, threads, date; of the suite ``cpu``, the allocators."""
-    packages = (*PACKAGES, *{"cpu": libraries.PACKAGES, "gpu": gpu_libraries.PACKAGES}.get(suite, ()))
+    packages = ("fusedonemoe", "torch", "transformers", "numpy", *PACKAGES.get(suite, ()))
     settings = {
         "suite": suite,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -88,39 +88,23 @@ def print_heading(settings: dict[str, Any]) -> None:
 
 @contextmanager
 def progress(total: int, *, in_pipes: bool = False) -> Iterator[Callable[[str], None]]:
-    """Show a bar on stderr while cells run.
-
-    Args:
-        total: how many cells.
-        in_pipes: whether stderr gets a line for each cell when it is no terminal, instead of nothing.
+    """Show a bar on stderr while cells run; ``in_pipes``, a line for each cell when stderr is no terminal, instead of nothing.
 
     Yields:
         A function that takes the name of the cell that begins.
     """
-    console = Console(stderr=True)
+    console, start, begun = Console(stderr=True), time.monotonic(), count()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
     # Drawn between cells only: a thread that redraws would share the cores, and the priority, with what is timed.
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[left]}"),
-        console=console,
-        auto_refresh=False,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    start = time.monotonic()
-    with bar:
+    with Progress(*columns, console=console, auto_refresh=False, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=total, left="")
-        begun = 0
 
         def advance(name: str) -> None:
-            nonlocal begun
-            left = time_left(time.monotonic() - start, begun, total)
-            bar.update(task, description=name, completed=begun, left=left, refresh=True)
+            done = next(begun)
+            left = time_left(time.monotonic() - start, done, total)
+            bar.update(task, description=name, completed=done, left=left, refresh=True)
             if in_pipes and not console.is_terminal:
-                print(f"[{begun}/{total}] {name} {left}".rstrip(), file=sys.stderr, flush=True)
-            begun += 1
+                print(f"[{done}/{total}] {name} {left}".rstrip(), file=sys.stderr, flush=True)
 
         yield advance
 
@@ -133,76 +117,84 @@ def time_left(elapsed: float, done: int, total: int) -> str:
     return f"about {minutes:.0f} min left" if minutes >= 1.5 else f"about {60 * minutes:.0f} s left"
 
 
-def _number(value: float | None, form: str = ".2f") -> str:
+def number(value: float | None, form: str = ".2f") -> str:
+    """Format a number; nothing for None."""
     return "" if value is None else format(value, form)
 
 
-def milliseconds(seconds: float) -> str:
-    """Format a time in milliseconds; to tens of nanoseconds where it is short."""
-    return f"{seconds * 1e3:.2f}" if seconds >= 1e-4 else f"{seconds * 1e3:.4f}"
+def milliseconds(seconds: float | None) -> str:
+    """Format a time in milliseconds; to tens of nanoseconds where it is short, nothing for 0 and None."""
+    return f"{seconds * 1e3:{'.2f' if seconds >= 1e-4 else '.4f'}}" if seconds else ""
 
 
-def _milliseconds(timed: Row | Floor | None) -> str:
-    return milliseconds(timed.seconds) if timed and timed.seconds else ""
+def megabytes(size: float | None) -> str:
+    """Format bytes in megabytes; nothing for None."""
+    return number(None if size is None else size / 1e6, ".1f")
 
 
-def _megabytes(size: float | None) -> str:
-    return _number(None if size is None else size / 1e6, ".1f")
+def make_table(title: str, headings: Iterable[str], *, names: Container[str] = ("cell", "peer"), caption: str = "") -> Table:
+    """Make a table whose columns are numbers, but for those of ``names``."""
+    table = Table(title=title, title_justify="left", caption=caption or None, caption_justify="left")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in names else "right", no_wrap=heading in names)
+    return table
 
 
-def _columns(result: CellResult) -> dict[str, Callable[[Row], str]]:
-    """Return the text of each column for a row; in ``ms`` the note where there is no time."""
-
-    def tail(row: Row) -> str:
-        return " ".join(milliseconds(seconds) for seconds in (row.p95_seconds, row.p99_seconds) if seconds)
-
-    columns: dict[str, Callable[[Row], str]] = {
-        "peer": lambda row: row.peer if row.comparable else f"{row.peer} *",
-        "ms": lambda row: _milliseconds(row) or row.note,
-        "p95 p99": tail,
-        "tokens/s": lambda row: _number(result.tokens_per_second(row), ",.0f"),
-        "x floor": lambda row: _number(result.times_floor(row)),
-        "of dense": lambda row: _number(result.of_dense(row)),
-        "of copy": lambda row: _number(result.of_copy(row)),
-        "x best peer": lambda row: _number(result.times_best(row)),
-        f"x faster than {YARDSTICK[result.cell.operator]}": lambda row: _number(result.times_faster(row)),
-        "error": lambda row: _number(row.error, ".1e"),
-        "peak MB": lambda row: _megabytes(row.peak_bytes),
-        "promised MB": lambda row: _megabytes(result.promised_bytes(row)) if row.seconds else "",
-        "held MB": lambda row: _megabytes(row.held_bytes),
-        "read MB": lambda row: _megabytes(row.weight_bytes),
-        "GB/s": lambda row: _number(row.weight_bytes / row.seconds / 1e9 if row.weight_bytes and row.seconds else None, ".1f"),
-        "change of outputs": lambda row: _number(row.weight_error, ".2%"),
+def _columns(cell: Mapping[str, Any]) -> dict[str, Callable[[Mapping[str, Any]], str]]:
+    """Return the text of each column for a row of a cell of a file; in ``ms`` the note where there is no time."""
+    rows, floor = cell["rows"], cell["floor_seconds"]
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "peer": lambda row: row["peer"] if row["comparable"] else f"{row['peer']} *",
+        "ms": lambda row: milliseconds(row["seconds"]) or row["note"],
+        "p95 p99": lambda row: " ".join(filter(None, map(milliseconds, (row["p95_seconds"], row["p99_seconds"])))),
+        "tokens/s": lambda row: number(row["tokens_per_second"], ",.0f"),
+        "x floor": lambda row: number(floors(row, floor)),
     }
-    if not any(row.held_bytes for row in result.rows):
-        del columns["held MB"]
-    if not any(row.weight_bytes for row in result.rows):
-        del columns["read MB"], columns["GB/s"], columns["change of outputs"]
-    if result.copy_seconds is None:
-        del columns["of dense"], columns["of copy"]
+    if cell["copy_seconds"] is not None:
+        columns |= {"of dense": lambda row: number(row["of_dense"]), "of copy": lambda row: number(row["of_copy"])}
     # Cells with a label are for the comparison with the best; the others show the promised memory.
-    del columns["promised MB" if result.cell.label else "x best peer"]
+    if cell["label"]:
+        columns["x best peer"] = lambda row: number(row["times_best"])
+    columns |= {
+        f"x faster than {cell['yardstick']}": lambda row: number(row["times_faster"]),
+        "error": lambda row: number(row["error"], ".1e"),
+        "peak MB": lambda row: megabytes(row["peak_bytes"]),
+    }
+    if not cell["label"]:
+        columns["promised MB"] = lambda row: megabytes(row["promised_bytes"]) if row["seconds"] else ""
+    if any(row["held_bytes"] for row in rows):
+        columns["held MB"] = lambda row: megabytes(row["held_bytes"])
+    if any(row.get("weight_bytes") for row in rows):
+        columns |= {
+            "read MB": lambda row: megabytes(row.get("weight_bytes")),
+            "GB/s": lambda row: number(row["weight_bytes"] / row["seconds"] / 1e9 if row["seconds"] else None, ".1f"),
+            "change of outputs": lambda row: number(row.get("weight_error"), ".2%"),
+        }
     return columns
 
 
-def title_of(
-    name: str, floor: Floor | None, rates: tuple[float, float], work: LeastWork | None, parameters: tuple[int, int]
-) -> str:
+def floors(row: Mapping[str, Any], of_cell: float | None) -> float | None:
+    """Return a row's time in multiples of its floor: that of the bytes it reads if it has one, else that of the cell."""
+    floor = row.get("floor_seconds") or of_cell
+    return row["seconds"] / floor if row.get("seconds") and floor else None
+
+
+def title_of(name: str, accounts: Mapping[str, Any]) -> str:
     """Return the heading of a table: name, floor with its rates, work, and all and active parameters."""
     title = name
-    if floor:
-        title += f"   floor {milliseconds(floor.seconds)} ms (by {floor.bound_by}: {rates[0] / 1e9:.0f} GFLOP/s, "
-        title += f"{rates[1] / 1e9:.0f} GB/s)"
-    if work:
-        title += f"\n{work.flops / 1e9:.3g} GFLOP, {work.touched_bytes / 1e6:.3g} MB; "
-        title += f"{parameters[0] / 1e6:.3g} M parameters, {parameters[1] / 1e6:.3g} M active"
+    if accounts["floor_seconds"]:
+        title += f"   floor {milliseconds(accounts['floor_seconds'])} ms (by {accounts['floor_bound_by']}: "
+        title += f"{accounts['flops_per_s'] / 1e9:.0f} GFLOP/s, {accounts['bytes_per_s'] / 1e9:.0f} GB/s)"
+    if accounts["touched_bytes"] is not None:
+        title += f"\n{accounts['flops'] / 1e9:.3g} GFLOP, {accounts['touched_bytes'] / 1e6:.3g} MB; "
+        title += f"{accounts['parameters'] / 1e6:.3g} M parameters, {accounts['active_parameters'] / 1e6:.3g} M active"
     return title
 
 
 def accounts_of(
     floor: Floor | None, rates: tuple[float, float], work: LeastWork | None, parameters: tuple[int, int]
 ) -> dict[str, Any]:
-    """Return what :func:`title_of` shows as plain values."""
+    """Return what :func:`title_of` shows, by its name in a file; ``parameters`` are all, and those that one token meets."""
     return {
         "floor_seconds": floor and floor.seconds,
         "floor_bound_by": floor and floor.bound_by,
@@ -217,22 +209,18 @@ def accounts_of(
 
 def table_of(result: CellResult) -> Table:
     """Make a table of one cell: a row for each peer."""
-    cell = result.cell
-    parameters = (cell.parameters, cell.active_parameters)
-    title = title_of(cell.name, result.floor, (result.flops_per_s, result.bytes_per_s), result.work, parameters)
+    cell = cell_to_json(result)
+    title = title_of(cell["name"], cell)
     if result.floor and result.real_time is False:
         title = "   without real-time priority\n".join(title.split("\n", 1))
     # An absent peer has a line below the table, and no row of empty cells in it.
     notes = [f"* {row.note}" for row in result.rows if not row.comparable]
     notes += [f"{row.peer}: {row.note}" for row in result.rows if row.is_absent]
-    table = Table(title=title, title_justify="left", caption="\n".join(notes) or None, caption_justify="left")
-    columns = _columns(result)
-    for heading in columns:
-        table.add_column(heading, justify="left" if heading == "peer" else "right", no_wrap=heading == "peer")
-    for row in result.rows:
-        if row.is_absent:
-            continue
-        table.add_row(*(show(row) for show in columns.values()), style="red" if row.failed else None)
+    columns = _columns(cell)
+    table = make_table(title, columns, caption="\n".join(notes))
+    for row, values in zip(result.rows, cell["rows"], strict=True):
+        if not row.is_absent:
+            table.add_row(*(show(values) for show in columns.values()), style="red" if row.failed else None)
     return table
 
 
@@ -249,27 +237,22 @@ def print_cell(result: CellResult) -> None:
 
 def summary_of(results: dict[str, Any]) -> Table:
     """Make one table of all cells: ours and the fastest other."""
-    table = Table(title="ours and the best peer of each cell", title_justify="left")
     prepacked = any(row["peer"] == PREPACKED for cell in results["cells"] for row in cell["rows"])
     shares = ["of_dense", "of_copy"] if any(cell.get("copy_seconds") for cell in results["cells"]) else []
-    table.add_column("cell", no_wrap=True)
-    packed = ["prepacked x floor", "x best peer"] if prepacked else []
-    for heading in ("ms", "x floor", *(share.replace("_", " ") for share in shares), "x best peer", *packed):
-        table.add_column(heading, justify="right")
-    table.add_column("best peer", no_wrap=True)
+    headings = ["cell", "ms", "x floor", *(share.replace("_", " ") for share in shares), "x best peer"]
+    headings += ["prepacked x floor", "x best peer"] if prepacked else []
+    table = make_table("ours and the best peer of each cell", [*headings, "best peer"], names=("cell", "best peer"))
     for cell in results["cells"]:
-        rows, floor = {row["peer"]: row for row in cell["rows"]}, cell.get("floor_seconds")
-        figures = []
+        rows, figures = {row["peer"]: row for row in cell["rows"]}, []
         for name, more in ((OURS, shares), *([(PREPACKED, [])] if prepacked else [])):
             row = rows.get(name, {})
-            seconds = row.get("seconds")
-            figures += [_number(seconds / floor if seconds and floor else None), *(_number(row.get(share)) for share in more)]
-            figures.append(_number(row.get("times_best")))
+            figures.append(number(floors(row | {"floor_seconds": None}, cell.get("floor_seconds"))))
+            figures += [number(row.get(share)) for share in (*more, "times_best")]
         ours: dict[str, Any] = rows.get(OURS) or cell["rows"][0]
-        best = best_peer(cell)
-        shown = milliseconds(ours["seconds"]) if ours.get("seconds") else ours.get("note") or ""
+        shown = milliseconds(ours.get("seconds")) or ours.get("note") or ""
         failed = any(row["failed"] for row in cell["rows"])
-        table.add_row(cell["name"], shown, *figures, best["peer"] if best else "", style="red" if failed else None)
+        best = best_peer(cell) or {"peer": ""}
+        table.add_row(cell["name"], shown, *figures, best["peer"], style="red" if failed else None)
     return table
 
 
@@ -286,29 +269,19 @@ def print_summary(results: dict[str, Any]) -> None:
 
 def cell_to_json(result: CellResult) -> dict[str, Any]:
     """Return a cell as plain values; times in seconds, memory in bytes."""
-    cell, rates = result.cell, (result.flops_per_s, result.bytes_per_s)
-    rows = [
-        {name: value for name, value in asdict(row).items() if value is not None or name not in OF_SOME}
-        | {
-            "tokens_per_second": result.tokens_per_second(row),
-            "times_faster": result.times_faster(row),
-            "times_best": result.times_best(row),
-            "promised_bytes": result.promised_bytes(row),
-            "of_dense": result.of_dense(row),
-            "of_copy": result.of_copy(row),
-        }
-        for row in result.rows
-    ]
+    cell = result.cell
     return {
         "name": cell.name,
         **asdict(cell),
         "dtype": str(cell.dtype).removeprefix("torch."),
-        **accounts_of(result.floor, rates, result.work, (cell.parameters, cell.active_parameters)),
-        "experts_hit": result.experts_hit,
-        "real_time": result.real_time,
-        "load": result.load,
-        "dense_seconds": result.dense_seconds,
-        "copy_seconds": result.copy_seconds,
-        "yardstick": YARDSTICK[result.cell.operator],
-        "rows": rows,
+        **accounts_of(
+            result.floor, (result.flops_per_s, result.bytes_per_s), result.work, (cell.parameters, cell.active_parameters)
+        ),
+        **{name: getattr(result, name) for name in ("experts_hit", "real_time", "load", "dense_seconds", "copy_seconds")},
+        "yardstick": YARDSTICK[cell.operator],
+        "rows": [
+            {name: value for name, value in asdict(row).items() if value is not None or name not in OF_SOME}
+            | result.compared(row)
+            for row in result.rows
+        ],
     }

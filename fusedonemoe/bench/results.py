@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusedonemoe.bench.peers import GROUPED, YARDSTICK, is_ours
+from fusedonemoe.bench.peers import GROUPED, OURS, YARDSTICK, is_ours
 from fusedonemoe.bench.workloads import Cell, Floor, LeastWork
 
 
@@ -42,11 +43,7 @@ def load_of(experts: Iterable[Tensor], num_experts: int) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Row:
-    """The result of one peer in one cell.
-
-    Attributes:
-        held_bytes: what a training step holds between forward and backward, parameters left out; None where not metered.
-    """
+    """The result of one peer in one cell."""
 
     peer: str  # its name
     note: str = ""  # why there is no time, or why the time is not to be compared; empty otherwise
@@ -58,7 +55,7 @@ class Row:
     calls: int = 0  # how many were timed
     error: float | None = None  # ``||y - y64|| / ||y64||``, the greatest of output and gradients; None when there was no output
     peak_bytes: int | None = None  # most bytes held at once besides input and output
-    held_bytes: int | None = None
+    held_bytes: int | None = None  # by a training step between forward and backward, parameters left out; None where not metered
     comparable: bool = True  # whether the peer wrote everything that the others write
     weight_bytes: float | None = None  # of the experts that a call reads, on average, where peers store weights in several forms
     floor_seconds: float | None = None  # of those bytes, in place of the cell's floor
@@ -67,7 +64,6 @@ class Row:
 
     def timed(self, samples: list[float], ours: list[float] | None) -> "Row":
         """Return the row with the seconds of its calls, and of ours, timed in turns with them."""
-        paired = median(ours) if ours else None
         return replace(
             self,
             seconds=median(samples),
@@ -75,7 +71,7 @@ class Row:
             p95_seconds=percentile(samples, 95),
             p99_seconds=percentile(samples, 99),
             calls=len(samples),
-            paired_seconds=paired,
+            paired_seconds=median(ours) if ours else None,
         )
 
     @property
@@ -91,41 +87,39 @@ class Row:
 
 @dataclass(frozen=True)
 class CellResult:
-    """A measured cell.
-
-    Attributes:
-        work: what the floor was computed from; None when the cell failed as a whole.
-        dense_seconds: of dense products with as many operations, on as many rows as are routed; None where not timed.
-    """
+    """A measured cell; one that failed as a whole has no floor and no work."""
 
     cell: Cell  # what was measured
     rows: tuple[Row, ...]  # one for each peer, ours first
-    floor: Floor | None  # the least time this machine needs; None when the cell failed as a whole
-    flops_per_s: float  # the matrix-product rate that the floor was computed with
-    bytes_per_s: float  # the read bandwidth that the floor was computed with
-    experts_hit: float  # distinct experts that the tokens chose, the mean over the inputs
-    real_time: bool | None  # whether the timed calls ran at real-time priority; None where it was of no use
-    work: LeastWork | None = field(default=None, kw_only=True)
-    load: tuple[float, ...] = field(default=(), kw_only=True)  # rows of an expert in multiples of the mean, the busiest first
-    dense_seconds: float | None = field(default=None, kw_only=True)
-    copy_seconds: float | None = field(default=None, kw_only=True)  # of a device copy of as many bytes; None where not timed
+    floor: Floor | None = None  # the least time this machine needs
+    flops_per_s: float = 0.0  # the matrix-product rate that the floor was computed with
+    bytes_per_s: float = 0.0  # the read bandwidth that the floor was computed with
+    experts_hit: float = 0.0  # distinct experts that the tokens chose, the mean over the inputs
+    real_time: bool | None = None  # whether the timed calls ran at real-time priority; None where it was of no use
+    work: LeastWork | None = None  # what the floor was computed from
+    load: tuple[float, ...] = ()  # rows of an expert in multiples of the mean, the busiest first
+    # Of dense products with as many operations on as many rows, and of a device copy of as many bytes; None where not timed.
+    dense_seconds: float | None = None
+    copy_seconds: float | None = None
 
-    def of_dense(self, row: Row) -> float | None:
-        """Return the share of the dense products' rate that a row reaches."""
-        return self.dense_seconds / row.seconds if self.dense_seconds and row.seconds else None
-
-    def of_copy(self, row: Row) -> float | None:
-        """Return the share of the copy's bandwidth that a row reaches."""
-        return self.copy_seconds / row.seconds if self.copy_seconds and row.seconds else None
-
-    def tokens_per_second(self, row: Row) -> float | None:
-        """Return the tokens of the cell in a second, at the median."""
-        return self.cell.T / row.seconds if row.seconds else None
+    def compared(self, row: Row) -> dict[str, Any]:
+        """Return a row's rate, and its comparison with other rows, products, copies and the promised bound, by their names."""
+        seconds = row.seconds
+        faster = self.times_faster(row)
+        form = {"weights": row.peer.removeprefix(f"{OURS} "), "speed_up": faster} if self.cell.operator == "quantized" else {}
+        return form | {
+            "tokens_per_second": self.cell.T / seconds if seconds else None,
+            "times_faster": faster,
+            "times_best": self.times_best(row),
+            # Only the grouped formulation has a bound on its peak.
+            "promised_bytes": self.cell.promised_bytes if row.peer == GROUPED else None,
+            "of_dense": self.dense_seconds / seconds if self.dense_seconds and seconds else None,
+            "of_copy": self.copy_seconds / seconds if self.copy_seconds and seconds else None,
+        }
 
     def times_faster(self, row: Row) -> float | None:
         """Return how many times faster a row is than the cell's yardstick; None where either has no time."""
-        base = next((r for r in self.rows if r.peer == YARDSTICK[self.cell.operator]), None)
-        return _quotient(base, row)
+        return _quotient(next((r for r in self.rows if r.peer == YARDSTICK[self.cell.operator]), None), row)
 
     @property
     def best_peer(self) -> Row | None:
@@ -136,15 +130,6 @@ class CellResult:
     def times_best(self, row: Row) -> float | None:
         """Return a row's time in multiples of the best peer's; below 1 it is faster. None where either has no time."""
         return _quotient(row, self.best_peer)
-
-    def times_floor(self, row: Row) -> float | None:
-        """Return a row's time in multiples of the floor."""
-        floor = row.floor_seconds or (self.floor and self.floor.seconds)
-        return row.seconds / floor if row.seconds and floor else None
-
-    def promised_bytes(self, row: Row) -> int | None:
-        """Return the promised bound on the peak of a row; only the grouped formulation has one."""
-        return self.cell.promised_bytes if row.peer == GROUPED else None
 
 
 def _quotient(row: Row | None, other: Row | None) -> float | None:

@@ -56,17 +56,8 @@ def _outputs(result: Tensor | tuple[Tensor, Tensor]) -> dict[str, Tensor]:
 
 
 def prepare(cell: Cell, inputs: Inputs, built: Forward | WithWeights, weights: Mapping[str, Tensor], timer: Timer) -> Prepared:
-    """Make the timed call of a cell's mode from a forward.
-
-    Args:
-        cell: whose mode.
-        inputs: of the cell; a graph is captured with the second draw.
-        built: the forward of a peer.
-        weights: that it was built with.
-        timer: of the device.
-    """
-    made = built if isinstance(built, WithWeights) else WithWeights(built, dict(weights))
-    forward, own = made.forward, made.weights
+    """Make the timed call of a cell's mode from a peer's forward and the weights it was built with."""
+    forward, own, *_ = built if isinstance(built, WithWeights) else WithWeights(built, dict(weights))
     if cell.mode == "decode":
         return _replayed(inputs, forward, timer)
     draws = [[t.detach().requires_grad_(cell.has_gradients and t.is_floating_point()) for t in draw] for draw in inputs.draws]
@@ -93,6 +84,7 @@ def prepare(cell: Cell, inputs: Inputs, built: Forward | WithWeights, weights: M
 
 
 def _replayed(inputs: Inputs, forward: Forward, timer: Timer) -> Prepared:
+    """Capture a graph with the second draw, and check it with the first."""
     static = [t.clone() for t in inputs.draws[1]]
     kept: list[dict[str, Tensor]] = []
 
@@ -171,18 +163,18 @@ class _Checks:
         cell, inputs = self.cell, self.inputs
         with torch.set_grad_enabled(cell.has_gradients):  # a peer may make views of the weights
             built = peer.build(cell, self.weights)
-        prepared, form = prepare(cell, inputs, built, self.weights, self.timer), Row(peer.name)
-        exact = self.exact
-        if isinstance(built, WithWeights) and built.reads:
-            exact = exact_answer(cell, replace(inputs, weights=built.reads()))
-            form = replace(form, weight_error=relative_error(exact[OUTPUT], self.exact[OUTPUT]))
-        if isinstance(built, WithWeights) and built.nbytes:
-            form = replace(form, weight_bytes=self.hit / cell.E * built.nbytes)
+        prepared, row, exact = prepare(cell, inputs, built, self.weights, self.timer), Row(peer.name), self.exact
+        if isinstance(built, WithWeights):
+            if built.reads:
+                exact = exact_answer(cell, replace(inputs, weights=built.reads()))
+                row = replace(row, weight_error=relative_error(exact[OUTPUT], self.exact[OUTPUT]))
+            if built.nbytes:
+                row = replace(row, weight_bytes=self.hit / cell.E * built.nbytes)
         start = time.perf_counter()
         answer = prepared.answer()
         seconds = time.perf_counter() - start
         errors = errors_of(cell, inputs, answer, exact)
-        error = max(errors.values(), key=lambda e: INFINITE if e != e else e)
+        row = replace(row, error=max(errors.values(), key=lambda e: INFINITE if e != e else e))
         wrong = disagreements(errors, cell.dtype, inputs.sample.device.type)
         output = answer.get(OUTPUT)
         if not wrong and self.ours is not None and inputs.sample.numel() < cell.T:
@@ -191,18 +183,15 @@ class _Checks:
             if not apart <= 2 * BUDGET[cell.dtype]:  # both may be off by the budget, in opposite directions
                 wrong = [f"outputs and ours, by {apart:.1e} over all rows,"]
         if wrong:
-            return replace(form, note=f"{', '.join(wrong)} disagree", failed=True, error=error), None
+            return replace(row, note=f"{', '.join(wrong)} disagree", failed=True), None
         if peer.name == OURS and isinstance(output, Tensor):
             self.ours = output.detach()
-        row = replace(form, error=error)
-        if any(not isinstance(value, Tensor) for value in answer.values()):
-            unused = max(cell.E - experts.unique().numel() for experts in inputs.experts)
-            if unused:
-                note = f"leaves the gradients of up to {unused} unused experts unwritten"
-                row = replace(row, note=note, comparable=False)
+        unused = max(cell.E - experts.unique().numel() for experts in inputs.experts)
+        if unused and any(not isinstance(value, Tensor) for value in answer.values()):
+            row = replace(row, note=f"leaves the gradients of up to {unused} unused experts unwritten", comparable=False)
         del answer, output
         # A graph's memory is its own for good, and no call of it allocates.
-        quick = peer.is_ours or seconds < self.timer.metered_seconds
+        quick = is_ours(peer.name) or seconds < self.timer.metered_seconds
         if peer.metered and quick and cell.mode != "decode":
             row = replace(row, peak_bytes=self.timer.peak_bytes(lambda: [t.detach() for t in tensors_of(prepared.call(0))]))
         return row, prepared.call
@@ -211,18 +200,12 @@ class _Checks:
 def groups_of(peers: Sequence[Peer], *, weight_bytes: int, memory_bytes: float) -> list[list[Peer]]:
     """Split peers so that the copies of the weights that a group keeps fit into memory, with the weights and our own copies.
 
-    Args:
-        peers: all; ours are in every group, and first.
-        weight_bytes: one copy.
-        memory_bytes: what there is.
-
-    Returns:
-        The groups; within each, the others in the order of their copies. A peer that does not fit even alone is alone.
+    Ours are in every group, and first; then come the others in the order of their copies. A peer that does not fit is alone.
     """
-    ours = [peer for peer in peers if peer.is_ours]
+    ours = [peer for peer in peers if is_ours(peer.name)]
     room = memory_bytes - weight_bytes * (1 + sum(peer.copies for peer in ours))
     groups, used = [list(ours)], 0
-    for peer in sorted((peer for peer in peers if not peer.is_ours), key=lambda peer: peer.copies):
+    for peer in sorted((peer for peer in peers if not is_ours(peer.name)), key=lambda peer: peer.copies):
         size = peer.copies * weight_bytes
         if used and size and used + size > room:
             groups.append(list(ours))
@@ -292,13 +275,11 @@ def run_cell(
         if inputs is None:
             inputs = make_inputs(cell, timer.device, cell.rotation if timer.rotates else GPU_DRAWS)
         checked = _Checks(cell, inputs, exact or exact_answer(cell, inputs), timer)
-        hit = checked.hit
-        work = count_work(cell, experts_hit=round(hit))
+        work = count_work(cell, experts_hit=round(checked.hit))
         between = ceilings.sampler(cell.dtype) if ceilings else lambda: None
         calls: dict[str, Call] = {}
-        if memory_bytes is None:
-            memory_bytes = SHARE_OF_MEMORY * physical_memory()
-        for group in groups_of(peers, weight_bytes=cell.weight_bytes, memory_bytes=memory_bytes):
+        room = SHARE_OF_MEMORY * physical_memory() if memory_bytes is None else memory_bytes
+        for group in groups_of(peers, weight_bytes=cell.weight_bytes, memory_bytes=room):
             # Ours stay; what the peers of the last group kept is freed before the next are built.
             calls = {name: call for name, call in calls.items() if is_ours(name)}
             timer.clean()
@@ -311,10 +292,13 @@ def run_cell(
                     del call
             announce(f"timing {', '.join(calls)}")
             timer.clean()
-            references = {} if ceilings else _references(cell, timer, work.touched_bytes)
+            references: dict[str, Call | None] = {}
+            if not ceilings:  # what sets the floor; for a cell of graphs they are graphs too
+                references = {COPY: copy_call(work.touched_bytes, timer.device), DENSE: dense_call(cell, timer.device)}
+            graphed = timer.graphed if cell.mode == "decode" else lambda call: call
             times = time_interleaved(
                 timer,
-                calls | references,
+                calls | {name: graphed(call) for name, call in references.items() if call},
                 rounds=rounds,
                 seconds=seconds,
                 between=between,
@@ -331,7 +315,7 @@ def run_cell(
     ordered = [rows[peer.name] for peer in peers]
     if dry:
         ran = tuple(Row(row.peer, note=RAN, error=row.error) if row.peer in samples else row for row in ordered)
-        return CellResult(asked, ran, None, 0.0, 0.0, hit, timer.granted)
+        return CellResult(asked, ran, experts_hit=checked.hit, real_time=timer.granted)
     dense, copy = (median(samples[name]) if name in samples else None for name in (DENSE, COPY))
     if ceilings:
         rate, bandwidth = ceilings.flops_per_s[cell.dtype], ceilings.bytes_per_s
@@ -345,15 +329,16 @@ def run_cell(
         floor = Floor(dense, "flops") if dense and dense >= copy else Floor(copy, "bytes")
         rate, bandwidth = work.flops / dense if dense else 0.0, work.touched_bytes / copy
     load = load_of([experts.cpu() for experts in checked.timed], cell.E)
-    result = CellResult(asked, tuple(ordered), floor, rate, bandwidth, hit, timer.granted, work=work, load=load)
-    return replace(result, dense_seconds=dense, copy_seconds=copy)
-
-
-def _references(cell: Cell, timer: Timer, touched_bytes: int) -> dict[str, Call]:
-    """Return the calls that set the floor of a cell; for a cell of graphs they are graphs too."""
-    found = {COPY: copy_call(touched_bytes, timer.device)}
-    if dense := dense_call(cell, timer.device):
-        found[DENSE] = dense
-    if cell.mode == "decode":
-        found = {name: timer.graphed(call) for name, call in found.items()}
-    return {name: lambda i, call=call: call() for name, call in found.items()}  # type: ignore[misc]
+    return CellResult(
+        asked,
+        tuple(ordered),
+        floor,
+        rate,
+        bandwidth,
+        checked.hit,
+        timer.granted,
+        work,
+        load,
+        dense_seconds=dense,
+        copy_seconds=copy,
+    )

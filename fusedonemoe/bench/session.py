@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from fusedonemoe import files
 from fusedonemoe.bench import comparison, records, report
 from fusedonemoe.bench.records import DamagedError
 from fusedonemoe.bench.timing import threads
+from fusedonemoe.bench.workloads import Named
 from fusedonemoe.files import reason_of
 
 EXIT_DISAGREE = 1
@@ -25,32 +26,20 @@ EXIT_SLOWER = 3
 IDENTITY = ("schema", "suite", "dry", "versions", "cpu", "cpu_capability", "threads", "gpu", "peers", "impl", "allocators")
 
 
-class Named(Protocol):
-    """A cell of any suite."""
-
-    @property
-    def name(self) -> str:
-        """The text that ``--cells`` matches."""
-
-
 C = TypeVar("C", bound=Named)
 R = TypeVar("R")
 
 
-def selected(cells: Sequence[C], pattern: re.Pattern[str] | None) -> list[C]:
-    """Return the cells whose name matches a pattern, None for all; where none does, print their names on stderr."""
-    found = [cell for cell in cells if pattern is None or pattern.search(cell.name)]
+class RefusedError(Exception):
+    """A run cannot begin; the message names the option and the reason."""
+
+
+def matching(option: str, names: Sequence[str], pattern: re.Pattern[str] | None) -> list[str]:
+    """Return the names that match the pattern of an option, None for all; where none does, print them on stderr."""
+    found = [name for name in names if pattern is None or pattern.search(name)]
     if not found and pattern is not None:
-        print(f"--cells {pattern.pattern!r} matches none of\n  " + "\n  ".join(c.name for c in cells), file=sys.stderr)
+        print(f"{option} {pattern.pattern!r} matches none of\n  " + "\n  ".join(names), file=sys.stderr)
     return found
-
-
-def peers_exist(names: set[str], pattern: re.Pattern[str] | None) -> bool:
-    """Tell whether a pattern, None for all, matches one of the peers' names; where it does not, print them on stderr."""
-    if pattern is None or any(map(pattern.search, names)):
-        return True
-    print(f"--peers {pattern.pattern!r} matches none of\n  " + "\n  ".join(sorted(names)), file=sys.stderr)
-    return False
 
 
 def has_failed(cell: dict[str, Any]) -> bool:
@@ -59,11 +48,7 @@ def has_failed(cell: dict[str, Any]) -> bool:
 
 
 def finished_cells(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the cells of an earlier run with the same settings in which nothing failed.
-
-    Args:
-        path: of the results; it need not exist.
-        settings: of this run.
+    """Return the cells of an earlier run with the same settings in which nothing failed; the file need not exist.
 
     Raises:
         DamagedError: the path holds something else, which must not be lost.
@@ -80,82 +65,70 @@ def finished_cells(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]
     return [cell for cell in before["cells"] if not has_failed(cell)]
 
 
-class _Keeper:
-    """Keeps the results of a run in a file.
+@contextmanager
+def _kept(path: Path | None, results: dict[str, Any], *, wanted: bool) -> Iterator[Callable[[bool], None]]:
+    """Keep the results of a run in a file; without a path in a temporary one, if that is wanted.
 
     A pipe or a device gets them once, when the run ends. Where two runs write one file, it has all cells of the run that wrote
     last and none of the other; a run that finds the other's version prints a message.
+
+    Yields:
+        A function that writes the results so far; its argument is true at the end of the run.
     """
+    temporary: Path | None = None
+    if path is None and wanted:
+        try:
+            descriptor, name = tempfile.mkstemp(prefix="fusedonemoe-bench-", suffix=".json")
+            os.close(descriptor)
+            temporary = Path(name)
+        except OSError as error:
+            print(f"cells that are finished before an interruption will be lost: {reason_of(error)}", file=sys.stderr)
+    target = path or temporary
+    once = target is not None and files.is_stream(target)
+    in_file, seen, told = len(results["cells"]), files.stamp_of(target) if target else None, False
 
-    def __init__(self, path: Path | None, cells: int) -> None:
-        self.path = path
-        self.cells = cells  # that are in the file
-        self.once = path is not None and files.is_stream(path)
-        self._seen = files.stamp_of(path) if path else None
-        self._told = False
-
-    def __call__(self, results: dict[str, Any], *, last: bool = False) -> None:
-        """Write the results so far; without a path, nothing."""
-        if self.path is None or (self.once and not last):
+    def keep(last: bool) -> None:
+        nonlocal in_file, seen, told
+        if target is None or (once and not last):
             return
-        found, expected = files.stamp_of(self.path), self._seen
-        self._seen = files.write(self.path, (json.dumps(results, indent=1) + "\n").encode())
-        self.cells = len(results["cells"])
-        if not (self.once or self._told or found in (None, expected)):
-            self._told = True
-            print(f"another program has written {self.path} too; now it has the cells of this run alone", file=sys.stderr)
+        found, expected = files.stamp_of(target), seen
+        seen = files.write(target, (json.dumps(results, indent=1) + "\n").encode())
+        in_file = len(results["cells"])
+        if not (once or told or found in (None, expected)):
+            told = True
+            print(f"another program has written {target} too; now it has the cells of this run alone", file=sys.stderr)
 
-
-def _temporary_file() -> Path | None:
-    """Make a file for a run without ``--json``; None, and a line on stderr, where there is no room for one."""
-    try:
-        descriptor, name = tempfile.mkstemp(prefix="fusedonemoe-bench-", suffix=".json")
-    except OSError as error:
-        print(f"cells that are finished before an interruption will be lost: {reason_of(error)}", file=sys.stderr)
-        return None
-    os.close(descriptor)
-    return Path(name)
-
-
-@contextmanager
-def _kept(path: Path | None, results: dict[str, Any], *, wanted: bool) -> Iterator[_Keeper]:
-    """Yield the writer of the results so far; without a path it writes to a temporary file, if that is wanted."""
-    temporary = _temporary_file() if path is None and wanted else None
-    keep = _Keeper(path or temporary, len(results["cells"]))
     try:
         yield keep
     except BaseException as error:
-        if len(results["cells"]) > keep.cells and not isinstance(error, files.UnwritableError | BrokenPipeError):
-            keep(results, last=True)
-        if keep.path and keep.cells:
-            hint = "; --resume goes on from there" if path and not keep.once else ""
-            print(f"the {keep.cells} finished cells are in {keep.path}{hint}", file=sys.stderr)
-        elif temporary:
-            temporary.unlink(missing_ok=True)
+        if len(results["cells"]) > in_file and not isinstance(error, files.UnwritableError | BrokenPipeError):
+            keep(True)
+        if target and in_file:
+            hint = "; --resume goes on from there" if path and not once else ""
+            print(f"the {in_file} finished cells are in {target}{hint}", file=sys.stderr)
+            temporary = None  # stays
         raise
-    if temporary:
-        temporary.unlink(missing_ok=True)
+    finally:
+        if temporary:
+            temporary.unlink(missing_ok=True)
 
 
-def _before(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[dict[str, Any] | None, list[dict[str, Any]]] | str:
-    """Return the results of ``--compare`` and the finished cells of ``--json``, or an error message."""
+def _before(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """Return the results of ``--compare`` and the finished cells of ``--json``, and see that what is asked for can be written."""
     try:
         old = comparison.load(args.compare, settings) if args.compare else None
     except comparison.IncomparableError as reason:
-        return f"--compare {files.shown(args.compare)}: {reason}"
+        raise RefusedError(f"--compare {files.shown(args.compare)}: {reason}") from reason
     try:
         done = finished_cells(args.json, settings) if args.json and args.resume else []
     except DamagedError as reason:
-        return f"--resume {files.shown(args.json)}: {reason}; nothing was changed in it"
-    try:
-        if args.json:
-            files.check(args.json)
-        if args.picture:
-            from fusedonemoe.bench import picture
+        raise RefusedError(f"--resume {files.shown(args.json)}: {reason}; nothing was changed in it") from reason
+    if args.json:
+        files.check(args.json)
+    if args.picture:
+        from fusedonemoe.bench import picture
 
-            picture.check(args.picture)
-    except files.UnwritableError as reason:
-        return str(reason)
+        picture.check(args.picture)
     return old, done
 
 
@@ -170,7 +143,7 @@ def run_cells(
     order: Sequence[str],
     summary: Callable[[dict[str, Any]], None] = lambda results: None,
     minutes: float | None = None,
-    long: bool = True,
+    long: bool = False,
 ) -> int:
     """Measure the cells that are left, print them and write them.
 
@@ -190,20 +163,16 @@ def run_cells(
         The exit status: 0; 1 when a peer's outputs disagreed or it raised; 2 when a file cannot be read, compared with or
         written; 3 when ours is slower than in the file of ``--compare``.
     """
-    found = _before(args, settings)
-    if isinstance(found, str):
-        print(found, file=sys.stderr)
-        return EXIT_USAGE
-    old, done = found
-    # Cells of the file that were not asked for stay in it.
-    known = {cell["name"] for cell in done}
-    left = [cell for cell in cells if cell.name not in known]
-    results: dict[str, Any] = {"schema": report.SCHEMA, **settings, "cells": done}
-    if len(left) < len(cells):
-        print(f"{len(cells) - len(left)} of {len(cells)} cells are in {args.json} already", file=sys.stderr)
     begun, budget = time.monotonic(), args.minutes or minutes
     rank = {name: index for index, name in enumerate(order)}
     try:
+        old, done = _before(args, settings)
+        # Cells of the file that were not asked for stay in it.
+        known = {cell["name"] for cell in done}
+        left = [cell for cell in cells if cell.name not in known]
+        results: dict[str, Any] = {"schema": report.SCHEMA, **settings, "cells": done}
+        if len(left) < len(cells):
+            print(f"{len(cells) - len(left)} of {len(cells)} cells are in {args.json} already", file=sys.stderr)
         with _kept(args.json, results, wanted=long) as keep, report.progress(len(left), in_pipes=long) as advance:
             for cell in left:
                 if budget and time.monotonic() - begun > 60 * budget:
@@ -212,16 +181,16 @@ def run_cells(
                 advance(cell.name)
                 result = measure(cell)
                 results["cells"].append(to_json(result))
-                keep(results)
+                keep(False)
                 show(result)
             results["cells"].sort(key=lambda cell: rank.get(cell["name"], len(rank)))
-            keep(results, last=True)
+            keep(True)
         summary(results)
         if args.picture:
             from fusedonemoe.bench.picture import draw
 
             draw(args.picture, results)
-    except files.UnwritableError as reason:
+    except (RefusedError, files.UnwritableError) as reason:
         print(reason, file=sys.stderr)
         return EXIT_USAGE
     slower = comparison.print_comparison(old, json.loads(json.dumps(results))) if old else False
@@ -234,33 +203,25 @@ def run_suite(
     args: argparse.Namespace,
     everything: Sequence[C],
     *,
-    measure: Callable[[C], R],
-    to_json: Callable[[R], dict[str, Any]],
-    show: Callable[[R], None],
     peers: Callable[[C], Iterable[str]] | None = None,
-    summary: Callable[[dict[str, Any]], None] = lambda results: None,
     described: Mapping[str, Any] | None = None,
-    minutes: float | None = None,
-    long: bool = False,
+    **options: Any,
 ) -> int:
     """Choose the cells asked for, print the machine, and measure them on the number of threads asked for.
 
     Args:
         args: of the command; ``suite``, ``cells``, ``peers`` and ``threads`` are read here, the others by :func:`run_cells`.
         everything: all cells of the suite.
-        measure: this and the arguments without a text here are those of :func:`run_cells`.
         peers: names of the peers of a cell, for a suite that takes ``--peers``.
         described: further settings of the run, for the file.
-
-    Returns:
-        The exit status of :func:`run_cells`; 2 also when a pattern matches nothing.
+        options: the arguments of :func:`run_cells`, which also says what the exit status is; 2 if a pattern matches nothing.
     """
-    cells = selected(everything, args.cells)
-    if not cells or (peers and not peers_exist({name for cell in cells for name in peers(cell)}, args.peers)):
+    order = [cell.name for cell in everything]
+    names = set(matching("--cells", order, args.cells))
+    cells = [cell for cell in everything if cell.name in names]
+    if not cells or (peers and not matching("--peers", sorted({name for c in cells for name in peers(c)}), args.peers)):
         return EXIT_USAGE
     with threads(args.threads):
         settings = report.describe_run(suite=args.suite, peers=args.peers) | dict(described or {})
         report.print_heading(settings)
-        order = [cell.name for cell in everything]
-        options: dict[str, Any] = {"order": order, "summary": summary, "minutes": minutes, "long": long}
-        return run_cells(args, settings, cells, measure=measure, to_json=to_json, show=show, **options)
+        return run_cells(args, settings, cells, order=order, **options)

@@ -7,18 +7,20 @@ takes longer is timed with the wait of the device, as its users wait for it.
 """
 
 import gc
+import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from shutil import which
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusedonemoe.bench.memory import peak_extra_bytes
-from fusedonemoe.bench.priority import RealTime
 from fusedonemoe.bench.workloads import Cell, products
 
 # The worker threads of the peer before spin for a while after their last task.
@@ -26,6 +28,7 @@ PAUSE_SECONDS = 0.06
 # Times the size of the second-level cache, and no less than this.
 FLUSHED_CACHES, FLUSHED_BYTES = 4, 1 << 28
 WARM_UP_CALLS = 3
+CPU = torch.device("cpu")
 
 Call = Callable[[int], object]
 
@@ -48,31 +51,63 @@ def threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class Timer:
-    """Times single calls on the CPU."""
+@contextmanager
+def at_real_time(wanted: bool = True) -> Iterator[bool]:
+    """Run the threads of this process round-robin at real-time priority, where that is permitted, and put them back.
 
-    device: torch.device = torch.device("cpu")
-    on_gpu: bool = False
+    Without it, whatever else the machine does lands in the timings: on a busy machine medians come out doubled.
+
+    Yields:
+        True where it is permitted.
+    """
+    before: dict[int, tuple[int, int]] = {}
+    if wanted and hasattr(os, "sched_setscheduler") and os.path.isdir("/proc/self/task"):
+        before = {t: (os.sched_getscheduler(t), os.sched_getparam(t).sched_priority) for t in _threads()}
+    try:
+        answers = [_schedule(thread, os.SCHED_RR, 1) for thread in before]
+        yield bool(answers) and all(answers)
+    finally:
+        # A thread that was started meanwhile inherited the priority; it goes where the main thread goes.
+        usual = before.get(os.getpid(), (0, 0))
+        for thread in _threads() if before else ():
+            _schedule(thread, *before.get(thread, usual))
+
+
+def _threads() -> list[int]:
+    return [int(name) for name in os.listdir("/proc/self/task")]
+
+
+def _schedule(thread: int, policy: int, priority: int) -> bool:
+    """Set a thread's policy; True when it is set, or the thread has ended in the meantime."""
+    try:
+        os.sched_setscheduler(thread, policy, os.sched_param(priority))
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return True
+
+
+@dataclass(kw_only=True)
+class Timer:
+    """Times single calls by the clock, on the CPU."""
+
+    real_time: bool = True  # ask for real-time priority
+    device: torch.device = CPU
     granted: bool | None = True  # whether the priority was granted so far; None where it is of no use
     long_seconds: float = 0.5  # the untimed call of a turn is one of the timed when it takes this long
     most_calls: int = 20  # timed calls of a turn
-    rotates: bool = True  # whether the calls rotate through the inputs of a cell
+    rotates: bool = True  # the calls rotate through the inputs of a cell
+    pauses: bool = True  # before a turn, until the threads of the peer before are idle
     metered_seconds: float = 2.0  # a peer with a longer first call is not metered, which takes one more
-
-    def __init__(self, *, real_time: bool = True) -> None:
-        self.real_time: bool = real_time
 
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Run one peer's calls, or what is between two rounds, at the priority asked for."""
-        with RealTime(self.real_time) as priority:
+        with at_real_time(self.real_time) as granted:
             yield
         if self.granted is not None:
-            self.granted &= priority.granted
-
-    def pause(self) -> None:
-        """Wait until the threads of the peer before are idle."""
-        time.sleep(PAUSE_SECONDS)
+            self.granted &= granted
 
     def seconds(self, calls: Sequence[Callable[[], object]]) -> list[float]:
         """Time each of the calls; their results are dropped at once."""
@@ -88,38 +123,28 @@ class Timer:
         return peak_extra_bytes(call)
 
     def clean(self) -> None:
-        """Free the memory that no object refers to."""
+        """Free the memory that no object refers to, on the device too."""
         gc.collect()
 
-    def graphed(self, forward: Callable[[], object]) -> Callable[[], object]:
-        """Return the forward itself: there are no graphs on a CPU."""
+    def graphed(self, forward: Callable[..., object]) -> Callable[..., object]:
+        """Return a replay of the forward as a CUDA graph; on a CPU, which has no graphs, the forward itself.
+
+        Args:
+            forward: reads its inputs from tensors that stay at the same address.
+        """
         return forward
 
 
 class GpuTimer(Timer):
-    """Times single calls on a GPU; with a CPU as its device, for dry runs, by the clock."""
+    """Times single calls on a GPU."""
 
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(real_time=False)
-        self.device = device
-        self.on_gpu: bool = device.type == "cuda"
-        self.granted: bool | None = None
-        self.long_seconds: float = 0.05
-        self.most_calls: int = 30
-        self.rotates: bool = False
-        self.metered_seconds: float = float("inf")
-        size = 1
-        if self.on_gpu:
-            size = max(FLUSHED_CACHES * torch.cuda.get_device_properties(device).L2_cache_size, FLUSHED_BYTES)
+    def __init__(self, device: torch.device, **settings: Any) -> None:
+        super().__init__(device=device, **settings)
+        size = max(FLUSHED_CACHES * torch.cuda.get_device_properties(device).L2_cache_size, FLUSHED_BYTES)
         self._flushed: Tensor = torch.empty(size, dtype=torch.int8, device=device)
-
-    def pause(self) -> None:
-        """Wait for nothing: the device is idle after a turn."""
 
     def seconds(self, calls: Sequence[Callable[[], object]]) -> list[float]:
         """Time each of the calls, with a cold cache before it."""
-        if not self.on_gpu:
-            return super().seconds(calls)
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in calls]
         for call, (start, end) in zip(calls, events, strict=True):
             self._flushed.zero_()
@@ -131,8 +156,6 @@ class GpuTimer(Timer):
 
     def peak_bytes(self, call: Callable[[], list[Tensor]]) -> int:
         """Measure the most bytes that a call holds at one moment besides its inputs and its results."""
-        if not self.on_gpu:
-            return super().peak_bytes(call)
         torch.cuda.synchronize(self.device)
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -144,17 +167,10 @@ class GpuTimer(Timer):
     def clean(self) -> None:
         """Free the memory that no object refers to, on the device too."""
         super().clean()
-        if self.on_gpu:
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
-    def graphed(self, forward: Callable[[], object]) -> Callable[[], object]:
-        """Return a replay of the forward as a CUDA graph.
-
-        Args:
-            forward: reads its inputs from tensors that stay at the same address.
-        """
-        if not self.on_gpu:
-            return forward
+    def graphed(self, forward: Callable[..., object]) -> Callable[..., object]:
+        """Return a replay of the forward as a CUDA graph."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -164,11 +180,14 @@ class GpuTimer(Timer):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             forward()
-        return graph.replay
+        return lambda *_: graph.replay()
 
 
-def _raise(name: str, error: Exception) -> None:
-    raise error
+def gpu_timer(device: torch.device) -> Timer:
+    """Return the timer of a GPU; for a CPU, in dry runs, one by the clock with the same settings."""
+    settings: dict[str, Any] = {"real_time": False, "granted": None, "long_seconds": 0.05, "most_calls": 30}
+    settings |= {"rotates": False, "pauses": False, "metered_seconds": float("inf")}
+    return GpuTimer(device, **settings) if device.type == "cuda" else Timer(device=device, **settings)
 
 
 def time_interleaved(
@@ -179,9 +198,9 @@ def time_interleaved(
     seconds: float | None = None,
     between: Callable[[], None] = lambda: None,
     inputs: int = 1,
-    failed: Callable[[str, Exception], None] = _raise,
+    failed: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, list[float]]:
-    """Time several calls in turns.
+    """Time several calls in turns, and return the seconds of every timed call by name.
 
     Args:
         timer: of the device.
@@ -191,10 +210,7 @@ def time_interleaved(
             no other.
         between: runs before every round, at the same priority.
         inputs: the number of inputs that the calls rotate through.
-        failed: called when a call raises, which then has no further turn and no time.
-
-    Returns:
-        Seconds of every timed call by name.
+        failed: called when a call raises, which then has no further turn and no time; without it the error goes on.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds):
@@ -204,8 +220,8 @@ def time_interleaved(
             if name not in times:
                 continue
             call = calls[name]
-            if seconds is not None:
-                timer.pause()
+            if seconds is not None and timer.pauses:
+                time.sleep(PAUSE_SECONDS)
             try:
                 with timer.turn():
                     (first,) = timer.seconds([partial(call, turn % inputs)])
@@ -215,28 +231,34 @@ def time_interleaved(
                     count = max(1, min(timer.most_calls, int(seconds / rounds / max(first, 1e-9))))
                     times[name] += timer.seconds([partial(call, (turn + n) % inputs) for n in range(1, count + 1)])
             except Exception as error:  # Other people's code: the others still have their turns.
+                if failed is None:
+                    raise
                 del times[name]
                 failed(name, error)
     return times
 
 
-def dense_call(cell: Cell, device: torch.device) -> Callable[[], object] | None:
+def dense_call(cell: Cell, device: torch.device) -> Call | None:
     """Return plain matrix products with the operations of the cell; None where it has none."""
     shapes = products(cell)
     pairs = [[torch.randn(n, device=device, dtype=cell.dtype) for n in ((m, k), (k, n))] for m, k, n in shapes]
     outs = [torch.empty(m, n, device=device, dtype=cell.dtype) for m, _, n in shapes]
 
-    def call() -> None:
+    def call(_: int = 0) -> None:
         for (a, b), out in zip(pairs, outs, strict=True):
             torch.mm(a, b, out=out)
 
     return call if pairs else None
 
 
-def copy_call(size: int, device: torch.device) -> Callable[[], object]:
+def copy_call(size: int, device: torch.device) -> Call:
     """Return a copy that moves this many bytes, half of them read and half of them written."""
     source, target = (torch.zeros(max(1, size // 2), dtype=torch.int8, device=device) for _ in range(2))
-    return lambda: target.copy_(source)
+
+    def call(_: int = 0) -> None:
+        target.copy_(source)
+
+    return call
 
 
 CONDITIONS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "clocks_throttle_reasons.active", "utilization.gpu")

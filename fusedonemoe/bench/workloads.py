@@ -5,6 +5,7 @@ Shape legend: T tokens, D hidden size, F intermediate size, E experts, K experts
 
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Protocol
 
 import torch
 
@@ -19,15 +20,20 @@ ALLOCATORS: dict[str, dict[str, str]] = {"default": {}, "huge pages": {"THP_MEM_
 DRY_T, DRY_D, DRY_F, DRY_E, DRY_K = 12, 32, 48, 8, 3
 
 
+class Named(Protocol):
+    """A cell or a peer of any suite."""
+
+    @property
+    def name(self) -> str:
+        """The text that ``--cells`` or ``--peers`` matches, as printed."""
+
+
 @dataclass(frozen=True)
 class Cell:
-    """One line of the benchmark.
+    """One line of the benchmark."""
 
-    Attributes:
-        operator: ``"block"``, router and experts; ``"experts"``, whose logits are an input; ``"merged"``, the merged up-
-            projection of the original; or ``"router"``, whose logits are an input.
-    """
-
+    # "block", router and experts; "experts" and "router", whose logits are an input; "quantized" and "merged", the merged
+    # up-projection of the original, whose ids and routing weights are an input.
     operator: str
     T: int  # tokens
     D: int  # hidden size
@@ -53,18 +59,15 @@ class Cell:
         """The text that ``--cells`` matches."""
         dtype = str(self.dtype).removeprefix("torch.")
         if not self.label:
-            return f"{self.operator}-T{self.T}-D{self.D}-F{self.F}-E{self.E}-K{self.K}-{dtype}"
+            sizes = f"T{self.T}-D{self.D}-F{self.F}-E{self.E}-K{self.K}"
+            return sizes if self.operator == "quantized" else f"{self.operator}-{sizes}-{dtype}"  # always bfloat16
         allocator = "" if self.allocator == "default" else "-" + self.allocator.replace(" ", "-")
         saved = f"-save{self.save_percent}" if self.save_percent != 100 else ""
         return f"{self.label}-{dtype}-{self.mode}{allocator}{saved}{'-skewed' if self.routing == 'skewed' else ''}"
 
     @property
     def rotation(self) -> int:
-        """The number of inputs that the timing on CPUs rotates through.
-
-        With three, no call finds its own last rows in the cache. Few tokens need more, so that no call finds its own last
-        experts there.
-        """
+        """The inputs that the timing on CPUs rotates through, so that no call finds its last rows or experts in the cache."""
         return 16 if self.T == 1 else 6 if self.T <= 64 else 3
 
     @property
@@ -128,15 +131,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class LeastWork:
-    """The work that no implementation of a cell can avoid.
-
-    Attributes:
-        touched_bytes: forward, the weights of the experts hit, read once, input and output, and a routing that is an input;
-            training, those weights read twice, the gradient of every weight of every expert written once, and the input, the
-            routing and their gradients.
-    """
+    """The work that no implementation of a cell can avoid."""
 
     flops: int  # operations of the matrix products over the routed rows; a gradient has two products for each of the forward
+    # Forward: the weights of the experts hit, read once, input and output, and a routing that is an input. Training: those
+    # weights read twice, the gradient of every expert's weights written once, and the input, the routing and their gradients.
     touched_bytes: int
 
 

@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from fusedonemoe import MoE, __version__
+from fusedonemoe.cli.overview import is_installed, version_of
 from fusedonemoe.cli.probes import BUDGET_TEXT, BUDGETS, DTYPES, D, E, F, K, Probe, make_probes, normal
 from fusedonemoe.ops.choice import refusal
 from fusedonemoe.ops.cpu import build
@@ -50,22 +51,18 @@ class Finding(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement: ``impl`` as the operator's ``impl=`` names it, and relative errors in the 2-norm.
-
-    ``tensor`` is the result, or the gradient with the greatest error; ``error`` is None when there is no finite figure, and
-    ``note`` may then tell why; ``ok`` is None when this cannot run here and need not.
-    """
+    """One measurement."""
 
     operator: str
-    impl: str
+    impl: str  # as the operator's ``impl=`` names it
     dtype: str
     device: str
     direction: str
     budget: float
-    ok: bool | None
-    tensor: str = ""
-    error: float | None = None
-    note: str = ""
+    ok: bool | None  # None when this cannot run here and need not
+    tensor: str = ""  # the result, or the gradient with the greatest error
+    error: float | None = None  # relative, in the 2-norm; None when there is no finite figure
+    note: str = ""  # may then tell why
 
     def __str__(self) -> str:
         figure = "not finite" if self.error is None else f"{self.error:.1e}"
@@ -74,7 +71,7 @@ class Row:
 
 
 def torch_window() -> dict[str, str]:
-    """The versions of torch that the installed metadata asks for, ``{">=": ..., "<": ...}``; empty when not installed."""
+    """Return the versions of torch that the installed metadata asks for, ``{">=": ..., "<": ...}``; empty when not installed."""
     try:
         requirements = importlib.metadata.requires("fusedonemoe") or []
     except importlib.metadata.PackageNotFoundError:
@@ -97,15 +94,6 @@ def _torch_finding() -> Finding:
     return Finding("torch", "ok" if is_inside else "FAIL", f"{version} ({'' if is_inside else 'not '}in {supported})")
 
 
-def _package_finding(name: str) -> Finding:
-    if importlib.util.find_spec(name) is None:
-        return Finding(name, "absent", "")
-    try:
-        return Finding(name, "ok", importlib.metadata.version(name))
-    except importlib.metadata.PackageNotFoundError:  # some distributions carry the module under another name
-        return Finding(name, "ok", "of unknown version")
-
-
 def _cpu_findings() -> list[Finding]:
     fields: dict[str, str] = {}
     with contextlib.suppress(OSError):  # Linux alone has it
@@ -123,7 +111,7 @@ def _cpu_findings() -> list[Finding]:
 
 
 def find_cpp_compiler() -> str | None:
-    """The C++ compiler that Inductor would call: ``$CXX``, or the platform's usual one; None when it does not run."""
+    """Return the C++ compiler that Inductor would call: ``$CXX``, or the platform's usual one; None when it does not run."""
     from torch._inductor import cpp_builder
 
     try:
@@ -152,11 +140,9 @@ def _gpu_findings() -> list[Finding]:
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
         return [Finding("GPU", "absent", "" if built else "this torch is built for CPU only")]
-    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    return [
-        Finding(f"GPU {i}", "ok", f"{gpu.name}, capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB")
-        for i, gpu in enumerate(gpus)
-    ]
+    gpus = enumerate(map(torch.cuda.get_device_properties, range(torch.cuda.device_count())))
+    told = "{0.name}, capability {0.major}.{0.minor}, {1:.0f} GiB"
+    return [Finding(f"GPU {i}", "ok", told.format(gpu, gpu.total_memory / 2**30)) for i, gpu in gpus]
 
 
 def _cache_finding() -> Finding:
@@ -172,12 +158,14 @@ def _cache_finding() -> Finding:
 
 
 def check_environment() -> list[Finding]:
-    """Versions, processors, compiler and cache."""
+    """Look at versions, processors, compiler and cache."""
+    names = ("numpy", "triton", "transformers")
+    packages = {name: (version_of(name) or "of unknown version") if is_installed(name) else "" for name in names}
     return [
         Finding("python", "ok", f"{platform.python_version()}, {platform.system()} {platform.machine()}"),
         Finding("fusedonemoe", "ok", __version__),
         _torch_finding(),
-        *(_package_finding(name) for name in ("numpy", "triton", "transformers")),
+        *(Finding(name, "ok" if version else "absent", version) for name, version in packages.items()),
         *_cpu_findings(),
         _compiler_finding(),
         _kernels_finding(),
@@ -195,7 +183,7 @@ def relative_error(actual: Tensor, exact: FloatArray) -> float:
 
 
 def _rows(head: tuple[str, str, str, str], missing: str | None, measure: Callable[[], list[Errors]]) -> list[Row]:
-    """The forward's row and the backward's, from the errors of the tensors of each; ``missing`` tells why not to measure."""
+    """Return the rows of forward and backward, from the errors of the tensors of each; ``missing`` tells why not to measure."""
     operator, _, dtype, _ = head
     ways = [(name, budget.of(DTYPES[dtype])) for name, budget in zip(DIRECTIONS, BUDGETS[operator], strict=True)]
     if missing:
@@ -227,11 +215,13 @@ def _probe_rows(probe: Probe, impl: str, dtype: str, device: str) -> list[Row]:
 
 def self_test() -> list[Row]:
     """Every operator, implementation, dtype and device against the oracle, forward and backward."""
-    rows = []
-    for device, name in itertools.product(["cpu", *(["cuda"] if torch.cuda.is_available() else [])], DTYPES):
-        for probe, impls in make_probes(DTYPES[name], device):
-            rows += [row for impl in impls for row in _probe_rows(probe, impl, name, device)]
-    return rows
+    return [
+        row
+        for device, name in itertools.product(["cpu", *(["cuda"] if torch.cuda.is_available() else [])], DTYPES)
+        for probe, impls in make_probes(DTYPES[name], device)
+        for impl in impls
+        for row in _probe_rows(probe, impl, name, device)
+    ]
 
 
 def compile_smoke(device: str) -> list[Row]:
@@ -256,15 +246,14 @@ def compile_smoke(device: str) -> list[Row]:
     return _rows(("MoE", "compiled", "float32", device), "" if found else f"no {tool}", measure)
 
 
-def print_table(title: str, rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> None:
+def print_table(title: str, lines: Sequence[Sequence[str]], header: Sequence[str] = ()) -> None:
     """Print aligned columns: in colour by rich where it is installed, else as plain text."""
-    lines = [list(row) for row in rows]
     try:
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
     except ImportError:
-        lines = [list(header), *lines] if header else lines
+        lines = [header, *lines] if header else lines
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         texts = [" ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
         print(title, *texts, "", sep="\n")
@@ -285,7 +274,7 @@ def _print_self_test(rows: list[Row]) -> None:
             figure = "" if row.error is None else f"{row.error:.0e}"
             cell = f"{figure}/{row.budget:.0e}" if row.ok else "absent" if row.ok is None else f"FAIL {figure}"
             lines.setdefault((row.operator, row.impl), []).append(cell)
-        cells = ((*key, *line) for key, line in lines.items())
+        cells = [[*key, *line] for key, line in lines.items()]
         print_table(f"Self-test on {device}, {direction}, error/budget", cells, ("operator", "impl", *DTYPES))
     print(BUDGET_TEXT)
 

@@ -17,12 +17,7 @@ def _shown(text: str) -> str:
 
 
 def whole(least: int, most: int) -> Callable[[str], int]:
-    """The type of an option that takes a whole number.
-
-    Args:
-        least: the smallest that is accepted.
-        most: the largest.
-    """
+    """Return the type of an option that takes a whole number from ``least`` to ``most``."""
 
     def convert(text: str) -> int:
         if not _WHOLE.fullmatch(text):

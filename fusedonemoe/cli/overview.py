@@ -11,6 +11,10 @@ WIDTH = 80
 OPTIONAL: dict[str, str] = {"rich": "cli", "shtab": "cli", "matplotlib": "plot", "transformers": "hf"}
 # What a command needs that the library does not: for the terminal, and the demo for its picture.
 NEEDS: dict[str, tuple[str, ...]] = {"demo": ("rich", "matplotlib"), "bench": ("rich",)}
+CLOSE = """\
+Each takes --help. In a program: help(fusedonemoe.MoE), and for a transformers
+model fusedonemoe.integrations.transformers.apply(model). To read on: README.md,
+examples/ and docs/ of the repository."""
 
 
 def is_installed(package: str) -> bool:
@@ -21,15 +25,16 @@ def is_installed(package: str) -> bool:
         return False
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """Return the version of an installed package; nothing where its distribution has another name."""
     try:
-        return f"{package} {importlib.metadata.version(package)}"
-    except importlib.metadata.PackageNotFoundError:  # some distributions carry the module under another name
-        return package
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def install_command(missing: list[str]) -> str:
-    """The command that installs these packages of :data:`OPTIONAL`."""
+    """Return the command that installs these packages of :data:`OPTIONAL`."""
     return f"pip install 'fusedonemoe[{','.join(sorted({OPTIONAL[package] for package in missing}))}]'"
 
 
@@ -40,9 +45,7 @@ def _here() -> Iterator[str]:
     threads = torch.get_num_threads()
     yield f"Python {platform.python_version()}, torch {torch.__version__}, {threads} thread{'s' * (threads > 1)}"
     yield f"GPU: {', '.join(gpus) or 'none that torch can use'}"
-    packages = [*OPTIONAL, "triton"]
-    present = [_version(package) for package in packages if is_installed(package)]
-    if present:
+    if present := [f"{name} {version_of(name)}".rstrip() for name in (*OPTIONAL, "triton") if is_installed(name)]:
         yield f"installed: {', '.join(present)}"
     if missing := [package for package in OPTIONAL if not is_installed(package)]:
         yield f"not installed: {', '.join(missing)}; {install_command(missing)}"
@@ -57,11 +60,9 @@ def _experts() -> Iterator[str]:
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         told = explain(config, device=device)
         yield f"on {device} impl='{told.impl}': {told.reason}"
-        others = [one.impl for one in told.candidates if one.refusal is None and one.impl != told.impl]
-        yield f"  on request {', '.join(others)}"
-        for one in told.candidates:
-            if one.refusal is not None:
-                yield f"  not {one.impl}: {one.refusal}"
+        refused = {one.impl: one.refusal for one in told.candidates}
+        yield f"  on request {', '.join(impl for impl, why in refused.items() if why is None and impl != told.impl)}"
+        yield from (f"  not {impl}: {why}" for impl, why in refused.items() if why is not None)
 
 
 def _next(commands: Mapping[str, str]) -> Iterator[str]:
@@ -72,30 +73,13 @@ def _next(commands: Mapping[str, str]) -> Iterator[str]:
 
 
 def overview(version: str, commands: Mapping[str, str]) -> str:
-    """The text, in lines of at most 80 characters.
-
-    Args:
-        version: of this library.
-        commands: each command's purpose.
-    """
+    """Return the text, in lines of at most 80 characters, from the version and the purpose of each command."""
     parts = {"Here": _here(), "Experts, in float32": _experts(), "Next": _next(commands)}
     lines = [f"FusedOneMoE {version}: mixture-of-experts blocks for PyTorch and torch.compile."]
     for title, part in parts.items():
         lines += ["", f"{title}:"]
         for line in part:
             indent = "  " + " " * (len(line) - len(line.lstrip()))
-            lines += textwrap.wrap(
-                line.lstrip(),
-                WIDTH,
-                initial_indent=indent,
-                subsequent_indent=f"{indent}  ",
-                break_long_words=False,
-                break_on_hyphens=False,
-            )
-    lines += [
-        "",
-        "Each takes --help. In a program: help(fusedonemoe.MoE), and for a transformers",
-        "model fusedonemoe.integrations.transformers.apply(model). To read on: README.md,",
-        "examples/ and docs/ of the repository.",
-    ]
-    return "\n".join(lines)
+            wrapper = textwrap.TextWrapper(WIDTH, indent, f"{indent}  ", break_long_words=False, break_on_hyphens=False)
+            lines += wrapper.wrap(line.lstrip())
+    return "\n".join([*lines, "", CLOSE])

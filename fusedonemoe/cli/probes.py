@@ -78,18 +78,14 @@ BUDGETS["MoE"] = tuple(
 
 @dataclass(frozen=True)
 class Probe:
-    """An operator on fixed inputs, with the oracle's answer.
-
-    ``widths`` are the row lengths of its grouped products, None for routing, which runs anywhere; ``seed`` is the gradient of
-    its output; ``exact`` holds the oracle's ``output`` and, under the name of each leaf, its gradient.
-    """
+    """An operator on fixed inputs, with the oracle's answer."""
 
     operator: str
-    widths: tuple[int, ...] | None
+    widths: tuple[int, ...] | None  # row lengths of its grouped products, None for routing, which runs anywhere
     forward: Callable[[str], Tensor]
     leaves: Mapping[str, Tensor]
-    seed: Tensor
-    exact: Mapping[str, FloatArray]
+    seed: Tensor  # the gradient of its output
+    exact: Mapping[str, FloatArray]  # the oracle's ``output`` and, under the name of each leaf, its gradient
 
 
 def normal(width: int, dtype: torch.dtype, device: str, *, seed: int = 7) -> Tensor:
@@ -131,11 +127,9 @@ def _experts_probe(operator: str, tensors: Mapping[str, Tensor], widths: tuple[i
     arrays = {name: exact_float64(tensor) for name, tensor in tensors.items()}
     like = next(tensor for name, tensor in tensors.items() if name not in ("experts", "weights"))
     seed = normal(F if operator == "experts_merged" else D, like.dtype, like.device.type)
-    public, leaves = getattr(functional, operator), {n: tensor for n, tensor in tensors.items() if tensor.requires_grad}
-    arguments = _public(tensors)
-    return Probe(
-        operator, widths, lambda impl: public(**arguments, impl=impl), leaves, seed, _exact(operator, oracle, arrays, seed)
-    )
+    leaves, arguments = {n: tensor for n, tensor in tensors.items() if tensor.requires_grad}, _public(tensors)
+    forward = lambda impl: getattr(functional, operator)(**arguments, impl=impl)  # noqa: E731
+    return Probe(operator, widths, forward, leaves, seed, _exact(operator, oracle, arrays, seed))
 
 
 def _public(tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,10 +156,7 @@ def _lora_probe(tensors: Mapping[str, Tensor]) -> Probe:
         exact[f"{name}_A"] = scale * B.transpose(0, 2, 1) @ gradient
         exact[f"{name}_B"] = scale * gradient @ A.transpose(0, 2, 1)
     arguments: dict[str, Any] = {**_public({**tensors, **factors}), "gate_up_scale": scale, "down_scale": scale}
-
-    def forward(impl: str) -> Tensor:
-        return functional.experts_mlp_lora(**arguments, impl=impl)
-
+    forward = lambda impl: functional.experts_mlp_lora(**arguments, impl=impl)  # noqa: E731
     return Probe("experts_mlp_lora", (D, 2 * F, F), forward, {**leaves, **factors}, seed_TD, exact)
 
 
@@ -186,11 +177,8 @@ def _quantized_probe(tensors: Mapping[str, Tensor]) -> Probe:
                 exact[name] = array
             else:
                 exact[name] = np.concatenate([exact[name], array]) if name == "output" else exact[name] + array
-
-    def forward(impl: str) -> Tensor:
-        outputs = [functional.experts_mlp_quantized(**_public({**rest, **w}), impl=impl) for w in weights]
-        return torch.cat(outputs)
-
+    public = functional.experts_mlp_quantized
+    forward = lambda impl: torch.cat([public(**_public({**rest, **w}), impl=impl) for w in weights])  # noqa: E731
     leaves = {name: tensor for name, tensor in rest.items() if tensor.requires_grad}
     return Probe("experts_mlp_quantized", (D, 2 * D, D), forward, leaves, seed, exact)
 

@@ -13,11 +13,7 @@ EXIT_USAGE = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command to a parser.
-
-    Args:
-        parser: of the command or subcommand.
-    """
+    """Add the options of the command to a parser."""
     parser.add_argument(
         "results", nargs="+", type=options.path, metavar="RESULTS.json", help="what bench --json wrote; several make one page"
     )
@@ -28,9 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the page.
-
-    Args:
-        args: what :func:`add_arguments` parsed.
 
     Returns:
         The exit status: 0; 2 when a file holds no results with times, or the page cannot be written.

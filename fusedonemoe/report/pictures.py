@@ -1,6 +1,7 @@
 """The pictures of the page: latency against tokens, memory against the dial, scaling, and how experts are used."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from html import escape
 from itertools import count
 
@@ -13,7 +14,8 @@ SHOWN = 8
 FLOOR = Style(FLOOR_COLOUR, width=1.6, dashes="6 4")
 LOAD = Style(COLOURS[0], width=2.0)
 EVEN = Style(FLOOR_COLOUR, width=1.2, dashes="2 3")
-MILLISECONDS = Axis("time in ms", show=lambda value: f"{value:g}")
+MILLISECONDS = Axis("time in ms")
+QUARTERS = (0.0, 25.0, 50.0, 75.0, 100.0)
 
 Figure = str
 
@@ -38,47 +40,33 @@ def grid(figures: Sequence[Figure]) -> str:
     return html
 
 
-def styles_of(peers: Sequence[str]) -> dict[str, Style]:
-    """Return the style of each peer of a run: a peer looks the same in all its pictures."""
-    ours, others = ([p for p in peers if is_ours(p) == mine] for mine in (True, False))
-    return {p: style_of(n, ours=True) for n, p in enumerate(ours)} | {p: style_of(n, ours=False) for n, p in enumerate(others)}
-
-
-def _points(cells: Sequence[Cell], along: str, value: Callable[[Cell], float | None]) -> tuple[tuple[float, float], ...]:
-    return tuple((float(cell[along]), found) for cell in cells if (found := value(cell)))
-
-
-def _seconds(cell: Cell, peer: str) -> float | None:
-    return next((row["seconds"] * 1e3 for row in compared(cell) if row["peer"] == peer), None)
-
-
-def _floor(cell: Cell) -> float | None:
-    floor = cell.get("floor_seconds")
-    return floor * 1e3 if floor else None
-
-
-def _against(album: Album, run: Run, along: str, label: str) -> Iterator[Figure]:
+def _against(album: Album, run: Run, along: str, label: str) -> list[Figure]:
     """Draw times of cells that differ in one size, with the floor."""
-    styles = styles_of(peers_of(run.cells))
+    # A peer looks the same in all pictures of a run.
+    peers, figures = peers_of(run.cells), []
+    styles = {p: style_of(n, ours=mine) for mine in (True, False) for n, p in enumerate(p for p in peers if is_ours(p) == mine)}
     for cells in families(run.cells, along):
-        lines = [Line(peer, _points(cells, along, lambda cell, peer=peer: _seconds(cell, peer)), styles[peer]) for peer in styles]  # type: ignore[misc]
-        floor = Line("floor", _points(cells, along, _floor), FLOOR)
-        drawn = [line for line in (floor, *lines) if line.points]
-        title = title_of(cells[0], along)
+        points: dict[str, dict[float, float]] = {name: {} for name in ("floor", *styles)}
+        for cell in cells:
+            if floor := cell.get("floor_seconds"):
+                points["floor"][float(cell[along])] = floor * 1e3
+            for row in compared(cell):
+                points[row["peer"]].setdefault(float(cell[along]), row["seconds"] * 1e3)
+        drawn = [Line(name, tuple(at.items()), styles.get(name, FLOOR)) for name, at in points.items() if at]
         told = [
             f"{line.name} {first[1]:.3g} ms at {first[0]:g}, {last[1]:.3g} ms at {last[0]:g}"
             for line in drawn
             for first, last in [(line.points[0], line.points[-1])]
         ]
         x = Axis(label, at=tuple(float(cell[along]) for cell in cells))
-        yield album.figure(
-            drawn, x, MILLISECONDS, title, f"Median time against {label}, both axes logarithmic: {'; '.join(told)}."
-        )
+        description = f"Median time against {label}, both axes logarithmic: {'; '.join(told)}."
+        figures.append(album.figure(drawn, x, MILLISECONDS, title_of(cells[0], along), description))
+    return figures
 
 
 def latency(album: Album, run: Run) -> list[Figure]:
     """Draw time against tokens."""
-    return list(_against(album, run, "T", "tokens T"))
+    return _against(album, run, "T", "tokens T")
 
 
 def scaling(album: Album, run: Run) -> list[Figure]:
@@ -94,20 +82,16 @@ def memory(album: Album, run: Run) -> list[Figure]:
         if len(rows) > 1:
             peers = [row for row in cell["rows"] if row.get("held_bytes") and row.get("save_percent") is None]
             figures.append(_dial(album, title_of(cell), rows, peers))
-    for cells in _dialled(run.cells):
-        rows = [row | {"save_percent": cell["save_percent"]} for cell in cells for row in cell["rows"] if row["peer"] == OURS]
-        peers = [row for row in cells[0]["rows"] if row["peer"] != OURS and row.get("held_bytes")]
-        figures.append(_dial(album, title_of(cells[0]), rows, peers))
-    return figures
-
-
-def _dialled(cells: Sequence[Cell]) -> Iterator[list[Cell]]:
-    """Yield groups of training cells that differ in ``save_percent`` alone."""
     groups: dict[tuple[object, ...], list[Cell]] = {}
-    for cell in cells:
+    for cell in run.cells:  # those that differ in ``save_percent`` alone are one picture
         if "save_percent" in cell and any(row["peer"] == OURS and row.get("held_bytes") for row in cell["rows"]):
             groups.setdefault(tuple(cell.get(k) for k in ("label", "dtype", "mode", "routing")), []).append(cell)
-    return (group for group in groups.values() if len({cell["save_percent"] for cell in group}) > 1)
+    for cells in groups.values():
+        if len({cell["save_percent"] for cell in cells}) > 1:
+            rows = [row | {"save_percent": cell["save_percent"]} for cell in cells for row in cell["rows"] if row["peer"] == OURS]
+            peers = [row for row in cells[0]["rows"] if row["peer"] != OURS and row.get("held_bytes")]
+            figures.append(_dial(album, title_of(cells[0]), rows, peers))
+    return figures
 
 
 def _dial(album: Album, title: str, rows: Sequence[Row], peers: Sequence[Row]) -> Figure:
@@ -116,18 +100,20 @@ def _dial(album: Album, title: str, rows: Sequence[Row], peers: Sequence[Row]) -
     def line(name: str, value: str, style: Style) -> Line:
         return Line(name, tuple((float(row["save_percent"]), row[value] / 1e6) for row in rows if row.get(value)), style)
 
+    def across(name: str, size: float, style: Style) -> Line:
+        return Line(name, ((0.0, size / 1e6), (100.0, size / 1e6)), style)
+
     ours = style_of(0, ours=True)
     lines = [line("fusedonemoe, held", "held_bytes", ours), line("fusedonemoe, formula", "formula_bytes", FLOOR)]
     lines.append(line("fusedonemoe, peak of the step", "peak_bytes", Style(ours.colour, "diamond", 1.4, "3 3")))
     for index, peer in enumerate(peers):
         style = style_of(index, ours=False)
-        lines.append(Line(f"{peer['peer']}, held", tuple((p, peer["held_bytes"] / 1e6) for p in (0.0, 100.0)), style))
+        lines.append(across(f"{peer['peer']}, held", peer["held_bytes"], style))
         if peak := peer.get("peak_bytes"):
-            dotted = Style(style.colour, style.marker, 1.4, "3 3")
-            lines.append(Line(f"{peer['peer']}, peak of the step", ((0.0, peak / 1e6), (100.0, peak / 1e6)), dotted))
+            lines.append(across(f"{peer['peer']}, peak of the step", peak, replace(style, width=1.4, dashes="3 3")))
     lines = [line for line in lines if line.points]
     told = "; ".join(f"{line.name} {line.points[0][1]:.3g} MB at 0 %, {line.points[-1][1]:.3g} MB at 100 %" for line in lines)
-    x = Axis("save_percent", logarithmic=False, at=(0.0, 25.0, 50.0, 75.0, 100.0))
+    x = Axis("save_percent", logarithmic=False, at=QUARTERS)
     return album.figure(lines, x, Axis("megabytes", logarithmic=False), title, f"Memory of a training step: {told}.")
 
 
@@ -145,6 +131,6 @@ def usage(album: Album, run: Run) -> list[Figure]:
         title = f"{cell['name']}: {cell.get('experts_hit', 0):.0f} of {cell.get('E', '?')} experts hit"
         middle = load[len(load) // 2]
         told = f"Times the mean: the busiest expert {load[0]:.2f}, the middle one {middle:.2f}, the idlest {load[-1]:.2f}."
-        x = Axis("experts, the busiest first, %", logarithmic=False, at=(0.0, 25.0, 50.0, 75.0, 100.0))
+        x = Axis("experts, the busiest first, %", logarithmic=False, at=QUARTERS)
         figures.append(album.figure(lines, x, Axis("rows / mean", logarithmic=False), title, told))
     return figures

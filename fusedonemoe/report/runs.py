@@ -1,6 +1,6 @@
 """Files of results: read, checked, and their cells put together by what they differ in."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,7 @@ class Run:
 
 
 def load(path: Path) -> Run:
-    """Read a file.
-
-    Raises:
-        NoResultsError: it cannot be read, is something else, or a dry run.
-    """
+    """Read a file; raise NoResultsError where it cannot be read, is something else, or a dry run."""
     try:
         results = records.read(path)
     except DamagedError as error:
@@ -47,14 +43,14 @@ def load(path: Path) -> Run:
     return Run(name, {key: value for key, value in results.items() if key != "cells"}, tuple(cells))
 
 
-def timed(cell: Cell) -> Iterator[Row]:
+def timed(cell: Cell) -> list[Row]:
     """Return the rows that have a time."""
-    return (row for row in cell["rows"] if row.get("seconds"))
+    return [row for row in cell["rows"] if row.get("seconds")]
 
 
-def compared(cell: Cell) -> Iterator[Row]:
+def compared(cell: Cell) -> list[Row]:
     """Return the rows with a time that wrote everything that the others write."""
-    return (row for row in timed(cell) if row.get("comparable", True))
+    return [row for row in timed(cell) if row.get("comparable", True)]
 
 
 def times_ours(cell: Cell) -> dict[str, float]:

@@ -24,6 +24,11 @@ class Style:
     width: float = 1.6  # of the line
     dashes: str = ""  # of the line, as SVG has them; empty for a whole one
 
+    def path(self, d: str) -> str:
+        """Return a line along an SVG path."""
+        dashes = f' stroke-dasharray="{self.dashes}"' if self.dashes else ""
+        return f'<path d="{d}" fill="none" stroke="{self.colour}" stroke-width="{self.width}"{dashes}/>'
+
 
 @dataclass(frozen=True)
 class Line:
@@ -46,9 +51,8 @@ class Axis:
 
 def style_of(index: int, *, ours: bool) -> Style:
     """The style of a peer."""
-    if ours:
-        return Style(OUR_COLOURS[index % len(OUR_COLOURS)], MARKERS[index % len(MARKERS)], 2.6)
-    return Style(COLOURS[index % len(COLOURS)], MARKERS[(index + 1) % len(MARKERS)])
+    colours = OUR_COLOURS if ours else COLOURS
+    return Style(colours[index % len(colours)], MARKERS[(index + (not ours)) % len(MARKERS)], 2.6 if ours else 1.6)
 
 
 def marker(style: Style, x: float, y: float, size: float = 3.6) -> str:
@@ -71,10 +75,8 @@ def legend(lines: Iterable[Line]) -> str:
     """Return the names of lines with a piece of each, as an HTML list."""
     items = []
     for line in lines:
-        style = line.style
-        dashes = f' stroke-dasharray="{style.dashes}"' if style.dashes else ""
-        stroke = f'<path d="M0 7H26" stroke="{style.colour}" stroke-width="{style.width}"{dashes}/>'
-        sample = f'<svg width="26" height="14" viewBox="0 0 26 14" aria-hidden="true">{stroke}{marker(style, 13, 7)}</svg>'
+        drawn = line.style.path("M0 7H26") + marker(line.style, 13, 7)
+        sample = f'<svg width="26" height="14" viewBox="0 0 26 14" aria-hidden="true">{drawn}</svg>'
         items.append(f"<li>{sample} {escape(line.name)}</li>")
     return f'<ul class="legend">{"".join(items)}</ul>'
 
@@ -84,14 +86,11 @@ class _Scale:
 
     def __init__(self, axis: Axis, values: Sequence[float], start: float, end: float) -> None:
         self.axis, self.start, self.end = axis, start, end
-        self.low = min(values) if axis.logarithmic else 0.0
-        self.high = max(values)
+        self.low, self.high = 0.0, max(values) * (1.0 if axis.at else 1.06) or 1.0
         if axis.logarithmic:
             # A line along the edge would be half a line, and a single value has no span.
-            pad = max((self.high / self.low) ** 0.04, 1.05)
-            self.low, self.high = self.low / pad, self.high * pad
-        else:
-            self.high = self.high * (1.0 if axis.at else 1.06) or 1.0
+            pad = max((max(values) / min(values)) ** 0.04, 1.05)
+            self.low, self.high = min(values) / pad, max(values) * pad
 
     def __call__(self, value: float) -> float:
         if self.axis.logarithmic:
@@ -122,14 +121,14 @@ class _Scale:
 
 
 def chart(lines: Sequence[Line], x: Axis, y: Axis, *, title: str, description: str, name: str) -> str:
-    """A chart as an SVG element with a title and a description.
+    """Draw a chart as an SVG element.
 
     Args:
         lines: with at least one point each.
         x: the axis from left to right.
         y: the axis from bottom to top.
         title: read aloud, and shown next to the mouse.
-        description: what the picture shows, in words and numbers.
+        description: the picture in words and numbers.
         name: an id that no other chart of the page has.
     """
     across = _Scale(x, [px for line in lines for px, _ in line.points], LEFT, WIDTH - RIGHT)
@@ -149,9 +148,7 @@ def chart(lines: Sequence[Line], x: Axis, y: Axis, *, title: str, description: s
     parts.append(f'<text x="12" y="{middle_y:.0f}" text-anchor="middle" {turned}>{escape(y.label)}</text>')
     for line in lines:
         pixels = [(across(px), up(py)) for px, py in line.points]
-        path = "M" + "L".join(f"{px:.1f} {py:.1f}" for px, py in pixels)
-        dashes = f' stroke-dasharray="{line.style.dashes}"' if line.style.dashes else ""
-        parts.append(f'<path d="{path}" fill="none" stroke="{line.style.colour}" stroke-width="{line.style.width}"{dashes}/>')
+        parts.append(line.style.path("M" + "L".join(f"{px:.1f} {py:.1f}" for px, py in pixels)))
         parts += [marker(line.style, px, py) for px, py in pixels]
     return (
         f'<svg class="chart" role="img" viewBox="0 0 {WIDTH} {HEIGHT}" aria-labelledby="{name}-t {name}-d">'

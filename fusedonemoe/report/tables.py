@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 
 from fusedonemoe.bench.peers import OURS
-from fusedonemoe.bench.report import milliseconds
+from fusedonemoe.bench.report import floors, megabytes, milliseconds, number
 from fusedonemoe.report.runs import Cell, Row, Run, peers_of, times_ours
 
 # A ratio this large, or its inverse, has the strongest colour.
@@ -50,91 +50,70 @@ def _colour(ratio: float) -> str:
 def heat_map(run: Run) -> str:
     """Make the table of every peer's time in multiples of ours, cell by cell; nothing where ours is alone."""
     peers = [peer for peer in peers_of(run.cells) if peer != OURS]
-    compared = [(cell, ratios) for cell in run.cells if (ratios := times_ours(cell))]
+    compared = [(cell["name"], ratios) for cell in run.cells if (ratios := times_ours(cell))]
     if not compared:
         return ""
-    head = "".join(f'<th scope="col">{escape(peer)}</th>' for peer in peers)
-    body = []
-    for cell, ratios in compared:
-        shown = "".join(
-            f'<td style="{_colour(ratios[peer])}">{_ratio(ratios[peer])}</td>' if peer in ratios else '<td class="none">-</td>'
-            for peer in peers
-        )
-        body.append(f'<tr><th scope="row">{escape(cell["name"])}</th>{shown}</tr>')
-    caption = f"{escape(run.name)}: time in multiples of ours. Blue above 1: ours is faster. Red below 1: ours is slower."
-    table = (
-        f'<table class="heat"><caption>{caption}</caption><thead><tr><th scope="col">cell</th>{head}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table>"
-    )
-    return region(table, f"ratios of {run.name}")
+    body = [(escape(name), *(_ratio(ratios.get(peer)) for peer in peers)) for name, ratios in compared]
+    caption = f"{run.name}: time in multiples of ours. Blue above 1: ours is faster. Red below 1: ours is slower."
+    return region(_table(caption, ("cell", *peers), body, kind=' class="heat"'), f"ratios of {run.name}")
 
 
-def _ratio(value: float) -> str:
-    return f"{value:.2f}" if value < 10 else f"{value:.0f}"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
-
-
-def _megabytes(size: int | None) -> str:
-    return _number(None if size is None else size / 1e6, ".1f")
-
-
-def _milliseconds(seconds: float | None) -> str:
-    return milliseconds(seconds) if seconds else ""
-
-
-def _floors(cell: Cell, row: Row) -> str:
-    # A row that reads other weights than its neighbours has a floor of its own.
-    floor = row.get("floor_seconds") or cell.get("floor_seconds")
-    return f"{row['seconds'] / floor:.2f}" if row.get("seconds") and floor else ""
+def _ratio(value: float | None) -> str:
+    if value is None:
+        return '<td class="none">-</td>'
+    return f'<td style="{_colour(value)}">{value:{".2f" if value < 10 else ".0f"}}</td>'
 
 
 def _times_ours(cell: Cell, row: Row) -> str:
-    ratio = 1.0 if row["peer"] == OURS and row.get("seconds") else times_ours(cell).get(row["peer"])
-    return _number(ratio, ".2f")
+    return number(1.0 if row["peer"] == OURS and row.get("seconds") else times_ours(cell).get(row["peer"]))
+
+
+def _millions(cell: Cell, name: str) -> str:
+    return number(cell[name] / 1e6 if cell.get(name) else None, ".3g")
 
 
 COLUMNS: dict[str, Callable[[Cell, Row], str]] = {
-    "p50 ms": lambda cell, row: _milliseconds(row.get("seconds")),
-    "p95 ms": lambda cell, row: _milliseconds(row.get("p95_seconds")),
-    "p99 ms": lambda cell, row: _milliseconds(row.get("p99_seconds")),
-    "tokens/s": lambda cell, row: _number(row.get("tokens_per_second"), ",.0f"),
-    "x floor": _floors,
+    "p50 ms": lambda cell, row: milliseconds(row.get("seconds")),
+    "p95 ms": lambda cell, row: milliseconds(row.get("p95_seconds")),
+    "p99 ms": lambda cell, row: milliseconds(row.get("p99_seconds")),
+    "tokens/s": lambda cell, row: number(row.get("tokens_per_second"), ",.0f"),
+    "x floor": lambda cell, row: number(floors(row, cell.get("floor_seconds"))),
     "x ours": _times_ours,
-    "error": lambda cell, row: _number(row.get("error"), ".1e"),
-    "peak MB": lambda cell, row: _megabytes(row.get("peak_bytes")),
-    "held MB": lambda cell, row: _megabytes(row.get("held_bytes")),
-    "success": lambda cell, row: _number(row.get("success_rate"), ".1%"),
+    "error": lambda cell, row: number(row.get("error"), ".1e"),
+    "peak MB": lambda cell, row: megabytes(row.get("peak_bytes")),
+    "held MB": lambda cell, row: megabytes(row.get("held_bytes")),
+    "success": lambda cell, row: number(row.get("success_rate"), ".1%"),
     "note": lambda cell, row: escape(row.get("note") or ""),
 }
 WORK: dict[str, Callable[[Cell], str]] = {
     "published at": lambda cell: escape(cell.get("published") or ""),
-    "GFLOP": lambda cell: _number(cell["flops"] / 1e9 if cell.get("flops") else None, ".3g"),
-    "M parameters": lambda cell: _number(cell["parameters"] / 1e6 if cell.get("parameters") else None, ".3g"),
-    "M active": lambda cell: _number(cell["active_parameters"] / 1e6 if cell.get("active_parameters") else None, ".3g"),
-    "floor ms": lambda cell: _milliseconds(cell.get("floor_seconds")),
+    "GFLOP": lambda cell: number(cell["flops"] / 1e9 if cell.get("flops") else None, ".3g"),
+    "M parameters": lambda cell: _millions(cell, "parameters"),
+    "M active": lambda cell: _millions(cell, "active_parameters"),
+    "floor ms": lambda cell: milliseconds(cell.get("floor_seconds")),
     "bound by": lambda cell: escape(cell.get("floor_bound_by") or ""),
 }
 
 
-def _table(caption: str, headings: Sequence[str], rows: Sequence[tuple[str, ...]]) -> str:
-    """A table whose first column names its rows; columns that are empty throughout are left out."""
+def _table(caption: str, headings: Sequence[str], rows: Sequence[tuple[str, ...]], kind: str = "") -> str:
+    """Make a table whose first column names its rows, without columns that are empty throughout; cells are text or ``<td>``."""
     kept = [0, *(n for n in range(1, len(headings)) if any(row[n] for row in rows))]
     head = "".join(f'<th scope="col">{escape(headings[n])}</th>' for n in kept)
-    body = "".join(f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{row[n]}</td>" for n in kept[1:])}</tr>' for row in rows)
-    return f"<table><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    body = ""
+    for row in rows:
+        cells = (row[n] if row[n].startswith("<td") else f"<td>{row[n]}</td>" for n in kept[1:])
+        body += f'<tr><th scope="row">{row[0]}</th>{"".join(cells)}</tr>'
+    return f"<table{kind}><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def figures(run: Run) -> str:
     """Make the tables of every row of every cell, and of the work of each cell."""
     work = [(escape(cell["name"]), *(show(cell) for show in WORK.values())) for cell in run.cells]
-    rows = []
-    for cell in run.cells:
-        for row in cell["rows"]:
-            names = (escape(cell["name"]), escape(row["peer"]))
-            rows.append((*names, *(show(cell, row) for show in COLUMNS.values())))
+    rows = [
+        (escape(cell["name"]), escape(row["peer"]), *(show(cell, row) for show in COLUMNS.values()))
+        for cell in run.cells
+        for row in cell["rows"]
+    ]
     every = _table(f"{run.name}: every peer in every cell", ("cell", "peer", *COLUMNS), rows)
     asked = _table(f"{run.name}: work of a call", ("cell", *WORK), work)
     return region(every, f"figures of {run.name}") + region(asked, f"work of {run.name}")

@@ -13,10 +13,7 @@ def exact_float64(tensor: Tensor | None, /) -> Any: ...
 @overload
 def exact_float64(first: Tensor | None, second: Tensor | None, /, *rest: Tensor | None) -> tuple[Any, ...]: ...
 def exact_float64(*tensors: Tensor | None) -> Any:
-    """Copies tensors to NumPy without loss, for a call of the oracle.
-
-    Args:
-        *tensors: Any shape, dtype and device. None stays None.
+    """Copies tensors of any device to NumPy without loss, for a call of the oracle; None stays None.
 
     Returns:
         One array for one tensor, else a tuple: float64 for floating tensors, int64 for ids and masks.
@@ -24,13 +21,13 @@ def exact_float64(*tensors: Tensor | None) -> Any:
     >>> exact_float64(torch.tensor([0.5], dtype=torch.bfloat16))
     array([0.5])
     """
-    arrays = tuple(None if tensor is None else _to_numpy(tensor) for tensor in tensors)
-    return arrays[0] if len(arrays) == 1 else arrays
-
-
-def _to_numpy(tensor: Tensor) -> NDArray[Any]:
-    wide = torch.float64 if tensor.is_floating_point() else torch.int64
-    return tensor.detach().to("cpu", wide, copy=True).numpy()
+    arrays = [
+        None
+        if tensor is None
+        else tensor.detach().to("cpu", torch.float64 if tensor.is_floating_point() else torch.int64, copy=True).numpy()
+        for tensor in tensors
+    ]
+    return arrays[0] if len(arrays) == 1 else tuple(arrays)
 
 
 class ErrorNorms(NamedTuple):
@@ -48,14 +45,7 @@ class ErrorNorms(NamedTuple):
 
 
 def error_norms(actual: Tensor, exact: Tensor | NDArray[np.float64]) -> ErrorNorms:
-    """Measures ``actual - exact`` in float64.
-
-    Args:
-        actual: Floating, any shape.
-        exact: float64, the same shape.
-
-    Returns:
-        The greatest absolute error and the root of the mean square error.
+    """Measures ``actual - exact``, the second of the same shape and in float64.
 
     >>> error_norms(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0], dtype=torch.float64)).max_abs
     1.0
@@ -105,8 +95,7 @@ def assert_within_budget(
     Traceback (most recent call last):
     AssertionError: y: max error 1 exceeds 2.38e-07 = 2 * 0 (plain) + 2 * 1.19e-07 * 1 (eps * scale)
     """
-    label = name or "actual"
-    exact_array = _exact_array(exact)
+    label, exact_array = name or "actual", _exact_array(exact)
     if tuple(plain.shape) != exact_array.shape:
         raise ValueError(f"{label}: plain has shape {tuple(plain.shape)}, exact has {exact_array.shape}")
     if actual.shape != plain.shape:
@@ -115,8 +104,7 @@ def assert_within_budget(
         raise AssertionError(f"{label}: dtype {actual.dtype}, expected {plain.dtype}")
     if not (torch.isfinite(plain).all() and np.isfinite(exact_array).all()):
         raise ValueError(f"{label}: plain and exact must be finite to be a yardstick")
-    bad = int((~torch.isfinite(actual)).sum())
-    if bad:
+    if bad := int((~torch.isfinite(actual)).sum()):
         raise AssertionError(f"{label}: {bad} of {actual.numel()} values are not finite")
 
     eps = torch.finfo(plain.dtype).eps

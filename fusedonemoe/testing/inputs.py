@@ -33,14 +33,7 @@ class MLPInputs:
 
 @dataclass(frozen=True)
 class MergedInputs:
-    """Arguments of the merged up-projection.
-
-    Attributes:
-        x: ``[T, D]``.
-        experts: Ids, ``[T, K]``, integer.
-        weights: ``[T, K]``, positive, not normalised.
-        proj: ``[E, D, F]``.
-    """
+    """Arguments of the merged up-projection: those of :class:`MLPInputs`, and ``proj`` ``[E, D, F]`` for the matrices."""
 
     x: Tensor
     experts: Tensor
@@ -51,18 +44,17 @@ class MergedInputs:
 class _Draw:
     """Draws float32 values on the CPU and hands them out in the dtype and on the device asked for."""
 
-    def __init__(self, seed: int, device: torch.device | str, requires_grad: bool) -> None:
+    def __init__(self, seed: int, dtype: torch.dtype, device: torch.device | str, requires_grad: bool) -> None:
         self.generator = torch.Generator().manual_seed(seed)
-        self.device = device
-        self.requires_grad = requires_grad
+        self.dtype, self.device, self.requires_grad = dtype, device, requires_grad
 
-    def normal(self, *shape: int, scale: float, dtype: torch.dtype) -> Tensor:
-        return self._finish(torch.randn(shape, generator=self.generator, dtype=torch.float32, device="cpu") * scale, dtype)
+    def normal(self, *shape: int, scale: float) -> Tensor:
+        return self._finish(torch.randn(shape, generator=self.generator, dtype=torch.float32, device="cpu") * scale, self.dtype)
 
-    def weights(self, T: int, K: int, dtype: torch.dtype) -> Tensor:
+    def weights(self, T: int, K: int, dtype: torch.dtype | None) -> Tensor:
         # Not normalised: an operator that normalises once more must show.
         values = torch.rand(T, K, generator=self.generator, dtype=torch.float32, device="cpu")
-        return self._finish((values + 0.25) / K**0.5, dtype)
+        return self._finish((values + 0.25) / K**0.5, dtype or torch.promote_types(self.dtype, torch.float32))
 
     def _finish(self, values: Tensor, dtype: torch.dtype) -> Tensor:
         return values.to(self.device, dtype).requires_grad_(self.requires_grad)
@@ -78,7 +70,7 @@ def make_experts(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Tensor:
-    """Draws expert ids.
+    """Draws expert ids ``[T, K]``.
 
     Args:
         T: Tokens.
@@ -92,9 +84,6 @@ def make_experts(
         device: Of the ids.
         seed: Of the generator.
 
-    Returns:
-        Ids ``[T, K]``.
-
     Raises:
         ValueError: On an unknown routing, or when K distinct experts do not exist.
 
@@ -103,25 +92,28 @@ def make_experts(
             [2, 2, 2]])
     """
     generator = torch.Generator().manual_seed(seed)
+
+    def integers(end: int) -> Tensor:
+        return torch.randint(end, (T, K), generator=generator, device="cpu")
+
     if routing in ("distinct", "skewed"):
         if K > E:
             raise ValueError(f"routing {routing!r} needs K <= E, got K={K} and E={E}")
         # Gumbel top-k: sampling without replacement in proportion to the popularity.
         popularity_E = torch.zeros(E, dtype=torch.float32, device="cpu")
         if routing == "skewed":
-            popularity_E = -torch.arange(1.0, E + 1.0, dtype=torch.float32, device="cpu").log()[
-                torch.randperm(E, generator=generator, device="cpu")
-            ]
+            rank_E = torch.randperm(E, generator=generator, device="cpu")
+            popularity_E = -torch.arange(1.0, E + 1.0, dtype=torch.float32, device="cpu").log()[rank_E]
         gumbel_TE = -torch.empty(T, E, dtype=torch.float32, device="cpu").exponential_(generator=generator).log()
         experts = (popularity_E + gumbel_TE).topk(K, dim=1).indices
     elif routing == "one_expert":
         experts = torch.full((T, K), E // 2, device="cpu")
     elif routing == "some_empty":
-        experts = torch.randint(max(E // 2, 1), (T, K), generator=generator, device="cpu") * 2 + (1 if E > 1 else 0)
+        experts = integers(max(E // 2, 1)) * 2 + (1 if E > 1 else 0)
     elif routing in ("uniform", "out_of_range"):
-        experts = torch.randint(E, (T, K), generator=generator, device="cpu")
+        experts = integers(E)
         if routing == "out_of_range":
-            outside = torch.tensor([-1, E, E + 5], device="cpu")[torch.randint(3, (T, K), generator=generator, device="cpu")]
+            outside = torch.tensor([-1, E, E + 5], device="cpu")[integers(3)]
             elsewhere = torch.rand(T, K, generator=generator, dtype=torch.float32, device="cpu") < 1 / 3
             elsewhere[-1:] = True
             experts = torch.where(elsewhere, outside, experts)
@@ -147,7 +139,7 @@ def make_mlp_inputs(
     seed: int = 0,
     requires_grad: bool = False,
 ) -> MLPInputs:
-    """Makes arguments for a mixture of MLP experts whose outputs are of order one.
+    """Makes contiguous arguments for a mixture of MLP experts whose outputs are of order one.
 
     x and the pre-activations have unit variance: ``x ~ N(0, 1)``, ``up_proj ~ N(0, 1/D)``,
     ``down_proj ~ N(0, 1/F)``, biases ``N(0, 1/4)``.
@@ -168,24 +160,20 @@ def make_mlp_inputs(
         seed: Of the generators.
         requires_grad: Whether every floating tensor is a leaf that requires a gradient.
 
-    Returns:
-        The tensors, contiguous.
-
     >>> inputs = make_mlp_inputs(T=5, D=8, F=4, E=3, K=2)
     >>> inputs.up_proj.shape, inputs.down_proj.shape
     (torch.Size([3, 8, 8]), torch.Size([3, 8, 4]))
     """
-    draw = _Draw(seed, device, requires_grad)
-    rows = 2 * F if gated else F
+    draw, rows = _Draw(seed, dtype, device, requires_grad), 2 * F if gated else F
     return MLPInputs(
-        x=draw.normal(T, D, scale=1.0, dtype=dtype),
+        x=draw.normal(T, D, scale=1.0),
         experts=make_experts(T, E, K, routing=routing, dtype=experts_dtype, device=device, seed=seed + 1),
-        weights=draw.weights(T, K, weights_dtype or _routing_dtype(dtype)),
-        up_proj=draw.normal(E, rows, D, scale=D**-0.5, dtype=dtype),
-        down_proj=draw.normal(E, D, F, scale=F**-0.5, dtype=dtype),
+        weights=draw.weights(T, K, weights_dtype),
+        up_proj=draw.normal(E, rows, D, scale=D**-0.5),
+        down_proj=draw.normal(E, D, F, scale=F**-0.5),
         # Drawn last, so that bias=True leaves the other values as they are.
-        up_bias=draw.normal(E, rows, scale=0.5, dtype=dtype) if bias else None,
-        down_bias=draw.normal(E, D, scale=0.5, dtype=dtype) if bias else None,
+        up_bias=draw.normal(E, rows, scale=0.5) if bias else None,
+        down_bias=draw.normal(E, D, scale=0.5) if bias else None,
     )
 
 
@@ -204,34 +192,17 @@ def make_merged_inputs(
     seed: int = 0,
     requires_grad: bool = False,
 ) -> MergedInputs:
-    """Makes arguments for the merged up-projection whose outputs are of order one.
-
-    Args:
-        T: Tokens.
-        D: Hidden size.
-        F: Intermediate size.
-        E: Experts.
-        K: Experts per token.
-        dtype: Of x and proj.
-        weights_dtype: Of weights; by default float32, as the routing computes, or float64 when dtype is.
-        experts_dtype: Of the ids.
-        device: Of every tensor.
-        routing: One of ``ROUTINGS``, see ``make_experts``; it changes the ids and nothing else.
-        seed: Of the generators.
-        requires_grad: Whether every floating tensor is a leaf that requires a gradient.
-
-    Returns:
-        The tensors, contiguous.
+    """Makes contiguous arguments for the merged up-projection, ``proj ~ N(0, 1/D)``, from those of :func:`make_mlp_inputs`.
 
     >>> make_merged_inputs(T=5, D=8, F=4, E=3, K=2).proj.shape
     torch.Size([3, 8, 4])
     """
-    draw = _Draw(seed, device, requires_grad)
+    draw = _Draw(seed, dtype, device, requires_grad)
     return MergedInputs(
-        x=draw.normal(T, D, scale=1.0, dtype=dtype),
+        x=draw.normal(T, D, scale=1.0),
         experts=make_experts(T, E, K, routing=routing, dtype=experts_dtype, device=device, seed=seed + 1),
-        weights=draw.weights(T, K, weights_dtype or _routing_dtype(dtype)),
-        proj=draw.normal(E, D, F, scale=D**-0.5, dtype=dtype),
+        weights=draw.weights(T, K, weights_dtype),
+        proj=draw.normal(E, D, F, scale=D**-0.5),
     )
 
 
@@ -245,7 +216,7 @@ def make_logits(
     seed: int = 0,
     requires_grad: bool = False,
 ) -> Tensor:
-    """Makes router logits.
+    """Makes router logits ``[T, E]``.
 
     Without ties a row is E distinct values, evenly spaced over [-3, 3] and shuffled: no two are so close that
     float32 and float64 scores could be ordered differently. With ties every value is -1, 0 or 1, exact in every
@@ -260,9 +231,6 @@ def make_logits(
         seed: Of the generator.
         requires_grad: Whether the result is a leaf that requires a gradient.
 
-    Returns:
-        logits ``[T, E]``.
-
     >>> make_logits(2, 5, ties=True).unique().tolist()
     [-1.0, 0.0, 1.0]
     """
@@ -272,11 +240,6 @@ def make_logits(
     else:
         order_TE = torch.rand(T, E, generator=generator, dtype=torch.float32, device="cpu").argsort(dim=1)
         # A shift per row, which moves every sigmoid and no softmax, keeps rows from being permutations of one.
-        logits = torch.linspace(-3.0, 3.0, E, dtype=torch.float32, device="cpu")[order_TE] + torch.rand(
-            T, 1, generator=generator, dtype=torch.float32, device="cpu"
-        )
+        shift_T1 = torch.rand(T, 1, generator=generator, dtype=torch.float32, device="cpu")
+        logits = torch.linspace(-3.0, 3.0, E, dtype=torch.float32, device="cpu")[order_TE] + shift_T1
     return logits.to(device, dtype).requires_grad_(requires_grad)
-
-
-def _routing_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -38,7 +38,7 @@ def arguments(*argv):
 
 def measure(cell, peers, **options):
     """The result of a cell on the CPU."""
-    return runner.run_cell(cell, timing.GpuTimer(CPU), peers=peers, rounds=2, seconds=0.001, **options)
+    return runner.run_cell(cell, timing.gpu_timer(CPU), peers=peers, rounds=2, seconds=0.001, **options)
 
 
 def row_of(result, peer):

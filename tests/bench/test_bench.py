@@ -289,13 +289,13 @@ def scheduling():
 def test_the_schedulers_policy_is_restored():
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))
     before = scheduling()
-    with timing.RealTime() as priority:
+    with timing.at_real_time() as granted:
         inside = scheduling()
-    if priority.granted:
+    if granted:
         assert all(inside[t] == (os.SCHED_RR, 1) for t in before)
     after = scheduling()
     assert {t: after[t] for t in before if t in after} == {t: before[t] for t in before if t in after}
-    with pytest.raises(ZeroDivisionError), timing.RealTime():
+    with pytest.raises(ZeroDivisionError), timing.at_real_time():
         1 / 0  # noqa: B018 - any exception will do
     assert os.SCHED_RR not in {policy for policy, _ in scheduling().values()}
 
@@ -305,13 +305,13 @@ def test_priority_is_optional(monkeypatch):
     def refuse(*_):
         raise PermissionError
 
-    with timing.RealTime(wanted=False) as priority:
+    with timing.at_real_time(wanted=False) as granted:
         assert os.SCHED_RR not in {policy for policy, _ in scheduling().values()}
-    assert not priority.granted
+    assert not granted
     monkeypatch.setattr(os, "sched_setscheduler", refuse)
-    with timing.RealTime() as priority:
+    with timing.at_real_time() as granted:
         pass
-    assert not priority.granted
+    assert not granted
 
 
 def test_a_cell_without_priority_says_so():

@@ -7,7 +7,7 @@ import os
 import pickle
 import re
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -18,7 +18,7 @@ from fusedonemoe import bench
 from fusedonemoe.bench import exact, libraries, peers, workloads
 from fusedonemoe.bench.catalogue import SUITES
 from fusedonemoe.bench.inputs import make_inputs
-from fusedonemoe.bench.libraries import LIBRARIES, LINE_UP, line_up
+from fusedonemoe.bench.libraries import FOR_CPUS, ON_CPUS, line_up
 from fusedonemoe.bench.peers import OURS, PREPACKED, TORCH_BLOCKS, TRANSFORMERS, Peer, UnavailableError, chosen
 from fusedonemoe.bench.workloads import Cell
 
@@ -33,7 +33,7 @@ ceilings = importlib.import_module("fusedonemoe.bench.ceilings")
 DTYPES = (torch.float32, torch.bfloat16)
 TINY = Cell("block", T=12, D=32, F=64, E=4, K=2, dtype=torch.float32, label="tiny")
 TRAINING = replace(TINY, mode="training")
-PEER = {peer.name: peer for peer in LINE_UP}
+PEER = {peer.name: peer for peer in ON_CPUS}
 LOOP = PEER["per-expert loop"]
 needs_transformers = pytest.mark.skipif(not find_spec("transformers"), reason="transformers is not installed")
 
@@ -144,7 +144,7 @@ def test_every_peer_in_torch_agrees(dtype, mode):
     assert result.times_best(result.best_peer) == 1
     ours = row_of(result, OURS)
     assert result.times_best(ours) == pytest.approx(ours.seconds / result.best_peer.seconds)
-    assert result.times_floor(ours) == pytest.approx(ours.seconds / result.floor.seconds)
+    assert report.floors(asdict(ours), result.floor.seconds) == pytest.approx(ours.seconds / result.floor.seconds)
 
 
 def test_the_usual_loop_is_not_the_best_where_it_leaves_gradients_unwritten():
@@ -168,7 +168,7 @@ def test_the_best_is_compared_within_its_own_turns():
     result = results.CellResult(TINY, rows, workloads.Floor(0.5, "flops"), 1.0, 1.0, 4.0, True)
     assert result.best_peer.peer == "b"
     assert result.times_best(rows[0]) == pytest.approx(4 / 6) and result.times_best(rows[1]) == pytest.approx(2 / 1.5)
-    assert result.times_floor(rows[0]) == 6
+    assert report.floors(asdict(rows[0]), result.floor.seconds) == 6
 
 
 REFUSALS = {
@@ -195,13 +195,13 @@ def test_what_cannot_run_says_why(peer, monkeypatch, tmp_path):
 
 def test_absent_libraries_name_the_command(monkeypatch):
     monkeypatch.setattr(libraries, "find_spec", lambda name: None)
-    result = measure(replace(TINY, dtype=torch.bfloat16), [PEER[OURS], *LIBRARIES])
+    result = measure(replace(TINY, dtype=torch.bfloat16), [PEER[OURS], *FOR_CPUS])
     for row in result.rows[1:]:
         assert row.is_absent and re.match(r"skipped: \S+ is not installed: pip install ", row.note)
     assert "zentorch==2.13.*" in str(report.table_of(result).caption)
 
 
-@pytest.mark.parametrize("peer", LIBRARIES, ids=lambda peer: peer.name)
+@pytest.mark.parametrize("peer", FOR_CPUS, ids=lambda peer: peer.name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_libraries_agree_where_they_are_installed(peer, dtype):
     cell = replace(TINY, dtype=dtype)
@@ -264,10 +264,10 @@ def test_copies_are_kept_in_groups_that_fit():
 
 
 def test_the_line_up_of_a_cell():
-    assert {peer.name for peer in line_up(TRAINING)} == {p.name for p in TORCH_BLOCKS if p.name != PREPACKED}
-    assert PREPACKED in [p.name for p in line_up(TINY)] and PREPACKED not in [p.name for p in line_up(TRAINING)]
+    assert {peer.name for peer in line_up("cpu", TRAINING)} == {p.name for p in TORCH_BLOCKS if p.name != PREPACKED}
+    assert PREPACKED in [p.name for p in line_up("cpu", TINY)] and PREPACKED not in [p.name for p in line_up("cpu", TRAINING)]
     assert row_of(measure(TINY, [PEER[OURS], PEER[PREPACKED]]), PREPACKED).seconds
-    assert [p.name for p in chosen(line_up(TINY), re.compile("^trans.*grouped"))] == [OURS, TRANSFORMERS]
+    assert [p.name for p in chosen(line_up("cpu", TINY), re.compile("^trans.*grouped"))] == [OURS, TRANSFORMERS]
 
 
 def test_the_cells_of_the_suite():

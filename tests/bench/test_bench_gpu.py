@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fusedonemoe import bench
-from fusedonemoe.bench import gpu_libraries
+from fusedonemoe.bench import libraries
 from fusedonemoe.bench.inputs import make_inputs
 from fusedonemoe.bench.peers import OURS, PEERS, PLAIN, YARDSTICK, Peer
 from fusedonemoe.bench.workloads import MODES, Cell, least_work, products
@@ -235,7 +235,7 @@ def test_a_wrong_peer_fails_the_command(two_cells, as_if_measured, monkeypatch, 
 
     peers = (ours, grouped, Peer("zeros", zeros, MODES))
     monkeypatch.setitem(PEERS, "experts", peers)
-    monkeypatch.setattr(gpu_libraries, "LIBRARIES", ())
+    monkeypatch.setattr(libraries, "FOR_GPUS", ())
     file = tmp_path / "results.json"
     assert as_if_measured("--json", str(file)) == bench.EXIT_DISAGREE
     rows = json.loads(file.read_text())["cells"][0]["rows"]

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from fusedonemoe.bench import gpu_libraries, peers
+from fusedonemoe.bench import libraries, peers
 from fusedonemoe.bench.exact import OUTPUT, exact_answer
-from fusedonemoe.bench.gpu_libraries import LIBRARIES, line_up
 from fusedonemoe.bench.inputs import GPU_DRAWS, Inputs, sampled_tokens
 from fusedonemoe.bench.inputs import make_inputs as make
+from fusedonemoe.bench.libraries import FOR_GPUS, line_up
 from fusedonemoe.bench.peers import GROUPED, OURS, PEERS, PLAIN, Peer
 from fusedonemoe.bench.workloads import MODES, Cell, shrunk
 from tests.bench.gpu_suite import (
@@ -73,7 +73,7 @@ def few_sampled(monkeypatch):
 def test_right_peers_pass_where_only_a_sample_is_checked(few_sampled, cell):
     cell = replace(cell, T=200)
     assert make_inputs(cell, CPU).sample.numel() < 200
-    result = measure(cell, [peer for peer in line_up(cell) if peer.name in (OURS, GROUPED, PLAIN, "original einsum")])
+    result = measure(cell, [peer for peer in line_up("gpu", cell) if peer.name in (OURS, GROUPED, PLAIN, "original einsum")])
     assert [(row.peer, row.note) for row in result.rows if row.seconds is None] == []
     assert all(row.peak_bytes for row in result.rows) and result.floor.seconds > 0
 
@@ -225,10 +225,10 @@ def test_what_cannot_be_captured_is_a_note_of_others_and_a_failure_of_ours(monke
     def no_graph(self, forward):
         raise RuntimeError("operation not permitted when stream is capturing\nlong story")
 
-    monkeypatch.setattr(timing.GpuTimer, "graphed", no_graph)
+    monkeypatch.setattr(timing.Timer, "graphed", no_graph)
     cell = replace(QWEN, mode="decode")
     inputs = make_inputs(cell, CPU)
-    check = runner._Checks(cell, inputs, exact_answer(cell, inputs), timing.GpuTimer(CPU))
+    check = runner._Checks(cell, inputs, exact_answer(cell, inputs), timing.gpu_timer(CPU))
     ours, _ = check(OUR_EXPERTS)
     other, _ = check(replace(OUR_EXPERTS, name="other"))
     assert ours.failed and ours.note.startswith("failed: CaptureError")
@@ -246,14 +246,14 @@ def test_a_graph_computes_what_stands_in_its_inputs_when_it_is_replayed():
         seen.append(x.clone())
         return x * 1
 
-    answer = runner.prepare(cell, inputs, forward, {}, timing.GpuTimer(CPU)).answer()
+    answer = runner.prepare(cell, inputs, forward, {}, timing.gpu_timer(CPU)).answer()
     assert torch.equal(seen[0], inputs.draws[1][0]) and torch.equal(answer[OUTPUT], inputs.draws[0][0])
 
 
 def test_calls_take_turns_and_long_ones_are_timed_once(monkeypatch):
     log = []
     calls = {name: lambda i, name=name: log.append(name) for name in "ab"}
-    timer = timing.GpuTimer(CPU)
+    timer = timing.gpu_timer(CPU)
     times = timing.time_interleaved(timer, calls, rounds=3, seconds=0.0)
     assert "".join(log) == "aabb" + "bbaa" + "aabb" and {len(t) for t in times.values()} == {3}
     monkeypatch.setattr(timer, "long_seconds", -1.0)
@@ -263,8 +263,8 @@ def test_calls_take_turns_and_long_ones_are_timed_once(monkeypatch):
 
 
 def test_absent_libraries_and_what_they_cannot_take_are_notes(monkeypatch):
-    monkeypatch.setattr(gpu_libraries, "find_spec", lambda name: None)
-    result = measure(QWEN, [OUR_EXPERTS, *LIBRARIES])
+    monkeypatch.setattr(libraries, "find_spec", lambda name: None)
+    result = measure(QWEN, [OUR_EXPERTS, *FOR_GPUS])
     for row in result.rows[1:]:
         assert row.is_absent and re.match(r"skipped: \S+ is not installed: pip install ", row.note)
     assert peers.our_impl(torch.device("cuda")) == "triton"
@@ -331,13 +331,13 @@ def stand_ins():
 PLAIN_NOMIC = shrunk(NAMED["nomic-T512-bfloat16-forward"])
 
 
-@pytest.mark.parametrize("peer", LIBRARIES, ids=lambda peer: peer.name)
+@pytest.mark.parametrize("peer", FOR_GPUS, ids=lambda peer: peer.name)
 @pytest.mark.parametrize("cell", [QWEN, replace(GPT_OSS, mode="forward"), PLAIN_NOMIC], ids=lambda cell: cell.label)
 def test_wrappers_hand_libraries_what_they_take(peer, cell, monkeypatch):
     for name, module in stand_ins():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(gpu_libraries, "find_spec", lambda name: name)
-    monkeypatch.setattr(gpu_libraries, "_needs_gpu", lambda weights: None)
+    monkeypatch.setattr(libraries, "find_spec", lambda name: name)
+    monkeypatch.setattr(libraries, "_needs_gpu", lambda weights: None)
     row = row_of(measure(cell, [OUR_EXPERTS, peer]), peer.name)
     takes = cell is QWEN or peer.name in ("ScatterMoE", "triton_kernels")
     assert (row.seconds is not None, row.note.startswith("skipped: takes")) == (takes, not takes), row

@@ -2,17 +2,21 @@
 
 import importlib
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from fusedonemoe.__main__ import main
+from fusedonemoe.bench.catalogue import SUITES
 from fusedonemoe.ops.cpu import native
 
 pytest.importorskip("rich")
-quantized: Any = importlib.import_module("fusedonemoe.bench.quantized")
+libraries: Any = importlib.import_module("fusedonemoe.bench.libraries")
 runner: Any = importlib.import_module("fusedonemoe.bench.runner")
+cell_suite: Any = importlib.import_module("fusedonemoe.bench.cell_suite")
+ceilings: Any = importlib.import_module("fusedonemoe.bench.ceilings")
 timing: Any = importlib.import_module("fusedonemoe.bench.timing")
 
 _REFUSAL = native.refusal(torch.bfloat16, True)
@@ -21,25 +25,24 @@ pytestmark = pytest.mark.skipif(_REFUSAL is not None, reason=f"no CPU kernels: {
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(quantized, "SIZES", (128, 256, 8, 2))
-    monkeypatch.setattr(quantized, "TOKENS", (1, 5))
-    monkeypatch.setattr(quantized, "SECONDS_PER_PEER", 0.01)
+    monkeypatch.setitem(SUITES, "quantized", tuple(replace(SUITES["quantized"][0], T=T, D=128, F=256, E=8, K=2) for T in (1, 5)))
+    monkeypatch.setattr(cell_suite, "QUANTIZED_SECONDS_PER_PEER", 0.01)
     monkeypatch.setattr(timing, "PAUSE_SECONDS", 0.0)
 
     def sampler(self, dtype):
         self.flops_per_s, self.bytes_per_s = {dtype: 1e11}, 1e10
         return lambda: None
 
-    monkeypatch.setattr(quantized.Ceilings, "sampler", sampler)
+    monkeypatch.setattr(ceilings.Ceilings, "sampler", sampler)
 
 
 def test_every_form_is_timed_and_bytes_are_those_of_the_experts_that_are_hit():
-    cell = quantized.cells()[0]
+    cell = SUITES["quantized"][0]
     timer = timing.Timer(real_time=False)
-    result = runner.run_cell(cell, timer, ceilings=quantized.Ceilings(), peers=quantized.PEERS, seconds=0.01)
+    result = runner.run_cell(cell, timer, ceilings=ceilings.Ceilings(), peers=libraries.QUANTIZED, seconds=0.01)
     assert result.cell.active_parameters == 2 * 3 * 128 * 256
     assert [row.peer for row in result.rows] == [
-        f"fusedonemoe {form}" for form in ("bfloat16", "bfloat16, packed", *quantized.FORMS)
+        f"fusedonemoe {form}" for form in ("bfloat16", "bfloat16, packed", *libraries.FORMS)
     ]
     weights = 2 * 3 * 128 * 256  # of the two experts of one token
     int4 = weights // 2
@@ -54,8 +57,8 @@ def test_every_form_is_timed_and_bytes_are_those_of_the_experts_that_are_hit():
 
 
 def test_a_wrong_output_gets_no_time_and_fails_the_command(monkeypatch, capsys):
-    right = quantized.F.experts_mlp_quantized
-    monkeypatch.setattr(quantized.F, "experts_mlp_quantized", lambda *arguments: right(*arguments) * 1.1)
+    right = libraries.F.experts_mlp_quantized
+    monkeypatch.setattr(libraries.F, "experts_mlp_quantized", lambda *draw, **weights: right(*draw, **weights) * 1.1)
     assert main(["bench", "--suite", "quantized", "--no-rt"]) == 1
     line = next(line for line in capsys.readouterr().out.splitlines() if "fusedonemoe int8" in line)
     assert "outputs disagree" in line

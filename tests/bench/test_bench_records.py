@@ -14,8 +14,7 @@ import pytest
 from asv_bench import suites
 from fusedonemoe import bench
 from fusedonemoe.__main__ import main
-from fusedonemoe.bench import records
-from fusedonemoe.bench.suites import REGISTRY
+from fusedonemoe.bench import REGISTRY, records
 
 pytest.importorskip("rich")
 session = importlib.import_module("fusedonemoe.bench.session")

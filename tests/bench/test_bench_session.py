@@ -15,9 +15,8 @@ import torch
 
 from asv_bench import suites
 from fusedonemoe import bench
-from fusedonemoe.bench import results
+from fusedonemoe.bench import IN_THE_REPOSITORY, REGISTRY, results
 from fusedonemoe.bench.catalogue import SUITES
-from fusedonemoe.bench.suites import IN_THE_REPOSITORY, REGISTRY
 
 pytest.importorskip("rich")
 comparison = importlib.import_module("fusedonemoe.bench.comparison")
@@ -225,11 +224,11 @@ def test_a_gpu_is_part_of_the_machine():
 
 
 def test_patterns_that_match_nothing_are_told(capsys):
-    cells = [Named("a-1"), Named("b-2")]
-    assert session.selected(cells, None) == cells and session.selected(cells, re.compile("^b")) == cells[1:]
-    assert session.selected(cells, re.compile("c")) == [] and "a-1\n  b-2" in capsys.readouterr().err
-    assert session.peers_exist({"x"}, None) and session.peers_exist({"x"}, re.compile("x"))
-    assert not session.peers_exist({"x"}, re.compile("y")) and "matches none of\n  x" in capsys.readouterr().err
+    names = ["a-1", "b-2"]
+    assert session.matching("--cells", names, None) == names
+    assert session.matching("--cells", names, re.compile("^b")) == names[1:]
+    assert session.matching("--cells", names, re.compile("c")) == []
+    assert "--cells 'c' matches none of\n  a-1\n  b-2" in capsys.readouterr().err
 
 
 def test_percentiles_are_samples():

@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from fusedonemoe.bench.peers import Peer
+from fusedonemoe.bench.peers import Peer, masked_block
 from fusedonemoe.bench.workloads import Cell
 from fusedonemoe.cli.demo import PICTURE, add_arguments, run
 from fusedonemoe.cli.demo.settings import FULL, QUICK
@@ -20,7 +20,7 @@ pytest.importorskip("matplotlib")
 
 from rich.console import Console
 
-from fusedonemoe.cli.demo import picture, terminal, throughput
+from fusedonemoe.cli.demo import picture, program, terminal
 from fusedonemoe.cli.demo.model import ByteTransformer, balance_loss, count_parameters
 from fusedonemoe.cli.demo.train import Trainer, learning_rate_at, smoothed, train_side_by_side, verdict
 
@@ -229,22 +229,22 @@ def nan_gradient(y):
 
 def wrong_layer(change):
     def build(cell, weights):
-        forward = throughput.all_experts(cell, weights)
+        forward = masked_block(cell, weights)
         return lambda x: change(forward(x))
 
     return Peer("wrong", build, ("training",), metered=False)
 
 
 def test_all_ways_to_compute_the_layer_agree():
-    peers = throughput.line_up(compiled=False)
-    assert [peer.name for peer in throughput.line_up(compiled=True)] == [
+    peers = program.line_up(compiled=False)
+    assert [peer.name for peer in program.line_up(compiled=True)] == [
         "fusedonemoe, compiled",
         "fusedonemoe, eager",
         "per-expert loop, eager",
         "all experts, masked, compiled",
         "all experts, masked, eager",
     ]
-    result = throughput.compare(LAYER, peers=peers, device=CPU, rounds=2)
+    result = program.compare(LAYER, peers=peers, device=CPU, rounds=2)
     assert [row.peer for row in result.rows] == ["fusedonemoe, eager", "per-expert loop, eager", "all experts, masked, eager"]
     assert all(row.seconds and row.error is not None and row.error < 1e-5 and row.calls >= 2 for row in result.rows)
 
@@ -255,8 +255,8 @@ def test_all_ways_to_compute_the_layer_agree():
     ids=["scaled", "zero", "nan", "nan-gradient"],
 )
 def test_no_time_for_a_peer_that_disagrees(change, capsys):
-    peers = [*throughput.line_up(compiled=False)[:1], wrong_layer(change)]
-    result = throughput.compare(LAYER, peers=peers, device=CPU, rounds=1)
+    peers = [*program.line_up(compiled=False)[:1], wrong_layer(change)]
+    result = program.compare(LAYER, peers=peers, device=CPU, rounds=1)
     right, wrong = result.rows
     assert right.seconds and wrong.seconds is None and wrong.failed
     terminal.show_throughput(Console(width=100), "shape", result)
@@ -340,8 +340,8 @@ def test_missing_extra_is_named(monkeypatch, capsys, absent, named):
 
 
 def test_disagreement_is_exit_code_1(monkeypatch, tmp_path, capsys):
-    peers = [*throughput.line_up(compiled=False)[:1], wrong_layer(lambda y: 2 * y)]
-    monkeypatch.setattr(throughput, "line_up", lambda *, compiled: peers)
+    peers = [*program.line_up(compiled=False)[:1], wrong_layer(lambda y: 2 * y)]
+    monkeypatch.setattr(program, "line_up", lambda *, compiled: peers)
     assert run(parse("--quick", "--no-compile", "--steps", "1", "--output", str(tmp_path))) == 1
     assert "disagrees with float64" in capsys.readouterr().err
 

@@ -26,44 +26,28 @@ PATIENCE = 60.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the demo's options to a parser."""
-    parser.add_argument("--quick", action="store_true", help="tiny models and few steps: shows that it runs, not that it learns")
-    parser.add_argument("--steps", type=options.whole(1, MOST_STEPS), help="optimizer steps of each model")
-    parser.add_argument(
-        "--seed",
-        type=options.whole(0, MOST_SEED),
-        default=0,
-        help="of the weights, the batches and the sample, from 0 to 2**63 - 1 (default %(default)s)",
-    )
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
-    parser.add_argument("--threads", type=options.whole(1, options.MOST_THREADS), help="CPU threads (default: torch's choice)")
-    parser.add_argument(
-        "--nproc",
-        type=options.whole(1, MOST_PROCESSES),
-        default=1,
-        help="processes that share the experts and the batch, on this machine (default 1)",
-    )
-    parser.add_argument("--no-compile", action="store_true", help="run everything without torch.compile")
-    parser.add_argument(
-        "--output",
-        type=options.path,
-        default=Path("demo-output"),
-        metavar="DIR",
-        help="folder of the picture (default %(default)s)",
-    )
+    add, threads = parser.add_argument, options.whole(1, options.MOST_THREADS)
+    add("--quick", action="store_true", help="tiny models and few steps: shows that it runs, not that it learns")
+    add("--steps", type=options.whole(1, MOST_STEPS), help="optimizer steps of each model")
+    seed = "of the weights, the batches and the sample, from 0 to 2**63 - 1 (default %(default)s)"
+    add("--seed", type=options.whole(0, MOST_SEED), default=0, help=seed)
+    add("--device", default="cpu", help="cpu or cuda (default %(default)s)")
+    add("--threads", type=threads, help="CPU threads (default: torch's choice)")
+    nproc = "processes that share the experts and the batch, on this machine (default 1)"
+    add("--nproc", type=options.whole(1, MOST_PROCESSES), default=1, help=nproc)
+    add("--no-compile", action="store_true", help="run everything without torch.compile")
+    output = "folder of the picture (default %(default)s)"
+    add("--output", type=options.path, default=Path("demo-output"), metavar="DIR", help=output)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo.
 
-    Args:
-        args: what a parser with :func:`add_arguments` returned.
-
     Returns:
         The exit code: 0; 1 when a layer that should agree does not; 2 when something that it needs is not there, or the picture
         cannot be written.
     """
-    missing = [package for package in NEEDS["demo"] if not is_installed(package)]
-    if missing:
+    if missing := [package for package in NEEDS["demo"] if not is_installed(package)]:
         print(f"The demo needs {' and '.join(missing)}: pip install 'fusedonemoe[cli,plot]'", file=sys.stderr)
         return 2
     try:
@@ -86,17 +70,13 @@ def _launch(args: argparse.Namespace) -> int:
         return 2
     files.check(args.output / PICTURE)
     threads = max(1, (args.threads or os.cpu_count() or 1) // args.nproc)  # together as many as one process would use
-    given = []
     # Without --nproc: the processes hear from torchrun how many they are, and torchrun would take it for an option of its own.
-    for name, value in {**vars(args), "threads": threads, "nproc": None}.items():
-        option = f"--{name.replace('_', '-')}"
-        if value is True:
-            given.append(option)
-        elif value is not None and value is not False:
-            given.append(f"{option}={value}")
+    asked = {**vars(args), "threads": threads, "nproc": None}
+    given = {f"--{name.replace('_', '-')}": value for name, value in asked.items() if value is not None and value is not False}
+    flags = [option if value is True else f"{option}={value}" for option, value in given.items()]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.nproc}"]
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}  # else torchrun sets 1, and warns
-    return _exit_code_of([*torchrun, "-m", "fusedonemoe", "demo", *given], environment)
+    return _exit_code_of([*torchrun, "-m", "fusedonemoe", "demo", *flags], environment)
 
 
 def _exit_code_of(command: Sequence[str], environment: Mapping[str, str]) -> int:

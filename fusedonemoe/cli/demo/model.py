@@ -24,17 +24,10 @@ class Loss(NamedTuple):
 
 
 def balance_loss(logits: Tensor, tokens_per_expert: Tensor) -> Tensor:
-    """The load-balancing loss ``E * sum_e f_e P_e``: 1 when every expert is as likely and as busy as every other.
+    """Compute the load-balancing loss ``E * sum_e f_e P_e`` of the Switch Transformer (arXiv 2101.03961, section 2.2).
 
-    Args:
-        logits: ``[..., E]`` router logits.
-        tokens_per_expert: ``[E]`` rows that each expert took; ``f`` is its share, through which no gradient flows.
-
-    Returns:
-        A scalar in the dtype of ``logits``. ``P`` is the mean of ``softmax(logits)``.
-
-    Source:
-        Switch Transformer, Fedus et al. 2021 (arXiv 2101.03961) section 2.2.
+    It is 1 when every expert is as likely and as busy as every other. ``P`` is the mean softmax of the logits ``[..., E]``; ``f``
+    is the share of each expert in ``tokens_per_expert`` ``[E]``, through which no gradient flows.
     """
     E = logits.shape[-1]
     share_E = tokens_per_expert.to(logits.dtype) / tokens_per_expert.sum()
@@ -128,18 +121,18 @@ class ByteTransformer(nn.Module):
         self.head: nn.Linear = nn.Linear(settings.hidden_size, VOCABULARY, bias=False)
         nn.init.normal_(self.embedding.weight, std=1 / math.sqrt(settings.hidden_size))
 
-    def _run(self, bytes_BS: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def _run(self, bytes_BS: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         x_BSD = self.embedding(bytes_BS)
-        balances, counts = [], []
+        routed = []
         for block in self.blocks:
-            x_BSD, balance, tokens_per_expert = block(x_BSD)
-            balances.append(balance)
-            counts.append(tokens_per_expert)
-        return self.head(self.norm(x_BSD)), balances, counts
+            x_BSD, *balance_and_counts = block(x_BSD)
+            routed.append(balance_and_counts)
+        return self.head(self.norm(x_BSD)), routed
 
     def forward(self, bytes_BS: Tensor, targets_BS: Tensor) -> Loss:
         """The losses on a batch; cross-entropy is inside, so that a compiled model fuses it."""
-        logits_BSV, balances, counts = self._run(bytes_BS)
+        logits_BSV, routed = self._run(bytes_BS)
+        balances, counts = zip(*routed, strict=True)
         cross_entropy = functional.cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten())
         return Loss(cross_entropy, torch.stack(balances).mean(), torch.stack(counts))
 
@@ -149,11 +142,7 @@ class ByteTransformer(nn.Module):
 
     @torch.no_grad()
     def generate(self, prompt: bytes, length: int, *, temperature: float, seed: int) -> bytes:
-        """Continue a prompt byte by byte.
-
-        Returns:
-            The added bytes.
-        """
+        """Continue a prompt byte by byte, and return the added bytes."""
         device = self.head.weight.device
         # Drawn on the CPU, so that the same seed means the same draws on every device.
         generator = torch.Generator().manual_seed(seed)
@@ -176,8 +165,7 @@ def count_parameters(model: ByteTransformer) -> ParameterCount:
     """Count a model's parameters; of each MoE block, a token uses ``K`` of ``E`` experts."""
     total = sum(parameter.numel() for parameter in model.parameters())
     idle = 0
-    for module in model.modules():
-        if isinstance(module, MoE):
-            in_experts = sum(parameter.numel() for parameter in module.experts.parameters())
-            idle += in_experts - in_experts * module.config.experts_per_token // module.config.num_experts
+    for moe in (module for module in model.modules() if isinstance(module, MoE)):
+        of_an_expert = sum(parameter.numel() for parameter in moe.experts.parameters()) // moe.config.num_experts
+        idle += of_an_expert * (moe.config.num_experts - moe.config.experts_per_token)
     return ParameterCount(total, total - idle)

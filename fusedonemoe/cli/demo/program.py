@@ -7,15 +7,19 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from rich.console import Console
 
 from fusedonemoe import files
+from fusedonemoe.bench.peers import LOOP, OURS, PEERS, Forward, Peer, Weights, masked_block
 from fusedonemoe.bench.results import CellResult
+from fusedonemoe.bench.runner import run_cell
+from fusedonemoe.bench.timing import Timer, gpu_timer
 from fusedonemoe.bench.workloads import Cell
-from fusedonemoe.cli.demo import PICTURE, picture, terminal, throughput
+from fusedonemoe.cli.demo import PICTURE, picture, terminal
 from fusedonemoe.cli.demo.model import ByteTransformer, ParameterCount, count_parameters
 from fusedonemoe.cli.demo.parallel import Processes, joined
 from fusedonemoe.cli.demo.settings import FULL, QUICK, Settings
@@ -27,22 +31,12 @@ PROMPT = b'def read_lines(path, encoding="utf-8"):\n    """'
 TEMPERATURE = 0.8
 
 
-class Stopwatch:
-    """Adds up the seconds of each part of the run."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def measure(self, part: str) -> Iterator[None]:
-        """Time a block as ``part``."""
-        start = time.perf_counter()
-        yield
-        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
-
-    def __str__(self) -> str:
-        parts = ", ".join(f"{part} {seconds:.0f} s" for part, seconds in self.seconds.items())
-        return f"{sum(self.seconds.values()):.0f} s in all: {parts}"
+@contextmanager
+def _measured(part: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Time a part of the run."""
+    start = time.perf_counter()
+    yield
+    seconds[part] = time.perf_counter() - start
 
 
 def _device(name: str) -> torch.device:
@@ -54,11 +48,6 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _machine(device: torch.device) -> str:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
-    return f"{name}, Python {platform.python_version()}, torch {torch.__version__}"
-
-
 def _build_trainer(
     name: str, settings: Settings, *, seed: int, device: torch.device, compiled: bool, processes: Processes
 ) -> tuple[Trainer, ParameterCount]:
@@ -66,6 +55,27 @@ def _build_trainer(
     model = ByteTransformer(settings, use_experts=name == MOE, processes=processes).to(device)
     count = count_parameters(model)  # while it is whole
     return Trainer(name, model, settings, compiled=compiled, processes=processes), count
+
+
+def line_up(*, compiled: bool) -> list[Peer]:
+    """Return the ways to compute the layer, this library first. The loop is no single graph, so it is never compiled."""
+    peers = []
+    blocks = {peer.name: peer.build for peer in PEERS["block"]}
+    for name, build in ((OURS, blocks[OURS]), (LOOP, blocks[LOOP]), ("all experts, masked", masked_block)):
+
+        def compile_built(cell: Cell, weights: Weights, build=build) -> Forward:  # type: ignore[no-untyped-def]
+            return torch.compile(build(cell, weights), fullgraph=True, dynamic=False)
+
+        if compiled and name != LOOP:
+            peers.append(Peer(f"{name}, compiled", compile_built, ("training",), metered=False))
+        peers.append(Peer(f"{name}, eager", build, ("training",), metered=False))
+    return peers
+
+
+def compare(cell: Cell, *, peers: list[Peer], device: torch.device, rounds: int) -> CellResult:
+    """Check every peer against float64, then time those that agree, in turns."""
+    timer = gpu_timer(device) if device.type == "cuda" else Timer(real_time=False)
+    return run_cell(cell, timer, peers=peers, rounds=rounds, seconds=0.0)
 
 
 def _compare_throughput(console: Console, settings: Settings, *, device: torch.device, compiled: bool) -> list[CellResult]:
@@ -76,8 +86,8 @@ def _compare_throughput(console: Console, settings: Settings, *, device: torch.d
         cell = Cell("block", tokens, D, F, E, K, torch.float32, mode="training")
         shape = f"{tokens:,} tokens, D={D}, F={F}, E={E}, K={K}"
         with terminal.working(console, f"Timing one MoE layer: {shape} ..."):
-            peers = throughput.line_up(compiled=compiled)
-            result = throughput.compare(cell, peers=peers, device=device, rounds=settings.throughput_rounds)
+            peers = line_up(compiled=compiled)
+            result = compare(cell, peers=peers, device=device, rounds=settings.throughput_rounds)
         terminal.show_throughput(console, shape, result)
         results.append(result)
     return results
@@ -107,39 +117,42 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
         return 2
     compiled = not args.no_compile
     console = Console(quiet=processes.rank > 0, markup=False, emoji=False)  # texts as they are: a path may have brackets
-    watch = Stopwatch()
-
+    seconds: dict[str, float] = {}
+    measure = partial(_measured, seconds=seconds)
     options: dict[str, Any] = {"seed": args.seed, "device": device, "compiled": compiled, "processes": processes}
     built = [_build_trainer(name, settings, **options) for name in (MOE, DENSE)]
     moe, dense = trainers = [trainer for trainer, _ in built]
     parameters = {trainer.name: count for trainer, count in built}
-    machine = _machine(device) + (f", {processes.world} processes with a part of the experts each" if processes.world > 1 else "")
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
+    machine += f", Python {platform.python_version()}, torch {torch.__version__}"
+    machine += f", {processes.world} processes with a part of the experts each" if processes.world > 1 else ""
     terminal.show_header(console, settings, corpus, parameters, machine=machine)
 
     shape = {"batch": settings.batch, "window": settings.window}
-    with watch.measure("compiling both models" if compiled else "warm-up"):
+    with measure("compiling both models" if compiled else "warm-up"):
         (batch,) = training_batches(corpus.train, **shape, steps=1, seed=args.seed, device=device)
         for trainer in trainers:
             with terminal.working(console, f"Compiling the {trainer.name} model ..." if compiled else "Warming up ..."):
                 trainer.warm_up(batch)
-    with watch.measure("training"), terminal.training_display(console, trainers, settings) as on_step:
+    with measure("training"), terminal.training_display(console, trainers, settings) as on_step:
         train_side_by_side(trainers, corpus, settings, seed=args.seed, device=device, on_step=on_step)
     console.print(verdict(moe.history.val[-1][1], dense.history.val[-1][1]), style="bold")
 
-    with watch.measure("sample"), terminal.working(console, "Writing ..."):
+    with measure("sample"), terminal.working(console, "Writing ..."):
         continuation = moe.model.generate(PROMPT, settings.sample_bytes, temperature=TEMPERATURE, seed=args.seed)
     terminal.show_sample(console, PROMPT, continuation, name=f"{MOE} model")
     if processes.rank > 0:  # one layer is timed, and one picture drawn, in the first process
         return 0
 
-    with watch.measure("timing one layer"):
+    with measure("timing one layer"):
         results = _compare_throughput(console, settings, device=device, compiled=compiled)
 
     path = args.output / PICTURE
-    with watch.measure("picture"):
+    with measure("picture"):
         picture.draw(path, trainers, settings)
     console.print(f"Picture: {files.shown(path)}", soft_wrap=True)
-    console.print(f"Time: {watch}")
+    parts = ", ".join(f"{part} {taken:.0f} s" for part, taken in seconds.items())
+    console.print(f"Time: {sum(seconds.values()):.0f} s in all: {parts}")
     if any(row.failed for result in results for row in result.rows):
         print("A layer of the comparison disagrees with float64; see the table.", file=sys.stderr)
         return 1

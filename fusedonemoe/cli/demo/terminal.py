@@ -1,7 +1,7 @@
 """The output of the demo: live in a terminal, plain lines in a pipe or a log."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -23,16 +23,13 @@ def show_header(
     console: Console, settings: Settings, corpus: Corpus, parameters: dict[str, ParameterCount], *, machine: str
 ) -> None:
     """Show the models, the text and the machine."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("model")
-    table.add_column("feed-forward part")
-    table.add_column("parameters", justify="right")
-    table.add_column("active per byte", justify="right")
+    table = Table("model", "feed-forward part", box=None, pad_edge=False)
+    for heading in ("parameters", "active per byte"):
+        table.add_column(heading, justify="right")
     E, K, F = settings.num_experts, settings.top_k, settings.intermediate_size
-    for (name, count), part in zip(
-        parameters.items(), (f"{K} of {E} experts of width {F}", f"dense, width {K * F}"), strict=True
-    ):
-        table.add_row(name, part, f"{count.total:,}", f"{count.active:,}")
+    kinds = (f"{K} of {E} experts of width {F}", f"dense, width {K * F}")
+    for (name, count), kind in zip(parameters.items(), kinds, strict=True):
+        table.add_row(name, kind, f"{count.total:,}", f"{count.active:,}")
     text = (
         f"Text: the source of Python's standard library, {len(corpus.train) / 1e6:.1f} MB from {len(corpus.train_files)} files; "
         f"held out: {len(corpus.val) / 1e6:.1f} MB from {len(corpus.val_files)} others.\n"
@@ -46,29 +43,17 @@ def show_header(
 @contextmanager
 def working(console: Console, what: str) -> Iterator[None]:
     """Show that something takes a while."""
-    if console.is_terminal:
-        with console.status(what):
-            yield
-    else:
+    if not console.is_terminal:
         console.print(what)
+    with console.status(what) if console.is_terminal else nullcontext():
         yield
 
 
-def _latest(trainer: Trainer, settings: Settings) -> tuple[str, str, str]:
-    """Training and validation bits per byte and tokens per second, as shown."""
+def _latest(trainer: Trainer, settings: Settings) -> tuple[str, str, str, str]:
+    """Name, training and validation bits per byte, and tokens per second, as shown."""
     history = trainer.history
     val = f"{history.val[-1][1]:.3f}" if history.val else "-"
-    return f"{smoothed(history.train)[-1]:.3f}", val, f"{history.tokens_per_second(settings):,.0f}"
-
-
-def _live_table(trainers: list[Trainer], settings: Settings) -> Table:
-    table = Table(box=None, pad_edge=False)
-    table.add_column("bits per byte")
-    for heading in ("train", "held out", "tokens/s"):
-        table.add_column(heading, justify="right", min_width=9)
-    for trainer in trainers:
-        table.add_row(trainer.name, *_latest(trainer, settings))
-    return table
+    return trainer.name, f"{smoothed(history.train)[-1]:.3f}", val, f"{history.tokens_per_second(settings):,.0f}"
 
 
 @contextmanager
@@ -81,7 +66,7 @@ def training_display(console: Console, trainers: list[Trainer], settings: Settin
             step = len(trainers[0].history.train)
             if step % every and step != settings.steps:
                 return
-            latest = [(trainer.name, *_latest(trainer, settings)) for trainer in trainers]
+            latest = [_latest(trainer, settings) for trainer in trainers]
             parts = "; ".join(f"{name} {train} (held out {val}, {speed} tokens/s)" for name, train, val, speed in latest)
             console.print(f"step {step}/{settings.steps}  bits per byte: {parts}", soft_wrap=True)
 
@@ -94,7 +79,12 @@ def training_display(console: Console, trainers: list[Trainer], settings: Settin
 
         def update() -> None:
             progress.advance(task)
-            live.update(Group(progress, _live_table(trainers, settings)))
+            table = Table("bits per byte", box=None, pad_edge=False)
+            for heading in ("train", "held out", "tokens/s"):
+                table.add_column(heading, justify="right", min_width=9)
+            for trainer in trainers:
+                table.add_row(*_latest(trainer, settings))
+            live.update(Group(progress, table))
 
         yield update
 
@@ -102,14 +92,14 @@ def training_display(console: Console, trainers: list[Trainer], settings: Settin
 def show_throughput(console: Console, title: str, result: CellResult) -> None:
     """Show the table of one comparison; the times are relative to the first row's."""
     console.print(f"One MoE layer, forward and backward: {title}", style="bold")
-    table = Table()
-    for heading in ("layer", "tokens/s", "time / first row's", "error"):
-        table.add_column(heading, justify="left" if heading == "layer" else "right")
+    table = Table("layer")
+    for heading in ("tokens/s", "time / first row's", "error"):
+        table.add_column(heading, justify="right")
     first = result.rows[0].seconds
     for row in result.rows:
         shown = ("not timed", row.note)
         if row.seconds:
-            shown = (f"{result.tokens_per_second(row):,.0f}", f"{row.seconds / first:.2f}" if first else "-")
+            shown = (f"{result.cell.T / row.seconds:,.0f}", f"{row.seconds / first:.2f}" if first else "-")
         table.add_row(row.peer, *shown, "" if row.error is None else f"{row.error:.0e}")
     console.print(table)
     console.print("error: the largest of output and gradients, relative to float64", style="dim")

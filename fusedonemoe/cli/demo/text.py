@@ -11,20 +11,8 @@ from torch import Tensor
 VOCABULARY = 256
 VALIDATION_EVERY = 10
 # Not the library's own prose: other people's packages, tests, tables of characters, generated help.
-EXCLUDED_FOLDERS = frozenset(
-    {
-        "__pycache__",
-        "dist-packages",
-        "encodings",
-        "idlelib",
-        "lib2to3",
-        "pydoc_data",
-        "site-packages",
-        "test",
-        "tests",
-        "turtledemo",
-    }
-)
+EXCLUDED_FOLDERS = {"__pycache__", "dist-packages", "site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo"}
+EXCLUDED_FOLDERS |= {"encodings", "pydoc_data"}
 # Written by the build of one interpreter, so they differ between machines.
 EXCLUDED_PREFIX = "_sysconfigdata"
 
@@ -50,15 +38,11 @@ def source_files(root: Path) -> list[str]:
 def split_files(files: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Training and validation files: every tenth is held out, so both come from all over the library."""
     val = files[VALIDATION_EVERY - 1 :: VALIDATION_EVERY]
-    held_out = set(val)
-    return tuple(file for file in files if file not in held_out), tuple(val)
+    return tuple(file for n, file in enumerate(files, 1) if n % VALIDATION_EVERY), tuple(val)
 
 
 def load_corpus(root: Path | None = None) -> Corpus:
     """Read the standard library of the running interpreter.
-
-    Returns:
-        The :class:`Corpus`.
 
     Raises:
         FileNotFoundError: the folder holds too few source files, as where the library is shipped as a zip of bytecode.
@@ -85,11 +69,7 @@ def _windows(text: Tensor, starts: Tensor, window: int, device: torch.device) ->
 def training_batches(
     text: Tensor, *, batch: int, window: int, steps: int, seed: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Windows drawn at random places, the same for the same seed on every device.
-
-    Yields:
-        Inputs and targets ``[B, S]`` int64.
-    """
+    """Yield inputs and targets ``[B, S]`` int64 at random places, the same for the same seed on every device."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         starts = torch.randint(text.shape[0] - window, (batch,), generator=generator, device="cpu")
@@ -99,10 +79,6 @@ def training_batches(
 def validation_batches(
     text: Tensor, *, batch: int, window: int, batches: int, device: torch.device
 ) -> list[tuple[Tensor, Tensor]]:
-    """Windows spread evenly over the text, always the same.
-
-    Returns:
-        Pairs of inputs and targets ``[B, S]`` int64.
-    """
+    """Return inputs and targets ``[B, S]`` int64 that are spread evenly over the text, always the same."""
     starts = torch.linspace(0, text.shape[0] - window - 1, batch * batches, dtype=torch.float64, device="cpu").long()
     return [_windows(text, part, window, device) for part in starts.split(batch)]

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,17 +43,12 @@ def smoothed(values: list[float]) -> list[float]:
 
 @dataclass
 class History:
-    """The history of one model's training.
-
-    Attributes:
-        val: after how many steps, and bits per byte on the validation windows.
-        tokens_per_expert: ``[L, E]`` of the last validation.
-    """
+    """The history of one model's training."""
 
     train: list[float] = field(default_factory=list)  # bits per byte of each step's batch
-    val: list[tuple[int, float]] = field(default_factory=list)
+    val: list[tuple[int, float]] = field(default_factory=list)  # steps, and bits per byte on the validation windows
     seconds: float = 0.0  # spent in steps, validation and compilation left out
-    tokens_per_expert: Tensor = field(default_factory=lambda: torch.zeros(0, 0, device="cpu"))
+    tokens_per_expert: Tensor = field(default_factory=lambda: torch.zeros(0, 0, device="cpu"))  # ``[L, E]``, last validation
 
     def tokens_per_second(self, settings: Settings) -> float:
         """Bytes trained on per second of training."""
@@ -68,15 +64,12 @@ class Trainer:
         self.name = name
         self.model = model
         self.history: History = History()
-        self._settings = settings
-        self._processes = processes
-        parameters = processes.share(model)
+        self._settings, self._processes = settings, processes
+        options: dict[str, Any] = {"lr": settings.learning_rate, "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": True}
+        self._optimizer = torch.optim.AdamW(processes.share(model), **options)
         self._forward: Callable[[Tensor, Tensor], Loss] = model
         if compiled:
             self._forward = torch.compile(model, fullgraph=True, dynamic=False)
-        self._optimizer = torch.optim.AdamW(
-            parameters, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True
-        )
 
     def _backward(self, batch: Batch) -> float:
         """Accumulate the gradients of a batch; its cross-entropy in nats."""
