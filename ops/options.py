@@ -79,13 +79,10 @@ def make_rule(
     norm_eps: float = NORM_EPS,
     selection_bias: bool = False,
 ) -> RouteRule:
-    """Make the checked record of a routing rule from the public arguments.
+    """Make the checked record of a routing rule for ``num_experts`` experts from the public arguments.
 
-    Args:
-        num_experts: the number of experts that the rule is for.
-        top_k: experts per token; None for all of them.
-        scoring: to ``norm_eps``: see :class:`RouteRule`.
-        selection_bias: there is a bias for the selection, which needs one.
+    ``top_k`` is None for all experts; with ``selection_bias`` there is a bias, which needs a selection. See :class:`RouteRule`
+    for the others.
 
     Raises:
         TypeError: a count that is no integer, or a flag that is no bool.

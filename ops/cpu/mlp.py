@@ -28,7 +28,7 @@ def _block(call: ExpertsCall) -> tuple[tuple[Tensor | None, ...], int, tuple[int
         weights: tuple[Tensor | None, ...] = (up.tensors[0], None, None, down.tensors[0], None, None)
     else:
         weights = (*up.tensors, *down.tensors)
-        group = QuantizedWeight(*up.tensors).group_size  # type: ignore[arg-type]
+        group = QuantizedWeight(*up.tensors).group_size
     # Of a few tokens, Python is a large share of the time: no function is called that is not needed.
     threads = 1 if T * K * G * D < 2 * native.PRODUCTS_PER_THREAD else native.threads(T * K, G, D)
     kind = ACTIVATIONS.index(act.name), NUMBERS[up.format.name], group
