@@ -28,18 +28,18 @@ def _join(gate: Tensor, up: Tensor, layout: str) -> Tensor:
     return torch.cat((gate, up) if layout == "gate_up" else (up, gate), dim=-1)
 
 
-aten = torch.ops.aten
+_aten = torch.ops.aten
 # act(v), and act'(v) * dh of dh and v.
 _RULES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
-    "silu": (functional.silu, aten.silu_backward),
-    "gelu": (functional.gelu, aten.gelu_backward),
+    "silu": (functional.silu, _aten.silu_backward),
+    "gelu": (functional.gelu, _aten.gelu_backward),
     "gelu_tanh": (
         lambda v: functional.gelu(v, approximate="tanh"),
-        lambda dh, v: aten.gelu_backward(dh, v, approximate="tanh"),
+        lambda dh, v: _aten.gelu_backward(dh, v, approximate="tanh"),
     ),
-    "relu": (torch.relu, lambda dh, v: aten.threshold_backward(dh, v, 0)),
+    "relu": (torch.relu, lambda dh, v: _aten.threshold_backward(dh, v, 0)),
     "relu2": (lambda v: v.relu().square(), lambda dh, v: 2 * v.relu() * dh),
-    "sigmoid": (torch.sigmoid, lambda dh, v: aten.sigmoid_backward(dh, v.sigmoid())),
+    "sigmoid": (torch.sigmoid, lambda dh, v: _aten.sigmoid_backward(dh, v.sigmoid())),
     "identity": (torch.clone, lambda dh, _: dh.clone()),
 }
 

@@ -149,10 +149,7 @@ def experts_mlp_backward(
     With ``v = s2 dy B2_e``, ``dA' = dy Wdown_e^T + v A2_e`` and ``A = act(z)``: ``dw = <dA', A> + <dy, bdown_e>``,
     ``dz = act'(z) (w dA')``, ``dWdown_e = sum dy^T (w A)``, ``dWup_e = sum dz^T x``, ``dx_t = sum_j dz Wup_e + g A1_e`` with
     ``g = s1 dz B1_e``; ``dA2_e = sum (w v)^T A``, ``dB2_e = sum dy^T (w s2 A A2_e^T)``, ``dA1_e = sum g^T x``,
-    ``dB1_e = sum dz^T (s1 x A1_e^T)``; bias gradients are column sums.
-
-    Returns:
-        What is wanted of them; the rest costs nothing.
+    ``dB1_e = sum dz^T (s1 x A1_e^T)``; bias gradients are column sums. What is not wanted costs nothing.
     """
     x_TD, experts_TK, weights_TK, form = call
     form = _widened_again(form, dy_TD)

@@ -29,7 +29,7 @@ def check_rows(experts: Tensor) -> None:
 
 
 def check_choices_of(logits: Tensor, top_k: int, dims: int = 1) -> None:
-    """The routing of logits, the last ``dims`` dimensions of which are a token's, has as many entries as kernels can number."""
+    """Check that the routing of logits, the last ``dims`` dimensions of which are a token's, has entries that 32 bits number."""
     if torch.compiler.is_dynamo_compiling():
         return
     rows = math.prod(logits.shape[:-dims]) * top_k
@@ -52,13 +52,7 @@ def check_percent(save_percent: int) -> None:
 
 
 class Reader(NamedTuple):
-    """Reads the tensors of one call.
-
-    Attributes:
-        device: where they are.
-        dtype: of x and of the expert weights.
-        symbolic: whether x has symbolic sizes, those of a graph that is traced.
-    """
+    """Reads the tensors of a call: all on one device, x and the expert weights of one dtype, and x perhaps of symbolic sizes."""
 
     device: torch.device
     dtype: torch.dtype
