@@ -4,8 +4,11 @@
 gate and up columns of which ``layout`` names the order, and ``h = act(gate) * up``.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fusedonemoe.ops.records import PLAIN, Activation
 
@@ -25,84 +28,56 @@ def join_gate_up(gate: Tensor, up: Tensor, layout: str) -> Tensor:
     return torch.cat((gate, up) if layout == "gate_up" else (up, gate), dim=-1)
 
 
-def _act(v: Tensor, name: str) -> Tensor:
-    match name:
-        case "silu":
-            return torch.nn.functional.silu(v)
-        case "gelu":
-            return torch.nn.functional.gelu(v)
-        case "gelu_tanh":
-            return torch.nn.functional.gelu(v, approximate="tanh")
-        case "relu":
-            return v.relu()
-        case "relu2":
-            return v.relu().square()
-        case "sigmoid":
-            return v.sigmoid()
-        case "identity":
-            return v.clone()
-    raise AssertionError(f"unknown activation {name!r}")
+_aten = torch.ops.aten
+# act(v), and act'(v) * dh of dh and v.
+_RULES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "silu": (functional.silu, _aten.silu_backward),
+    "gelu": (functional.gelu, _aten.gelu_backward),
+    "gelu_tanh": (
+        lambda v: functional.gelu(v, approximate="tanh"),
+        lambda dh, v: _aten.gelu_backward(dh, v, approximate="tanh"),
+    ),
+    "relu": (torch.relu, lambda dh, v: _aten.threshold_backward(dh, v, 0)),
+    "relu2": (lambda v: v.relu().square(), lambda dh, v: 2 * v.relu() * dh),
+    "sigmoid": (torch.sigmoid, lambda dh, v: _aten.sigmoid_backward(dh, v.sigmoid())),
+    "identity": (torch.clone, lambda dh, _: dh.clone()),
+}
 
 
-def _act_backward(dh: Tensor, v: Tensor, name: str) -> Tensor:
-    """``act'(v) * dh``."""
-    match name:
-        case "silu":
-            return torch.ops.aten.silu_backward(dh, v)
-        case "gelu":
-            return torch.ops.aten.gelu_backward(dh, v)
-        case "gelu_tanh":
-            return torch.ops.aten.gelu_backward(dh, v, approximate="tanh")
-        case "relu":
-            return torch.ops.aten.threshold_backward(dh, v, 0)
-        case "relu2":
-            return 2 * v.relu() * dh
-        case "sigmoid":
-            return torch.ops.aten.sigmoid_backward(dh, v.sigmoid())
-        case "identity":
-            return dh.clone()
-    raise AssertionError(f"unknown activation {name!r}")
+def _rules(name: str) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
+    if name not in _RULES:
+        raise AssertionError(f"unknown activation {name!r}")
+    return _RULES[name]
 
 
 def activate(z: Tensor, act: Activation, *, reuse: bool = False) -> Tensor:
-    """``h = act(z)`` or ``h = act(gate) * up``.
+    """``h = act(z)`` or ``h = act(gate) * up``, ``[..., F]`` in the dtype of ``z [..., G]``.
 
-    Args:
-        z: ``[..., G]`` pre-activations.
-        act: which activation, and how gate and up are laid out.
-        reuse: multiply into the activated gate's own memory, which saves one ``[..., F]`` tensor. Only where autograd
-            is not recording.
-
-    Returns:
-        ``[..., F]`` in the dtype of ``z``.
+    ``reuse`` multiplies into the activated gate's own memory, which saves one ``[..., F]`` tensor. Only where autograd is not
+    recording.
     """
     if act.layout == PLAIN:
-        return _act(z, act.name)
+        return _rules(act.name)[0](z)
     gate, up = split_gate_up(z, act.layout)
     if act.name == "swiglu_oai":
         gate = gate.clamp(max=act.limit)
         return (up.clamp(-act.limit, act.limit) + 1) * (gate * torch.sigmoid(act.alpha * gate))
-    h = _act(gate, act.name)
+    h = _rules(act.name)[0](gate)
     return h.mul_(up) if reuse else h * up
 
 
 def activate_backward(dh: Tensor, z: Tensor, act: Activation) -> Tensor:
-    """Gradient of :func:`activate` with respect to ``z``.
+    """Gradient of :func:`activate` with respect to ``z``, for the gradient ``dh [..., F]`` of ``h``.
 
-    Args:
-        dh: ``[..., F]`` gradient of ``h``.
-        z: ``[..., G]`` pre-activations.
-        act: as in the forward.
-
-    Returns:
-        ``[..., G]``. A clamp passes the gradient on its boundary and stops it outside.
+    A clamp passes the gradient on its boundary and stops it outside.
     """
     if act.layout == PLAIN:
-        return _act_backward(dh, z, act.name)
+        return _rules(act.name)[1](dh, z)
     gate, up = split_gate_up(z, act.layout)
     if act.name == "swiglu_oai":
         g, u = gate.clamp(max=act.limit), up.clamp(-act.limit, act.limit)
         s = torch.sigmoid(act.alpha * g)
         dgate = dh * (u + 1) * s * (1 + act.alpha * g * (1 - s))
         return join_gate_up(dgate * (gate <= act.limit), dh * g * s * (up.abs() <= act.limit), act.layout)
-    return join_gate_up(_act_backward(dh * up, gate, act.name), dh * _act(gate, act.name), act.layout)
+    value, gradient = _rules(act.name)
+    return join_gate_up(gradient(dh * up, gate), dh * value(gate), act.layout)

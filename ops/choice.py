@@ -1,7 +1,6 @@
-"""Which implementation runs an expert layer, by counted work; the choice depends on E, K, dtype and device, never on T."""
+"""The choice of the implementation that runs, by counted work; it depends on E, K, dtype and device, never on T."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -23,7 +22,7 @@ LACKING = {
 
 @dataclass(frozen=True)
 class Work:
-    """What one forward of an expert layer costs.
+    """The cost of one forward of an expert layer.
 
     Attributes:
         flops: floating point operations of the matrix products.
@@ -59,9 +58,9 @@ def count_work(impl: str, *, tokens: int, top_k: int, num_experts: int, weight_n
         itemsize: bytes of one weight, with its share of a scale where it is quantised.
 
     Returns:
-        The :class:`Work`: two operations per weight and routed row (dense routes every token to every expert), and the
-        weights of the experts that can be hit. Of portable, for experts that are evenly used: it gives all of them as many
-        rows as the fullest has, and reads all their weights, unless there are few rows.
+        Two operations per weight and routed row (dense routes every token to every expert), and the weights of the experts that
+        can be hit. For portable this assumes evenly used experts: it pads each to the fullest, and reads all weights, unless
+        there are few rows.
     """
     per_expert = weight_numel // num_experts
     rows = tokens * (num_experts if impl == "dense" else top_k)
@@ -80,16 +79,7 @@ def refusal(
     contiguous: bool = True,
     operator: str = "experts_mlp",
 ) -> str | None:
-    """Why ``impl`` cannot run on such tensors; None when it can.
-
-    Args:
-        impl: one of :data:`IMPLEMENTATIONS`.
-        device_type: ``"cpu"`` or ``"cuda"``, ...
-        dtype: of x and the expert weights.
-        widths: the row lengths of the grouped GEMMs.
-        contiguous: whether the expert weights are.
-        operator: as for :func:`choose`.
-    """
+    """Return why ``impl`` cannot run on such tensors, None when it can; the arguments are those of :func:`choose`."""
     if impl == "dense":
         return None
     if (impl, operator) in LACKING:
@@ -117,7 +107,7 @@ ASKED_FOR = "asked for by impl="
 
 
 def exporting_to_onnx() -> bool:
-    """Whether torch.onnx.export is at work, whose graphs hold no operator of this library."""
+    """Return whether torch.onnx.export is at work, whose graphs hold no operator of this library."""
     return torch.compiler.is_exporting() and bool(torch.onnx.is_in_onnx_export())
 
 
@@ -125,7 +115,7 @@ exporting_to_onnx.__dict__["_dynamo_marked_constant"] = True  # see ops/cpu/nati
 
 
 def no_onnx_form(impl: str) -> str:
-    """What to say of an implementation that was asked for while torch.onnx.export is at work."""
+    """Return the refusal of an implementation that was asked for while torch.onnx.export is at work."""
     return f"impl={impl!r} has no ONNX form: set impl='portable', or export inside `with fusedonemoe.export.portable(model):`"
 
 
@@ -174,17 +164,15 @@ def choose(
     if impl == "auto" and device_type != "cpu" and triton.refusal(dtype, device_type) is None:
         return GPU_KERNELS
 
-    def why_not(name: str) -> str | None:
-        sizes: dict[str, Any] = {"widths": widths, "contiguous": contiguous, "operator": operator}
-        return refusal(name, device_type=device_type, dtype=dtype, **sizes)
-
+    named = impl if impl != "auto" else "grouped"
+    reason = refusal(named, device_type=device_type, dtype=dtype, widths=widths, contiguous=contiguous, operator=operator)
     if impl != "auto":
-        if reason := why_not(impl):
+        if reason:
             raise ValueError(f"impl={impl!r} cannot run here: {reason}")
         return Choice(impl, ASKED_FOR)
     if num_experts <= DENSE_UP_TO[operator] * top_k:
         return Choice("dense", f"every token takes all of the {num_experts} experts: there is nothing to sort")
-    if reason := why_not("grouped"):
+    if reason:
         return Choice("dense", f"grouped cannot run here: {reason}")
     if num_experts <= top_k:
         return Choice("grouped", "as much arithmetic as dense, in fewer passes over memory")

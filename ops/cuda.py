@@ -7,7 +7,7 @@ ALIGNMENT_BYTES = 16
 
 
 def refusal(dtype: torch.dtype, widths: tuple[int, ...]) -> str | None:
-    """Why torch's grouped GEMM cannot run for rows of these widths; None when it can."""
+    """Return why torch's grouped GEMM cannot run for rows of these widths; None when it can."""
     if dtype == torch.float64:
         return "torch's CUDA grouped GEMM has no float64"
     if any(width * dtype.itemsize % ALIGNMENT_BYTES for width in widths):

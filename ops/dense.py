@@ -8,8 +8,6 @@ token, no gradient of a token and no expert that holds NaN or infinity reaches w
 and is never computed.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -25,27 +23,22 @@ def routing_masks(
 
     Returns:
         ``weights_TE``, the summed weight of each expert for each token (0 where unrouted; at least float32, and at least
-        ``dtype``), and ``routed_TE``, the mask.
-        An id outside ``[0, E)`` equals no expert and so drops out, whatever its weight.
+        ``dtype``), and ``routed_TE``, the mask. An id outside ``[0, E)`` drops out, whatever its weight.
     """
     weights_TK = weights_TK.to(sum_dtype(weights_TK.dtype, dtype))
     hit_TKE = experts_TK.to(torch.int64)[:, :, None] == torch.arange(num_experts, device=experts_TK.device)
     return torch.where(hit_TKE, weights_TK[:, :, None], 0).sum(1), hit_TKE.any(1)
 
 
-def by_expert(experts_TK: Tensor, weights_TK: Tensor, num_experts: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """:func:`routing_masks` with the experts first: ``weights_ET1`` and ``routed_ET1``."""
-    weights_TE, routed_TE = routing_masks(experts_TK, weights_TK, num_experts, dtype)
-    return weights_TE.t()[:, :, None], routed_TE.t()[:, :, None]
+def _by_expert(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``x_ETD``, with zeros in place of a token that was not routed to an expert, ``weights_ET1`` and ``routed_ET1``."""
+    weights_TE, routed_TE = routing_masks(experts_TK, weights_TK, num_experts, x_TD.dtype)
+    routed_ET1 = routed_TE.t()[:, :, None]
+    return torch.where(routed_ET1, x_TD.to(row_dtype(x_TD.dtype)), 0), weights_TE.t()[:, :, None], routed_ET1
 
 
-def tokens_of_experts(x_TD: Tensor, routed_ET1: Tensor) -> Tensor:
-    """``[E, T, D]`` every expert's tokens, with zeros for those that were not routed to it."""
-    return torch.where(routed_ET1, x_TD.to(row_dtype(x_TD.dtype)), 0)
-
-
-def sum_of_experts(rows_ETB: Tensor, routed_ET1: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[T, B]`` the sum of a token's rows, of the experts that it was routed to; rounded once."""
+def _sum_of_experts(rows_ETB: Tensor, routed_ET1: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the sum of a token's rows, of the experts that it was routed to, ``[T, B]``; rounded once."""
     return torch.where(routed_ET1, rows_ETB, 0).sum(0, dtype=sum_dtype(rows_ETB.dtype)).to(dtype)
 
 
@@ -71,29 +64,23 @@ def experts_mlp_dense(call: ExpertsCall) -> Tensor:
     turn ``0 * inf`` into NaN in a gradient.
     """
     x_TD, experts_TK, weights_TK, (up, down, act) = call
-    weights_ET1, routed_ET1 = by_expert(experts_TK, weights_TK, up.shape[0], x_TD.dtype)
-    x_ETD = tokens_of_experts(x_TD, routed_ET1)
+    x_ETD, weights_ET1, routed_ET1 = _by_expert(x_TD, experts_TK, weights_TK, up.shape[0])
     z_ETG = torch.where(routed_ET1, _project(x_ETD, up, routed_ET1), 0)
     h_ETF = (activate(z_ETG, act) * weights_ET1).to(x_ETD.dtype)
     y_ETD = _project(h_ETF, down, routed_ET1, weights_ET1)
-    return sum_of_experts(y_ETD, routed_ET1, x_TD.dtype)
-
-
-def has_no_hint(size: Any) -> bool:
-    """Return whether a size depends on data, as of a graph that is traced with an unbacked number of tokens."""
-    return isinstance(size, torch.SymInt) and not size.node.has_hint()
+    return _sum_of_experts(y_ETD, routed_ET1, x_TD.dtype)
 
 
 def experts_merged_dense(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, proj_EDF: Tensor) -> Tensor:
     """``h_t = sum_e (w_te x_t) W_e``: a batched matmul of the weighted tokens of each expert with its weights."""
-    weights_ET1, routed_ET1 = by_expert(experts_TK, weights_TK, proj_EDF.shape[0], x_TD.dtype)
-    x_ETD = tokens_of_experts(x_TD, routed_ET1)
+    x_ETD, weights_ET1, routed_ET1 = _by_expert(x_TD, experts_TK, weights_TK, proj_EDF.shape[0])
     proj_EDF = proj_EDF.to(x_ETD.dtype)
     x_ETD = (weights_ET1 * x_ETD).to(x_ETD.dtype)
-    if has_no_hint(x_TD.shape[0]):
+    T = x_TD.shape[0]
+    if isinstance(T, torch.SymInt) and not T.node.has_hint():  # of a graph that is traced with an unbacked number of tokens
         # Inductor's lowering of bmm asks whether the number of tokens is 1. It does not of baddbmm, which reads no first operand
         # with beta=0. Other calls take bmm: torch crashes in a compiled baddbmm whose first operand has no tangent.
         h_ETF = torch.baddbmm(proj_EDF[:, :1].detach(), x_ETD, proj_EDF, beta=0)
     else:
         h_ETF = torch.bmm(x_ETD, proj_EDF)
-    return sum_of_experts(h_ETF, routed_ET1, x_TD.dtype)
+    return _sum_of_experts(h_ETF, routed_ET1, x_TD.dtype)

@@ -34,8 +34,8 @@ def refuse_transforms() -> None:
     the break would run with tangents. Here it reads the level alone, which guards the graph: one that was compiled outside of
     a level is not used inside.
     """
-    forbidden = in_forward_mode() or (not torch.compiler.is_dynamo_compiling() and torch._C._are_functorch_transforms_active())
-    if forbidden and not torch.compiler.is_dynamo_compiling():
+    forbidden = in_forward_mode()
+    if not torch.compiler.is_dynamo_compiling() and (forbidden or torch._C._are_functorch_transforms_active()):
         raise RuntimeError(REFUSAL)
 
 

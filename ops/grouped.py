@@ -158,10 +158,9 @@ def experts_merged_backward(
     proj_EDF: Tensor,
     needs: MergedNeeds,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`experts_merged`: with ``q = dh W_e^T``, ``dw = <q, x>``, ``dx = sum_j w q``, ``dW_e = sum (w x)^T dh``.
+    """Gradients of :func:`experts_merged` with respect to x, weights and proj, of size zero where not wanted.
 
-    Returns:
-        Gradients of x, weights and proj; a zero-size tensor where not needed.
+    With ``q = dh W_e^T``: ``dw = <q, x>``, ``dx = sum_j w q``, ``dW_e = sum (w x)^T dh``.
     """
     E, dtype = proj_EDF.shape[0], row_dtype(x_TD.dtype)
     rows = sorted_rows(experts_TK, weights_TK, order, E, dh_TF)

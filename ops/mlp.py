@@ -8,7 +8,6 @@ Shape suffixes as in :mod:`.grouped`, with O and I for the outputs and inputs of
 """
 
 from functools import cached_property
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -93,19 +92,15 @@ class _Products:
             return grouped.grouped_outer(rows_NI, gradient_NO, self.offsets).transpose(1, 2)
         return grouped.grouped_outer(gradient_NO, rows_NI, self.offsets)
 
-    def A_gradient(self, narrow_NR: Tensor, rows_NI: Tensor) -> Tensor:
-        """Return ``sum narrow^T rows``, ``[E, R, I]``, of what :meth:`narrow_back` gives."""
-        return self._trimmed(grouped.grouped_outer(narrow_NR, rows_NI, self.offsets), 1)
+    def factor_gradient(self, left: Tensor, right: Tensor, rank_dim: int) -> Tensor:
+        """Return ``sum left^T right`` without the columns that :func:`_aligned` added.
 
-    def B_gradient(self, gradient_NO: Tensor, narrow_NR: Tensor) -> Tensor:
-        """Return ``sum gradient^T narrow``, ``[E, O, R]``, of what :meth:`narrow` gives."""
-        return self._trimmed(grouped.grouped_outer(gradient_NO, narrow_NR, self.offsets), 2)
-
-    def _trimmed(self, gradient: Tensor, dim: int) -> Tensor:
-        """Drop the columns that :func:`_aligned` added."""
+        Of what :meth:`narrow_back` gives and the rows it is A's gradient, ``[E, R, I]``; of the gradient and what :meth:`narrow`
+        gives it is B's, ``[E, O, R]``.
+        """
         assert self.projection.adapter is not None
-        rank = self.projection.adapter.A.shape[1]
-        return gradient if gradient.shape[dim] == rank else gradient.narrow(dim, 0, rank).contiguous()
+        gradient, rank = grouped.grouped_outer(left, right, self.offsets), self.projection.adapter.A.shape[1]
+        return gradient if gradient.shape[rank_dim] == rank else gradient.narrow(rank_dim, 0, rank).contiguous()
 
 
 def experts_mlp(call: ExpertsCall, save_percent: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -138,7 +133,7 @@ def _widened_again(form: ExpertsForm, gradient: Tensor) -> ExpertsForm:
     scales = [i for i, part in enumerate(form.up.format.parts) if part.is_scale]
     if not scales:
         return form
-    hidden = iter(in_backward(gradient, *(cast(Tensor, side.tensors[i]) for side in (form.up, form.down) for i in scales)))
+    hidden = iter(in_backward(gradient, *(side.tensors[i] for side in (form.up, form.down) for i in scales)))
 
     def behind(side: Projection) -> Projection:
         return side._replace(tensors=tuple(next(hidden) if i in scales else tensor for i, tensor in enumerate(side.tensors)))
@@ -154,10 +149,7 @@ def experts_mlp_backward(
     With ``v = s2 dy B2_e``, ``dA' = dy Wdown_e^T + v A2_e`` and ``A = act(z)``: ``dw = <dA', A> + <dy, bdown_e>``,
     ``dz = act'(z) (w dA')``, ``dWdown_e = sum dy^T (w A)``, ``dWup_e = sum dz^T x``, ``dx_t = sum_j dz Wup_e + g A1_e`` with
     ``g = s1 dz B1_e``; ``dA2_e = sum (w v)^T A``, ``dB2_e = sum dy^T (w s2 A A2_e^T)``, ``dA1_e = sum g^T x``,
-    ``dB1_e = sum dz^T (s1 x A1_e^T)``; bias gradients are column sums.
-
-    Returns:
-        What is wanted of them; the rest costs nothing.
+    ``dB1_e = sum dz^T (s1 x A1_e^T)``; bias gradients are column sums. What is not wanted costs nothing.
     """
     x_TD, experts_TK, weights_TK, form = call
     form = _widened_again(form, dy_TD)
@@ -183,14 +175,14 @@ def experts_mlp_backward(
     if needs.down:
         ddown = down.weights_gradient(dy_ND, (h_NF * rows.weight).to(dtype), laid_out=laid_out)
     if needs.down_B:
-        ddown_B = down.B_gradient(dy_ND, (down.narrow(h_NF, offsets) * rows.weight).to(dtype))
+        ddown_B = down.factor_gradient(dy_ND, (down.narrow(h_NF, offsets) * rows.weight).to(dtype), 2)
     if needs.down_bias:
         ddown_bias = column_sums((dy_ND * rows.weight).to(dtype), offsets)
     if needs.dz or needs.weights or needs.down_A:
         v_NR = down.narrow_back(dy_ND)
     if needs.down_A:
         assert v_NR is not None
-        ddown_A = down.A_gradient((v_NR * rows.weight).to(dtype), h_NF)
+        ddown_A = down.factor_gradient((v_NR * rows.weight).to(dtype), h_NF, 1)
     if needs.dz or needs.weights:
         dh_NF = down.backward(dy_ND, v_NR)
     if needs.weights:
@@ -205,14 +197,14 @@ def experts_mlp_backward(
     if needs.up:
         dup = up.weights_gradient(dz_NG, x_ND, laid_out=laid_out)
     if needs.up_B:
-        dup_B = up.B_gradient(dz_NG, up.narrow(x_ND, offsets))
+        dup_B = up.factor_gradient(dz_NG, up.narrow(x_ND, offsets), 2)
     if needs.up_bias:
         dup_bias = column_sums(dz_NG, offsets)
     if needs.x or needs.up_A:
         g_NR = up.narrow_back(dz_NG)
     if needs.up_A:
         assert g_NR is not None
-        dup_A = up.A_gradient(g_NR, x_ND)
+        dup_A = up.factor_gradient(g_NR, x_ND, 1)
     if of_up:
         del x_ND
     if needs.x:

@@ -20,7 +20,7 @@ _SUM = 0  # embedding_bag's mode
 
 
 class NeuronNeeds(NamedTuple):
-    """Which gradients of :func:`experts_neurons` are wanted; what is not wanted costs nothing."""
+    """The gradients of :func:`experts_neurons` that are wanted; one that is not wanted costs nothing."""
 
     x: bool
     weights: bool
@@ -29,7 +29,7 @@ class NeuronNeeds(NamedTuple):
 
 
 class ValueNeeds(NamedTuple):
-    """Which gradients of :func:`experts_values` are wanted."""
+    """The gradients of :func:`experts_values` that are wanted."""
 
     weights: bool
     table: bool
@@ -89,11 +89,11 @@ class _Bags:
 
 
 def touched_rows(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """The table rows that a routing reads, for gradients of these alone. How many there are depends on the data.
+    """Return the table rows that a routing reads, for gradients of these alone: as many as the data says.
 
     Returns:
-        Their ids, ascending, ``[U]`` int64, and for every id of ``experts_TK`` its place among them, -1 where it is out of
-        range: the slots, ``[T, K]`` int64.
+        Their ids, ascending, ``[U]`` int64, and the slots ``[T, K]`` int64: for every id its place among them, -1 where it is
+        out of range.
     """
     routed_TK = in_range(experts_TK, num_experts)
     touched, places = torch.unique(experts_TK.to(torch.int64)[routed_TK], sorted=True, return_inverse=True)
@@ -192,7 +192,7 @@ def experts_values_backward(
 def experts_neurons_dense(
     x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, down_ED: Tensor, up_ED: Tensor, activation: str
 ) -> Tensor:
-    """As :func:`experts_neurons`, every expert computed for every token, ``[T, K, E]`` masks and all: for small E.
+    """Compute :func:`experts_neurons` with every expert for every token, ``[T, K, E]`` masks and all: for small E.
 
     An expert gets zeros in place of a token that was not routed to it: zero times NaN is NaN, in the gradient of its row too.
     """
@@ -204,7 +204,7 @@ def experts_neurons_dense(
 
 
 def experts_values_dense(experts_TK: Tensor, weights_TK: Tensor, table_ED: Tensor) -> Tensor:
-    """As :func:`experts_values`, one product of all weights with the table."""
+    """Compute :func:`experts_values` as one product of all weights with the table."""
     table = _wide(table_ED)
     weights_TE, _ = routing_masks(experts_TK, weights_TK.to(table.dtype), table_ED.shape[0])
     return (weights_TE @ table).to(table_ED.dtype)

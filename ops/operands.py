@@ -29,7 +29,7 @@ def check_rows(experts: Tensor) -> None:
 
 
 def check_choices_of(logits: Tensor, top_k: int, dims: int = 1) -> None:
-    """The routing of logits, the last ``dims`` dimensions of which are a token's, has as many entries as kernels can number."""
+    """Check that the routing of logits, the last ``dims`` dimensions of which are a token's, has entries that 32 bits number."""
     if torch.compiler.is_dynamo_compiling():
         return
     rows = math.prod(logits.shape[:-dims]) * top_k
@@ -52,26 +52,19 @@ def check_percent(save_percent: int) -> None:
 
 
 class Reader(NamedTuple):
-    """Reads the tensors of one call.
-
-    Attributes:
-        device: where they are.
-        dtype: of x and of the expert weights.
-        symbolic: whether x has symbolic sizes, those of a graph that is traced.
-    """
+    """Reads the tensors of a call: all on one device, x and the expert weights of one dtype, and x perhaps of symbolic sizes."""
 
     device: torch.device
     dtype: torch.dtype
     symbolic: bool
 
-    def check(self, name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...] = ()) -> Tensor:
-        """``tensor``, of any strides.
+    def read(
+        self, name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...] = (), *, views: bool = False
+    ) -> Tensor:
+        """Return ``tensor``, contiguous unless ``views`` of any strides will do.
 
-        Args:
-            name: of the operand.
-            tensor: what came.
-            shape: it must have; symbolic sizes are not compared, which would make guards of the graph.
-            dtypes: it may have; that of x, if none is given.
+        Symbolic sizes are not compared with ``shape``, which would make guards of the graph. Without ``dtypes`` it must have
+        that of x.
 
         Raises:
             TypeError: another dtype.
@@ -83,15 +76,13 @@ class Reader(NamedTuple):
             raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
         if tensor.device != self.device:
             raise ValueError(f"{name} must be on {self.device}, got {tensor.device}")
-        return tensor
+        return tensor if views else tensor.contiguous()
 
-    def read(self, name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...] = ()) -> Tensor:
-        """:meth:`check`, and contiguous."""
-        return self.check(name, tensor, shape, dtypes).contiguous()
-
-    def read_optional(self, name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    def read_optional(
+        self, name: str, tensor: Tensor | None, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...] = ()
+    ) -> Tensor | None:
         """:meth:`read`, where there is one."""
-        return None if tensor is None else self.read(name, tensor, shape)
+        return None if tensor is None else self.read(name, tensor, shape, dtypes)
 
     def routing(self, experts: Tensor, weights: Tensor, tokens: int | None = None) -> tuple[Tensor, Tensor]:
         """Ids and weights ``[T, K]``."""
@@ -133,8 +124,8 @@ def read_merged(
 ) -> tuple[Reader, tuple[Tensor, Tensor, Tensor, Tensor]]:
     """The reader of a merged projection's call, and its four tensors; with ``views`` the weights keep their strides."""
     reader = reader_of(x_TD)
-    read = reader.check if views else reader.read
     check_dim("proj", proj_EDF, 3)
     (T, D), (E, _, F) = x_TD.shape, proj_EDF.shape
     experts_TK, weights_TK = reader.routing(experts_TK, weights_TK, T)
-    return reader, (reader.read("x", x_TD, (T, D)), experts_TK, weights_TK, read("proj", proj_EDF, (E, D, F)))
+    proj_EDF = reader.read("proj", proj_EDF, (E, D, F), views=views)
+    return reader, (reader.read("x", x_TD, (T, D)), experts_TK, weights_TK, proj_EDF)

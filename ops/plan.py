@@ -30,20 +30,15 @@ def in_range(experts: Tensor, num_experts: int) -> Tensor:
 
 
 def _expert_or_end(experts: Tensor, num_experts: int) -> Tensor:
-    """Ids as int64, with every id outside ``[0, E)`` replaced by ``E``: such rows sort to the end and count nowhere."""
+    """Return ids as int64, those outside ``[0, E)`` replaced by ``E``: such rows sort to the end and count nowhere."""
     ids = experts.reshape(-1).to(torch.int64)
     return torch.where(in_range(ids, num_experts), ids, num_experts)
 
 
 def make_plan(experts_TK: Tensor, num_experts: int) -> Plan:
-    """Sort the rows of a routing by expert.
+    """Sort the rows of a routing by expert; ids of any integer type outside ``[0, num_experts)`` are kept out of every expert.
 
-    Args:
-        experts_TK: ``[T, K]``, any integer dtype; ids outside ``[0, num_experts)`` are kept out of every expert.
-        num_experts: ``E``.
-
-    Returns:
-        The :class:`Plan`; its shapes depend on ``T``, ``K`` and ``E`` only.
+    The shapes depend on ``T``, ``K`` and ``E`` only.
     """
     sorted_ids, order = torch.sort(_expert_or_end(experts_TK, num_experts), stable=True)
     bounds = torch.arange(num_experts + 1, device=experts_TK.device)
@@ -58,14 +53,10 @@ def inverse_order(order: Tensor) -> Tensor:
 
 
 def tokens_per_expert(experts: Tensor, num_experts: int) -> Tensor:
-    """Count the routed rows of every expert: ``c_e = #{(t, j): experts_tj = e}``.
+    """Count the routed rows of every expert: ``c_e = #{(t, j): experts_tj = e}``, ``[E]`` int64.
 
-    Args:
-        experts: ids of any shape and integer dtype; ids outside ``[0, num_experts)`` are not counted.
-        num_experts: ``E``.
-
-    Returns:
-        ``[E]`` int64. Integer sums, so the same bits in any order of summation.
+    Ids have any shape and integer type; those outside ``[0, num_experts)`` are not counted. The sums are of integers, so they
+    have the same bits in any order of summation.
     """
     ids = _expert_or_end(experts, num_experts)
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=experts.device)

@@ -12,7 +12,7 @@ everything between x and y is float32: see :func:`fusedonemoe.ops.precision.row_
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,19 +29,13 @@ def few_rows(rows: int, num_experts: int) -> bool:
     return 2 * rows <= num_experts
 
 
-class _Slots(NamedTuple):
-    """Every expert's rows side by side, with room in each for those of the fullest.
+def _make_slots(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Lay every expert's rows side by side, with room in each for those of the fullest: C rows.
 
-    Attributes:
-        token: ``[E * C]`` the token of a slot; T for an empty one.
-        slot: ``[N]`` the slot of each flattened row ``t * K + j``; ``E * C`` where its id is out of range.
+    Returns:
+        The token of each slot, T for an empty one, ``[E * C]``; and the slot of each flattened row ``t * K + j``, ``E * C`` where
+        its id is out of range, ``[N]``.
     """
-
-    token: Tensor
-    slot: Tensor
-
-
-def _make_slots(experts_TK: Tensor, num_experts: int) -> _Slots:
     (T, K), device = experts_TK.shape, experts_TK.device
     N = T * K
     ids = torch.where(in_range(experts_TK, num_experts), experts_TK.to(torch.int64), num_experts).reshape(-1)
@@ -58,19 +52,12 @@ def _make_slots(experts_TK: Tensor, num_experts: int) -> _Slots:
     end = num_experts * capacity
     sorted_slot = torch.where(sorted_ids < num_experts, sorted_slot, end)
     token = torch.full((end + 1,), T, dtype=torch.int64, device=device).scatter(0, sorted_slot, order // K)
-    return _Slots(token[:-1], torch.zeros_like(order).scatter(0, order, sorted_slot))
+    return token[:-1], torch.zeros_like(order).scatter(0, order, sorted_slot)
 
 
 def _with_zero_row(rows: Tensor) -> Tensor:
     """Zeros beyond the end, for empty slots."""
     return torch.cat((rows, rows.new_zeros(1, rows.shape[1])))
-
-
-def _rows_of_tokens(x_TD: Tensor, experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """``[N, 1, D]``, zeros where an id is out of range, and ``[N]`` ids, 0 there."""
-    routed_TK = in_range(experts_TK, num_experts)
-    rows_TKD = torch.where(routed_TK[:, :, None], x_TD[:, None, :], 0)
-    return rows_TKD.reshape(-1, 1, x_TD.shape[1]), torch.where(routed_TK, experts_TK.to(torch.int64), 0).reshape(-1)
 
 
 def _summed(out_TKD: Tensor, experts_TK: Tensor, weights_TK: Tensor, num_experts: int, dtype: torch.dtype) -> Tensor:
@@ -85,32 +72,29 @@ def _summed(out_TKD: Tensor, experts_TK: Tensor, weights_TK: Tensor, num_experts
 def _mix(
     apply: Callable[..., Tensor], x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, parameters: tuple[Tensor, ...]
 ) -> Tensor:
-    """``sum_j w_tj apply(x_t, parameters of expert e_tj)``.
+    """``sum_j w_tj apply(x_t, parameters of expert e_tj)`` with parameters ``[E, ...]``.
 
-    Args:
-        apply: of rows ``[B, C, D]``, the mask ``[B, C, 1]`` of those that are routed, the others being zero, and B experts'
-            parameters; rows and parameters in the dtype of single experts' rows.
-        x_TD: tokens.
-        experts_TK: ids.
-        weights_TK: routing weights.
-        parameters: each ``[E, ...]``.
+    ``apply`` takes rows ``[B, C, D]``, the mask ``[B, C, 1]`` of those that are routed, the others being zero, and B experts'
+    parameters; all in the dtype of single experts' rows.
     """
     E, dtype = parameters[0].shape[0], row_dtype(x_TD.dtype)
 
     def few(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, *parameters: Tensor) -> Tensor:
-        rows_N1D, ids = _rows_of_tokens(x_TD.to(dtype), experts_TK, E)
-        routed_N11 = in_range(experts_TK, E).reshape(-1, 1, 1)
+        routed_TK = in_range(experts_TK, E)
+        ids = torch.where(routed_TK, experts_TK.to(torch.int64), 0).reshape(-1)
+        rows_TKD = torch.where(routed_TK[:, :, None], x_TD.to(dtype)[:, None, :], 0)
+        rows_N1D, routed_N11 = rows_TKD.reshape(-1, 1, x_TD.shape[1]), routed_TK.reshape(-1, 1, 1)
         out_N1D = apply(rows_N1D, routed_N11, *(parameter.index_select(0, ids).to(dtype) for parameter in parameters))
         out_TKD = out_N1D.reshape(*experts_TK.shape, out_N1D.shape[2])
         return _summed(out_TKD, experts_TK, weights_TK, E, x_TD.dtype)
 
     def many(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, *parameters: Tensor) -> Tensor:
-        slots = _make_slots(experts_TK, E)
-        rows_ECD = _with_zero_row(x_TD.to(dtype)).index_select(0, slots.token).reshape(E, -1, x_TD.shape[1])
-        routed_EC1 = (slots.token < x_TD.shape[0]).reshape(E, -1, 1)
+        token, slot = _make_slots(experts_TK, E)
+        rows_ECD = _with_zero_row(x_TD.to(dtype)).index_select(0, token).reshape(E, -1, x_TD.shape[1])
+        routed_EC1 = (token < x_TD.shape[0]).reshape(E, -1, 1)
         out_ECD = apply(rows_ECD, routed_EC1, *(parameter.to(dtype) for parameter in parameters))
         out_SD = _with_zero_row(out_ECD.reshape(-1, out_ECD.shape[2]))
-        out_TKD = out_SD.index_select(0, slots.slot).reshape(*experts_TK.shape, out_SD.shape[1])
+        out_TKD = out_SD.index_select(0, slot).reshape(*experts_TK.shape, out_SD.shape[1])
         return _summed(out_TKD, experts_TK, weights_TK, E, x_TD.dtype)
 
     operands = (x_TD, experts_TK, weights_TK, *parameters)
@@ -147,10 +131,7 @@ def experts_merged_portable(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor
     if proj_EDF.shape[0] <= experts_TK.shape[1]:
         return experts_merged_dense(x_TD, experts_TK, weights_TK, proj_EDF)
 
-    def apply(rows_BCD: Tensor, _: Tensor, proj_BDF: Tensor) -> Tensor:
-        return torch.bmm(rows_BCD, proj_BDF)
-
-    return _mix(apply, x_TD, experts_TK, weights_TK, (proj_EDF,))
+    return _mix(lambda rows, _, proj: torch.bmm(rows, proj), x_TD, experts_TK, weights_TK, (proj_EDF,))
 
 
 def _table_rows(experts_TK: Tensor, table_ED: Tensor) -> Tensor:
@@ -158,8 +139,7 @@ def _table_rows(experts_TK: Tensor, table_ED: Tensor) -> Tensor:
     routed_TK = in_range(experts_TK, table_ED.shape[0])
     ids = torch.where(routed_TK, experts_TK.to(torch.int64), 0).reshape(-1)
     rows_TKD = table_ED.index_select(0, ids).reshape(*experts_TK.shape, table_ED.shape[1])
-    wide = torch.promote_types(table_ED.dtype, torch.float32)
-    return torch.where(routed_TK[:, :, None], rows_TKD, 0).to(wide)
+    return torch.where(routed_TK[:, :, None], rows_TKD, 0).to(sum_dtype(table_ED.dtype))
 
 
 def experts_neurons_portable(

@@ -76,7 +76,7 @@ def _select_exactly(keys: Tensor, values: Tensor, top_k: int, num_keys: int, opa
 
 
 def select_pairs_on_cpu(logits: Tensor, top_k: int) -> Tensor:
-    """As :func:`select_pairs`, for float32 on CPU; it looks at the data, so a graph may hold it as an operator only.
+    """Select pairs of float32 on CPU; it looks at the data, so a graph may hold it as an operator only.
 
     A row whose ``top_k + 1`` greatest sums are different floats is done after one selection by them.
     """
@@ -96,15 +96,9 @@ def select_pairs_on_cpu(logits: Tensor, top_k: int) -> Tensor:
 
 
 def select_pairs(logits: Tensor, top_k: int, opaque: bool) -> Tensor:
-    """Ids ``i * G + j`` of the ``top_k`` pairs of greatest sum, best first, equal sums by the lower id.
+    """Ids ``i * G + j`` of the ``top_k`` pairs of greatest sum, best first, equal sums by the lower id. ``[T, K]`` int64.
 
-    Args:
-        logits: ``[T, 2, G]`` in the routing dtype.
-        top_k: K, up to ``G * G``.
-        opaque: whether the selection may be an operator of its own, which no transform looks into.
-
-    Returns:
-        ``[T, K]`` int64.
+    ``logits [T, 2, G]`` have the routing dtype. ``opaque``: the selection may be an operator, which no transform looks into.
     """
     logits = logits.detach()
     if opaque and logits.dtype == torch.float32 and logits.device.type == "cpu" and not torch.compiler.is_exporting():
@@ -144,24 +138,17 @@ def _weigh(logits: Tensor, experts: Tensor, norm_topk_prob: bool) -> tuple[Tenso
 
 
 def route_product_key(logits: Tensor, top_k: int, norm_topk_prob: bool, opaque: bool = False) -> tuple[Tensor, Tensor]:
-    """Weights and ids of the best pairs.
-
-    Returns:
-        ``[T, K]`` weights (float32, or float64 for float64 logits) and ``[T, K]`` int64 ids.
-    """
+    """Weights ``[T, K]``, float32 or float64 as the logits, and int64 ids of the best pairs."""
     logits = logits.to(routing_dtype(logits.dtype))
     experts = select_pairs(logits, top_k, opaque)
     return _weigh(logits, experts, norm_topk_prob)[0], experts
 
 
 def route_product_key_backward(dweights: Tensor, logits: Tensor, experts: Tensor, norm_topk_prob: bool) -> Tensor:
-    """Exact gradient of :func:`route_product_key` with respect to the logits; the selection is a constant.
+    """Exact gradient ``[T, 2, G]`` of :func:`route_product_key` in the dtype of the logits; the selection is a constant.
 
     With ``dscore = dw * w`` (normalised: ``w * (dw - <dw, w>)``, which sums to 0),
-    ``da_g = sum of dscore over the picked pairs (g, .) - softmax(a)_g * sum of dscore``, and likewise for b.
-
-    Returns:
-        ``[T, 2, G]`` in the dtype of ``logits``.
+    ``da_g = sum of dscore over the picked pairs (g, .) - softmax(a)_g * sum of dscore``, and the same for b.
     """
     # In one order of memory, whatever a saved-tensor hook returned: sums over other strides may round in another order.
     logits, experts = logits.contiguous(), experts.contiguous()

@@ -39,14 +39,7 @@ class Activation(NamedTuple):
 
 
 class Argument(NamedTuple):
-    """An argument of an operator.
-
-    Attributes:
-        name: in the schema.
-        type: in the schema.
-        casts: whether autocast casts it.
-        has_gradient: whether the backward returns a gradient of it.
-    """
+    """An argument of an operator, and whether autocast casts it and the backward returns a gradient of it."""
 
     name: str
     type: str
@@ -60,19 +53,8 @@ ACTIVATION_ARGUMENTS = (
 )
 
 
-def schema_text(arguments: tuple[Argument, ...]) -> str:
-    """Return the arguments as a schema lists them."""
-    return ", ".join(f"{argument.type} {argument.name}" for argument in arguments)
-
-
 class Adapter(NamedTuple):
-    """The factors of one projection's low-rank adapter: ``delta_e = scale * B_e A_e``.
-
-    Attributes:
-        A: ``[E, R, I]``.
-        B: ``[E, O, R]``.
-        scale: of the product.
-    """
+    """The factors of one projection's low-rank adapter: ``delta_e = scale * B_e A_e``, ``A [E, R, I]`` and ``B [E, O, R]``."""
 
     A: Tensor
     B: Tensor
@@ -108,7 +90,6 @@ class Projection(NamedTuple):
     ) -> "Projection":
         """Return the projection of tensors in one of these formats; ``name`` is theirs in an error."""
         tensor = tensors[0]
-        assert tensor is not None
         if tensor.dim() != 3:
             check_dim(name, tensor, 3)
         if candidates[0] is formats.PLAIN and tensor.is_contiguous():  # the most frequent, told without a call
@@ -124,19 +105,13 @@ class Projection(NamedTuple):
     @property
     def floats(self) -> Tensor:
         """Return the one tensor of a format that has no other."""
+        tensor: Tensor
         (tensor,) = self.tensors
-        assert tensor is not None
         return tensor
 
 
 class ExpertsForm(NamedTuple):
-    """Experts that are MLPs: ``act(rows up) down``.
-
-    Attributes:
-        up: ``[E, G, D]``, where G is 2F with a gate and F without.
-        down: ``[E, D, F]``.
-        act: between them.
-    """
+    """Experts that are MLPs, ``act(rows up) down``: up ``[E, G, D]``, G being 2F or without a gate F, and down ``[E, D, F]``."""
 
     up: Projection
     down: Projection
@@ -150,14 +125,7 @@ class ExpertsForm(NamedTuple):
 
 
 class ExpertsCall(NamedTuple):
-    """A call of experts that are MLPs.
-
-    Attributes:
-        x: ``[T, D]`` tokens.
-        experts: ``[T, K]`` ids of any integer dtype.
-        weights: ``[T, K]`` routing weights of any floating dtype.
-        form: the experts.
-    """
+    """A call of experts that are MLPs: ``x [T, D]``, ids and routing weights ``[T, K]`` of any integer and floating dtype."""
 
     x: Tensor
     experts: Tensor
@@ -165,10 +133,7 @@ class ExpertsCall(NamedTuple):
     form: ExpertsForm
 
     def read(self, *, views: bool = False) -> tuple[Reader, "ExpertsCall"]:
-        """Check the operands of an operator that was called by its name.
-
-        Args:
-            views: whether weights of floats keep their strides.
+        """Check the operands of an operator that was called by its name; with ``views``, weights of floats keep their strides.
 
         Returns:
             The reader of the call, and the call with its tensors as kernels read them.
@@ -178,7 +143,9 @@ class ExpertsCall(NamedTuple):
         T, D = x_TD.shape
         E, G, _ = up.shape
         F = down.shape[2]
-        check_widths(G, F, act)
+        expected = F if act.layout == PLAIN else 2 * F
+        if expected != G:
+            raise ValueError(f"up_proj must have {expected} rows with down_proj of width {F}, got {G}")
         experts_TK, weights_TK = reader.routing(experts_TK, weights_TK, T)
         kinds = [projection.format.kind(projection.tensors) for projection in (up, down)]
         if kinds[0] != kinds[1]:
@@ -193,21 +160,8 @@ class ExpertsCall(NamedTuple):
         return reader, ExpertsCall(reader.read("x", x_TD, (T, D)), experts_TK, weights_TK, form)
 
 
-def check_widths(up_rows: int, inner: int, act: Activation) -> None:
-    """Check that the up-projection has as many rows as the layout says."""
-    expected = inner if act.layout == PLAIN else 2 * inner
-    if up_rows != expected:
-        raise ValueError(f"up_proj must have {expected} rows with down_proj of width {inner}, got {up_rows}")
-
-
 class SavedRows(NamedTuple):
-    """The sorted rows as a forward keeps them for its backward.
-
-    Attributes:
-        z: ``[S, G]`` the first pre-activations, ``0 <= S <= N``.
-        order: ``[N]`` of the plan.
-        offsets: ``[E + 1]`` of the plan.
-    """
+    """The sorted rows as a forward keeps them: ``z [S, G]``, the first pre-activations, and the plan's order and offsets."""
 
     z: Tensor
     order: Tensor
@@ -294,14 +248,13 @@ class ExpertsArguments:
     @property
     def schema(self) -> str:
         """Return the arguments as a schema lists them."""
-        return schema_text(self.arguments)
+        return ", ".join(f"{argument.type} {argument.name}" for argument in self.arguments)
 
     def call(self, arguments: tuple[Any, ...]) -> ExpertsCall:
         """Return the call of these arguments; those behind the activation's fields are ignored."""
         x, experts, weights, *rest = arguments
         parts = len(self.parts)
-        up, down, (up_bias, down_bias) = tuple(rest[:parts]), tuple(rest[parts : 2 * parts]), rest[2 * parts : 2 * parts + 2]
-        rest = rest[2 * parts + 2 :]
+        up, down, (up_bias, down_bias, *rest) = tuple(rest[:parts]), tuple(rest[parts : 2 * parts]), rest[2 * parts :]
         adapters: list[Adapter | None] = [None, None]
         if self.adapted:
             up_A, up_B, down_A, down_B, up_scale, down_scale, *rest = rest

@@ -11,7 +11,7 @@ from fusedonemoe.ops.rules import RouteRule
 
 
 def routing_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What routing computes in, given the dtype of its input."""
+    """Return the dtype that routing computes in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -73,17 +73,9 @@ def _close_groups(keys: Tensor, rule: RouteRule) -> Tensor:
 
 
 def select_experts(logits: Tensor, selection_bias: Tensor | None, rule: RouteRule) -> Tensor:
-    """Choose the experts of every token.
+    """Ids ``[T, K]`` int64 of the experts of every token, best first; all experts in id order when ``rule.top_k`` is 0.
 
-    The scores are monotone in the logits, so without a bias and without groups the logits themselves are the keys.
-
-    Args:
-        logits: ``[T, E]`` in the routing dtype.
-        selection_bias: ``[E]``.
-        rule: how to choose.
-
-    Returns:
-        ``[T, K]`` int64, best first; all experts in id order when ``rule.top_k`` is 0.
+    The scores are monotone in the logits, so without a bias and without groups the logits, in the routing dtype, are the keys.
     """
     E = logits.shape[-1]
     if rule.top_k == 0:
@@ -98,25 +90,22 @@ def select_experts(logits: Tensor, selection_bias: Tensor | None, rule: RouteRul
     return select_largest(keys, rule.top_k)
 
 
-def _softmax_over_all(rule: RouteRule) -> bool:
-    """Whether unpicked logits take part in the weights: a softmax over all experts that no normalisation cancels."""
+def softmax_over_all(rule: RouteRule) -> bool:
+    """Return whether unpicked logits take part: in a softmax over all experts that no normalisation cancels."""
     return rule.scoring == "softmax" and rule.score_first and not rule.norm_topk_prob
 
 
 def route(logits: Tensor, selection_bias: Tensor | None, rule: RouteRule) -> tuple[Tensor, Tensor]:
-    """Weights and ids of the selected experts.
+    """Weights ``[T, K]``, float32 or float64 as the logits, and int64 ids of the selected experts.
 
     A softmax over all experts, divided by the sum of the picked, is the softmax over the picked logits, so only the
     unnormalised softmax has to look at the other logits. It subtracts the maximum, which is exact enough for logits of any
     size: a logsumexp of large logits is rounded by more than the weights may be wrong.
-
-    Returns:
-        ``[T, K]`` weights (float32, or float64 for float64 logits) and ``[T, K]`` int64 ids.
     """
     if logits.dtype != (dtype := routing_dtype(logits.dtype)):  # a conversion to the same costs a microsecond
         logits = logits.to(dtype)
     experts = select_experts(logits, selection_bias, rule)
-    if _softmax_over_all(rule):
+    if softmax_over_all(rule):
         weights = logits.softmax(-1).gather(-1, experts)
     else:
         weights = _score(logits.gather(-1, experts), rule.scoring)
@@ -126,15 +115,11 @@ def route(logits: Tensor, selection_bias: Tensor | None, rule: RouteRule) -> tup
 
 
 def route_backward(dweights: Tensor, logits: Tensor, experts: Tensor, rule: RouteRule) -> Tensor:
-    """Exact gradient of :func:`route` with respect to the logits; the selection is a constant.
-
-    Returns:
-        ``[T, E]`` in the dtype of ``logits``.
-    """
+    """Exact gradient ``[T, E]`` of :func:`route` in the dtype of the logits; the selection is a constant."""
     dtype = routing_dtype(logits.dtype)
     wide = logits.to(dtype)
     dscore = dweights.to(dtype) * rule.scale
-    if _softmax_over_all(rule):
+    if softmax_over_all(rule):
         shares = wide.softmax(-1)
         dshare = dscore * shares.gather(-1, experts)
         return (shares * -dshare.sum(-1, keepdim=True)).scatter_add(-1, experts, dshare).to(logits.dtype)

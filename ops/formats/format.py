@@ -8,7 +8,7 @@ from torch import Tensor
 from fusedonemoe.ops.operands import Reader
 
 Shape = tuple[int, int, int]
-Tensors = tuple[Tensor | None, ...]
+Tensors = tuple[Any, ...]  # the tensors of a weight, with None for an optional one that is absent
 
 
 class Part(NamedTuple):
@@ -54,12 +54,7 @@ class Format:
     def read(self, reader: Reader, name: str, tensors: Tensors, shape: Shape, *, views: bool) -> Tensors:
         """Check the tensors of an operator that was called by its name, and return them as kernels read them.
 
-        Args:
-            reader: of the call.
-            name: ``up`` or ``down``.
-            tensors: as they came.
-            shape: of the weights that they must hold.
-            views: whether the kernels read any strides; otherwise the tensors are made contiguous.
+        ``name`` is ``up`` or ``down``. With ``views`` the kernels read any strides; otherwise the tensors are made contiguous.
         """
         raise NotImplementedError
 

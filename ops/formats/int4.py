@@ -1,6 +1,6 @@
 """Weights of 4 bits in groups of inputs with a scale each: ``W = scale * (values - zero_point)``."""
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,19 +22,19 @@ class Int4(Format):
 
     def shape(self, tensors: Tensors) -> Shape | None:
         """Return ``(E, O, I)`` of uint8 values: each has those of two inputs."""
-        values = cast(Tensor, tensors[0])
+        values = tensors[0]
         E, O, half = values.shape  # noqa: E741
         return (E, O, 2 * half) if values.dtype == torch.uint8 else None
 
     def kind(self, tensors: Tensors) -> tuple[str | int, ...]:
         """Return the name and the size of the groups."""
-        values, scale, _ = cast(tuple[Tensor, Tensor, Tensor | None], tensors)
+        values, scale, _ = tensors
         check_dim("scale", scale, 3)
         return self.name, QuantizedWeight(values, scale).group_size
 
     def read(self, reader: Reader, name: str, tensors: Tensors, shape: Shape, *, views: bool) -> Tensors:
         """Check dtypes, shapes, devices and the size of the groups."""
-        values, scale, zero = cast(tuple[Tensor, Tensor, Tensor | None], tensors)
+        values, scale, zero = tensors
         check_dim(f"{name}_scale", scale, 3)
         E, O, I = shape  # noqa: E741
         group = QuantizedWeight(values, scale).group_size
@@ -42,9 +42,9 @@ class Int4(Format):
             raise ValueError(f"{name}_scale must have a scale for {GROUP_SIZES} inputs, got shape {tuple(scale.shape)}")
         groups = (E, O, I // group)
         return QuantizedWeight(
-            (reader.check if views else reader.read)(name, values, (E, O, I // 2), (torch.uint8,)),
+            reader.read(name, values, (E, O, I // 2), (torch.uint8,), views=views),
             reader.read(f"{name}_scale", scale, groups, (torch.float32,)),
-            None if zero is None else reader.read(f"{name}_zero", zero, groups, (torch.uint8,)),
+            reader.read_optional(f"{name}_zero", zero, groups, (torch.uint8,)),
         )
 
     def make(self, weight_EOI: Tensor, **options: Any) -> QuantizedWeight:
@@ -81,7 +81,7 @@ class Int4(Format):
 
     def widen(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
         """Return the weights, computed in float32 or float64 and rounded once to ``dtype``."""
-        values, scale, zero_point = cast(tuple[Tensor, Tensor, Tensor | None], tensors)
+        values, scale, zero_point = tensors
         wide = torch.promote_types(dtype, torch.float32)
         nibbles = torch.stack((values & 15, values >> 4), -1).flatten(-2)
         groups = nibbles.to(wide).unflatten(-1, (scale.shape[-1], -1))

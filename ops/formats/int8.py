@@ -1,6 +1,6 @@
 """Weights of 8 bits with one scale for every output: ``W = scale * values``."""
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,14 +19,13 @@ class Int8(Format):
 
     def shape(self, tensors: Tensors) -> Shape | None:
         """Return ``(E, O, I)``, the shape of int8 values."""
-        values = cast(Tensor, tensors[0])
-        return values.shape if values.dtype == torch.int8 else None  # type: ignore[return-value]
+        return tensors[0].shape if tensors[0].dtype == torch.int8 else None
 
     def read(self, reader: Reader, name: str, tensors: Tensors, shape: Shape, *, views: bool) -> Tensors:
         """Check dtypes, shapes and devices; the result has no zero points."""
-        values, scale, _ = cast(tuple[Tensor, Tensor, Tensor | None], tensors)
+        values, scale, _ = tensors
         check_dim(f"{name}_scale", scale, 2)
-        values = (reader.check if views else reader.read)(name, values, shape, (torch.int8,))
+        values = reader.read(name, values, shape, (torch.int8,), views=views)
         return QuantizedWeight(values, reader.read(f"{name}_scale", scale, shape[:2], (torch.float32,)))
 
     def make(self, weight_EOI: Tensor, **options: Any) -> QuantizedWeight:
@@ -42,7 +41,7 @@ class Int8(Format):
 
     def widen(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
         """Return ``scale * values``, computed in float32 or float64 and rounded once to ``dtype``."""
-        values, scale, _ = cast(tuple[Tensor, Tensor, Tensor | None], tensors)
+        values, scale, _ = tensors
         wide = torch.promote_types(dtype, torch.float32)
         return (values.to(wide) * scale.to(wide)[..., None]).to(dtype)
 

@@ -20,13 +20,7 @@ WITHOUT_GATE = "plain"
 
 
 class PanelHome(NamedTuple):
-    """The weight that panels hold.
-
-    Attributes:
-        rows: ``O``.
-        width: ``I``.
-        layout: order of gate and up rows, or ``plain``.
-    """
+    """The weight that panels hold: ``O`` rows of width ``I``, and the order of gate and up rows, or ``plain``."""
 
     rows: int
     width: int

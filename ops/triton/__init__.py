@@ -12,7 +12,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def refusal(dtype: torch.dtype, device_type: str) -> str | None:
-    """Why the Triton kernels cannot run on such tensors; None when they can."""
+    """Return why the Triton kernels cannot run on such tensors; None when they can."""
     if not INSTALLED:
         return "triton is not installed"
     if dtype not in DTYPES:

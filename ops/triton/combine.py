@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
+from fusedonemoe.ops.triton.launch import launch
 from fusedonemoe.ops.triton.plan import RowPlan
 
 
@@ -51,36 +51,23 @@ def combine_kernel(
 
 
 def combine(rows_NB: Tensor, weights_TK: Tensor | None, plan: RowPlan, dtype: torch.dtype, *, top_k: int | None = None) -> Tensor:
-    """``out[t] = sum_j (w_tj) rows[position[t * K + j]]``; the sum runs in float32 in the order of ``j`` and rounds once.
+    """``out[t] = sum_j (w_tj) rows[position[t * K + j]]``, ``[T, B]``, summed in float32 in the order of ``j``, rounded once.
 
-    Args:
-        rows_NB: rows in sorted order; those at positions from ``offsets[E]`` on are never read.
-        weights_TK: any floating dtype, or None for a plain sum.
-        plan: where the row of each choice stands.
-        dtype: of the result.
-        top_k: ``K``, wanted where there are no weights to tell it.
-
-    Returns:
-        ``[T, B]``.
+    Without weights, of any floating dtype, it is a plain sum of ``top_k`` rows. Rows from ``offsets[E]`` on are never read.
     """
     N, B = rows_NB.shape
-    if top_k is None:
-        assert weights_TK is not None
-        top_k = weights_TK.shape[1]
+    if weights_TK is not None:
+        top_k, weights_TK = weights_TK.shape[1], weights_TK.contiguous()
+    assert top_k is not None
     T = N // top_k
     out_TB = rows_NB.new_empty(T, B, dtype=dtype)
     BLOCK_B = min(triton.next_power_of_2(B), 1024)
     BLOCK_T = 1024 // BLOCK_B
-    grid = (triton.cdiv(T, BLOCK_T) * triton.cdiv(B, BLOCK_B),)
-    wrap_triton(combine_kernel)[grid](
-        rows_NB,
-        out_TB if weights_TK is None else weights_TK.contiguous(),
-        plan.position,
-        plan.offsets,
-        out_TB,
-        T,
-        B,
-        plan.offsets.shape[0] - 1,
+    launch(
+        combine_kernel,
+        (triton.cdiv(T, BLOCK_T) * triton.cdiv(B, BLOCK_B),),
+        (rows_NB, weights_TK, plan.position, plan.offsets, out_TB),
+        (T, B, plan.offsets.shape[0] - 1),
         K=top_k,
         WEIGHTED=weights_TK is not None,
         BLOCK_T=BLOCK_T,

@@ -11,10 +11,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
-from fusedonemoe.ops.records import ExpertsCall
+from fusedonemoe.ops.records import PLAIN, ExpertsCall
 from fusedonemoe.ops.triton import rules
+from fusedonemoe.ops.triton.launch import launch
 from fusedonemoe.ops.triton.rules import BYTES_IN_FLIGHT
 from fusedonemoe.ops.triton.tiles import act_value, experts_of_choices, gated_value
 
@@ -34,16 +34,9 @@ class Cut(NamedTuple):
 
 
 def cut(rows: int, columns: int, widest: int, narrowest: int, length: int, itemsize: int, copies: int) -> Cut:
-    """The widest cut whose programs together have enough bytes under way.
+    """Return the widest cut, in powers of two, whose programs together have enough bytes under way.
 
-    Args:
-        rows: of the result.
-        columns: of the result.
-        widest: most outputs of a program, a power of two.
-        narrowest: least outputs of a program, a power of two.
-        length: of the sum.
-        itemsize: bytes of an element.
-        copies: rows of weights behind each output: gate and up, or the choices read at once.
+    ``copies`` rows of weights are behind each output: gate and up, or the choices read at once.
     """
     outputs = widest
     in_flight = (NUM_STAGES - 1) * TILE_BYTES
@@ -224,89 +217,60 @@ def _down_kernel(
 
 
 def experts_mlp(call: ExpertsCall) -> Tensor:
-    """``y_t = sum_j w_tj (act(x_t Wup_e + bup_e) Wdown_e + bdown_e)``, forward only.
+    """``y_t = sum_j w_tj (act(x_t Wup_e + bup_e) Wdown_e + bdown_e)``, forward only, of float weights without adapters.
 
-    A pair whose id lies outside ``[0, E)`` adds nothing and reads no weights.
-
-    Args:
-        call: x is bfloat16, float16 or float32, and the weights are floats: fastest where D or G of up is contiguous, and F or
-            D of down.
-
-    Returns:
-        ``[T, D]`` in the dtype of x; pre-activations, h and the row of each choice are rounded to it on the way, but a row
-        not to float16.
+    A pair whose id lies outside ``[0, E)`` adds nothing and reads no weights. It is fastest where D or G of up is contiguous,
+    and F or D of down. Pre-activations, h and the row of each choice are rounded to the dtype of x on the way, but a row not to
+    float16.
     """
-    x_TD, experts_TK, weights_TK, form = call
-    up_EGD, up_bias_EG = form.up.floats, form.up.bias
-    down_EDF, down_bias_ED, act = form.down.floats, form.down.bias, form.act
+    x_TD, experts_TK, weights_TK, (up, down, act) = call
+    up_EGD, down_EDF = up.floats, down.floats
     T, K = experts_TK.shape
     E, D, F = down_EDF.shape
     x_TD, experts_TK, weights_TK = x_TD.contiguous(), experts_TK.contiguous(), weights_TK.contiguous()
+    up_bias_EG, down_bias_ED = (None if side.bias is None else side.bias.contiguous() for side in (up, down))
     h_NF, y_TD = x_TD.new_empty((T * K, F)), torch.empty_like(x_TD)
     tokens, itemsize = rules.hint(T), x_TD.element_size()
     vector = 16 // itemsize
+    options = {"K": K, "STAGES": NUM_STAGES, "num_warps": NUM_WARPS, "num_stages": 1}
 
-    gated = act.layout != "plain"
     along_d = up_EGD.stride(2) == 1
-    copies = 2 if gated else 1
+    copies = 1 if act.layout == PLAIN else 2
     widest, narrowest = (16 if along_d else 64) // copies, (2 if along_d else 16) // copies
-    up = cut(tokens * K, F, widest, narrowest, D, itemsize, copies)
-    wrap_triton(_up_kernel)[(T * K, triton.cdiv(F, up.outputs))](
-        x_TD,
-        experts_TK,
-        up_EGD,
-        up_EGD if up_bias_EG is None else up_bias_EG.contiguous(),
-        h_NF,
-        act.alpha,
-        act.limit,
-        E,
-        D,
-        F,
-        up_EGD.stride(0),
-        up_EGD.stride(1),
-        up_EGD.stride(2),
-        K=K,
+    tile = cut(tokens * K, F, widest, narrowest, D, itemsize, copies)
+    launch(
+        _up_kernel,
+        (T * K, triton.cdiv(F, tile.outputs)),
+        (x_TD, experts_TK, up_EGD, up_bias_EG, h_NF),
+        (act.alpha, act.limit, E, D, F, *up_EGD.stride()),
         ACT=act.name,
         LAYOUT=act.layout,
         HAS_BIAS=up_bias_EG is not None,
         ALONG_D=along_d,
         FOLD=vector if along_d else 8,
-        EVEN_F=F % up.outputs == 0,
-        EVEN_D=D % up.reduced == 0,
-        BLOCK_F=up.outputs,
-        BLOCK_D=up.reduced,
-        STAGES=NUM_STAGES,
-        num_warps=NUM_WARPS,
-        num_stages=1,
+        EVEN_F=F % tile.outputs == 0,
+        EVEN_D=D % tile.reduced == 0,
+        BLOCK_F=tile.outputs,
+        BLOCK_D=tile.reduced,
+        **options,
     )
 
     along_f = down_EDF.stride(2) == 1
     choices = min(triton.next_power_of_2(K), CHOICES_AT_ONCE)
     widest, narrowest = (max(32 // choices, 8), 2) if along_f else (64, 16)
-    down = cut(tokens, D, widest, narrowest, F, itemsize, choices)
-    wrap_triton(_down_kernel)[(T, triton.cdiv(D, down.outputs))](
-        h_NF,
-        experts_TK,
-        weights_TK,
-        down_EDF,
-        down_EDF if down_bias_ED is None else down_bias_ED.contiguous(),
-        y_TD,
-        E,
-        D,
-        F,
-        down_EDF.stride(0),
-        down_EDF.stride(1),
-        down_EDF.stride(2),
-        K=K,
+    tile = cut(tokens, D, widest, narrowest, F, itemsize, choices)
+    launch(
+        _down_kernel,
+        (T, triton.cdiv(D, tile.outputs)),
+        (h_NF, experts_TK, weights_TK, down_EDF, down_bias_ED, y_TD),
+        (E, D, F, *down_EDF.stride()),
         HAS_BIAS=down_bias_ED is not None,
         ALONG_F=along_f,
         FOLD=vector if along_f else 8,
-        EVEN_F=F % down.reduced == 0,
+        EVEN_F=F % tile.reduced == 0,
         BLOCK_J=choices,
-        BLOCK_D=down.outputs,
-        BLOCK_F=down.reduced,
-        STAGES=NUM_STAGES,
-        num_warps=NUM_WARPS,
-        num_stages=1,
+        BLOCK_D=tile.outputs,
+        BLOCK_F=tile.reduced,
+        **options,
     )
     return y_TD

@@ -11,12 +11,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from fusedonemoe.ops.records import Activation
+from fusedonemoe.ops.triton.launch import launch_blocks
 from fusedonemoe.ops.triton.plan import RowPlan
 from fusedonemoe.ops.triton.rules import Tile
-from fusedonemoe.ops.triton.tiles import act_slope, act_value, dot_precision, gated_slopes, gated_value, multiply_rows, swizzled
+from fusedonemoe.ops.triton.tiles import act_slope, act_value, gated_slopes, gated_value, multiply_rows, swizzled
 
 
 @triton.jit
@@ -187,58 +187,30 @@ def hidden_gradient(
     weighted: bool,
     partial: bool,
 ) -> HiddenGradient:
-    """The gradient of the hidden rows, used up where it stands.
+    """The gradient of the hidden rows, used up where it stands; dz, weighted and partial: whether to store them.
 
-    Args:
-        dy_TD: ``[T, D]`` contiguous.
-        z_NG: ``[N, G]`` contiguous, sorted pre-activations.
-        weights_TK: ``[T, K]`` contiguous, any floating dtype.
-        down_EDF: ``[E, D, F]`` of any strides.
-        plan: of the routing, for ``tile.BLOCK_M``.
-        act: activation and layout of ``z``.
-        tile: BLOCK_M rows by BLOCK_N columns of h.
-        dz: store it.
-        weighted: store it.
-        partial: store it.
-
-    Returns:
-        Rows of ids outside ``[0, E)`` are not written.
+    All tensors are contiguous but down, of any strides. Rows of ids outside ``[0, E)`` are not written.
     """
     N, (_, D, F) = z_NG.shape[0], down_EDF.shape
     num_columns = triton.cdiv(F, tile.BLOCK_N)
-    empty = torch.empty
-    dz_NG = torch.empty_like(z_NG) if dz else empty(0, dtype=z_NG.dtype, device=z_NG.device)
-    weighted_NF = empty((N, F) if weighted else (0,), dtype=z_NG.dtype, device=z_NG.device)
-    partial_NC = empty((N, num_columns) if partial else (0,), dtype=torch.float32, device=z_NG.device)
-    wrap_triton(dh_kernel)[(plan.blocks.shape[0] * num_columns,)](
-        dy_TD,
-        down_EDF,
-        z_NG,
-        weights_TK,
-        dz_NG,
-        weighted_NF,
-        partial_NC,
-        plan.order,
-        plan.offsets,
-        plan.blocks,
+    dz_NG = torch.empty_like(z_NG) if dz else z_NG.new_empty(0)
+    weighted_NF = z_NG.new_empty((N, F) if weighted else (0,))
+    partial_NC = z_NG.new_empty((N, num_columns) if partial else (0,), dtype=torch.float32)
+    launch_blocks(
+        dh_kernel,
+        plan,
+        tile,
+        (dy_TD, down_EDF, z_NG, weights_TK, dz_NG, weighted_NF, partial_NC),
         D,
         F,
-        down_EDF.stride(0),
-        down_EDF.stride(1),
-        down_EDF.stride(2),
-        act.alpha,
-        act.limit,
+        (*down_EDF.stride(), act.alpha, act.limit),
         TOP_K=weights_TK.shape[1],
         ACT=act.name,
         LAYOUT=act.layout,
         WITH_DZ=dz,
         WITH_WEIGHTED=weighted,
         WITH_PARTIAL=partial,
-        EVEN_K=D % tile.BLOCK_K == 0,
-        EVEN_N=F % tile.BLOCK_N == 0,
-        PRECISION=dot_precision(dy_TD.dtype),
         # Eight values of each thread at once: with more, one program's registers fill half of an SM and none runs beside it.
         CHUNK=max(16, 256 * tile.num_warps // tile.BLOCK_M),
-        **tile._asdict(),
     )
     return HiddenGradient(dz_NG, weighted_NF, partial_NC)

@@ -7,6 +7,7 @@ torch.compile makes one kernel.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,13 +30,12 @@ from fusedonemoe.ops.records import (
 from fusedonemoe.ops.triton import rules
 from fusedonemoe.ops.triton.combine import combine
 from fusedonemoe.ops.triton.dh import HiddenGradient, hidden_gradient
-from fusedonemoe.ops.triton.low_rank import NARROW, low_rank_rows, narrow_tile
 from fusedonemoe.ops.triton.outer import grouped_outer
 from fusedonemoe.ops.triton.plan import RowPlan, from_saved, make_plan
 from fusedonemoe.ops.triton.quantized_rows import quantized_rows
-from fusedonemoe.ops.triton.rows import grouped_rows
+from fusedonemoe.ops.triton.rows import NARROW, grouped_rows
 from fusedonemoe.ops.triton.sums import column_sums, routing_gradient
-from fusedonemoe.ops.triton.up import pre_activation, up_projection
+from fusedonemoe.ops.triton.up import up_projection
 
 
 def _is_fused(form: ExpertsForm) -> bool:
@@ -53,62 +53,30 @@ class _Products:
         adapter = projection.adapter
         self.adapter = None if adapter is None else Adapter(adapter.A.contiguous(), adapter.B.contiguous(), adapter.scale)
 
-    def narrow(self, rows: Tensor, top_k: int | None = None) -> Tensor | None:
-        """Return ``s rows A_e^T``, ``[N, R]``; None without an adapter."""
-        return None if self.adapter is None else self._narrow(rows, self.adapter.A.transpose(1, 2), self.adapter.scale, top_k)
+    def narrow(self, rows: Tensor, *, back: bool = False, top_k: int | None = None) -> Tensor | None:
+        """Return ``s rows A_e^T``, or ``s rows B_e`` back from outputs to inputs, ``[N, R]``; None without an adapter."""
+        if self.adapter is None:
+            return None
+        tile = self.tile._replace(BLOCK_N=NARROW, num_warps=2, num_stages=3)  # few warps for so few columns
+        factor_EBR = self.adapter.B if back else self.adapter.A.transpose(1, 2)
+        return grouped_rows(rows, factor_EBR, self.plan, tile, top_k=top_k) * self.adapter.scale
 
-    def narrow_back(self, gradient: Tensor, top_k: int | None = None) -> Tensor | None:
-        """Return ``s gradient B_e``, ``[N, R]``; None without an adapter."""
-        return None if self.adapter is None else self._narrow(gradient, self.adapter.B, self.adapter.scale, top_k)
+    def multiply(self, rows: Tensor, narrow_NR: Tensor | None, *, back: bool = False, **options: Any) -> Tensor:
+        """Return ``rows W_e^T + narrow B_e^T + bias_e``, or ``rows W_e + narrow A_e`` back.
 
-    def _narrow(self, rows: Tensor, factor_EBR: Tensor, scale: float, top_k: int | None) -> Tensor:
-        return grouped_rows(rows, factor_EBR, self.plan, narrow_tile(self.tile), top_k=top_k) * scale
-
-    def forward(
-        self,
-        rows: Tensor,
-        narrow_NR: Tensor | None,
-        *,
-        top_k: int | None = None,
-        first_row: int = 0,
-        dtype: torch.dtype | None = None,
-    ) -> Tensor:
-        """Return ``rows W_e^T + narrow B_e^T + bias_e``, ``[N, O]``; rows before ``first_row`` need not be written."""
-        factor = None if self.adapter is None else self.adapter.B.transpose(1, 2)
-        return self._through(rows, narrow_NR, factor, self.projection.bias, top_k, first_row, dtype, back=False)
-
-    def backward(
-        self, gradient: Tensor, narrow_NR: Tensor | None, *, top_k: int | None = None, dtype: torch.dtype | None = None
-    ) -> Tensor:
-        """Return ``gradient W_e + narrow A_e``, ``[N, I]``."""
-        factor = None if self.adapter is None else self.adapter.A
-        return self._through(gradient, narrow_NR, factor, None, top_k, 0, dtype, back=True)
-
-    def _through(
-        self,
-        rows: Tensor,
-        narrow_NR: Tensor | None,
-        factor_ERB: Tensor | None,
-        bias_EB: Tensor | None,
-        top_k: int | None,
-        first_row: int,
-        dtype: torch.dtype | None,
-        *,
-        back: bool,
-    ) -> Tensor:
-        projection, plan, tile = self.projection, self.plan, self.tile
-        if projection.format not in FLOATS:
-            out_NB = quantized_rows(rows, projection, plan, tile, back=back, top_k=top_k, first_row=first_row, dtype=dtype)
-            if narrow_NR is not None and factor_ERB is not None:
-                out_NB += grouped_rows(narrow_NR, factor_ERB, plan, tile, dtype=dtype)
-            return out_NB
-        weights_EAB = projection.floats if back else projection.floats.transpose(1, 2)
-        if narrow_NR is None or factor_ERB is None:
-            return grouped_rows(rows, weights_EAB, plan, tile, bias_EB=bias_EB, top_k=top_k, dtype=dtype)
-        out_NB = rows.new_empty(plan.order.shape[0], weights_EAB.shape[2], dtype=dtype)
-        low_rank_rows(
-            *(rows, weights_EAB, narrow_NR, factor_ERB, plan, tile, out_NB), bias_EB=bias_EB, top_k=top_k, first_row=first_row
-        )
+        ``narrow`` is what :meth:`narrow` returns of these rows; the options are those of :func:`grouped_rows`.
+        """
+        projection, plan, tile, low_rank = self.projection, self.plan, self.tile, None
+        if self.adapter is not None:
+            assert narrow_NR is not None
+            low_rank = (narrow_NR, self.adapter.A if back else self.adapter.B.transpose(1, 2))
+        if projection.format in FLOATS:
+            weights_EAB = projection.floats if back else projection.floats.transpose(1, 2)
+            bias_EB = None if back else projection.bias
+            return grouped_rows(rows, weights_EAB, plan, tile, bias_EB=bias_EB, low_rank=low_rank, **options)
+        out_NB = quantized_rows(rows, projection, plan, tile, back=back, **options)
+        if low_rank is not None:
+            out_NB += grouped_rows(*low_rank, plan, tile, dtype=options.get("dtype"))
         return out_NB
 
 
@@ -132,15 +100,16 @@ def experts_mlp(call: ExpertsCall, save_percent: int) -> tuple[Tensor, Tensor, T
     x_TD = x_TD.contiguous()
     if _is_fused(form):
         z = x_TD.new_empty(saved_rows(N, save_percent), up.shape[1])
-        h_NF = up_projection(x_TD, up.floats, up.bias, plan, K, act, tiles.up, z)
+        h_NF = x_TD.new_empty(N, down.shape[2])
+        up_projection(x_TD, up.floats, up.bias, plan, K, act, tiles.up, z, h_NF)
     else:
         ups = _Products(up, plan, tiles.down)
-        z_NG = ups.forward(x_TD, ups.narrow(x_TD, K), top_k=K)
+        z_NG = ups.multiply(x_TD, ups.narrow(x_TD, top_k=K), top_k=K)
         h_NF = activate(z_NG, act, reuse=True)
         z = first_rows(z_NG, save_percent)
         del z_NG
     downs = _Products(down, plan, tiles.down)
-    y_ND = downs.forward(h_NF, downs.narrow(h_NF), dtype=row_dtype(x_TD.dtype))
+    y_ND = downs.multiply(h_NF, downs.narrow(h_NF), dtype=row_dtype(x_TD.dtype))
     del h_NF
     return combine(y_ND, weights_TK, plan, x_TD.dtype), z, plan.order, plan.offsets
 
@@ -169,11 +138,11 @@ def _hidden_gradient_by_steps(
         weighted_NF = weighted(h_NF)
     if needs.down_B:
         ddown_B = outer(weighted(downs.narrow(h_NF)), dy_TD, top_k).transpose(1, 2).contiguous()
-    v_NR = downs.narrow_back(dy_TD, top_k) if needs.dz or needs.weights or needs.down_A else None
+    v_NR = downs.narrow(dy_TD, back=True, top_k=top_k) if needs.dz or needs.weights or needs.down_A else None
     if needs.down_A:
         ddown_A = outer(weighted(v_NR), h_NF)
     if needs.dz or needs.weights:
-        dh_NF = downs.backward(dy_TD, v_NR, top_k=top_k, dtype=dtype)
+        dh_NF = downs.multiply(dy_TD, v_NR, back=True, top_k=top_k, dtype=dtype)
     if needs.weights:
         partial_N1 = (dh_NF.to(torch.float32) * h_NF).sum(1, keepdim=True)
         del h_NF
@@ -212,14 +181,14 @@ def experts_mlp_backward(
     if not (needs.dz or needs.weights or needs.down or needs.down_A or needs.down_B):
         return ExpertsGradients(down_bias=ddown_bias)
 
-    x_narrow = ups.narrow(x_TD, K) if save_percent < 100 or needs.up_B else None
+    x_narrow = ups.narrow(x_TD, top_k=K) if save_percent < 100 or needs.up_B else None
     if save_percent < 100:
         kept = z.shape[0]
         if fused:
             z_NG = z.new_empty(order.shape[0], form.up.shape[1])
-            pre_activation(x_TD, form.up.floats, form.up.bias, plan, K, form.act, tiles.up, z_NG, kept)
+            up_projection(x_TD, form.up.floats, form.up.bias, plan, K, form.act, tiles.up, z_NG, first_row=kept)
         else:
-            z_NG = ups.forward(x_TD, x_narrow, top_k=K, first_row=kept)
+            z_NG = ups.multiply(x_TD, x_narrow, top_k=K, first_row=kept)
         if save_percent > 0:
             z_NG[:kept].copy_(z)
         z = z_NG
@@ -239,7 +208,8 @@ def experts_mlp_backward(
     del weighted_NF
     if needs.weights:
         bias_ED = None if form.down.bias is None else form.down.bias.contiguous()
-        dweights = routing_gradient(partial_NC, dy_TD, experts_TK.contiguous(), bias_ED, plan, weights_TK.dtype)
+        sums = {"partial_NC": partial_NC, "bias_ED": bias_ED}
+        dweights = routing_gradient(dy_TD, experts_TK.contiguous(), plan, weights_TK.dtype, **sums)
     if needs.up:
         dup = grouped_outer(dz_NG, x_TD, plan, tiles.dup, gather_right=K)
     if needs.up_bias:
@@ -248,11 +218,11 @@ def experts_mlp_backward(
     if needs.up_B:
         dup_B = outer(x_narrow, dz_NG).transpose(1, 2).contiguous()
     if needs.x or needs.up_A:
-        g_NR = ups.narrow_back(dz_NG)
+        g_NR = ups.narrow(dz_NG, back=True)
     if needs.up_A:
         dup_A = outer(g_NR, x_TD, K)
     if needs.x:
-        dx_ND = ups.backward(dz_NG, g_NR, dtype=dtype)
+        dx_ND = ups.multiply(dz_NG, g_NR, back=True, dtype=dtype)
         del dz_NG
         dx = combine(dx_ND, None, plan, x_TD.dtype, top_k=K)
     return ExpertsGradients(dx, dweights, dup, ddown, dup_bias, ddown_bias, dup_A, dup_B, ddown_A, ddown_B)

@@ -24,14 +24,6 @@ def experts_neurons(
 ) -> tuple[Tensor, Tensor]:
     """``y_t = sum_j act(s_tj) w_tj up[e]`` with ``s_tj = x_t . down[e]``.
 
-    Args:
-        x_TD: bfloat16, float16 or float32.
-        experts_TK: any integer dtype; a choice whose id lies outside ``[0, E)`` adds nothing and reads no row.
-        weights_TK: any floating dtype.
-        down_ED: the rows that x is multiplied with.
-        up_ED: the rows that are added.
-        activation: one that :func:`.tiles.act_value` knows.
-
     Returns:
         ``y [T, D]`` in the dtype of x, and ``s [T, K]`` float32, which the backward wants: 0 for an id outside ``[0, E)``.
     """
@@ -53,23 +45,10 @@ def experts_neurons_backward(
     slots_TK: Tensor | None = None,
     num_slots: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of :func:`experts_neurons`.
+    """Gradients ``(dx, dweights, ddown, dup)`` of :func:`experts_neurons`, without elements where they are not wanted.
 
-    Args:
-        dy_TD: gradient of y.
-        s_TK: of the forward.
-        x_TD: as in the forward.
-        experts_TK: as in the forward.
-        weights_TK: as in the forward.
-        down_ED: as in the forward.
-        up_ED: as in the forward.
-        activation: as in the forward.
-        needs: whether ``dx``, ``dweights``, ``ddown`` and ``dup`` are wanted.
-        slots_TK: contiguous; the row of ``ddown`` and ``dup`` that belongs to each id, where it is not the id itself.
-        num_slots: how many rows these then have.
-
-    Returns:
-        ``(dx, dweights, ddown, dup)``, each in the dtype of its argument, without elements where it is not wanted.
+    Where ``slots_TK`` are given, contiguous, they are the rows of ``ddown`` and ``dup`` that belong to each id, ``num_slots`` in
+    all.
     """
     need_x, need_weights, need_down, need_up = needs
     dy_TD, s_TK, x_TD, experts_TK, weights_TK = (t.contiguous() for t in (dy_TD, s_TK, x_TD, experts_TK, weights_TK))
@@ -90,13 +69,7 @@ def experts_neurons_backward(
 
 
 def experts_values(experts_TK: Tensor, weights_TK: Tensor, table_ED: Tensor) -> Tensor:
-    """``y_t = sum_j w_tj table[experts_tj]``, ``[T, D]`` in the dtype of the table.
-
-    Args:
-        experts_TK: any integer dtype; ids outside ``[0, E)`` add nothing.
-        weights_TK: any floating dtype.
-        table_ED: bfloat16, float16 or float32.
-    """
+    """``y_t = sum_j w_tj table[experts_tj]``, ``[T, D]`` in the dtype of the table; ids outside ``[0, E)`` add nothing."""
     return sums(experts_TK.contiguous(), weights_TK.contiguous(), table_ED, table_ED.dtype)
 
 
@@ -109,20 +82,7 @@ def experts_values_backward(
     slots_TK: Tensor | None = None,
     num_slots: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of :func:`experts_values`: ``dw_tj = dy_t . table[e]`` and ``dtable_e = sum_tj w_tj dy_t``.
-
-    Args:
-        dy_TD: gradient of y.
-        experts_TK: as in the forward.
-        weights_TK: as in the forward.
-        table_ED: as in the forward.
-        needs: whether ``dweights`` and ``dtable`` are wanted.
-        slots_TK: as in :func:`experts_neurons_backward`.
-        num_slots: likewise.
-
-    Returns:
-        ``(dweights, dtable)``, each in the dtype of its argument, without elements where it is not wanted.
-    """
+    """``dw_tj = dy_t . table[e]`` and ``dtable_e = sum_tj w_tj dy_t``; needs and slots as in the other backward."""
     need_weights, need_table = needs
     dy_TD, experts_TK, weights_TK = dy_TD.contiguous(), experts_TK.contiguous(), weights_TK.contiguous()
     dweights_TK, dtable_ED = weights_TK.new_empty(0), table_ED.new_empty(0)

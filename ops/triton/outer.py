@@ -9,12 +9,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from fusedonemoe.ops.plan import Plan
+from fusedonemoe.ops.triton.launch import dot_precision, launch
 from fusedonemoe.ops.triton.plan import RowPlan
 from fusedonemoe.ops.triton.rules import Tile
-from fusedonemoe.ops.triton.tiles import dot_precision, swizzled
+from fusedonemoe.ops.triton.tiles import swizzled
 
 
 @triton.jit
@@ -90,7 +90,6 @@ def grouped_outer(
     gather_left: int | None = None,
     gather_right: int | None = None,
     weights_TK: Tensor | None = None,
-    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``out[e] = sum_i (w_i left[i])^T right[i]`` over the sorted rows of each expert, summed in float32.
 
@@ -101,27 +100,21 @@ def grouped_outer(
         tile: BLOCK_M columns of left by BLOCK_N columns of right, BLOCK_K rows at a time.
         gather_left: K where left holds tokens.
         gather_right: K where right holds tokens.
-        weights_TK: contiguous, floating; the weighted rows are rounded to their dtype before the product. None for no weights.
-        dtype: of the result, by default that of ``left``.
+        weights_TK: contiguous, floating; the weighted rows are rounded to the dtype of right before the product. None for none.
 
     Returns:
-        ``[E, A, B]``, zeros for an expert without rows.
+        ``[E, A, B]`` in the dtype of left, zeros for an expert without rows.
     """
     A, B, E = left.shape[1], right.shape[1], plan.offsets.shape[0] - 1
     if weights_TK is not None:
         # The rows are weighted in registers, which leaves none for a wider tile.
         tile = tile._replace(BLOCK_N=min(tile.BLOCK_N, 128), num_stages=min(tile.num_stages, 3))
-    out_EAB = torch.empty((E, A, B), dtype=dtype or left.dtype, device=left.device)
-    grid = (E * triton.cdiv(A, tile.BLOCK_M) * triton.cdiv(B, tile.BLOCK_N),)
-    wrap_triton(outer_kernel)[grid](
-        left,
-        right,
-        left if weights_TK is None else weights_TK,
-        out_EAB,
-        plan.order,
-        plan.offsets,
-        A,
-        B,
+    out_EAB = torch.empty((E, A, B), dtype=left.dtype, device=left.device)
+    launch(
+        outer_kernel,
+        (E * triton.cdiv(A, tile.BLOCK_M) * triton.cdiv(B, tile.BLOCK_N),),
+        (left, right, weights_TK, out_EAB, plan.order, plan.offsets),
+        (A, B),
         TOP_K_LEFT=gather_left or 0,
         TOP_K_RIGHT=gather_right or 0,
         WEIGHTED=weights_TK is not None,

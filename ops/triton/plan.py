@@ -15,9 +15,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from fusedonemoe.ops import plan as torch_plan
+from fusedonemoe.ops.triton.launch import launch
 
 TILE = 1024  # rows that one program sorts
 SCAN_TILES, SCAN_EXPERTS = 256, 16  # tile counts by experts that one program of the scan sees at a time
@@ -82,12 +82,8 @@ def store_block(blocks_ptr, block, expert, first, mask):
 
 @triton.jit
 def place(
-    order_ptr,
-    offsets_ptr,
-    position_ptr,
-    blocks_ptr,
+    plan,
     first_row,
-    num_rows,
     num_blocks,
     E,
     ids,
@@ -100,6 +96,7 @@ def place(
     BLOCK_M: tl.constexpr,
 ):
     """Writes what a sorted tile knows: its rows' places, the blocks they begin, its share of the empty blocks."""
+    order_ptr, offsets_ptr, position_ptr, blocks_ptr = plan
     lane = tl.arange(0, TILE)
     routed = ids < E
     bins = tl.minimum(ids, BINS - 1)
@@ -146,10 +143,8 @@ def plan_one_tile_kernel(
     ids, rows = sort_tile(unsorted, TILE)
     begins = tl.where(ids < E, tl.gather(offsets, tl.minimum(ids, BINS - 1), 0), tl.sum(counts, 0))
     rank = row - begins
-    place(
-        order_ptr, offsets_ptr, position_ptr, blocks_ptr, 0, num_rows, num_blocks, E, ids, rows, counts, offsets, rank,
-        TILE, BINS, BLOCK_M,
-    )  # fmt: skip
+    plan = (order_ptr, offsets_ptr, position_ptr, blocks_ptr)
+    place(plan, 0, num_blocks, E, ids, rows, counts, offsets, rank, TILE, BINS, BLOCK_M)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -200,7 +195,7 @@ def scan_kernel(
 
 @triton.jit
 def larger(a, b):
-    """What a running maximum combines with."""
+    """The operation of a running maximum."""
     return tl.maximum(a, b)
 
 
@@ -233,15 +228,13 @@ def place_kernel(
     before = tl.load(before_ptr + tile.to(tl.int64) * (E + 1) + ids, mask=ids <= E, other=0)
     begins_run = ids != tl.gather(ids, tl.maximum(lane - 1, 0), 0)
     rank = before + lane - tl.associative_scan(tl.where(begins_run, lane, 0), 0, larger)
-    place(
-        order_ptr, offsets_ptr, position_ptr, blocks_ptr, tile * TILE, num_rows, num_blocks, E, ids, rows, counts, offsets, rank,
-        TILE, BINS, BLOCK_M,
-    )  # fmt: skip
+    plan = (order_ptr, offsets_ptr, position_ptr, blocks_ptr)
+    place(plan, tile * TILE, num_blocks, E, ids, rows, counts, offsets, rank, TILE, BINS, BLOCK_M)
 
 
 @triton.jit
 def count_not_above(values, limits, SIZE: tl.constexpr, LOG_SIZE: tl.constexpr):
-    """How many of ``values [SIZE]``, which never fall, are at most each limit: a binary search for all limits abreast."""
+    """Counts of ``values [SIZE]``, which never fall, that are at most each limit: a binary search for all limits abreast."""
     found = limits * 0
     for bit in tl.static_range(LOG_SIZE):
         half = SIZE >> (bit + 1)
@@ -294,46 +287,34 @@ def restore_kernel(
 
 
 def make_plan(experts_TK: Tensor, num_experts: int, block_m: int) -> RowPlan:
-    """Sort the rows of a routing by expert and cut them into blocks.
+    """Sort the rows of a routing by expert and cut them into blocks of at most ``block_m`` rows, a power of two.
 
-    Args:
-        experts_TK: ``[T, K]``, any integer dtype; ids outside ``[0, num_experts)`` are kept out of every expert.
-        num_experts: ``E``.
-        block_m: most rows of a block, a power of two.
-
-    Returns:
-        The :class:`RowPlan`; its shapes depend on ``T``, ``K``, ``E`` and ``block_m`` only.
+    Ids of any integer dtype outside ``[0, num_experts)`` are kept out of every expert. The shapes depend on ``T``, ``K``, ``E``
+    and ``block_m`` only.
     """
     if num_experts > MAX_EXPERTS:
         return from_saved(*torch_plan.make_plan(experts_TK, num_experts), block_m)
     ids = experts_TK.reshape(-1).contiguous()  # a flat view of every second column has a stride, and the kernels read an address
     N, E = ids.shape[0], num_experts
     B = num_blocks(N, E, block_m)
-    order, position = (torch.empty(N, dtype=torch.int32, device=ids.device) for _ in range(2))
-    offsets = torch.empty(E + 1, dtype=torch.int32, device=ids.device)
-    blocks = torch.empty(B, 2, dtype=torch.int32, device=ids.device)
-    plan = RowPlan(order, offsets, position, blocks)
+    order, position, offsets = (_integers(ids, size) for size in (N, N, E + 1))
+    plan = RowPlan(order, offsets, position, _integers(ids, B, 2))
     bins = max(MIN_BINS, triton.next_power_of_2(E))
 
     if isinstance(N, int) and N <= TILE and bins <= 1024:
         tile = max(16, triton.next_power_of_2(N))
-        wrap_triton(plan_one_tile_kernel)[(1,)](
-            ids, order, offsets, position, blocks, N, B, E, TILE=tile, BINS=bins, BLOCK_M=block_m,
-            num_warps=4 if tile <= 256 else WARPS,
-        )  # fmt: skip
+        warps = 4 if tile <= 256 else WARPS
+        launch(plan_one_tile_kernel, (1,), (ids, *plan), (N, B, E), TILE=tile, BINS=bins, BLOCK_M=block_m, num_warps=warps)
         return plan
 
     tiles = N // TILE + 1  # never none, also where a symbolic N turns out to be 0: the offsets must be written
+    cut = {"TILE": TILE, "BINS": bins, "num_warps": WARPS}
+    scan = {"SCAN_TILES": SCAN_TILES, "SCAN_EXPERTS": SCAN_EXPERTS, "num_warps": WARPS}
     # Flat, as torch asks of a matrix whether it has one row, which would guard on a symbolic number of tiles.
-    tile_counts, before = (torch.empty(tiles * (E + 1), dtype=torch.int32, device=ids.device) for _ in range(2))
-    counts = torch.empty(E + 1, dtype=torch.int32, device=ids.device)
-    wrap_triton(count_kernel)[(tiles,)](ids, tile_counts, N, E, TILE=TILE, BINS=bins, CHUNK=min(bins, 512), num_warps=WARPS)
-    wrap_triton(scan_kernel)[(triton.cdiv(E + 1, SCAN_EXPERTS),)](
-        tile_counts, before, counts, tiles, E + 1, SCAN_TILES=SCAN_TILES, SCAN_EXPERTS=SCAN_EXPERTS, num_warps=WARPS
-    )
-    wrap_triton(place_kernel)[(tiles,)](
-        ids, before, counts, order, offsets, position, blocks, N, B, E, TILE=TILE, BINS=bins, BLOCK_M=block_m, num_warps=WARPS
-    )
+    tile_counts, before, counts = (_integers(ids, size) for size in (tiles * (E + 1), tiles * (E + 1), E + 1))
+    launch(count_kernel, (tiles,), (ids, tile_counts), (N, E), CHUNK=min(bins, 512), **cut)
+    launch(scan_kernel, (triton.cdiv(E + 1, SCAN_EXPERTS),), (tile_counts, before, counts), (tiles, E + 1), **scan)
+    launch(place_kernel, (tiles,), (ids, before, counts, *plan), (N, B, E), BLOCK_M=block_m, **cut)
     return plan
 
 
@@ -341,12 +322,23 @@ def from_saved(order: Tensor, offsets: Tensor, block_m: int) -> RowPlan:
     """The plan again from what a forward pass keeps, in one launch; ``block_m`` may differ from the forward's."""
     N, E = order.shape[0], offsets.shape[0] - 1
     B = num_blocks(N, E, block_m)
-    position = torch.empty_like(order)
-    blocks = torch.empty(B, 2, dtype=torch.int32, device=order.device)
+    plan = RowPlan(order, offsets, _integers(order, N), _integers(order, B, 2))
     row_programs = N // RESTORE_ROWS + 1
     bins = min(max(MIN_BINS, triton.next_power_of_2(E)), MAX_EXPERTS)
-    wrap_triton(restore_kernel)[(row_programs + B // RESTORE_BLOCKS + 1,)](
-        order, offsets, position, blocks, N, B, row_programs, E, BLOCK_M=block_m, ROWS=RESTORE_ROWS, BLOCKS=RESTORE_BLOCKS,
-        BINS=bins, LOG_BINS=bins.bit_length() - 1, num_warps=WARPS,
-    )  # fmt: skip
-    return RowPlan(order, offsets, position, blocks)
+    launch(
+        restore_kernel,
+        (row_programs + B // RESTORE_BLOCKS + 1,),
+        plan,
+        (N, B, row_programs, E),
+        BLOCK_M=block_m,
+        ROWS=RESTORE_ROWS,
+        BLOCKS=RESTORE_BLOCKS,
+        BINS=bins,
+        LOG_BINS=bins.bit_length() - 1,
+        num_warps=WARPS,
+    )
+    return plan
+
+
+def _integers(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.int32, device=like.device)

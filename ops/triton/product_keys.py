@@ -13,32 +13,16 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
-from fusedonemoe.ops.triton.routing import FAR, LOWEST, MAX_ROUNDS, best_of, in_order, tokens_and_warps
+from fusedonemoe.ops.triton import DTYPES
+from fusedonemoe.ops.triton.launch import launch
+from fusedonemoe.ops.triton.routing import FAR, LOWEST, MAX_ROUNDS, best_ids, in_order, tokens_and_warps, tokens_grid
 
 MAX_KEYS = 4096  # of a half; both are held in registers
 MAX_CANDIDATES = 1024  # every round of the selection passes over all of them; K = 128 has 645
 
 LOWEST_PAIR = tl.constexpr(-(2**63))  # of a candidate that may no longer be picked
 BIAS = tl.constexpr(2**31)
-
-
-@triton.jit
-def best_keys(logits, key, is_key, R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, SORT: tl.constexpr):
-    """Indices of the greatest R logits of each row, descending, equal ones by ascending index."""
-    order = tl.where(is_key, in_order(logits), LOWEST)
-    if SORT:
-        packed = (order.to(tl.int64) << 32) | (key ^ FAR).to(tl.int64)
-        keys = (tl.topk(packed, BLOCK_R) & FAR).to(tl.int32) ^ FAR
-    else:
-        slot = tl.arange(0, BLOCK_R)[None, :]
-        keys = tl.zeros([BLOCK_T, BLOCK_R], tl.int32)
-        for rank in range(R):
-            winner = best_of(order, key)[:, None]
-            keys = tl.where(slot == rank, winner, keys)
-            order = tl.where(key == winner, LOWEST, order)
-    return keys
 
 
 @triton.jit
@@ -86,8 +70,8 @@ def _route_kernel(
     b_ptr = a_ptr + stride_lh
     a = tl.load(a_ptr + key.to(tl.int64) * stride_lg, is_logit, other=float("-inf")).to(tl.float32)
     b = tl.load(b_ptr + key.to(tl.int64) * stride_lg, is_logit, other=float("-inf")).to(tl.float32)
-    a_keys = best_keys(a, key, is_key, R, BLOCK_T, BLOCK_R, SORT)
-    b_keys = best_keys(b, key, is_key, R, BLOCK_T, BLOCK_R, SORT)
+    a_keys = best_ids(tl.where(is_key, in_order(a), LOWEST), key, R, BLOCK_T, BLOCK_R, SORT)
+    b_keys = best_ids(tl.where(is_key, in_order(b), LOWEST), key, R, BLOCK_T, BLOCK_R, SORT)
 
     # Candidates in the order of their first rank; rank r has so many that (r + 1) (s + 1) <= K.
     candidate = tl.arange(0, BLOCK_C)[None, :]
@@ -139,6 +123,16 @@ def _route_kernel(
 
 
 @triton.jit
+def picked_pair(row_ptr, expert, is_row, peak_a, peak_b, stride_lh, stride_lg, G: tl.constexpr):
+    """Both keys of a pair, and ``exp(a - peak_a + b - peak_b)``."""
+    i = expert // G
+    j = expert - i * G
+    a = tl.load(row_ptr + i * stride_lg, is_row, other=0.0).to(tl.float32)
+    b = tl.load(row_ptr + stride_lh + j * stride_lg, is_row, other=0.0).to(tl.float32)
+    return i, j, tl.exp((a - peak_a) + (b - peak_b))
+
+
+@triton.jit
 def _route_backward_kernel(
     dweights_ptr,  # [T, K]
     logits_ptr,  # [T, 2, G]
@@ -176,10 +170,7 @@ def _route_backward_kernel(
         whole = tl.zeros([BLOCK_T], tl.float32)
         for k in range(K):
             expert = tl.load(experts_ptr + k, is_row, other=0)
-            i = expert // G
-            picked_a = tl.load(row_ptr + i * stride_lg, is_row, other=0.0).to(tl.float32)
-            picked_b = tl.load(row_ptr + stride_lh + (expert - i * G) * stride_lg, is_row, other=0.0).to(tl.float32)
-            power = tl.exp((picked_a - peak_a) + (picked_b - peak_b))
+            _, _, power = picked_pair(row_ptr, expert, is_row, peak_a, peak_b, stride_lh, stride_lg, G)
             whole += power
             mean += power * tl.load(dweights_ptr + k * stride_dk, is_row, other=0.0).to(tl.float32)
         mean = mean / whole
@@ -189,12 +180,8 @@ def _route_backward_kernel(
     total = tl.zeros([BLOCK_T], tl.float32)
     for k in range(K):
         expert = tl.load(experts_ptr + k, is_row, other=0)
-        i = expert // G
-        j = expert - i * G
-        picked_a = tl.load(row_ptr + i * stride_lg, is_row, other=0.0).to(tl.float32)
-        picked_b = tl.load(row_ptr + stride_lh + j * stride_lg, is_row, other=0.0).to(tl.float32)
-        weight = tl.exp((picked_a - peak_a) + (picked_b - peak_b)) / whole
-        dscore = weight * (tl.load(dweights_ptr + k * stride_dk, is_row, other=0.0).to(tl.float32) - mean)
+        i, j, power = picked_pair(row_ptr, expert, is_row, peak_a, peak_b, stride_lh, stride_lg, G)
+        dscore = power / whole * (tl.load(dweights_ptr + k * stride_dk, is_row, other=0.0).to(tl.float32) - mean)
         da += tl.where(key == i[:, None], dscore[:, None], 0.0)
         db += tl.where(key == j[:, None], dscore[:, None], 0.0)
         total += dscore
@@ -207,13 +194,13 @@ def _route_backward_kernel(
 
 
 def count_candidates(top_k: int, num_keys: int) -> int:
-    """How many pairs of ranks, each below ``num_keys``, have ``(r + 1) (s + 1) <= top_k``."""
+    """Count the pairs of ranks, each below ``num_keys``, that have ``(r + 1) (s + 1) <= top_k``."""
     return sum(min(top_k // (rank + 1), num_keys) for rank in range(min(top_k, num_keys)))
 
 
 def refusal(dtype: torch.dtype, num_keys: int, top_k: int | None = None) -> str | None:
-    """Why these kernels cannot route such logits, or None; without ``top_k``, why not the backward."""
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    """Return why these kernels cannot route such logits, or None; without ``top_k``, why not the backward."""
+    if dtype not in DTYPES:
         return f"the product-key kernels take float32, bfloat16 and float16 logits, got {dtype}"
     if num_keys > MAX_KEYS:
         return f"the product-key kernels take at most {MAX_KEYS} keys, got {num_keys}"
@@ -223,11 +210,7 @@ def refusal(dtype: torch.dtype, num_keys: int, top_k: int | None = None) -> str 
 
 
 def route_product_key(logits_T2G: Tensor, top_k: int, norm_topk_prob: bool) -> tuple[Tensor, Tensor]:
-    """As :func:`fusedonemoe.ops.product_keys.route_product_key`, for what :func:`refusal` does not name.
-
-    Returns:
-        ``[T, K]`` weights, float32, and ``[T, K]`` int64 ids.
-    """
+    """Run :func:`fusedonemoe.ops.product_keys.route_product_key`, for what :func:`refusal` does not name."""
     T, _, G = logits_T2G.shape
     R = min(top_k, G)
     C = count_candidates(top_k, G)
@@ -236,12 +219,11 @@ def route_product_key(logits_T2G: Tensor, top_k: int, norm_topk_prob: bool) -> t
     BLOCK_T, num_warps = tokens_and_warps(max(2 * BLOCK_G, BLOCK_C))
     weights_TK = logits_T2G.new_empty((T, top_k), dtype=torch.float32)
     experts_TK = logits_T2G.new_empty((T, top_k), dtype=torch.int64)
-    wrap_triton(_route_kernel)[(torch.sym_max(triton.cdiv(T, BLOCK_T), 1),)](
-        logits_T2G,
-        weights_TK,
-        experts_TK,
-        T,
-        *logits_T2G.stride(),
+    launch(
+        _route_kernel,
+        tokens_grid(T, BLOCK_T),
+        (logits_T2G, weights_TK, experts_TK),
+        (T, *logits_T2G.stride()),
         G=G,
         K=top_k,
         R=R,
@@ -259,23 +241,16 @@ def route_product_key(logits_T2G: Tensor, top_k: int, norm_topk_prob: bool) -> t
 
 
 def route_product_key_backward(dweights_TK: Tensor, logits_T2G: Tensor, experts_TK: Tensor, norm_topk_prob: bool) -> Tensor:
-    """As :func:`fusedonemoe.ops.product_keys.route_product_key_backward`.
-
-    Returns:
-        ``[T, 2, G]``, contiguous, in the dtype of the logits.
-    """
+    """Run :func:`fusedonemoe.ops.product_keys.route_product_key_backward`; the result is contiguous."""
     T, _, G = logits_T2G.shape
     BLOCK_G = triton.next_power_of_2(G)
     BLOCK_T, num_warps = tokens_and_warps(2 * BLOCK_G)
     dlogits_T2G = logits_T2G.new_empty((T, 2, G))
-    wrap_triton(_route_backward_kernel)[(torch.sym_max(triton.cdiv(T, BLOCK_T), 1),)](
-        dweights_TK,
-        logits_T2G,
-        experts_TK.contiguous(),
-        dlogits_T2G,
-        T,
-        *dweights_TK.stride(),
-        *logits_T2G.stride(),
+    launch(
+        _route_backward_kernel,
+        tokens_grid(T, BLOCK_T),
+        (dweights_TK, logits_T2G, experts_TK.contiguous(), dlogits_T2G),
+        (T, *dweights_TK.stride(), *logits_T2G.stride()),
         G=G,
         K=experts_TK.shape[1],
         NORMALIZE=norm_topk_prob,

@@ -9,37 +9,24 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from fusedonemoe.ops.formats import QuantizedWeight
 from fusedonemoe.ops.records import Projection
+from fusedonemoe.ops.triton.launch import launch_blocks
 from fusedonemoe.ops.triton.plan import RowPlan
 from fusedonemoe.ops.triton.rules import Tile
-from fusedonemoe.ops.triton.tiles import dot_precision, swizzled
+from fusedonemoe.ops.triton.tiles import swizzled
 
 # A widened tile stands in registers beside the sums; with more columns the two would not fit.
 MOST_COLUMNS = 128
 
 
 @triton.jit
-def widened(nibbles_or_bytes, scale, zero, dtype: tl.constexpr):
-    """``scale * (values - zero)``, rounded to ``dtype`` once."""
-    return ((nibbles_or_bytes.to(tl.float32) - zero) * scale).to(dtype)
-
-
-@triton.jit
 def multiply_quantized(
     rows_ptr,  # [., length]
-    values_ptr,  # an expert's, like the two below
-    scale_ptr,  # [O, groups]
-    zero_ptr,  # [O, groups]
+    stored,  # of an expert: values, scales [O, groups] and zero points [O, groups], their sizes and strides
     source,  # [BLOCK_M]
     first_column,
-    columns,
-    length,
-    groups,
-    stride_vk,
-    stride_vn,
     FORMAT: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     BACK: tl.constexpr,
@@ -54,9 +41,11 @@ def multiply_quantized(
 
     Of 4 bits, a tile lies within one group of inputs, and all of it exists along them.
     """
+    values_ptr, scale_ptr, zero_ptr, length, columns, groups, stride_vk, stride_vn = stored
     # Values that share a byte are neighbours along the inputs: along k forwards, along n backwards.
     K_BYTES: tl.constexpr = BLOCK_K // 2 if FORMAT == "int4" and not BACK else BLOCK_K
     N_BYTES: tl.constexpr = BLOCK_N // 2 if FORMAT == "int4" and BACK else BLOCK_N
+    AXIS: tl.constexpr = 1 if BACK else 0  # along which a scale is repeated
     dtype: tl.constexpr = rows_ptr.dtype.element_ty
     depth = tl.arange(0, BLOCK_K)
     column = first_column + tl.arange(0, BLOCK_N)
@@ -85,21 +74,18 @@ def multiply_quantized(
             values = tl.reshape(values, (BLOCK_K, BLOCK_N))
         if FORMAT == "int8" and not BACK:
             weights = values.to(dtype)
-        elif BACK:
-            # Outputs lie along k.
-            place = (k + depth) * groups + first_column // GROUP_SIZE
-            scale = tl.load(scale_ptr + place, mask=k + depth < length, other=0.0)[:, None]
+        else:
+            if BACK:  # outputs lie along k
+                place = (k + depth) * groups + first_column // GROUP_SIZE
+                exists = k + depth < length
+            else:
+                place = column * groups + k // GROUP_SIZE
+                exists = in_columns
+            scale = tl.expand_dims(tl.load(scale_ptr + place, mask=exists, other=0.0), AXIS)
             zero = 8.0 if FORMAT == "int4" else 0.0
             if HAS_ZERO:
-                zero = tl.load(zero_ptr + place, mask=k + depth < length, other=0).to(tl.float32)[:, None]
-            weights = widened(values, scale, zero, dtype)
-        else:
-            place = column * groups + k // GROUP_SIZE
-            scale = tl.load(scale_ptr + place, mask=in_columns, other=0.0)[None, :]
-            zero = 8.0
-            if HAS_ZERO:
-                zero = tl.load(zero_ptr + place, mask=in_columns, other=0).to(tl.float32)[None, :]
-            weights = widened(values, scale, zero, dtype)
+                zero = tl.expand_dims(tl.load(zero_ptr + place, mask=exists, other=0).to(tl.float32), AXIS)
+            weights = ((values.to(tl.float32) - zero) * scale).to(dtype)  # rounded once
         acc = tl.dot(rows, weights, acc, input_precision=PRECISION)
         rows_ptrs += BLOCK_K
         values_ptrs += K_BYTES * stride_vk
@@ -138,11 +124,11 @@ def quantized_rows_kernel(
     order_ptr,  # [N]
     offsets_ptr,  # [E + 1]
     blocks_ptr,  # [num_blocks, 2]
-    first_row,
-    top_k,
     A,
     B,
     groups,
+    first_row,
+    top_k,
     stride_ve,
     stride_va,
     stride_vb,
@@ -153,8 +139,8 @@ def quantized_rows_kernel(
     HAS_ZERO: tl.constexpr,
     GATHER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    EVEN_A: tl.constexpr,
-    EVEN_B: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -180,31 +166,14 @@ def quantized_rows_kernel(
     values_ptr += expert.to(tl.int64) * stride_ve
     scale_ptr += expert.to(tl.int64) * stride_se
     zero_ptr += expert.to(tl.int64) * stride_se
+    first_column = column_block * BLOCK_N
+    stored = (values_ptr, scale_ptr, zero_ptr, A, B, groups, stride_va, stride_vb)
     acc = multiply_quantized(
-        rows_ptr,
-        values_ptr,
-        scale_ptr,
-        zero_ptr,
-        source,
-        column_block * BLOCK_N,
-        B,
-        A,
-        groups,
-        stride_va,
-        stride_vb,
-        FORMAT,
-        GROUP_SIZE,
-        BACK,
-        HAS_ZERO,
-        EVEN_A,
-        EVEN_B,
-        PRECISION,
-        BLOCK_N,
-        BLOCK_K,
+        rows_ptr, stored, source, first_column, FORMAT, GROUP_SIZE, BACK, HAS_ZERO, EVEN_K, EVEN_N, PRECISION, BLOCK_N, BLOCK_K
     )
-    stored = (row >= first_row) & (row < end)
-    place = (row.to(tl.int64) * B, stored, scale_ptr, bias_ptr + expert.to(tl.int64) * B, out_ptr, B)
-    _finish(acc, column_block * BLOCK_N, place, FORMAT == "int8" and not BACK, HAS_BIAS)
+    in_rows = (row >= first_row) & (row < end)
+    place = (row.to(tl.int64) * B, in_rows, scale_ptr, bias_ptr + expert.to(tl.int64) * B, out_ptr, B)
+    _finish(acc, first_column, place, FORMAT == "int8" and not BACK, HAS_BIAS)
 
 
 def _fitted(tile: Tile, weight: QuantizedWeight, form: str, dtype: torch.dtype, back: bool) -> Tile:
@@ -233,57 +202,32 @@ def quantized_rows(
 ) -> Tensor:
     """``out[i] = W_e rows[i] + bias[e]`` for the sorted rows ``i`` of expert ``e``; ``back``: ``out[i] = rows[i] W_e``.
 
-    Args:
-        rows: ``[N, A]`` in sorted order, or ``[T, A]`` with ``top_k``: sorted row ``i`` then reads row ``order[i] // top_k``.
-        projection: of int8 or int4, its values of any strides; its adapter is left out.
-        plan: the schedule of rows, in blocks of ``tile.BLOCK_M``.
-        tile: how the product of plain weights would be cut.
-        back: from outputs to inputs.
-        top_k: choices per token, where the rows are gathered.
-        first_row: rows before it are not written.
-        dtype: of the result; that of ``rows`` if None.
-
-    Returns:
-        ``[N, B]``, accumulated in float32 and rounded once. Positions from ``offsets[E]`` on are not written.
+    As :func:`.rows.grouped_rows` with weights of int8 or int4, their values of any strides, and without an adapter. Rows before
+    ``first_row`` are not written; ``tile`` is how the product of plain weights would be cut.
     """
     form, weight = projection.format.name, QuantizedWeight(*projection.tensors)  # type: ignore[arg-type]
-    bias_EB = None if back else projection.bias
+    bias_EB = None if back or projection.bias is None else projection.bias.contiguous()
     rows, scale = rows.contiguous(), weight.scale.contiguous()
     zero = None if weight.zero_point is None else weight.zero_point.contiguous()
-    (_, O, I), values = weight.shape, weight.values  # noqa: E741
+    values_EAB = weight.values if back else weight.values.transpose(1, 2)
+    _, O, I = weight.shape  # noqa: E741
     A, B = (O, I) if back else (I, O)
-    along_A, along_B = (1, 2) if back else (2, 1)
     tile = _fitted(tile, weight, form, rows.dtype, back)
+    groups, group_size = (1, 1 << 30) if form == "int8" else (scale.shape[2], weight.group_size)
     out_NB = rows.new_empty(plan.order.shape[0], B, dtype=dtype)
-    grid = (plan.blocks.shape[0] * triton.cdiv(B, tile.BLOCK_N),)
-    wrap_triton(quantized_rows_kernel)[grid](
-        rows,
-        values,
-        scale,
-        scale if zero is None else zero,
-        out_NB if bias_EB is None else bias_EB.contiguous(),
-        out_NB,
-        plan.order,
-        plan.offsets,
-        plan.blocks,
-        first_row,
-        1 if top_k is None else top_k,
+    launch_blocks(
+        quantized_rows_kernel,
+        plan,
+        tile,
+        (rows, values_EAB, scale, zero, bias_EB, out_NB),
         A,
         B,
-        1 if form == "int8" else scale.shape[2],
-        values.stride(0),
-        values.stride(along_A),
-        values.stride(along_B),
-        scale.stride(0),
+        (groups, first_row, 1 if top_k is None else top_k, *values_EAB.stride(), scale.stride(0)),
         FORMAT=form,
-        GROUP_SIZE=1 << 30 if form == "int8" else weight.group_size,
+        GROUP_SIZE=group_size,
         BACK=back,
         HAS_ZERO=zero is not None,
         GATHER=top_k is not None,
         HAS_BIAS=bias_EB is not None,
-        EVEN_A=A % tile.BLOCK_K == 0,
-        EVEN_B=B % tile.BLOCK_N == 0,
-        PRECISION=dot_precision(rows.dtype),
-        **tile._asdict(),
     )
     return out_NB

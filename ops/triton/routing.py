@@ -9,14 +9,18 @@ A key is compared as the integer that has its order. The best key of a row is a 
 has it; K rounds of that, each removing its winner, are an exact selection for any K and any keys.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
+from fusedonemoe.ops.route import softmax_over_all
 from fusedonemoe.ops.rules import RouteRule
-from fusedonemoe.ops.triton.rules import INTERPRETED
+from fusedonemoe.ops.triton import DTYPES, INTERPRETED
+from fusedonemoe.ops.triton.launch import launch
+from fusedonemoe.ops.triton.tiles import sigmoid
 
 MAX_EXPERTS = 16384  # a row is held in registers; twice as many spill
 # Beyond so many rounds a bitonic sort takes fewer instructions, as far as it can be unrolled in reasonable time.
@@ -50,16 +54,26 @@ def best_of(order, expert):
 
 
 @triton.jit
+def best_ids(order, ids, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, SORT: tl.constexpr):
+    """The ids of the greatest K of each row, descending, equal ones by ascending id."""
+    if SORT:
+        packed = (order.to(tl.int64) << 32) | (ids ^ FAR).to(tl.int64)
+        best = (tl.topk(packed, BLOCK_K) & FAR).to(tl.int32) ^ FAR
+    else:
+        slot = tl.arange(0, BLOCK_K)[None, :]
+        best = tl.zeros([BLOCK_T, BLOCK_K], tl.int32)
+        for j in range(K):
+            winner = best_of(order, ids)[:, None]
+            best = tl.where(slot == j, winner, best)
+            order = tl.where(ids == winner, LOWEST, order)
+    return best
+
+
+@triton.jit
 def soft_max(logits):
     """Softmax of each row; lanes that hold minus infinity get 0."""
     powers = tl.exp(logits - tl.max(logits, axis=1)[:, None])
     return powers / tl.sum(powers, axis=1)[:, None]
-
-
-@triton.jit
-def sigmoid_of(logits):
-    """``1 / (1 + exp(-l))``; 0 for minus infinity."""
-    return 1.0 / (1.0 + tl.exp(-logits))
 
 
 @triton.jit
@@ -147,7 +161,7 @@ def _route_kernel(
         key = logits
         if SCORE_KEYS:
             if SIGMOID:
-                key = sigmoid_of(logits)
+                key = sigmoid(logits)
             else:
                 key = soft_max(logits)
         if HAS_BIAS:
@@ -155,15 +169,7 @@ def _route_kernel(
         order = tl.where(is_expert, in_order(key), LOWEST)
         if NUM_GROUPS > 1:
             order = close_groups(order, NUM_GROUPS, TOPK_GROUP, SUM_OF_TWO, BLOCK_T, BLOCK_G, BLOCK_S)
-        if SORT:
-            packed = (order.to(tl.int64) << 32) | (expert ^ FAR).to(tl.int64)
-            experts = (tl.topk(packed, BLOCK_K) & FAR).to(tl.int32) ^ FAR
-        else:
-            experts = tl.zeros([BLOCK_T, BLOCK_K], tl.int32)
-            for j in range(K):
-                winner = best_of(order, expert)[:, None]
-                experts = tl.where(slot == j, winner, experts)
-                order = tl.where(expert == winner, LOWEST, order)
+        experts = best_ids(order, expert, K, BLOCK_T, BLOCK_K, SORT)
         picked = tl.load(row_ptr + experts.to(tl.int64) * stride_le, is_stored, other=float("-inf")).to(tl.float32)
     else:
         experts = slot + tl.zeros([BLOCK_T, BLOCK_K], tl.int32)
@@ -172,7 +178,7 @@ def _route_kernel(
     if OVER_ALL:
         weights = tl.exp(picked - peak[:, None]) / total[:, None]
     elif SIGMOID:
-        weights = sigmoid_of(picked)
+        weights = sigmoid(picked)
         if NORMALIZE:
             weights = weights / (tl.sum(weights, axis=1)[:, None] + EPS)
     else:
@@ -231,7 +237,7 @@ def _route_backward_kernel(
     if not OVER_ALL:
         logits = tl.where(is_picked, logits, float("-inf"))
     if SIGMOID:
-        score = sigmoid_of(logits)
+        score = sigmoid(logits)
         if NORMALIZE:
             total = tl.sum(score, axis=1)[:, None] + EPS
             dscore = (dscore - tl.sum(dscore * score, axis=1)[:, None] / total) / total
@@ -245,8 +251,8 @@ def _route_backward_kernel(
 
 
 def refusal(dtype: torch.dtype, num_experts: int, n_group: int = 1) -> str | None:
-    """Why these kernels cannot route such logits, or None."""
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    """Return why these kernels cannot route such logits, or None."""
+    if dtype not in DTYPES:
         return f"the routing kernels take float32, bfloat16 and float16 logits, got {dtype}"
     # Both the groups and their sizes are rounded up to powers of two.
     if triton.next_power_of_2(n_group) * triton.next_power_of_2(num_experts // n_group) > MAX_EXPERTS:
@@ -262,45 +268,28 @@ def tokens_and_warps(lanes: int) -> tuple[int, int]:
     return BLOCK_T, min(max(BLOCK_T * lanes // 256, 4), 16)
 
 
-def _over_all(rule: RouteRule) -> bool:
-    return rule.scoring == "softmax" and rule.score_first and not rule.norm_topk_prob
+def tokens_grid(T: int, BLOCK_T: int) -> tuple[int]:
+    """Programs of BLOCK_T tokens each, one at least."""
+    return (torch.sym_max(triton.cdiv(T, BLOCK_T), 1),)
 
 
 def route(logits_TE: Tensor, selection_bias_E: Tensor | None, rule: RouteRule) -> tuple[Tensor, Tensor]:
-    """As :func:`fusedonemoe.ops.route.route`, for what :func:`refusal` does not name.
-
-    Returns:
-        ``[T, K]`` weights, float32, and ``[T, K]`` int64 ids.
-    """
+    """Run :func:`fusedonemoe.ops.route.route`, for what :func:`refusal` does not name: weights in float32 and int64 ids."""
     T, E = logits_TE.shape
     K = rule.top_k or E
     BLOCK_G = triton.next_power_of_2(rule.n_group)
     BLOCK_S = triton.next_power_of_2(E // rule.n_group)
-    BLOCK_K = triton.next_power_of_2(K)
     BLOCK_T, num_warps = tokens_and_warps(BLOCK_G * BLOCK_S)
     weights_TK = logits_TE.new_empty((T, K), dtype=torch.float32)
     experts_TK = logits_TE.new_empty((T, K), dtype=torch.int64)
     has_bias = selection_bias_E is not None
-    bias_E = selection_bias_E if has_bias else logits_TE
-    wrap_triton(_route_kernel)[(torch.sym_max(triton.cdiv(T, BLOCK_T), 1),)](
-        logits_TE,
-        bias_E,
-        weights_TK,
-        experts_TK,
-        T,
-        logits_TE.stride(0),
-        logits_TE.stride(1),
-        bias_E.stride(-1),
-        E=E,
-        K=K,
-        SELECT=rule.top_k > 0,
+    launch(
+        _route_kernel,
+        tokens_grid(T, BLOCK_T),
+        (logits_TE, selection_bias_E, weights_TK, experts_TK),
+        (T, *logits_TE.stride(), selection_bias_E.stride(0) if has_bias else 1),
         SORT=K > MAX_ROUNDS and BLOCK_G * BLOCK_S <= MAX_SORTED,
-        SIGMOID=rule.scoring == "sigmoid",
         SCORE_KEYS=rule.score_first and (has_bias or rule.n_group > 1),
-        OVER_ALL=_over_all(rule),
-        NORMALIZE=rule.norm_topk_prob,
-        EPS=rule.norm_eps,
-        SCALE=rule.scale,
         HAS_BIAS=has_bias,
         NUM_GROUPS=rule.n_group,
         TOPK_GROUP=rule.topk_group,
@@ -308,42 +297,41 @@ def route(logits_TE: Tensor, selection_bias_E: Tensor | None, rule: RouteRule) -
         BLOCK_T=BLOCK_T,
         BLOCK_G=BLOCK_G,
         BLOCK_S=BLOCK_S,
-        BLOCK_K=BLOCK_K,
+        BLOCK_K=triton.next_power_of_2(K),
         num_warps=num_warps,
+        **_weighting(rule, E),
     )
     return weights_TK, experts_TK
 
 
-def route_backward(dweights_TK: Tensor, logits_TE: Tensor, experts_TK: Tensor, rule: RouteRule) -> Tensor:
-    """As :func:`fusedonemoe.ops.route.route_backward`, for ids that :func:`route` gave: no expert twice for a token.
+def _weighting(rule: RouteRule, num_experts: int) -> dict[str, Any]:
+    """The constants that forward and backward share."""
+    return {
+        "E": num_experts,
+        "K": rule.top_k or num_experts,
+        "SELECT": rule.top_k > 0,
+        "SIGMOID": rule.scoring == "sigmoid",
+        "OVER_ALL": softmax_over_all(rule),
+        "NORMALIZE": rule.norm_topk_prob,
+        "EPS": rule.norm_eps,
+        "SCALE": rule.scale,
+    }
 
-    Returns:
-        ``[T, E]``, contiguous, in the dtype of the logits.
-    """
+
+def route_backward(dweights_TK: Tensor, logits_TE: Tensor, experts_TK: Tensor, rule: RouteRule) -> Tensor:
+    """Run :func:`fusedonemoe.ops.route.route_backward`, contiguous, for ids of :func:`route`: no expert twice for a token."""
     T, E = logits_TE.shape
     BLOCK_E = triton.next_power_of_2(E)
     BLOCK_T, num_warps = tokens_and_warps(BLOCK_E)
     dlogits_TE = logits_TE.new_empty((T, E))
-    wrap_triton(_route_backward_kernel)[(torch.sym_max(triton.cdiv(T, BLOCK_T), 1),)](
-        dweights_TK,
-        logits_TE,
-        experts_TK.contiguous(),
-        dlogits_TE,
-        T,
-        dweights_TK.stride(0),
-        dweights_TK.stride(1),
-        logits_TE.stride(0),
-        logits_TE.stride(1),
-        E=E,
-        K=rule.top_k or E,
-        SELECT=rule.top_k > 0,
-        SIGMOID=rule.scoring == "sigmoid",
-        OVER_ALL=_over_all(rule),
-        NORMALIZE=rule.norm_topk_prob,
-        EPS=rule.norm_eps,
-        SCALE=rule.scale,
+    launch(
+        _route_backward_kernel,
+        tokens_grid(T, BLOCK_T),
+        (dweights_TK, logits_TE, experts_TK.contiguous(), dlogits_TE),
+        (T, *dweights_TK.stride(), *logits_TE.stride()),
         BLOCK_T=BLOCK_T,
         BLOCK_E=BLOCK_E,
         num_warps=num_warps,
+        **_weighting(rule, E),
     )
     return dlogits_TE

@@ -1,4 +1,4 @@
-"""Which tiles a kernel runs with: a small table on (architecture, dtype, rows per expert, D, F).
+"""The tiles that a kernel runs with: a small table on (architecture, dtype, rows per expert, D, F).
 
 Nothing here depends on the exact number of tokens. Where that number is symbolic, its hint decides and no guard is made, so a
 compiled graph serves every T with the tiles of the one it was traced with.
@@ -20,7 +20,7 @@ from fusedonemoe.ops.triton import INTERPRETED
 
 
 class Tile(NamedTuple):
-    """How one launch is cut: BLOCK_M rows by BLOCK_N columns of output, BLOCK_K of the sum at a time.
+    """The cut of one launch: BLOCK_M rows by BLOCK_N columns of output, BLOCK_K of the sum at a time.
 
     The fields bear the names of a kernel's arguments, so a launch takes ``**tile._asdict()``.
     """
@@ -54,7 +54,7 @@ class Tiles(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """What the choice of tiles looks at; ``rows`` is the power of two nearest to the rows per expert."""
+    """The facts that decide the tiles; ``rows`` is the power of two nearest to the rows per expert."""
 
     arch: str
     dtype: str
@@ -101,20 +101,14 @@ LARGEST = 1024
 
 
 def few_rows(rows: int, num_experts: int) -> bool:
-    """Whether ``rows = T * K`` rows are few enough for the path without a plan."""
+    """Return whether ``rows = T * K`` rows are few enough for the path without a plan."""
     return rows <= max(num_experts // 4, min(FEW_ROWS, num_experts))
 
 
 def tiles_for(arch: str, dtype: torch.dtype, rows_per_expert: float, D: int, F: int, gated: bool) -> Tiles:
     """The tiles for a layer: those that were measured for it on this machine by :func:`fusedonemoe.tune`, or by rule.
 
-    Args:
-        arch: of :func:`architecture`.
-        dtype: bfloat16, float16 or float32.
-        rows_per_expert: ``N / E``.
-        D: hidden size.
-        F: intermediate size.
-        gated: whether the up-projection has gate and up.
+    ``arch`` is that of :func:`architecture`, ``rows_per_expert`` is ``N / E``.
     """
     layer = layer_of(arch, dtype, rows_per_expert, D, F, gated)
     return _tried or _measured().get(layer) or tiles_by_rule(arch, dtype, rows_per_expert, D, F)
@@ -129,20 +123,19 @@ def tiles_of(x_TD: Tensor, rows: int, shape: Sequence[int], *, gated: bool) -> T
 def tiles_by_rule(arch: str, dtype: torch.dtype, rows_per_expert: float, D: int, F: int) -> Tiles:
     """The tiles that need no measurement. Arguments as for :func:`tiles_for`.
 
-    What each has in common: no register spills, copies that run ahead of the products, and where there are rows enough for it,
+    They have in common: no register spills, copies that run ahead of the products, and where there are rows enough for it,
     Hopper's wide products with one of them always under way. The tests compile every one of them and look.
     """
     if arch == "interpreter":
         return Tiles(*[Tile(16, 16, 16, 4, 1, GROUP_M=2)] * 6)
-    if dtype == torch.float32:
-        rows = Tile(16 if rows_per_expert <= 16 else 64, 64, 32, 4, 3)
-        return Tiles(rows, rows, rows, rows, Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3))
-    if D % 16 or F % 16:
+    if dtype == torch.float32 or D % 16 or F % 16:
         # Rows that begin anywhere are read element by element, with an address for each: small tiles, or they spill.
-        rows = Tile(16 if rows_per_expert <= 16 else 64, 64, 32, 4, 2)
-        return Tiles(rows, rows, rows, rows, Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2))
+        outer = Tile(64, 64, 32, 4, 3 if dtype == torch.float32 else 2)
+        rows = outer._replace(BLOCK_M=16) if rows_per_expert <= 16 else outer
+        return Tiles(rows, rows, rows, rows, outer, outer)
     if arch.startswith("gfx"):
-        return _with_two_stages(_half_precision("sm80", rows_per_expert))
+        tiles = _half_precision("sm80", rows_per_expert)
+        return Tiles(*(tile._replace(num_stages=2) for tile in tiles))  # 64 KiB of shared memory
     return _half_precision("sm80" if arch in ("sm80", "sm86", "sm89") else "sm90", rows_per_expert)
 
 
@@ -164,11 +157,6 @@ def _half_precision(arch: str, rows_per_expert: float) -> Tiles:
     if rows_per_expert >= 512:
         outer = Tile(128, 256, 64, 8, 5)
     return Tiles(wide._replace(BLOCK_N=128), wide, Tile(128, 128, 64, 8, 3), wide, outer, outer)
-
-
-def _with_two_stages(tiles: Tiles) -> Tiles:
-    """For 64 KiB of shared memory."""
-    return Tiles(*(tile._replace(num_stages=2) for tile in tiles))
 
 
 # Measured tiles: read from the cache once, and written by fusedonemoe.tune alone.
@@ -236,18 +224,7 @@ def keep(layer: Layer, tiles: Tiles) -> Path:
 
 
 def describe(arch: str, dtype: torch.dtype, rows: int, num_experts: int, D: int, F: int, gated: bool, *, inference: bool) -> str:
-    """One line on what :func:`tiles_for` and the decode path choose for ``rows`` routed rows.
-
-    Args:
-        arch: of :func:`architecture`.
-        dtype: of x and the weights.
-        rows: ``N``.
-        num_experts: ``E``.
-        D: hidden size.
-        F: intermediate size.
-        gated: whether the up-projection has gate and up.
-        inference: whether the layer has a decode path.
-    """
+    """One line on what :func:`tiles_for` and, in ``inference``, the decode path choose for ``rows`` routed rows."""
     if inference and few_rows(rows, num_experts):
         return f"{arch}: one program per routed row and block of columns, no plan, where no gradients are recorded"
     tiles = tiles_for(arch, dtype, rows / num_experts, D, F, gated)

@@ -17,10 +17,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from fusedonemoe.ops import plan as torch_plan
 from fusedonemoe.ops.triton import rules
+from fusedonemoe.ops.triton.launch import launch
 from fusedonemoe.ops.triton.plan import MAX_EXPERTS, make_plan
 
 WARP = 32
@@ -187,13 +187,8 @@ def table_gradient(
 ) -> Tensor:
     """``out_e = sum_tj c_tj rows_t`` over the pairs whose id is ``e``, in float32 and a fixed order, rounded once.
 
-    Args:
-        rows_TD: ``[T, D]``, contiguous like all others.
-        experts_TK: any integer dtype.
-        factors_TK: any floating dtype.
-        plan: of :func:`rows_plan`.
-        dtype: of the result.
-        num_experts: of the whole table, which decides the order of sums: rows of some of its experts have the bits of all.
+    Rows and factors are contiguous. ``num_experts``, of the whole table, decides the order of sums: the rows of some of its
+    experts have the bits of all.
 
     Returns:
         ``[E, D]``, zeros for an expert without tokens. Besides, the sums of hot experts' segments take ``2 (N / SEGMENT + 1)``
@@ -212,23 +207,19 @@ def table_gradient(
     narrow = WARP * vector // BLOCK_D  # rows that a warp reads in one vector of each thread
     # Where most experts have a pair or two, several share a program, or launching programs would take the longest.
     lists = 1 if pairs >= 8 * num_experts else 2 if pairs >= 2 * num_experts else 4
-    shared = (triton.cdiv(D, BLOCK_D),)
-    wrap_triton(experts_kernel)[(triton.cdiv(E, lists * narrow), *shared)](
-        rows_TD,
-        factors_TK,
-        plan.order,
-        plan.offsets,
-        out_ED,
-        E,
-        D,
-        K=K,
-        EVEN_D=D % BLOCK_D == 0,
-        SEGMENT=segment,
+    column_blocks = triton.cdiv(D, BLOCK_D)
+    cut = {"SEGMENT": segment, "BLOCK_D": BLOCK_D, "num_stages": 1}
+    sizes = {"K": K, "EVEN_D": D % BLOCK_D == 0}
+    launch(
+        experts_kernel,
+        (triton.cdiv(E, lists * narrow), column_blocks),
+        (rows_TD, factors_TK, plan.order, plan.offsets, out_ED),
+        (E, D),
         LISTS=lists * narrow,
         ABREAST=vectors_at_once(D) // lists,
-        BLOCK_D=BLOCK_D,
         num_warps=1,
-        num_stages=1,
+        **sizes,
+        **cut,
     )
     if isinstance(N, int) and segment >= N:
         return out_ED  # no expert can be hot; of a symbolic N nobody may ask
@@ -236,36 +227,17 @@ def table_gradient(
     windows = N // segment + 1
     # Flat, as torch asks of a matrix whether it has one row, which would guard on a symbolic number of windows.
     partial = torch.empty(2 * windows * D, dtype=torch.float32, device=rows_TD.device)
-    wrap_triton(segments_kernel)[(2 * windows, *shared)](
-        rows_TD,
-        experts_TK,
-        factors_TK,
-        plan.order,
-        plan.offsets,
-        partial,
-        E,
-        D,
-        K=K,
-        EVEN_D=D % BLOCK_D == 0,
-        SEGMENT=segment,
+    launch(
+        segments_kernel,
+        (2 * windows, column_blocks),
+        (rows_TD, experts_TK, factors_TK, plan.order, plan.offsets, partial),
+        (E, D),
         LISTS=4 * narrow,
         ABREAST=vectors_at_once(D),
-        BLOCK_D=BLOCK_D,
         num_warps=4,
-        num_stages=1,
+        **sizes,
+        **cut,
     )
-    wrap_triton(add_segments_kernel)[(windows, *shared)](
-        experts_TK,
-        plan.order,
-        plan.offsets,
-        partial,
-        out_ED,
-        E,
-        D,
-        SEGMENT=segment,
-        BLOCK_S=4 * narrow,
-        BLOCK_D=BLOCK_D,
-        num_warps=4,
-        num_stages=1,
-    )
+    hot = (experts_TK, plan.order, plan.offsets, partial, out_ED)
+    launch(add_segments_kernel, (windows, column_blocks), hot, (E, D), BLOCK_S=4 * narrow, num_warps=4, **cut)
     return out_ED

@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
+from fusedonemoe.ops.triton.launch import launch
 from fusedonemoe.ops.triton.plan import RowPlan
 
 
@@ -44,27 +44,19 @@ def column_sums_kernel(
 
 
 def column_sums(rows: Tensor, plan: RowPlan, *, weights_TK: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
-    """``out[e] = sum_i (w_i) rows[i]`` over the sorted rows of each expert, in float32 and a fixed order.
+    """``out[e] = sum_i (w_i) rows[i]`` over the sorted rows of each expert, ``[E, B]``, in float32 and a fixed order.
 
-    Args:
-        rows: ``[N, B]`` in sorted order, or with ``weights_TK`` one row per token, ``[T, B]``; contiguous.
-        plan: of the routing.
-        weights_TK: ``[T, K]`` contiguous, the factor of each row.
-        dtype: of the result, by default that of ``rows``.
-
-    Returns:
-        ``[E, B]``, zeros for an expert without rows.
+    ``rows`` are sorted, ``[N, B]``, or with ``weights_TK`` one per token, ``[T, B]``; all are contiguous. ``dtype`` is that of
+    the result, by default that of ``rows``.
     """
     E, B = plan.offsets.shape[0] - 1, rows.shape[1]
     out_EB = torch.empty((E, B), dtype=dtype or rows.dtype, device=rows.device)
     BLOCK_N = min(64, triton.next_power_of_2(B))
-    wrap_triton(column_sums_kernel)[(E * triton.cdiv(B, BLOCK_N),)](
-        rows,
-        rows if weights_TK is None else weights_TK,
-        out_EB,
-        plan.order,
-        plan.offsets,
-        B,
+    launch(
+        column_sums_kernel,
+        (E * triton.cdiv(B, BLOCK_N),),
+        (rows, weights_TK, out_EB, plan.order, plan.offsets),
+        (B,),
         TOP_K=0 if weights_TK is None else weights_TK.shape[1],
         BLOCK_N=BLOCK_N,
         BLOCK_K=64,
@@ -76,86 +68,85 @@ def column_sums(rows: Tensor, plan: RowPlan, *, weights_TK: Tensor | None = None
 
 @triton.jit(do_not_specialize=["N"])
 def routing_gradient_kernel(
+    tokens_ptr,  # [T, D]
+    rows_ptr,  # [E, D], or [N, D] when sorted
     partial_ptr,  # [N, C]
     position_ptr,  # [N]
     offsets_ptr,  # [E + 1]
     experts_ptr,  # [T, K]
-    dy_ptr,  # [T, D]
-    bias_ptr,  # [E, D]
     out_ptr,  # [T, K]
     N,
     C,
     D,
     E,
     TOP_K: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """BLOCK_M flattened rows ``t * K + j``."""
+    """BLOCK_M flattened rows ``t * K + j``; 0 for a row without an expert, whose sorted row was never written."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_rows = row < N
     num_routed = tl.load(offsets_ptr + E)
     position = tl.load(position_ptr + row, mask=in_rows, other=num_routed)
     routed = position < num_routed
 
-    acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    for first in range(0, C, BLOCK_C):
-        column = first + tl.arange(0, BLOCK_C)
-        partial_ptrs = partial_ptr + position.to(tl.int64)[:, None] * C + column[None, :]
-        acc += tl.load(partial_ptrs, mask=routed[:, None] & (column < C)[None, :], other=0.0)
-    total = tl.sum(acc, axis=1)
-    if HAS_BIAS:
-        expert = tl.load(experts_ptr + row, mask=routed, other=0).to(tl.int64)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    if PARTIAL:
+        acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+        for first in range(0, C, BLOCK_C):
+            column = first + tl.arange(0, BLOCK_C)
+            partial_ptrs = partial_ptr + position.to(tl.int64)[:, None] * C + column[None, :]
+            acc += tl.load(partial_ptrs, mask=routed[:, None] & (column < C)[None, :], other=0.0)
+        total = tl.sum(acc, axis=1)
+    if ROWS != "none":
+        if ROWS == "sorted":
+            other_row = position.to(tl.int64)
+        else:
+            other_row = tl.load(experts_ptr + row, mask=routed, other=0).to(tl.int64)
         token = (row // TOP_K).to(tl.int64)
         products = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         for first in range(0, D, BLOCK_D):
             d = first + tl.arange(0, BLOCK_D)
             loaded = routed[:, None] & (d < D)[None, :]
-            dy = tl.load(dy_ptr + token[:, None] * D + d[None, :], mask=loaded, other=0.0).to(tl.float32)
-            products += dy * tl.load(bias_ptr + expert[:, None] * D + d[None, :], mask=loaded, other=0.0).to(tl.float32)
+            values = tl.load(tokens_ptr + token[:, None] * D + d[None, :], mask=loaded, other=0.0).to(tl.float32)
+            products += values * tl.load(rows_ptr + other_row[:, None] * D + d[None, :], mask=loaded, other=0.0).to(tl.float32)
         total += tl.sum(products, axis=1)
     tl.store(out_ptr + row, total.to(out_ptr.dtype.element_ty), mask=in_rows)
 
 
 def routing_gradient(
-    partial_NC: Tensor, dy_TD: Tensor, experts_TK: Tensor, down_bias_ED: Tensor | None, plan: RowPlan, dtype: torch.dtype
+    tokens_TD: Tensor,
+    experts_TK: Tensor,
+    plan: RowPlan,
+    dtype: torch.dtype,
+    *,
+    partial_NC: Tensor | None = None,
+    bias_ED: Tensor | None = None,
+    sorted_ND: Tensor | None = None,
 ) -> Tensor:
-    """``dw_tj = sum_c partial[position, c] + <dy_t, bdown_e>``, 0 for an id outside ``[0, E)``.
+    """``dw_tj = sum_c partial[position, c] + <token_t, bias_e>``, or ``<token_t, sorted[position]>``, ``[T, K]``.
 
-    Args:
-        partial_NC: ``[N, C]`` float32, sorted rows.
-        dy_TD: ``[T, D]`` contiguous.
-        experts_TK: ids, contiguous.
-        down_bias_ED: ``[E, D]`` contiguous, or None.
-        plan: of the routing.
-        dtype: of the result.
-
-    Returns:
-        ``[T, K]``.
+    It is 0 for an id outside ``[0, E)``. All are contiguous; ``partial`` is float32 and sorted, like ``sorted [N, D]``.
     """
-    dweights_TK = torch.empty(experts_TK.shape, dtype=dtype, device=dy_TD.device)
-    N, C = partial_NC.shape
-    BLOCK_M, BLOCK_C = 32, min(16, triton.next_power_of_2(C))
-    wrap_triton(routing_gradient_kernel)[(triton.cdiv(N, BLOCK_M),)](
-        partial_NC,
-        plan.position,
-        plan.offsets,
-        experts_TK,
-        dy_TD,
-        dy_TD if down_bias_ED is None else down_bias_ED,
-        dweights_TK,
-        N,
-        C,
-        dy_TD.shape[1],
-        plan.offsets.shape[0] - 1,
+    dweights_TK = torch.empty(experts_TK.shape, dtype=dtype, device=tokens_TD.device)
+    N, D, C = plan.order.shape[0], tokens_TD.shape[1], 1 if partial_NC is None else partial_NC.shape[1]
+    rows = bias_ED if sorted_ND is None else sorted_ND
+    BLOCK_M, BLOCK_D, num_stages = (32, 128, 2) if sorted_ND is None else (8, min(256, triton.next_power_of_2(D)), 1)
+    launch(
+        routing_gradient_kernel,
+        (triton.cdiv(N, BLOCK_M),),
+        (tokens_TD, rows, partial_NC, plan.position, plan.offsets, experts_TK, dweights_TK),
+        (N, C, D, plan.offsets.shape[0] - 1),
         TOP_K=experts_TK.shape[1],
-        HAS_BIAS=down_bias_ED is not None,
+        PARTIAL=partial_NC is not None,
+        ROWS="sorted" if sorted_ND is not None else "none" if bias_ED is None else "expert",
         BLOCK_M=BLOCK_M,
-        BLOCK_C=BLOCK_C,
-        BLOCK_D=128,
+        BLOCK_C=min(16, triton.next_power_of_2(C)),
+        BLOCK_D=BLOCK_D,
         num_warps=4,
-        num_stages=2,
+        num_stages=num_stages,
     )
     return dweights_TK

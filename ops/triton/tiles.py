@@ -4,14 +4,8 @@ Row tiles come from a schedule, ``blocks [B, 2]`` int32: the expert of each bloc
 row. ``B`` is a bound that the host knows without looking at the routing; blocks behind the last have expert -1.
 """
 
-import torch
 import triton
 import triton.language as tl
-
-
-def dot_precision(dtype: torch.dtype) -> str:
-    """``input_precision`` of a kernel's ``tl.dot``: TF32 for float32 where torch's own products may use it."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 @triton.jit

@@ -8,15 +8,16 @@ are tokens enough for one: together they read no row twice, and one table at a t
 cache; the sums of a block of columns, which all tokens compute before the next is begun, need only these columns of it.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from fusedonemoe.ops.triton import rules
+from fusedonemoe.ops.triton.launch import launch
 from fusedonemoe.ops.triton.rules import BYTES_IN_FLIGHT
 from fusedonemoe.ops.triton.segments import WARP, vectors_at_once
 from fusedonemoe.ops.triton.tiles import act_slope, act_value, experts_of_choices
@@ -25,7 +26,7 @@ MOST_WARPS = 4
 
 
 class Cut(NamedTuple):
-    """How a token's rows are cut: ``choices`` rows by ``columns`` at once, by ``warps`` warps."""
+    """The cut of a token's rows: ``choices`` rows by ``columns`` at once, by ``warps`` warps."""
 
     choices: int
     columns: int
@@ -33,14 +34,7 @@ class Cut(NamedTuple):
 
 
 def cut_dots(pairs: int, top_k: int, length: int, itemsize: int) -> Cut:
-    """A warp takes 8 rows, 16 bytes of each to a thread. Of few pairs it takes fewer and wider rows: more warps, fewer rounds.
-
-    Args:
-        pairs: ``T * K``.
-        top_k: ``K``.
-        length: ``D``.
-        itemsize: bytes of an element of the table.
-    """
+    """A warp takes 8 rows, 16 bytes of each to a thread. Of few pairs it takes fewer and wider rows: more warps, fewer rounds."""
     vector = 16 // itemsize
     longest = max(triton.next_power_of_2(length), 16)
     columns = min(WARP * vector, longest)
@@ -51,14 +45,7 @@ def cut_dots(pairs: int, top_k: int, length: int, itemsize: int) -> Cut:
 
 
 def cut_sums(tokens: int, top_k: int, length: int, itemsize: int) -> Cut:
-    """A warp takes 16 bytes to a thread of 8 rows. For few tokens there are more programs and each has more rows under way.
-
-    Args:
-        tokens: ``T``.
-        top_k: ``K``.
-        length: ``D``.
-        itemsize: bytes of an element of the table.
-    """
+    """A warp takes 16 bytes to a thread of 8 rows. For few tokens there are more programs and each has more rows under way."""
     vector, vectors = 16 // itemsize, vectors_at_once(length)
     columns, warps = min(WARP * vector, max(triton.next_power_of_2(length), 16)), 1
     most = triton.next_power_of_2(top_k)
@@ -216,6 +203,29 @@ def by_rows(table_ED: Tensor) -> Tensor:
     return table_ED if table_ED.stride(1) == 1 else table_ED.contiguous()
 
 
+def _launch_pairs(
+    kernel: Any, rows_TD: Tensor, experts_TK: Tensor, table_ED: Tensor, others: Sequence[Any], **constants: Any
+) -> None:
+    """Launch a kernel that multiplies each token's row with those that its choices name in a table."""
+    table_ED = by_rows(table_ED)
+    (T, K), (E, D), itemsize = experts_TK.shape, table_ED.shape, table_ED.element_size()
+    cut = cut_dots(rules.hint(T) * K, K, D, itemsize)
+    launch(
+        kernel,
+        (T * triton.cdiv(K, cut.choices),),
+        (rows_TD, experts_TK, table_ED, *others),
+        (E, D, table_ED.stride(0)),
+        K=K,
+        FOLD=fold_of(D, itemsize),
+        EVEN_D=D % cut.columns == 0,
+        BLOCK_J=cut.choices,
+        BLOCK_D=cut.columns,
+        num_warps=cut.warps,
+        num_stages=1,
+        **constants,
+    )
+
+
 def scores(
     rows_TD: Tensor,
     experts_TK: Tensor,
@@ -224,43 +234,14 @@ def scores(
     weights_TK: Tensor | None = None,
     activation: str = "none",
 ) -> tuple[Tensor, Tensor]:
-    """``s_tj = rows_t . table[experts_tj]`` and the factors ``c_tj = w_tj act(s_tj)``.
+    """``s_tj = rows_t . table[experts_tj]`` in ``dtype``, and with weights the factors ``c_tj = w_tj act(s_tj)`` in float32.
 
-    Args:
-        rows_TD: contiguous, as are all others but the table.
-        experts_TK: any integer dtype.
-        table_ED: ``[E, D]``.
-        dtype: of the scores.
-        weights_TK: any floating dtype, or None where no factors are wanted.
-        activation: of the scores, where factors are wanted.
-
-    Returns:
-        ``s [T, K]`` and ``c [T, K]`` float32, or nothing in it; both 0 for an id outside ``[0, E)``.
+    All are contiguous but the table. Both results are ``[T, K]``, 0 for an id outside ``[0, E)``; without weights the second is
+    empty.
     """
-    table_ED = by_rows(table_ED)
-    (T, K), (E, D), itemsize = experts_TK.shape, table_ED.shape, table_ED.element_size()
-    s_TK = torch.empty((T, K), dtype=dtype, device=rows_TD.device)
-    factors_TK = torch.empty(0 if weights_TK is None else (T, K), dtype=torch.float32, device=rows_TD.device)
-    cut = cut_dots(rules.hint(T) * K, K, D, itemsize)
-    wrap_triton(scores_kernel)[(T * triton.cdiv(K, cut.choices),)](
-        rows_TD,
-        experts_TK,
-        table_ED,
-        rows_TD if weights_TK is None else weights_TK,
-        s_TK,
-        factors_TK,
-        E,
-        D,
-        table_ED.stride(0),
-        K=K,
-        ACT=activation,
-        FOLD=fold_of(D, itemsize),
-        EVEN_D=D % cut.columns == 0,
-        BLOCK_J=cut.choices,
-        BLOCK_D=cut.columns,
-        num_warps=cut.warps,
-        num_stages=1,
-    )
+    s_TK = torch.empty(experts_TK.shape, dtype=dtype, device=rows_TD.device)
+    factors_TK = torch.empty(0 if weights_TK is None else experts_TK.shape, dtype=torch.float32, device=rows_TD.device)
+    _launch_pairs(scores_kernel, rows_TD, experts_TK, table_ED, (weights_TK, s_TK, factors_TK), ACT=activation)
     return s_TK, factors_TK
 
 
@@ -275,78 +256,37 @@ def scores_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``dw = q act(s)``, ``ds = q w act'(s)`` and ``c = w act(s)`` of every pair, with ``q_tj = dy_t . up[experts_tj]``.
 
-    Args:
-        dy_TD: contiguous, as are all others but the table.
-        s_TK: scores, float32.
-        experts_TK: any integer dtype.
-        weights_TK: any floating dtype.
-        up_ED: ``[E, D]``.
-        activation: of the scores.
-        needs: which of the three are wanted; without the first two up is not read.
+    All are contiguous but the table. Without the first two of ``needs`` up is not read.
 
     Returns:
         ``(dw, ds, c)``, ``[T, K]`` each, dw in the dtype of the weights and the others float32; empty where not wanted.
     """
-    up_ED = by_rows(up_ED)
-    (T, K), (E, D), itemsize = experts_TK.shape, up_ED.shape, up_ED.element_size()
     dtypes = (weights_TK.dtype, torch.float32, torch.float32)
-    dweights_TK, ds_TK, factors_TK = (
-        torch.empty((T, K) if needed else 0, dtype=dtype, device=dy_TD.device)
+    results = [
+        torch.empty(experts_TK.shape if needed else 0, dtype=dtype, device=dy_TD.device)
         for dtype, needed in zip(dtypes, needs, strict=True)
-    )
+    ]
     if any(needs):
-        cut = cut_dots(rules.hint(T) * K, K, D, itemsize)
-        wrap_triton(scores_backward_kernel)[(T * triton.cdiv(K, cut.choices),)](
-            dy_TD,
-            experts_TK,
-            up_ED,
-            weights_TK,
-            s_TK,
-            dweights_TK,
-            ds_TK,
-            factors_TK,
-            E,
-            D,
-            up_ED.stride(0),
-            K=K,
-            ACT=activation,
-            NEED_DWEIGHTS=needs[0],
-            NEED_DSCORES=needs[1],
-            NEED_FACTORS=needs[2],
-            FOLD=fold_of(D, itemsize),
-            EVEN_D=D % cut.columns == 0,
-            BLOCK_J=cut.choices,
-            BLOCK_D=cut.columns,
-            num_warps=cut.warps,
-            num_stages=1,
-        )
+        wanted = dict(zip(("NEED_DWEIGHTS", "NEED_DSCORES", "NEED_FACTORS"), needs, strict=True))
+        _launch_pairs(scores_backward_kernel, dy_TD, experts_TK, up_ED, (weights_TK, s_TK, *results), ACT=activation, **wanted)
+    dweights_TK, ds_TK, factors_TK = results
     return dweights_TK, ds_TK, factors_TK
 
 
 def sums(experts_TK: Tensor, factors_TK: Tensor, table_ED: Tensor, dtype: torch.dtype) -> Tensor:
-    """``out_t = sum_j c_tj table[experts_tj]`` in float32 and a fixed order, rounded once.
+    """``out_t = sum_j c_tj table[experts_tj]``, ``[T, D]``, in float32 and a fixed order, rounded once.
 
-    Args:
-        experts_TK: contiguous, any integer dtype; a choice whose id lies outside ``[0, E)`` is skipped, its factor is not read.
-        factors_TK: contiguous, any floating dtype.
-        table_ED: ``[E, D]``.
-        dtype: of the result.
-
-    Returns:
-        ``[T, D]``.
+    Ids and factors, of any floating dtype, are contiguous. The factor of an id outside ``[0, E)`` is not read.
     """
     table_ED = by_rows(table_ED)
     (T, K), (E, D) = experts_TK.shape, table_ED.shape
     cut = cut_sums(rules.hint(T), K, D, table_ED.element_size())
     out_TD = torch.empty((T, D), dtype=dtype, device=table_ED.device)
-    wrap_triton(sums_kernel)[(T, triton.cdiv(D, cut.columns))](
-        experts_TK,
-        factors_TK,
-        table_ED,
-        out_TD,
-        E,
-        D,
-        table_ED.stride(0),
+    launch(
+        sums_kernel,
+        (T, triton.cdiv(D, cut.columns)),
+        (experts_TK, factors_TK, table_ED, out_TD),
+        (E, D, table_ED.stride(0)),
         K=K,
         FOLD=min(vectors_at_once(D), cut.choices),
         EVEN_D=D % cut.columns == 0,

@@ -7,12 +7,12 @@ are laid out: they share the rows of x, the product is one wide instruction, and
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from fusedonemoe.ops.records import PLAIN, Activation
+from fusedonemoe.ops.triton.launch import launch_blocks
 from fusedonemoe.ops.triton.plan import RowPlan
 from fusedonemoe.ops.triton.rules import Tile
-from fusedonemoe.ops.triton.tiles import act_value, dot_precision, gated_value, multiply_rows, swizzled
+from fusedonemoe.ops.triton.tiles import act_value, gated_value, multiply_rows, swizzled
 
 
 @triton.jit
@@ -38,11 +38,11 @@ def up_kernel(
     order_ptr,  # [N]
     offsets_ptr,  # [E + 1]
     blocks_ptr,  # [num_blocks, 2]
+    D,
+    F,
     z_first,
     z_end,
     top_k,
-    D,
-    F,
     stride_we,
     stride_wn,
     stride_wk,
@@ -53,8 +53,8 @@ def up_kernel(
     HAS_BIAS: tl.constexpr,
     STORE_Z: tl.constexpr,
     STORE_H: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    EVEN_F: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -86,7 +86,7 @@ def up_kernel(
         z_column = h_column + tile_column // BLOCK_N * F
         in_columns = h_column < F
     up_ptr += expert.to(tl.int64) * stride_we
-    z = multiply_rows(x_ptr, up_ptr, token, z_column, in_columns, D, stride_wk, stride_wn, EVEN_D, EVEN_F, PRECISION, BLOCK_K)
+    z = multiply_rows(x_ptr, up_ptr, token, z_column, in_columns, D, stride_wk, stride_wn, EVEN_K, EVEN_N, PRECISION, BLOCK_K)
 
     if HAS_BIAS:
         bias_ptrs = bias_ptr + expert.to(tl.int64) * (GATED * F) + z_column
@@ -109,55 +109,6 @@ def up_kernel(
         tl.store(h_ptrs, h.to(h_ptr.dtype.element_ty), mask=(row < end)[:, None] & (h_column < F)[None, :])
 
 
-def _launch(
-    x_TD: Tensor,
-    up_EGD: Tensor,
-    up_bias_EG: Tensor | None,
-    plan: RowPlan,
-    top_k: int,
-    act: Activation,
-    tile: Tile,
-    z: Tensor | None,
-    h_NF: Tensor | None,
-    z_first: int,
-    z_end: int,
-) -> None:
-    """Fills rows ``z_first`` to ``z_end`` of z, and all of h, where they are given."""
-    x_TD = x_TD.contiguous()
-    D = x_TD.shape[1]
-    F = up_EGD.shape[1] if act.layout == PLAIN else up_EGD.shape[1] // 2
-    grid = (plan.blocks.shape[0] * triton.cdiv(F, tile.BLOCK_N),)
-    wrap_triton(up_kernel)[grid](
-        x_TD,
-        up_EGD,
-        x_TD if up_bias_EG is None else up_bias_EG.contiguous(),
-        x_TD if z is None else z,
-        x_TD if h_NF is None else h_NF,
-        plan.order,
-        plan.offsets,
-        plan.blocks,
-        z_first,
-        z_end,
-        top_k,
-        D,
-        F,
-        up_EGD.stride(0),
-        up_EGD.stride(1),
-        up_EGD.stride(2),
-        act.alpha,
-        act.limit,
-        ACT=act.name,
-        LAYOUT=act.layout,
-        HAS_BIAS=up_bias_EG is not None,
-        STORE_Z=z is not None,
-        STORE_H=h_NF is not None,
-        EVEN_D=D % tile.BLOCK_K == 0,
-        EVEN_F=F % tile.BLOCK_N == 0,
-        PRECISION=dot_precision(x_TD.dtype),
-        **tile._asdict(),
-    )
-
-
 def up_projection(
     x_TD: Tensor,
     up_EGD: Tensor,
@@ -167,39 +118,38 @@ def up_projection(
     act: Activation,
     tile: Tile,
     z: Tensor,
-) -> Tensor:
-    """``h[i] = act(x[order[i] // K] Wup_e^T + bup_e)`` for sorted rows, keeping the first pre-activations.
+    h_NF: Tensor | None = None,
+    first_row: int = 0,
+) -> None:
+    """Fill ``h[i] = act(z[i])`` and ``z[i] = x[order[i] // K] Wup_e^T + bup_e`` for sorted rows.
+
+    A row of z has the same bits with h and without it. Positions from ``offsets[E]`` on are not written.
 
     Args:
-        x_TD: tokens.
+        x_TD: tokens, contiguous.
         up_EGD: a view with any strides, in the dtype of x; its rows in ``act.layout``.
         up_bias_EG: added in float32.
         plan: the schedule of rows, in blocks of ``tile.BLOCK_M``.
         top_k: ``K``.
         act: activation and layout.
-        tile: how the product is cut; ``BLOCK_N`` columns of h.
-        z: ``[S, G]`` contiguous, ``0 <= S <= N``; filled with the pre-activations of the first S sorted rows.
-
-    Returns:
-        ``h [N, F]`` in the dtype of x. Positions from ``offsets[E]`` on are written neither here nor in z.
+        tile: the cut of the product; ``BLOCK_N`` columns of h.
+        z: ``[S, G]`` contiguous, ``0 <= S <= N``: the first S rows are kept.
+        h_NF: contiguous; None where it is not wanted.
+        first_row: of z that is written.
     """
-    F = up_EGD.shape[1] if act.layout == PLAIN else up_EGD.shape[1] // 2
-    h_NF = x_TD.new_empty(plan.order.shape[0], F)
-    nothing_saved = isinstance(z.shape[0], int) and z.shape[0] == 0
-    _launch(x_TD, up_EGD, up_bias_EG, plan, top_k, act, tile, None if nothing_saved else z, h_NF, 0, z.shape[0])
-    return h_NF
-
-
-def pre_activation(
-    x_TD: Tensor,
-    up_EGD: Tensor,
-    up_bias_EG: Tensor | None,
-    plan: RowPlan,
-    top_k: int,
-    act: Activation,
-    tile: Tile,
-    z_NG: Tensor,
-    first_row: int,
-) -> None:
-    """Fills the rows of z from ``first_row`` on with pre-activations, bit for bit what :func:`up_projection` computes."""
-    _launch(x_TD, up_EGD, up_bias_EG, plan, top_k, act, tile, z_NG, None, first_row, z_NG.shape[0])
+    _, G, D = up_EGD.shape
+    without_z = isinstance(z.shape[0], int) and z.shape[0] == 0
+    launch_blocks(
+        up_kernel,
+        plan,
+        tile,
+        (x_TD, up_EGD, None if up_bias_EG is None else up_bias_EG.contiguous(), None if without_z else z, h_NF),
+        D,
+        G if act.layout == PLAIN else G // 2,
+        (first_row, z.shape[0], top_k, *up_EGD.stride(), act.alpha, act.limit),
+        ACT=act.name,
+        LAYOUT=act.layout,
+        HAS_BIAS=up_bias_EG is not None,
+        STORE_Z=not without_z,
+        STORE_H=h_NF is not None,
+    )

@@ -38,12 +38,12 @@ KERNELS = {
     "inference": {"forward": ["_route_kernel", "PLAN", "up_kernel", "rows_kernel", "combine_kernel"], "backward": []},
     "decode": {"forward": ["_route_kernel", "_up_kernel", "_down_kernel"], "backward": []},
     "experts_mlp_lora": {
-        "forward": ["_route_kernel", "PLAN", *["rows_kernel", "low_rank_rows_kernel"] * 2, "combine_kernel"],
+        "forward": ["_route_kernel", "PLAN", *["rows_kernel", "rows_kernel"] * 2, "combine_kernel"],
         "backward": [
             "restore_kernel",
-            *["rows_kernel", "rows_kernel", "outer_kernel", "rows_kernel", "outer_kernel", "low_rank_rows_kernel"],
+            *["rows_kernel", "rows_kernel", "outer_kernel", "rows_kernel", "outer_kernel", "rows_kernel"],
             "routing_gradient_kernel",
-            *["outer_kernel", "rows_kernel", "outer_kernel", "low_rank_rows_kernel", "combine_kernel"],
+            *["outer_kernel", "rows_kernel", "outer_kernel", "rows_kernel", "combine_kernel"],
             "_route_backward_kernel",
         ],
     },

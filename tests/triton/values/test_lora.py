@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fusedonemoe import functional as F
-from fusedonemoe.ops.triton.low_rank import low_rank_rows
 from fusedonemoe.ops.triton.plan import make_plan
+from fusedonemoe.ops.triton.rows import grouped_rows
 from fusedonemoe.ops.triton.rules import Tile
 from fusedonemoe.testing import make_experts, make_mlp_inputs
 
@@ -118,7 +118,7 @@ def test_transposed_projections(device):
 
 @pytest.mark.parametrize("first_row", [0, 1, 16, 19])
 @pytest.mark.parametrize("rank", [1, 16, 40])
-def test_the_kernel_writes_the_rows_from_the_first_on(rank, first_row, device):
+def test_the_kernel_writes_the_rows_from_the_first_on(rank, first_row, device, monkeypatch):
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
@@ -128,9 +128,11 @@ def test_the_kernel_writes_the_rows_from_the_first_on(rank, first_row, device):
     experts = make_experts(T, E, K, routing="out_of_range").to(device)
     plan = make_plan(experts, E, 16)
     rows, weights, narrow, factor, bias = draw(T, A), draw(E, A, B), draw(T * K, rank), draw(E, rank, B), draw(E, B)
-    out = torch.full((T * K, B), 7.0, device=device)
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **options: new_empty(*args, **options).fill_(7))
     tile = Tile(16, 16, 16, 4, 1, GROUP_M=2)
-    low_rank_rows(rows, weights, narrow, factor, plan, tile, out, first_row=first_row, bias_EB=bias, top_k=K)
+    adapted = {"low_rank": (narrow, factor), "first_row": first_row}
+    out = grouped_rows(rows, weights, plan, tile, bias_EB=bias, top_k=K, **adapted)
     order, routed = plan.order.long(), int(plan.offsets[-1])
     expert = experts.reshape(-1)[order]
     for i in range(T * K):

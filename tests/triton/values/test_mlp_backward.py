@@ -9,7 +9,7 @@ from fusedonemoe.ops.triton import mlp as launches
 from fusedonemoe.ops.triton import rules
 from fusedonemoe.ops.triton.plan import make_plan
 from fusedonemoe.ops.triton.rules import Tile, Tiles
-from fusedonemoe.ops.triton.up import pre_activation
+from fusedonemoe.ops.triton.up import up_projection
 from fusedonemoe.testing import assert_within_budget, exact_float64, make_mlp_inputs
 
 NAMES = MLP_ARGUMENTS.gradients
@@ -231,7 +231,7 @@ def test_saved_and_recomputed_rows_give_the_same_bits(device, layout, routing):
     plan = make_plan(inputs.experts.to(device), E, tile.BLOCK_M)
     z_NG = torch.empty(plan.order.shape[0], G, dtype=torch.bfloat16, device=device)
     up = (inputs.x.to(device), inputs.up_proj.to(device), inputs.up_bias.to(device))
-    pre_activation(*up, plan, K, act, tile, z_NG, 0)
+    up_projection(*up, plan, K, act, tile, z_NG)
     results = []
     for save_percent in (0, 37, 100):
         kept = z_NG[: grouped.saved_rows(z_NG.shape[0], save_percent)]

@@ -12,7 +12,7 @@ from fusedonemoe.ops.triton import mlp as launches
 from fusedonemoe.ops.triton import rules
 from fusedonemoe.ops.triton.plan import make_plan
 from fusedonemoe.ops.triton.rules import Tile, Tiles
-from fusedonemoe.ops.triton.up import pre_activation, up_projection
+from fusedonemoe.ops.triton.up import up_projection
 from fusedonemoe.testing import ROUTINGS, assert_within_budget, exact_float64, make_mlp_inputs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -197,7 +197,8 @@ def test_h_comes_from_the_pre_activations_as_they_are_saved(layout, dtype, devic
     inputs = make(23, 24, 20, 4, 2, act=act, dtype=dtype, device=device)
     plan = make_plan(inputs.experts, 4, SMALL.BLOCK_M)
     z = inputs.x.new_empty(46, 40)
-    h = up_projection(inputs.x, inputs.up_proj, inputs.up_bias, plan, 2, act, SMALL, z)
+    h = inputs.x.new_empty(46, 20)
+    up_projection(inputs.x, inputs.up_proj, inputs.up_bias, plan, 2, act, SMALL, z, h)
     gate, up = (z[:, 0::2], z[:, 1::2]) if layout == "interleaved" else z.chunk(2, dim=1)
     assert torch.equal(h, gate * up) and h.any()  # a product of two halves is exact in float32, so it rounds once in both
 
@@ -209,9 +210,10 @@ def test_pre_activations_computed_once_more_are_the_same_bits(layout, device):
     plan = make_plan(inputs.experts, 4, SMALL.BLOCK_M)
     num_rows = int(plan.offsets[-1])
     expected = inputs.x.new_empty(46, inputs.up_proj.shape[1])
-    up_projection(inputs.x, inputs.up_proj, inputs.up_bias, plan, 2, act, SMALL, expected)
+    h = inputs.x.new_empty(46, 20)
+    up_projection(inputs.x, inputs.up_proj, inputs.up_bias, plan, 2, act, SMALL, expected, h)
     for first_row in (0, 1, 17, num_rows - 1, 46):
         z = torch.full_like(expected, 77)
-        pre_activation(inputs.x, inputs.up_proj, inputs.up_bias, plan, 2, act, SMALL, z, first_row)
+        up_projection(inputs.x, inputs.up_proj, inputs.up_bias, plan, 2, act, SMALL, z, first_row=first_row)
         assert torch.equal(z[first_row:num_rows], expected[first_row:num_rows]) and expected[:num_rows].any()
         assert (z[:first_row] == 77).all() and (z[num_rows:] == 77).all()
