@@ -28,7 +28,7 @@ $(VENV)/.installed-%: constraints.txt pyproject.toml
 	@$(py) -m pip install -qq -c constraints.txt --no-build-isolation -e '.[$(extras_$*)]'
 	@touch $@
 
-.PHONY: kernels-again
+.PHONY: kernels-again wheel
 .PHONY: help demo test bench suite docs links-elsewhere site-check check verifytypes pytest triton-values fuzz doctest wheel-smoke try
 .PHONY: clean
 .PHONY: asv-smoke asv-machine asv-run asv-range asv-compare asv-check asv-history
@@ -133,6 +133,9 @@ asv-history: asv-machine  ## measure the missing results of the commits in asv_b
 	@# would combine this choice with one in ASV_OPTIONS.
 	-$(if $(filter -b% --bench%,$(ASV_OPTIONS)),,$(milestones) | $(asv_run) --bench '^(?!bench_compile.Compile|bench_layers.Compiled)' --skip-existing-successful HASHFILE:-)
 	$(milestones) | $(asv_run) --skip-existing-successful HASHFILE:-
+
+wheel: $(VENV)/.installed-full  ## a wheel for Linux on x86-64 with the CPU kernels inside, and the sdist, in dist/
+	FUSEDONEMOE_PREBUILD=all $(py) -m build --no-isolation --outdir dist .
 
 wheel-smoke: $(VENV)/.installed-full  ## wheel and sdist, installed and run elsewhere
 	tests/smoke_wheel.sh $(py)
