@@ -45,12 +45,6 @@ def check_dim(name: str, tensor: Tensor, dims: int) -> None:
         raise ValueError(f"{name} must have {dims} dimensions, got shape {tuple(tensor.shape)}")
 
 
-def check_percent(save_percent: int) -> None:
-    """A share of the rows."""
-    if not 0 <= save_percent <= 100:
-        raise ValueError(f"save_percent must be from 0 to 100, got {save_percent}")
-
-
 class Reader(NamedTuple):
     """Reads the tensors of a call: all on one device, x and the expert weights of one dtype, and x perhaps of symbolic sizes."""
 

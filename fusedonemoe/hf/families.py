@@ -25,7 +25,7 @@ def _reads(*readers: Reader, **fields: Any) -> Reader:
     return read
 
 
-# What the fields of MoEConfig do not say, by the attribute of a configuration that is above 0 then.
+# What the fields of MoEConfig do not say, by the attribute of a configuration that says it.
 _INEXPRESSIBLE = {
     "moe_jitter_eps": "moe_jitter_eps is {}, and MoE adds no noise in training",
     "moe_latent_size": "its experts live in a latent space of {} (moe_latent_size)",
@@ -36,11 +36,11 @@ _INEXPRESSIBLE = {
 
 
 def _without(name: str) -> Reader:
-    """No fields, if this attribute is missing, nothing, or a number that is not above 0."""
+    """No fields, if this attribute is missing or 0; a cap below 0 is none, as in transformers."""
 
     def read(config: Any) -> Fields:
         value = getattr(config, name, None)
-        if value and not (isinstance(value, int | float) and value < 0):
+        if value and (name != "moe_router_logit_softcapping" or value > 0):
             raise refuse(config, _INEXPRESSIBLE[name].format(value))
         return {}
 

@@ -9,7 +9,7 @@ SOURCES = Path(__file__).parent / "native"
 # -ffp-contract=fast rounds a * b + c once in every loop; without it a sum could round differently in a vector and in a scalar
 # tail.
 FLAGS = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC"]
-ELEMENTS = ("f32", "bf16", "f16")  # compiled in parallel
+ELEMENTS = ("f32", "bf16", "f16")  # each compiled by itself
 # The oldest torch whose stable interface the operators use: a library that is compiled with any torch serves all of them.
 STABLE_TORCH = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 # The instruction sets of a wheel, from the least: the features that a CPU must have, as Linux names them, and gcc's options.
@@ -43,4 +43,9 @@ def steps(compiler: str, flags: list[str], torch_folder: Path, output: str) -> l
     objects_of.append([*compile_with, *headers, "-c", str(SOURCES / "operators.cpp"), "-o", "operators.o"])
     # torch and its OpenMP are in the process already: the library names torch, and has no path to either.
     torch_libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
-    return [objects_of, [[compiler, *flags, "-shared", *objects, "operators.o", *torch_libraries, "-o", output]]]
+    # At most two compilers at a time: each takes much memory.
+    return [
+        objects_of[:2],
+        objects_of[2:],
+        [[compiler, *flags, "-shared", *objects, "operators.o", *torch_libraries, "-o", output]],
+    ]

@@ -75,7 +75,7 @@ struct MLPCall {
     Tensor x;
     Routing routing;
     Side up, down;
-    std::string layout;
+    std::string name, layout;
     int64_t activation, D, E, F, G, format = PLAIN, group = 0;
     double alpha, limit;
     DtypeIndex element;
@@ -89,11 +89,10 @@ struct MLPCall {
         up.bias = given.take<std::optional<Tensor>>();
         down.bias = given.take<std::optional<Tensor>>();
         if (kind == Weights::PACKED) F = given.take<int64_t>();
-        const auto name = given.take<std::string>();
+        name = given.take<std::string>();
         layout = given.take<std::string>();
         alpha = given.take<double>();
         limit = given.take<double>();
-        activation = activation_of(name);
     }
     bool gated() const { return layout != "plain"; }
 
@@ -101,6 +100,7 @@ struct MLPCall {
         check_dim("x", x, 2);
         element = element_of("x", x);
         D = x.size(1);
+        activation = activation_of(name);
         switch (kind) {
             case Weights::FLOAT: read_floats(); break;
             case Weights::QUANTIZED: read_quantized(); break;

@@ -198,7 +198,8 @@ inline Tensor in_dtype(const Tensor& tensor, DtypeIndex dtype) {
 inline DtypeIndex element_of(const char* name, const Tensor& tensor) {
     const DtypeIndex dtype = dtype_of(tensor);
     if (dtype > F16)
-        refuse(name, " must have a dtype of the CPU kernels, float32, bfloat16 or float16, got ", name_of(dtype));
+        refuse(name, " must have a dtype of the CPU kernels, float32, bfloat16 or float16, got ",
+               name_of(dtype));
     return dtype;
 }
 

@@ -84,7 +84,7 @@ template <Weights KIND> void experts_mlp_backward(StableIValue* stack, uint64_t,
     auto* starts = (int32_t*)address(offsets);
     if (saved != N) {
         const Tensor full = new_tensor({N, c.G}, c.element);
-        memcpy(written(full), address(z), saved * c.G * DTYPES[c.element].bytes);
+        if (saved) memcpy(written(full), address(z), saved * c.G * DTYPES[c.element].bytes);
         run_forward(c, nullptr, written(full), plan, starts, saved, N);
         z = full;
     }
@@ -290,7 +290,8 @@ struct NeuronsCall {
     std::optional<Tensor> x, down;
     Tensor up;
     Routing routing;
-    int64_t activation = IDENTITY;
+    std::string name = "identity";  // of the activation
+    int64_t activation;
     DtypeIndex element;
     int64_t E, D;
 
@@ -300,18 +301,19 @@ struct NeuronsCall {
         routing.weights = given.take<Tensor>();
         if (has_x) down = given.take<Tensor>();
         up = given.take<Tensor>();
-        if (has_x) activation = activation_of(given.take<std::string>());
+        if (has_x) name = given.take<std::string>();
     }
     void read() {
-        const char* name = x ? "up" : "table";
-        check_dim(name, up, 2);
-        element = element_of(name, up);
+        const char* table = x ? "up" : "table";
+        check_dim(table, up, 2);
+        element = element_of(table, up);
+        activation = activation_of(name);
         E = up.size(0);
         D = up.size(1);
         routing.read_for();
         x = checked("x", x, {routing.T, D}, {element});
         down = checked("down", down, {E, D}, {element});
-        up = checked(name, up, {E, D}, {element});
+        up = checked(table, up, {E, D}, {element});
     }
     int64_t threads() const { return threads_of_products(routing.rows(), D); }
 };
