@@ -184,7 +184,7 @@ def _find() -> ctypes.CDLL:
     if chosen and chosen not in VARIANTS:
         raise Unavailable(f"FUSEDONEMOE_CPU_ARCH must be one of {tuple(VARIANTS)}, got {chosen!r}")
     if path := _prebuilt():
-        with contextlib.suppress(OSError):  # one that this system cannot load: another is compiled
+        with contextlib.suppress(OSError), no_fork:  # one that this system cannot load: another is compiled
             library = _checked(ctypes.CDLL(str(path)), path)
             if isinstance(library, str):
                 raise Unavailable(library)
