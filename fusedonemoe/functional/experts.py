@@ -170,7 +170,8 @@ def run_experts(
         elif chosen == "grouped":
             y = _ops.experts_mlp(*flat, *parameters, *act, 0, library.BUILD, chosen)[0]
         else:
-            y = library.experts_mlp_inference(*flat, *parameters, *act, library.BUILD)
+            inference = library.experts_mlp_inference if chosen == "cpu" else _ops.experts_mlp_inference
+            y = inference(*flat, *parameters, *act, library.BUILD)
     return y if has_rows else with_leading(y, x)
 
 

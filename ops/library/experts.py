@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedonemoe.ops import dense, mlp
+from fusedonemoe.ops import dense, mlp, triton
 from fusedonemoe.ops.cpu import native
 from fusedonemoe.ops.formats import FLOATS
 from fusedonemoe.ops.grouped import saved_rows
@@ -135,7 +135,7 @@ experts_mlp_quantized: Callable[..., Any] = _register(
 
 def _choose_for_inference(call: ExpertsCall) -> str:
     check_rows(call.experts)
-    if call.x.device.type == "cpu":
+    if call.x.device.type == "cpu" and triton.refusal(call.x.dtype, "cpu"):  # without Triton's interpreter
         return "torch" if native.refusal(call.x.dtype, contiguous=True) else "cpu"
     if call.form.up.format not in FLOATS:
         return "triton"

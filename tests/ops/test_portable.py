@@ -245,14 +245,18 @@ def test_every_function_refuses_what_has_no_onnx_form(monkeypatch, impl):
 # Packages
 
 
+@pytest.fixture(scope="module")
+def program_without_python(tmp_path_factory):
+    return Program(tmp_path_factory.mktemp("program"))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(CPP is None, reason="no C++ compiler")
-def test_a_package_runs_in_a_process_without_python(tmp_path, monkeypatch, exported_zoo):
+def test_a_package_runs_in_a_process_without_python(tmp_path, monkeypatch, exported_zoo, program_without_python):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     zoo, program = exported_zoo
     with torch.no_grad():
         package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
-    program_without_python = Program(tmp_path)
     for T in TOKEN_COUNTS:
         x = torch.randn(T, D)
         found = program_without_python.run(package, x).reshape(len(zoo), T, D)
@@ -261,7 +265,7 @@ def test_a_package_runs_in_a_process_without_python(tmp_path, monkeypatch, expor
 
 @pytest.mark.slow
 @pytest.mark.skipif(CPP is None or REFUSAL is not None, reason=f"no C++ compiler, or no CPU kernels: {REFUSAL}")
-def test_a_package_calls_the_cpu_kernels_without_python(tmp_path, monkeypatch):
+def test_a_package_calls_the_cpu_kernels_without_python(tmp_path, monkeypatch, program_without_python):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     torch.manual_seed(0)
     moe = MoE(**{**SIZES, "num_experts": 8}, impl="cpu", shared_intermediate_size=8)
@@ -271,7 +275,7 @@ def test_a_package_calls_the_cpu_kernels_without_python(tmp_path, monkeypatch):
     with torch.no_grad():
         program = open_token_count(model)
         package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
-        loaded, program_without_python = torch._inductor.aoti_load_package(package), Program(tmp_path)
+        loaded = torch._inductor.aoti_load_package(package)
         for T in TOKEN_COUNTS:
             x = torch.randn(T, D)
             outputs = model(x)
