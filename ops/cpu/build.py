@@ -139,7 +139,9 @@ def _checked(library: ctypes.CDLL, path: Path) -> ctypes.CDLL | str:
     """Register a library's operators; return it, or what is wrong with it."""
     if missing := [symbol for symbol in _symbols() if not hasattr(library, symbol)]:
         return f"the kernels could not be loaded: {path} has no {missing[0]}"
-    if library.fusedonemoe_register():
+    with no_fork:  # a child that is forked meanwhile would wait for torch's lock for ever
+        is_refused = library.fusedonemoe_register()
+    if is_refused:
         return f"the kernels could not be loaded: torch refuses the operators of {path}"
     return library
 

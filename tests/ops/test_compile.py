@@ -217,7 +217,7 @@ def test_disk_cache_serves_unchanged_operators_and_never_edited_ones(tmp_path):
     text = source.read_text()
     edits = [
         ("lambda v: v.relu().square()", "lambda v: v.relu().square() * 3"),
-        ("return 2 * v.relu() * dh", "return 6 * v.relu() * dh"),  # grouped's, where dense is left to autograd
+        ("lambda dh, v: 2 * v.relu() * dh", "lambda dh, v: 6 * v.relu() * dh"),  # grouped's, where dense is left to autograd
     ]
     for old, new in edits:
         assert text.count(old) == 1
