@@ -9,8 +9,6 @@ from fusedonemoe.ops.values import check_count, check_flag, check_integer, check
 
 SCORINGS = ("softmax", "sigmoid")
 GROUP_SCORES = ("top2_sum", "max")
-# In the order of the numbers that kernels know them by.
-NAMES: dict[str, tuple[str, ...]] = {"scoring": SCORINGS, "group_score": GROUP_SCORES}
 NORM_EPS = 1e-20
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])

@@ -175,7 +175,7 @@ def gpu_kernels(name: str) -> Any:
 
 
 def _body(row: Operator) -> Callable[..., Any]:
-    """Return what an operator runs where nothing takes the shortcut: the kernels that its arguments name or the row chooses."""
+    """Return what an operator runs: the kernel that its arguments name or the row chooses."""
     signature, choose, kernels = row.signature, row.choose, dict(row.kernels)
     pack, defaults = signature.packer(row.taken), signature.defaults
     experts_and_impl = None if choose else signature.picker(("experts", "impl"))
@@ -221,9 +221,9 @@ def define_compiled(name: str, arguments: str, fake: Callable[..., Any], results
 
     def load_and_call(*args: Any) -> Any:
         # torch prefers the kernel for the CPU to this one, once it is there.
-        devices = {argument.device.type for argument in args if isinstance(argument, Tensor)}
-        if devices != {"cpu"} or build.library is not None:
-            raise NotImplementedError(f"fusedonemoe::{name} is for tensors on the CPU, got some on {sorted(devices)}")
+        forms = {(argument.device.type, str(argument.layout)) for argument in args if isinstance(argument, Tensor)}
+        if forms != {("cpu", "torch.strided")} or build.library is not None:
+            raise NotImplementedError(f"fusedonemoe::{name} takes strided tensors on the CPU, got {sorted(forms)}")
         if reason := native.refusal(torch.float32, contiguous=True):
             raise RuntimeError(f"fusedonemoe::{name} cannot run here: {reason}")
         return getattr(torch.ops.fusedonemoe, name).default(*args)

@@ -1,5 +1,5 @@
 // Entry points for one element type, -DELEMENT=f32, bf16 or f16, and with -DCOMMON those for all types. An
-// argument block is an array of 8-byte words that Python fills in the order of the struct.
+// argument block is the struct of a pass, which operators.cpp fills.
 #include "dlpack.h"
 #include "fork.h"
 #include "formats.h"
