@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -121,10 +122,14 @@ def test_a_right_kernel_passes_the_checks():
     torch.testing.assert_close(out, x, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("gap", [2, 14, 40])
 @pytest.mark.parametrize("n", [53, 64])
-def test_out_of_bounds_is_found(n):
-    with pytest.raises(InterpreterError, match=r"copy, program \d, load: out of bounds: .* buffer of 200 bytes"):
-        copy[(4,)](normal(50, dtype=torch.float32), torch.empty(64), n, BLOCK=16, STRIDE=16)
+def test_out_of_bounds_is_found(n, gap):
+    # Two storages in one piece of memory: the allocator cannot decide what lies behind the first.
+    memory = np.ones(128, np.float32)
+    x, out = torch.from_numpy(memory[:50]), torch.from_numpy(memory[50 + gap : 114 + gap])
+    with pytest.raises(InterpreterError, match=r"copy, program 3, load: out of bounds: .* at byte 200 of a buffer of 200 bytes"):
+        copy[(4,)](x, out, n, BLOCK=16, STRIDE=16)
 
 
 def test_a_negative_offset_is_found():
