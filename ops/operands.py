@@ -5,6 +5,7 @@ A tensor that autograd saved may come back in other strides, or as another tenso
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,6 +44,19 @@ def check_dim(name: str, tensor: Tensor, dims: int) -> None:
     """Check the number of dimensions."""
     if tensor.dim() != dims:
         raise ValueError(f"{name} must have {dims} dimensions, got shape {tuple(tensor.shape)}")
+
+
+def check_one_device(names: Sequence[str], values: Sequence[object]) -> None:
+    """Check that the tensors among an operator's arguments are on one device.
+
+    With a meta tensor among them torch takes the call for a question about shapes, and returns memory that nobody wrote.
+    """
+    first: tuple[str, torch.device] | None = None
+    for name, value in zip(names, values, strict=False):
+        if isinstance(value, Tensor):
+            owner, device = first = first or (name, value.device)
+            if value.device != device:
+                raise ValueError(f"{name} must be on the device of {owner} ({device}), got {value.device}")
 
 
 class Reader(NamedTuple):

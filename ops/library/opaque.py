@@ -10,7 +10,7 @@ from fusedonemoe.ops import route as routing
 from fusedonemoe.ops.cpu import grouped_gemm, selection
 from fusedonemoe.ops.derivatives import no_second_derivative
 from fusedonemoe.ops.library import flops
-from fusedonemoe.ops.library.registration import NAMESPACE, define_compiled, define_opaque, lib
+from fusedonemoe.ops.library.registration import NAMESPACE, define_compiled, define_fake, define_opaque, lib
 from fusedonemoe.ops.plan import tokens_per_expert
 
 
@@ -46,7 +46,8 @@ define_opaque("select_product_keys", "Tensor logits, SymInt k", _selection_fake,
 # The counting of routed rows into a tensor outside the graph: opaque, because whether to count is known when the call runs, not
 # when it is traced: activation checkpointing runs the same compiled forward again inside the backward. For that reason too a
 # captured CUDA graph must not hold it.
-lib.define("count_tokens_(Tensor(a!) counts, Tensor experts) -> ()", tags=(torch.Tag.cudagraph_unsafe,))
+_COUNT = "Tensor(a!) counts, Tensor experts"
+lib.define(f"count_tokens_({_COUNT}) -> ()", tags=(torch.Tag.cudagraph_unsafe,))
 
 
 def _count_tokens(counts: Tensor, experts: Tensor) -> None:
@@ -55,9 +56,5 @@ def _count_tokens(counts: Tensor, experts: Tensor) -> None:
         counts += tokens_per_expert(experts, counts.shape[0])
 
 
-def _count_tokens_fake(counts: Tensor, experts: Tensor) -> None:
-    return None
-
-
 lib.impl("count_tokens_", _count_tokens, "CompositeExplicitAutograd")  # every device
-torch.library.register_fake(f"{NAMESPACE}::count_tokens_", _count_tokens_fake, lib=lib)
+define_fake("count_tokens_", _COUNT, lambda counts, experts: None)

@@ -28,7 +28,7 @@ from fusedonemoe.ops.derivatives import no_second_derivative, refuse_forward_mod
 from fusedonemoe.ops.library.flops import count
 from fusedonemoe.ops.library.rows import Compiled, Kernel, Operator
 from fusedonemoe.ops.library.signature import Part, Signature
-from fusedonemoe.ops.operands import check_rows
+from fusedonemoe.ops.operands import check_one_device, check_rows
 
 NAMESPACE = "fusedonemoe"
 
@@ -115,6 +115,7 @@ def register_composite(
     pack = signature.packer(Signature.of(*arguments))
 
     def body(*flat: Any) -> Any:
+        check_one_device(signature.names, flat)
         return _function(kernel)(*pack(flat))
 
     lib.define(f"{name}({signature.schema(symbolic=True)}) -> {_returned(results)}")
@@ -135,8 +136,19 @@ def define_opaque(
     lib.define(f"{name}({arguments}) -> {_returned(results)}")
     for key, kernel in kernels.items():
         lib.impl(name, _in_reverse_mode(kernel), key)
-    torch.library.register_fake(f"{NAMESPACE}::{name}", _in_reverse_mode(fake), lib=lib)
+    define_fake(name, arguments, _in_reverse_mode(fake))
     refuse_torch_func(name)
+
+
+def define_fake(name: str, arguments: str, fake: Callable[..., Any]) -> None:
+    """Register what makes an operator's results where there is no memory to compute in."""
+    names = Signature.of(arguments).names
+
+    def checked(*args: Any) -> Any:
+        check_one_device(names, args)
+        return fake(*args)
+
+    torch.library.register_fake(f"{NAMESPACE}::{name}", checked, lib=lib)
 
 
 def _in_reverse_mode(kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -186,6 +198,7 @@ def _body(row: Operator) -> Callable[..., Any]:
 
     def body(*given: Any) -> Any:
         refuse_forward_mode()
+        check_one_device(signature.names, given)
         flat = (*given, *defaults[len(given) :])
         if experts_and_impl:
             experts, impl = experts_and_impl(flat)
@@ -376,6 +389,7 @@ def _eager_kernel(row: Operator) -> Callable[..., Any]:
         kernels = row.kernels
 
         def chosen(*flat: Any) -> Any:
+            check_one_device(row.signature.names, flat)
             packed = pack(flat)
             return _function(kernels[choose(*packed)])(*packed)
 
