@@ -1,18 +1,19 @@
 """The modules: parameters, their initialisation, and a forward that is one call into :mod:`fusedonemoe.functional`."""
 
 import copy
-import sys
 import weakref
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling, is_exporting
 
 from fusedonemoe import functional as F
 from fusedonemoe.checks import check_last_dim, check_tensor
 from fusedonemoe.config import MoEConfig
 from fusedonemoe.functional.experts import run_experts, run_packed
+from fusedonemoe.functional.traced import TRACED_BUILD, local, run_form
 from fusedonemoe.hf import config_of, tensors_of
 from fusedonemoe.layers import panels
 from fusedonemoe.layers.routers import TopKRouter, routing_impl
@@ -24,15 +25,6 @@ from fusedonemoe.ops.rules import ROUTE_OPTIONS
 
 # Types of parameters, and of their absence, that are not sharded.
 _PLAIN = frozenset((Tensor, nn.Parameter, type(None)))
-
-
-def _dtensor() -> Any:
-    """Return the class of sharded parameters, if it was imported, and else None: its import takes as long as torch's own."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return None if module is None else module.DTensor
-
-
-_dtensor.__dict__["_dynamo_marked_constant"] = True  # see ops/cpu/native.py
 
 
 class MoEOutput(NamedTuple):
@@ -74,6 +66,7 @@ class Experts(nn.Module):
         self.config = config
         self.num_experts: int = config.num_experts
         self._up_name = "gate_up_proj" if config.gated else "up_proj"
+        self._bias_name = f"{self._up_name}_bias"
         E, D, F_, G = config.num_experts, config.hidden_size, config.intermediate_size, config.up_rows
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -98,6 +91,14 @@ class Experts(nn.Module):
         """Run each row of ``x`` through its experts and sum by weight."""
         if self.exchange is not None:
             return self.exchange(self, x, experts, weights)
+        if is_dynamo_compiling() and not is_exporting():
+            parameters, up_name, bias_name = self._parameters, self._up_name, self._bias_name
+            named = up_name in parameters and "down_proj" in parameters  # not taken out by a parametrization or pruning
+            if named and bias_name in parameters and "down_proj_bias" in parameters:
+                up, down, bias = parameters[up_name], parameters["down_proj"], parameters[bias_name]
+                if up is not None and down is not None and up.dim() == 3 and down.dim() == 3:
+                    biases = bias, parameters["down_proj_bias"]
+                    return run_form(x, experts, weights, up, down, *biases, self.config.experts_form, TRACED_BUILD)
         return self.compute(x, experts, weights, *self.local_weights())
 
     def local_weights(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -109,16 +110,9 @@ class Experts(nn.Module):
             named[name] = parameters[name] if name in parameters else getattr(self, name)
         up, down, up_bias, down_bias = named.values()
         kinds = (type(up), type(down), type(up_bias), type(down_bias))
-        if not _PLAIN.issuperset(kinds) and (dtensor := _dtensor()):
-            for name, weight in named.items():
-                if isinstance(weight, dtensor):
-                    if self.exchange is None and not all(p.is_replicate() for p in weight.placements):
-                        raise RuntimeError(
-                            f"{name} is sharded over processes: {weight.placements}; it takes "
-                            "fusedonemoe.integrations.distributed.ExpertParallel or TensorParallel to compute with shards"
-                        )
-                    named[name] = weight.to_local()
-            up, down, up_bias, down_bias = named.values()
+        if not _PLAIN.issuperset(kinds):
+            exchanged = self.exchange is not None
+            up, down, up_bias, down_bias = (local(name, weight, exchanged=exchanged) for name, weight in named.items())
         return up, down, up_bias, down_bias
 
     def compute(
@@ -330,7 +324,7 @@ class MoE(nn.Module):
             x: ``[..., D]``.
             return_routing: return a :class:`MoEOutput` instead of the output alone.
         """
-        if x.shape[-1:] != (self.config.hidden_size,):
+        if (not is_dynamo_compiling() or is_exporting()) and x.shape[-1:] != (self.config.hidden_size,):
             # Ranks that wait for this one hear of it, instead of waiting for the timeout.
             tell_refusal = getattr(getattr(self.experts, "exchange", None), "tell_refusal", None)
             if tell_refusal is not None:

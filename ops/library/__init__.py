@@ -16,7 +16,7 @@ from fusedonemoe.ops.library.experts import (
     experts_mlp_quantized_inference,
     unpack_weights,
 )
-from fusedonemoe.ops.library.registration import BUILD, NAMESPACE, autocast_dtype, cast_arguments
+from fusedonemoe.ops.library.registration import BUILD, NAMESPACE, autocast_dtype, cast_arguments, register_transparent
 from fusedonemoe.ops.library.sparse_tables import experts_neurons_sparse, experts_values_sparse
 from fusedonemoe.ops.library.table import experts_merged, experts_neurons, experts_values, route, route_product_key
 
@@ -41,6 +41,7 @@ __all__ = [
     "experts_values_sparse",
     "opaque",
     "pack_weight",
+    "register_transparent",
     "route",
     "route_product_key",
     "unpack_weights",
