@@ -12,15 +12,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fusedonemoe.checks import check_last_dim
+from fusedonemoe.functional.calls import as_rows, records_gradients, with_leading
 from fusedonemoe.functional.experts import run_experts
 from fusedonemoe.functional.routing import route_by
 from fusedonemoe.linear import routing_linear
 from fusedonemoe.ops import library
+from fusedonemoe.ops.cpu import native
 from fusedonemoe.ops.records import Activation
-from fusedonemoe.ops.rules import make_rule
+from fusedonemoe.ops.rules import RouteRule, make_rule
 
 
 def _fingerprint() -> int:
@@ -33,6 +36,42 @@ def _fingerprint() -> int:
 
 
 TRACED_BUILD: int = _fingerprint()
+
+
+Weights = tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+def run_block(x: Tensor, weights: Weights, rule: RouteRule, act: Activation, impl: str) -> Tensor | None:
+    """Run a block as one operator of the compiled CPU kernels; None where it takes others, or an argument does not fit.
+
+    Args:
+        x: ``[..., D]``.
+        weights: of the router: weight, bias and selection bias; of the experts: both projections and their biases.
+        rule: for as many experts as the router has.
+        act: of the experts.
+        impl: of the experts.
+    """
+    gate, gate_bias, selection_bias, up, down, up_bias, down_bias = weights
+    dtype = x.dtype
+    if (
+        impl not in ("auto", "cpu")
+        or x.device.type != "cpu"
+        or up.device.type != "cpu"
+        or (gate.dtype is not dtype and gate.dtype is not torch.float32)
+        or up.dtype is not dtype
+        or down.dtype is not dtype
+        or up.dim() != 3
+        or x.dim() < 1
+        or x.shape[-1] != up.shape[2]
+        or torch.is_autocast_enabled("cpu")
+        or native.refusal(dtype, up.is_contiguous() and down.is_contiguous()) is not None
+        or records_gradients(x, *weights)
+    ):
+        return None
+    y = library.moe_inference(
+        as_rows(x), gate, gate_bias, selection_bias, *rule, up, down, up_bias, down_bias, *act, library.BUILD
+    )
+    return with_leading(y, x)
 
 
 def local(name: str, weight: Any, *, exchanged: bool) -> Any:
@@ -80,6 +119,30 @@ def _experts(
     return run_experts(x, experts, weights, *given, Activation(*act), *rest)
 
 
+def _block(
+    x: Tensor,
+    gate: Tensor,
+    gate_bias: Tensor | None,
+    selection_bias: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    rule_form: str,
+    experts_form: str,
+    build: int,
+) -> Tensor:
+    """Run a linear router without hooks and its experts: as one operator, if it can."""
+    _, act, _, transposed, impl = json.loads(experts_form)
+    weights = gate, gate_bias, selection_bias, up, down, up_bias, down_bias
+    rule = make_rule(gate.shape[0], selection_bias=selection_bias is not None, **json.loads(rule_form))
+    y = run_block(x, weights, rule, Activation(*act), impl) if not transposed else None
+    if y is None:
+        _, shares, experts = _route(x, gate, gate_bias, selection_bias, rule_form, "auto", build)
+        y = _experts(x, experts, shares, up, down, up_bias, down_bias, experts_form, build)
+    return y
+
+
 route_linear = library.register_transparent(
     "route_linear",
     "Tensor x, Tensor weight, Tensor? bias, Tensor? selection_bias, str form, str impl, int build",
@@ -90,5 +153,12 @@ run_form = library.register_transparent(
     "experts_form",
     "Tensor x, Tensor experts, Tensor weights, Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias, str form, int build",
     _experts,
+    1,
+)
+block_form = library.register_transparent(
+    "block_form",
+    "Tensor x, Tensor gate, Tensor? gate_bias, Tensor? selection_bias, Tensor up, Tensor down, Tensor? up_bias, "
+    "Tensor? down_bias, str rule_form, str experts_form, int build",
+    _block,
     1,
 )

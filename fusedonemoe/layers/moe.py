@@ -8,12 +8,13 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling, is_exporting
+from torch.nn.modules import module as _hooks
 
 from fusedonemoe import functional as F
 from fusedonemoe.checks import check_last_dim, check_tensor
 from fusedonemoe.config import MoEConfig
 from fusedonemoe.functional.experts import run_experts, run_packed
-from fusedonemoe.functional.traced import TRACED_BUILD, local, run_form
+from fusedonemoe.functional.traced import TRACED_BUILD, block_form, local, run_block, run_form
 from fusedonemoe.hf import config_of, tensors_of
 from fusedonemoe.layers import panels
 from fusedonemoe.layers.routers import TopKRouter, routing_impl
@@ -331,8 +332,12 @@ class MoE(nn.Module):
                 tell_refusal(self.experts)
             check_last_dim("x", x, self.config.hidden_size)
         parts = self._modules  # an attribute of a module takes a Python function
-        logits, weights, experts = parts["gate"](x)  # type: ignore[misc]
-        y: Tensor = parts["experts"](x, experts, weights)  # type: ignore[misc]
+        whole = None if return_routing else self._whole(x)
+        if whole is not None:
+            y: Tensor = whole
+        else:
+            logits, weights, experts = parts["gate"](x)  # type: ignore[misc]
+            y = parts["experts"](x, experts, weights)  # type: ignore[misc]
         if self.output_bias is not None:
             y = y + self.output_bias.to(y.dtype)  # under autocast y is not the parameter's
         if self.shared_expert is not None:
@@ -344,3 +349,50 @@ class MoE(nn.Module):
             return y
         counts = F.tokens_per_expert(experts, self.config.num_experts)
         return MoEOutput(y, logits, weights, experts, counts)
+
+    def _whole(self, x: Tensor) -> Tensor | None:
+        """Run router and experts as one operator; None where somebody could see a difference, or another has to run them."""
+        compiling = is_dynamo_compiling()
+        if is_exporting() if compiling else torch.is_grad_enabled() or type(x) is not Tensor:
+            return None
+        gate, experts = self._modules["gate"], self._modules["experts"]
+        if type(gate) is not TopKRouter or type(experts) is not Experts:
+            return None
+        if (
+            _hooks._global_forward_hooks
+            or _hooks._global_forward_pre_hooks
+            or _hooks._global_backward_hooks
+            or _hooks._global_backward_pre_hooks
+        ):
+            return None
+        for part in (gate, experts):  # what a call of the module would run
+            hooked = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+            if hooked or "forward" in part.__dict__:
+                return None
+        router, buffers, weights, config = gate._parameters, gate._buffers, experts._parameters, experts.config
+        up_name, bias_name = experts._up_name, experts._bias_name
+        if experts.exchange is not None or config.transposed or gate.impl != "auto":
+            return None
+        # A parametrization or pruning takes a name out.
+        if "weight" not in router or "bias" not in router or "e_score_correction_bias" not in buffers:
+            return None
+        if up_name not in weights or "down_proj" not in weights or bias_name not in weights or "down_proj_bias" not in weights:
+            return None
+        gate_weight, up, down = router["weight"], weights[up_name], weights["down_proj"]
+        if gate_weight is None or up is None or down is None or up.dim() != 3 or down.dim() != 3:
+            return None
+        bias = buffers["e_score_correction_bias"]
+        given = gate_weight, router["bias"], bias, up, down, weights[bias_name], weights["down_proj_bias"]
+        if compiling:
+            form = gate.__dict__.get("_form")
+            return None if form is None else block_form(x, *given, form, config.experts_form, TRACED_BUILD)
+        checked = gate.__dict__.get("_checked")
+        if checked is None or not _PLAIN.issuperset(map(type, given)):
+            return None
+        rule, *made_for = checked
+        if made_for != [gate_weight.shape[0], bias is not None] or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack():
+            return None
+        try:
+            return run_block(x, given, rule, config.act, config.impl)
+        except ValueError:  # the parts name the argument
+            return None

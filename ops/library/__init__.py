@@ -14,6 +14,7 @@ from fusedonemoe.ops.library.experts import (
     experts_mlp_packed,
     experts_mlp_quantized,
     experts_mlp_quantized_inference,
+    moe_inference,
     unpack_weights,
 )
 from fusedonemoe.ops.library.registration import BUILD, NAMESPACE, autocast_dtype, cast_arguments, register_transparent
@@ -39,6 +40,7 @@ __all__ = [
     "experts_neurons_sparse",
     "experts_values",
     "experts_values_sparse",
+    "moe_inference",
     "opaque",
     "pack_weight",
     "register_transparent",
