@@ -264,7 +264,7 @@ def run_cell(
 
 
 def _mfu(result: ServingResult, row: ServingRow) -> float | None:
-    """Of all clients together."""
+    """Return the MFU of all clients together."""
     return mfu_of(row.tokens_per_second and result.tokens / row.tokens_per_second, result.flops, result.flops_per_s)
 
 
