@@ -161,7 +161,7 @@ def _columns(cell: Mapping[str, Any]) -> dict[str, Callable[[Mapping[str, Any]],
         "error": lambda row: number(row["error"], ".1e"),
         "peak MB": lambda row: megabytes(row["peak_bytes"]),
     }
-    if not cell["label"]:
+    if not cell["label"] and any(row["promised_bytes"] for row in rows):
         columns["promised MB"] = lambda row: megabytes(row["promised_bytes"]) if row["seconds"] else ""
     if any(row["held_bytes"] for row in rows):
         columns["held MB"] = lambda row: megabytes(row["held_bytes"])
