@@ -1,6 +1,7 @@
 """The configuration of a mixture-of-experts block."""
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -78,12 +79,18 @@ class MoEConfig(ActivationFields, RouteFields):
         check_count("save_percent", self.save_percent, 0)
         if self.save_percent > 100:
             raise ValueError(f"save_percent must be an integer from 0 to 100, got {self.save_percent}")
-        _ = self.act, self.route_rule  # made now: making a record checks it
+        _ = self.act, self.route_rule, self.experts_form  # made now: making a record checks it
 
     @cached_property
     def act(self) -> Activation:
         """The record of the experts' activation."""
         return make_activation(**options_of(self, ACTIVATION_OPTIONS))
+
+    @cached_property
+    def experts_form(self) -> str:
+        """The experts' form, as the operator that :class:`Experts` compiles to takes it."""
+        up = "gate_up_proj" if self.gated else "up_proj"
+        return json.dumps((up, self.act, self.save_percent, self.transposed, self.impl))
 
     @cached_property
     def route_rule(self) -> RouteRule:

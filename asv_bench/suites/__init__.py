@@ -4,11 +4,14 @@ Cells, peers, timing, result files and options are those of :mod:`fusedonemoe.be
 """
 
 import argparse
+import re
 
 from fusedonemoe import bench
 from fusedonemoe.bench import CELLS, PEERS, Suite
 from fusedonemoe.cli import options
 
+# The overhead and the smallest block.
+QUICK = "overhead|block-T1-D128-.*-float32-forward"
 REGISTRY: dict[str, Suite] = {
     name: Suite(f"asv_bench.suites.{module}", purpose, taken)
     for name, module, purpose, taken in (
@@ -19,6 +22,7 @@ REGISTRY: dict[str, Suite] = {
         ("lora", "lora", "a training step of adapters on experts, here and by PEFT", CELLS),
         ("transformers", "hf_model", "a whole model of transformers, with its experts and with ours", CELLS),
         ("fine-grained", "fine_grained", "product keys, single-neuron experts and value memory", PEERS),
+        ("compile", "compiled", "the block and a model around it, eager and compiled, and the overhead of a call", CELLS),
     )
 }
 
@@ -27,6 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the suite and the options of the benchmark to a parser."""
     parser.add_argument("suite", choices=list(REGISTRY), metavar="SUITE", help="one of those below")
     bench.add_options(parser, REGISTRY)
+    quick = re.compile(QUICK)
+    parser.add_argument(
+        "--quick", action="store_const", dest="cells", const=quick, help=f"of the suite compile: --cells '{QUICK}'"
+    )
     targets = parser.add_argument_group("of the suite serving")
     targets.add_argument("--target-ms", type=options.above_zero, metavar="MS", help="for 95 %% of the requests (100)")
     targets.add_argument("--target-tokens", type=options.above_zero, metavar="N", help="in a second (1000)")

@@ -14,7 +14,7 @@ from rich.table import Table
 from fusedonemoe.bench import report, session
 from fusedonemoe.bench.ceilings import Ceilings
 from fusedonemoe.bench.results import percentile
-from fusedonemoe.bench.workloads import Floor, LeastWork, floor_of
+from fusedonemoe.bench.workloads import Floor, LeastWork, floor_of, mfu_of
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,8 @@ def cell_to_json(result: LinesResult[C, L]) -> dict[str, Any]:
         values.pop("name", None)
         rate = described["T"] / line.seconds if line.seconds else None
         told = {"note": line.problem, "failed": bool(line.problem), "tokens_per_second": rate}
-        rows.append({"peer": line.name, **values, **told})
+        mfu = mfu_of(line.seconds, result.work.flops, result.flops_per_s)
+        rows.append({"peer": line.name, "mfu": mfu, **values, **told})
     return {
         "name": result.cell.name,
         **described,

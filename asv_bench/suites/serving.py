@@ -26,7 +26,7 @@ from fusedonemoe.bench.ceilings import Ceilings
 from fusedonemoe.bench.peers import UnavailableError, chosen, is_ours, relative_error
 from fusedonemoe.bench.results import percentile, quartiles
 from fusedonemoe.bench.timing import PAUSE_SECONDS, at_real_time, order_of_round, threads
-from fusedonemoe.bench.workloads import Cell, LeastWork, floor_of, least_work
+from fusedonemoe.bench.workloads import Cell, LeastWork, floor_of, least_work, mfu_of
 
 # Lengths of requests: steps of a decoder, and prompts.
 LENGTHS = (1, 1, 8, 32, 128)
@@ -263,12 +263,20 @@ def run_cell(
     return ServingResult(asked, tuple(rows.values()), median(floors), most, rate, bandwidth, flops, tokens)
 
 
+def _mfu(result: ServingResult, row: ServingRow) -> float | None:
+    """Return the MFU of all clients together."""
+    return mfu_of(row.tokens_per_second and result.tokens / row.tokens_per_second, result.flops, result.flops_per_s)
+
+
 def cell_to_json(result: ServingResult, targets: tuple[float, float]) -> dict[str, Any]:
     """A cell as plain values; times in seconds."""
     cell = result.cell
     others = [row.seconds for row in result.rows if row.seconds and not is_ours(row.peer)]
     best = min(others, default=None)
-    rows = [asdict(row) | {"times_best": row.seconds / best if row.seconds and best else None} for row in result.rows]
+    rows = [
+        asdict(row) | {"mfu": _mfu(result, row), "times_best": row.seconds / best if row.seconds and best else None}
+        for row in result.rows
+    ]
     values = asdict(result) | asdict(cell)
     del values["cell"]
     return values | {
@@ -296,7 +304,7 @@ def table_of(result: ServingResult) -> Table:
     if result.floor_seconds and result.floor_tokens_per_second:
         title += f"   floor {report.milliseconds(result.floor_seconds)} ms, {result.floor_tokens_per_second:,.0f} tokens/s"
     table = Table(title=title, title_justify="left")
-    headings = ("requests", "success", "p50 ms", "p95 ms", "p99 ms", "tokens/s", "of the floor", "error", "targets")
+    headings = ("requests", "success", "p50 ms", "p95 ms", "p99 ms", "tokens/s", "of the floor", "MFU", "error", "targets")
     table.add_column("peer", no_wrap=True)
     for heading in headings:
         table.add_column(heading, justify="right")
@@ -312,6 +320,7 @@ def table_of(result: ServingResult) -> Table:
             *times,
             f"{rate:,.0f}" if rate else "",
             f"{rate / most:.2f}" if rate and most else "",
+            report.number(_mfu(result, row), ".1%"),
             "" if row.error is None else f"{row.error:.1e}",
             told,
             style="red" if row.failed else None,

@@ -151,8 +151,10 @@ def table(suite: str, where: str, columns: str, empty: str = "") -> list[str]:
         suite: the suite whose file is read.
         where: the conditions.
         columns: one line each: ``heading: quantity | form``. Columns with a form are aligned to the right.
-        empty: the line that is returned if no record is chosen; without it that is an error.
+        empty: the line that is returned if no record is chosen, or the suite has no file; without it that is an error.
     """
+    if empty and suite not in suites():
+        return [empty]
     records = records_of(suite)
     rows = chosen(records, where)
     if not rows:

@@ -3,6 +3,7 @@
 - ``{results} suite`` with ``:where:`` and a line for each column: a table.
 - ``{pictures} suite`` with ``:draw:`` (latency, scaling, memory, usage or ratios) and ``:where:``: pictures.
 - ``{measured} suite``: the date, the machine and the command; without a suite, a table of all.
+- ``:empty:`` of a table or of ``{measured}``: the line in their place while the suite has no committed file.
 - ``{result}`suite | quantity | form | where` ``: one figure in running text.
 """
 
@@ -66,10 +67,14 @@ class Results(_Shown):
 class Measured(_Shown):
     """The date, the machine and the command of a measurement."""
 
+    option_spec: ClassVar = {"empty": directives.unchanged}
+
     def show(self):
         """Return a sentence, or the table of every suite."""
         if self.arguments:
             suite = self.suite()
+            if "empty" in self.options and suite not in records.suites():
+                return self.parsed([self.options["empty"]])
             return self.parsed([f"{records.measured(suite)} The file: [{suite}.json](results/{suite}.json)."])
         alike: dict[tuple[str, str, str], list[str]] = {}
         for suite in records.suites():

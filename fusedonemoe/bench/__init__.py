@@ -24,7 +24,7 @@ EXIT_USAGE = 2
 CELLS = frozenset({"cells", "resume", "compare", "minutes"})
 PEERS = CELLS | {"peers", "picture"}
 # Suites that only this project needs. They are in its repository, not in the wheel.
-IN_THE_REPOSITORY = ("seeds", "serving", "memory", "dial", "lora", "transformers", "fine-grained")
+IN_THE_REPOSITORY = ("seeds", "serving", "memory", "dial", "lora", "transformers", "fine-grained", "compile")
 # Values of an option that was not given.
 ABSENT = (None, False)
 

@@ -149,6 +149,7 @@ def _columns(cell: Mapping[str, Any]) -> dict[str, Callable[[Mapping[str, Any]],
         "p95 p99": lambda row: " ".join(filter(None, map(milliseconds, (row["p95_seconds"], row["p99_seconds"])))),
         "tokens/s": lambda row: number(row["tokens_per_second"], ",.0f"),
         "x floor": lambda row: number(floors(row, floor)),
+        "MFU": lambda row: number(row["mfu"], ".1%"),
     }
     if cell["copy_seconds"] is not None:
         columns |= {"of dense": lambda row: number(row["of_dense"]), "of copy": lambda row: number(row["of_copy"])}
@@ -160,7 +161,7 @@ def _columns(cell: Mapping[str, Any]) -> dict[str, Callable[[Mapping[str, Any]],
         "error": lambda row: number(row["error"], ".1e"),
         "peak MB": lambda row: megabytes(row["peak_bytes"]),
     }
-    if not cell["label"]:
+    if not cell["label"] and any(row["promised_bytes"] for row in rows):
         columns["promised MB"] = lambda row: megabytes(row["promised_bytes"]) if row["seconds"] else ""
     if any(row["held_bytes"] for row in rows):
         columns["held MB"] = lambda row: megabytes(row["held_bytes"])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fusedonemoe.bench.peers import GROUPED, OURS, YARDSTICK, is_ours
-from fusedonemoe.bench.workloads import Cell, Floor, LeastWork
+from fusedonemoe.bench.workloads import Cell, Floor, LeastWork, mfu_of
 
 
 def quartiles(samples: list[float]) -> tuple[float, float]:
@@ -109,6 +109,7 @@ class CellResult:
         form = {"weights": row.peer.removeprefix(f"{OURS} "), "speed_up": faster} if self.cell.operator == "quantized" else {}
         return form | {
             "tokens_per_second": self.cell.T / seconds if seconds else None,
+            "mfu": mfu_of(seconds, self.work.flops if self.work else None, self.flops_per_s),
             "times_faster": faster,
             "times_best": self.times_best(row),
             # Only the grouped formulation has a bound on its peak.

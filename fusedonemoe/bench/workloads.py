@@ -185,3 +185,8 @@ def floor_of(work: LeastWork, *, flops_per_s: float, bytes_per_s: float) -> Floo
     """Return the floor ``max(flops / rate, bytes / bandwidth)`` at a rate of matrix products and a read bandwidth."""
     by_flops, by_bytes = work.flops / flops_per_s, work.touched_bytes / bytes_per_s
     return Floor(by_flops, "flops") if by_flops >= by_bytes else Floor(by_bytes, "bytes")
+
+
+def mfu_of(seconds: float | None, flops: float | None, flops_per_s: float | None) -> float | None:
+    """Return the model FLOPs utilisation, the share of a rate of matrix products; None where a part is missing or 0."""
+    return flops / seconds / flops_per_s if seconds and flops and flops_per_s else None

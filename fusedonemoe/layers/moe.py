@@ -1,18 +1,20 @@
 """The modules: parameters, their initialisation, and a forward that is one call into :mod:`fusedonemoe.functional`."""
 
 import copy
-import sys
 import weakref
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling, is_exporting
+from torch.nn.modules import module as _hooks
 
 from fusedonemoe import functional as F
 from fusedonemoe.checks import check_last_dim, check_tensor
 from fusedonemoe.config import MoEConfig
 from fusedonemoe.functional.experts import run_experts, run_packed
+from fusedonemoe.functional.traced import TRACED_BUILD, block_form, local, run_block, run_form
 from fusedonemoe.hf import config_of, tensors_of
 from fusedonemoe.layers import panels
 from fusedonemoe.layers.routers import TopKRouter, routing_impl
@@ -24,15 +26,6 @@ from fusedonemoe.ops.rules import ROUTE_OPTIONS
 
 # Types of parameters, and of their absence, that are not sharded.
 _PLAIN = frozenset((Tensor, nn.Parameter, type(None)))
-
-
-def _dtensor() -> Any:
-    """Return the class of sharded parameters, if it was imported, and else None: its import takes as long as torch's own."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return None if module is None else module.DTensor
-
-
-_dtensor.__dict__["_dynamo_marked_constant"] = True  # see ops/cpu/native.py
 
 
 class MoEOutput(NamedTuple):
@@ -74,6 +67,7 @@ class Experts(nn.Module):
         self.config = config
         self.num_experts: int = config.num_experts
         self._up_name = "gate_up_proj" if config.gated else "up_proj"
+        self._bias_name = f"{self._up_name}_bias"
         E, D, F_, G = config.num_experts, config.hidden_size, config.intermediate_size, config.up_rows
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -98,6 +92,14 @@ class Experts(nn.Module):
         """Run each row of ``x`` through its experts and sum by weight."""
         if self.exchange is not None:
             return self.exchange(self, x, experts, weights)
+        if is_dynamo_compiling() and not is_exporting():
+            parameters, up_name, bias_name = self._parameters, self._up_name, self._bias_name
+            named = up_name in parameters and "down_proj" in parameters  # not taken out by a parametrization or pruning
+            if named and bias_name in parameters and "down_proj_bias" in parameters:
+                up, down, bias = parameters[up_name], parameters["down_proj"], parameters[bias_name]
+                if up is not None and down is not None and up.dim() == 3 and down.dim() == 3:
+                    biases = bias, parameters["down_proj_bias"]
+                    return run_form(x, experts, weights, up, down, *biases, self.config.experts_form, TRACED_BUILD)
         return self.compute(x, experts, weights, *self.local_weights())
 
     def local_weights(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -109,16 +111,9 @@ class Experts(nn.Module):
             named[name] = parameters[name] if name in parameters else getattr(self, name)
         up, down, up_bias, down_bias = named.values()
         kinds = (type(up), type(down), type(up_bias), type(down_bias))
-        if not _PLAIN.issuperset(kinds) and (dtensor := _dtensor()):
-            for name, weight in named.items():
-                if isinstance(weight, dtensor):
-                    if self.exchange is None and not all(p.is_replicate() for p in weight.placements):
-                        raise RuntimeError(
-                            f"{name} is sharded over processes: {weight.placements}; it takes "
-                            "fusedonemoe.integrations.distributed.ExpertParallel or TensorParallel to compute with shards"
-                        )
-                    named[name] = weight.to_local()
-            up, down, up_bias, down_bias = named.values()
+        if not _PLAIN.issuperset(kinds):
+            exchanged = self.exchange is not None
+            up, down, up_bias, down_bias = (local(name, weight, exchanged=exchanged) for name, weight in named.items())
         return up, down, up_bias, down_bias
 
     def compute(
@@ -330,15 +325,19 @@ class MoE(nn.Module):
             x: ``[..., D]``.
             return_routing: return a :class:`MoEOutput` instead of the output alone.
         """
-        if x.shape[-1:] != (self.config.hidden_size,):
+        if (not is_dynamo_compiling() or is_exporting()) and x.shape[-1:] != (self.config.hidden_size,):
             # Ranks that wait for this one hear of it, instead of waiting for the timeout.
             tell_refusal = getattr(getattr(self.experts, "exchange", None), "tell_refusal", None)
             if tell_refusal is not None:
                 tell_refusal(self.experts)
             check_last_dim("x", x, self.config.hidden_size)
         parts = self._modules  # an attribute of a module takes a Python function
-        logits, weights, experts = parts["gate"](x)  # type: ignore[misc]
-        y: Tensor = parts["experts"](x, experts, weights)  # type: ignore[misc]
+        whole = None if return_routing else self._whole(x)
+        if whole is not None:
+            y: Tensor = whole
+        else:
+            logits, weights, experts = parts["gate"](x)  # type: ignore[misc]
+            y = parts["experts"](x, experts, weights)  # type: ignore[misc]
         if self.output_bias is not None:
             y = y + self.output_bias.to(y.dtype)  # under autocast y is not the parameter's
         if self.shared_expert is not None:
@@ -350,3 +349,50 @@ class MoE(nn.Module):
             return y
         counts = F.tokens_per_expert(experts, self.config.num_experts)
         return MoEOutput(y, logits, weights, experts, counts)
+
+    def _whole(self, x: Tensor) -> Tensor | None:
+        """Run router and experts as one operator; None where somebody could see a difference, or another has to run them."""
+        compiling = is_dynamo_compiling()
+        if is_exporting() if compiling else torch.is_grad_enabled() or type(x) is not Tensor:
+            return None
+        gate, experts = self._modules["gate"], self._modules["experts"]
+        if type(gate) is not TopKRouter or type(experts) is not Experts:
+            return None
+        if (
+            _hooks._global_forward_hooks
+            or _hooks._global_forward_pre_hooks
+            or _hooks._global_backward_hooks
+            or _hooks._global_backward_pre_hooks
+        ):
+            return None
+        for part in (gate, experts):  # what a call of the module would run
+            hooked = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+            if hooked or "forward" in part.__dict__:
+                return None
+        router, buffers, weights, config = gate._parameters, gate._buffers, experts._parameters, experts.config
+        up_name, bias_name = experts._up_name, experts._bias_name
+        if experts.exchange is not None or config.transposed or gate.impl != "auto":
+            return None
+        # A parametrization or pruning takes a name out.
+        if "weight" not in router or "bias" not in router or "e_score_correction_bias" not in buffers:
+            return None
+        if up_name not in weights or "down_proj" not in weights or bias_name not in weights or "down_proj_bias" not in weights:
+            return None
+        gate_weight, up, down = router["weight"], weights[up_name], weights["down_proj"]
+        if gate_weight is None or up is None or down is None or up.dim() != 3 or down.dim() != 3:
+            return None
+        bias = buffers["e_score_correction_bias"]
+        given = gate_weight, router["bias"], bias, up, down, weights[bias_name], weights["down_proj_bias"]
+        if compiling:
+            form = gate.__dict__.get("_form")
+            return None if form is None else block_form(x, *given, form, config.experts_form, TRACED_BUILD)
+        checked = gate.__dict__.get("_checked")
+        if checked is None or not _PLAIN.issuperset(map(type, given)):
+            return None
+        rule, *made_for = checked
+        if made_for != [gate_weight.shape[0], bias is not None] or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack():
+            return None
+        try:
+            return run_block(x, given, rule, config.act, config.impl)
+        except ValueError:  # the parts name the argument
+            return None

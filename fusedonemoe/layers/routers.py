@@ -1,13 +1,16 @@
 """Router modules: from hidden states to routing weights and expert ids."""
 
+import json
 from typing import Any, ClassVar, NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling, is_exporting
 
 from fusedonemoe import functional as F
 from fusedonemoe.checks import check_count
 from fusedonemoe.functional.routing import route_by
+from fusedonemoe.functional.traced import TRACED_BUILD, route_linear
 from fusedonemoe.layers.kept_buffers import KeptBuffers
 from fusedonemoe.linear import in_dtype, in_routing_dtype, outside_autocast, routing_linear, uniform_by_fan_in
 from fusedonemoe.ops.options import options_of
@@ -90,7 +93,7 @@ class TopKRouter(KeptBuffers, RouteAttributes):
         self._check(num_experts, selection_bias)
         self.impl = impl
         self.weight: nn.Parameter = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype)) if bias else None)
         # float32 whatever the module's or the default dtype is.
         correction = torch.empty(num_experts, device=device, dtype=torch.float32) if selection_bias else None
         self.register_buffer("e_score_correction_bias", correction)
@@ -99,6 +102,7 @@ class TopKRouter(KeptBuffers, RouteAttributes):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _RULE_FIELDS:
             self.__dict__.pop("_checked", None)
+            self.__dict__.pop("_form", None)
         super().__setattr__(name, value)
 
     def _check(self, num_experts: int, selection_bias: bool) -> tuple[RouteRule, int, bool]:
@@ -107,6 +111,7 @@ class TopKRouter(KeptBuffers, RouteAttributes):
         checked = rule, num_experts, selection_bias
         if not torch.compiler.is_dynamo_compiling():  # a traced call changes no attribute
             self.__dict__["_checked"] = checked
+            self.__dict__["_form"] = json.dumps(options_of(self, _RULE_FIELDS))
         return checked
 
     def reset_parameters(self) -> None:
@@ -120,7 +125,11 @@ class TopKRouter(KeptBuffers, RouteAttributes):
     def forward(self, x: Tensor) -> RouterOutput:
         """Route ``x`` ``[..., D]``."""
         parameters = self._parameters  # an attribute of a module takes a Python function
-        if "weight" in parameters and "bias" in parameters:
+        whole = "weight" in parameters and "bias" in parameters
+        if whole and is_dynamo_compiling() and not is_exporting() and (text := self.__dict__.get("_form")) is not None:
+            given = parameters["weight"], parameters["bias"], self.e_score_correction_bias
+            return RouterOutput(*route_linear(x, *given, text, self.impl, TRACED_BUILD))
+        if whole:
             logits = routing_linear(x, parameters["weight"], parameters["bias"])  # type: ignore[arg-type]
         else:  # a parametrization or pruning has taken a name out of the parameters
             logits = routing_linear(x, self.weight, self.bias)

@@ -78,6 +78,7 @@ COLUMNS: dict[str, Callable[[Cell, Row], str]] = {
     "p99 ms": lambda cell, row: milliseconds(row.get("p99_seconds")),
     "tokens/s": lambda cell, row: number(row.get("tokens_per_second"), ",.0f"),
     "x floor": lambda cell, row: number(floors(row, cell.get("floor_seconds"))),
+    "MFU": lambda cell, row: number(row.get("mfu"), ".1%"),
     "x ours": _times_ours,
     "error": lambda cell, row: number(row.get("error"), ".1e"),
     "peak MB": lambda cell, row: megabytes(row.get("peak_bytes")),

@@ -14,9 +14,10 @@ from fusedonemoe.ops.library.experts import (
     experts_mlp_packed,
     experts_mlp_quantized,
     experts_mlp_quantized_inference,
+    moe_inference,
     unpack_weights,
 )
-from fusedonemoe.ops.library.registration import BUILD, NAMESPACE, autocast_dtype, cast_arguments
+from fusedonemoe.ops.library.registration import BUILD, NAMESPACE, autocast_dtype, cast_arguments, register_transparent
 from fusedonemoe.ops.library.sparse_tables import experts_neurons_sparse, experts_values_sparse
 from fusedonemoe.ops.library.table import experts_merged, experts_neurons, experts_values, route, route_product_key
 
@@ -39,8 +40,10 @@ __all__ = [
     "experts_neurons_sparse",
     "experts_values",
     "experts_values_sparse",
+    "moe_inference",
     "opaque",
     "pack_weight",
+    "register_transparent",
     "route",
     "route_product_key",
     "unpack_weights",

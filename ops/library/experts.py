@@ -32,6 +32,7 @@ from fusedonemoe.ops.records import (
     ExpertsNeeds,
     SavedRows,
 )
+from fusedonemoe.ops.rules import RouteRule
 from fusedonemoe.ops.triton import rules
 
 _SAVED = record(SavedRows, "Tensor z, Tensor order, Tensor offsets")
@@ -172,6 +173,26 @@ def _register_inference(name: str, arguments: ExpertsArguments) -> Callable[...,
 
 experts_mlp_inference: Callable[..., Any] = _register_inference("experts_mlp", MLP_ARGUMENTS)
 experts_mlp_quantized_inference: Callable[..., Any] = _register_inference("experts_mlp_quantized", QUANTIZED_ARGUMENTS)
+
+
+# A block: a linear router and its experts
+
+EXPERTS = (
+    "Tensor up_proj, Tensor down_proj, Tensor? up_bias, Tensor? down_bias, str activation, str layout, float alpha, float limit"
+)
+
+moe_inference: Callable[..., Any] = register(
+    Operator(
+        name="moe_inference",
+        arguments=("Tensor x, Tensor gate, Tensor? gate_bias, Tensor? selection_bias", record(RouteRule), EXPERTS),
+        results=("y",),
+        refusal="fusedonemoe::moe_inference keeps nothing for a backward pass; route and experts_mlp do",
+        choose=lambda *call: "cpu",
+        kernels={},
+        compiled=Compiled(fake=lambda x, *_: x.new_empty(x.shape)),
+        flops=flops.block,
+    )
+)
 
 
 # Packed weights, for inference, and the way to them and back: compiled CPU kernels without gradients

@@ -36,6 +36,13 @@ def mlp(a: Shapes) -> int:
     return 2 * N * (G * D + D * F + _adapters(a))
 
 
+def block(a: Shapes) -> int:
+    """Count a forward of a block: the router's linear map, and experts that are MLPs."""
+    T, E = a["x"][0], a["gate"][0]
+    top_k = a["top_k"] or E
+    return 2 * T * E * a["x"][1] + mlp({**a, "experts": (T, top_k)})
+
+
 def mlp_backward(a: Shapes, needs: Sequence[bool], gradients: Sequence[str]) -> int:
     """Count a backward of experts that are MLPs: the gradient of h, and those that are needed."""
     N, D, F, G = _weights(a)

@@ -124,6 +124,13 @@ def register_composite(
     define_autocast(name, signature, casts)
 
 
+def register_transparent(name: str, arguments: str, body: Callable[..., Any], results: int) -> Any:
+    """Register Python as an operator that hides it from Dynamo, and from nothing behind that; return the operator."""
+    lib.define(f"{name}({arguments}) -> {_returned(results)}")
+    lib.impl(name, body, "CompositeImplicitAutograd")
+    return getattr(torch.ops.fusedonemoe, name).default
+
+
 def refuse_torch_func(name: str) -> None:
     """Have an operator refuse the transforms of torch.func, traced as well as eager."""
     lib.impl(name, refused, "FuncTorchDynamicLayerFrontMode")

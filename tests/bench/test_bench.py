@@ -98,6 +98,7 @@ def test_a_planted_wrong_peer_fails_the_command(tiny_suite, monkeypatch, capsys)
         "",
         "",
         "",
+        "",
         "1.0e+00",
         "",
         "",
@@ -165,6 +166,7 @@ def test_tiny_cells_from_end_to_end(tiny_suite, tmp_path, capsys, operator):
         assert 0 < row["spread"][0] <= row["seconds"] <= row["spread"][1] and row["calls"] >= runner.ROUNDS
         assert row["seconds"] <= row["p95_seconds"] <= row["p99_seconds"]
         assert row["tokens_per_second"] == pytest.approx(6 / row["seconds"])
+        assert row["mfu"] == pytest.approx(cell["flops"] / row["seconds"] / cell["flops_per_s"]) and f"{row['mfu']:.1%}" in out
         assert 0 <= row["error"] < 1e-5 and row["peak_bytes"] > 0
         base = next(r["seconds"] for r in cell["rows"] if r["peer"] == cell["yardstick"])
         assert row["times_faster"] == pytest.approx(base / row["seconds"])

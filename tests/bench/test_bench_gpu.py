@@ -206,7 +206,7 @@ def test_measured_cells_have_all_columns(two_cells, as_if_measured, tmp_path, ca
     drawn = ["--picture", str(tmp_path / "picture.png")] if importlib.util.find_spec("matplotlib") else []
     assert as_if_measured("--json", str(file), *drawn) == 0
     out = capsys.readouterr().out
-    assert all(heading in out for heading in ("x floor", "of dense", "of copy", "x best peer", "error", "peak MB"))
+    assert all(heading in out for heading in ("x floor", "MFU", "of dense", "of copy", "x best peer", "error", "peak MB"))
     results = json.loads(file.read_text())
     experts, router = results["cells"]
     assert results["dry"] is False and experts["dense_seconds"] > 0 and router["dense_seconds"] is None
@@ -214,6 +214,7 @@ def test_measured_cells_have_all_columns(two_cells, as_if_measured, tmp_path, ca
     rows = {row["peer"]: row for row in experts["rows"]}
     ours, plain = rows[OURS], rows[PLAIN]
     assert ours["of_dense"] == pytest.approx(experts["dense_seconds"] / ours["seconds"])
+    assert ours["mfu"] == pytest.approx(ours["of_dense"]) and all(row["mfu"] is None for row in router["rows"])
     assert ours["of_copy"] == pytest.approx(experts["copy_seconds"] / ours["seconds"])
     assert plain["times_faster"] == 1 and plain["peak_bytes"] > 0 and ours["spread"][0] <= ours["seconds"] <= ours["spread"][1]
     others = [row["times_best"] for peer, row in rows.items() if row["seconds"] and not peer.startswith(OURS)]

@@ -51,6 +51,7 @@ def test_the_command_prints_and_writes(capsys, tmp_path):
         assert default["times_faster"] == 1.0 and default["error"] == 0.0
         assert all(row["p99_seconds"] >= row["seconds"] > 0 and row["tokens_per_second"] > 0 for row in (ours, default))
         assert cell["floor_seconds"] == max(cell["flops"] / 1e11, cell["touched_bytes"] / 1e10)
+        assert ours["mfu"] == pytest.approx(cell["flops"] / ours["seconds"] / 1e11)
         assert cell["parameters"] > cell["active_parameters"] > 0
     assert (cells["qwen3-moe-float32-training"]["T"], cells["qwen3-moe-float32-decode"]["T"]) == (6, 1)
 

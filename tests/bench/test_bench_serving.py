@@ -160,6 +160,9 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     for cell in written:
         assert (cell["target_ms"], cell["target_tokens"]) == (1e6, 1e-6) and cell["floor_seconds"] > 0
         assert [row["peer"] for row in cell["rows"]] == [OURS, models.LOOP]
+        for row in cell["rows"]:
+            rate = row["tokens_per_second"] * cell["flops"] / cell["tokens"]
+            assert row["mfu"] == pytest.approx(rate / cell["flops_per_s"]) and f"{row['mfu']:.1%}" in out
         assert all(row["meets_latency"] and row["meets_throughput"] and row["success_rate"] == 1 for row in cell["rows"])
         assert cell["active_parameters"] < cell["parameters"] == 2 * 6 * (3 * 16 * 24 + 16)
     # A dry run answers and keeps no times.

@@ -194,6 +194,11 @@ def test_many_pictures_are_folded():
     assert "details" not in pictures.grid(["<figure></figure>"] * pictures.SHOWN)
 
 
+def test_mfu_has_a_column_where_a_file_has_it():
+    assert "12.3%" in page_of([a_run(cell("x", [row("fusedonemoe", 1.0, mfu=0.1234)]))])
+    assert "MFU" not in page_of([a_run(cell("x", [row("fusedonemoe", 1.0)]))])
+
+
 def test_what_no_file_has_is_said_with_the_command():
     html = page_of([a_run(cell("x", [row("fusedonemoe", 1.0)]))])
     assert "asv_bench.suites memory --json FILE" in html and "bench --suite cpu --json FILE" in html

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from fusedonemoe import Experts, MoEConfig
 from fusedonemoe.integrations.distributed import AllToAll, ExpertParallel, FixedCapacity
@@ -69,8 +69,19 @@ def test_a_shard_without_an_exchange_is_refused(alone):
     mesh = init_device_mesh("cpu", (1,))
     placed = distribute_tensor(moe.experts.gate_up_proj.detach(), mesh, [Shard(0)])
     moe.experts.gate_up_proj = nn.Parameter(placed)
-    with pytest.raises(RuntimeError, match=r"gate_up_proj is sharded over processes: \(Shard\(dim=0\),\)"):
-        moe(torch.randn(3, D, dtype=torch.float64))
+    x = torch.randn(3, D, dtype=torch.float64)
+    for run in (moe, torch.compile(moe, backend="aot_eager")):
+        with pytest.raises(RuntimeError, match=r"gate_up_proj is sharded over processes: \(Shard\(dim=0\),\)"):
+            run(x)
+
+
+def test_a_replicated_parameter_is_this_process_s(alone):
+    moe, x = make_moe(), torch.randn(3, D, dtype=torch.float64)
+    expected = moe(x)
+    placed = distribute_tensor(moe.experts.down_proj.detach(), init_device_mesh("cpu", (1,)), [Replicate()])
+    moe.experts.down_proj = nn.Parameter(placed)
+    for run in (moe, torch.compile(moe, backend="aot_eager")):
+        torch.testing.assert_close(run(x), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("make", [AllToAll, FixedCapacity])

@@ -213,6 +213,10 @@ def test_disk_cache_serves_unchanged_operators_and_never_edited_ones(tmp_path):
     assert hits == 0
     assert new_process() == (values, 2), "an unchanged library is served from the cache"
 
+    behind_dynamo = tmp_path / "fusedonemoe" / "functional" / "experts.py"
+    behind_dynamo.write_text(behind_dynamo.read_text() + "\n# edited\n")
+    assert new_process() == (values, 0), "the Python that Dynamo does not look into is in the key"
+
     source = tmp_path / "fusedonemoe" / "ops" / "activation.py"
     text = source.read_text()
     edits = [

@@ -276,6 +276,14 @@ def test_the_build_fills_a_page_in(tmp_path):
     assert all(f"{suite}.json" in html for suite in records.suites())
 
 
+def test_a_page_can_wait_for_a_file(tmp_path):
+    waiting = (
+        "```{measured} nothing\n:empty: None yet.\n```\n\n```{results} nothing\n:where: E=1\n:empty: Nor these.\n\nE: E\n```"
+    )
+    html, warnings = built(tmp_path, f"# Page\n\n{waiting}\n\n```{{measured}} quick\n:empty: None yet.\n```\n")
+    assert warnings == "" and html.count("None yet.") == 1 == html.count("Nor these.") and "quick.json" in html
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [

@@ -11,6 +11,8 @@ extern "C" int fusedonemoe_select_f32(const void*);
 
 namespace {
 
+using torch::stable::detail::from;
+
 KERNELS(mlp_forward)
 KERNELS(mlp_backward)
 KERNELS(merged_forward)
@@ -183,6 +185,31 @@ void route_forward(StableIValue* stack, uint64_t, uint64_t) {
                           threads_of_keys(T, E), rule.scale, rule.eps);
     route.run(element, &arguments);
     put(stack, {weights, experts});
+}
+
+// A whole block: the router's linear map in float32, the router, the experts.
+void moe_inference(StableIValue* stack, uint64_t, uint64_t) {
+    constexpr int RULE = 9, OF_EXPERTS = 8;
+    Arguments given(stack);
+    const Tensor x = given.take<Tensor>(), gate = given.take<Tensor>();
+    const auto bias = given.take<std::optional<Tensor>>();
+    check_dim("x", x, 2);
+    check_dim("gate", gate, 2);
+    element_of("x", x);
+    const int64_t E = gate.size(0), D = x.size(1);
+    auto in_float32 = [](const Tensor& tensor) { return in_dtype(tensor, F32); };
+    const auto gate_bias = checked("gate_bias", bias, {E}, FLOATS);
+    StableIValue logits[] = {from(in_float32(x)), from(in_float32(checked("gate", gate, {E, D}, FLOATS))),
+                             from(gate_bias ? std::optional(in_float32(*gate_bias)) : std::nullopt)};
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", logits, TORCH_ABI_VERSION));
+    const StableIValue *rest = stack + 3, *of_experts = rest + 1 + RULE;
+    StableIValue routing[2 + RULE] = {logits[0]};
+    std::copy(rest, of_experts, routing + 1);
+    route_forward(routing, 0, 0);
+    StableIValue call[3 + OF_EXPERTS] = {from(x), routing[1], routing[0]};
+    std::copy(of_experts, of_experts + OF_EXPERTS, call + 3);
+    experts_mlp_inference<Weights::FLOAT>(call, 0, 0);
+    stack[0] = call[0];
 }
 
 void route_gradient(StableIValue* stack, uint64_t, uint64_t) {
@@ -380,10 +407,11 @@ struct Operator {
     const char* schema;
     void (*kernel)(StableIValue*, uint64_t, uint64_t);
 };
+#define EXPERTS_ARGUMENTS                                                                                    \
+    "Tensor up_proj, Tensor down_proj, Tensor? up_bias, Tensor? down_bias, str activation, str layout, "     \
+    "float alpha, float limit"
 #define SAVED_ARGUMENTS "Tensor dy, Tensor z, Tensor order, Tensor offsets"
-#define MLP_ARGUMENTS                                                                                        \
-    "Tensor x, Tensor experts, Tensor weights, Tensor up_proj, Tensor down_proj, Tensor? up_bias, Tensor? "  \
-    "down_bias, str activation, str layout, float alpha, float limit"
+#define MLP_ARGUMENTS "Tensor x, Tensor experts, Tensor weights, " EXPERTS_ARGUMENTS
 #define QUANTIZED_ARGUMENTS                                                                                  \
     "Tensor x, Tensor experts, Tensor weights, Tensor up, Tensor up_scale, Tensor? up_zero, Tensor down, "   \
     "Tensor down_scale, Tensor? down_zero, Tensor? up_bias, Tensor? down_bias, str activation, str layout, " \
@@ -418,6 +446,9 @@ const Operator OPERATORS[] = {
     {"unpack_weights(Tensor panels, SymInt rows, SymInt width, str layout) -> Tensor", unpack_weights},
     {"route_cpu(Tensor logits, Tensor? selection_bias, " RULE_ARGUMENTS ") -> (Tensor, Tensor)",
      route_forward},
+    {"moe_inference_cpu(Tensor x, Tensor gate, Tensor? gate_bias, Tensor? selection_bias, " RULE_ARGUMENTS
+     ", " EXPERTS_ARGUMENTS ") -> Tensor",
+     moe_inference},
     {"route_cpu_backward(Tensor dweights, Tensor logits, Tensor experts, " RULE_ARGUMENTS ") -> Tensor",
      route_gradient},
     {"select_float32(Tensor keys, SymInt k) -> Tensor", select_float32},

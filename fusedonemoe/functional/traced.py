@@ -1,0 +1,164 @@
+"""The parts of a block as operators that Dynamo does not look into.
+
+Dynamo guards every function, module and constant that it traces, and checks the guards at each call, mostly in cold caches: for
+a small block that took as long as its products. An operator is one guard. It decomposes behind Dynamo: AOTAutograd traces the
+Python that eager calls run, and the graph that is compiled is the same. A form is one string, because each field would be a
+guard.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedonemoe.checks import check_last_dim
+from fusedonemoe.functional.calls import as_rows, records_gradients, with_leading
+from fusedonemoe.functional.experts import run_experts
+from fusedonemoe.functional.routing import route_by
+from fusedonemoe.linear import routing_linear
+from fusedonemoe.ops import library
+from fusedonemoe.ops.cpu import native
+from fusedonemoe.ops.records import Activation
+from fusedonemoe.ops.rules import RouteRule, make_rule
+
+
+def _fingerprint() -> int:
+    """Return a 62-bit digest of the Python behind these operators, without which torch's cache would run an old version."""
+    digest = hashlib.blake2b(str(library.BUILD).encode(), digest_size=8)
+    package = Path(__file__).parent.parent
+    for path in (*sorted((package / "functional").glob("*.py")), package / "linear.py", package / "checks.py"):
+        digest.update(path.read_bytes())
+    return int.from_bytes(digest.digest(), "big") >> 2
+
+
+TRACED_BUILD: int = _fingerprint()
+
+
+Weights = tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+def run_block(x: Tensor, weights: Weights, rule: RouteRule, act: Activation, impl: str) -> Tensor | None:
+    """Run a block as one operator of the compiled CPU kernels; None where it takes others, or an argument does not fit.
+
+    Args:
+        x: ``[..., D]``.
+        weights: of the router: weight, bias and selection bias; of the experts: both projections and their biases.
+        rule: for as many experts as the router has.
+        act: of the experts.
+        impl: of the experts.
+    """
+    gate, gate_bias, selection_bias, up, down, up_bias, down_bias = weights
+    dtype = x.dtype
+    if (
+        impl not in ("auto", "cpu")
+        or x.device.type != "cpu"
+        or up.device.type != "cpu"
+        or (gate.dtype is not dtype and gate.dtype is not torch.float32)
+        or up.dtype is not dtype
+        or down.dtype is not dtype
+        or up.dim() != 3
+        or x.dim() < 1
+        or x.shape[-1] != up.shape[2]
+        or torch.is_autocast_enabled("cpu")
+        or native.refusal(dtype, up.is_contiguous() and down.is_contiguous()) is not None
+        or records_gradients(x, *weights)
+    ):
+        return None
+    y = library.moe_inference(
+        as_rows(x), gate, gate_bias, selection_bias, *rule, up, down, up_bias, down_bias, *act, library.BUILD
+    )
+    return with_leading(y, x)
+
+
+def local(name: str, weight: Any, *, exchanged: bool) -> Any:
+    """Return this process's tensor of a weight that may be a ``DTensor``."""
+    module = sys.modules.get("torch.distributed.tensor")  # its import takes as long as torch's own
+    if module is None or not isinstance(weight, module.DTensor):
+        return weight
+    if not exchanged and not all(placement.is_replicate() for placement in weight.placements):
+        raise RuntimeError(
+            f"{name} is sharded over processes: {weight.placements}; it takes "
+            "fusedonemoe.integrations.distributed.ExpertParallel or TensorParallel to compute with shards"
+        )
+    return weight.to_local()
+
+
+def _route(
+    x: Tensor, weight: Tensor, bias: Tensor | None, selection_bias: Tensor | None, form: str, impl: str, build: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run a linear router; ``form`` has the fields of its rule."""
+    check_last_dim("x", x, weight.shape[1])
+    logits = routing_linear(x, weight, bias)
+    rule = make_rule(logits.shape[-1], selection_bias=selection_bias is not None, **json.loads(form))
+    return logits, *route_by(rule, logits, selection_bias, impl)
+
+
+def _experts(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    form: str,
+    build: int,
+) -> Tensor:
+    """Run experts; ``form`` has the name of the up-projection, and what :func:`run_experts` takes behind the weights."""
+    up_name, act, *rest = json.loads(form)
+    given: tuple[Tensor, Tensor, Tensor | None, Tensor | None] = (
+        local(up_name, up, exchanged=False),
+        local("down_proj", down, exchanged=False),
+        local(f"{up_name}_bias", up_bias, exchanged=False),
+        local("down_proj_bias", down_bias, exchanged=False),
+    )
+    return run_experts(x, experts, weights, *given, Activation(*act), *rest)
+
+
+def _block(
+    x: Tensor,
+    gate: Tensor,
+    gate_bias: Tensor | None,
+    selection_bias: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    rule_form: str,
+    experts_form: str,
+    build: int,
+) -> Tensor:
+    """Run a linear router without hooks and its experts: as one operator, if it can."""
+    _, act, _, transposed, impl = json.loads(experts_form)
+    weights = gate, gate_bias, selection_bias, up, down, up_bias, down_bias
+    rule = make_rule(gate.shape[0], selection_bias=selection_bias is not None, **json.loads(rule_form))
+    y = run_block(x, weights, rule, Activation(*act), impl) if not transposed else None
+    if y is None:
+        _, shares, experts = _route(x, gate, gate_bias, selection_bias, rule_form, "auto", build)
+        y = _experts(x, experts, shares, up, down, up_bias, down_bias, experts_form, build)
+    return y
+
+
+route_linear = library.register_transparent(
+    "route_linear",
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? selection_bias, str form, str impl, int build",
+    _route,
+    3,
+)
+run_form = library.register_transparent(
+    "experts_form",
+    "Tensor x, Tensor experts, Tensor weights, Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias, str form, int build",
+    _experts,
+    1,
+)
+block_form = library.register_transparent(
+    "block_form",
+    "Tensor x, Tensor gate, Tensor? gate_bias, Tensor? selection_bias, Tensor up, Tensor down, Tensor? up_bias, "
+    "Tensor? down_bias, str rule_form, str experts_form, int build",
+    _block,
+    1,
+)
