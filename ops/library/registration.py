@@ -126,8 +126,14 @@ def register_composite(
 
 def register_transparent(name: str, arguments: str, body: Callable[..., Any], results: int) -> Any:
     """Register Python as an operator that hides it from Dynamo, and from nothing behind that; return the operator."""
+    names = Signature.of(arguments).names
+
+    def checked(*flat: Any) -> Any:
+        check_one_device(names, flat)
+        return body(*flat)
+
     lib.define(f"{name}({arguments}) -> {_returned(results)}")
-    lib.impl(name, body, "CompositeImplicitAutograd")
+    lib.impl(name, checked, "CompositeImplicitAutograd")
     return getattr(torch.ops.fusedonemoe, name).default
 
 

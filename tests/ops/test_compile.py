@@ -16,6 +16,7 @@ from torch._inductor.exc import InductorError
 
 import fusedonemoe
 from fusedonemoe import FusedOneMoE, MoE
+from fusedonemoe.ops.cpu import native
 
 D = 16
 TOKEN_COUNTS = (16, 24, 7, 33, 100, 5, 2, 64)
@@ -146,6 +147,21 @@ def test_inductor_trains_like_eager(impl, dtype):
         mark_dynamic(x, 0)
         assert_same(run(fast, model, x, training=True), run(model, model, x, training=True), dtype)
     assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(native.refusal(torch.float32, True) is not None, reason="needs the CPU kernels")
+@pytest.mark.parametrize("training", [False, True])
+def test_the_cpp_wrapper_gives_the_same_bits(training):
+    model = MoE(hidden_size=D, intermediate_size=8, num_experts=8, top_k=2, bias=True, impl="cpu")
+    x = torch.randn(6, D)
+    expected = run(model, model, x, training=training)
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(cpp_wrapper=True):
+        got = run(torch.compile(model, fullgraph=True), model, x, training=training)
+    assert got.keys() == expected.keys()
+    for name, value in got.items():
+        assert torch.equal(value, expected[name]), name
 
 
 @pytest.mark.slow

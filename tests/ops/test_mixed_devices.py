@@ -14,7 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedonemoe import MoE
 from fusedonemoe import functional as F
+from fusedonemoe.functional.traced import TRACED_BUILD
 from fusedonemoe.ops.cpu import native
+from fusedonemoe.ops.library import BUILD
 
 _REFUSAL = native.refusal(torch.float32, True)
 needs_kernels = pytest.mark.skipif(_REFUSAL is not None, reason=f"no CPU kernels: {_REFUSAL}")
@@ -84,13 +86,30 @@ INNER_CALLS: dict[str, tuple[Any, ...]] = {
 }
 
 
+def block_calls() -> dict[str, tuple[Any, ...]]:
+    """Return arguments of the operators of a whole block."""
+    moe = MoE(hidden_size=D, intermediate_size=INNER, num_experts=E, top_k=K, bias=True, router_bias=True, selection_bias=True)
+    gate, layer, config, x = moe.gate, moe.experts, moe.config, draw(T, D)
+    router = gate.weight, gate.bias, gate.e_score_correction_bias
+    experts = layer.gate_up_proj, layer.down_proj, layer.gate_up_proj_bias, layer.down_proj_bias
+    whole = (x, *router, *config.route_rule, *experts, *config.act)
+    rule, form = gate.__dict__["_form"], config.experts_form
+    return {
+        "moe_inference": (*whole, BUILD),
+        "moe_inference_cpu": whole,
+        "route_linear": (x, *router, rule, "auto", TRACED_BUILD),
+        "experts_form": (x, EXPERTS, draw(T, K), *experts, form, TRACED_BUILD),
+        "block_form": (x, *router, *experts, rule, form, TRACED_BUILD),
+    }
+
+
 @cache
 def calls() -> dict[str, tuple[Any, ...]]:
     """Return arguments on the CPU for each operator of the library."""
     with Recorder() as recorder:
         for impl in ("dense", "grouped", *(() if _REFUSAL else ("cpu",))):
             call_the_public_functions(impl)
-    found = {**INNER_CALLS, **recorder.calls}
+    found = {**INNER_CALLS, **(block_calls() if _REFUSAL is None else {}), **recorder.calls}
     for name, given in recorder.calls.items():
         values = dict(zip((a.name for a in operator(name)._schema.arguments), given, strict=False))
         base = name.removesuffix("_backward")

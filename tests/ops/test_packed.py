@@ -287,6 +287,24 @@ def test_panels_of_other_strides_or_experts_are_refused():
 
 
 @needs_kernels
+def test_sizes_that_panels_do_not_have_are_refused_before_memory_is_taken():
+    packed = packed_of(make_mlp_inputs(5, 16, 8, 4, 2))
+    for rows, width in ((16, 1 << 50), (1 << 50, 8)):
+        with pytest.raises(ValueError, match=f"panels must be panels of shape .* of {rows} rows of {width}"):
+            torch.ops.fusedonemoe.unpack_weights(packed.down, rows, width, "plain")
+
+
+@needs_kernels
+def test_an_odd_number_of_gate_and_up_rows_is_refused():
+    # The last row would have no partner, and would be left unwritten.
+    packed = packed_of(make_mlp_inputs(5, 16, 8, 4, 2))
+    with pytest.raises(ValueError, match="as many rows of each, got 15"):
+        torch.ops.fusedonemoe.unpack_weights(packed.up, 15, 16, "gate_up")
+    with pytest.raises(ValueError, match="as many rows of each, got 15"):
+        torch.ops.fusedonemoe.pack_weights_(packed.up, torch.zeros(4, 15, 16), "gate_up")
+
+
+@needs_kernels
 def test_what_cannot_be_packed_says_why():
     inputs = make_mlp_inputs(2, 16, 8, 4, 2)
     with pytest.raises(ValueError, match="cannot be packed: the CPU kernels have"):

@@ -58,6 +58,8 @@ static int (*const ELEMENTS_PER_UNIT[])() = {
 inline void check_panels(const char* name, const Tensor& panels, int64_t columns, int64_t width, bool gated,
                          int64_t rows) {
     check_dim(name, panels, 5);
+    if (gated && rows % 2)
+        refuse("a weight with gate and up must have as many rows of each, got ", std::to_string(rows));
     const int64_t units = ELEMENTS_PER_UNIT[element_of(name, panels)](), across = gated ? PANEL / 2 : PANEL,
                   shape[] = {panels.size(0), (columns + across - 1) / across, (width + units - 1) / units,
                              PANEL, units};

@@ -125,7 +125,9 @@ void unpack_weights(StableIValue* stack, uint64_t, uint64_t) {
     const Tensor panels = given.take<Tensor>();
     const int64_t rows = given.take<int64_t>(), width = given.take<int64_t>();
     const auto layout = given.take<std::string>();
-    check_dim("panels", panels, 5);
+    const bool gated = layout != "plain";
+    // Before sizes that do not fit ask for memory.
+    check_panels("panels", panels, gated ? rows / 2 : rows, width, gated, rows);
     const Tensor weight = new_tensor({panels.size(0), rows, width}, element_of("panels", panels));
     move_panels(pack, panels, weight, layout, true);
     put(stack, {weight});
