@@ -87,8 +87,10 @@ class MoEConfig(ActivationFields, RouteFields):
         return make_activation(**options_of(self, ACTIVATION_OPTIONS))
 
     @cached_property
-    def experts_form(self) -> str:
-        """The experts' form, as the operator that :class:`Experts` compiles to takes it."""
+    def experts_form(self) -> str | None:
+        """The experts' form, as the operator that :class:`Experts` compiles to takes it; None where Dynamo must look into it."""
+        if self.impl == "portable":  # which may read a number from the data
+            return None
         up = "gate_up_proj" if self.gated else "up_proj"
         return json.dumps((up, self.act, self.save_percent, self.transposed, self.impl))
 

@@ -97,9 +97,9 @@ class Experts(nn.Module):
             named = up_name in parameters and "down_proj" in parameters  # not taken out by a parametrization or pruning
             if named and bias_name in parameters and "down_proj_bias" in parameters:
                 up, down, bias = parameters[up_name], parameters["down_proj"], parameters[bias_name]
-                if up is not None and down is not None and up.dim() == 3 and down.dim() == 3:
-                    biases = bias, parameters["down_proj_bias"]
-                    return run_form(x, experts, weights, up, down, *biases, self.config.experts_form, TRACED_BUILD)
+                form = self.config.experts_form
+                if form is not None and up is not None and down is not None and up.dim() == 3 and down.dim() == 3:
+                    return run_form(x, experts, weights, up, down, bias, parameters["down_proj_bias"], form, TRACED_BUILD)
         return self.compute(x, experts, weights, *self.local_weights())
 
     def local_weights(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -384,8 +384,8 @@ class MoE(nn.Module):
         bias = buffers["e_score_correction_bias"]
         given = gate_weight, router["bias"], bias, up, down, weights[bias_name], weights["down_proj_bias"]
         if compiling:
-            form = gate.__dict__.get("_form")
-            return None if form is None else block_form(x, *given, form, config.experts_form, TRACED_BUILD)
+            forms = gate.__dict__.get("_form"), config.experts_form
+            return None if forms[0] is None or forms[1] is None else block_form(x, *given, *forms, TRACED_BUILD)
         checked = gate.__dict__.get("_checked")
         if checked is None or not _PLAIN.issuperset(map(type, given)):
             return None

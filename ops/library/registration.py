@@ -133,7 +133,9 @@ def register_transparent(name: str, arguments: str, body: Callable[..., Any], re
         return body(*flat)
 
     lib.define(f"{name}({arguments}) -> {_returned(results)}")
-    lib.impl(name, checked, "CompositeImplicitAutograd")
+    # In a transform of torch.func, the operators inside have to meet the transform themselves.
+    for key in ("CompositeImplicitAutograd", "FuncTorchDynamicLayerFrontMode"):
+        lib.impl(name, checked, key)
     return getattr(torch.ops.fusedonemoe, name).default
 
 
