@@ -24,10 +24,15 @@ GROUP_TIMEOUT = 8  # seconds, of the group that tests.processes makes
 
 
 def expect_an_error(what_happens, rank, victim):
-    """Train until the victim is gone; the others get an error in time, and its text says what failed."""
+    """Train until the victim is gone; the others get an error within the timeout of the step, and its text says what failed."""
     moe = ExpertParallel().apply(make_moe(dtype=torch.float32))
     for step in range(3):
-        moe(torch.randn(6, D)).sum().backward()
+        start = time.monotonic()
+        try:
+            moe(torch.randn(6, D)).sum().backward()
+        except RuntimeError:
+            assert time.monotonic() - start < GROUP_TIMEOUT + 6
+            raise
         if step == 1 and rank == victim:
             what_happens()
             return
@@ -35,13 +40,11 @@ def expect_an_error(what_happens, rank, victim):
 
 
 def others_hear_of(what_happens, rank, folder):
-    start = time.monotonic()
     if rank == 1:
         expect_an_error(what_happens, rank, 1)
         return
     with pytest.raises(RuntimeError) as caught:
         expect_an_error(what_happens, rank, 1)
-    assert time.monotonic() - start < GROUP_TIMEOUT + 6
     assert re.search(r"expert parallelism over 4 ranks failed on rank \d", str(caught.value))
     assert re.search("(?i)connection|timed out|timeout", str(caught.value)), caught.value
     (folder / f"ended{rank}").write_text(str(caught.value))
