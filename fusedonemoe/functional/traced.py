@@ -9,6 +9,7 @@ guard.
 import hashlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -143,19 +144,19 @@ def _block(
     return y
 
 
-route_linear = library.register_transparent(
+route_linear: Callable[..., Any] = library.register_transparent(
     "route_linear",
     "Tensor x, Tensor weight, Tensor? bias, Tensor? selection_bias, str form, str impl, int build",
     _route,
     3,
 )
-run_form = library.register_transparent(
+run_form: Callable[..., Any] = library.register_transparent(
     "experts_form",
     "Tensor x, Tensor experts, Tensor weights, Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias, str form, int build",
     _experts,
     1,
 )
-block_form = library.register_transparent(
+block_form: Callable[..., Any] = library.register_transparent(
     "block_form",
     "Tensor x, Tensor gate, Tensor? gate_bias, Tensor? selection_bias, Tensor up, Tensor down, Tensor? up_bias, "
     "Tensor? down_bias, str rule_form, str experts_form, int build",

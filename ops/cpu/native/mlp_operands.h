@@ -12,15 +12,6 @@ namespace {
 // The forms of weights that have the same tensors, so the same operator.
 enum class Weights { FLOAT, QUANTIZED, PACKED };
 
-inline void check_name(const char* argument, const std::string& name, const std::vector<const char*>& names) {
-    std::string all;
-    for (const char* each : names) {
-        if (name == each) return;
-        all += (all.empty() ? "'" : ", '") + std::string(each) + "'";
-    }
-    refuse(argument, " must be one of (", all, "), got '", name, "'");
-}
-
 inline int64_t activation_of(const std::string& name) {
     static const std::vector<const char*> NAMES(ACTIVATION_NAMES, ACTIVATION_NAMES + NUM_ACTIVATIONS);
     for (int i = 0; i < NUM_ACTIVATIONS; i++)

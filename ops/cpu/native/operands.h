@@ -93,6 +93,15 @@ inline void refuse_forward_mode() {
             "first derivatives in reverse mode only");
 }
 
+inline void check_name(const char* argument, const std::string& name, const std::vector<const char*>& names) {
+    std::string all;
+    for (const char* each : names) {
+        if (name == each) return;
+        all += (all.empty() ? "'" : ", '") + std::string(each) + "'";
+    }
+    refuse(argument, " must be one of (", all, "), got '", name, "'");
+}
+
 // Takes the arguments of an operator in order.
 class Arguments {
     const StableIValue* next;
@@ -100,6 +109,13 @@ class Arguments {
   public:
     explicit Arguments(const StableIValue* stack) : next(stack) {}
     template <class T> T take() { return torch::stable::detail::to<T>(*next++); }
+    // The place of a name among those that the argument may have.
+    int take_name(const char* argument, const std::vector<const char*>& names) {
+        const auto name = take<std::string>();
+        const auto found = std::find(names.begin(), names.end(), name);
+        if (found == names.end()) check_name(argument, name, names);
+        return int(found - names.begin());
+    }
     std::vector<bool> take_flags() {
         const auto list = take<StableListHandle>();
         size_t size = 0;

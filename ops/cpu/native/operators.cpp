@@ -135,33 +135,15 @@ void unpack_weights(StableIValue* stack, uint64_t, uint64_t) {
 
 // The router
 
-struct RuleArguments {
-    int64_t top_k;
-    RouteRule rule;
-    double scale, eps;
-
-    explicit RuleArguments(Arguments& given) {
-        top_k = given.take<int64_t>();
-        const auto scoring = given.take<std::string>();
-        const bool score_first = given.take<bool>(), normalised = given.take<bool>();
-        scale = given.take<double>();
-        const int64_t groups = given.take<int64_t>(), open = given.take<int64_t>();
-        const auto by = given.take<std::string>();
-        eps = given.take<double>();
-        rule = {scoring == "sigmoid", score_first, normalised, groups, open, by == "max"};
-        check_name("scoring", scoring, {"softmax", "sigmoid"});
-        check_name("group_score", by, {"top2_sum", "max"});
-    }
-    void check(int64_t E) const {
-        refuse_forward_mode();
-        if (rule.groups < 1 || E % rule.groups || rule.open_groups < 1 || rule.open_groups > rule.groups)
-            refuse("n_group must divide ", std::to_string(E), " experts and be at least topk_group, got ",
-                   std::to_string(rule.groups), ", ", std::to_string(rule.open_groups));
-        const int64_t selectable = E / rule.groups * rule.open_groups;
-        if (top_k < 0 || top_k > selectable)
-            refuse("top_k must be from 0 to ", std::to_string(selectable), ", got ", std::to_string(top_k));
-    }
-};
+void check_rule(const RouteRule& rule, int64_t E) {
+    refuse_forward_mode();
+    if (rule.groups < 1 || E % rule.groups || rule.open_groups < 1 || rule.open_groups > rule.groups)
+        refuse("n_group must divide ", std::to_string(E), " experts and be at least topk_group, got ",
+               std::to_string(rule.groups), ", ", std::to_string(rule.open_groups));
+    const int64_t selectable = E / rule.groups * rule.open_groups;
+    if (rule.top_k < 0 || rule.top_k > selectable)
+        refuse("top_k must be from 0 to ", std::to_string(selectable), ", got ", std::to_string(rule.top_k));
+}
 // A row of the router takes as long as so many keys more.
 int64_t threads_of_keys(double T, double E) {
     return threads_for(T * (E + 128), fusedonemoe_keys_per_thread);
@@ -171,11 +153,11 @@ void route_forward(StableIValue* stack, uint64_t, uint64_t) {
     Arguments given(stack);
     Tensor logits = given.take<Tensor>();
     auto bias = given.take<std::optional<Tensor>>();
-    const RuleArguments rule(given);
+    const RouteRule rule(given);
     check_dim("logits", logits, 2);
     const DtypeIndex element = element_of("logits", logits);
     const int64_t T = logits.size(0), E = logits.size(1), K = rule.top_k ? rule.top_k : E;
-    rule.check(E);
+    check_rule(rule, E);
     if (T && K > MOST_ROUTED_ROWS / T)
         refuse("logits must be of fewer than 2**31 choices, T * K, got ", std::to_string(T * K), " of shape ",
                text_of(logits.sizes()), " and top_k ", std::to_string(rule.top_k));
@@ -183,15 +165,14 @@ void route_forward(StableIValue* stack, uint64_t, uint64_t) {
     if (bias) bias = in_dtype(checked("selection_bias", *bias, {E}, FLOATS), F32);
     const Tensor weights = new_tensor({T, K}, F32), experts = new_tensor({T, K}, I64);
     const Route arguments(address(logits), (const float*)address(bias), (float*)written(weights),
-                          (int64_t*)written(experts), T, E, K, rule.top_k > 0, rule.rule,
-                          threads_of_keys(T, E), rule.scale, rule.eps);
+                          (int64_t*)written(experts), T, E, K, rule.top_k > 0, rule, threads_of_keys(T, E));
     route.run(element, &arguments);
     put(stack, {weights, experts});
 }
 
 // A whole block: the router's linear map in float32, the router, the experts.
 void moe_inference(StableIValue* stack, uint64_t, uint64_t) {
-    constexpr int RULE = 9, OF_EXPERTS = 8;
+    constexpr int OF_EXPERTS = 8;
     Arguments given(stack);
     const Tensor x = given.take<Tensor>(), gate = given.take<Tensor>();
     const auto bias = given.take<std::optional<Tensor>>();
@@ -204,8 +185,8 @@ void moe_inference(StableIValue* stack, uint64_t, uint64_t) {
     StableIValue logits[] = {from(in_float32(x)), from(in_float32(checked("gate", gate, {E, D}, FLOATS))),
                              from(gate_bias ? std::optional(in_float32(*gate_bias)) : std::nullopt)};
     TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", logits, TORCH_ABI_VERSION));
-    const StableIValue *rest = stack + 3, *of_experts = rest + 1 + RULE;
-    StableIValue routing[2 + RULE] = {logits[0]};
+    const StableIValue *rest = stack + 3, *of_experts = rest + 1 + RouteRule::FIELDS;
+    StableIValue routing[2 + RouteRule::FIELDS] = {logits[0]};
     std::copy(rest, of_experts, routing + 1);
     route_forward(routing, 0, 0);
     StableIValue call[3 + OF_EXPERTS] = {from(x), routing[1], routing[0]};
@@ -217,18 +198,18 @@ void moe_inference(StableIValue* stack, uint64_t, uint64_t) {
 void route_gradient(StableIValue* stack, uint64_t, uint64_t) {
     Arguments given(stack);
     Tensor dweights = given.take<Tensor>(), logits = given.take<Tensor>(), experts = given.take<Tensor>();
-    const RuleArguments rule(given);
+    const RouteRule rule(given);
     check_dim("logits", logits, 2);
     const DtypeIndex element = element_of("logits", logits);
     const int64_t T = logits.size(0), E = logits.size(1), K = rule.top_k ? rule.top_k : E;
-    rule.check(E);
+    check_rule(rule, E);
     logits = checked("logits", logits, {T, E}, {element});
     experts = in_dtype(checked("experts", experts, {T, K}, INTEGERS), I64);
     dweights = in_dtype(checked("dweights", dweights, {T, K}, FLOATS), F32);
     const Tensor dlogits = new_tensor({T, E}, element);
     const RouteBackward arguments((const float*)address(dweights), address(logits),
-                                  (const int64_t*)address(experts), written(dlogits), T, E, K, rule.rule,
-                                  threads_of_keys(T, E), rule.scale, rule.eps);
+                                  (const int64_t*)address(experts), written(dlogits), T, E, K, rule,
+                                  threads_of_keys(T, E));
     route_backward.run(element, &arguments);
     put(stack, {dlogits});
 }
@@ -418,9 +399,6 @@ struct Operator {
     "Tensor x, Tensor experts, Tensor weights, Tensor up, Tensor up_scale, Tensor? up_zero, Tensor down, "   \
     "Tensor down_scale, Tensor? down_zero, Tensor? up_bias, Tensor? down_bias, str activation, str layout, " \
     "float alpha, float limit"
-#define RULE_ARGUMENTS                                                                                       \
-    "int top_k, str scoring, bool score_first, bool norm_topk_prob, float scale, int n_group, int "          \
-    "topk_group, str group_score, float norm_eps"
 #define MERGED_ARGUMENTS "Tensor x, Tensor experts, Tensor weights, Tensor proj"
 #define NEURONS_ARGUMENTS "Tensor x, Tensor experts, Tensor weights, Tensor down, Tensor up, str activation"
 #define VALUES_ARGUMENTS "Tensor experts, Tensor weights, Tensor table"
@@ -446,12 +424,11 @@ const Operator OPERATORS[] = {
      experts_mlp_inference<Weights::PACKED>},
     {"pack_weights_(Tensor(a!) panels, Tensor weight, str layout) -> ()", pack_weights},
     {"unpack_weights(Tensor panels, SymInt rows, SymInt width, str layout) -> Tensor", unpack_weights},
-    {"route_cpu(Tensor logits, Tensor? selection_bias, " RULE_ARGUMENTS ") -> (Tensor, Tensor)",
-     route_forward},
-    {"moe_inference_cpu(Tensor x, Tensor gate, Tensor? gate_bias, Tensor? selection_bias, " RULE_ARGUMENTS
+    {"route_cpu(Tensor logits, Tensor? selection_bias, " ROUTE_RULE ") -> (Tensor, Tensor)", route_forward},
+    {"moe_inference_cpu(Tensor x, Tensor gate, Tensor? gate_bias, Tensor? selection_bias, " ROUTE_RULE
      ", " EXPERTS_ARGUMENTS ") -> Tensor",
      moe_inference},
-    {"route_cpu_backward(Tensor dweights, Tensor logits, Tensor experts, " RULE_ARGUMENTS ") -> Tensor",
+    {"route_cpu_backward(Tensor dweights, Tensor logits, Tensor experts, " ROUTE_RULE ") -> Tensor",
      route_gradient},
     {"select_float32(Tensor keys, SymInt k) -> Tensor", select_float32},
     {"experts_merged_cpu(" MERGED_ARGUMENTS ") -> (Tensor, Tensor, Tensor)", experts_merged},

@@ -6,9 +6,30 @@
 #pragma once
 #include "select.h"
 
+// The rule as operators take it: the fields of Python's RouteRule, in its order.
+#define ROUTE_RULE                                                                                           \
+    "int top_k, str scoring, bool score_first, bool norm_topk_prob, float scale, int n_group, int "          \
+    "topk_group, str group_score, float norm_eps"
 struct RouteRule {
-    // Flags, and counts of groups, as in the RouteRule of Python.
-    int64_t sigmoid, score_first, normalised, groups, open_groups, group_by_max;
+    static constexpr int FIELDS = 9;
+    int64_t top_k;  // 0 for every expert
+    bool sigmoid, score_first, normalised;
+    double scale;
+    int64_t groups, open_groups;
+    bool group_by_max;
+    double eps;
+
+    template <class Arguments> explicit RouteRule(Arguments& given) {
+        top_k = given.template take<int64_t>();
+        sigmoid = given.take_name("scoring", {"softmax", "sigmoid"}) == 1;
+        score_first = given.template take<bool>();
+        normalised = given.template take<bool>();
+        scale = given.template take<double>();
+        groups = given.template take<int64_t>();
+        open_groups = given.template take<int64_t>();
+        group_by_max = given.take_name("group_score", {"top2_sum", "max"}) == 1;
+        eps = given.template take<double>();
+    }
     // True if the weights are shares of a softmax over all experts, including those that were not picked.
     bool over_all() const { return !sigmoid && score_first && !normalised; }
 };
@@ -20,7 +41,6 @@ struct Route {
     int64_t rows, experts, top_k, select;  // without selection K = E, and the ids are 0 .. E - 1
     RouteRule rule;
     int64_t threads;
-    double scale, eps;
 };
 struct RouteBackward {
     const float* dweights;
@@ -30,7 +50,6 @@ struct RouteBackward {
     int64_t rows, experts, top_k;
     RouteRule rule;
     int64_t threads;
-    double scale, eps;
 };
 
 static inline int padded_to_lanes(int n) { return (n + LANES - 1) / LANES * LANES; }
@@ -195,12 +214,12 @@ template <class T> class RoutePass {
                     picked[j] = row[ids[j]];
                 if (rule.sigmoid) {
                     probabilities(picked, K, picked);
-                    if (rule.normalised) divided(picked, K, sum_of(picked, K) + (float)a.eps);
+                    if (rule.normalised) divided(picked, K, sum_of(picked, K) + (float)a.rule.eps);
                 } else {
                     divided(picked, K, exponentials(picked, K, picked));
                 }
             }
-            if (a.scale != 1.) scaled(picked, K, (float)a.scale);
+            if (a.rule.scale != 1.) scaled(picked, K, (float)a.rule.scale);
             memcpy(a.weights + t * K, picked, K * sizeof(float));
         });
     }
@@ -223,7 +242,7 @@ template <class T> class RouteBackwardPass {
                 sum += load<vf>(gradients + j) * load<vf>(scores + j);
             inner = sum_of_lanes(sum);
         }
-        const float total = a.rule.sigmoid && a.rule.normalised ? sum_of(scores, K) + (float)a.eps : 1.f;
+        const float total = a.rule.sigmoid && a.rule.normalised ? sum_of(scores, K) + (float)a.rule.eps : 1.f;
         for (int j = 0; j < K; j += LANES) {
             const vf score = load<vf>(scores + j);
             vf gradient = (load<vf>(gradients + j) - splat(inner / total)) / splat(total);
@@ -244,7 +263,7 @@ template <class T> class RouteBackwardPass {
             const int64_t* ids = a.ids + t * K;
             widen_row((const T*)a.logits + t * E, E, wide);
             for (int j = 0; j < K; j++)
-                gradients[j] = a.dweights[t * K + j] * (float)a.scale;
+                gradients[j] = a.dweights[t * K + j] * (float)a.rule.scale;
             for (int j = K; j < padded_K; j++)
                 gradients[j] = 0.f;
             if (a.rule.over_all()) {
