@@ -179,7 +179,8 @@ def case_route_top_p(draw: Draw) -> Trial:
     def exact(given: Given) -> Expected:
         l, ids = given.bounded("logits", logits.dtype, T, E), given.ids("experts", T, E)  # noqa: E741
         # softmax(l / temperature): the difference is divided, not the logits, so that large ones lose nothing.
-        scaled = Bounded(l.value / temperature, l.work.unit * np.abs(l.value - _top(l.value)) / temperature, l.work)
+        below = l.value - _top(l.value)
+        scaled = Bounded(below / temperature, l.work.unit * np.abs(below) / temperature, l.work)
         p, kept = softmax(scaled), ids >= 0
         own = np.tile(np.arange(E), (T, 1))
         wrong = ["an id is neither its column's nor -1"] if ((ids != own) & kept).any() else []
