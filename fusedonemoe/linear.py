@@ -9,6 +9,14 @@ from torch import Tensor, nn
 from fusedonemoe.ops.library import autocast_dtype
 from fusedonemoe.ops.route import routing_dtype
 
+# Types of parameters, and of their absence, that have no functions of their own: a shard or a quantised weight has.
+_PLAIN = frozenset((Tensor, nn.Parameter, type(None)))
+
+
+def are_plain(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Return whether no tensor is of a class that computes by itself."""
+    return _PLAIN.issuperset([type(tensor) for tensor in tensors])
+
 
 def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """``tensor.to(dtype)``, which costs ten times the question when there is nothing to do."""
@@ -22,6 +30,8 @@ def in_routing_dtype(tensor: Tensor) -> Tensor:
 
 def routing_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x W^T (+ b)`` in the routing dtype of x, with autocast off."""
+    if weight.device != x.device:  # torch takes a weight without memory for a question about shapes
+        raise ValueError(f"the router's weight must be on the device of x ({x.device}), got {weight.device}")
     device = x.device.type
     if (device != "cpu" or torch.is_autocast_enabled("cpu")) and autocast_dtype(device) is not None:
         with torch.autocast(device, enabled=False):

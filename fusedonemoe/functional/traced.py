@@ -36,7 +36,15 @@ def _fingerprint() -> int:
     return int.from_bytes(digest.digest(), "big") >> 2
 
 
-TRACED_BUILD: int = _fingerprint()
+_BUILD = _fingerprint()
+
+
+def traced_build() -> int:
+    """Return what tells torch's cache one version of the Python behind these operators from another, with CPU kernels or not."""
+    return _BUILD ^ (native.refusal(torch.float32, True) is None)
+
+
+traced_build.__dict__["_dynamo_marked_constant"] = True  # see ops/cpu/native.py
 
 
 Weights = tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]
@@ -62,6 +70,8 @@ def run_block(x: Tensor, weights: Weights, rule: RouteRule, act: Activation, imp
         or up.dtype is not dtype
         or down.dtype is not dtype
         or up.dim() != 3
+        or up.shape[0] < 1
+        or (gate_bias is not None and gate_bias.shape != gate.shape[:1])
         or x.dim() < 1
         or x.shape[-1] != up.shape[2]
         or torch.is_autocast_enabled("cpu")

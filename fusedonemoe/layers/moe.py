@@ -3,10 +3,12 @@
 import copy
 import weakref
 from collections.abc import Callable
+from types import MethodType
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
+from torch._C import _len_torch_function_stack
 from torch.compiler import is_dynamo_compiling, is_exporting
 from torch.nn.modules import module as _hooks
 
@@ -14,18 +16,15 @@ from fusedonemoe import functional as F
 from fusedonemoe.checks import check_last_dim, check_tensor
 from fusedonemoe.config import MoEConfig
 from fusedonemoe.functional.experts import run_experts, run_packed
-from fusedonemoe.functional.traced import TRACED_BUILD, block_form, local, run_block, run_form
+from fusedonemoe.functional.traced import block_form, local, run_block, run_form, traced_build
 from fusedonemoe.hf import config_of, tensors_of
 from fusedonemoe.layers import panels
 from fusedonemoe.layers.routers import TopKRouter, routing_impl
 from fusedonemoe.layers.shared_expert import SharedExpert
-from fusedonemoe.linear import uniform_by_fan_in
+from fusedonemoe.linear import are_plain, uniform_by_fan_in
 from fusedonemoe.ops.library import PANEL_DIMS
 from fusedonemoe.ops.options import options_of
 from fusedonemoe.ops.rules import ROUTE_OPTIONS
-
-# Types of parameters, and of their absence, that are not sharded.
-_PLAIN = frozenset((Tensor, nn.Parameter, type(None)))
 
 
 class MoEOutput(NamedTuple):
@@ -67,7 +66,6 @@ class Experts(nn.Module):
         self.config = config
         self.num_experts: int = config.num_experts
         self._up_name = "gate_up_proj" if config.gated else "up_proj"
-        self._bias_name = f"{self._up_name}_bias"
         E, D, F_, G = config.num_experts, config.hidden_size, config.intermediate_size, config.up_rows
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -92,14 +90,16 @@ class Experts(nn.Module):
         """Run each row of ``x`` through its experts and sum by weight."""
         if self.exchange is not None:
             return self.exchange(self, x, experts, weights)
-        if is_dynamo_compiling() and not is_exporting():
-            parameters, up_name, bias_name = self._parameters, self._up_name, self._bias_name
+        if is_dynamo_compiling() and not is_exporting() and _runs_as_written(self):
+            parameters, up_name = self._parameters, self._up_name
+            bias_name = f"{up_name}_bias"
             named = up_name in parameters and "down_proj" in parameters  # not taken out by a parametrization or pruning
             if named and bias_name in parameters and "down_proj_bias" in parameters:
                 up, down, bias = parameters[up_name], parameters["down_proj"], parameters[bias_name]
                 form = self.config.experts_form
-                if form is not None and up is not None and down is not None and up.dim() == 3 and down.dim() == 3:
-                    return run_form(x, experts, weights, up, down, bias, parameters["down_proj_bias"], form, TRACED_BUILD)
+                given = up, down, bias, parameters["down_proj_bias"]
+                if form is not None and are_plain(given) and up.dim() == 3 and down.dim() == 3:  # type: ignore[union-attr]
+                    return run_form(x, experts, weights, *given, form, traced_build())
         return self.compute(x, experts, weights, *self.local_weights())
 
     def local_weights(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -110,8 +110,7 @@ class Experts(nn.Module):
             # A parametrization or pruning takes a name out of the parameters.
             named[name] = parameters[name] if name in parameters else getattr(self, name)
         up, down, up_bias, down_bias = named.values()
-        kinds = (type(up), type(down), type(up_bias), type(down_bias))
-        if not _PLAIN.issuperset(kinds):
+        if not are_plain((up, down, up_bias, down_bias)):
             exchanged = self.exchange is not None
             up, down, up_bias, down_bias = (local(name, weight, exchanged=exchanged) for name, weight in named.items())
         return up, down, up_bias, down_bias
@@ -205,6 +204,25 @@ class Experts(nn.Module):
         """The sizes, for ``print(module)``."""
         sizes = options_of(self.config, ("num_experts", "hidden_size", "intermediate_size", "activation", "gated"))
         return ", ".join(f"{name}={value!r}" for name, value in sizes.items())
+
+
+_ROUTER_FORWARD, _FORWARD, _COMPUTE, _LOCAL = TopKRouter.forward, Experts.forward, Experts.compute, Experts.local_weights
+
+
+def _runs_as_written(experts: Experts) -> bool:
+    """Return whether no mode sees the functions that experts call, and nobody has replaced a method of them.
+
+    Dynamo guards the methods of a module that are read.
+    """
+    return (
+        not _len_torch_function_stack()
+        and isinstance(experts.forward, MethodType)
+        and experts.forward.__func__ is _FORWARD
+        and isinstance(experts.compute, MethodType)
+        and experts.compute.__func__ is _COMPUTE
+        and isinstance(experts.local_weights, MethodType)
+        and experts.local_weights.__func__ is _LOCAL
+    )
 
 
 class MoE(nn.Module):
@@ -367,10 +385,17 @@ class MoE(nn.Module):
             return None
         for part in (gate, experts):  # what a call of the module would run
             hooked = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
-            if hooked or "forward" in part.__dict__:
+            if hooked or part._compiled_call_impl is not None:
                 return None
+        if (
+            not _runs_as_written(experts)
+            or not isinstance(gate.forward, MethodType)
+            or gate.forward.__func__ is not _ROUTER_FORWARD
+        ):
+            return None
         router, buffers, weights, config = gate._parameters, gate._buffers, experts._parameters, experts.config
-        up_name, bias_name = experts._up_name, experts._bias_name
+        up_name = experts._up_name
+        bias_name = f"{up_name}_bias"
         if experts.exchange is not None or config.transposed or gate.impl != "auto":
             return None
         # A parametrization or pruning takes a name out.
@@ -383,16 +408,18 @@ class MoE(nn.Module):
             return None
         bias = buffers["e_score_correction_bias"]
         given = gate_weight, router["bias"], bias, up, down, weights[bias_name], weights["down_proj_bias"]
+        if not are_plain(given):
+            return None
         if compiling:
             forms = gate.__dict__.get("_form"), config.experts_form
-            return None if forms[0] is None or forms[1] is None else block_form(x, *given, *forms, TRACED_BUILD)
+            return None if forms[0] is None or forms[1] is None else block_form(x, *given, *forms, traced_build())
         checked = gate.__dict__.get("_checked")
-        if checked is None or not _PLAIN.issuperset(map(type, given)):
+        if checked is None:
             return None
         rule, *made_for = checked
         if made_for != [gate_weight.shape[0], bias is not None] or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack():
             return None
         try:
             return run_block(x, given, rule, config.act, config.impl)
-        except ValueError:  # the parts name the argument
+        except (ValueError, NotImplementedError):  # the parts name the argument, or take it
             return None

@@ -1,18 +1,20 @@
 """Router modules: from hidden states to routing weights and expert ids."""
 
+import contextlib
 import json
 from typing import Any, ClassVar, NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
+from torch._C import _len_torch_function_stack
 from torch.compiler import is_dynamo_compiling, is_exporting
 
 from fusedonemoe import functional as F
 from fusedonemoe.checks import check_count
 from fusedonemoe.functional.routing import route_by
-from fusedonemoe.functional.traced import TRACED_BUILD, route_linear
+from fusedonemoe.functional.traced import route_linear, traced_build
 from fusedonemoe.layers.kept_buffers import KeptBuffers
-from fusedonemoe.linear import in_dtype, in_routing_dtype, outside_autocast, routing_linear, uniform_by_fan_in
+from fusedonemoe.linear import are_plain, in_dtype, in_routing_dtype, outside_autocast, routing_linear, uniform_by_fan_in
 from fusedonemoe.ops.options import options_of
 from fusedonemoe.ops.rules import ROUTE_OPTIONS, RouteAttributes, RouteOptions, RouteRule, lists_options, make_rule, with_defaults
 
@@ -111,7 +113,8 @@ class TopKRouter(KeptBuffers, RouteAttributes):
         checked = rule, num_experts, selection_bias
         if not torch.compiler.is_dynamo_compiling():  # a traced call changes no attribute
             self.__dict__["_checked"] = checked
-            self.__dict__["_form"] = json.dumps(options_of(self, _RULE_FIELDS))
+            with contextlib.suppress(TypeError):  # a number that is no Python number: Dynamo looks into the rule
+                self.__dict__["_form"] = json.dumps(options_of(self, _RULE_FIELDS))
         return checked
 
     def reset_parameters(self) -> None:
@@ -128,7 +131,8 @@ class TopKRouter(KeptBuffers, RouteAttributes):
         whole = "weight" in parameters and "bias" in parameters
         if whole and is_dynamo_compiling() and not is_exporting() and (text := self.__dict__.get("_form")) is not None:
             given = parameters["weight"], parameters["bias"], self.e_score_correction_bias
-            return RouterOutput(*route_linear(x, *given, text, self.impl, TRACED_BUILD))
+            if are_plain(given) and not _len_torch_function_stack():  # a mode sees the linear map
+                return RouterOutput(*route_linear(x, *given, text, self.impl, traced_build()))
         if whole:
             logits = routing_linear(x, parameters["weight"], parameters["bias"])  # type: ignore[arg-type]
         else:  # a parametrization or pruning has taken a name out of the parameters

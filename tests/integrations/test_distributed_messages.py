@@ -80,8 +80,10 @@ def test_a_replicated_parameter_is_this_process_s(alone):
     expected = moe(x)
     placed = distribute_tensor(moe.experts.down_proj.detach(), init_device_mesh("cpu", (1,)), [Replicate()])
     moe.experts.down_proj = nn.Parameter(placed)
-    for run in (moe, torch.compile(moe, backend="aot_eager")):
-        torch.testing.assert_close(run(x), expected, rtol=0, atol=0)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            for run in (moe, torch.compile(moe, backend="aot_eager")):
+                torch.testing.assert_close(run(x), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("make", [AllToAll, FixedCapacity])

@@ -3,15 +3,20 @@
 import copy
 import warnings
 from contextlib import contextmanager
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fusedonemoe import MoE
+from fusedonemoe import MoE, TopKRouter
+from fusedonemoe.functional.traced import traced_build
 from fusedonemoe.layers.moe import Experts
+from fusedonemoe.layers.routers import RouterOutput
 from fusedonemoe.ops import library
 from fusedonemoe.ops.cpu import native
 from tests.interception import intercepted
@@ -129,6 +134,115 @@ def _exchange(moe):
 
     moe.experts.exchange = exchange
     return seen
+
+
+def twice(result):
+    if isinstance(result, RouterOutput):
+        return result._replace(weights=result.weights * 2)
+    return tuple(t if t is None else t * 2 for t in result) if isinstance(result, tuple) else result * 2
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize(
+    ("part", "method"), [("gate", "forward"), ("experts", "forward"), ("experts", "compute"), ("experts", "local_weights")]
+)
+def test_a_method_of_a_module_that_is_replaced_runs(part, method, after, grad):
+    moe, x = make(), torch.randn(7, D)
+    with torch.set_grad_enabled(grad):
+        before = moe(x)
+        torch._dynamo.reset()
+        fast = torch.compile(moe, backend="aot_eager")
+        if after:
+            fast(x)
+        module = getattr(moe, part)
+        own = getattr(module, method)
+        setattr(module, method, lambda *arguments: twice(own(*arguments)))
+        changed = moe(x)
+        assert not torch.equal(changed, before)
+        assert torch.equal(fast(x), changed)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(("kind", "method"), [(TopKRouter, "forward"), (Experts, "forward"), (Experts, "compute")])
+def test_a_method_of_a_class_that_is_replaced_runs(kind, method, grad):
+    moe, x, own = make(), torch.randn(7, D), getattr(kind, method)
+    with torch.set_grad_enabled(grad):
+        before = moe(x)
+        torch._dynamo.reset()
+        with mock.patch.object(kind, method, lambda *arguments: twice(own(*arguments))):
+            changed = moe(x)
+            assert not torch.equal(changed, before)
+            assert torch.equal(torch.compile(moe, backend="aot_eager")(x), changed)
+
+
+class TripleLinear(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        return result * 3 if func is nn.functional.linear else result
+
+
+class TripleLinears(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        return result * 3 if func is nn.functional.linear else result
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_functions_of_a_weight_and_of_a_mode_run(grad):
+    moe, x = make(), torch.randn(7, D)
+    with torch.set_grad_enabled(grad):
+        before = moe(x)
+        with TripleLinears():
+            torch._dynamo.reset()
+            expected = moe(x, return_routing=True).output
+            assert not torch.equal(expected, before)
+            assert torch.equal(moe(x), expected)
+            assert torch.equal(torch.compile(moe, backend="aot_eager")(x), expected)
+        moe.gate.weight = nn.Parameter(moe.gate.weight.detach().as_subclass(TripleLinear))
+        torch._dynamo.reset()
+        assert torch.equal(moe(x), expected)
+        assert torch.equal(torch.compile(moe, backend="aot_eager")(x), expected)
+
+
+@torch.no_grad()
+def test_forms_that_the_operator_does_not_have_still_run():
+    x = torch.randn(7, D)
+    moe = make()
+    moe.gate.register_parameter("bias", nn.Parameter(torch.randn(1)))  # broadcast
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(moe, backend="aot_eager")(x), in_parts(moe, x))
+    moe = make()
+    moe.gate.routed_scaling_factor = np.float32(2.5)
+    assert torch.equal(moe(x), in_parts(moe, x))
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(moe, backend="aot_eager")(x), in_parts(moe, x))
+    moe = make()
+    expected = moe(x)
+    with warnings.catch_warnings(action="ignore"):  # torch's, of sparse tensors
+        moe.gate.weight = nn.Parameter(moe.gate.weight.detach().to_sparse_csr())
+        torch.testing.assert_close(moe(x), expected)
+
+
+@torch.no_grad()
+def test_no_experts_and_a_router_without_memory_are_refused():
+    moe, x = make(), torch.randn(7, D)
+    moe.experts.gate_up_proj, moe.experts.down_proj = nn.Parameter(torch.zeros(0, 16, D)), nn.Parameter(torch.zeros(0, D, 8))
+    torch._dynamo.reset()
+    for run in (moe, torch.compile(moe, backend="aot_eager")):
+        with pytest.raises(Exception, match="gate_up_proj must hold at least one expert, got E = 0"):
+            run(x)
+    moe = make()
+    moe.gate.weight = nn.Parameter(moe.gate.weight.detach().to("meta"))
+    with pytest.raises(ValueError, match=r"router's weight must be on the device of x \(cpu\), got meta"):
+        moe(x)
+
+
+def test_the_key_of_torchs_cache_tells_whether_there_are_kernels(monkeypatch):
+    with_kernels = traced_build()
+    monkeypatch.setattr(native, "refusal", lambda *_: "none here")
+    assert traced_build() != with_kernels
 
 
 @pytest.mark.parametrize("observe", [_hook, _pre_hook, _own_forward, _subclass, _exchange])

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedonemoe import MoE
 from fusedonemoe import functional as F
-from fusedonemoe.functional.traced import TRACED_BUILD
+from fusedonemoe.functional.traced import traced_build
 from fusedonemoe.ops.cpu import native
 from fusedonemoe.ops.library import BUILD
 
@@ -97,9 +97,9 @@ def block_calls() -> dict[str, tuple[Any, ...]]:
     return {
         "moe_inference": (*whole, BUILD),
         "moe_inference_cpu": whole,
-        "route_linear": (x, *router, rule, "auto", TRACED_BUILD),
-        "experts_form": (x, EXPERTS, draw(T, K), *experts, form, TRACED_BUILD),
-        "block_form": (x, *router, *experts, rule, form, TRACED_BUILD),
+        "route_linear": (x, *router, rule, "auto", traced_build()),
+        "experts_form": (x, EXPERTS, draw(T, K), *experts, form, traced_build()),
+        "block_form": (x, *router, *experts, rule, form, traced_build()),
     }
 
 
