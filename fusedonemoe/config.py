@@ -91,8 +91,7 @@ class MoEConfig(ActivationFields, RouteFields):
         """The experts' form, as the operator that :class:`Experts` compiles to takes it; None where Dynamo must look into it."""
         if self.impl == "portable":  # which may read a number from the data
             return None
-        up = "gate_up_proj" if self.gated else "up_proj"
-        return json.dumps((up, self.act, self.save_percent, self.transposed, self.impl))
+        return json.dumps((self.act, self.save_percent, self.transposed, self.impl))
 
     @cached_property
     def route_rule(self) -> RouteRule:

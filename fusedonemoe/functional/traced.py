@@ -8,8 +8,8 @@ guard.
 
 import hashlib
 import json
-import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from fusedonemoe.ops.records import Activation
 from fusedonemoe.ops.rules import RouteRule, make_rule
 
 
+@cache
 def _fingerprint() -> int:
     """Return a 62-bit digest of the Python behind these operators, without which torch's cache would run an old version."""
     digest = hashlib.blake2b(str(library.BUILD).encode(), digest_size=8)
@@ -36,12 +37,9 @@ def _fingerprint() -> int:
     return int.from_bytes(digest.digest(), "big") >> 2
 
 
-_BUILD = _fingerprint()
-
-
 def traced_build() -> int:
     """Return what tells torch's cache one version of the Python behind these operators from another, with CPU kernels or not."""
-    return _BUILD ^ (native.refusal(torch.float32, True) is None)
+    return _fingerprint() ^ (native.refusal(torch.float32, True) is None)
 
 
 traced_build.__dict__["_dynamo_marked_constant"] = True  # see ops/cpu/native.py
@@ -85,19 +83,6 @@ def run_block(x: Tensor, weights: Weights, rule: RouteRule, act: Activation, imp
     return with_leading(y, x)
 
 
-def local(name: str, weight: Any, *, exchanged: bool) -> Any:
-    """Return this process's tensor of a weight that may be a ``DTensor``."""
-    module = sys.modules.get("torch.distributed.tensor")  # its import takes as long as torch's own
-    if module is None or not isinstance(weight, module.DTensor):
-        return weight
-    if not exchanged and not all(placement.is_replicate() for placement in weight.placements):
-        raise RuntimeError(
-            f"{name} is sharded over processes: {weight.placements}; it takes "
-            "fusedonemoe.integrations.distributed.ExpertParallel or TensorParallel to compute with shards"
-        )
-    return weight.to_local()
-
-
 def _route(
     x: Tensor, weight: Tensor, bias: Tensor | None, selection_bias: Tensor | None, form: str, impl: str, build: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,15 +104,9 @@ def _experts(
     form: str,
     build: int,
 ) -> Tensor:
-    """Run experts; ``form`` has the name of the up-projection, and what :func:`run_experts` takes behind the weights."""
-    up_name, act, *rest = json.loads(form)
-    given: tuple[Tensor, Tensor, Tensor | None, Tensor | None] = (
-        local(up_name, up, exchanged=False),
-        local("down_proj", down, exchanged=False),
-        local(f"{up_name}_bias", up_bias, exchanged=False),
-        local("down_proj_bias", down_bias, exchanged=False),
-    )
-    return run_experts(x, experts, weights, *given, Activation(*act), *rest)
+    """Run experts; ``form`` has what :func:`run_experts` takes behind the weights."""
+    act, *rest = json.loads(form)
+    return run_experts(x, experts, weights, up, down, up_bias, down_bias, Activation(*act), *rest)
 
 
 def _block(
@@ -144,7 +123,7 @@ def _block(
     build: int,
 ) -> Tensor:
     """Run a linear router without hooks and its experts: as one operator, if it can."""
-    _, act, _, transposed, impl = json.loads(experts_form)
+    act, _, transposed, impl = json.loads(experts_form)
     weights = gate, gate_bias, selection_bias, up, down, up_bias, down_bias
     rule = make_rule(gate.shape[0], selection_bias=selection_bias is not None, **json.loads(rule_form))
     y = run_block(x, weights, rule, Activation(*act), impl) if not transposed else None

@@ -1,6 +1,7 @@
 """The modules: parameters, their initialisation, and a forward that is one call into :mod:`fusedonemoe.functional`."""
 
 import copy
+import sys
 import weakref
 from collections.abc import Callable
 from types import MethodType
@@ -16,7 +17,7 @@ from fusedonemoe import functional as F
 from fusedonemoe.checks import check_last_dim, check_tensor
 from fusedonemoe.config import MoEConfig
 from fusedonemoe.functional.experts import run_experts, run_packed
-from fusedonemoe.functional.traced import block_form, local, run_block, run_form, traced_build
+from fusedonemoe.functional.traced import block_form, run_block, run_form, traced_build
 from fusedonemoe.hf import config_of, tensors_of
 from fusedonemoe.layers import panels
 from fusedonemoe.layers.routers import TopKRouter, routing_impl
@@ -25,6 +26,15 @@ from fusedonemoe.linear import are_plain, uniform_by_fan_in
 from fusedonemoe.ops.library import PANEL_DIMS
 from fusedonemoe.ops.options import options_of
 from fusedonemoe.ops.rules import ROUTE_OPTIONS
+
+
+def _dtensor() -> Any:
+    """Return the class of sharded parameters, if it was imported, and else None: its import takes as long as torch's own."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return None if module is None else module.DTensor
+
+
+_dtensor.__dict__["_dynamo_marked_constant"] = True  # see ops/cpu/native.py
 
 
 class MoEOutput(NamedTuple):
@@ -90,17 +100,12 @@ class Experts(nn.Module):
         """Run each row of ``x`` through its experts and sum by weight."""
         if self.exchange is not None:
             return self.exchange(self, x, experts, weights)
+        up, down, *biases = given = self.local_weights()
         if is_dynamo_compiling() and not is_exporting() and _runs_as_written(self):
-            parameters, up_name = self._parameters, self._up_name
-            bias_name = f"{up_name}_bias"
-            named = up_name in parameters and "down_proj" in parameters  # not taken out by a parametrization or pruning
-            if named and bias_name in parameters and "down_proj_bias" in parameters:
-                up, down, bias = parameters[up_name], parameters["down_proj"], parameters[bias_name]
-                form = self.config.experts_form
-                given = up, down, bias, parameters["down_proj_bias"]
-                if form is not None and are_plain(given) and up.dim() == 3 and down.dim() == 3:  # type: ignore[union-attr]
-                    return run_form(x, experts, weights, *given, form, traced_build())
-        return self.compute(x, experts, weights, *self.local_weights())
+            form = self.config.experts_form
+            if form is not None and up is not None and down is not None and up.dim() == 3 and down.dim() == 3:
+                return run_form(x, experts, weights, up, down, *biases, form, traced_build())
+        return self.compute(x, experts, weights, *given)
 
     def local_weights(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Up- and down-projection and their biases, as tensors that an operator can read: this process's, of a ``DTensor``."""
@@ -110,9 +115,16 @@ class Experts(nn.Module):
             # A parametrization or pruning takes a name out of the parameters.
             named[name] = parameters[name] if name in parameters else getattr(self, name)
         up, down, up_bias, down_bias = named.values()
-        if not are_plain((up, down, up_bias, down_bias)):
-            exchanged = self.exchange is not None
-            up, down, up_bias, down_bias = (local(name, weight, exchanged=exchanged) for name, weight in named.items())
+        if not are_plain((up, down, up_bias, down_bias)) and (dtensor := _dtensor()):
+            for name, weight in named.items():
+                if isinstance(weight, dtensor):
+                    if self.exchange is None and not all(p.is_replicate() for p in weight.placements):
+                        raise RuntimeError(
+                            f"{name} is sharded over processes: {weight.placements}; it takes "
+                            "fusedonemoe.integrations.distributed.ExpertParallel or TensorParallel to compute with shards"
+                        )
+                    named[name] = weight.to_local()
+            up, down, up_bias, down_bias = named.values()
         return up, down, up_bias, down_bias
 
     def compute(

@@ -177,14 +177,12 @@ experts_mlp_quantized_inference: Callable[..., Any] = _register_inference("exper
 
 # A block: a linear router and its experts
 
-EXPERTS = (
-    "Tensor up_proj, Tensor down_proj, Tensor? up_bias, Tensor? down_bias, str activation, str layout, float alpha, float limit"
-)
+_EXPERTS = MLP_ARGUMENTS.schema.removeprefix("Tensor x, Tensor experts, Tensor weights, ")
 
 moe_inference: Callable[..., Any] = register(
     Operator(
         name="moe_inference",
-        arguments=("Tensor x, Tensor gate, Tensor? gate_bias, Tensor? selection_bias", record(RouteRule), EXPERTS),
+        arguments=("Tensor x, Tensor gate, Tensor? gate_bias, Tensor? selection_bias", record(RouteRule), _EXPERTS),
         results=("y",),
         refusal="fusedonemoe::moe_inference keeps nothing for a backward pass; route and experts_mlp do",
         choose=lambda *call: "cpu",

@@ -126,16 +126,10 @@ def register_composite(
 
 def register_transparent(name: str, arguments: str, body: Callable[..., Any], results: int) -> Any:
     """Register Python as an operator that hides it from Dynamo, and from nothing behind that; return the operator."""
-    names = Signature.of(arguments).names
-
-    def checked(*flat: Any) -> Any:
-        check_one_device(names, flat)
-        return body(*flat)
-
     lib.define(f"{name}({arguments}) -> {_returned(results)}")
     # In a transform of torch.func, the operators inside have to meet the transform themselves.
     for key in ("CompositeImplicitAutograd", "FuncTorchDynamicLayerFrontMode"):
-        lib.impl(name, checked, key)
+        lib.impl(name, _on_one_device(arguments, body), key)
     return getattr(torch.ops.fusedonemoe, name).default
 
 
@@ -157,13 +151,18 @@ def define_opaque(
 
 def define_fake(name: str, arguments: str, fake: Callable[..., Any]) -> None:
     """Register what makes an operator's results where there is no memory to compute in."""
+    torch.library.register_fake(f"{NAMESPACE}::{name}", _on_one_device(arguments, fake), lib=lib)
+
+
+def _on_one_device(arguments: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``function`` of an operator's arguments, which refuses tensors on several devices."""
     names = Signature.of(arguments).names
 
     def checked(*args: Any) -> Any:
         check_one_device(names, args)
-        return fake(*args)
+        return function(*args)
 
-    torch.library.register_fake(f"{NAMESPACE}::{name}", checked, lib=lib)
+    return checked
 
 
 def _in_reverse_mode(kernel: Callable[..., Any]) -> Callable[..., Any]:

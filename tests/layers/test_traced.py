@@ -118,6 +118,14 @@ def test_errors_name_the_argument(arguments, message):
             run(*arguments)
 
 
+def test_a_missing_weight_is_named():
+    moe, x = make(), torch.randn(3, D)
+    moe.experts.down_proj = None
+    for run in (moe, torch.compile(moe, backend="aot_eager")):
+        with pytest.raises(TypeError, match=r"down_proj must be a torch\.Tensor, got NoneType"):
+            run(x)
+
+
 def test_export_has_no_operator_of_dynamos():
     for strict in (False, True):
         program = torch.export.export(make().eval(), (torch.randn(5, D),), strict=strict)

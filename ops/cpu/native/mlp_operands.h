@@ -14,17 +14,14 @@ enum class Weights { FLOAT, QUANTIZED, PACKED };
 
 inline int64_t activation_of(const std::string& name) {
     static const std::vector<const char*> NAMES(ACTIVATION_NAMES, ACTIVATION_NAMES + NUM_ACTIVATIONS);
-    for (int i = 0; i < NUM_ACTIVATIONS; i++)
-        if (name == NAMES[i]) return i;
-    check_name("activation", name, NAMES);
-    return 0;
+    return place_of("activation", name, NAMES);
 }
 
 inline GateUp rows_of(const std::string& layout, int64_t inner) {
     if (layout == "gate_up") return {0, inner, 1};
     if (layout == "up_gate") return {inner, 0, 1};
     if (layout == "interleaved") return {0, 1, 2};
-    check_name("layout", layout, {"gate_up", "up_gate", "interleaved", "plain"});
+    place_of("layout", layout, {"gate_up", "up_gate", "interleaved", "plain"});
     return {0, 0, 1};
 }
 

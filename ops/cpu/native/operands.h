@@ -93,12 +93,13 @@ inline void refuse_forward_mode() {
             "first derivatives in reverse mode only");
 }
 
-inline void check_name(const char* argument, const std::string& name, const std::vector<const char*>& names) {
+// The place of a name among those that the argument may have.
+inline int place_of(const char* argument, const std::string& name, const std::vector<const char*>& names) {
+    for (size_t i = 0; i < names.size(); i++)
+        if (name == names[i]) return (int)i;
     std::string all;
-    for (const char* each : names) {
-        if (name == each) return;
+    for (const char* each : names)
         all += (all.empty() ? "'" : ", '") + std::string(each) + "'";
-    }
     refuse(argument, " must be one of (", all, "), got '", name, "'");
 }
 
@@ -109,12 +110,8 @@ class Arguments {
   public:
     explicit Arguments(const StableIValue* stack) : next(stack) {}
     template <class T> T take() { return torch::stable::detail::to<T>(*next++); }
-    // The place of a name among those that the argument may have.
     int take_name(const char* argument, const std::vector<const char*>& names) {
-        const auto name = take<std::string>();
-        const auto found = std::find(names.begin(), names.end(), name);
-        if (found == names.end()) check_name(argument, name, names);
-        return int(found - names.begin());
+        return place_of(argument, take<std::string>(), names);
     }
     std::vector<bool> take_flags() {
         const auto list = take<StableListHandle>();
