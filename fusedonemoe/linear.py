@@ -5,17 +5,18 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 
 from fusedonemoe.ops.library import autocast_dtype
 from fusedonemoe.ops.route import routing_dtype
 
-# Types of parameters, and of their absence, that have no functions of their own: a shard or a quantised weight has.
-_PLAIN = frozenset((Tensor, nn.Parameter, type(None)))
-
 
 def are_plain(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Return whether no tensor is of a class that computes by itself."""
-    return _PLAIN.issuperset([type(tensor) for tensor in tensors])
+    """Return whether no tensor is of a class with functions of its own, as a shard or a quantised weight is."""
+    for tensor in tensors:  # noqa: SIM110 - Dynamo guards all(), and a set by each of its members
+        if tensor is not None and type(tensor) is not Parameter and type(tensor) is not Tensor:
+            return False
+    return True
 
 
 def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:

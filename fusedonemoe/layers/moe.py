@@ -101,7 +101,7 @@ class Experts(nn.Module):
         if self.exchange is not None:
             return self.exchange(self, x, experts, weights)
         up, down, *biases = given = self.local_weights()
-        if is_dynamo_compiling() and not is_exporting() and _runs_as_written(self):
+        if is_dynamo_compiling() and not is_exporting() and type(self) is Experts and _runs_as_written(self):
             form = self.config.experts_form
             if form is not None and up is not None and down is not None and up.dim() == 3 and down.dim() == 3:
                 return run_form(x, experts, weights, up, down, *biases, form, traced_build())
@@ -218,22 +218,38 @@ class Experts(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in sizes.items())
 
 
-_ROUTER_FORWARD, _FORWARD, _COMPUTE, _LOCAL = TopKRouter.forward, Experts.forward, Experts.compute, Experts.local_weights
+_WRITTEN = TopKRouter.forward, Experts.forward, Experts.compute, Experts.local_weights
+
+
+def _classes_are_as_written() -> bool:
+    """Return whether nobody has replaced a method of the parts' classes, or registered a hook for all modules.
+
+    Dynamo asks when it compiles and sees no later change, as with the methods and hooks of other modules.
+    """
+    return (TopKRouter.forward, Experts.forward, Experts.compute, Experts.local_weights) == _WRITTEN and not (
+        _hooks._global_forward_hooks
+        or _hooks._global_forward_pre_hooks
+        or _hooks._global_backward_hooks
+        or _hooks._global_backward_pre_hooks
+    )
+
+
+_classes_are_as_written.__dict__["_dynamo_marked_constant"] = True  # see ops/cpu/native.py
+
+
+def _is_own(part: nn.Module, name: str) -> bool:
+    """Return whether a method is the class's. Dynamo guards a method that is read, and no name that ``__dict__`` lacks."""
+    return isinstance(getattr(part, name), MethodType) and name not in part.__dict__
 
 
 def _runs_as_written(experts: Experts) -> bool:
-    """Return whether no mode sees the functions that experts call, and nobody has replaced a method of them.
-
-    Dynamo guards the methods of a module that are read.
-    """
+    """Return whether no mode sees the functions that experts call, and nobody has replaced a method of them."""
     return (
         not _len_torch_function_stack()
-        and isinstance(experts.forward, MethodType)
-        and experts.forward.__func__ is _FORWARD
-        and isinstance(experts.compute, MethodType)
-        and experts.compute.__func__ is _COMPUTE
-        and isinstance(experts.local_weights, MethodType)
-        and experts.local_weights.__func__ is _LOCAL
+        and _is_own(experts, "forward")
+        and _is_own(experts, "compute")
+        and _is_own(experts, "local_weights")
+        and _classes_are_as_written()
     )
 
 
@@ -388,48 +404,39 @@ class MoE(nn.Module):
         gate, experts = self._modules["gate"], self._modules["experts"]
         if type(gate) is not TopKRouter or type(experts) is not Experts:
             return None
-        if (
-            _hooks._global_forward_hooks
-            or _hooks._global_forward_pre_hooks
-            or _hooks._global_backward_hooks
-            or _hooks._global_backward_pre_hooks
-        ):
-            return None
         for part in (gate, experts):  # what a call of the module would run
-            hooked = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
-            if hooked or part._compiled_call_impl is not None:
+            if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
                 return None
-        if (
-            not _runs_as_written(experts)
-            or not isinstance(gate.forward, MethodType)
-            or gate.forward.__func__ is not _ROUTER_FORWARD
-        ):
+            if not compiling and part._compiled_call_impl is not None:
+                return None
+        if not _runs_as_written(experts) or not _is_own(gate, "forward"):
             return None
-        router, buffers, weights, config = gate._parameters, gate._buffers, experts._parameters, experts.config
-        up_name = experts._up_name
-        bias_name = f"{up_name}_bias"
-        if experts.exchange is not None or config.transposed or gate.impl != "auto":
+        if experts.exchange is not None or gate.impl != "auto":
             return None
-        # A parametrization or pruning takes a name out.
-        if "weight" not in router or "bias" not in router or "e_score_correction_bias" not in buffers:
+        router, weights, config, up_name = gate._parameters, experts._parameters, experts.config, experts._up_name
+        try:
+            gate_weight, up, down = router["weight"], weights[up_name], weights["down_proj"]
+            biases = weights[f"{up_name}_bias"], weights["down_proj_bias"]
+            router_biases = router["bias"], gate._buffers["e_score_correction_bias"]
+        except KeyError:  # a parametrization or pruning has taken a name out
             return None
-        if up_name not in weights or "down_proj" not in weights or bias_name not in weights or "down_proj_bias" not in weights:
-            return None
-        gate_weight, up, down = router["weight"], weights[up_name], weights["down_proj"]
         if gate_weight is None or up is None or down is None or up.dim() != 3 or down.dim() != 3:
             return None
-        bias = buffers["e_score_correction_bias"]
-        given = gate_weight, router["bias"], bias, up, down, weights[bias_name], weights["down_proj_bias"]
+        given = gate_weight, *router_biases, up, down, *biases
         if not are_plain(given):
             return None
         if compiling:
             forms = gate.__dict__.get("_form"), config.experts_form
             return None if forms[0] is None or forms[1] is None else block_form(x, *given, *forms, traced_build())
         checked = gate.__dict__.get("_checked")
-        if checked is None:
+        if checked is None or config.transposed:
             return None
         rule, *made_for = checked
-        if made_for != [gate_weight.shape[0], bias is not None] or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack():
+        if (
+            made_for != [gate_weight.shape[0], router_biases[1] is not None]
+            or torch._C._is_tracing()
+            or torch._C._len_torch_dispatch_stack()
+        ):
             return None
         try:
             return run_block(x, given, rule, config.act, config.impl)
