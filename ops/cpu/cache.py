@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from fusedonemoe.ops.cpu.compiler import Unavailable
-from fusedonemoe.ops.cpu.forks import open_beyond_standard, owned
+from fusedonemoe.ops.cpu.forks import open_beyond_standard
 from fusedonemoe.ops.notice import say
 
 CHECKSUM_BYTES = 12
@@ -199,12 +199,11 @@ class Folder:
 
     def tidy(self) -> None:
         """Remove what killed compilations have left, unless one is at work now."""
-        with contextlib.suppress(OSError):  # the cache may be read-only
-            if any(name == "lock" or name.startswith(WORKING) for name in os.listdir(self.name)):
-                with owned(self._open_lock) as (descriptor,):
-                    if self._try(descriptor):
+        with contextlib.suppress(OSError, Unavailable):  # the cache may be read-only
+            if any(name.startswith(WORKING) for name in os.listdir(self.name)):
+                with self.lock(0) as is_alone:
+                    if is_alone:
                         self.remove_remains()
-                        self._remove_lock()
 
     def keep(self, library: bytes, name: str, working: str) -> None:
         """Put a library into the cache in one step, so that no process sees a part of it."""
@@ -252,43 +251,24 @@ class Folder:
         Raises:
             Unavailable: Another process has held the lock for all this time.
         """
-        end, has_said = time.monotonic() + seconds, False
-        while True:
-            with owned(self._open_lock) as (descriptor,):
-                match self._try(descriptor):
-                    case None:
-                        yield False
-                        return
-                    case True:
-                        try:
-                            yield True
-                        finally:
-                            self._remove_lock()
-                        return
-            if time.monotonic() > end:
-                raise Unavailable(f"another process has been compiling the kernels into {self.path} for {seconds} seconds")
-            if not has_said:
-                say(f"another process compiles the CPU kernels into {self.path}; waiting for it, {seconds} seconds at most ...")
-                has_said = True
-            time.sleep(SECONDS_BETWEEN_TRIES)
+        import filelock  # torch requires it
 
-    def _remove_lock(self) -> None:
-        Path(self._at("lock")).unlink(missing_ok=True)
-
-    def _open_lock(self) -> tuple[int]:
-        return (open_beyond_standard(self._at("lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600),)
-
-    def _try(self, descriptor: int) -> bool | None:
-        """Return True if the lock was taken, False if another process has it, None if there are no locks."""
-        import fcntl  # Windows has none
-
+        lock = filelock.FileLock(self._at("lock"), mode=0o600)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The last holder may have removed the file since open().
-            return os.path.samestat(os.fstat(descriptor), os.stat(self._at("lock")))
-        except OSError as error:
-            if error.errno in WITHOUT_LOCKS:
-                return None
-            if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.ENOENT, errno.ESTALE, errno.EINTR):
-                return False
-            raise
+            try:
+                lock.acquire(timeout=0)
+            except filelock.Timeout:
+                if seconds:
+                    compiles = f"another process compiles the CPU kernels into {self.path}"
+                    say(f"{compiles}; waiting for it, {seconds} seconds at most ...")
+                lock.acquire(timeout=seconds, poll_interval=SECONDS_BETWEEN_TRIES)
+        except filelock.Timeout:
+            text = f"another process has been compiling the kernels into {self.path} for {seconds} seconds"
+            raise Unavailable(text) from None
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno not in WITHOUT_LOCKS:
+                raise
+        try:
+            yield lock.is_locked
+        finally:
+            lock.release()

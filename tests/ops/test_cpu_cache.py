@@ -205,8 +205,8 @@ def test_what_is_made_is_the_users_alone(compiler, tmp_path, umask):
     folder = tmp_path / "new" / "cache"
     script = f"import os; os.umask({umask})\n"
     finished(process([script, LOAD], FUSEDONEMOE_CACHE_DIR=str(folder)))
-    (library,) = folder.iterdir()
-    for path, mode in ((folder.parent, 0o700), (folder, 0o700), (library, 0o700)):
+    library, lock = sorted(folder.iterdir())
+    for path, mode in ((folder.parent, 0o700), (folder, 0o700), (library, 0o700), (lock, 0o600)):
         assert stat.S_IMODE(path.stat().st_mode) == mode
     finished(process([script, LOAD], FUSEDONEMOE_CACHE_DIR=str(folder)))
     assert attempts(compiler) == 1
