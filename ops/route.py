@@ -82,7 +82,9 @@ def select_experts(logits: Tensor, selection_bias: Tensor | None, rule: RouteRul
         return torch.arange(E, device=logits.device).expand(logits.shape[0], E).contiguous()
     keys = logits.detach()
     if rule.score_first and (selection_bias is not None or rule.n_group > 1):
-        keys = _score(keys, rule.scoring)
+        # torch's sigmoid of equal numbers may differ in the last bit: its vectors and the rest of a row are two codes.
+        wide = keys.double() if rule.scoring == "sigmoid" else keys
+        keys = _score(wide, rule.scoring).to(keys.dtype)
     if selection_bias is not None:
         keys = keys + selection_bias.detach().to(keys.dtype)
     if rule.n_group > 1:

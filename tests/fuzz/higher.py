@@ -46,7 +46,6 @@ def forward_mode(
     # torch makes no dual number of an expanded tensor, and asks for the strides of the tangent.
     values = tuple(trial.inputs[name].clone(memory_format=torch.contiguous_format) for name in wanted)
     tangents = tuple(directions[name] for name in wanted)
-    names = [name for name in trial.outputs if name in upstream]
     found: list[Tensor | None]
     try:
         if compiled:
@@ -61,10 +60,14 @@ def forward_mode(
         while forward_ad._current_level >= 0:  # a compilation that fails inside of jvp leaves its level behind
             forward_ad.exit_dual_level()
         return _refused(error, trial, "a derivative in forward mode")
-    left = [
-        (widened(upstream[name]), 0 * upstream[name].double().numpy() if t is None else widened(t))
-        for name, t in zip(names, found, strict=True)
-    ]
+    floating = [name for name, (dtype, _) in trial.outputs.items() if dtype.is_floating_point]
+    left = []
+    for name, tangent in zip(floating, found, strict=True):
+        t = np.zeros(trial.outputs[name][1]) if tangent is None else widened(tangent)
+        if name in upstream:
+            left.append((widened(upstream[name]), t))
+        elif t.any():  # reverse mode records nothing for it: no input that is wanted changes it
+            return [f"forward mode gives {name} a derivative, reverse mode gives it none"]
     gradients = {name: exact.gradients[name] for name in wanted}
     right = [(g.value.reshape(-1), widened(directions[name]).reshape(-1)) for name, g in gradients.items()]
     eps = max(torch.finfo(trial.inputs[name].dtype).eps for name in wanted)

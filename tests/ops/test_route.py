@@ -151,6 +151,19 @@ def test_ties_between_groups_and_through_the_bias_go_to_the_lower_id(dtype):
     np.testing.assert_array_equal(experts, [[4, 1, 3, 0], [0, 1, 2, 3]])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scoring", ["sigmoid", "softmax"])
+@every_impl
+def test_equal_logits_have_equal_scores_wherever_they_lie(dtype, scoring, impl):
+    # torch's sigmoid gives some numbers, such as -3.984375, another last bit where they do not fill a vector.
+    for E in (3, 6, 17, 40):
+        for value in [*torch.arange(-4, 4, 0.171875).tolist(), -3.984375]:
+            logits = torch.full((13, E), value, dtype=dtype)
+            for layout in (logits, logits.T.contiguous().T):
+                _, experts = F.route(layout, E, scoring=scoring, selection_bias=torch.zeros(E), impl=impl)
+                np.testing.assert_array_equal(experts, np.tile(np.arange(E), (13, 1)))
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @every_impl
 def test_the_two_zeros_are_equal(dtype, impl):
