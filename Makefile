@@ -135,7 +135,10 @@ asv-history: asv-machine  ## measure the missing results of the commits in asv_b
 	$(milestones) | $(asv_run) --skip-existing-successful HASHFILE:-
 
 wheel: $(VENV)/.installed-full  ## a wheel for Linux on x86-64 with the CPU kernels inside, and the sdist, in dist/
-	FUSEDONEMOE_PREBUILD=all $(py) -m build --no-isolation --outdir dist .
+	FUSEDONEMOE_PREBUILD=all $(py) -m build --no-isolation --outdir dist/linux .
+	@# auditwheel names the oldest system that has the symbols. torch's library comes with torch.
+	PATH="$(abspath $(VENV))/bin:$$PATH" auditwheel repair --exclude libtorch_cpu.so --wheel-dir dist dist/linux/*.whl
+	mv dist/linux/*.tar.gz dist/ && rm -r dist/linux
 
 wheel-smoke: $(VENV)/.installed-full  ## wheel and sdist, installed and run elsewhere
 	tests/smoke_wheel.sh $(py)

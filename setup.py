@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
@@ -49,13 +49,16 @@ class BuildWithKernels(build_py):
         subprocess.run(["strip", "--strip-unneeded", library], check=True)
 
 
+class DistributionWithKernels(Distribution):
+    """Says that a wheel with kernels has binaries, so that it is for one system."""
+
+    def has_ext_modules(self) -> bool:
+        """Return whether the wheel has binaries."""
+        return bool(PREBUILD)
+
+
 class PlatformWheel(bdist_wheel):
     """Names the system of a wheel with kernels; they link no Python, so it serves every version of it."""
-
-    def finalize_options(self) -> None:
-        """Say whether the wheel is for one system."""
-        super().finalize_options()
-        self.root_is_pure = not PREBUILD
 
     def get_tag(self) -> tuple[str, str, str]:
         """Return Python, ABI and platform."""
@@ -63,4 +66,4 @@ class PlatformWheel(bdist_wheel):
         return ("py3", "none", platform) if PREBUILD else (python, abi, platform)
 
 
-setup(cmdclass={"build_py": BuildWithKernels, "bdist_wheel": PlatformWheel})
+setup(distclass=DistributionWithKernels, cmdclass={"build_py": BuildWithKernels, "bdist_wheel": PlatformWheel})

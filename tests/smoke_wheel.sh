@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the sdist and from it the wheel, installs each into a clean environment, and runs a layer far from the checkout.
-# Usage: tests/smoke_wheel.sh [PYTHON], with a Python that has build and twine.
+# Usage: tests/smoke_wheel.sh [PYTHON], with a Python that has build, twine and auditwheel.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -74,7 +74,9 @@ if [ "$(uname -sm)" = "Linux x86_64" ]; then
   FUSEDONEMOE_PREBUILD=x86-64-v3 "$python" -m build --wheel --no-isolation --outdir prebuilt unpacked >build.log 2>&1 ||
     { cat build.log; fail "the wheel with kernels could not be built"; }
   "$python" -m twine check --strict prebuilt/*
-  "${pip[@]}" install --no-deps --force-reinstall prebuilt/fusedonemoe-*-py3-none-linux_x86_64.whl
+  PATH="$(dirname "$python"):$PATH" auditwheel repair --exclude libtorch_cpu.so --wheel-dir many \
+    prebuilt/fusedonemoe-*-py3-none-linux_x86_64.whl >repair.log 2>&1 || { cat repair.log; fail "auditwheel"; }
+  "${pip[@]}" install --no-deps --force-reinstall many/fusedonemoe-*-py3-none-manylinux_*_x86_64.whl
   cat >kernels.py <<'PY'
 import shutil
 import torch

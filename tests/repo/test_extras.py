@@ -5,6 +5,7 @@ import ast
 import re
 import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 FOR_USERS = ("bench", "cli", "hf", "plot")
 # Compared with where they are installed, each row of a benchmark naming its own; and Triton, which torch brings or does not.
 BESIDE = {"onnx", "onnxruntime", "sonicmoe", "triton", "triton_kernels", "vllm", "zentorch"}
+WITH_TORCH = {"filelock"}  # torch itself requires it
 
 
 def packages_of(requirements):
@@ -62,7 +64,8 @@ IMPORTS = [
 def test_every_imported_package_is_in_an_extra():
     known = set().union(*(packages_of(EXTRAS[extra]) for extra in FOR_USERS))
     assert {name for _, _, name, _ in IMPORTS} >= {"rich", "matplotlib", "transformers", "safetensors"}  # the search finds
-    assert [found for found in IMPORTS if found[2] not in known | BESIDE] == []
+    assert [found for found in IMPORTS if found[2] not in known | BESIDE | WITH_TORCH] == []
+    assert packages_of(metadata.requires("torch") or []) >= WITH_TORCH
 
 
 def test_only_commands_and_kernels_import_extras_at_once():
