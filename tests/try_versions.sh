@@ -29,6 +29,6 @@ PY
 cd "$root"
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 XDG_CACHE_HOME=$work/cache TORCHINDUCTOR_CACHE_DIR=$work/inductor
 "$python" -m pytest -q -p no:cacheprovider -m "not slow and not recompiles" "$@" \
-  tests/layers/test_{layers,loss_free_balance,product_key_router,export}.py \
+  tests/layers/test_{layers,loss_free_balance,product_key_router,export,traced,one_operator}.py \
   tests/ops/test_{experts_mlp_gradients,cpu_operators,neurons,quantized,lora,autocast,compile,portable}.py \
   tests/integrations/test_{transformers_experts,training_integrations}.py
