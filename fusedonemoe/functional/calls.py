@@ -1,14 +1,21 @@
 """The steps that the public functions have in common, from the checks of experts to the operator's rows."""
 
+import hashlib
 from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_function_stack
+from torch.compiler import is_dynamo_compiling, is_exporting
 
 from fusedonemoe.checks import check_dim, check_fits, check_like_x, check_one_of, check_shape
+from fusedonemoe.linear import are_plain
 from fusedonemoe.ops import choose, library
 from fusedonemoe.ops.choice import exporting_to_onnx, no_onnx_form
+from fusedonemoe.ops.cpu import native
 
 ROUTING_IMPLEMENTATIONS = ("auto", "dense", "portable")
 
@@ -111,3 +118,29 @@ def as_rows(tensor: Tensor) -> Tensor:
 def with_leading(rows: Tensor, like: Tensor) -> Tensor:
     """The leading dimensions of ``like`` again."""
     return rows if like.dim() == 2 else rows.reshape(*like.shape[:-1], rows.shape[-1])
+
+
+@cache
+def _fingerprint() -> int:
+    """Return a 62-bit digest of the Python behind these operators, without which torch's cache would run an old version."""
+    digest = hashlib.blake2b(str(library.BUILD).encode(), digest_size=8)
+    package = Path(__file__).parent.parent
+    for path in (*sorted((package / "functional").glob("*.py")), package / "linear.py", package / "checks.py"):
+        digest.update(path.read_bytes())
+    return int.from_bytes(digest.digest(), "big") >> 2
+
+
+def traced_build() -> int:
+    """Return what tells torch's cache one version of the Python behind these operators from another, with CPU kernels or not."""
+    return _fingerprint() ^ (native.refusal(torch.float32, True) is None)
+
+
+traced_build.__dict__["_dynamo_marked_constant"] = True  # see ops/cpu/native.py
+
+
+def is_hidden(*tensors: Tensor | None) -> bool:
+    """Return whether Dynamo traces a call, and none of its tensors and no mode has functions of its own for the steps in it.
+
+    Such a call is one operator for Dynamo, see :mod:`fusedonemoe.functional.traced`.
+    """
+    return is_dynamo_compiling() and not is_exporting() and not _len_torch_function_stack() and are_plain(tensors)

@@ -1,5 +1,6 @@
 """The expert layers. Suffixes of tensor names: T tokens, D, F sizes, E experts, K of a token, G rows of the up-projection."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,7 +8,16 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fusedonemoe.checks import check_dim, check_fits, check_float, check_like_x, check_routing, check_save_percent, check_shape
-from fusedonemoe.functional.calls import as_rows, check_biases, choose_impl, projections, run_portable, with_leading
+from fusedonemoe.functional.calls import (
+    as_rows,
+    check_biases,
+    choose_impl,
+    is_hidden,
+    projections,
+    run_portable,
+    traced_build,
+    with_leading,
+)
 from fusedonemoe.functional.packed import PackedExperts, check_packed, home_weights, refuse_packed_training
 from fusedonemoe.ops import library
 from fusedonemoe.ops.derivatives import refuse_transforms
@@ -143,6 +153,9 @@ def run_experts(
     impl: str,
 ) -> Tensor:
     """Run :func:`experts_mlp` with a checked activation and percentage."""
+    if impl != "portable" and is_hidden(x, experts, weights, gate_up_proj, down_proj, gate_up_bias, down_bias):
+        given = (x, experts, weights, gate_up_proj, down_proj, gate_up_bias, down_bias)
+        return experts_form(*given, *act, save_percent, transposed, impl, traced_build())
     check_routing(x, experts, weights)
     up_EGD, down_EDF = projections(x, gate_up_proj, down_proj, gated=act.layout != PLAIN, transposed=transposed)
     (E, G, D), F = up_EGD.shape, down_EDF.shape[2]
@@ -173,6 +186,19 @@ def run_experts(
             inference = library.experts_mlp_inference if chosen == "cpu" else _ops.experts_mlp_inference
             y = inference(*flat, *parameters, *act, library.BUILD)
     return y if has_rows else with_leading(y, x)
+
+
+def _run_form(*arguments: Any) -> Tensor:
+    """Run :func:`run_experts` of the activation's fields one by one, and of a number that tells versions apart."""
+    tensors, options = arguments[: MLP_ARGUMENTS.num_tensors], arguments[MLP_ARGUMENTS.num_tensors :]
+    fields = len(Activation._fields)
+    given = (*tensors, Activation(*options[:fields]), *options[fields:-1])
+    return run_experts(*given)
+
+
+experts_form: Callable[..., Any] = library.register_transparent(
+    "experts_form", f"{MLP_ARGUMENTS.schema}, int save_percent, bool transposed, str impl, int build", _run_form, 1
+)
 
 
 def experts_merged(x: Tensor, experts: Tensor, weights: Tensor, proj: Tensor, *, impl: str = "auto") -> Tensor:

@@ -6,11 +6,8 @@ Python that eager calls run, and the graph that is compiled is the same. A form 
 guard.
 """
 
-import hashlib
 import json
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,25 +22,6 @@ from fusedonemoe.ops import library
 from fusedonemoe.ops.cpu import native
 from fusedonemoe.ops.records import Activation
 from fusedonemoe.ops.rules import RouteRule, make_rule
-
-
-@cache
-def _fingerprint() -> int:
-    """Return a 62-bit digest of the Python behind these operators, without which torch's cache would run an old version."""
-    digest = hashlib.blake2b(str(library.BUILD).encode(), digest_size=8)
-    package = Path(__file__).parent.parent
-    for path in (*sorted((package / "functional").glob("*.py")), package / "linear.py", package / "checks.py"):
-        digest.update(path.read_bytes())
-    return int.from_bytes(digest.digest(), "big") >> 2
-
-
-def traced_build() -> int:
-    """Return what tells torch's cache one version of the Python behind these operators from another, with CPU kernels or not."""
-    return _fingerprint() ^ (native.refusal(torch.float32, True) is None)
-
-
-traced_build.__dict__["_dynamo_marked_constant"] = True  # see ops/cpu/native.py
-
 
 Weights = tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]
 
@@ -93,22 +71,6 @@ def _route(
     return logits, *route_by(rule, logits, selection_bias, impl)
 
 
-def _experts(
-    x: Tensor,
-    experts: Tensor,
-    weights: Tensor,
-    up: Tensor,
-    down: Tensor,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    form: str,
-    build: int,
-) -> Tensor:
-    """Run experts; ``form`` has what :func:`run_experts` takes behind the weights."""
-    act, *rest = json.loads(form)
-    return run_experts(x, experts, weights, up, down, up_bias, down_bias, Activation(*act), *rest)
-
-
 def _block(
     x: Tensor,
     gate: Tensor,
@@ -123,13 +85,14 @@ def _block(
     build: int,
 ) -> Tensor:
     """Run a linear router without hooks and its experts: as one operator, if it can."""
-    act, _, transposed, impl = json.loads(experts_form)
+    act, *rest = json.loads(experts_form)
+    _, transposed, impl = rest
     weights = gate, gate_bias, selection_bias, up, down, up_bias, down_bias
     rule = make_rule(gate.shape[0], selection_bias=selection_bias is not None, **json.loads(rule_form))
     y = run_block(x, weights, rule, Activation(*act), impl) if not transposed else None
     if y is None:
         _, shares, experts = _route(x, gate, gate_bias, selection_bias, rule_form, "auto", build)
-        y = _experts(x, experts, shares, up, down, up_bias, down_bias, experts_form, build)
+        y = run_experts(x, experts, shares, up, down, up_bias, down_bias, Activation(*act), *rest)
     return y
 
 
@@ -138,12 +101,6 @@ route_linear: Callable[..., Any] = library.register_transparent(
     "Tensor x, Tensor weight, Tensor? bias, Tensor? selection_bias, str form, str impl, int build",
     _route,
     3,
-)
-run_form: Callable[..., Any] = library.register_transparent(
-    "experts_form",
-    "Tensor x, Tensor experts, Tensor weights, Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias, str form, int build",
-    _experts,
-    1,
 )
 block_form: Callable[..., Any] = library.register_transparent(
     "block_form",

@@ -16,8 +16,9 @@ from torch.nn.modules import module as _hooks
 from fusedonemoe import functional as F
 from fusedonemoe.checks import check_last_dim, check_tensor
 from fusedonemoe.config import MoEConfig
+from fusedonemoe.functional.calls import traced_build
 from fusedonemoe.functional.experts import run_experts, run_packed
-from fusedonemoe.functional.traced import block_form, run_block, run_form, traced_build
+from fusedonemoe.functional.traced import block_form, run_block
 from fusedonemoe.hf import config_of, tensors_of
 from fusedonemoe.layers import panels
 from fusedonemoe.layers.routers import TopKRouter, routing_impl
@@ -100,12 +101,7 @@ class Experts(nn.Module):
         """Run each row of ``x`` through its experts and sum by weight."""
         if self.exchange is not None:
             return self.exchange(self, x, experts, weights)
-        up, down, *biases = given = self.local_weights()
-        if is_dynamo_compiling() and not is_exporting() and type(self) is Experts and _runs_as_written(self):
-            form = self.config.experts_form
-            if form is not None and up is not None and down is not None and up.dim() == 3 and down.dim() == 3:
-                return run_form(x, experts, weights, up, down, *biases, form, traced_build())
-        return self.compute(x, experts, weights, *given)
+        return self.compute(x, experts, weights, *self.local_weights())
 
     def local_weights(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Up- and down-projection and their biases, as tensors that an operator can read: this process's, of a ``DTensor``."""

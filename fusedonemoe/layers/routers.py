@@ -11,8 +11,9 @@ from torch.compiler import is_dynamo_compiling, is_exporting
 
 from fusedonemoe import functional as F
 from fusedonemoe.checks import check_count
+from fusedonemoe.functional.calls import traced_build
 from fusedonemoe.functional.routing import route_by
-from fusedonemoe.functional.traced import route_linear, traced_build
+from fusedonemoe.functional.traced import route_linear
 from fusedonemoe.layers.kept_buffers import KeptBuffers
 from fusedonemoe.linear import are_plain, in_dtype, in_routing_dtype, outside_autocast, routing_linear, uniform_by_fan_in
 from fusedonemoe.ops.options import options_of

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fusedonemoe import MoE, TopKRouter
-from fusedonemoe.functional.traced import traced_build
+from fusedonemoe.functional.calls import traced_build
 from fusedonemoe.layers.moe import Experts
 from fusedonemoe.layers.routers import RouterOutput
 from fusedonemoe.ops import library

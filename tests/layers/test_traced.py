@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from fusedonemoe import Experts, MoE, MoEConfig
+from fusedonemoe import Experts, MoE, MoEConfig, functional
 
 D = 16
 FORMS = [
@@ -132,6 +132,25 @@ def test_export_has_no_operator_of_dynamos():
         assert not targets(program.graph_module) & {
             f"fusedonemoe.{name}.default" for name in ("route_linear", "experts_form", "block_form")
         }
+
+
+def test_the_function_is_one_operator_too():
+    x, ids, shares = torch.randn(5, D), torch.randint(0, 4, (5, 2)), torch.rand(5, 2)
+    up, down = torch.randn(4, 16, D, requires_grad=True), torch.randn(4, D, 8, requires_grad=True)
+
+    class Call(nn.Module):
+        def forward(self, up):
+            return functional.experts_mlp(x, ids, shares, up, down, activation="gelu", save_percent=50)
+
+    guards, operators = seen_by_dynamo(Call(), up)
+    assert operators == {"experts_form"}
+    assert not [name for name, _ in guards if "checks" in name or "choice" in name]
+    results = [run(up) for run in (Call(), compiled(Call()))]
+    gradients = [torch.autograd.grad(y.sum(), (up, down)) for y in results]
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
+    with pytest.raises(Exception, match=r"down_proj must have shape \(4, 16, 7\), got \(4, 16, 8\)"):
+        compiled(Call())(torch.randn(4, 14, D))
 
 
 def test_experts_alone_and_under_autocast():

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedonemoe import MoE
 from fusedonemoe import functional as F
-from fusedonemoe.functional.traced import traced_build
+from fusedonemoe.functional.calls import traced_build
 from fusedonemoe.ops.cpu import native
 from fusedonemoe.ops.library import BUILD
 
@@ -98,7 +98,7 @@ def block_calls() -> dict[str, tuple[Any, ...]]:
         "moe_inference": (*whole, BUILD),
         "moe_inference_cpu": whole,
         "route_linear": (x, *router, rule, "auto", traced_build()),
-        "experts_form": (x, EXPERTS, draw(T, K), *experts, form, traced_build()),
+        "experts_form": (x, EXPERTS, draw(T, K), *experts, *config.act, 100, False, "auto", traced_build()),
         "block_form": (x, *router, *experts, rule, form, traced_build()),
     }
 
