@@ -100,7 +100,11 @@ USES = [(BLOCK, "forward"), (BLOCK, "training"), (MODEL, "forward"), (MODEL, "tr
 @pytest.mark.parametrize(("cell", "mode"), USES, ids=lambda each: getattr(each, "operator", each))
 def test_every_line_has_a_time(cell, mode):
     result = measure(replace(cell, mode=mode))
-    ours, eager = result.lines
+    ours, eager, *rest = result.lines
+    assert [(line.name, line.calls, line.mfu, line.times_faster) for line in rest] == (
+        [(compiled.SUM, 6, None, None)] if (cell, mode) == USES[0] else []
+    )
+    assert all(line.seconds > 0 for line in rest)
     assert (ours.name, eager.name, ours.note) == (OURS, EAGER, "") and ours.error < 1e-6
     assert ours.times_faster == eager.seconds / ours.seconds and eager.times_faster == 1.0
     assert ours.meets_bar is (ours.times_faster >= compiled.BARS[cell.operator] - compiled.NOISE) and eager.meets_bar is None
@@ -120,7 +124,7 @@ def test_a_wrong_answer_gets_no_time(mode):
             # In training the output is right, and a gradient is not.
             return y * 1.01 if mode == "forward" else y + 0.01 * (y - y.detach())
 
-    ours, eager = measure(replace(BLOCK, mode=mode), Off).lines
+    ours, eager, *_ = measure(replace(BLOCK, mode=mode), Off).lines
     assert ours.note == ours.problem == "off by 1.0e-02" and ours.seconds is None and eager.seconds > 0
 
 
@@ -150,7 +154,7 @@ def test_the_quick_command(tmp_path, capsys, monkeypatch):
     assert "overhead-T1-D64-F32-E8-K2-float32-forward" in out and "MFU" in out and LINEAR in out
     overhead, block = records.read(file)["cells"]
     assert (overhead["operator"], block["name"]) == ("overhead", "block-T1-D128-F64-E32-K2-float32-forward")
-    assert [row["peer"] for row in block["rows"]] == [OURS, EAGER]
+    assert [row["peer"] for row in block["rows"]] == [OURS, EAGER, compiled.SUM]
     rows = {row["peer"]: row for row in overhead["rows"]}
     assert list(rows) == [OURS, EAGER, LINEAR, f"{LINEAR}, eager"]
     flops = {OURS: overhead["flops"], EAGER: overhead["flops"]}

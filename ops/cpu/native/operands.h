@@ -57,7 +57,7 @@ static const Dtypes FLOATS = {F32, BF16, F16, F64}, INTEGERS = {I64, I32, I16, I
 
 inline DtypeIndex dtype_of(const Tensor& tensor) {
     int32_t code;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
     int index = 0;
     while (index < NUM_DTYPES && DTYPES[index].code != code)
         index++;
@@ -146,7 +146,7 @@ inline Tensor new_tensor(Shape shape, DtypeIndex dtype) {
     const int32_t code = DTYPES[dtype].code, cpu = aoti_torch_device_type_cpu();
     AtenTensorHandle handle;
     if (bytes < fusedonemoe_pooled_from) {
-        STABLE_TORCH_ERROR_CODE_CHECK(
+        TORCH_ERROR_CODE_CHECK(
             aoti_torch_empty_strided(dims, shape.begin(), strides, code, cpu, -1, &handle));
         return Tensor(handle);
     }
