@@ -134,10 +134,7 @@ def _block(
 
 
 route_linear: Callable[..., Any] = library.register_transparent(
-    "route_linear",
-    "Tensor x, Tensor weight, Tensor? bias, Tensor? selection_bias, str form, str impl, int build",
-    _route,
-    3,
+    "route_linear", "Tensor x, Tensor weight, Tensor? bias, Tensor? selection_bias, str form, str impl, int build", _route, 3
 )
 run_form: Callable[..., Any] = library.register_transparent(
     "experts_form",
