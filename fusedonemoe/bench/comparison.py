@@ -31,11 +31,7 @@ class Pair(NamedTuple):
     peer: str
     before: float  # seconds in the older run
     now: float  # seconds in this one
-
-    @property
-    def ratio(self) -> float:
-        """The time now, in multiples of the time before."""
-        return self.now / self.before
+    ratio: float  # of the second to the first
 
 
 def machine_of(settings: dict[str, Any]) -> dict[str, Any]:
@@ -70,7 +66,7 @@ def pairs_of(old: dict[str, Any], new: dict[str, Any]) -> Iterator[Pair]:
         for row in cell["rows"]:
             seconds = before.get((cell["name"], row["peer"]))
             if seconds and row.get("seconds"):
-                yield Pair(cell["name"], row["peer"], seconds, row["seconds"])
+                yield Pair(cell["name"], row["peer"], seconds, row["seconds"], row["seconds"] / seconds)
 
 
 def drift_of(pairs: list[Pair]) -> float:

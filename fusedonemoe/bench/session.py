@@ -126,7 +126,7 @@ def _before(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[dict[st
     if args.json:
         files.check(args.json)
     if args.picture:
-        from fusedonemoe.bench import picture
+        from fusedonemoe.bench import picture  # only now: it imports an extra
 
         picture.check(args.picture)
     return old, done
@@ -141,7 +141,7 @@ def run_cells(
     to_json: Callable[[R], dict[str, Any]],
     show: Callable[[R], None],
     order: Sequence[str],
-    summary: Callable[[dict[str, Any]], None] = lambda results: None,
+    summarised: bool = False,
     minutes: float | None = None,
     long: bool = False,
 ) -> int:
@@ -155,13 +155,12 @@ def run_cells(
         to_json: turns a result into plain values; its ``rows`` have ``failed``.
         show: prints a result as soon as it is measured.
         order: names of all cells of the suite, for the file.
-        summary: prints all results at the end.
+        summarised: print a table of all cells at the end.
         minutes: without ``--minutes``, begin no cell after so long.
         long: print a line for every cell on stderr where it is no terminal, and keep unfinished runs without ``--json``.
 
     Returns:
-        The exit status: 0; 1 when a peer's outputs disagreed or it raised; 2 when a file cannot be read, compared with or
-        written; 3 when ours is slower than in the file of ``--compare``.
+        The exit status, as :func:`fusedonemoe.bench.run`; 2 when a file cannot be read, compared with or written.
     """
     begun, budget = time.monotonic(), args.minutes or minutes
     rank = {name: index for index, name in enumerate(order)}
@@ -185,7 +184,8 @@ def run_cells(
                 show(result)
             results["cells"].sort(key=lambda cell: rank.get(cell["name"], len(rank)))
             keep(True)
-        summary(results)
+        if summarised:
+            report.console().print(report.summary_of(results), highlight=False)
         if args.picture:
             from fusedonemoe.bench.picture import draw
 
@@ -217,7 +217,7 @@ def run_suite(
         options: the arguments of :func:`run_cells`, which also says what the exit status is; 2 if a pattern matches nothing.
     """
     order = [cell.name for cell in everything]
-    names = set(matching("--cells", order, args.cells))
+    names = matching("--cells", order, args.cells)
     cells = [cell for cell in everything if cell.name in names]
     if not cells or (peers and not matching("--peers", sorted({name for c in cells for name in peers(c)}), args.peers)):
         return EXIT_USAGE
