@@ -14,12 +14,9 @@ EXIT_USAGE = 2
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command to a parser."""
-    parser.add_argument(
-        "results", nargs="+", type=options.path, metavar="RESULTS.json", help="what bench --json wrote; several make one page"
-    )
-    parser.add_argument(
-        "-o", "--output", type=options.path, default=Path("report.html"), metavar="FILE.html", help="default: %(default)s"
-    )
+    add, told = parser.add_argument, "what bench --json wrote; several make one page"
+    add("results", nargs="+", type=options.path, metavar="RESULTS.json", help=told)
+    add("-o", "--output", type=options.path, default=Path("report.html"), metavar="FILE.html", help="default: %(default)s")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -11,8 +11,7 @@ import torch
 
 from fusedonemoe.bench.peers import Peer, masked_block
 from fusedonemoe.bench.workloads import Cell
-from fusedonemoe.cli.demo import PICTURE, add_arguments, run
-from fusedonemoe.cli.demo.settings import FULL, QUICK
+from fusedonemoe.cli.demo import FULL, PICTURE, QUICK, add_arguments, run
 from fusedonemoe.cli.demo.text import Corpus, load_corpus, source_files, split_files, training_batches, validation_batches
 
 pytest.importorskip("rich")

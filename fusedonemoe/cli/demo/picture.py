@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fusedonemoe.bench.picture import save
-from fusedonemoe.cli.demo.settings import Settings
+from fusedonemoe.cli.demo import Settings
 from fusedonemoe.cli.demo.train import Trainer, smoothed
 
 # Two of Okabe and Ito's colours, which all common forms of colour blindness tell apart; the markers differ as well.

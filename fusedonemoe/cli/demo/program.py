@@ -19,10 +19,9 @@ from fusedonemoe.bench.results import CellResult
 from fusedonemoe.bench.runner import run_cell
 from fusedonemoe.bench.timing import Timer, gpu_timer
 from fusedonemoe.bench.workloads import Cell
-from fusedonemoe.cli.demo import PICTURE, picture, terminal
+from fusedonemoe.cli.demo import FULL, PICTURE, QUICK, Settings, picture, terminal
 from fusedonemoe.cli.demo.model import ByteTransformer, ParameterCount, count_parameters
 from fusedonemoe.cli.demo.parallel import Processes, joined
-from fusedonemoe.cli.demo.settings import FULL, QUICK, Settings
 from fusedonemoe.cli.demo.text import load_corpus, training_batches
 from fusedonemoe.cli.demo.train import Trainer, train_side_by_side, verdict
 

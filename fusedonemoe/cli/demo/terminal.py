@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fusedonemoe.bench.results import CellResult
+from fusedonemoe.cli.demo import Settings
 from fusedonemoe.cli.demo.model import ParameterCount
-from fusedonemoe.cli.demo.settings import Settings
 from fusedonemoe.cli.demo.text import Corpus
 from fusedonemoe.cli.demo.train import Trainer, smoothed
 
