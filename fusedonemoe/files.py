@@ -12,21 +12,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 AnyPath = str | os.PathLike[str]
+# What tells one version of a file from all others: its inode, when its content was written, and its size.
+Stamp = tuple[int, int, int]
 
 
 class UnwritableError(OSError):
     """A file cannot be written; the message has its name and the reason."""
-
-
-class Stamp(NamedTuple):
-    """One version of a file, which no other version has."""
-
-    inode: int
-    changed: int  # when its content was written, in nanoseconds
-    size: int  # in bytes
 
 
 def shown(path: AnyPath) -> str:
@@ -76,7 +70,7 @@ def stamp_of(path: AnyPath) -> Stamp | None:
     """Return the version of the file that is there now; None where there is none, or none that can be seen."""
     with suppress(OSError, ValueError):
         found = os.stat(path)
-        return Stamp(found.st_ino, found.st_mtime_ns, found.st_size)
+        return found.st_ino, found.st_mtime_ns, found.st_size
     return None
 
 

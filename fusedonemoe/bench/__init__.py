@@ -9,8 +9,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -97,23 +96,14 @@ def run(args: argparse.Namespace, registry: Mapping[str, Suite] = REGISTRY) -> i
     if problem:
         print(problem, file=sys.stderr)
         return EXIT_USAGE
-    # Here, not at the top: this module is imported whenever the command line is, to read the options.
-    with _without_remarks():
-        return int(importlib.import_module(registry[args.suite].module).run(args))
-
-
-@contextmanager
-def _without_remarks() -> Iterator[None]:
-    """Hide what other libraries log below an error, and their warnings about later versions.
-
-    Some libraries log in the middle of the tables which of their extensions this machine cannot load.
-    """
+    # Other libraries log in the middle of the tables which of their extensions this machine cannot load.
     before = logging.root.manager.disable
     logging.disable(max(before, logging.WARNING))
     try:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
             warnings.simplefilter("ignore", DeprecationWarning)
-            yield
+            # Here, not at the top: this module is imported whenever the command line is, to read the options.
+            return int(importlib.import_module(registry[args.suite].module).run(args))
     finally:
         logging.disable(before)
 

@@ -143,10 +143,6 @@ def _error_of_gradient(value: Tensor | Sequence[Tensor | None] | None, weight: T
 def disagreements(errors: Mapping[str, float], dtype: torch.dtype, device_type: str) -> list[str]:
     """Return the tensors with an error that no right answer has in this dtype; NaN is one."""
     gradient, routing = GPU_BUDGETS if device_type == "cuda" else (GRADIENT_BUDGET, ROUTING_BUDGET)
-
-    def budget(name: str) -> float:
-        if name in (OUTPUT, IDS, ELSEWHERE):
-            return BUDGET[dtype]
-        return (routing if name in map(gradient_of, ("router", "logits")) else gradient)[dtype]
-
-    return [name for name, error in errors.items() if not error <= budget(name)]
+    budgets = dict.fromkeys((OUTPUT, IDS, ELSEWHERE), BUDGET[dtype])
+    budgets |= dict.fromkeys(map(gradient_of, ("router", "logits")), routing[dtype])
+    return [name for name, error in errors.items() if not error <= budgets.get(name, gradient[dtype])]

@@ -26,7 +26,7 @@ _MOST_BYTES = 1 << 28
 
 
 class DamagedError(ValueError):
-    """A file that cannot be read as results; the message says why, without the name of the file."""
+    """A file that cannot be read as results, or has none of use here; the message says why."""
 
 
 @dataclass(frozen=True)

@@ -53,12 +53,9 @@ def threads(count: int | None) -> Iterator[None]:
 
 @contextmanager
 def at_real_time(wanted: bool = True) -> Iterator[bool]:
-    """Run the threads of this process round-robin at real-time priority, where that is permitted, and put them back.
+    """Run the threads of this process round-robin at real-time priority; yield whether that is permitted; put them back.
 
     Without it, whatever else the machine does lands in the timings: on a busy machine medians come out doubled.
-
-    Yields:
-        True where it is permitted.
     """
     before: dict[int, tuple[int, int]] = {}
     if wanted and hasattr(os, "sched_setscheduler") and os.path.isdir("/proc/self/task"):

@@ -51,12 +51,7 @@ Weights = tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor | N
 def run_block(x: Tensor, weights: Weights, rule: RouteRule, act: Activation, impl: str) -> Tensor | None:
     """Run a block as one operator of the compiled CPU kernels; None where it takes others, or an argument does not fit.
 
-    Args:
-        x: ``[..., D]``.
-        weights: of the router: weight, bias and selection bias; of the experts: both projections and their biases.
-        rule: for as many experts as the router has.
-        act: of the experts.
-        impl: of the experts.
+    ``weights`` are the router's weight, bias and selection bias, and the experts' two projections and their biases.
     """
     gate, gate_bias, selection_bias, up, down, up_bias, down_bias = weights
     dtype = x.dtype

@@ -26,8 +26,9 @@ def run(args: argparse.Namespace) -> int:
         The exit status: 0; 2 when a file holds no results with times, or the page cannot be written.
     """
     # Here, not at the top: this module is imported whenever the command line is, to read the options.
+    from fusedonemoe.bench.records import DamagedError
     from fusedonemoe.report.page import page_of
-    from fusedonemoe.report.runs import NoResultsError, load
+    from fusedonemoe.report.runs import load
 
     try:
         runs = [load(path) for path in args.results]
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         # A page on stdout is all that is there.
         told = sys.stderr if files.is_stream(args.output) else sys.stdout
         files.write(args.output, page_of(runs).encode("utf-8"))
-    except (NoResultsError, files.UnwritableError) as reason:
+    except (DamagedError, files.UnwritableError) as reason:
         print(reason, file=sys.stderr)
         return EXIT_USAGE
     cells = sum(len(run.cells) for run in runs)
