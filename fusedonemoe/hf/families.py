@@ -1,4 +1,4 @@
-"""The routing, the experts and the shared branch of each family of Hugging Face models.
+"""Reading the routing, the experts and the shared branch of each family of Hugging Face models from its configuration.
 
 How a family routes is written in its model's code, not in its configuration, so each ``model_type`` has an entry here.
 """
@@ -11,6 +11,8 @@ from typing import Any
 
 Fields = dict[str, Any]
 Reader = Callable[[Any], Fields]
+
+# Names that mean the same, and attributes
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 ACTIVATIONS |= {"relu": "relu", "relu2": "relu2", "sigmoid": "sigmoid", "linear": "identity"}
