@@ -67,7 +67,7 @@ class Peer:
     """One contender."""
 
     name: str  # as printed
-    # From a cell and its weights, which all peers share, to the forward that is timed. It may keep copies made once.
+    # From a cell and its weights, parameters that all peers share, to the forward that is timed. It may keep copies made once.
     build: Callable[[Cell, Weights], Forward | WithWeights]
     modes: tuple[str, ...] = ("forward",)  # of the cells that it can run
     copies: int = 0  # the number of copies of the weights that it keeps
@@ -113,17 +113,12 @@ def _our_block(cell: Cell, weights: Weights, impl: str = "auto", prepack: bool =
     sizes: dict[str, Any] = {"hidden_size": cell.D, "intermediate_size": cell.F, "num_experts": cell.E, "top_k": cell.K}
     with torch.device("meta"):
         moe: Any = MoE(**sizes, dtype=cell.dtype, impl=impl)
-    moe.gate.weight, moe.experts.gate_up_proj, moe.experts.down_proj = _parameters(weights)
+    moe.gate.weight, moe.experts.gate_up_proj, moe.experts.down_proj = weights.values()
     if prepack:
         for parameter in moe.experts.parameters():  # the shared weights, which other peers read, are not packed
             parameter.data = parameter.data.clone()
         moe.prepack()
     return moe
-
-
-def _parameters(weights: Weights) -> list[nn.Parameter]:
-    """Return the weights as parameters; those that gradients are asked for are parameters already."""
-    return [w if isinstance(w, nn.Parameter) else nn.Parameter(w, requires_grad=False) for w in weights.values()]
 
 
 def _our_router(cell: Cell, weights: Weights) -> Forward:
@@ -262,7 +257,7 @@ def _transformers_block(cell: Cell, weights: Weights, implementation: str = "gro
 
     with torch.device("meta"):
         block: Any = Qwen3MoeSparseMoeBlock(qwen3_moe_config(cell.D, cell.F, cell.E, cell.K, implementation))
-    block.gate.weight, block.experts.gate_up_proj, block.experts.down_proj = _parameters(weights)
+    block.gate.weight, block.experts.gate_up_proj, block.experts.down_proj = weights.values()
     block.eval()
     return lambda x: block(x[None])[0]
 
@@ -286,7 +281,7 @@ def _transformers_experts(cell: Cell, weights: Weights, implementation: str) -> 
         else:
             raise UnavailableError("no model in transformers has experts with these options")
     names = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
-    for name, parameter in zip(names, _parameters(weights), strict=False):
+    for name, parameter in zip(names, weights.values(), strict=False):
         setattr(experts, name, parameter)
     return routed(partial(route, cell), lambda x, ids, scores: experts(x, ids, scores.to(x.dtype)))
 

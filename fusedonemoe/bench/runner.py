@@ -235,7 +235,6 @@ def run_cell(
     dry: bool = False,
     rounds: int = ROUNDS,
     seconds: float = SECONDS_PER_PEER,
-    memory_bytes: float | None = None,
     announce: Callable[[str], None] = lambda text: None,
 ) -> CellResult:
     """Measure one cell; a peer with a wrong output has a note in place of a time.
@@ -252,7 +251,6 @@ def run_cell(
         dry: run everything at small sizes and keep no time.
         rounds: turns of each peer.
         seconds: of timed calls for each peer, over all rounds.
-        memory_bytes: for the weights and the copies that peers keep of them; by default a share of the machine's.
         announce: called with what is about to happen.
     """
     asked, cell = cell, shrunk(cell, interpreted=interpreted()) if dry else cell
@@ -276,8 +274,7 @@ def run_cell(
         between = ceilings.sampler(cell.dtype) if ceilings else lambda: None
         rotation = len(inputs.draws) if timer.rotates else 1
         calls: dict[str, Call] = {}
-        room = SHARE_OF_MEMORY * physical_memory() if memory_bytes is None else memory_bytes
-        for group in groups_of(peers, weight_bytes=cell.weight_bytes, memory_bytes=room):
+        for group in groups_of(peers, weight_bytes=cell.weight_bytes, memory_bytes=SHARE_OF_MEMORY * physical_memory()):
             # Ours stay; what the peers of the last group kept is freed before the next are built.
             calls = {name: call for name, call in calls.items() if is_ours(name)}
             timer.clean()

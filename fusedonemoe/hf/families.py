@@ -265,21 +265,22 @@ FAMILIES: dict[str, Family] = {
     **dict.fromkeys(
         ("granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared"), Family(_softmax_of_the_picked, _DENSE_WIDTH)
     ),
+    **dict.fromkeys(("beam", "mimo_v2_flash"), Family(_deepseek_v3)),
+    **dict.fromkeys(("flex_olmo", "olmoe"), Family(_softmax, _DENSE_WIDTH)),
     **dict.fromkeys(("mellum", "qwen3_moe", "qwen3_omni_moe_text"), Family(_softmax)),
+    **dict.fromkeys(("minimax", "mixtral"), Family(_mixtral, _DENSE_WIDTH)),
     **dict.fromkeys(
         ("qwen2_moe", "qwen3_next", "qwen3_omni_moe_talker_text", "qwen4_exp_text"), Family(_softmax, shared=_shared(gate=True))
     ),
     "afmoe": Family(_scaled_sigmoid("route_scale"), shared=_NUM_SHARED),
     "aria_text": Family(_softmax_of_the_picked, _DENSE_WIDTH, _aria_shared, _reads(activation="silu", transposed=True)),
     "axk2": Family(_axk2, shared=_N_SHARED),
-    "beam": Family(_deepseek_v3),
     "cohere2_moe": Family(_cohere2, _DENSE_WIDTH, _cohere2_shared),
     "dbrx": Family(_dbrx, ("ffn_hidden_size",), experts=_dbrx_experts),
     "dots3_note_text": Family(_deepseek_v3, shared=_shared("shared_experts_intermediate_size", "n_shared_experts")),
     "dots3_note_vision_encoder": Family(_scaled_sigmoid("router_scaling_factor")),
     "ernie4_5_moe": Family(_reads(selection_bias=True), shared=_shared("moe_intermediate_size", "moe_num_shared_experts")),
     "exaone_moe": Family(_deepseek_v3, shared=_NUM_SHARED),
-    "flex_olmo": Family(_softmax, _DENSE_WIDTH),
     "flint": Family(_reads(_softmax, scoring="sigmoid"), shared=_shared()),
     "gpt_oss": Family(_softmax_of_the_picked, _DENSE_WIDTH, experts=_reads(_privacy_filter, gate_up_layout="interleaved")),
     "hunyuan_v1_moe": Family(_softmax_normalised, _DENSE_WIDTH, _shared("intermediate_size")),
@@ -295,19 +296,15 @@ FAMILIES: dict[str, Family] = {
         _reads(_without("zero_expert_num"), selection_bias=True, norm_topk_prob=False, routed_scaling_factor=_SCALE),
         ("expert_ffn_hidden_size",),
     ),
-    "mimo_v2_flash": Family(_deepseek_v3),
-    "minimax": Family(_mixtral, _DENSE_WIDTH),
     "minimax_m2": Family(_reads(_without("router_jitter_noise"), _sigmoid_with_bias), _DENSE_WIDTH),
     "minimax_m3_vl_text": Family(
         _scaled_sigmoid("routed_scaling_factor"), _DENSE_WIDTH, _shared("shared_intermediate_size"), _clamped_swiglu
     ),
-    "mixtral": Family(_mixtral, _DENSE_WIDTH),
     "nemotron_h": Family(
         _deepseek_v3,
         shared=_shared("moe_shared_expert_intermediate_size"),
         experts=_reads(_without("moe_latent_size"), _as_configured, gated=False),
     ),
-    "olmoe": Family(_softmax, _DENSE_WIDTH),
     "openai_privacy_filter": Family(_softmax_of_the_picked, _DENSE_WIDTH, experts=_privacy_filter),
     "qwen3_5_moe_text": Family(_softmax_normalised, shared=_shared(gate=True)),
     "qwen3_vl_moe_text": Family(_softmax_normalised),
