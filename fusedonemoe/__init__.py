@@ -17,15 +17,5 @@ for _old, _new in _MOVED.items():
     _module = sys.modules[f"{__name__}.{_old}"] = sys.modules[f"{__name__}.{_new}"]
     setattr(sys.modules[f"{__name__}.{_old}".rpartition(".")[0]], _old.rpartition(".")[2], _module)
 
-__all__ = [
-    "Explanation",
-    "MoEConfig",
-    "Tuned",
-    "__version__",
-    "balance",
-    "explain",
-    "functional",
-    "ops",
-    "tune",
-]
+__all__ = ["Explanation", "MoEConfig", "Tuned", "__version__", "balance", "explain", "functional", "ops", "tune"]
 __all__ += layers.__all__

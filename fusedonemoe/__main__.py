@@ -58,13 +58,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     """Make the parser of the command line, and those of its commands, which have no options yet."""
     parser = argparse.ArgumentParser(prog="fusedonemoe", description="Mixture-of-experts blocks for PyTorch and torch.compile.")
     parser.add_argument("--version", action="version", version=f"fusedonemoe {__version__}")
-    parser.add_argument(
-        "--print-completion",
-        action=_PrintCompletion,
-        choices=SHELLS,
-        metavar="SHELL",
-        help=f"print a script with which {', '.join(SHELLS)} complete this command line",
-    )
+    told = f"print a script with which {', '.join(SHELLS)} complete this command line"
+    parser.add_argument("--print-completion", action=_PrintCompletion, choices=SHELLS, metavar="SHELL", help=told)
     commands = parser.add_subparsers(metavar="COMMAND", title="commands (COMMAND --help tells more)")
     return parser, {name: commands.add_parser(name, help=purpose) for name, purpose in COMMANDS.items()}
 

@@ -64,11 +64,8 @@ def _key(value: object) -> str:
 def start_comparison(action: str, mine: object, group: Any, device: torch.device) -> Callable[[], bool]:
     """Begin to compare one value across a group, in a message of eight bytes that travels while this process does other work.
 
-    A digest of the value's ``repr`` is sent, from the CPU if the group has CPUs, else from the device.
-
-    Returns:
-        A function that waits for the others and returns whether all values are equal. Where the group has no CPUs nothing is
-        read: it returns true, and unequal values fail on the device.
+    A digest of the value's ``repr`` is sent. The result is a function that waits for the others and returns whether all values
+    are equal. If the group has no CPUs, nothing is read: it returns true, and unequal values fail on the device.
     """
     if group.size() == 1 or dist.get_backend(group) == "fake":
         return lambda: True

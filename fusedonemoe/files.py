@@ -12,21 +12,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 AnyPath = str | os.PathLike[str]
+# What tells one version of a file from all others: its inode, when its content was written, and its size.
+Stamp = tuple[int, int, int]
 
 
 class UnwritableError(OSError):
     """A file cannot be written; the message has its name and the reason."""
-
-
-class Stamp(NamedTuple):
-    """One version of a file, which no other version has."""
-
-    inode: int
-    changed: int  # when its content was written, in nanoseconds
-    size: int  # in bytes
 
 
 def shown(path: AnyPath) -> str:
@@ -51,11 +45,9 @@ def _named(path: AnyPath) -> Iterator[None]:
 
 
 def _look(path: AnyPath) -> tuple[os.stat_result | None, bool, IO[str] | None]:
-    """Look at a path, links followed.
+    """Return the status of a file behind links, None where there is none, and whether it is a stream.
 
-    Returns:
-        The file's status, None where there is none; whether it is a stream; and the standard stream of this process that is this
-        very file, as ``/dev/stdout`` is behind ``> file``.
+    The last is the standard stream of this process that is this very file, as ``/dev/stdout`` is behind ``> file``.
     """
     try:
         found = os.stat(path)
@@ -78,16 +70,12 @@ def stamp_of(path: AnyPath) -> Stamp | None:
     """Return the version of the file that is there now; None where there is none, or none that can be seen."""
     with suppress(OSError, ValueError):
         found = os.stat(path)
-        return Stamp(found.st_ino, found.st_mtime_ns, found.st_size)
+        return found.st_ino, found.st_mtime_ns, found.st_size
     return None
 
 
 def check(path: AnyPath) -> None:
-    """Make the file's folder, and find out whether :func:`write` can write there; the file itself is left as it is.
-
-    Raises:
-        UnwritableError: it cannot.
-    """
+    """Make the file's folder, and raise UnwritableError if :func:`write` cannot write there; the file itself is left as it is."""
     with _named(path):
         found, streams, own = _look(path)
         if own is not None:
@@ -142,10 +130,7 @@ def write(path: AnyPath, content: bytes) -> Stamp | None:
 
 @contextmanager
 def _temporary_beside(path: AnyPath, found: os.stat_result | None) -> Iterator[tuple[Path, Path, IO[bytes]]]:
-    """Yield the file itself behind links, and a new one in its folder, opened, which is removed at the end.
-
-    The folder is made; a file that may not be written is an error.
-    """
+    """Yield the file behind links, and a new one in its folder, which is made; the new one is open, and removed at the end."""
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     if found is not None:

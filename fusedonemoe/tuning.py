@@ -42,26 +42,23 @@ class Tuned:
     complete: bool
 
 
-def _variants(tile: Tile) -> Iterator[Tile]:
-    """Yield neighbours of a tile, few enough to be measured."""
+def candidates(best: Tiles, name: str) -> Iterator[Tiles]:
+    """Yield the neighbours of ``best``: other blocks of rows (``name`` is ``"rows"``), or another tile for one kernel."""
+    if name == "rows":
+        # All kernels that walk the schedule have the same blocks of rows.
+        for block in sorted({16, 32, 64, 128} - {best.up.BLOCK_M}):
+            walking = {kernel: getattr(best, kernel)._replace(BLOCK_M=block) for kernel in ("up", "down", "dh", "dx")}
+            yield best._replace(**walking)
+        return
+    tile: Tile = getattr(best, name)
     neighbours = {
         "num_warps": {4, 8} - {tile.num_warps},
         "BLOCK_N": {tile.BLOCK_N // 2, tile.BLOCK_N * 2} & {32, 64, 128, 256},
         "BLOCK_K": {tile.BLOCK_K // 2, tile.BLOCK_K * 2} & {32, 64, 128},
         "num_stages": {tile.num_stages - 1, tile.num_stages + 1} & {2, 3, 4, 5},
     }
-    return (tile._replace(**{name: value}) for name, values in neighbours.items() for value in values)
-
-
-def candidates(best: Tiles, name: str) -> Iterator[Tiles]:
-    """List the neighbours of ``best``: other blocks of rows (``name`` is ``"rows"``), or another tile for one kernel."""
-    if name != "rows":
-        return (best._replace(**{name: tile}) for tile in _variants(getattr(best, name)))
-    # All kernels that walk the schedule have the same blocks of rows.
-    return (
-        best._replace(**{kernel: getattr(best, kernel)._replace(BLOCK_M=block) for kernel in ("up", "down", "dh", "dx")})
-        for block in sorted({16, 32, 64, 128} - {best.up.BLOCK_M})
-    )
+    for field, values in neighbours.items():
+        yield from (best._replace(**{name: tile._replace(**{field: value})}) for value in values)
 
 
 def search(
@@ -69,8 +66,7 @@ def search(
 ) -> tuple[Tiles, float, float, int, bool]:
     """Take one kernel of a call after the other, and keep what is faster; ``"rows"`` names their common blocks of rows.
 
-    Returns:
-        The best tiles, their milliseconds, those of ``start``, how many were measured, and whether all were in so many seconds.
+    Return the best tiles, their milliseconds, those of ``start``, how many were measured, and whether the time sufficed for all.
     """
     end = clock() + seconds
     best, first = start, measure(start)

@@ -198,7 +198,7 @@ def run(args: argparse.Namespace) -> int:
         to_json=report.cell_to_json,
         show=print_cell,
         peers=lambda cell: [peer.name for peer in line_up(cell)],
-        summary=lambda results: None if args.dry else report.print_summary(results),
+        summarised=not args.dry,
         described={"dry": args.dry},
         long=True,
     )

@@ -9,8 +9,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -48,10 +47,8 @@ REGISTRY: dict[str, Suite] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the benchmark to a parser."""
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        "--suite", type=_suite, choices=list(REGISTRY), metavar="SUITE", default="quick", help="one of those below (%(default)s)"
-    )
+    which, told = parser.add_mutually_exclusive_group(), "one of those below (%(default)s)"
+    which.add_argument("--suite", type=_suite, choices=list(REGISTRY), metavar="SUITE", default="quick", help=told)
     which.add_argument("--quick", action="store_const", dest="suite", const="quick", help="short for --suite quick")
     add_options(parser, REGISTRY)
 
@@ -84,18 +81,13 @@ def add_options(parser: argparse.ArgumentParser, registry: Mapping[str, Suite]) 
     add("--picture", metavar="FILE.png", type=options.path, help="also draw them, in multiples of the floor")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Run the cells asked for and print them.
+def run(args: argparse.Namespace, registry: Mapping[str, Suite] = REGISTRY) -> int:
+    """Run the suite ``args.suite`` and print the cells asked for.
 
     Returns:
         The exit status: 0; 1 when a peer's outputs disagreed or it raised; 2 when nothing could be run; 3 when ours is slower
         than in the file of ``--compare``.
     """
-    return run_from(REGISTRY, args)
-
-
-def run_from(registry: Mapping[str, Suite], args: argparse.Namespace) -> int:
-    """Run the suite ``args.suite`` of a registry, and return the exit status, as :func:`run` does."""
     problem = _misused(registry, args)
     if find_spec("rich") is None:
         problem = "the benchmark prints with rich, which is missing: pip install 'fusedonemoe[bench]'"
@@ -104,23 +96,14 @@ def run_from(registry: Mapping[str, Suite], args: argparse.Namespace) -> int:
     if problem:
         print(problem, file=sys.stderr)
         return EXIT_USAGE
-    # Here, not at the top: this module is imported whenever the command line is, to read the options.
-    with _without_remarks():
-        return int(importlib.import_module(registry[args.suite].module).run(args))
-
-
-@contextmanager
-def _without_remarks() -> Iterator[None]:
-    """Hide what other libraries log below an error, and their warnings about later versions.
-
-    Some libraries log in the middle of the tables which of their extensions this machine cannot load.
-    """
+    # Other libraries log in the middle of the tables which of their extensions this machine cannot load.
     before = logging.root.manager.disable
     logging.disable(max(before, logging.WARNING))
     try:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
             warnings.simplefilter("ignore", DeprecationWarning)
-            yield
+            # Here, not at the top: this module is imported whenever the command line is, to read the options.
+            return int(importlib.import_module(registry[args.suite].module).run(args))
     finally:
         logging.disable(before)
 

@@ -64,46 +64,34 @@ def _of_models() -> list[Cell]:
     for model, uses in _USES.items():
         (D, F, E, K), options = _MODELS[model]
         for use, tokens in uses.items():
-            mode = use.rpartition(" ")[2]
-            routing = "skewed" if use.startswith("skewed") else "uniform"
-            cells += [
-                Cell("experts", T, D, F, E, K, torch.bfloat16, mode=mode, label=f"{model}-T{T}", routing=routing, **options)
-                for T in tokens
-            ]
+            given = {"mode": use.rpartition(" ")[2], "routing": "skewed" if use.startswith("skewed") else "uniform", **options}
+            cells += [Cell("experts", T, D, F, E, K, torch.bfloat16, label=f"{model}-T{T}", **given) for T in tokens]
     return cells
 
 
-def _of_fusedonemoe() -> list[Cell]:
-    """Return the original's benchmark: its merged up-projection at 32, 128 and 1024 experts."""
-    uses = ((torch.bfloat16, "forward"), (torch.float32, "forward"), (torch.bfloat16, "training"))
-    return [
-        Cell("merged", 512, 128, 512, E, 8, dtype, mode=mode, label=f"merged-E{E}")
-        for dtype, mode in uses
-        for E in (32, 128, 1024)
-    ]
-
-
-def _of_candle_moe() -> list[Cell]:
-    """Return the rows of candle-moe's tables and router; two more routers have sizes that servers publish."""
-    routers = [(32, 8, 2), (512, 8, 2), (8192, 8, 2), (32768, 8, 2), (4096, 128, 8), (8192, 512, 8)]
-    cells = [Cell("router", T, 1, 1, E, K, torch.float32, label=f"router-T{T}-E{E}", norm_topk_prob=E > 8) for T, E, K in routers]
-    rows = [(T, torch.float32) for T in (32, 512, 8192, 32768)] + [(T, torch.float16) for T in (8192, 32768)]
-    for kind in ("nomic", "qwen3"):
-        options: dict[str, Any] = {"gated": kind == "qwen3", "norm_topk_prob": False}
-        cells += [Cell("experts", T, 768, 3072, 8, 2, dtype, label=f"candle-{kind}-T{T}", **options) for T, dtype in rows]
-    return cells
-
-
-def _of_momoe() -> list[Cell]:
-    """Return the sizes of MoMoE's example, with its dial at both ends and in the middle: it publishes pictures, no rows."""
-    uses: list[dict[str, Any]] = [{"mode": "forward"}]
-    uses += [{"mode": "training", "save_percent": percent} for percent in (100, 50, 0)]
-    return [
-        Cell("experts", T, 2048, 1024, 128, 8, torch.bfloat16, label=f"momoe-T{T}", **use)
-        for T in (4096, 16384, 32768)
-        for use in uses
-    ]
-
+# The original's benchmark: its merged up-projection.
+_OF_FUSEDONEMOE = [
+    Cell("merged", 512, 128, 512, E, 8, dtype, mode=mode, label=f"merged-E{E}")
+    for dtype, mode in ((torch.bfloat16, "forward"), (torch.float32, "forward"), (torch.bfloat16, "training"))
+    for E in (32, 128, 1024)
+]
+# The rows of candle-moe's tables and router; two more routers have sizes that servers publish.
+_ROUTERS = [(32, 8, 2), (512, 8, 2), (8192, 8, 2), (32768, 8, 2), (4096, 128, 8), (8192, 512, 8)]
+_ROWS = [*((T, torch.float32) for T in (32, 512, 8192, 32768)), (8192, torch.float16), (32768, torch.float16)]
+_OF_CANDLE_MOE = [
+    *(Cell("router", T, 1, 1, E, K, torch.float32, label=f"router-T{T}-E{E}", norm_topk_prob=E > 8) for T, E, K in _ROUTERS),
+    *(
+        Cell("experts", T, 768, 3072, 8, 2, dtype, label=f"candle-{kind}-T{T}", gated=kind == "qwen3", norm_topk_prob=False)
+        for kind in ("nomic", "qwen3")
+        for T, dtype in _ROWS
+    ),
+]
+# The sizes of MoMoE's example, with its dial at both ends and in the middle: it publishes pictures, no rows.
+_OF_MOMOE = [
+    Cell("experts", T, 2048, 1024, 128, 8, torch.bfloat16, mode=mode, label=f"momoe-T{T}", save_percent=percent)
+    for T in (4096, 16384, 32768)
+    for mode, percent in (("forward", 100), ("training", 100), ("training", 50), ("training", 0))
+]
 
 SUITES: dict[str, tuple[Cell, ...]] = {
     "quick": tuple(
@@ -116,5 +104,5 @@ SUITES: dict[str, tuple[Cell, ...]] = {
     ),
     "quantized": tuple(Cell("quantized", T, *_MODELS["qwen3-30b"][0], torch.bfloat16) for T in (1, 16, 512)),
     # The published models first: a run that is stopped has them.
-    "gpu": (*_of_models(), *_of_fusedonemoe(), *_of_candle_moe(), *_of_momoe()),
+    "gpu": (*_of_models(), *_OF_FUSEDONEMOE, *_OF_CANDLE_MOE, *_OF_MOMOE),
 }

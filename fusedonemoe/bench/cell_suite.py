@@ -32,21 +32,16 @@ SECONDS_BETWEEN_CONDITIONS = 15.0
 WHOLE_CELL = "(cell)"
 
 
-def run(args: argparse.Namespace) -> int:
-    """Run the cells asked for and print them.
+def run(args: argparse.Namespace, device: torch.device | None = None) -> int:
+    """Run the cells asked for and print them; on this device, by default on the suite's own.
 
     Returns:
         The exit status of :func:`fusedonemoe.bench.session.run_cells`; 2 also when a pattern matches nothing, or without a GPU.
     """
-    device = torch.device("cpu" if args.suite != GPU or args.dry else "cuda")
+    device = device or torch.device("cpu" if args.suite != GPU or args.dry else "cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         print("there is no CUDA device; --dry runs every code path at small sizes on the CPU, without times", file=sys.stderr)
         return session.EXIT_USAGE
-    return run_on(args, device)
-
-
-def run_on(args: argparse.Namespace, device: torch.device) -> int:
-    """Run the cells on a device."""
     suite = args.suite
     settings = _describe_gpu(device, args) if suite == GPU else {}
     measure: Callable[[Cell], CellResult]
@@ -68,7 +63,7 @@ def run_on(args: argparse.Namespace, device: torch.device) -> int:
         to_json=report.cell_to_json,
         show=report.print_cell,
         peers=lambda cell: [peer.name for peer in line_up(suite, cell)],
-        summary=lambda results: report.print_summary(results) if long and not args.dry else None,
+        summarised=long and not args.dry,
         described=settings,
         minutes=GPU_MINUTES if suite == GPU and not args.dry else None,
         long=long,

@@ -20,10 +20,6 @@ MACHINE = ("cpu", "cpu_capability", "cores", "threads")
 TOLERANCE = 1.15
 
 
-class IncomparableError(Exception):
-    """The older file has no times that these results could be compared with."""
-
-
 class Pair(NamedTuple):
     """A row of both runs."""
 
@@ -31,11 +27,7 @@ class Pair(NamedTuple):
     peer: str
     before: float  # seconds in the older run
     now: float  # seconds in this one
-
-    @property
-    def ratio(self) -> float:
-        """The time now, in multiples of the time before."""
-        return self.now / self.before
+    ratio: float  # of the second to the first
 
 
 def machine_of(settings: dict[str, Any]) -> dict[str, Any]:
@@ -45,21 +37,21 @@ def machine_of(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def load(path: str | os.PathLike[str], settings: dict[str, Any]) -> dict[str, Any]:
-    """Read an older file; raise IncomparableError where it holds no results, no times, or those of another suite or machine."""
+    """Read an older file; raise DamagedError where it holds no results, no times, or those of another suite or machine."""
     try:
         old = records.read(Path(path))
     except DamagedError as error:
-        raise IncomparableError(f"no results of the benchmark ({error})") from error
+        raise DamagedError(f"no results of the benchmark ({error})") from error
     schema, suite = old.get("schema", "missing"), old["suite"]
     if schema != report.SCHEMA or suite != settings["suite"]:
         expected = f"expected schema {report.SCHEMA} and suite {settings['suite']}"
-        raise IncomparableError(f"{expected}, got schema {schema} and suite {suite}")
+        raise DamagedError(f"{expected}, got schema {schema} and suite {suite}")
     if settings.get("dry") or not any(row.get("seconds") for cell in old["cells"] for row in cell["rows"]):
-        raise IncomparableError("a dry run has no times")
+        raise DamagedError("a dry run has no times")
     before, now = machine_of(old), machine_of(settings)
     if other := [name for name in before.keys() | now.keys() if before.get(name) != now.get(name)]:
         told = "; ".join(f"{name} was {before.get(name)}, is {now.get(name)}" for name in sorted(other))
-        raise IncomparableError(f"measured on another machine, whose times are no measure for this one: {told}")
+        raise DamagedError(f"measured on another machine, whose times are no measure for this one: {told}")
     return old
 
 
@@ -70,7 +62,7 @@ def pairs_of(old: dict[str, Any], new: dict[str, Any]) -> Iterator[Pair]:
         for row in cell["rows"]:
             seconds = before.get((cell["name"], row["peer"]))
             if seconds and row.get("seconds"):
-                yield Pair(cell["name"], row["peer"], seconds, row["seconds"])
+                yield Pair(cell["name"], row["peer"], seconds, row["seconds"], row["seconds"] / seconds)
 
 
 def drift_of(pairs: list[Pair]) -> float:

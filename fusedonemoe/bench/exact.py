@@ -57,53 +57,48 @@ def exact_answer(cell: Cell, inputs: Inputs) -> dict[str, Tensor]:
             weights_RK, experts_RK = route(cell, wide["logits"])
     if cell.operator == "router":
         return {OUTPUT: weights_RK, IDS: experts_RK}
-    x_RD, stacks = wide["x"].detach(), {name: w for name, w in inputs.weights.items() if name != "router"}
+    x_RD, shares_RK = wide["x"].detach(), weights_RK.detach()
     y = x_RD.new_zeros(sample.numel(), cell.F if cell.operator == "merged" else cell.D)
-    dx, dweights = torch.zeros_like(x_RD), torch.zeros_like(weights_RK)
+    dx, dweights = torch.zeros_like(x_RD), torch.zeros_like(shares_RK)
+    stacks = {name: w for name, w in inputs.weights.items() if name != "router"}
     columns = {name: _random_columns(w) for name, w in stacks.items() if w.dim() == 3}
     gradients = {n: x_RD.new_zeros(*w.shape[:2], *([COLUMNS] if n in columns else [])) for n, w in stacks.items()}
     for e in experts_RK.unique().tolist():
         row, choice = (experts_RK == e).nonzero(as_tuple=True)
-        rows = x_RD[row].requires_grad_(training)
+        own = {name: w[e].double() for name, w in stacks.items()}
+        leaves = [x_RD[row], shares_RK[row, choice, None]]
         with torch.set_grad_enabled(training):
-            z, hidden, out = _expert(cell, rows, {name: w[e].double() for name, w in stacks.items()})
-        scale = weights_RK.detach()[row, choice, None]
-        y.index_add_(0, row, out.detach() * scale)
-        if not training:
-            continue
-        assert inputs.dy_checked is not None
-        dy = inputs.dy_checked[sample][row].double()
-        dweights[row, choice] = (dy * out.detach()).sum(1)
-        dout = dy * scale
-        drows, dz = torch.autograd.grad(out, (rows, z), dout)
-        dx.index_add_(0, row, drows)
-        # Every gradient of a matrix is a^T b.
-        a_and_b = {"gate_up_proj": (dz, rows), "down_proj": (dout, hidden), "proj": (rows, dout)}
-        for name, gradient in gradients.items():
-            if name in columns:
-                a, b = (t.detach() for t in (reversed(a_and_b[name]) if cell.transposed else a_and_b[name]))
-                gradient[e] = a.t() @ (b @ columns[name])
-            else:
-                gradient[e] = (dz if name == "gate_up_bias" else dout).sum(0)
+            if training:
+                # The gradient of C, which is zero, in a matrix W + C R^T is the product G R of the gradient G of W.
+                added = {name: torch.zeros_like(gradient[e]) for name, gradient in gradients.items()}
+                leaves = [leaf.requires_grad_() for leaf in (*leaves, *added.values())]
+                own = {n: w + (added[n] @ columns[n].t() if n in columns else added[n]) for n, w in own.items()}
+            out = _expert(cell, leaves[0], own) * leaves[1]
+        y.index_add_(0, row, out.detach())
+        if training:
+            assert inputs.dy_checked is not None
+            drows, dshares, *of_weights = torch.autograd.grad(out, leaves, inputs.dy_checked[sample][row].double())
+            dx.index_add_(0, row, drows)
+            dweights[row, choice] = dshares[:, 0]
+            for gradient, of_weight in zip(gradients.values(), of_weights, strict=True):
+                gradient[e] = of_weight
     if not training:
         return {OUTPUT: y}
-    leaves = {name: t for name, t in wide.items() if t.requires_grad and t.is_leaf}
-    of_routing = torch.autograd.grad(weights_RK, list(leaves.values()), dweights, allow_unused=True)
-    found = dict(zip(leaves, of_routing, strict=True))
+    routing = {name: t for name, t in wide.items() if t.requires_grad and t.is_leaf}
+    of_routing = torch.autograd.grad(weights_RK, list(routing.values()), dweights, allow_unused=True)
+    found = dict(zip(routing, of_routing, strict=True))
     found["x"] = dx if found["x"] is None else dx + found["x"]
     return {OUTPUT: y} | {gradient_of(name): gradient for name, gradient in (found | gradients).items()}
 
 
-def _expert(cell: Cell, rows: Tensor, own: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return one expert's pre-activations, hidden rows and result, without the routing weight."""
+def _expert(cell: Cell, rows: Tensor, own: dict[str, Tensor]) -> Tensor:
+    """Return one expert's result, without the routing weight."""
     if cell.operator == "merged":
-        out = rows @ own["proj"]
-        return out, out, out
+        return rows @ own["proj"]
     up, down = (own[name] if cell.transposed else own[name].t() for name in ("gate_up_proj", "down_proj"))
     z = rows @ up
-    hidden = activated(z + own["gate_up_bias"] if cell.bias else z, cell)
-    out = hidden @ down
-    return z, hidden, out + own["down_bias"] if cell.bias else out
+    out = activated(z + own["gate_up_bias"] if cell.bias else z, cell) @ down
+    return out + own["down_bias"] if cell.bias else out
 
 
 def errors_of(cell: Cell, inputs: Inputs, answer: Answer, exact: Mapping[str, Tensor]) -> dict[str, float]:
@@ -148,10 +143,6 @@ def _error_of_gradient(value: Tensor | Sequence[Tensor | None] | None, weight: T
 def disagreements(errors: Mapping[str, float], dtype: torch.dtype, device_type: str) -> list[str]:
     """Return the tensors with an error that no right answer has in this dtype; NaN is one."""
     gradient, routing = GPU_BUDGETS if device_type == "cuda" else (GRADIENT_BUDGET, ROUTING_BUDGET)
-
-    def budget(name: str) -> float:
-        if name in (OUTPUT, IDS, ELSEWHERE):
-            return BUDGET[dtype]
-        return (routing if name in map(gradient_of, ("router", "logits")) else gradient)[dtype]
-
-    return [name for name, error in errors.items() if not error <= budget(name)]
+    budgets = dict.fromkeys((OUTPUT, IDS, ELSEWHERE), BUDGET[dtype])
+    budgets |= dict.fromkeys(map(gradient_of, ("router", "logits")), routing[dtype])
+    return [name for name, error in errors.items() if not error <= budgets.get(name, gradient[dtype])]

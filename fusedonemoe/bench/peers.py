@@ -26,22 +26,11 @@ TORCH_ROUTER = "torch softmax, topk"
 GATHER = "torch gather"
 ALL_PAIRS = "torch topk of all sums"
 # By operator, the peer whose time "times faster" divides.
-YARDSTICK = {
-    "block": TRANSFORMERS,
-    "merged": EINSUM,
-    "experts": PLAIN,
-    "quantized": f"{OURS} bfloat16",
-    "router": TORCH_ROUTER,
-    "neurons": GATHER,
-    "values": GATHER,
-    "keys": ALL_PAIRS,
-    # Of the tables of other projects: what they compare themselves with.
-    "original": EINSUM,
-    "topk": "softmax, sort, gather",
-    "mlp": LOOP,
-    "moekernel": "NumPy, per expert",
-    "product-keys": ALL_PAIRS,
-}
+YARDSTICK = {"block": TRANSFORMERS, "merged": EINSUM, "experts": PLAIN, "quantized": f"{OURS} bfloat16", "router": TORCH_ROUTER}
+YARDSTICK |= {"neurons": GATHER, "values": GATHER, "keys": ALL_PAIRS}
+# Of the tables of other projects: what they compare themselves with.
+YARDSTICK |= {"original": EINSUM, "topk": "softmax, sort, gather", "mlp": LOOP}
+YARDSTICK |= {"moekernel": "NumPy, per expert", "product-keys": ALL_PAIRS}
 
 # ||y - y64|| / ||y64|| that a right answer may have. Right answers are off by about 3e-7 and 5e-3 (transformers rounds the
 # routing weights to bfloat16 as well); zeros are off by 1, and one wrong token of 512 by 4e-2.
@@ -78,7 +67,7 @@ class Peer:
     """One contender."""
 
     name: str  # as printed
-    # From a cell and its weights, which all peers share, to the forward that is timed. It may keep copies made once.
+    # From a cell and its weights, parameters that all peers share, to the forward that is timed. It may keep copies made once.
     build: Callable[[Cell, Weights], Forward | WithWeights]
     modes: tuple[str, ...] = ("forward",)  # of the cells that it can run
     copies: int = 0  # the number of copies of the weights that it keeps
@@ -124,17 +113,12 @@ def _our_block(cell: Cell, weights: Weights, impl: str = "auto", prepack: bool =
     sizes: dict[str, Any] = {"hidden_size": cell.D, "intermediate_size": cell.F, "num_experts": cell.E, "top_k": cell.K}
     with torch.device("meta"):
         moe: Any = MoE(**sizes, dtype=cell.dtype, impl=impl)
-    moe.gate.weight, moe.experts.gate_up_proj, moe.experts.down_proj = _parameters(weights)
+    moe.gate.weight, moe.experts.gate_up_proj, moe.experts.down_proj = weights.values()
     if prepack:
         for parameter in moe.experts.parameters():  # the shared weights, which other peers read, are not packed
             parameter.data = parameter.data.clone()
         moe.prepack()
     return moe
-
-
-def _parameters(weights: Weights) -> list[nn.Parameter]:
-    """Return the weights as parameters; those that gradients are asked for are parameters already."""
-    return [w if isinstance(w, nn.Parameter) else nn.Parameter(w, requires_grad=False) for w in weights.values()]
 
 
 def _our_router(cell: Cell, weights: Weights) -> Forward:
@@ -205,13 +189,9 @@ def sorted_experts(
     biases: Sequence[Tensor | None],
     product_of: Callable[[Tensor, Tensor], Callable[[Tensor, Tensor, Tensor | None], Tensor]],
 ) -> Forward:
-    """Sort, gather, two grouped products, weigh, put back, sum.
+    """Sort, gather, two grouped products with up ``[E, D, G]`` and down ``[E, F, D]``, weigh, put back, sum.
 
-    Args:
-        cell: the shape.
-        matrices: up and down, as ``[E, D, G]`` and ``[E, F, D]``.
-        biases: those of up and down.
-        product_of: from the sorted ids and the number of rows of each expert to the product of rows and matrices, with a bias.
+    ``product_of`` makes the product of rows and matrices, with a bias, from the sorted ids and each expert's number of rows.
     """
     (up, down), (up_bias, down_bias) = matrices, biases
 
@@ -258,12 +238,12 @@ def _check_transformers(cell: Cell, device: torch.device, implementation: str) -
     training = cell.mode == "training"
     if implementation == "grouped_mm":
         _check_rows(cell)
-    if implementation == "batched_mm":
+    elif implementation == "batched_mm":
         # A set of weights for each routed row; with gradients, as many gathered gradients.
         size = cell.T * cell.K * (cell.of_experts // cell.E) * cell.dtype.itemsize * (2 if training else 1)
         if size > MOST_GATHERED_BYTES[device.type]:
             raise UnavailableError(f"gathers {size / 1e9:.0f} GB of weights")
-    if implementation == "eager" and training:
+    elif training:
         # The gradient of `weight[e]` is a zero tensor of the size of all experts, for each expert that was hit.
         size = min(cell.E, cell.T * cell.K) * cell.weight_bytes
         if size > MOST_ZEROED_BYTES[device.type]:
@@ -277,7 +257,7 @@ def _transformers_block(cell: Cell, weights: Weights, implementation: str = "gro
 
     with torch.device("meta"):
         block: Any = Qwen3MoeSparseMoeBlock(qwen3_moe_config(cell.D, cell.F, cell.E, cell.K, implementation))
-    block.gate.weight, block.experts.gate_up_proj, block.experts.down_proj = _parameters(weights)
+    block.gate.weight, block.experts.gate_up_proj, block.experts.down_proj = weights.values()
     block.eval()
     return lambda x: block(x[None])[0]
 
@@ -301,7 +281,7 @@ def _transformers_experts(cell: Cell, weights: Weights, implementation: str) -> 
         else:
             raise UnavailableError("no model in transformers has experts with these options")
     names = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
-    for name, parameter in zip(names, _parameters(weights), strict=False):
+    for name, parameter in zip(names, weights.values(), strict=False):
         setattr(experts, name, parameter)
     return routed(partial(route, cell), lambda x, ids, scores: experts(x, ids, scores.to(x.dtype)))
 

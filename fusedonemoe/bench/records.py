@@ -10,7 +10,7 @@ import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from fusedonemoe.files import reason_of
 
@@ -26,7 +26,7 @@ _MOST_BYTES = 1 << 28
 
 
 class DamagedError(ValueError):
-    """A file that cannot be read as results; the message says why, without the name of the file."""
+    """A file that cannot be read as results, or has none of use here; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,12 @@ class Kind:
 Fields = Mapping[str, Kind]
 
 
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and not _SURROGATE.search(value)
 
 
 def _is_amount(value: Any) -> bool:
-    return _is_number(value) and (value == 0 or LEAST <= value <= MOST)
+    return isinstance(value, int | float) and not isinstance(value, bool) and (value == 0 or LEAST <= value <= MOST)
 
 
 TEXT = Kind("text", _is_text)
@@ -134,13 +130,7 @@ def _shown(value: Any) -> str:
 
 
 def check(values: Any, fields: Fields, where: str = "") -> dict[str, Any]:
-    """Return an object whose fields hold what they may, else raise DamagedError.
-
-    Args:
-        values: the object, of which nothing is known yet.
-        fields: the values that each field may hold.
-        where: its place in the file, as ``"cells[0]"``; empty for the whole file.
-    """
+    """Return an object whose fields hold what they may, else raise DamagedError with its place in the file, ``"cells[0]"``."""
     if not isinstance(values, dict):
         raise DamagedError(f"{where or 'the file'} must be an object, got {_shown(values)}")
     for name, kind in fields.items():
@@ -163,10 +153,7 @@ def check_levels(values: Any) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a file that ``bench --json`` wrote; raise DamagedError where it cannot be read, or is no file of results.
-
-    Every reader of such files reads them here, so every field that is listed above has a value that it may have.
-    """
+    """Read a file that ``bench --json`` wrote; raise DamagedError where it cannot be read, or is no file of results."""
     content = _content_of(path)
     try:
         results = json.loads(content.decode("utf-8"))

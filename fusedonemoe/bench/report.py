@@ -9,7 +9,6 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from fusedonemoe.bench.libraries import PACKAGES
 from fusedonemoe.bench.peers import OURS, PREPACKED, YARDSTICK, is_ours
 from fusedonemoe.bench.results import CellResult
 from fusedonemoe.bench.workloads import ALLOCATORS, Floor, LeastWork
+from fusedonemoe.cli.overview import cpu_model, version_of
 
 SCHEMA = 1
 # Fields of rows that only cells with weights in several forms have.
@@ -37,29 +37,13 @@ def console() -> Console:
     return console if console.is_terminal else Console(width=PIPE_WIDTH, markup=False, emoji=False)
 
 
-def version_of(package: str) -> str | None:
-    """Return the version of an installed distribution, or None."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def cpu_model() -> str:
-    """Return the processor's name from the kernel, else from Python."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def describe_run(*, suite: str, peers: re.Pattern[str] | None = None) -> dict[str, Any]:
     """Describe what every figure depends on: versions, machine, threads, date; of the suite ``cpu``, the allocators."""
     packages = ("fusedonemoe", "torch", "transformers", "numpy", *PACKAGES.get(suite, ()))
     settings = {
         "suite": suite,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), **{name: version_of(name) for name in packages}},
+        "versions": {"python": platform.python_version(), **{name: version_of(name) or None for name in packages}},
         "cpu": cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
@@ -261,11 +245,6 @@ def best_peer(cell: dict[str, Any]) -> dict[str, Any] | None:
     """Return the row of the fastest other peer that wrote everything; None where none has a time."""
     others = [r for r in cell["rows"] if r.get("times_best") and r.get("comparable", True) and not is_ours(r["peer"])]
     return min(others, key=lambda row: row["times_best"], default=None)
-
-
-def print_summary(results: dict[str, Any]) -> None:
-    """Print the last table on stdout."""
-    console().print(summary_of(results), highlight=False)
 
 
 def cell_to_json(result: CellResult) -> dict[str, Any]:

@@ -29,11 +29,7 @@ LOAD_POINTS = 33
 
 
 def load_of(experts: Iterable[Tensor], num_experts: int) -> tuple[float, ...]:
-    """Count the rows of each expert, the busiest first, in multiples of the mean.
-
-    Returns:
-        One number for each expert; of many experts, those at ``LOAD_POINTS`` evenly spaced ranks.
-    """
+    """Count the rows of each expert, the busiest first, in multiples of the mean; of many, at ``LOAD_POINTS`` even ranks."""
     ids = torch.cat([e.flatten() for e in experts])
     counts = torch.bincount(ids, minlength=num_experts).sort(descending=True).values.double()
     if num_experts > LOAD_POINTS:
@@ -64,15 +60,9 @@ class Row:
 
     def timed(self, samples: list[float], ours: list[float] | None) -> "Row":
         """Return the row with the seconds of its calls, and of ours, timed in turns with them."""
-        return replace(
-            self,
-            seconds=median(samples),
-            spread=quartiles(samples),
-            p95_seconds=percentile(samples, 95),
-            p99_seconds=percentile(samples, 99),
-            calls=len(samples),
-            paired_seconds=median(ours) if ours else None,
-        )
+        tail: dict[str, Any] = {"p95_seconds": percentile(samples, 95), "p99_seconds": percentile(samples, 99)}
+        tail |= {"calls": len(samples), "paired_seconds": median(ours) if ours else None}
+        return replace(self, seconds=median(samples), spread=quartiles(samples), **tail)
 
     @property
     def is_absent(self) -> bool:
@@ -105,22 +95,18 @@ class CellResult:
     def compared(self, row: Row) -> dict[str, Any]:
         """Return a row's rate, and its comparison with other rows, products, copies and the promised bound, by their names."""
         seconds = row.seconds
-        faster = self.times_faster(row)
+        faster = _quotient(next((r for r in self.rows if r.peer == YARDSTICK[self.cell.operator]), None), row)
         form = {"weights": row.peer.removeprefix(f"{OURS} "), "speed_up": faster} if self.cell.operator == "quantized" else {}
         return form | {
             "tokens_per_second": self.cell.T / seconds if seconds else None,
             "mfu": mfu_of(seconds, self.work.flops if self.work else None, self.flops_per_s),
             "times_faster": faster,
-            "times_best": self.times_best(row),
+            "times_best": _quotient(row, self.best_peer),
             # Only the grouped formulation has a bound on its peak.
             "promised_bytes": self.cell.promised_bytes if row.peer == GROUPED else None,
             "of_dense": self.dense_seconds / seconds if self.dense_seconds and seconds else None,
             "of_copy": self.copy_seconds / seconds if self.copy_seconds and seconds else None,
         }
-
-    def times_faster(self, row: Row) -> float | None:
-        """Return how many times faster a row is than the cell's yardstick; None where either has no time."""
-        return _quotient(next((r for r in self.rows if r.peer == YARDSTICK[self.cell.operator]), None), row)
 
     @property
     def best_peer(self) -> Row | None:
@@ -128,13 +114,9 @@ class CellResult:
         others = [row for row in self.rows if row.relative_seconds and row.comparable and not is_ours(row.peer)]
         return min(others, key=lambda row: row.relative_seconds or 0.0, default=None)
 
-    def times_best(self, row: Row) -> float | None:
-        """Return a row's time in multiples of the best peer's; below 1 it is faster. None where either has no time."""
-        return _quotient(row, self.best_peer)
-
 
 def _quotient(row: Row | None, other: Row | None) -> float | None:
-    """Divide the times of two rows; both were timed in turns with ours, if not with each other."""
+    """Divide the times of two rows, both timed in turns with ours if not with each other; None where either has no time."""
     if row is None or other is None or not row.relative_seconds or not other.relative_seconds:
         return None
     return row.relative_seconds / other.relative_seconds

@@ -235,28 +235,23 @@ def run_cell(
     dry: bool = False,
     rounds: int = ROUNDS,
     seconds: float = SECONDS_PER_PEER,
-    memory_bytes: float | None = None,
     announce: Callable[[str], None] = lambda text: None,
 ) -> CellResult:
-    """Measure one cell.
+    """Measure one cell; a peer with a wrong output has a note in place of a time.
 
     Args:
         cell: what to measure.
         timer: of the device.
-        peers: who.
+        peers: in the order of the result.
         ceilings: of the run; sampled between the rounds, and used for the floor. Without them the floor is the time of dense
             products and of a copy, which are timed in turns with the peers.
-        inputs: of a cell of another kind; by default drawn here.
-        exact: the exact answer for them.
-        count_work: the function that counts the work of a call.
+        inputs: of a cell of another kind, whose ``exact`` answer and ``count_work`` come with them; by default drawn here.
+        exact: the answer for them.
+        count_work: counts the work of a call.
         dry: run everything at small sizes and keep no time.
         rounds: turns of each peer.
-        seconds: of timed calls for each peer.
-        memory_bytes: for the weights and the copies that peers keep of them; by default a share of the machine's.
+        seconds: of timed calls for each peer, over all rounds.
         announce: called with what is about to happen.
-
-    Returns:
-        The result; a peer with a wrong output has a note in place of a time.
     """
     asked, cell = cell, shrunk(cell, interpreted=interpreted()) if dry else cell
     rows: dict[str, Row] = {}
@@ -277,9 +272,9 @@ def run_cell(
         checked = _Checks(cell, inputs, exact or exact_answer(cell, inputs), timer)
         work = count_work(cell, experts_hit=round(checked.hit))
         between = ceilings.sampler(cell.dtype) if ceilings else lambda: None
+        rotation = len(inputs.draws) if timer.rotates else 1
         calls: dict[str, Call] = {}
-        room = SHARE_OF_MEMORY * physical_memory() if memory_bytes is None else memory_bytes
-        for group in groups_of(peers, weight_bytes=cell.weight_bytes, memory_bytes=room):
+        for group in groups_of(peers, weight_bytes=cell.weight_bytes, memory_bytes=SHARE_OF_MEMORY * physical_memory()):
             # Ours stay; what the peers of the last group kept is freed before the next are built.
             calls = {name: call for name, call in calls.items() if is_ours(name)}
             timer.clean()
@@ -296,14 +291,9 @@ def run_cell(
             if not ceilings:  # what sets the floor; for a cell of graphs they are graphs too
                 references = {COPY: copy_call(work.touched_bytes, timer.device), DENSE: dense_call(cell, timer.device)}
             graphed = timer.graphed if cell.mode == "decode" else lambda call: call
+            in_turns = calls | {name: graphed(call) for name, call in references.items() if call}
             times = time_interleaved(
-                timer,
-                calls | {name: graphed(call) for name, call in references.items() if call},
-                rounds=rounds,
-                seconds=seconds,
-                between=between,
-                inputs=len(inputs.draws) if timer.rotates else 1,
-                failed=failed,
+                timer, in_turns, rounds=rounds, seconds=seconds, between=between, inputs=rotation, failed=failed
             )
             for name, taken in times.items():
                 samples.setdefault(name, []).extend(taken)
@@ -329,16 +319,4 @@ def run_cell(
         floor = Floor(dense, "flops") if dense and dense >= copy else Floor(copy, "bytes")
         rate, bandwidth = work.flops / dense if dense else 0.0, work.touched_bytes / copy
     load = load_of([experts.cpu() for experts in checked.timed], cell.E)
-    return CellResult(
-        asked,
-        tuple(ordered),
-        floor,
-        rate,
-        bandwidth,
-        checked.hit,
-        timer.granted,
-        work,
-        load,
-        dense_seconds=dense,
-        copy_seconds=copy,
-    )
+    return CellResult(asked, tuple(ordered), floor, rate, bandwidth, checked.hit, timer.granted, work, load, dense, copy)

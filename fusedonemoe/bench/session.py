@@ -30,10 +30,6 @@ C = TypeVar("C", bound=Named)
 R = TypeVar("R")
 
 
-class RefusedError(Exception):
-    """A run cannot begin; the message names the option and the reason."""
-
-
 def matching(option: str, names: Sequence[str], pattern: re.Pattern[str] | None) -> list[str]:
     """Return the names that match the pattern of an option, None for all; where none does, print them on stderr."""
     found = [name for name in names if pattern is None or pattern.search(name)]
@@ -50,8 +46,7 @@ def has_failed(cell: dict[str, Any]) -> bool:
 def finished_cells(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the cells of an earlier run with the same settings in which nothing failed; the file need not exist.
 
-    Raises:
-        DamagedError: the path holds something else, which must not be lost.
+    A DamagedError says that the path holds something else, which must not be lost.
     """
     if files.stamp_of(path) is None:
         return []
@@ -114,19 +109,19 @@ def _kept(path: Path | None, results: dict[str, Any], *, wanted: bool) -> Iterat
 
 
 def _before(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-    """Return the results of ``--compare`` and the finished cells of ``--json``, and see that what is asked for can be written."""
+    """Return the results of ``--compare`` and the finished cells of ``--json``; raise where a file cannot be read or written."""
     try:
         old = comparison.load(args.compare, settings) if args.compare else None
-    except comparison.IncomparableError as reason:
-        raise RefusedError(f"--compare {files.shown(args.compare)}: {reason}") from reason
+    except DamagedError as reason:
+        raise DamagedError(f"--compare {files.shown(args.compare)}: {reason}") from reason
     try:
         done = finished_cells(args.json, settings) if args.json and args.resume else []
     except DamagedError as reason:
-        raise RefusedError(f"--resume {files.shown(args.json)}: {reason}; nothing was changed in it") from reason
+        raise DamagedError(f"--resume {files.shown(args.json)}: {reason}; nothing was changed in it") from reason
     if args.json:
         files.check(args.json)
     if args.picture:
-        from fusedonemoe.bench import picture
+        from fusedonemoe.bench import picture  # only now: it imports an extra
 
         picture.check(args.picture)
     return old, done
@@ -141,7 +136,7 @@ def run_cells(
     to_json: Callable[[R], dict[str, Any]],
     show: Callable[[R], None],
     order: Sequence[str],
-    summary: Callable[[dict[str, Any]], None] = lambda results: None,
+    summarised: bool = False,
     minutes: float | None = None,
     long: bool = False,
 ) -> int:
@@ -151,17 +146,15 @@ def run_cells(
         args: of the command; ``json``, ``resume``, ``compare``, ``minutes`` and ``picture`` are read here.
         settings: the description of the run in the file.
         cells: those asked for.
-        measure: measures a cell.
+        measure: returns the result of a cell, which ``show`` prints at once.
         to_json: turns a result into plain values; its ``rows`` have ``failed``.
-        show: prints a result as soon as it is measured.
         order: names of all cells of the suite, for the file.
-        summary: prints all results at the end.
+        summarised: print a table of all cells at the end.
         minutes: without ``--minutes``, begin no cell after so long.
         long: print a line for every cell on stderr where it is no terminal, and keep unfinished runs without ``--json``.
 
     Returns:
-        The exit status: 0; 1 when a peer's outputs disagreed or it raised; 2 when a file cannot be read, compared with or
-        written; 3 when ours is slower than in the file of ``--compare``.
+        The exit status, as :func:`fusedonemoe.bench.run`; 2 when a file cannot be read, compared with or written.
     """
     begun, budget = time.monotonic(), args.minutes or minutes
     rank = {name: index for index, name in enumerate(order)}
@@ -185,12 +178,13 @@ def run_cells(
                 show(result)
             results["cells"].sort(key=lambda cell: rank.get(cell["name"], len(rank)))
             keep(True)
-        summary(results)
+        if summarised:
+            report.console().print(report.summary_of(results), highlight=False)
         if args.picture:
             from fusedonemoe.bench.picture import draw
 
             draw(args.picture, results)
-    except (RefusedError, files.UnwritableError) as reason:
+    except (DamagedError, files.UnwritableError) as reason:
         print(reason, file=sys.stderr)
         return EXIT_USAGE
     slower = comparison.print_comparison(old, json.loads(json.dumps(results))) if old else False
@@ -207,17 +201,17 @@ def run_suite(
     described: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> int:
-    """Choose the cells asked for, print the machine, and measure them on the number of threads asked for.
+    """Choose the cells asked for, print the machine, and measure them with :func:`run_cells` on the threads asked for.
 
     Args:
-        args: of the command; ``suite``, ``cells``, ``peers`` and ``threads`` are read here, the others by :func:`run_cells`.
+        args: of the command.
         everything: all cells of the suite.
         peers: names of the peers of a cell, for a suite that takes ``--peers``.
         described: further settings of the run, for the file.
-        options: the arguments of :func:`run_cells`, which also says what the exit status is; 2 if a pattern matches nothing.
+        options: of :func:`run_cells`, which also says what the exit status is; 2 if a pattern matches nothing.
     """
     order = [cell.name for cell in everything]
-    names = set(matching("--cells", order, args.cells))
+    names = matching("--cells", order, args.cells)
     cells = [cell for cell in everything if cell.name in names]
     if not cells or (peers and not matching("--peers", sorted({name for c in cells for name in peers(c)}), args.peers)):
         return EXIT_USAGE

@@ -53,12 +53,9 @@ def threads(count: int | None) -> Iterator[None]:
 
 @contextmanager
 def at_real_time(wanted: bool = True) -> Iterator[bool]:
-    """Run the threads of this process round-robin at real-time priority, where that is permitted, and put them back.
+    """Run the threads of this process round-robin at real-time priority; yield whether that is permitted; put them back.
 
     Without it, whatever else the machine does lands in the timings: on a busy machine medians come out doubled.
-
-    Yields:
-        True where it is permitted.
     """
     before: dict[int, tuple[int, int]] = {}
     if wanted and hasattr(os, "sched_setscheduler") and os.path.isdir("/proc/self/task"):
@@ -127,11 +124,7 @@ class Timer:
         gc.collect()
 
     def graphed(self, forward: Callable[..., object]) -> Callable[..., object]:
-        """Return a replay of the forward as a CUDA graph; on a CPU, which has no graphs, the forward itself.
-
-        Args:
-            forward: reads its inputs from tensors that stay at the same address.
-        """
+        """Return a replay of a forward on tensors at fixed addresses as a CUDA graph; on a CPU the forward itself."""
         return forward
 
 
@@ -202,12 +195,13 @@ def time_interleaved(
 ) -> dict[str, list[float]]:
     """Time several calls in turns, and return the seconds of every timed call by name.
 
+    A turn is one untimed call and then timed ones; of very long calls, and without ``seconds``, one timed call.
+
     Args:
         timer: of the device.
         calls: by name; each takes the index of an input.
-        rounds: each call's turns. A turn is one untimed call and then timed ones; of very long calls, one timed call.
-        seconds: the approximate time that the timed calls of one name may take in all; None for one timed call in each turn, and
-            no other.
+        rounds: each call's turns.
+        seconds: the approximate time that the timed calls of one name may take in all.
         between: runs before every round, at the same priority.
         inputs: the number of inputs that the calls rotate through.
         failed: called when a call raises, which then has no further turn and no time; without it the error goes on.

@@ -19,7 +19,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fusedonemoe import MoE, __version__
-from fusedonemoe.cli.overview import is_installed, version_of
+from fusedonemoe.cli.overview import cpu_fields, cpu_model, is_installed, version_of
 from fusedonemoe.cli.probes import BUDGET_TEXT, BUDGETS, DTYPES, D, E, F, K, Probe, make_probes, normal
 from fusedonemoe.ops.choice import refusal
 from fusedonemoe.ops.cpu import build
@@ -95,16 +94,13 @@ def _torch_finding() -> Finding:
 
 
 def _cpu_findings() -> list[Finding]:
-    fields: dict[str, str] = {}
-    with contextlib.suppress(OSError):  # Linux alone has it
-        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-        fields = dict(re.findall(r"^(model name|flags|Features)\s*: *(.+)", cpuinfo, re.MULTILINE))
+    fields = cpu_fields()
     is_arm = platform.machine().lower() in ("arm64", "aarch64")  # every one has NEON
     flags = (fields.get("flags") or fields.get("Features") or "asimd" * is_arm).split()
     features = " ".join(feature for feature in CPU_FEATURES.split() if feature in flags) or "flags unknown"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return [
-        Finding("CPU", "ok", fields.get("model name") or platform.processor() or platform.machine()),
+        Finding("CPU", "ok", cpu_model()),
         Finding("instructions", "ok", f"torch uses {torch.backends.cpu.get_cpu_capability()}; {features}"),
         Finding("threads", "ok", f"{torch.get_num_threads()} in torch, {cores} CPUs for this process"),
     ]

@@ -1,10 +1,13 @@
 """The page of ``python -m fusedonemoe`` without arguments: versions, implementations that run here, next steps."""
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import platform
+import re
 import textwrap
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 WIDTH = 80
 # Packages that more can be done with, and the extra that brings each.
@@ -31,6 +34,19 @@ def version_of(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+def cpu_fields() -> dict[str, str]:
+    """Return name and flags of the processor as Linux lists them; nothing on another system."""
+    with contextlib.suppress(OSError):
+        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        return dict(re.findall(r"^(model name|flags|Features)\s*: *(.+)", cpuinfo, re.MULTILINE))
+    return {}
+
+
+def cpu_model() -> str:
+    """Return the processor's name from the kernel, else from Python."""
+    return cpu_fields().get("model name") or platform.processor() or platform.machine()
 
 
 def install_command(missing: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Checks of arguments that several of the modules share, and their logits."""
+"""Checks of arguments that several of the modules share."""
 
 import math
 
@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from fusedonemoe.checks import check_float, check_ids, check_last_dim, check_like_x, check_number, check_same_device, check_shape
-from fusedonemoe.linear import outside_autocast, routing_linear
 
 
 def check_finite(name: str, value: float, *, least: float = -math.inf, above: float = -math.inf) -> None:
@@ -53,8 +52,3 @@ def check_last(name: str, tensor: Tensor, size: int) -> None:
     """A floating tensor ``[..., size]``."""
     check_float(name, tensor)
     check_last_dim(name, tensor, size)
-
-
-def router_logits(x: Tensor, weight_DE: Tensor) -> Tensor:
-    """``x @ weight`` in float32 (float64 for float64 x), autocast or not: a bfloat16 product would decide who is picked."""
-    return outside_autocast(lambda x: routing_linear(x, weight_DE.t()), x)

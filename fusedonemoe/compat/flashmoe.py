@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fusedonemoe.checks import check_count, check_last_dim
 from fusedonemoe.compat.arguments import check_config, check_flag
-from fusedonemoe.hf.reading import ACTIVATIONS
+from fusedonemoe.hf.families import ACTIVATIONS
 from fusedonemoe.layers.fine_grained import FineGrainedMoE
 
 
@@ -80,19 +80,10 @@ class FlashMoE(nn.Module):
         super().__init__()
         check_config(config, FlashMoEConfig)
         self.config = config
-        self.moe: FineGrainedMoE = FineGrainedMoE(
-            config.hidden_size,
-            config.num_experts,
-            config.num_experts_per_tok,
-            intermediate_size=config.intermediate_size,
-            activation=ACTIVATIONS[config.hidden_act],
-            norm_topk_prob=config.norm_topk_prob,
-            input_norm="batch",
-            sparse=sparse,
-            impl=impl,
-            device=device,
-            dtype=dtype,
-        )
+        sizes = (config.hidden_size, config.num_experts, config.num_experts_per_tok)
+        form: dict[str, Any] = {"intermediate_size": config.intermediate_size, "activation": ACTIVATIONS[config.hidden_act]}
+        form |= {"norm_topk_prob": config.norm_topk_prob, "input_norm": "batch", "sparse": sparse, "impl": impl}
+        self.moe: FineGrainedMoE = FineGrainedMoE(*sizes, **form, device=device, dtype=dtype)
         self.moe.gate.norm.requires_grad_(False)  # type: ignore[union-attr]
         self.register_load_state_dict_pre_hook(_read_original)
 

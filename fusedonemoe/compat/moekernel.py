@@ -6,6 +6,7 @@ expert.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ from torch import Tensor
 from fusedonemoe import functional as F
 from fusedonemoe.balance import load_balancing_loss
 from fusedonemoe.checks import check_count, check_shape
-from fusedonemoe.compat.arguments import check_config, check_finite, check_last, check_like_input, check_placed, router_logits
+from fusedonemoe.compat.arguments import check_config, check_finite, check_last, check_like_input, check_placed
+from fusedonemoe.linear import routing_linear
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def moe_gating_forward(input: Tensor, gate_weights: Tensor, config: MOEConfig) -
     check_config(config, MOEConfig)
     check_last("input", input, config.hidden_dim)
     check_placed("gate_weights", gate_weights, (config.hidden_dim, config.num_experts), input.device)
-    logits_TE = router_logits(input.reshape(-1, config.hidden_dim), gate_weights)
+    logits_TE = routing_linear(input.reshape(-1, config.hidden_dim), gate_weights.t())
     weights_TK, ids_TK = F.route(logits_TE, config.top_k)
     load_loss = load_balancing_loss(logits_TE, ids_TK, config.num_experts).reshape(1)
     return weights_TK, ids_TK.to(torch.int32), load_loss
@@ -145,17 +147,7 @@ def moe_expert_computation(
     check_placed("expert_indices", expert_indices, expected, input.device, ids=True)
     params_EP = _stacked(expert_params, config, input)
     w1_EP, w2_EP, b1_EF, b2_ED = params_EP.split((D * F_, F_ * D, F_, D), 1)
-    kept = F.apply_capacity(expert_indices, expert_weights, E, config.capacity_factor)
-    y_TD = F.experts_mlp(
-        x_TD,
-        *kept[:2],
-        w1_EP.unflatten(1, (D, F_)),
-        w2_EP.unflatten(1, (F_, D)),
-        gate_up_bias=b1_EF,
-        down_bias=b2_ED,
-        activation="relu",
-        gated=False,
-        transposed=True,
-        impl=impl,
-    )
-    return y_TD.reshape(input.shape)
+    up_EDF, down_EFD = w1_EP.unflatten(1, (D, F_)), w2_EP.unflatten(1, (F_, D))
+    experts_TK, weights_TK, _ = F.apply_capacity(expert_indices, expert_weights, E, config.capacity_factor)
+    form: dict[str, Any] = {"gate_up_bias": b1_EF, "down_bias": b2_ED, "activation": "relu", "gated": False, "transposed": True}
+    return F.experts_mlp(x_TD, experts_TK, weights_TK, up_EDF, down_EFD, **form, impl=impl).reshape(input.shape)

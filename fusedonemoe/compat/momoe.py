@@ -17,10 +17,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from fusedonemoe import functional as F
 from fusedonemoe.balance.bias import check_step_dtype, update_selection_bias
 from fusedonemoe.checks import check_count, check_float, check_same_device, check_save_percent, check_shape, check_tensor
-from fusedonemoe.compat.arguments import check_finite, check_last, check_placed, router_logits
+from fusedonemoe.compat.arguments import check_finite, check_last, check_placed
 from fusedonemoe.layers.kept_buffers import KeptBuffers
 from fusedonemoe.layers.routers import routing_impl
-from fusedonemoe.linear import uniform_by_fan_in
+from fusedonemoe.linear import routing_linear, uniform_by_fan_in
 
 
 def _home(device: torch.device | str | None, dtype: torch.dtype | None, **weights: Tensor | None) -> dict[str, Any]:
@@ -140,17 +140,9 @@ class MoMoE(nn.Module):
         return self._experts(x_MD, ids_MK, s_MK).reshape(x_BSD.shape), (mask_NM != 0).sum(1)
 
     def _experts(self, x_MD: Tensor, ids_MK: Tensor, s_MK: Tensor) -> Tensor:
-        return F.experts_mlp(
-            x_MD.to(self.Wl1_ND2H.dtype),
-            ids_MK,
-            s_MK,
-            self.Wl1_ND2H,
-            self.Wl2_NHD,
-            gate_up_layout="up_gate",
-            transposed=True,
-            save_percent=self.save_percent,
-            impl=self.impl,
-        )
+        form: dict[str, Any] = {"gate_up_layout": "up_gate", "transposed": True, "save_percent": self.save_percent}
+        x_MD = x_MD.to(self.Wl1_ND2H.dtype)
+        return F.experts_mlp(x_MD, ids_MK, s_MK, self.Wl1_ND2H, self.Wl2_NHD, **form, impl=self.impl)
 
     def extra_repr(self) -> str:
         """The sizes, for ``print(module)``."""
@@ -226,7 +218,7 @@ class TopKRouter(nn.Module):
         check_last("x_BSD", x_BSD, self.D)
         check_same_device("x_BSD", x_BSD, "the parameters", self.Wg_DN.device)
         check_placed("biases_N", biases_N, (self.N,), x_BSD.device, "x_BSD")
-        logits_MN = router_logits(x_BSD.reshape(-1, self.D), self.Wg_DN)
+        logits_MN = routing_linear(x_BSD.reshape(-1, self.D), self.Wg_DN.t())
         return F.route_with_shared(logits_MN, self.K, self.Ks, selection_bias=biases_N, impl=self.impl)
 
     def extra_repr(self) -> str:

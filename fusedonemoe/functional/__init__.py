@@ -1,7 +1,6 @@
 """Public functions: validate once, choose the implementation, call the operator."""
 
-from fusedonemoe.functional.experts import experts_merged, experts_mlp, stack_gate_up
-from fusedonemoe.functional.lora import experts_mlp_lora
+from fusedonemoe.functional.experts import experts_merged, experts_mlp, experts_mlp_lora, stack_gate_up
 from fusedonemoe.functional.neurons import experts_neurons, experts_values
 from fusedonemoe.functional.packed import PackedExperts, pack_experts
 from fusedonemoe.functional.quantized import dequantize_weight, experts_mlp_quantized, quantize_weight

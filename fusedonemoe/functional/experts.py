@@ -1,5 +1,6 @@
 """The expert layers. Suffixes of tensor names: T tokens, D, F sizes, E experts, K of a token, G rows of the up-projection."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,17 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fusedonemoe.checks import check_dim, check_fits, check_float, check_like_x, check_routing, check_save_percent, check_shape
-from fusedonemoe.functional.calls import (
-    as_rows,
-    check_biases,
-    choose_impl,
-    is_hidden,
-    projections,
-    run_portable,
-    traced_build,
-    with_leading,
-)
+from fusedonemoe import checks
+from fusedonemoe.functional import calls
+from fusedonemoe.functional.calls import as_rows, check_biases, choose_impl, projections, with_leading
 from fusedonemoe.functional.packed import PackedExperts, check_packed, home_weights, refuse_packed_training
 from fusedonemoe.ops import library
 from fusedonemoe.ops.derivatives import refuse_transforms
@@ -100,7 +93,7 @@ def experts_mlp(
         torch.Size([5, 16])
     """
     act = make_activation(activation, gated, gate_up_layout, swiglu_alpha, swiglu_limit)
-    check_save_percent(save_percent)
+    checks.check_save_percent(save_percent)
     if packed is not None:
         if gate_up_proj is not None or down_proj is not None:
             raise TypeError("give either gate_up_proj and down_proj or packed, which holds the weights, got both")
@@ -125,7 +118,7 @@ def run_packed(
     impl: str,
 ) -> Tensor:
     """Run :func:`experts_mlp` on packed weights, with a checked activation and percentage."""
-    check_routing(x, experts, weights)
+    checks.check_routing(x, experts, weights)
     check_packed(packed, x, act.layout, transposed, impl)
     up, down = packed._homes
     check_biases(x, gate_up_bias, down_bias, (packed.up.shape[0], up.rows, up.width))
@@ -153,10 +146,10 @@ def run_experts(
     impl: str,
 ) -> Tensor:
     """Run :func:`experts_mlp` with a checked activation and percentage."""
-    if impl != "portable" and is_hidden(x, experts, weights, gate_up_proj, down_proj, gate_up_bias, down_bias):
+    if impl != "portable" and calls.is_hidden(x, experts, weights, gate_up_proj, down_proj, gate_up_bias, down_bias):
         given = (x, experts, weights, gate_up_proj, down_proj, gate_up_bias, down_bias)
-        return experts_form(*given, *act, save_percent, transposed, impl, traced_build())
-    check_routing(x, experts, weights)
+        return experts_form(*given, *act, save_percent, transposed, impl, calls.traced_build())
+    checks.check_routing(x, experts, weights)
     up_EGD, down_EDF = projections(x, gate_up_proj, down_proj, gated=act.layout != PLAIN, transposed=transposed)
     (E, G, D), F = up_EGD.shape, down_EDF.shape[2]
     if gate_up_bias is not None or down_bias is not None:
@@ -168,7 +161,7 @@ def run_experts(
     if chosen == "dense":
         y = _ops.experts_mlp_dense(*flat, *parameters, *act, library.BUILD)
     elif chosen == "portable":
-        y = run_portable("experts_mlp", _portable, (*flat, *parameters, *act))
+        y = calls.run_portable("experts_mlp", _portable, (*flat, *parameters, *act))
     else:
         if forward_ad._current_level >= 0:
             refuse_transforms()
@@ -201,6 +194,103 @@ experts_form: Callable[..., Any] = library.register_transparent(
 )
 
 
+def _factors(
+    name: str, A: Tensor | None, B: Tensor | None, scale: float, like: Tensor, x: Tensor
+) -> tuple[Tensor, Tensor, float]:
+    """The checked factors of an adapter of ``like`` ``[E, out, in]``, in the dtype of x; of rank 0 where there is none."""
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not -math.inf < scale < math.inf:
+        raise ValueError(f"{name}_scale must be a finite number, got {scale!r}")
+    E, out, inner = like.shape
+    if A is None or B is None:
+        if A is not B:
+            given, missing = ("A", "B") if B is None else ("B", "A")
+            raise ValueError(f"{name}_{missing} must be given with {name}_{given}, got None")
+        return x.new_empty(E, 0, inner), x.new_empty(E, out, 0), float(scale)
+    for factor, tensor, meaning in (("A", A, "E, r, in"), ("B", B, "E, out, r")):
+        checks.check_float(f"{name}_{factor}", tensor)
+        checks.check_same_device(f"{name}_{factor}", tensor, "x", x.device)
+        checks.check_dim(f"{name}_{factor}", tensor, meaning)
+    rank = A.shape[1]
+    if rank < 1:
+        raise ValueError(f"{name}_A must have a rank of at least 1, got shape {tuple(A.shape)}")
+    checks.check_shape(f"{name}_A", A, (E, rank, inner))
+    checks.check_shape(f"{name}_B", B, (E, out, rank))
+    return A.to(x.dtype), B.to(x.dtype), float(scale)
+
+
+def experts_mlp_lora(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    *,
+    gate_up_A: Tensor | None = None,
+    gate_up_B: Tensor | None = None,
+    down_A: Tensor | None = None,
+    down_B: Tensor | None = None,
+    gate_up_scale: float = 1.0,
+    down_scale: float = 1.0,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str = "silu",
+    gated: bool = True,
+    gate_up_layout: str = "gate_up",
+    transposed: bool = False,
+    swiglu_alpha: float = 1.702,
+    swiglu_limit: float = 7.0,
+    save_percent: int = 100,
+    impl: str = "auto",
+) -> Tensor:
+    """Run :func:`experts_mlp` with a low-rank adapter on each projection, factored; what is not said here is as there.
+
+    ``z = x Wup_e + s1 (x A1_e) B1_e + bup_e``, ``y_t = sum_j w_tj (act(z) Wdown_e + s2 (act(z) A2_e) B2_e + bdown_e)``,
+    ``e = experts_tj``. The product ``B A`` of no expert is formed, and a projection that requires no gradient costs none of
+    its memory and arithmetic.
+
+    Args:
+        gate_up_A: ``[E, r, D]`` of any float dtype, computed with in that of x; None, with ``gate_up_B``, for no adapter.
+        gate_up_B: ``[E, 2F, r]`` (``[E, F, r]`` when plain), rows as those of ``gate_up_proj``. Whether the projections are
+            ``transposed`` or not, factors are not.
+        down_A: ``[E, r, F]``; the two adapters may have different ranks.
+        down_B: ``[E, D, r]``.
+        gate_up_scale: ``s1``, usually ``alpha / r``.
+        down_scale: ``s2``.
+        impl: ``"auto"``, ``"dense"``, ``"grouped"`` or ``"triton"``. The compiled CPU kernels have no adapters: on CPU,
+            ``"auto"`` is ``"grouped"``.
+
+    Source:
+        LoRA (Hu et al. 2021, arXiv 2106.09685); layout of the factors after PEFT's ``target_parameters``.
+
+    Example:
+        >>> import torch
+        >>> from fusedonemoe import functional as F
+        >>> x, weights, experts = torch.randn(5, 16), torch.full((5, 2), 0.5), torch.randint(4, (5, 2))
+        >>> gate_up_proj, down_proj = torch.randn(4, 2 * 32, 16), torch.randn(4, 16, 32)
+        >>> A, B = torch.randn(4, 8, 16), torch.randn(4, 2 * 32, 8)
+        >>> y = F.experts_mlp_lora(x, experts, weights, gate_up_proj, down_proj, gate_up_A=A, gate_up_B=B, gate_up_scale=2.0)
+        >>> merged = F.experts_mlp(x, experts, weights, gate_up_proj + 2 * B @ A, down_proj)
+        >>> torch.allclose(y, merged, rtol=1e-3, atol=1e-2)
+        True
+    """
+    act = make_activation(activation, gated, gate_up_layout, swiglu_alpha, swiglu_limit)
+    checks.check_save_percent(save_percent)
+    checks.check_routing(x, experts, weights)
+    up_EGD, down_EDF = projections(x, gate_up_proj, down_proj, gated=gated, transposed=transposed)
+    (E, G, D), F = up_EGD.shape, down_EDF.shape[2]
+    check_biases(x, gate_up_bias, down_bias, (E, G, D))
+    up = _factors("gate_up", gate_up_A, gate_up_B, gate_up_scale, up_EGD, x)
+    down = _factors("down", down_A, down_B, down_scale, down_EDF, x)
+    chosen = choose_impl("experts_mlp_lora", impl, x, experts, (D, G, F), up_EGD, down_EDF)
+    flat = (as_rows(x), as_rows(experts), as_rows(weights))
+    parameters = (up_EGD, down_EDF, gate_up_bias, down_bias, *up[:2], *down[:2])
+    if chosen == "dense":
+        return with_leading(_ops.experts_mlp_lora_dense(*flat, *parameters, up[2], down[2], *act, library.BUILD), x)
+    refuse_transforms()
+    kept = save_percent if calls.records_gradients(x, weights, *parameters) else 0
+    return with_leading(_ops.experts_mlp_lora(*flat, *parameters, up[2], down[2], *act, kept, library.BUILD, chosen)[0], x)
+
+
 def experts_merged(x: Tensor, experts: Tensor, weights: Tensor, proj: Tensor, *, impl: str = "auto") -> Tensor:
     """Project each token by the weighted mix of its experts: ``h_t = sum_j w_tj (x_t W_e)``, ``e = experts_tj``.
 
@@ -225,19 +315,19 @@ def experts_merged(x: Tensor, experts: Tensor, weights: Tensor, proj: Tensor, *,
         >>> F.experts_merged(x, experts, weights, proj).shape
         torch.Size([5, 32])
     """
-    check_routing(x, experts, weights)
-    check_like_x("proj", proj, x)
-    check_dim("proj", proj, "E, D, F")
+    checks.check_routing(x, experts, weights)
+    checks.check_like_x("proj", proj, x)
+    checks.check_dim("proj", proj, "E, D, F")
     E, D, F = proj.shape
     if E < 1:
         raise ValueError("proj must hold at least one expert, got E = 0")
-    check_fits(x, D, "proj")
+    checks.check_fits(x, D, "proj")
     chosen = choose_impl("experts_merged", impl, x, experts, (D, F), proj)
     flat = (as_rows(x), as_rows(experts), as_rows(weights), proj)
     if chosen == "dense":
         h = _ops.experts_merged_dense(*flat, library.BUILD)
     elif chosen == "portable":
-        h = run_portable("experts_merged", experts_merged_portable, flat)
+        h = calls.run_portable("experts_merged", experts_merged_portable, flat)
     else:
         refuse_transforms()
         h = library.experts_merged(*flat, library.BUILD, chosen)[0]
@@ -255,8 +345,8 @@ def stack_gate_up(gate_proj: Tensor, up_proj: Tensor) -> Tensor:
         >>> F.stack_gate_up(torch.randn(4, 32, 16), torch.randn(4, 32, 16)).shape
         torch.Size([4, 64, 16])
     """
-    check_float("gate_proj", gate_proj)
-    check_float("up_proj", up_proj)
-    check_dim("gate_proj", gate_proj, "E, F, D")
-    check_shape("up_proj", up_proj, tuple(gate_proj.shape))
+    checks.check_float("gate_proj", gate_proj)
+    checks.check_float("up_proj", up_proj)
+    checks.check_dim("gate_proj", gate_proj, "E, F, D")
+    checks.check_shape("up_proj", up_proj, tuple(gate_proj.shape))
     return torch.cat((gate_proj, up_proj), dim=1)

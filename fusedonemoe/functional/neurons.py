@@ -7,31 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedonemoe.checks import (
-    check_choices,
-    check_dim,
-    check_fits,
-    check_flag,
-    check_float,
-    check_like_x,
-    check_one_of,
-    check_routing,
-    check_same_device,
-    check_shape,
-)
+from fusedonemoe import checks
 from fusedonemoe.functional.calls import as_rows, records_gradients, run_portable
-from fusedonemoe.ops import library
-from fusedonemoe.ops.choice import (
-    ASKED_FOR,
-    CPU_KERNELS,
-    GPU_KERNELS,
-    IMPLEMENTATIONS,
-    ONNX,
-    Choice,
-    exporting_to_onnx,
-    no_onnx_form,
-    refusal,
-)
+from fusedonemoe.ops import choice, library
 from fusedonemoe.ops.derivatives import refuse_transforms
 from fusedonemoe.ops.portable import experts_neurons_portable, experts_values_portable
 from fusedonemoe.ops.records import ACTIVATIONS
@@ -41,35 +19,35 @@ _PLAIN_ACTIVATIONS = tuple(name for name in ACTIVATIONS if name != "swiglu_oai")
 
 
 def _check_table(name: str, table: Tensor) -> None:
-    check_dim(name, table, "E, D")
+    checks.check_dim(name, table, "E, D")
     if table.shape[0] < 1 or table.shape[1] < 1:
         raise ValueError(f"{name} must have shape [E, D] with E >= 1 and D >= 1, got {tuple(table.shape)}")
 
 
-def choose_tables(impl: str, *, device_type: str, dtype: torch.dtype, contiguous: bool) -> Choice:
+def choose_tables(impl: str, *, device_type: str, dtype: torch.dtype, contiguous: bool) -> choice.Choice:
     """Choose the implementation for table experts, as :func:`fusedonemoe.ops.choose` does; ``grouped`` runs everywhere."""
-    check_one_of("impl", impl, ("auto", *IMPLEMENTATIONS))
+    checks.check_one_of("impl", impl, ("auto", *choice.IMPLEMENTATIONS))
 
-    reason = partial(refusal, device_type=device_type, dtype=dtype, widths=(), contiguous=contiguous)
-    if exporting_to_onnx():
+    reason = partial(choice.refusal, device_type=device_type, dtype=dtype, widths=(), contiguous=contiguous)
+    if choice.exporting_to_onnx():
         if impl not in ("auto", "portable"):
-            raise ValueError(no_onnx_form(impl))
-        return ONNX
+            raise ValueError(choice.no_onnx_form(impl))
+        return choice.ONNX
     if impl == "auto":
-        compiled = CPU_KERNELS if device_type == "cpu" else GPU_KERNELS
+        compiled = choice.CPU_KERNELS if device_type == "cpu" else choice.GPU_KERNELS
         # What is compiled for this machine has no place in an exported graph.
-        if compiled is CPU_KERNELS and torch.compiler.is_exporting():
-            return Choice("grouped", "an exported graph holds nothing that is compiled for this machine")
+        if compiled is choice.CPU_KERNELS and torch.compiler.is_exporting():
+            return choice.Choice("grouped", "an exported graph holds nothing that is compiled for this machine")
         why = reason(compiled.impl)
-        return compiled if why is None else Choice("grouped", f"{compiled.impl} cannot run here: {why}")
+        return compiled if why is None else choice.Choice("grouped", f"{compiled.impl} cannot run here: {why}")
     if impl in ("cpu", "triton") and (why := reason(impl)):
         raise ValueError(f"impl={impl!r} cannot run here: {why}")
-    return Choice(impl, ASKED_FOR)
+    return choice.Choice(impl, choice.ASKED_FOR)
 
 
 def _gets_sparse_gradients(sparse: bool, chosen: str, *tables: Tensor) -> bool:
     """Return whether this call's gradients of the tables are sparse; raise where they were asked for and cannot be."""
-    check_flag("sparse", sparse)
+    checks.check_flag("sparse", sparse)
     if not sparse or not records_gradients(*tables):
         return False
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
@@ -147,13 +125,13 @@ def experts_neurons(
         >>> F.experts_neurons(x, experts, weights, down_table, up_table).shape
         torch.Size([5, 16])
     """
-    check_routing(x, experts, weights)
-    check_one_of("activation", activation, _PLAIN_ACTIVATIONS)
-    check_like_x("down_table", down_table, x)
-    check_like_x("up_table", up_table, x)
+    checks.check_routing(x, experts, weights)
+    checks.check_one_of("activation", activation, _PLAIN_ACTIVATIONS)
+    checks.check_like_x("down_table", down_table, x)
+    checks.check_like_x("up_table", up_table, x)
     _check_table("down_table", down_table)
-    check_shape("up_table", up_table, tuple(down_table.shape))
-    check_fits(x, down_table.shape[1], "down_table")
+    checks.check_shape("up_table", up_table, tuple(down_table.shape))
+    checks.check_fits(x, down_table.shape[1], "down_table")
     flat = (as_rows(x), as_rows(experts), as_rows(weights), down_table, up_table, activation)
     tables = (down_table, up_table)
     return _run("experts_neurons", experts_neurons_portable, flat, x, *tables, sparse=sparse, impl=impl).reshape(x.shape)
@@ -184,13 +162,13 @@ def experts_values(experts: Tensor, weights: Tensor, table: Tensor, *, sparse: b
         >>> F.experts_values(experts, weights, torch.tensor([[1.0, 0.0], [9.0, 9.0], [0.0, 4.0]]))
         tensor([[2., 2.]])
     """
-    check_choices(experts)
-    check_float("weights", weights)
-    check_float("table", table)
+    checks.check_choices(experts)
+    checks.check_float("weights", weights)
+    checks.check_float("table", table)
     _check_table("table", table)
-    check_shape("weights", weights, tuple(experts.shape))
-    check_same_device("experts", experts, "table", table.device)
-    check_same_device("weights", weights, "table", table.device)
+    checks.check_shape("weights", weights, tuple(experts.shape))
+    checks.check_same_device("experts", experts, "table", table.device)
+    checks.check_same_device("weights", weights, "table", table.device)
     flat = (as_rows(experts), as_rows(weights), table)
     y = _run("experts_values", experts_values_portable, flat, table, table, sparse=sparse, impl=impl)
     return y.reshape(*experts.shape[:-1], table.shape[1])

@@ -109,13 +109,8 @@ def check_can_pack(weights: dict[str, Tensor]) -> None:
     for name, weight in weights.items():
         if type(weight) not in (Tensor, torch.nn.Parameter):
             raise ValueError(f"{name} cannot be packed: it must be a plain tensor, got a {type(weight).__name__}")
-        reason = refusal(
-            "cpu",
-            device_type=weight.device.type,
-            dtype=weight.dtype,
-            widths=tuple(weight.shape[1:]),
-            contiguous=weight.is_contiguous() and not weight.is_neg(),
-        )
+        readable, widths = weight.is_contiguous() and not weight.is_neg(), tuple(weight.shape[1:])
+        reason = refusal("cpu", device_type=weight.device.type, dtype=weight.dtype, widths=widths, contiguous=readable)
         if reason:
             raise ValueError(f"{name} cannot be packed: {reason}")
 
@@ -149,4 +144,3 @@ def check_packed(packed: PackedExperts, x: Tensor, layout: str, transposed: bool
     if packed.up.dim() != library.PANEL_DIMS or packed.down.dim() != library.PANEL_DIMS:
         shapes = tuple(packed.up.shape), tuple(packed.down.shape)
         raise ValueError(f"packed must hold panels, with {library.PANEL_DIMS} dimensions, got shapes {shapes[0]}, {shapes[1]}")
-    # Their sizes are checked in the operators, each time: they are memory that kernels trust.

@@ -3,17 +3,7 @@
 import torch
 from torch import Tensor
 
-from fusedonemoe.checks import (
-    check_dim,
-    check_fits,
-    check_float,
-    check_one_of,
-    check_routing,
-    check_same_device,
-    check_save_percent,
-    check_shape,
-    check_tensor,
-)
+from fusedonemoe import checks
 from fusedonemoe.functional.calls import as_rows, check_biases, choose_impl, intermediate_size, records_gradients, with_leading
 from fusedonemoe.ops import formats, library
 from fusedonemoe.ops.derivatives import refuse_transforms
@@ -80,9 +70,9 @@ def quantize_weight(weight: Tensor, dtype: str = "int8", *, group_size: int = 12
         >>> bool((F.dequantize_weight(quantized) - weight).abs().max() < 0.6)
         True
     """
-    check_float("weight", weight)
-    check_one_of("dtype", dtype, FORMATS)
-    check_dim("weight", weight, "E, O, I")
+    checks.check_float("weight", weight)
+    checks.check_one_of("dtype", dtype, FORMATS)
+    checks.check_dim("weight", weight, "E, O, I")
     if dtype == "int4":
         check_group_size(group_size, weight.shape[2], "weight")
     check_finite("weight", weight)
@@ -100,31 +90,31 @@ def _check_quantized(name: str, weight: QuantizedWeight) -> None:
     if not isinstance(weight, QuantizedWeight):
         raise TypeError(f"{name} must be a QuantizedWeight, as F.quantize_weight makes it, got {type(weight).__name__}")
     values, scale, zero_point = weight
-    check_tensor(f"{name}.values", values)
-    check_tensor(f"{name}.scale", scale)
+    checks.check_tensor(f"{name}.values", values)
+    checks.check_tensor(f"{name}.scale", scale)
     if values.dtype not in (torch.int8, torch.uint8):
         raise TypeError(f"{name}.values must be int8, or uint8 with two values in each, got {values.dtype}")
-    check_dim(f"{name}.values", values, "E, O, I" if values.dtype == torch.int8 else "E, O, I / 2")
+    checks.check_dim(f"{name}.values", values, "E, O, I" if values.dtype == torch.int8 else "E, O, I / 2")
     if scale.dtype != torch.float32:
         raise TypeError(f"{name}.scale must be float32, got {scale.dtype}")
-    check_same_device(f"{name}.scale", scale, f"{name}.values", values.device)
+    checks.check_same_device(f"{name}.scale", scale, f"{name}.values", values.device)
     if values.dtype == torch.int8:
-        check_shape(f"{name}.scale", scale, tuple(values.shape[:2]))
+        checks.check_shape(f"{name}.scale", scale, tuple(values.shape[:2]))
         if zero_point is not None:
             raise ValueError(f"{name}.zero_point must be None beside int8 values, got shape {tuple(zero_point.shape)}")
         return
-    check_dim(f"{name}.scale", scale, "E, O, groups")
+    checks.check_dim(f"{name}.scale", scale, "E, O, groups")
     E, O, I = weight.shape  # noqa: E741
     sizes = {size: (E, O, I // size) for size in GROUP_SIZES if I % size == 0}
     if tuple(scale.shape) not in sizes.values():
         expected = " or ".join(map(str, sizes.values())) or f"[E, O, I / group_size], and {I} inputs have no such groups"
         raise ValueError(f"{name}.scale must have shape {expected}, got {tuple(scale.shape)}")
     if zero_point is not None:
-        check_tensor(f"{name}.zero_point", zero_point)
+        checks.check_tensor(f"{name}.zero_point", zero_point)
         if zero_point.dtype != torch.uint8:
             raise TypeError(f"{name}.zero_point must be uint8, got {zero_point.dtype}")
-        check_shape(f"{name}.zero_point", zero_point, tuple(scale.shape))
-        check_same_device(f"{name}.zero_point", zero_point, f"{name}.values", values.device)
+        checks.check_shape(f"{name}.zero_point", zero_point, tuple(scale.shape))
+        checks.check_same_device(f"{name}.zero_point", zero_point, f"{name}.values", values.device)
 
 
 def dequantize_weight(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -190,14 +180,14 @@ def experts_mlp_quantized(
         torch.Size([5, 16])
     """
     act = make_activation(activation, gated, gate_up_layout, swiglu_alpha, swiglu_limit)
-    check_save_percent(save_percent)
-    check_routing(x, experts, weights)
+    checks.check_save_percent(save_percent)
+    checks.check_routing(x, experts, weights)
     for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
         _check_quantized(name, weight)
-        check_same_device(f"{name}.values", weight.values, "x", x.device)
+        checks.check_same_device(f"{name}.values", weight.values, "x", x.device)
     E, G, D = gate_up_proj.shape
     F = intermediate_size(E, G, gated)
-    check_fits(x, D, "gate_up_proj")
+    checks.check_fits(x, D, "gate_up_proj")
     if down_proj.shape != (E, D, F):
         raise ValueError(f"down_proj must be of shape {(E, D, F)}, got {down_proj.shape}")
     up_kind, down_kind = ((weight.bits, weight.bits == 4 and weight.group_size) for weight in (gate_up_proj, down_proj))

@@ -7,18 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fusedonemoe.checks import (
-    check_choices,
-    check_count,
-    check_float,
-    check_ids,
-    check_integer,
-    check_logits,
-    check_number,
-    check_same_device,
-    check_selection_bias,
-    check_shape,
-)
+from fusedonemoe import checks
 from fusedonemoe.functional.calls import choose_routing, with_leading
 from fusedonemoe.ops import library
 from fusedonemoe.ops.derivatives import refuse_transforms
@@ -74,7 +63,7 @@ def route(
         >>> weights
         tensor([[0.5000, 0.5000]])
     """
-    check_logits(logits)
+    checks.check_logits(logits)
     rule = make_rule(logits.shape[-1], top_k, selection_bias=selection_bias is not None, **options)
     return route_by(rule, logits, selection_bias, impl)
 
@@ -84,7 +73,7 @@ def route_by(rule: RouteRule, logits: Tensor, selection_bias: Tensor | None, imp
     if impl != "auto" or torch.compiler.is_exporting():
         impl = choose_routing(impl)
     if selection_bias is not None:
-        check_selection_bias(selection_bias, logits)
+        checks.check_selection_bias(selection_bias, logits)
     rows_TE = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
     T, E = rows_TE.shape
     if not torch.compiler.is_dynamo_compiling() and isinstance(T, int) and T * (rule.top_k or E) > MOST_ROWS:
@@ -135,11 +124,11 @@ def route_product_key(logits: Tensor, top_k: int, *, norm_topk_prob: bool = Fals
         >>> weights
         tensor([0.5065, 0.3072, 0.1863])
     """
-    check_float("logits", logits)
+    checks.check_float("logits", logits)
     if logits.dim() < 2 or logits.shape[-2] != 2 or logits.shape[-1] < 1:
         raise ValueError(f"logits must have shape [..., 2, G] with G >= 1, got {tuple(logits.shape)}")
     impl = choose_routing(impl)
-    check_integer("top_k", top_k)
+    checks.check_integer("top_k", top_k)
     G = int(logits.shape[-1])  # the candidates are listed in Python: the number of keys is no symbol of a compiled graph
     if not 1 <= top_k <= G * G:
         raise ValueError(f"top_k must be from 1 to {G * G}, the pairs of {G} keys, got {top_k}")
@@ -172,9 +161,9 @@ def plan(experts: Tensor, num_experts: int) -> Plan:
         >>> F.plan(torch.tensor([[1, 0], [1, 7]]), num_experts=2)
         Plan(order=tensor([1, 0, 2, 3], dtype=torch.int32), offsets=tensor([0, 1, 3], dtype=torch.int32))
     """
-    check_ids(experts)
+    checks.check_ids(experts)
     check_rows(experts)
-    check_count("num_experts", num_experts)
+    checks.check_count("num_experts", num_experts)
     return make_plan(experts, num_experts)
 
 
@@ -194,8 +183,8 @@ def tokens_per_expert(experts: Tensor, num_experts: int) -> Tensor:
         >>> F.tokens_per_expert(torch.tensor([[1, 0], [1, 7]]), num_experts=3)
         tensor([1, 2, 0])
     """
-    check_ids(experts)
-    check_count("num_experts", num_experts)
+    checks.check_ids(experts)
+    checks.check_count("num_experts", num_experts)
     return count_tokens(experts, num_experts)
 
 
@@ -229,12 +218,12 @@ def apply_capacity(experts: Tensor, weights: Tensor, num_experts: int, capacity_
         >>> experts.flatten(), weights.flatten(), dropped
         (tensor([ 0,  0, -1,  1]), tensor([1., 1., 0., 1.]), tensor(1))
     """
-    check_choices(experts)
-    check_float("weights", weights)
-    check_count("num_experts", num_experts)
-    check_shape("weights", weights, tuple(experts.shape))
-    check_same_device("weights", weights, "experts", experts.device)
-    check_number("capacity_factor", capacity_factor)
+    checks.check_choices(experts)
+    checks.check_float("weights", weights)
+    checks.check_count("num_experts", num_experts)
+    checks.check_shape("weights", weights, tuple(experts.shape))
+    checks.check_same_device("weights", weights, "experts", experts.device)
+    checks.check_number("capacity_factor", capacity_factor)
     if not 0 < capacity_factor < math.inf:
         raise ValueError(f"capacity_factor must be above 0 and finite, got {capacity_factor}")
     capacity = math.ceil(capacity_factor * experts.numel() / num_experts * (1 - _ROUNDING))

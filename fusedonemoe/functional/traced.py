@@ -29,12 +29,7 @@ Weights = tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor | N
 def run_block(x: Tensor, weights: Weights, rule: RouteRule, act: Activation, impl: str) -> Tensor | None:
     """Run a block as one operator of the compiled CPU kernels; None where it takes others, or an argument does not fit.
 
-    Args:
-        x: ``[..., D]``.
-        weights: of the router: weight, bias and selection bias; of the experts: both projections and their biases.
-        rule: for as many experts as the router has.
-        act: of the experts.
-        impl: of the experts.
+    ``weights`` are the router's weight, bias and selection bias, and the experts' two projections and their biases.
     """
     gate, gate_bias, selection_bias, up, down, up_bias, down_bias = weights
     dtype = x.dtype
@@ -97,10 +92,7 @@ def _block(
 
 
 route_linear: Callable[..., Any] = library.register_transparent(
-    "route_linear",
-    "Tensor x, Tensor weight, Tensor? bias, Tensor? selection_bias, str form, str impl, int build",
-    _route,
-    3,
+    "route_linear", "Tensor x, Tensor weight, Tensor? bias, Tensor? selection_bias, str form, str impl, int build", _route, 3
 )
 block_form: Callable[..., Any] = library.register_transparent(
     "block_form",

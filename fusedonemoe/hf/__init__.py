@@ -6,8 +6,7 @@ Only attributes are read, so a configuration or a block of another library with 
 from typing import Any
 
 from fusedonemoe.hf.block import BLOCK_NAMES, config_of, tensors_of
-from fusedonemoe.hf.families import FAMILIES, UNSUPPORTED
-from fusedonemoe.hf.reading import NUM_EXPERTS, TOP_K, Fields, refuse, title, whole
+from fusedonemoe.hf.families import FAMILIES, NUM_EXPERTS, TOP_K, UNSUPPORTED, Fields, refuse, title, whole
 
 __all__ = ["BLOCK_NAMES", "FAMILIES", "UNSUPPORTED", "config_of", "fields_of", "tensors_of"]
 

@@ -7,38 +7,23 @@ from torch import Tensor, nn
 # What stands beside the experts: our name, and the names that models and checkpoints have for it. Reading accepts them all;
 # writing a checkpoint takes the layout's own, or the first.
 BLOCK_NAMES: dict[str, tuple[str, ...]] = {
-    "gate.weight": (
-        "gate.weight",
-        "router.weight",
-        "router.layer.weight",
-        "router.gate.weight",
-        "gate.wg.weight",
-        "router.classifier.weight",
+    "gate.weight": tuple(
+        f"{gate}.weight" for gate in ("gate", "router", "router.layer", "router.gate", "gate.wg", "router.classifier")
     ),
-    "gate.bias": ("gate.bias", "router.bias", "router.layer.bias", "router.gate.bias"),
+    "gate.bias": tuple(f"{gate}.bias" for gate in ("gate", "router", "router.layer", "router.gate")),
     "gate.e_score_correction_bias": (
-        "gate.e_score_correction_bias",
-        "e_score_correction_bias",
-        "router.e_score_correction_bias",
-        "gate.moe_statics.e_score_correction_bias",
-        "moe_statics.e_score_correction_bias",
-        "experts.e_score_correction_bias",
-        "gate.expert_bias",
-        "expert_bias",
-        "expert_bias_E",
+        *(
+            f"{holder}e_score_correction_bias"
+            for holder in ("gate.", "", "router.", "gate.moe_statics.", "moe_statics.", "experts.")
+        ),
+        *("gate.expert_bias", "expert_bias", "expert_bias_E"),
     ),
     "output_bias": ("experts.bias", "bias"),
     "shared_expert_gate.weight": ("shared_expert_gate.weight",),
     **{
-        f"shared_expert.{ours}.weight": tuple(
-            f"{module}.{name}.weight"
-            for module, name in (
-                ("shared_expert", ours),
-                ("shared_experts", ours),
-                ("shared_mlp", ours),
-                ("shared_expert", theirs),
-                ("shared_experts", theirs),
-            )
+        f"shared_expert.{ours}.weight": (
+            *(f"{branch}.{ours}.weight" for branch in ("shared_expert", "shared_experts", "shared_mlp")),
+            *(f"{branch}.{theirs}.weight" for branch in ("shared_expert", "shared_experts")),
         )
         for ours, theirs in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2"))
     },

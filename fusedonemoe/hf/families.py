@@ -1,16 +1,93 @@
-"""The routing, the experts and the shared branch of each family of Hugging Face models.
+"""Reading the routing, the experts and the shared branch of each family of Hugging Face models from its configuration.
 
 How a family routes is written in its model's code, not in its configuration, so each ``model_type`` has an entry here.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from fusedonemoe.hf.reading import Fields, activation, flag, get, known_activation, number, refuse, whole
-
+Fields = dict[str, Any]
 Reader = Callable[[Any], Fields]
+
+# Names that mean the same, and attributes
+
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+ACTIVATIONS |= {"relu": "relu", "relu2": "relu2", "sigmoid": "sigmoid", "linear": "identity"}
+NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+TOP_K = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts", "num_experts_per_token")
+ACTIVATION_NAMES = ("hidden_act", "hidden_activation", "mlp_hidden_act", "activation_function")
+
+
+def get(config: Any, *names: str) -> Any:
+    """The first of these attributes that is there and not None."""
+    for name in names:
+        try:
+            value = getattr(config, name, None)
+        except RuntimeError as error:  # transformers' answer where layers differ
+            raise ValueError(f"{name} of {title(config)} differs between layers: give layer") from error
+        if value is not None:
+            return value
+    raise ValueError(f"{title(config)} has no {' or '.join(names)}, or it is None")
+
+
+def title(config: Any) -> str:
+    """Return the name of a configuration for messages."""
+    return f"{type(config).__name__} (model_type {getattr(config, 'model_type', None)!r})"
+
+
+def refuse(config: Any, reason: str) -> ValueError:
+    """The error to raise: what the block does that MoEConfig does not say."""
+    return ValueError(f"MoEConfig cannot express the block of {title(config)}: {reason}")
+
+
+def whole(config: Any, *names: str) -> int:
+    """A whole number; where there is one for each layer, they have to be equal."""
+    value = get(config, *names)
+    if isinstance(value, list | tuple):
+        if not value or any(other != value[0] for other in value):
+            raise refuse(config, f"{names[0]} differs between layers: {list(value)}")
+        value = value[0]
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{names[0]} of {title(config)} must be an integer, got {value!r}")
+    if abs(value) > sys.maxsize:
+        raise ValueError(
+            f"{names[0]} of {title(config)} must be at most {sys.maxsize}, got a number of {value.bit_length()} bits"
+        )
+    return value
+
+
+def flag(config: Any, name: str, *, default: bool | None = None) -> bool:
+    """A yes or a no. Another value's truth would turn ``"false"`` into a yes.
+
+    With a ``default``, which counts where the attribute is missing, None is a no.
+    """
+    value = get(config, name) if default is None else getattr(config, name, default) or False
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} of {title(config)} must be a bool, got {value!r}")
+    return value
+
+
+def number(config: Any, name: str) -> float:
+    """A factor."""
+    value = get(config, name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+        raise ValueError(f"{name} of {title(config)} must be a finite number, got {value!r}")
+    return float(value)
+
+
+def activation(config: Any) -> str:
+    """The library's name of the configuration's activation."""
+    return known_activation(config, get(config, *ACTIVATION_NAMES))
+
+
+def known_activation(config: Any, name: str) -> str:
+    """The library's name of an activation."""
+    if not isinstance(name, str) or name not in ACTIVATIONS:
+        raise refuse(config, f"activation {name!r} is none of {sorted(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
 
 
 def _reads(*readers: Reader, **fields: Any) -> Reader:
@@ -188,21 +265,22 @@ FAMILIES: dict[str, Family] = {
     **dict.fromkeys(
         ("granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared"), Family(_softmax_of_the_picked, _DENSE_WIDTH)
     ),
+    **dict.fromkeys(("beam", "mimo_v2_flash"), Family(_deepseek_v3)),
+    **dict.fromkeys(("flex_olmo", "olmoe"), Family(_softmax, _DENSE_WIDTH)),
     **dict.fromkeys(("mellum", "qwen3_moe", "qwen3_omni_moe_text"), Family(_softmax)),
+    **dict.fromkeys(("minimax", "mixtral"), Family(_mixtral, _DENSE_WIDTH)),
     **dict.fromkeys(
         ("qwen2_moe", "qwen3_next", "qwen3_omni_moe_talker_text", "qwen4_exp_text"), Family(_softmax, shared=_shared(gate=True))
     ),
     "afmoe": Family(_scaled_sigmoid("route_scale"), shared=_NUM_SHARED),
     "aria_text": Family(_softmax_of_the_picked, _DENSE_WIDTH, _aria_shared, _reads(activation="silu", transposed=True)),
     "axk2": Family(_axk2, shared=_N_SHARED),
-    "beam": Family(_deepseek_v3),
     "cohere2_moe": Family(_cohere2, _DENSE_WIDTH, _cohere2_shared),
     "dbrx": Family(_dbrx, ("ffn_hidden_size",), experts=_dbrx_experts),
     "dots3_note_text": Family(_deepseek_v3, shared=_shared("shared_experts_intermediate_size", "n_shared_experts")),
     "dots3_note_vision_encoder": Family(_scaled_sigmoid("router_scaling_factor")),
     "ernie4_5_moe": Family(_reads(selection_bias=True), shared=_shared("moe_intermediate_size", "moe_num_shared_experts")),
     "exaone_moe": Family(_deepseek_v3, shared=_NUM_SHARED),
-    "flex_olmo": Family(_softmax, _DENSE_WIDTH),
     "flint": Family(_reads(_softmax, scoring="sigmoid"), shared=_shared()),
     "gpt_oss": Family(_softmax_of_the_picked, _DENSE_WIDTH, experts=_reads(_privacy_filter, gate_up_layout="interleaved")),
     "hunyuan_v1_moe": Family(_softmax_normalised, _DENSE_WIDTH, _shared("intermediate_size")),
@@ -218,19 +296,15 @@ FAMILIES: dict[str, Family] = {
         _reads(_without("zero_expert_num"), selection_bias=True, norm_topk_prob=False, routed_scaling_factor=_SCALE),
         ("expert_ffn_hidden_size",),
     ),
-    "mimo_v2_flash": Family(_deepseek_v3),
-    "minimax": Family(_mixtral, _DENSE_WIDTH),
     "minimax_m2": Family(_reads(_without("router_jitter_noise"), _sigmoid_with_bias), _DENSE_WIDTH),
     "minimax_m3_vl_text": Family(
         _scaled_sigmoid("routed_scaling_factor"), _DENSE_WIDTH, _shared("shared_intermediate_size"), _clamped_swiglu
     ),
-    "mixtral": Family(_mixtral, _DENSE_WIDTH),
     "nemotron_h": Family(
         _deepseek_v3,
         shared=_shared("moe_shared_expert_intermediate_size"),
         experts=_reads(_without("moe_latent_size"), _as_configured, gated=False),
     ),
-    "olmoe": Family(_softmax, _DENSE_WIDTH),
     "openai_privacy_filter": Family(_softmax_of_the_picked, _DENSE_WIDTH, experts=_privacy_filter),
     "qwen3_5_moe_text": Family(_softmax_normalised, shared=_shared(gate=True)),
     "qwen3_vl_moe_text": Family(_softmax_normalised),

@@ -14,12 +14,9 @@ EXIT_USAGE = 2
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command to a parser."""
-    parser.add_argument(
-        "results", nargs="+", type=options.path, metavar="RESULTS.json", help="what bench --json wrote; several make one page"
-    )
-    parser.add_argument(
-        "-o", "--output", type=options.path, default=Path("report.html"), metavar="FILE.html", help="default: %(default)s"
-    )
+    add, told = parser.add_argument, "what bench --json wrote; several make one page"
+    add("results", nargs="+", type=options.path, metavar="RESULTS.json", help=told)
+    add("-o", "--output", type=options.path, default=Path("report.html"), metavar="FILE.html", help="default: %(default)s")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -29,8 +26,9 @@ def run(args: argparse.Namespace) -> int:
         The exit status: 0; 2 when a file holds no results with times, or the page cannot be written.
     """
     # Here, not at the top: this module is imported whenever the command line is, to read the options.
+    from fusedonemoe.bench.records import DamagedError
     from fusedonemoe.report.page import page_of
-    from fusedonemoe.report.runs import NoResultsError, load
+    from fusedonemoe.report.runs import load
 
     try:
         runs = [load(path) for path in args.results]
@@ -40,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         # A page on stdout is all that is there.
         told = sys.stderr if files.is_stream(args.output) else sys.stdout
         files.write(args.output, page_of(runs).encode("utf-8"))
-    except (NoResultsError, files.UnwritableError) as reason:
+    except (DamagedError, files.UnwritableError) as reason:
         print(reason, file=sys.stderr)
         return EXIT_USAGE
     cells = sum(len(run.cells) for run in runs)

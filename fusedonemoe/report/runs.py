@@ -17,10 +17,6 @@ _KIND = ("operator", "system", "dtype", "mode", "allocator", "routing", "activat
 _SIZES = ("T", "D", "F", "E", "K")
 
 
-class NoResultsError(Exception):
-    """A file holds no results that could be shown."""
-
-
 @dataclass(frozen=True)
 class Run:
     """One file."""
@@ -31,15 +27,15 @@ class Run:
 
 
 def load(path: Path) -> Run:
-    """Read a file; raise NoResultsError where it cannot be read, is something else, or a dry run."""
+    """Read a file; raise DamagedError where it cannot be read, is something else, or a dry run."""
     try:
         results = records.read(path)
     except DamagedError as error:
-        raise NoResultsError(f"{shown(path)}: no results of `bench --json` ({error})") from error
+        raise DamagedError(f"{shown(path)}: no results of `bench --json` ({error})") from error
     cells = [cell for cell in results["cells"] if any(row.get("seconds") for row in cell["rows"])]
     name = f"{results['suite']}, {results['date'][:10]}"
     if not cells:
-        raise NoResultsError(f"{shown(path)}: nothing in it has a time; a dry run has none")
+        raise DamagedError(f"{shown(path)}: nothing in it has a time; a dry run has none")
     return Run(name, {key: value for key, value in results.items() if key != "cells"}, tuple(cells))
 
 

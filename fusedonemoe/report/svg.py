@@ -121,15 +121,9 @@ class _Scale:
 
 
 def chart(lines: Sequence[Line], x: Axis, y: Axis, *, title: str, description: str, name: str) -> str:
-    """Draw a chart as an SVG element.
+    """Draw lines with at least one point each as an SVG element; ``name`` is an id that no other chart of the page has.
 
-    Args:
-        lines: with at least one point each.
-        x: the axis from left to right.
-        y: the axis from bottom to top.
-        title: read aloud, and shown next to the mouse.
-        description: the picture in words and numbers.
-        name: an id that no other chart of the page has.
+    The title is read aloud and shown next to the mouse; the description is the picture in words and numbers.
     """
     across = _Scale(x, [px for line in lines for px, _ in line.points], LEFT, WIDTH - RIGHT)
     up = _Scale(y, [py for line in lines for _, py in line.points], HEIGHT - BOTTOM, TOP)

@@ -120,7 +120,7 @@ def test_a_missing_package_is_a_note_and_no_failure(monkeypatch):
     result = measure(TINY["block"])
     absent = row_of(result, YARDSTICK["block"])
     assert absent.note.startswith("skipped: transformers is not installed") and not absent.failed
-    assert row_of(result, OURS).seconds > 0 and result.times_faster(row_of(result, OURS)) is None
+    assert row_of(result, OURS).seconds > 0 and result.compared(row_of(result, OURS))["times_faster"] is None
 
 
 def test_without_rich_the_command_says_what_to_install(monkeypatch, capsys):

@@ -198,7 +198,7 @@ def as_if_measured(monkeypatch):
     """What is not dry runs on the CPU too, by the wall clock."""
     monkeypatch.setattr(suite, "GPU_SECONDS_PER_PEER", 0.001)
     monkeypatch.setattr(suite, "GPU_ROUNDS", 2)
-    return lambda *argv: suite.run_on(arguments(*argv), CPU)
+    return lambda *argv: suite.run(arguments(*argv), CPU)
 
 
 def test_measured_cells_have_all_columns(two_cells, as_if_measured, tmp_path, capsys):

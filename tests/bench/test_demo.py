@@ -11,8 +11,7 @@ import torch
 
 from fusedonemoe.bench.peers import Peer, masked_block
 from fusedonemoe.bench.workloads import Cell
-from fusedonemoe.cli.demo import PICTURE, add_arguments, run
-from fusedonemoe.cli.demo.settings import FULL, QUICK
+from fusedonemoe.cli.demo import FULL, PICTURE, QUICK, add_arguments, run
 from fusedonemoe.cli.demo.text import Corpus, load_corpus, source_files, split_files, training_batches, validation_batches
 
 pytest.importorskip("rich")
@@ -20,7 +19,7 @@ pytest.importorskip("matplotlib")
 
 from rich.console import Console
 
-from fusedonemoe.cli.demo import picture, program, terminal
+from fusedonemoe.cli.demo import output, program
 from fusedonemoe.cli.demo.model import ByteTransformer, balance_loss, count_parameters
 from fusedonemoe.cli.demo.train import Trainer, learning_rate_at, smoothed, train_side_by_side, verdict
 
@@ -259,7 +258,7 @@ def test_no_time_for_a_peer_that_disagrees(change, capsys):
     result = program.compare(LAYER, peers=peers, device=CPU, rounds=1)
     right, wrong = result.rows
     assert right.seconds and wrong.seconds is None and wrong.failed
-    terminal.show_throughput(Console(width=100), "shape", result)
+    output.show_throughput(Console(width=100), "shape", result)
     row = next(line for line in capsys.readouterr().out.splitlines() if "wrong" in line)
     assert "not timed" in row and ("disagree" in row or "gradients" in row)
 
@@ -271,7 +270,7 @@ def test_picture_needs_no_more_than_one_step(corpus, tmp_path):
     settings = dataclasses.replace(TINY, steps=1, validations=1)
     trainers = make_trainers(settings)
     train_side_by_side(trainers, corpus, settings, seed=0, device=CPU, on_step=lambda: None)
-    picture.draw(tmp_path / "new" / "demo.png", trainers, settings)
+    output.draw_picture(tmp_path / "new" / "demo.png", trainers, settings)
     assert (tmp_path / "new" / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -282,7 +281,7 @@ def test_the_picture_is_whole_or_the_older_one(corpus, tmp_path, monkeypatch):
     path.write_bytes(b"old")
     monkeypatch.setattr("fusedonemoe.files.os.replace", Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(OSError, match=f"cannot write {path}: No space left on device"):
-        picture.draw(path, trainers, settings)
+        output.draw_picture(path, trainers, settings)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
@@ -290,7 +289,7 @@ def test_terminal_shows_a_bar_and_no_colour_when_asked(corpus, monkeypatch, caps
     trainers = make_trainers(TINY)
     monkeypatch.setenv("NO_COLOR", "1")
     console = Console(force_terminal=True, width=100)
-    with terminal.training_display(console, trainers, TINY) as on_step:
+    with output.training_display(console, trainers, TINY) as on_step:
         train_side_by_side(trainers, corpus, TINY, seed=0, device=CPU, on_step=on_step)
     out = capsys.readouterr().out
     assert "4/4" in out and "held out" in out
@@ -298,7 +297,7 @@ def test_terminal_shows_a_bar_and_no_colour_when_asked(corpus, monkeypatch, caps
 
 
 def test_sample_cannot_command_the_terminal(capsys):
-    terminal.show_sample(Console(width=60), b"def f", b"\x1b[2J\x07[red]\xff\n  x", name="model")
+    output.show_sample(Console(width=60), b"def f", b"\x1b[2J\x07[red]\xff\n  x", name="model")
     out = capsys.readouterr().out
     assert "\x1b" not in out and "\x07" not in out
     assert "[red]" in out, "text is not markup"

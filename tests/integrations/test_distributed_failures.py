@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from fusedonemoe.cli.demo import QUICK
 from fusedonemoe.cli.demo.model import ByteTransformer
 from fusedonemoe.cli.demo.parallel import ALONE, Processes
-from fusedonemoe.cli.demo.settings import QUICK
 from fusedonemoe.cli.demo.text import Corpus
 from fusedonemoe.cli.demo.train import Trainer, train_side_by_side
 from fusedonemoe.integrations.distributed import ExpertParallel

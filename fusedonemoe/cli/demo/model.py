@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fusedonemoe.cli.demo import Settings
 from fusedonemoe.cli.demo.parallel import ALONE, Processes
-from fusedonemoe.cli.demo.settings import Settings
 from fusedonemoe.cli.demo.text import VOCABULARY
 from fusedonemoe.layers import MoE
 

@@ -19,10 +19,9 @@ from fusedonemoe.bench.results import CellResult
 from fusedonemoe.bench.runner import run_cell
 from fusedonemoe.bench.timing import Timer, gpu_timer
 from fusedonemoe.bench.workloads import Cell
-from fusedonemoe.cli.demo import PICTURE, picture, terminal
+from fusedonemoe.cli.demo import FULL, PICTURE, QUICK, Settings, output
 from fusedonemoe.cli.demo.model import ByteTransformer, ParameterCount, count_parameters
 from fusedonemoe.cli.demo.parallel import Processes, joined
-from fusedonemoe.cli.demo.settings import FULL, QUICK, Settings
 from fusedonemoe.cli.demo.text import load_corpus, training_batches
 from fusedonemoe.cli.demo.train import Trainer, train_side_by_side, verdict
 
@@ -85,10 +84,10 @@ def _compare_throughput(console: Console, settings: Settings, *, device: torch.d
     for E in (settings.num_experts, settings.throughput_experts):
         cell = Cell("block", tokens, D, F, E, K, torch.float32, mode="training")
         shape = f"{tokens:,} tokens, D={D}, F={F}, E={E}, K={K}"
-        with terminal.working(console, f"Timing one MoE layer: {shape} ..."):
+        with output.working(console, f"Timing one MoE layer: {shape} ..."):
             peers = line_up(compiled=compiled)
             result = compare(cell, peers=peers, device=device, rounds=settings.throughput_rounds)
-        terminal.show_throughput(console, shape, result)
+        output.show_throughput(console, shape, result)
         results.append(result)
     return results
 
@@ -126,21 +125,21 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
     machine += f", Python {platform.python_version()}, torch {torch.__version__}"
     machine += f", {processes.world} processes with a part of the experts each" if processes.world > 1 else ""
-    terminal.show_header(console, settings, corpus, parameters, machine=machine)
+    output.show_header(console, settings, corpus, parameters, machine=machine)
 
     shape = {"batch": settings.batch, "window": settings.window}
     with measure("compiling both models" if compiled else "warm-up"):
         (batch,) = training_batches(corpus.train, **shape, steps=1, seed=args.seed, device=device)
         for trainer in trainers:
-            with terminal.working(console, f"Compiling the {trainer.name} model ..." if compiled else "Warming up ..."):
+            with output.working(console, f"Compiling the {trainer.name} model ..." if compiled else "Warming up ..."):
                 trainer.warm_up(batch)
-    with measure("training"), terminal.training_display(console, trainers, settings) as on_step:
+    with measure("training"), output.training_display(console, trainers, settings) as on_step:
         train_side_by_side(trainers, corpus, settings, seed=args.seed, device=device, on_step=on_step)
     console.print(verdict(moe.history.val[-1][1], dense.history.val[-1][1]), style="bold")
 
-    with measure("sample"), terminal.working(console, "Writing ..."):
+    with measure("sample"), output.working(console, "Writing ..."):
         continuation = moe.model.generate(PROMPT, settings.sample_bytes, temperature=TEMPERATURE, seed=args.seed)
-    terminal.show_sample(console, PROMPT, continuation, name=f"{MOE} model")
+    output.show_sample(console, PROMPT, continuation, name=f"{MOE} model")
     if processes.rank > 0:  # one layer is timed, and one picture drawn, in the first process
         return 0
 
@@ -149,7 +148,7 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
 
     path = args.output / PICTURE
     with measure("picture"):
-        picture.draw(path, trainers, settings)
+        output.draw_picture(path, trainers, settings)
     console.print(f"Picture: {files.shown(path)}", soft_wrap=True)
     parts = ", ".join(f"{part} {taken:.0f} s" for part, taken in seconds.items())
     console.print(f"Time: {sum(seconds.values()):.0f} s in all: {parts}")

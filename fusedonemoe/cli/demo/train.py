@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedonemoe.cli.demo import Settings
 from fusedonemoe.cli.demo.model import ByteTransformer, Loss
 from fusedonemoe.cli.demo.parallel import ALONE, Processes
-from fusedonemoe.cli.demo.settings import Settings
 from fusedonemoe.cli.demo.text import Corpus, training_batches, validation_batches
 
 BITS_PER_NAT = 1 / math.log(2)
