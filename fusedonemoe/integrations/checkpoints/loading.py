@@ -1,25 +1,19 @@
 """From a checkpoint to a block's weights, one expert at a time."""
 
-from collections.abc import Iterator
 from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from fusedonemoe.checks import check_integer, check_one_of
-from fusedonemoe.integrations.checkpoints import checking
 from fusedonemoe.integrations.checkpoints.blocks import Block, find_blocks
-from fusedonemoe.integrations.checkpoints.files import FLOATS
-from fusedonemoe.integrations.checkpoints.layouts import LAYOUTS, Part
-from fusedonemoe.integrations.checkpoints.sources import Checkpoint, Source
-from fusedonemoe.integrations.checkpoints.weights import ExpertWeights, pieces, store_packed, weights_of
+from fusedonemoe.integrations.checkpoints.contents import Contents
+from fusedonemoe.integrations.checkpoints.files import FLOATS, Checkpoint, Source
+from fusedonemoe.integrations.checkpoints.layouts import LAYOUTS, home_shapes
+from fusedonemoe.integrations.checkpoints.weights import ExpertWeights, check_apart, check_target, store_packed, weights_of
 from fusedonemoe.layers import Experts, MoE
 
 Module = TypeVar("Module", Experts, MoE)
-# E2M1: sign, two bits of exponent, one of mantissa.
-_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_EXPONENT_BIAS = 127  # of the shared E8M0 exponent
-_NOT_A_NUMBER = 255  # the one E8M0 code that is no exponent
 
 
 def list_blocks(checkpoint: Checkpoint, layout: str = "auto", *, num_experts: int | None = None) -> list[Block]:
@@ -142,25 +136,19 @@ def load_experts(
     if prefix is not None and layer is not None:
         raise ValueError(f"give either prefix or layer, got both: {prefix!r} and {layer!r}")
     with Source(checkpoint) as source:
-        block = _pick(source, layout, num_experts, prefix, layer)
-        parts = checking.present_parts(block)
-        checking.check_shapes(source, block, parts)
-        beside = {ours: block.key(theirs) for ours, theirs in block.block_names.items()}
-        filled = None if into is None else weights_of(into, to_write=True)
-        checking.check_names(source, block, beside, into, filled)
-        checking.check_dtypes(source, block, parts)
-        if into is None or filled is None:
-            checking.check_beside(source, beside, checking.block_shapes(block))
-            home = _allocate(source, block, parts, beside, dtype, device)
+        contents = Contents(source, _pick(source, layout, num_experts, prefix, layer))
+        home = None if into is None else weights_of(into, to_write=True)
+        contents.check_names(into, {} if home is None else home.block)
+        contents.check_dtypes()
+        if into is None or home is None:
+            home = _allocate(contents, dtype, device)
         else:
-            home = filled
-            checking.check_module(block, into)
-            extents = checking.check_writable(home)
-            beside = {ours: key for ours, key in beside.items() if ours in home.block}
-            checking.check_beside(source, beside, {ours: tuple(tensor.shape) for ours, tensor in home.block.items()})
-            for key, pairs in _plan(source, block, parts, beside, home, in_memory=True):
-                checking.check_apart(key, pairs, extents)
-        _copy(source, block, parts, beside, home, into)
+            extents = check_target(contents.block, into, home)
+            contents.beside = {ours: key for ours, key in contents.beside.items() if ours in home.block}
+            contents.check_beside({ours: tuple(tensor.shape) for ours, tensor in home.block.items()})
+            for key, pairs in contents.pairs(home, in_memory=True):
+                check_apart(key, pairs, extents)
+        _copy(contents, home, into)
         if into is not None:
             store_packed(into, home)
     return home if into is None else into
@@ -173,7 +161,6 @@ def _check_layout(layout: str, num_experts: int | None) -> None:
 
 
 def _pick(source: Source, layout: str, num_experts: int | None, prefix: str | None, layer: int | None) -> Block:
-    """The one block that was asked for."""
     blocks, misfits = find_blocks(source, layout, num_experts)
     prefix = None if prefix is None else prefix.removesuffix(".")
     fitting = [b for b in blocks if prefix in (None, b.prefix) and layer in (None, b.layer)]
@@ -190,107 +177,36 @@ def _pick(source: Source, layout: str, num_experts: int | None, prefix: str | No
     raise ValueError(f"no experts of {expected} in the checkpoint; its names begin with {list(source)[:5]}")
 
 
-def _allocate(
-    source: Source,
-    block: Block,
-    parts: list[Part],
-    beside: dict[str, str],
-    dtype: torch.dtype | None,
-    device: torch.device | str | None,
-) -> ExpertWeights:
+def _allocate(contents: Contents, dtype: torch.dtype | None, device: torch.device | str | None) -> ExpertWeights:
     """Empty weights in home's form."""
-    stored = checking.stored_dtypes(source, block, parts)
-    shapes = checking.block_shapes(block)
-    E, D, F = block.num_experts, block.hidden_size, block.intermediate_size
-    G = 2 * F if block.gated else F
+    block, stored = contents.block, contents.stored_dtypes()
+    E, D = block.num_experts, block.hidden_size
+    # Shapes of other tensors that the experts' sizes decide; the shared branch has a width of its own.
+    shapes = {"gate.weight": (E, D), "gate.bias": (E,), "gate.e_score_correction_bias": (E,), "output_bias": (D,)}
+    shapes["shared_expert_gate.weight"] = (1, D)
+    contents.check_beside(shapes)
 
-    def empty(stack: str, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype or stored[stack], device=device or "cpu")
+    def empty(shape: tuple[int, ...], own: Any, wanted: torch.dtype | None) -> Tensor:
+        return torch.empty(shape, dtype=wanted or own, device=device or "cpu")
 
-    def empty_beside(ours: str, key: str) -> Tensor:
-        own: Any = source[key].dtype
+    homes = home_shapes(E, D, block.intermediate_size, block.gated)
+    held: dict[str, Any] = {name: empty(homes[name], own, dtype) for name, own in stored.items()}
+    beside = {}
+    for ours, key in contents.beside.items():
         # A selection bias is the sum of many small steps, which half precision would lose.
         narrow = ours == "gate.e_score_correction_bias" and dtype in (torch.bfloat16, torch.float16)
-        shape = shapes.get(ours, source[key].shape)
-        return torch.empty(shape, dtype=torch.float32 if narrow else dtype or own, device=device or "cpu")
-
-    return ExpertWeights(
-        gate_up_proj=empty("up", E, G, D),
-        down_proj=empty("down", E, D, F),
-        gate_up_bias=empty("up_bias", E, G) if block.bias else None,
-        down_bias=empty("down_bias", E, D) if block.bias else None,
-        gated=block.gated,
-        gate_up_layout=LAYOUTS[block.layout].rows,
-        block={ours: empty_beside(ours, key) for ours, key in beside.items()},
-        layout=block.layout,
-        prefix=block.prefix,
-        block_names=block.block_names,
-    )
-
-
-def dequantize_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """``value[i] * 2 ** (scale - 127)`` ``[..., C]``, which bfloat16 and float32 hold exactly.
-
-    ``blocks`` ``[..., C / 32, 16]`` has two values in each byte, the even one in the lower half; ``scales`` are ``[..., C / 32]``
-    exponents, both uint8. Source: OCP Microscaling Formats (MX) specification 1.0, sections 5.3 and 6.3.
-    """
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
-    values = torch.tensor([*_MAGNITUDES, *(-value for value in _MAGNITUDES)], dtype=compute, device=blocks.device)
-    nibbles = torch.stack((blocks & 0x0F, blocks >> 4), dim=-1).flatten(-2)
-    exponent = scales.to(torch.int32) - _EXPONENT_BIAS
-    # Two factors, each a normal float32: 2 ** -127 is none.
-    half = exponent.div(2, rounding_mode="floor")
-    wide = values[nibbles.to(torch.int32)]
-    wide = wide * torch.exp2(half.to(compute))[..., None] * torch.exp2((exponent - half).to(compute))[..., None]
-    wide = wide.masked_fill_((scales == _NOT_A_NUMBER)[..., None], float("nan"))
-    return wide.flatten(-2).to(dtype)
-
-
-def _read(source: Source, block: Block, part: Part, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Each expert's tensor, in the part's own orientation."""
-    for expert in range(block.num_experts):
-        first, *scales = (source[block.key(name.format(expert))] for name in part.names())
-        one = slice(expert, expert + 1)
-        match part.form:
-            case "each":
-                yield first.read()
-            case "stack":
-                yield first.read(one)[0]
-            case "flat":
-                size = first.shape[0] // block.num_experts
-                yield first.read(slice(expert * size, (expert + 1) * size))
-            case "mxfp4":
-                yield dequantize_mxfp4(first.read(one)[0], scales[0].read(one)[0], dtype)
-
-
-def _plan(
-    source: Source, block: Block, parts: list[Part], beside: dict[str, str], home: ExpertWeights, *, in_memory: bool = False
-) -> Iterator[tuple[str, list[tuple[Tensor, Tensor]]]]:
-    """A checkpoint's tensor, and pairs of a view of home and the numbers that go there; one expert at a time.
-
-    ``in_memory`` leaves out tensors that are read from a file.
-    """
-    for part in parts:
-        keys = checking.keys_of(block, part)
-        if in_memory and not any(source[key].in_memory for key in keys):
-            continue
-        for expert, piece in enumerate(_read(source, block, part, home.stack(part.target).dtype)):
-            oriented = piece.T if part.transposed else piece
-            views = pieces(home, oriented, part.target, expert, LAYOUTS[block.layout].rows)
-            yield keys[expert if part.form == "each" else 0], views
-    for ours, key in beside.items():
-        if not in_memory or source[key].in_memory:
-            yield key, [(home.block[ours], source[key].read().reshape(home.block[ours].shape))]
+        tensor = contents.source[key]
+        beside[ours] = empty(shapes.get(ours, tensor.shape), tensor.dtype, torch.float32 if narrow else dtype)
+    described: dict[str, Any] = {"layout": block.layout, "prefix": block.prefix, "block_names": block.block_names}
+    return ExpertWeights(**held, **described, gated=block.gated, gate_up_layout=contents.layout.rows, block=beside)
 
 
 @torch.no_grad()
-def _copy(
-    source: Source, block: Block, parts: list[Part], beside: dict[str, str], home: ExpertWeights, into: Experts | MoE | None
-) -> None:
+def _copy(contents: Contents, home: ExpertWeights, into: Experts | MoE | None) -> None:
     """Write everything. Only what the disk or the memory does can fail here, and then the error says what was left behind."""
     last = None
     try:
-        for key, pairs in _plan(source, block, parts, beside, home):
+        for key, pairs in contents.pairs(home):
             for ours, theirs in pairs:
                 ours.copy_(theirs)
             last = key
