@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fusedonemoe.agreement import agree, failures_named, start_comparison
 from fusedonemoe.integrations.distributed.description import describe_blocks, describe_tensors
-from fusedonemoe.integrations.distributed.expert_parallel import ExpertExchange, group_of
+from fusedonemoe.integrations.distributed.styles import ExpertExchange, group_of
 from fusedonemoe.layers import Experts
 
 
@@ -203,25 +203,22 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     if not counted:
         return torch.zeros((), device="cpu")
     dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in counted) else torch.float32
+    given = {id(gradient) for gradient in gradients}
     by_mesh: dict[Any, list[Tensor]] = {}
     for tensor in counted:
-        placed = (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
-        by_mesh.setdefault(placed, []).append(tensor)
-    given = {id(gradient) for gradient in gradients}
+        placed: tuple[Any, Any] = (None, ())
+        part = tensor
+        if isinstance(tensor, DTensor):
+            placed, part = (tensor.device_mesh, tensor.placements), tensor.to_local()
+        zero = part.new_zeros((), dtype=dtype)
+        by_mesh.setdefault(placed, []).append(torch.linalg.vector_norm(part, dtype=dtype) if id(tensor) in given else zero)
     squares = []
-    for placed, some in by_mesh.items():
-        local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in some]
-        norms = [
-            torch.linalg.vector_norm(part, dtype=dtype) if id(whole) in given else part.new_zeros((), dtype=dtype)
-            for whole, part in zip(some, local, strict=True)
-        ]
+    for (mesh, placements), norms in by_mesh.items():
         square = torch.stack(norms).square().sum()
-        if placed is not None:
-            mesh, placements = placed
-            for axis, placement in enumerate(placements):
-                if not placement.is_replicate():
-                    with failures_named("clip_grad_norm_", mesh.get_group(axis), "norms were summed"):
-                        dist.all_reduce(square, group=mesh.get_group(axis))
+        for axis, placement in enumerate(placements):
+            if not placement.is_replicate():
+                with failures_named("clip_grad_norm_", mesh.get_group(axis), "norms were summed"):
+                    dist.all_reduce(square, group=mesh.get_group(axis))
         squares.append(square)
     norm = torch.stack(squares).sum().sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
