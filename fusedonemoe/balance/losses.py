@@ -4,16 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from fusedonemoe import functional as F
-from fusedonemoe.checks import (
-    check_choices,
-    check_count,
-    check_logits,
-    check_one_of,
-    check_same_device,
-    check_shape,
-    check_tensor,
-)
+from fusedonemoe.checks import check_choices, check_logits, check_same_device, check_shape, check_tensor
 from fusedonemoe.linear import in_routing_dtype
+from fusedonemoe.ops.values import check_count, check_one_of
 
 SCORINGS = ("softmax", "sigmoid", "given")
 
@@ -23,8 +16,7 @@ def _tokens(logits: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tens
 
     What stands in the logits of padding is replaced: were it not a number, so would be its gradient, mask or no mask.
     """
-    rows = logits.reshape(-1, logits.shape[-1])
-    rows = in_routing_dtype(rows)
+    rows = in_routing_dtype(logits.reshape(-1, logits.shape[-1]))
     if attention_mask is None:
         return rows, None, max(rows.shape[0], 1)
     check_tensor("attention_mask", attention_mask)
