@@ -11,7 +11,7 @@ from torch import Tensor
 from fusedonemoe import Experts, MoE, MoEConfig
 from fusedonemoe import functional as F
 from fusedonemoe.integrations.checkpoints import LAYOUTS, ExpertWeights, list_blocks, load_experts, to_state_dict
-from fusedonemoe.integrations.checkpoints.contents import dequantize_mxfp4
+from fusedonemoe.integrations.checkpoints.loading import dequantize_mxfp4
 from tests.integrations import checkpoint_layouts
 from tests.integrations.checkpoint_layouts import drawn, loaded, make, output, same
 
