@@ -97,16 +97,6 @@ def load_balancing_loss(
     return num_experts * (share * (rows.sum(0) / T)).sum()
 
 
-def _logsumexp(rows: Tensor) -> Tensor:
-    """``torch.logsumexp(rows, -1)`` whose gradient is a softmax of the differences to the maximum.
-
-    torch's own gradient is ``exp(rows - logsumexp)``, which is as wrong as a large logsumexp is rounded.
-    """
-    largest = rows.detach().amax(-1, keepdim=True)
-    finite = torch.where(largest.isfinite(), largest, 0.0)
-    return (rows - finite).exp().sum(-1).log() + finite.squeeze(-1)
-
-
 def router_z_loss(logits: Tensor, *, attention_mask: Tensor | None = None) -> Tensor:
     """The loss that keeps router logits small: ``mean_t logsumexp(l_t)^2``.
 
@@ -131,7 +121,10 @@ def router_z_loss(logits: Tensor, *, attention_mask: Tensor | None = None) -> Te
     """
     check_logits(logits)
     rows, counted, T = _tokens(logits, attention_mask)
-    squares = _logsumexp(rows).square()
+    # The gradient of torch.logsumexp is as wrong as a large sum is rounded. This one's is a softmax of differences.
+    largest = rows.detach().amax(-1, keepdim=True)
+    finite = torch.where(largest.isfinite(), largest, 0.0)
+    squares = ((rows - finite).exp().sum(-1).log() + finite.squeeze(-1)).square()
     if counted is not None:
         squares = squares.masked_fill(~counted, 0.0)
     return squares.sum() / T

@@ -231,16 +231,6 @@ def _shard_path(index: Path, name: str, file: object) -> Path:
     return index.parent / path
 
 
-def _shards_of(index: Path) -> dict[str, Path]:
-    weight_map = read_json(index, "the index of a sharded checkpoint", unique=True).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise ValueError(
-            f"{index} must have a weight_map, as the index of a sharded checkpoint has, from names to files, "
-            f"got {type(weight_map).__name__}"
-        )
-    return {name: _shard_path(index, name, file) for name, file in weight_map.items()}
-
-
 def _files_in(directory: Path) -> list[Path]:
     """Return the files to open in a directory: an index, the one usual file, or every safetensors file."""
     indices = sorted(directory.glob(f"*{INDEX_SUFFIX}"))
@@ -300,7 +290,13 @@ class Source(dict[str, Held | Stored]):
             self.update(part)
 
     def _open_shards(self, index: Path) -> None:
-        shard_of = _shards_of(index)
+        weight_map = read_json(index, "the index of a sharded checkpoint", unique=True).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(
+                f"{index} must have a weight_map, as the index of a sharded checkpoint has, from names to files, "
+                f"got {type(weight_map).__name__}"
+            )
+        shard_of = {name: _shard_path(index, name, file) for name, file in weight_map.items()}
         shards = dict.fromkeys(shard_of.values())
         if lost := sorted({shard.name for shard in shards if not shard.exists()}):
             raise FileNotFoundError(f"{index} names shards that are not there: {lost[:5]}")

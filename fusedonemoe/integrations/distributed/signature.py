@@ -55,9 +55,8 @@ def signature_of(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, num_exper
             raise ValueError(f"{name} must be below {1 << bits} to be exchanged between ranks, got {value}")
         packed = packed + value * place
         place <<= bits
-    for asked in gradients:
-        packed = packed + asked * place
-        place <<= 1
+    for bit, asked in enumerate(gradients):
+        packed = packed + asked * (_FORM << bit)
     # A compiled graph compares for equality, so that it says only what its backward needs.
     off = not torch.compiler.is_compiling() and not torch.is_grad_enabled()
     return packed + off * _NO_GRAD

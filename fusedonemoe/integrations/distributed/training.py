@@ -213,8 +213,8 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
         part = tensor
         if isinstance(tensor, DTensor):
             placed, part = (tensor.device_mesh, tensor.placements), tensor.to_local()
-        zero = part.new_zeros((), dtype=dtype)
-        by_mesh.setdefault(placed, []).append(torch.linalg.vector_norm(part, dtype=dtype) if id(tensor) in given else zero)
+        norm = torch.linalg.vector_norm(part, dtype=dtype) if id(tensor) in given else part.new_zeros((), dtype=dtype)
+        by_mesh.setdefault(placed, []).append(norm)
     squares = []
     for (mesh, placements), norms in by_mesh.items():
         square = torch.stack(norms).square().sum()
