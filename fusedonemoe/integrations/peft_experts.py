@@ -160,7 +160,7 @@ class PeftExperts(AdapterLevel, LoRAExperts):
         chosen = {target: self._adapters(target) for target in self.targets}
         return {t: self._level(t).scaling[names[0]] if len(names) == 1 else 1.0 for t, names in chosen.items()}
 
-    merged = LoRAExperts.merged
+    merged: Any = LoRAExperts.merged  # PEFT asks for merged_adapters
 
     @property
     def _adapts(self) -> bool:

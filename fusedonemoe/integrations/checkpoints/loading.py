@@ -11,7 +11,7 @@ from fusedonemoe.checks import check_integer, check_one_of
 from fusedonemoe.hf import BLOCK_NAMES
 from fusedonemoe.integrations.checkpoints.blocks import Block, find_blocks
 from fusedonemoe.integrations.checkpoints.files import FLOATS, Checkpoint, Source
-from fusedonemoe.integrations.checkpoints.layouts import LAYOUTS, Part, home_shapes, stack_of
+from fusedonemoe.integrations.checkpoints.layouts import LAYOUTS, Layout, Part, home_shapes, stack_of
 from fusedonemoe.integrations.checkpoints.weights import (
     ExpertWeights,
     check_apart,
@@ -212,7 +212,9 @@ class Contents:
     """The tensors of a block: the experts' by parts of the layout, and the keys of the others by :class:`MoE`'s names."""
 
     def __init__(self, source: Source, block: Block) -> None:
-        self.source, self.block, self.layout = source, block, LAYOUTS[block.layout]
+        self.source = source
+        self.block = block
+        self.layout: Layout = LAYOUTS[block.layout]
         self.where: str = block.prefix or "the checkpoint"
         self.parts: list[Part] = [part for part in self.layout.parts if part.names()[0] in block.names]
         self.beside: dict[str, str] = {ours: block.key(theirs) for ours, theirs in block.block_names.items()}

@@ -96,7 +96,8 @@ class ExpertExchange:
     """The forward over the group that :class:`ExpertParallel` sets on an :class:`~fusedonemoe.Experts`."""
 
     def __init__(self, dispatcher: AllToAll | FixedCapacity, divisor: int) -> None:
-        self.dispatcher = self.ranks = dispatcher
+        self.dispatcher = dispatcher
+        self.ranks: Ranks = dispatcher
         self.divisor = divisor
 
     def __call__(self, experts: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -278,7 +279,7 @@ class TensorExchange:
     """The forward over the group that :class:`TensorParallel` sets on an :class:`~fusedonemoe.Experts`."""
 
     def __init__(self, group: ProcessGroup) -> None:
-        self.ranks = _SameTokens(group)
+        self.ranks: Ranks = _SameTokens(group)
 
     def __call__(self, experts: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The forward of ``experts``, for tokens that all processes have."""
