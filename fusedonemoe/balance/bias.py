@@ -135,18 +135,15 @@ class LossFreeBalance:
         total = self._counts.total("LossFreeBalance.update", group, rate=self.rate)
         if not self._looked:
             self._looked = True
-            self._warn_if_nothing(torch.cat(list(total.values())))
+            counted = torch.cat(list(total.values()))
+            if not is_capturing(counted) and not counted.any():  # nothing can be read during a capture
+                warn(
+                    "LossFreeBalance counted nothing before the first step: it must be made before the first call of a compiled "
+                    "model, and the model must be in training mode"
+                )
         for bias, count in zip(biases, total.values(), strict=True):
             update_selection_bias(bias, count, self.rate)
         self._counts.reset()
-
-    def _warn_if_nothing(self, total: Tensor) -> None:
-        if not is_capturing(total) and not total.any():  # nothing can be read during a capture
-            warn(
-                "LossFreeBalance counted nothing before the first step: it must be made before the first call of a compiled "
-                "model, and the model must be in training mode",
-                stacklevel=2,
-            )
 
     def remove(self) -> None:
         """Take the hooks off the model and the optimizer; the biases stay as they are."""

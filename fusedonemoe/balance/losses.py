@@ -4,16 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from fusedonemoe import functional as F
-from fusedonemoe.checks import (
-    check_choices,
-    check_count,
-    check_logits,
-    check_one_of,
-    check_same_device,
-    check_shape,
-    check_tensor,
-)
+from fusedonemoe.checks import check_choices, check_logits, check_same_device, check_shape, check_tensor
 from fusedonemoe.linear import in_routing_dtype
+from fusedonemoe.ops.values import check_count, check_one_of
 
 SCORINGS = ("softmax", "sigmoid", "given")
 
@@ -23,8 +16,7 @@ def _tokens(logits: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tens
 
     What stands in the logits of padding is replaced: were it not a number, so would be its gradient, mask or no mask.
     """
-    rows = logits.reshape(-1, logits.shape[-1])
-    rows = in_routing_dtype(rows)
+    rows = in_routing_dtype(logits.reshape(-1, logits.shape[-1]))
     if attention_mask is None:
         return rows, None, max(rows.shape[0], 1)
     check_tensor("attention_mask", attention_mask)
@@ -105,16 +97,6 @@ def load_balancing_loss(
     return num_experts * (share * (rows.sum(0) / T)).sum()
 
 
-def _logsumexp(rows: Tensor) -> Tensor:
-    """``torch.logsumexp(rows, -1)`` whose gradient is a softmax of the differences to the maximum.
-
-    torch's own gradient is ``exp(rows - logsumexp)``, which is as wrong as a large logsumexp is rounded.
-    """
-    largest = rows.detach().amax(-1, keepdim=True)
-    finite = torch.where(largest.isfinite(), largest, 0.0)
-    return (rows - finite).exp().sum(-1).log() + finite.squeeze(-1)
-
-
 def router_z_loss(logits: Tensor, *, attention_mask: Tensor | None = None) -> Tensor:
     """The loss that keeps router logits small: ``mean_t logsumexp(l_t)^2``.
 
@@ -139,7 +121,10 @@ def router_z_loss(logits: Tensor, *, attention_mask: Tensor | None = None) -> Te
     """
     check_logits(logits)
     rows, counted, T = _tokens(logits, attention_mask)
-    squares = _logsumexp(rows).square()
+    # The gradient of torch.logsumexp is as wrong as a large sum is rounded. This one's is a softmax of differences.
+    largest = rows.detach().amax(-1, keepdim=True)
+    finite = torch.where(largest.isfinite(), largest, 0.0)
+    squares = ((rows - finite).exp().sum(-1).log() + finite.squeeze(-1)).square()
     if counted is not None:
         squares = squares.masked_fill(~counted, 0.0)
     return squares.sum() / T

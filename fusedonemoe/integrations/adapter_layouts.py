@@ -64,10 +64,45 @@ class Factors(NamedTuple):
     scale: float
 
 
-class AdapterConfig(NamedTuple):
-    """The ranks and scales of an adapter's configuration."""
+_REFUSED = ("use_dora", "lora_bias", "fan_in_fan_out", "use_qalora", "alora_invocation_tokens", "layer_replication")
 
-    values: Mapping[str, Any]
+
+def _check_number(name: str, value: Any, kind: Any) -> None:
+    """A rank or an alpha, above 0."""
+    meaning = "an integer" if kind is int else "a number"
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise TypeError(f"config must have {meaning} for {name}, got {value!r}")
+    if not 0 < value <= sys.float_info.max:
+        raise ValueError(f"config must have {meaning} above 0 for {name}, got {value!r}")
+
+
+class AdapterConfig:
+    """The ranks and scales of an adapter's configuration, a mapping or a ``LoraConfig``, checked for what experts do not have."""
+
+    def __init__(self, config: Any) -> None:
+        values = config.to_dict() if hasattr(config, "to_dict") else config
+        if not isinstance(values, Mapping):
+            raise TypeError(f"config must be a mapping or a LoraConfig, got {type(config).__name__}")
+        if missing := {"r", "lora_alpha"} - values.keys():
+            raise ValueError(f"config must say {sorted(missing)}, got keys {sorted(values)}")
+        if refused := [key for key in _REFUSED if values.get(key)]:
+            raise ValueError(f"config asks for {refused}, which adapters of experts do not have")
+        _check_number("r", values["r"], int)
+        _check_number("lora_alpha", values["lora_alpha"], (int, float))
+        for field, kind in (("rank_pattern", int), ("alpha_pattern", (int, float))):
+            pattern = values.get(field) or {}
+            if not isinstance(pattern, Mapping):
+                raise TypeError(f"config must have a mapping for {field}, got {type(pattern).__name__}")
+            for key, number in pattern.items():
+                _check_number(f"{field}[{key!r}]", number, kind)
+                try:
+                    re.compile(key)
+                except (re.error, TypeError) as error:
+                    raise ValueError(f"config must have names or regular expressions in {field}, got {key!r}: {error}") from error
+        named = values.get("target_parameters")
+        if named is not None and not (isinstance(named, list | tuple | set) and all(isinstance(name, str) for name in named)):
+            raise TypeError(f"config must have a list of names for target_parameters, got {named!r}")
+        self.values: Mapping[str, Any] = values
 
     def rank_and_scale(self, parameter: str) -> tuple[int, float]:
         """The rank of a parameter's adapter, and what its product is multiplied with."""
@@ -83,45 +118,6 @@ class AdapterConfig(NamedTuple):
             return None
         full = {target: f"{name}.{form.name(target)}" for target in TARGETS}
         return tuple(t for t, path in full.items() if any(path == key or path.endswith(f".{key}") for key in named))
-
-
-def _check_number(name: str, value: Any, kind: Any) -> None:
-    """A rank or an alpha, above 0."""
-    meaning = "an integer" if kind is int else "a number"
-    if isinstance(value, bool) or not isinstance(value, kind):
-        raise TypeError(f"config must have {meaning} for {name}, got {value!r}")
-    if not 0 < value <= sys.float_info.max:
-        raise ValueError(f"config must have {meaning} above 0 for {name}, got {value!r}")
-
-
-_REFUSED = ("use_dora", "lora_bias", "fan_in_fan_out", "use_qalora", "alora_invocation_tokens", "layer_replication")
-
-
-def check_config(config: Any) -> AdapterConfig:
-    """The configuration as it was given, a mapping or a ``LoraConfig``, if it asks for nothing that experts do not have."""
-    values = config.to_dict() if hasattr(config, "to_dict") else config
-    if not isinstance(values, Mapping):
-        raise TypeError(f"config must be a mapping or a LoraConfig, got {type(config).__name__}")
-    if missing := {"r", "lora_alpha"} - values.keys():
-        raise ValueError(f"config must say {sorted(missing)}, got keys {sorted(values)}")
-    if refused := [key for key in _REFUSED if values.get(key)]:
-        raise ValueError(f"config asks for {refused}, which adapters of experts do not have")
-    _check_number("r", values["r"], int)
-    _check_number("lora_alpha", values["lora_alpha"], (int, float))
-    for field, kind in (("rank_pattern", int), ("alpha_pattern", (int, float))):
-        pattern = values.get(field) or {}
-        if not isinstance(pattern, Mapping):
-            raise TypeError(f"config must have a mapping for {field}, got {type(pattern).__name__}")
-        for key, number in pattern.items():
-            _check_number(f"{field}[{key!r}]", number, kind)
-            try:
-                re.compile(key)
-            except (re.error, TypeError) as error:
-                raise ValueError(f"config must have names or regular expressions in {field}, got {key!r}: {error}") from error
-    named = values.get("target_parameters")
-    if named is not None and not (isinstance(named, list | tuple | set) and all(isinstance(name, str) for name in named)):
-        raise TypeError(f"config must have a list of names for target_parameters, got {named!r}")
-    return AdapterConfig(values)
 
 
 def sort_keys(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:

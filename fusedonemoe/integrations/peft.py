@@ -20,12 +20,11 @@ from fusedonemoe.checks import check_shape
 from fusedonemoe.integrations import adapter_layouts as layouts
 from fusedonemoe.integrations.adapter_layouts import AdapterConfig, Factors, join_factors, split_factors
 from fusedonemoe.integrations.checkpoints.files import read_json
-from fusedonemoe.integrations.forms import form_of
+from fusedonemoe.integrations.transformers.experts import form_of
 from fusedonemoe.layers import Experts
 from fusedonemoe.layers.form import ExpertsForm
-from fusedonemoe.layers.lora import LoRAExperts, check_adapter_dtype, unchanged_by_failure
+from fusedonemoe.layers.lora import LoRAExperts, check_adapter_dtype, check_no_adapters, put_in_place, unchanged_by_failure
 from fusedonemoe.layers.lora import add_lora as add_lora_to_experts
-from fusedonemoe.layers.peft_refusal import check_no_peft
 from fusedonemoe.ops.values import check_flag, check_one_of
 
 __all__ = [
@@ -92,7 +91,6 @@ def _import_peft() -> None:
 
 
 def _read(source: Any, config: Any) -> tuple[Mapping[str, Tensor], AdapterConfig]:
-    """The tensors and the configuration of an adapter."""
     origin, tensors = "source", source
     if not isinstance(source, Mapping):
         path = Path(source)
@@ -103,12 +101,12 @@ def _read(source: Any, config: Any) -> tuple[Mapping[str, Tensor], AdapterConfig
             path = path / "adapter_config.json"
             values = read_json(path, "an adapter's configuration")
             try:
-                return tensors, layouts.check_config(values)
+                return tensors, AdapterConfig(values)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{path}: {error}") from error
     if config is None:
         raise ValueError(f"config must be given beside a state dict or a file: ranks do not tell the scale of {origin}")
-    return tensors, layouts.check_config(config)
+    return tensors, AdapterConfig(config)
 
 
 def _read_tensors(path: Path) -> Mapping[str, Tensor]:
@@ -163,31 +161,30 @@ def load_adapter(
         TypeError: ``config`` is no configuration, or the adapters are no floating-point tensors.
         ValueError: a file is damaged, or keys, shapes, ranks and the configuration do not fit. The message names the place.
     """
-    if any(isinstance(module, LoRAExperts) for module in model.modules()):
-        raise ValueError("model must have no adapters yet, got one with LoRAExperts in it")
+    _import_peft()
+    check_no_adapters(model)
     check_adapter_dtype(dtype)
     check_flag("trainable", trainable)
-    _import_peft()
-    check_no_peft(model)
     tensors, checked = _read(source, config)
     with unchanged_by_failure(model):
-        added = _loaded(model, tensors, checked, strict=strict, trainable=trainable, dtype=dtype)
-    for name, module in added.items():
-        model.set_submodule(name, module)
+        added: dict[str, LoRAExperts] = {}
+        for name, (form, found) in _adapters_in(model, tensors, checked, strict).items():
+            ranks = {target: A.shape[1] for target, (A, _, _) in found.items()}
+            alphas = {target: scale * ranks[target] for target, (_, _, scale) in found.items()}
+            options: Any = {"targets": tuple(found), "form": form, "dtype": dtype}
+            added[name] = LoRAExperts(model.get_submodule(name), r=ranks, alpha=alphas, **options)
+            for target, (A, B, _) in found.items():
+                for own, read in zip(added[name].factors(target), (A, B), strict=True):
+                    own.data.copy_(read)
+    put_in_place(model, added, trainable=trainable)
     _refuse_save(model)
     return added
 
 
-def _loaded(
-    model: nn.Module,
-    tensors: Mapping[str, Tensor],
-    checked: AdapterConfig,
-    *,
-    strict: bool,
-    trainable: bool,
-    dtype: torch.dtype | None,
-) -> dict[str, LoRAExperts]:
-    """Experts with the adapters that the tensors hold, by name; the model is frozen, and does not hold them yet."""
+def _adapters_in(
+    model: nn.Module, tensors: Mapping[str, Tensor], checked: AdapterConfig, strict: bool
+) -> dict[str, tuple[ExpertsForm, dict[str, Factors]]]:
+    """The checked adapters of a model's experts, by the names of modules and targets; packed experts are unpacked."""
     modules, others = layouts.sort_keys(tensors)
     bases = dict(model.named_modules())
     forms = {name: form for name, module in bases.items() if (form := form_of(module)) is not None}
@@ -218,19 +215,7 @@ def _loaded(
         raise ValueError(f"the config's target_parameters name {missing}, for which there are no tensors")
     for name, found in adapters.items():
         _check_shapes(name, bases[name], forms[name], found)
-    model.requires_grad_(False)
-    added = {}
-    for name, found in adapters.items():
-        ranks = {target: A.shape[1] for target, (A, _, _) in found.items()}
-        alphas = {target: scale * ranks[target] for target, (_, _, scale) in found.items()}
-        base = bases[name]
-        added[name] = LoRAExperts(base, r=ranks, alpha=alphas, targets=tuple(found), form=forms[name], dtype=dtype)
-        added[name].train(base.training)
-        for target, (*read, _) in found.items():
-            for own, loaded in zip(added[name].factors(target), read, strict=True):
-                own.data.copy_(loaded)
-                own.requires_grad_(trainable)
-    return added
+    return {name: (forms[name], found) for name, found in adapters.items()}
 
 
 def _check_shapes(name: str, base: nn.Module, form: ExpertsForm, adapters: Mapping[str, Factors]) -> None:
@@ -307,7 +292,6 @@ def _adapted(model: nn.Module) -> dict[str, LoRAExperts]:
 
 
 def _unwrapped(model: Any) -> nn.Module:
-    """The model without torch.compile, DataParallel and PEFT around it."""
     peft_model, tuners = (sys.modules.get(f"peft.{name}") for name in ("peft_model", "tuners.tuners_utils"))
     while True:
         if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):

@@ -128,7 +128,6 @@ class PeftExperts(AdapterLevel, LoRAExperts):
         return next((level for level in self._levels() if level.parameter_name == name), None)
 
     def _adapters(self, target: str) -> list[str]:
-        """The active adapters of a target."""
         level = self._level(target)
         names = self.active_adapters if self._merging is None else self._merging
         return [] if level is None else [name for name in names if name in level.lora_A]
@@ -161,10 +160,7 @@ class PeftExperts(AdapterLevel, LoRAExperts):
         chosen = {target: self._adapters(target) for target in self.targets}
         return {t: self._level(t).scaling[names[0]] if len(names) == 1 else 1.0 for t, names in chosen.items()}
 
-    @property
-    def merged(self) -> bool:
-        """Return whether the base holds the adapters at the moment."""
-        return len(self._originals) > 0
+    merged: Any = LoRAExperts.merged  # PEFT asks for merged_adapters
 
     @property
     def _adapts(self) -> bool:

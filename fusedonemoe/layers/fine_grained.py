@@ -95,25 +95,14 @@ class FineGrainedMoE(nn.Module):
         self.activation = activation
         self.sparse = sparse
         self.impl = impl
-        self.gate: ProductKeyRouter = ProductKeyRouter(
-            hidden_size,
-            num_keys,
-            top_k,
-            num_heads=num_heads,
-            norm_topk_prob=norm_topk_prob,
-            input_norm=input_norm,
-            impl=routing_impl(impl),
-            **made,
-        )
+        keys: Any = {"num_heads": num_heads, "norm_topk_prob": norm_topk_prob, "input_norm": input_norm}
+        self.gate: ProductKeyRouter = ProductKeyRouter(hidden_size, num_keys, top_k, **keys, impl=routing_impl(impl), **made)
         self.down_embed: nn.Parameter = nn.Parameter(torch.empty(num_experts, hidden_size, **made))
         self.up_embed: nn.Parameter = nn.Parameter(torch.empty(num_experts, hidden_size, **made))
-        self.gate_proj: nn.Linear | None = None
-        self.up_proj: nn.Linear | None = None
-        self.down_proj: nn.Linear | None = None
-        if intermediate_size is not None:
-            self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False, **made)
-            self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False, **made)
-            self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False, **made)
+        width, linear = intermediate_size, {"bias": False, **made}
+        self.gate_proj: nn.Linear | None = None if width is None else nn.Linear(hidden_size, width, **linear)
+        self.up_proj: nn.Linear | None = None if width is None else nn.Linear(hidden_size, width, **linear)
+        self.down_proj: nn.Linear | None = None if width is None else nn.Linear(width, hidden_size, **linear)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -46,9 +46,7 @@ def form_of(experts: nn.Module) -> ExpertsForm | None:
         up=up,
         up_bias=f"{up}_bias" if config.bias else None,
         down_bias="down_proj_bias" if config.bias else None,
-        transposed=config.transposed,
-        **options_of(config, ACTIVATION_OPTIONS),
-        save_percent=config.save_percent,
+        **options_of(config, (*ACTIVATION_OPTIONS, "transposed", "save_percent")),
         # The compiled CPU kernels have no adapters.
         impl="auto" if config.impl == "cpu" else config.impl,
     )

@@ -75,11 +75,9 @@ class FusedOneMoE(nn.Module):
         """Initialise as ``nn.Linear`` does: uniform within ``1 / sqrt(fan_in)``."""
         self.gate.reset_parameters()
         F_, D = self.down.shape
-        uniform_by_fan_in(self.proj, D)
-        uniform_by_fan_in(self.down, F_)
-        if self.up_bias is not None and self.down_bias is not None:
-            uniform_by_fan_in(self.up_bias, D)
-            uniform_by_fan_in(self.down_bias, F_)
+        for parameter, fan_in in ((self.proj, D), (self.down, F_), (self.up_bias, D), (self.down_bias, F_)):
+            if parameter is not None:
+                uniform_by_fan_in(parameter, fan_in)
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the block on ``x`` ``[..., D]``."""

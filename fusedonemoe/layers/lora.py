@@ -33,9 +33,11 @@ def _per_target(name: str, value: Any, targets: Sequence[str], kind: type | tupl
 
 def check_adapter_dtype(dtype: object) -> None:
     """Raise unless adapters can have this dtype, or None for the default."""
-    if dtype is not None and not isinstance(dtype, torch.dtype):
+    if dtype is None:
+        return
+    if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype must be a torch.dtype or None, got {dtype!r}")
-    if isinstance(dtype, torch.dtype) and dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"dtype must be float64, float32, bfloat16 or float16, which can be trained, got {dtype}")
 
 
@@ -169,12 +171,9 @@ class LoRAExperts(RefusesPeft):
         """Run each row of ``x`` through its adapted experts and sum by weight."""
         self._refuse_packed()
         form, base = self.form, self.base
-
-        def parameter(name: str | None) -> Tensor | None:
-            return None if name is None else getattr(base, name)
-
         options = options_of(form, (*ACTIVATION_OPTIONS, "transposed", "save_percent", "impl"))
-        options |= {"gate_up_bias": parameter(form.up_bias), "down_bias": parameter(form.down_bias)}
+        for argument, name in (("gate_up_bias", form.up_bias), ("down_bias", form.down_bias)):
+            options[argument] = None if name is None else getattr(base, name)
         arguments = (x, experts, weights, getattr(base, form.up), getattr(base, form.down))
         if not self._adapts:
             return F.experts_mlp(*arguments, **options)
@@ -223,12 +222,10 @@ class LoRAExperts(RefusesPeft):
             RuntimeError: they are merged already, or pruning or a parametrization computes a weight of the base.
         """
         self.unpack()
-        merged_weights = self.merged_weights()
-        parameters = {name: _own_parameter(self.base, name) for name in merged_weights}
-        for name, merged in merged_weights.items():
-            parameter = parameters[name]
-            self._originals[name] = parameter.data
-            parameter.data = merged
+        merged = self.merged_weights()
+        parameters = {name: _own_parameter(self.base, name) for name in merged}
+        for name, parameter in parameters.items():
+            self._originals[name], parameter.data = parameter.data, merged[name]
 
     def unmerge(self) -> None:
         """Put the original weights back, the very same tensors; a RuntimeError if nothing is merged."""
@@ -328,27 +325,36 @@ def add_lora(
         >>> adapters["experts"].r
         {'gate_up': 4, 'down': 2}
     """
-    if any(isinstance(module, LoRAExperts) for module in model.modules()):
-        raise ValueError("model must have no adapters yet, got one with LoRAExperts in it")
-    check_no_peft(model)
+    check_no_adapters(model)
     forms = {name: form for name, module in model.named_modules() if (form := (read or form_of)(module)) is not None}
     if not forms:
         raise ValueError(f"model must hold experts that can be adapted, got {type(model).__name__} without any")
     if "" in forms:
         raise ValueError("model must hold its experts as a module inside; for experts alone call LoRAExperts")
+    options: Any = {"targets": targets, "use_rslora": use_rslora, "dtype": dtype}
     added = {}
     with unchanged_by_failure(model):
         for name, form in forms.items():
             ranks = {t: pattern_value(rank_pattern, f"{name}.{form.name(t)}", r) for t in targets}
             alphas = {t: pattern_value(alpha_pattern, f"{name}.{form.name(t)}", alpha) for t in targets}
-            base = model.get_submodule(name)
-            added[name] = LoRAExperts(
-                base, r=ranks, alpha=alphas, targets=targets, use_rslora=use_rslora, form=form, dtype=dtype
-            ).train(base.training)
+            added[name] = LoRAExperts(model.get_submodule(name), r=ranks, alpha=alphas, form=form, **options)
+    put_in_place(model, added, trainable=True)
+    return added
+
+
+def check_no_adapters(model: nn.Module) -> None:
+    """Raise if a model has adapters, of this library or of PEFT."""
+    if any(isinstance(module, LoRAExperts) for module in model.modules()):
+        raise ValueError("model must have no adapters yet, got one with LoRAExperts in it")
+    check_no_peft(model)
+
+
+def put_in_place(model: nn.Module, added: Mapping[str, LoRAExperts], *, trainable: bool) -> None:
+    """Put adapters around the experts of a model, which is frozen but for them."""
     model.requires_grad_(False)
     for name, module in added.items():
+        module.train(module.base.training)
         for target in module.targets:
             for factor in module.factors(target):
-                factor.requires_grad_()
+                factor.requires_grad_(trainable)
         model.set_submodule(name, module)
-    return added

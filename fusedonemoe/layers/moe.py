@@ -110,8 +110,7 @@ class Experts(nn.Module):
         for name in (self._up_name, "down_proj", f"{self._up_name}_bias", "down_proj_bias"):
             # A parametrization or pruning takes a name out of the parameters.
             named[name] = parameters[name] if name in parameters else getattr(self, name)
-        up, down, up_bias, down_bias = named.values()
-        if not are_plain((up, down, up_bias, down_bias)) and (dtensor := _dtensor()):
+        if not are_plain(tuple(named.values())) and (dtensor := _dtensor()):
             for name, weight in named.items():
                 if isinstance(weight, dtensor):
                     if self.exchange is None and not all(p.is_replicate() for p in weight.placements):
@@ -120,30 +119,23 @@ class Experts(nn.Module):
                             "fusedonemoe.integrations.distributed.ExpertParallel or TensorParallel to compute with shards"
                         )
                     named[name] = weight.to_local()
-            up, down, up_bias, down_bias = named.values()
+        up, down, up_bias, down_bias = named.values()
         return up, down, up_bias, down_bias
 
     def compute(
-        self,
-        x: Tensor,
-        experts: Tensor,
-        weights: Tensor,
-        up_proj: Tensor,
-        down_proj: Tensor,
-        up_bias: Tensor | None,
-        down_bias: Tensor | None,
+        self, x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor, up_bias: Tensor | None, down_bias: Tensor | None
     ) -> Tensor:
-        """Forward with weights passed in; ``experts`` indexes them. They may be a subset of the experts, or slices of F."""
+        """Forward with weights passed in; ``ids`` indexes them. They may be a subset of the experts, or slices of F."""
         config = self.config
         rest = (up_bias, down_bias, config.act, config.save_percent, config.transposed, config.impl)
-        if up_proj is None or down_proj is None:
-            check_tensor(self._up_name if up_proj is None else "down_proj", None)
-        if up_proj.dim() == PANEL_DIMS or down_proj.dim() == PANEL_DIMS:
-            given = panels.weights_for_call(self, x, weights, up_proj, down_proj)
+        if up is None or down is None:
+            check_tensor(self._up_name if up is None else "down_proj", None)
+        if up.dim() == PANEL_DIMS or down.dim() == PANEL_DIMS:
+            given = panels.weights_for_call(self, x, weights, up, down)
             if isinstance(given, F.PackedExperts):
-                return run_packed(x, experts, weights, given, *rest)
-            up_proj, down_proj = given
-        return run_experts(x, experts, weights, up_proj, down_proj, *rest)
+                return run_packed(x, ids, weights, given, *rest)
+            up, down = given
+        return run_experts(x, ids, weights, up, down, *rest)
 
     def prepack(self) -> None:
         """Put the weights into the order in which the CPU kernels read them, for inference.
@@ -222,12 +214,8 @@ def _classes_are_as_written() -> bool:
 
     Dynamo asks when it compiles and sees no later change, as with the methods and hooks of other modules.
     """
-    return (TopKRouter.forward, Experts.forward, Experts.compute, Experts.local_weights) == _WRITTEN and not (
-        _hooks._global_forward_hooks
-        or _hooks._global_forward_pre_hooks
-        or _hooks._global_backward_hooks
-        or _hooks._global_backward_pre_hooks
-    )
+    methods = TopKRouter.forward, Experts.forward, Experts.compute, Experts.local_weights
+    return methods == _WRITTEN and not _hooks._has_any_global_hook()
 
 
 _classes_are_as_written.__dict__["_dynamo_marked_constant"] = True  # see ops/cpu/native.py
@@ -293,15 +281,10 @@ class MoE(nn.Module):
         made: Any = {"device": device, "dtype": dtype}
         self.gate: TopKRouter = TopKRouter(**rule, bias=config.router_bias, impl=routing_impl(config.impl), **made)
         self.experts: Experts = Experts(config, **made)
-        self.shared_expert: SharedExpert | None = None
-        self.shared_expert_gate: nn.Linear | None = None
-        if config.shared_intermediate_size is not None:
-            self.shared_expert = SharedExpert(config, config.shared_intermediate_size, **made)
-            if config.shared_gate:
-                self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False, **made)
-        self.output_bias: nn.Parameter | None = None
-        if config.output_bias:
-            self.output_bias = nn.Parameter(torch.zeros(config.hidden_size, **made))
+        D, width = config.hidden_size, config.shared_intermediate_size
+        self.shared_expert: SharedExpert | None = None if width is None else SharedExpert(config, width, **made)
+        self.shared_expert_gate: nn.Linear | None = nn.Linear(D, 1, bias=False, **made) if config.shared_gate else None
+        self.output_bias: nn.Parameter | None = nn.Parameter(torch.zeros(D, **made)) if config.output_bias else None
 
     @classmethod
     def from_hf(cls, module: nn.Module, config: MoEConfig | None = None) -> "MoE":
@@ -369,9 +352,9 @@ class MoE(nn.Module):
         """
         if (not is_dynamo_compiling() or is_exporting()) and x.shape[-1:] != (self.config.hidden_size,):
             # Ranks that wait for this one hear of it, instead of waiting for the timeout.
-            tell_refusal = getattr(getattr(self.experts, "exchange", None), "tell_refusal", None)
-            if tell_refusal is not None:
-                tell_refusal(self.experts)
+            ranks = getattr(getattr(self.experts, "exchange", None), "ranks", None)
+            if ranks is not None:
+                ranks.tell_refusal(self.experts.down_proj.device)
             check_last_dim("x", x, self.config.hidden_size)
         parts = self._modules  # an attribute of a module takes a Python function
         whole = None if return_routing else self._whole(x)

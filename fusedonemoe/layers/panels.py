@@ -82,19 +82,18 @@ def weights_for_call(
     config = experts.config
     refuse_exchange(experts)
     _refuse_managed(experts, "call unpack() before fully_shard or FullyShardedDataParallel")
-    homes = homes_of(experts)
-    if is_panels(up) and homes[experts._up_name].layout != config.act.layout:
+    up_home, down_home = homes_of(experts).values()
+    if is_panels(up) and up_home.layout != config.act.layout:
         raise RuntimeError(
             f"the weights were packed with gate_up_layout {experts._packed_layout!r}, and config has {config.act.layout!r}: "
             "call unpack() before changing it"
         )
     if is_panels(up) and is_panels(down):
-        return PackedExperts(up, down, homes[experts._up_name].layout, config.hidden_size, config.intermediate_size)
+        return PackedExperts(up, down, up_home.layout, config.hidden_size, config.intermediate_size)
     refuse_packed_training(x, weights, up, down)
-    return (
-        library.unpack_weights(up, *homes[experts._up_name]) if is_panels(up) else up,
-        library.unpack_weights(down, *homes["down_proj"]) if is_panels(down) else down,
-    )
+    if is_panels(up):
+        return library.unpack_weights(up, *up_home), down
+    return up, library.unpack_weights(down, *down_home)
 
 
 def _refuse_managed(experts: "Experts", remedy: str) -> None:
@@ -207,8 +206,7 @@ def unpack_in_place(experts: "Experts") -> None:
 def unpacked(experts: "Experts") -> Iterator[None]:
     """The home form inside, and afterwards the form of before."""
     packed = packed_names(experts)
-    if packed:
-        unpack_in_place(experts)
+    unpack_in_place(experts)
     try:
         yield
     finally:

@@ -110,15 +110,6 @@ def _random_call(module: Experts) -> tuple[Tensor, Tensor, Tensor]:
     return x, experts.to(weight.device), torch.full((TOKENS, K), 1 / K, dtype=torch.float32, device=weight.device)
 
 
-def _experts_of(model: nn.Module) -> dict[str, Experts]:
-    """A model's modules of experts by name, each once."""
-    modules = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
-    for name, parent in model.named_modules():
-        if isinstance(parent, LoRAExperts) and any(isinstance(child, Experts) for child in parent.children()):
-            raise ValueError(f"{name} must not be adapters, which read plain weights: merge and unload them first")
-    return modules
-
-
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put a module into every place of another."""
     for parent in list(model.modules()):
@@ -192,7 +183,10 @@ def quantize_(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, Experts):
         raise TypeError("model must hold Experts, not be one, to have them replaced in place; see QuantizedExperts.from_experts")
-    modules = _experts_of(model)
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+    for name, parent in model.named_modules():
+        if isinstance(parent, LoRAExperts) and any(isinstance(child, Experts) for child in parent.children()):
+            raise ValueError(f"{name} must not be adapters, which read plain weights: merge and unload them first")
     if not modules:
         raise ValueError(f"model must hold Experts to quantise; there are none in this {type(model).__name__}")
     options: dict[str, Any] = {"group_size": group_size, "symmetric": symmetric}

@@ -26,8 +26,7 @@ def unwrapped(name: str, weight: Tensor) -> F.QuantizedWeight | None:
         raise TypeError(f"{name} must be a plain tensor or torchao's Int8Tensor, got {kind.__module__}.{kind.__name__}")
     inside: Any = weight
     values, scale = inside.qdata, inside.scale
-    if tuple(scale.shape) != (*values.shape[:2], 1):
-        expected = (*values.shape[:2], 1)
+    if tuple(scale.shape) != (expected := (*values.shape[:2], 1)):
         raise ValueError(f"{name} must have one scale per output, of shape {expected}, got {tuple(scale.shape)}")
     if inside.act_quant_kwargs is not None or inside.act_pre_scale is not None:
         raise ValueError(f"{name} must be quantised weight-only, but its Int8Tensor quantises or scales activations, too")
@@ -155,18 +154,9 @@ class QuantizedExperts(KeptBuffers):
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """Run each row of ``x`` through its experts and sum by weight."""
-        config = self.config
-        return F.experts_mlp_quantized(
-            x,
-            experts,
-            weights,
-            *self.quantized_weights(),
-            gate_up_bias=getattr(self, f"{self._up_name}_bias"),
-            down_bias=self.down_proj_bias,
-            **options_of(config, ACTIVATION_OPTIONS),
-            save_percent=config.save_percent,
-            impl=config.impl,
-        )
+        options = options_of(self.config, (*ACTIVATION_OPTIONS, "save_percent", "impl"))
+        options |= {"gate_up_bias": getattr(self, f"{self._up_name}_bias"), "down_bias": self.down_proj_bias}
+        return F.experts_mlp_quantized(x, experts, weights, *self.quantized_weights(), **options)
 
     def prepack(self) -> None:
         """There is nothing to pack: the kernels read quantised weights as they are stored."""

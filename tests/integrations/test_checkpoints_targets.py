@@ -11,7 +11,7 @@ from torch.nn.utils import prune
 
 from fusedonemoe import Experts, MoE, MoEConfig, QuantizedExperts, add_lora
 from fusedonemoe.integrations.checkpoints import ExpertWeights, files, load_experts, to_state_dict
-from fusedonemoe.integrations.checkpoints.checking import named_tensors
+from fusedonemoe.integrations.checkpoints.weights import named_tensors
 from tests.integrations.checkpoint_layouts import LAYOUTS, loaded, make, same
 
 D, F_, E = 5, 4, 3

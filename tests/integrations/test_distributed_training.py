@@ -27,7 +27,7 @@ from fusedonemoe.integrations.distributed import (
     expert_placement,
     parameter_groups,
 )
-from fusedonemoe.integrations.distributed.checkpoint import PairedShard
+from fusedonemoe.integrations.distributed.training import PairedShard
 from tests.integrations.test_distributed import EXACT, D, F, batch, make_moe, whole
 from tests.processes import run_in_processes
 

@@ -13,7 +13,7 @@ safetensors_torch = pytest.importorskip("safetensors.torch")
 
 from fusedonemoe import LoRAExperts, MoE  # noqa: E402
 from fusedonemoe.integrations import peft as adapters  # noqa: E402
-from fusedonemoe.integrations.forms import form_of  # noqa: E402
+from fusedonemoe.integrations.transformers.experts import form_of  # noqa: E402
 
 E, D, F_ = 5, 16, 12
 SIZES: dict[str, Any] = {

@@ -145,7 +145,7 @@ def test_peft_around_our_adapters_is_refused(call, core):
 
 
 def _form(experts: nn.Module) -> Any:
-    from fusedonemoe.integrations.forms import form_of
+    from fusedonemoe.integrations.transformers.experts import form_of
 
     return form_of(experts)
 

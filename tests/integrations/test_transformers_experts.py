@@ -10,8 +10,7 @@ from transformers.activations import ACT2FN, GELUTanh
 from transformers.integrations.moe import use_experts_implementation
 
 from fusedonemoe import functional
-from fusedonemoe.integrations.transformers.experts import experts_forward
-from fusedonemoe.integrations.transformers.gates import activation_of
+from fusedonemoe.integrations.transformers.experts import activation_of, experts_forward
 from fusedonemoe.ops.activation import activate
 from fusedonemoe.ops.records import PLAIN, Activation
 from fusedonemoe.testing import assert_within_budget, make_experts

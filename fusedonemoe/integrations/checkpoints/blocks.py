@@ -7,8 +7,8 @@ from functools import cache
 from itertools import islice
 
 from fusedonemoe.hf import BLOCK_NAMES
+from fusedonemoe.integrations.checkpoints.files import Source
 from fusedonemoe.integrations.checkpoints.layouts import LAYOUT_OF_MODEL_TYPE, LAYOUTS, Layout, Part, piece_shape
-from fusedonemoe.integrations.checkpoints.sources import Source
 
 _NUMBER = r"(?P<expert>[^.]+)"
 _MOST_DIGITS = 18  # of a number that can be an expert's

@@ -4,6 +4,7 @@ Home, to which every layout is read and from which it is written, is :class:`~fu
 up-projection's rows ``[2F, D]`` (``[F, D]`` when plain) and the down-projection ``[D, F]``.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,27 +62,45 @@ class Layout:
         return [name for part in self.parts if part.required or not required for name in part.names()]
 
 
+def stack_of(target: Target) -> str:
+    """The name in :class:`~fusedonemoe.integrations.checkpoints.ExpertWeights` of the tensor that a part belongs to."""
+    half = "down" if target.startswith("down") else "gate_up"
+    return f"{half}_bias" if target.endswith("_bias") else f"{half}_proj"
+
+
+def home_shapes(E: int, D: int, F: int, gated: bool) -> dict[str, tuple[int, ...]]:
+    """Shapes of home's tensors by the names of :func:`stack_of`."""
+    G = 2 * F if gated else F
+    return {"gate_up_proj": (E, G, D), "down_proj": (E, D, F), "gate_up_bias": (E, G), "down_bias": (E, D)}
+
+
+def module_names(gated: bool) -> dict[str, str]:
+    """:class:`~fusedonemoe.Experts`' names of home's tensors."""
+    up = "gate_up_proj" if gated else "up_proj"
+    return {"gate_up_proj": up, "down_proj": "down_proj", "gate_up_bias": f"{up}_bias", "down_bias": "down_proj_bias"}
+
+
 def piece_shape(target: Target, D: int, F: int) -> tuple[int, ...]:
     """Shape of one expert's tensor in home's orientation."""
     shape = {"gate_up": (2 * F, D), "gate": (F, D), "up": (F, D), "down": (D, F)}[target.removesuffix("_bias")]
     return shape[:1] if target.endswith("_bias") else shape
 
 
-def _per_expert(gate: str | None, up: str, down: str) -> tuple[Part, ...]:
-    names = {target: name for target, name in (("gate", gate), ("up", up), ("down", down)) if name}
-    weights = (Part(target, f"experts.{{}}.{name}.weight", "each") for target, name in names.items())  # type: ignore[arg-type]
-    biases = (Part(f"{t}_bias", f"experts.{{}}.{name}.bias", "each", required=False) for t, name in names.items())  # type: ignore[arg-type]
-    return (*weights, *biases)
+def _parts(form: Form, names: Mapping[str, str], *transposed: str, required: bool = True) -> tuple[Part, ...]:
+    """A part for each target that has a name."""
+    return tuple(Part(t, name, form, t in transposed, required) for t, name in names.items())  # type: ignore[arg-type]
+
+
+def _per_expert(**names: str) -> tuple[Part, ...]:
+    weights = {target: f"experts.{{}}.{name}.weight" for target, name in names.items()}
+    biases = {f"{target}_bias": f"experts.{{}}.{name}.bias" for target, name in names.items()}
+    return _parts("each", weights) + _parts("each", biases, required=False)
 
 
 def _stacked(up: str, *, transposed: bool = False, biases_required: bool = False, form: Form = "stack") -> tuple[Part, ...]:
-    target: Target = "gate_up" if up == "gate_up_proj" else "up"
-    return (
-        Part(target, f"experts.{up}", form, transposed),
-        Part("down", "experts.down_proj", form, transposed),
-        Part(f"{target}_bias", f"experts.{up}_bias", "stack", required=biases_required),  # type: ignore[arg-type]
-        Part("down_bias", "experts.down_proj_bias", "stack", required=biases_required),
-    )
+    weights = {"gate_up" if up == "gate_up_proj" else "up": f"experts.{up}", "down": "experts.down_proj"}
+    biases = {f"{target}_bias": f"{name}_bias" for target, name in weights.items()}
+    return _parts(form, weights, *(weights if transposed else ())) + _parts("stack", biases, required=biases_required)
 
 
 def _shared(module: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> tuple[tuple[str, str], ...]:
@@ -94,11 +113,13 @@ _ROUTER_LAYER = (("gate.weight", "router.layer.weight"), ("gate.bias", "router.l
 
 LAYOUTS: dict[str, Layout] = {
     # Qwen, OLMoE, DeepSeek, GLM, Hunyuan and most others on disk.
-    "hf": Layout(_per_expert("gate_proj", "up_proj", "down_proj")),
-    "jamba": Layout(_per_expert("gate_proj", "up_proj", "down_proj"), block_names=_ROUTER[:1]),
-    "mixtral": Layout(_per_expert("w1", "w3", "w2"), block_names=(("gate.e_score_correction_bias", "e_score_correction_bias"),)),
-    "lfm2": Layout(_per_expert("w1", "w3", "w2"), block_names=(("gate.e_score_correction_bias", "expert_bias"),)),
-    "nemotron_h": Layout(_per_expert(None, "up_proj", "down_proj"), block_names=_shared("shared_experts")[1:]),
+    "hf": Layout(_per_expert(gate="gate_proj", up="up_proj", down="down_proj")),
+    "jamba": Layout(_per_expert(gate="gate_proj", up="up_proj", down="down_proj"), block_names=_ROUTER[:1]),
+    "mixtral": Layout(
+        _per_expert(gate="w1", up="w3", down="w2"), block_names=(("gate.e_score_correction_bias", "e_score_correction_bias"),)
+    ),
+    "lfm2": Layout(_per_expert(gate="w1", up="w3", down="w2"), block_names=(("gate.e_score_correction_bias", "expert_bias"),)),
+    "nemotron_h": Layout(_per_expert(up="up_proj", down="down_proj"), block_names=_shared("shared_experts")[1:]),
     # The form that transformers has in memory.
     "hf_stacked": Layout(_stacked("gate_up_proj")),
     "hf_stacked_plain": Layout(_stacked("up_proj")),
@@ -107,32 +128,23 @@ LAYOUTS: dict[str, Layout] = {
     "gpt_oss": Layout(_stacked("gate_up_proj", transposed=True, biases_required=True), "interleaved", _ROUTER),
     "gpt_oss_mxfp4": Layout(_stacked("gate_up_proj", biases_required=True, form="mxfp4"), "interleaved", _ROUTER, writable=False),
     "aria": Layout(
-        (Part("gate_up", "experts.fc1.weight", "stack", True), Part("down", "experts.fc2.weight", "stack", True)),
+        _parts("stack", {"gate_up": "experts.fc1.weight", "down": "experts.fc2.weight"}, "gate_up", "down"),
         block_names=(*_ROUTER[:1], *_shared("shared_experts")),
     ),
     "granite": Layout(
-        (Part("gate_up", "input_linear.weight", "stack"), Part("down", "output_linear.weight", "stack")),
-        block_names=_ROUTER_LAYER,
+        _parts("stack", {"gate_up": "input_linear.weight", "down": "output_linear.weight"}), block_names=_ROUTER_LAYER
     ),
     # nomic-embed-text-v2-moe. w2 has the rows of w1, so it is used untransposed; `experts.bias` is added once.
     "megablocks": Layout(
-        (Part("up", "experts.mlp.w1", "flat"), Part("down", "experts.mlp.w2", "flat", transposed=True)),
+        _parts("flat", {"up": "experts.mlp.w1", "down": "experts.mlp.w2"}, "down"),
         block_names=(*_ROUTER_LAYER, ("output_bias", "experts.bias")),
     ),
     "dbrx": Layout(
-        (
-            Part("gate", "experts.mlp.w1", "flat"),
-            Part("up", "experts.mlp.v1", "flat"),
-            Part("down", "experts.mlp.w2", "flat", transposed=True),
-        ),
+        _parts("flat", {"gate": "experts.mlp.w1", "up": "experts.mlp.v1", "down": "experts.mlp.w2"}, "down"),
         block_names=(*_ROUTER_LAYER, ("output_bias", "experts.bias")),
     ),
     "torchtitan": Layout(
-        (
-            Part("gate", "experts.w1_EFD", "stack"),
-            Part("up", "experts.w3_EFD", "stack"),
-            Part("down", "experts.w2_EDF", "stack"),
-        ),
+        _parts("stack", {"gate": "experts.w1_EFD", "up": "experts.w3_EFD", "down": "experts.w2_EDF"}),
         block_names=(
             ("gate.weight", "router.gate.weight"),
             ("gate.bias", "router.gate.bias"),

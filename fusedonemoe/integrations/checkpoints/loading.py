@@ -1,18 +1,25 @@
 """From a checkpoint to a block's weights, one expert at a time."""
 
 from collections.abc import Iterator
+from functools import reduce
 from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from fusedonemoe.checks import check_integer, check_one_of
-from fusedonemoe.integrations.checkpoints import checking
+from fusedonemoe.hf import BLOCK_NAMES
 from fusedonemoe.integrations.checkpoints.blocks import Block, find_blocks
-from fusedonemoe.integrations.checkpoints.files import FLOATS
-from fusedonemoe.integrations.checkpoints.layouts import LAYOUTS, Part
-from fusedonemoe.integrations.checkpoints.sources import Checkpoint, Source
-from fusedonemoe.integrations.checkpoints.weights import ExpertWeights, pieces, store_packed, weights_of
+from fusedonemoe.integrations.checkpoints.files import FLOATS, Checkpoint, Source
+from fusedonemoe.integrations.checkpoints.layouts import LAYOUTS, Layout, Part, home_shapes, stack_of
+from fusedonemoe.integrations.checkpoints.weights import (
+    ExpertWeights,
+    check_apart,
+    check_target,
+    pieces,
+    store_packed,
+    weights_of,
+)
 from fusedonemoe.layers import Experts, MoE
 
 Module = TypeVar("Module", Experts, MoE)
@@ -142,25 +149,19 @@ def load_experts(
     if prefix is not None and layer is not None:
         raise ValueError(f"give either prefix or layer, got both: {prefix!r} and {layer!r}")
     with Source(checkpoint) as source:
-        block = _pick(source, layout, num_experts, prefix, layer)
-        parts = checking.present_parts(block)
-        checking.check_shapes(source, block, parts)
-        beside = {ours: block.key(theirs) for ours, theirs in block.block_names.items()}
-        filled = None if into is None else weights_of(into, to_write=True)
-        checking.check_names(source, block, beside, into, filled)
-        checking.check_dtypes(source, block, parts)
-        if into is None or filled is None:
-            checking.check_beside(source, beside, checking.block_shapes(block))
-            home = _allocate(source, block, parts, beside, dtype, device)
+        contents = Contents(source, _pick(source, layout, num_experts, prefix, layer))
+        home = None if into is None else weights_of(into, to_write=True)
+        contents.check_names(into, {} if home is None else home.block)
+        contents.check_dtypes()
+        if into is None or home is None:
+            home = _allocate(contents, dtype, device)
         else:
-            home = filled
-            checking.check_module(block, into)
-            extents = checking.check_writable(home)
-            beside = {ours: key for ours, key in beside.items() if ours in home.block}
-            checking.check_beside(source, beside, {ours: tuple(tensor.shape) for ours, tensor in home.block.items()})
-            for key, pairs in _plan(source, block, parts, beside, home, in_memory=True):
-                checking.check_apart(key, pairs, extents)
-        _copy(source, block, parts, beside, home, into)
+            extents = check_target(contents.block, into, home)
+            contents.beside = {ours: key for ours, key in contents.beside.items() if ours in home.block}
+            contents.check_beside({ours: tuple(tensor.shape) for ours, tensor in home.block.items()})
+            for key, pairs in contents.pairs(home, in_memory=True):
+                check_apart(key, pairs, extents)
+        _copy(contents, home, into)
         if into is not None:
             store_packed(into, home)
     return home if into is None else into
@@ -173,7 +174,6 @@ def _check_layout(layout: str, num_experts: int | None) -> None:
 
 
 def _pick(source: Source, layout: str, num_experts: int | None, prefix: str | None, layer: int | None) -> Block:
-    """The one block that was asked for."""
     blocks, misfits = find_blocks(source, layout, num_experts)
     prefix = None if prefix is None else prefix.removesuffix(".")
     fitting = [b for b in blocks if prefix in (None, b.prefix) and layer in (None, b.layer)]
@@ -188,44 +188,6 @@ def _pick(source: Source, layout: str, num_experts: int | None, prefix: str | No
         raise ValueError(f"{asked} names no block of experts, the checkpoint has {[b.prefix for b in blocks]}")
     expected = "any known layout" if layout == "auto" else f"layout {layout!r}"
     raise ValueError(f"no experts of {expected} in the checkpoint; its names begin with {list(source)[:5]}")
-
-
-def _allocate(
-    source: Source,
-    block: Block,
-    parts: list[Part],
-    beside: dict[str, str],
-    dtype: torch.dtype | None,
-    device: torch.device | str | None,
-) -> ExpertWeights:
-    """Empty weights in home's form."""
-    stored = checking.stored_dtypes(source, block, parts)
-    shapes = checking.block_shapes(block)
-    E, D, F = block.num_experts, block.hidden_size, block.intermediate_size
-    G = 2 * F if block.gated else F
-
-    def empty(stack: str, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype or stored[stack], device=device or "cpu")
-
-    def empty_beside(ours: str, key: str) -> Tensor:
-        own: Any = source[key].dtype
-        # A selection bias is the sum of many small steps, which half precision would lose.
-        narrow = ours == "gate.e_score_correction_bias" and dtype in (torch.bfloat16, torch.float16)
-        shape = shapes.get(ours, source[key].shape)
-        return torch.empty(shape, dtype=torch.float32 if narrow else dtype or own, device=device or "cpu")
-
-    return ExpertWeights(
-        gate_up_proj=empty("up", E, G, D),
-        down_proj=empty("down", E, D, F),
-        gate_up_bias=empty("up_bias", E, G) if block.bias else None,
-        down_bias=empty("down_bias", E, D) if block.bias else None,
-        gated=block.gated,
-        gate_up_layout=LAYOUTS[block.layout].rows,
-        block={ours: empty_beside(ours, key) for ours, key in beside.items()},
-        layout=block.layout,
-        prefix=block.prefix,
-        block_names=block.block_names,
-    )
 
 
 def dequantize_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -246,51 +208,167 @@ def dequantize_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tens
     return wide.flatten(-2).to(dtype)
 
 
-def _read(source: Source, block: Block, part: Part, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Each expert's tensor, in the part's own orientation."""
-    for expert in range(block.num_experts):
-        first, *scales = (source[block.key(name.format(expert))] for name in part.names())
-        one = slice(expert, expert + 1)
-        match part.form:
-            case "each":
-                yield first.read()
-            case "stack":
-                yield first.read(one)[0]
-            case "flat":
-                size = first.shape[0] // block.num_experts
-                yield first.read(slice(expert * size, (expert + 1) * size))
-            case "mxfp4":
-                yield dequantize_mxfp4(first.read(one)[0], scales[0].read(one)[0], dtype)
+class Contents:
+    """The tensors of a block: the experts' by parts of the layout, and the keys of the others by :class:`MoE`'s names."""
+
+    def __init__(self, source: Source, block: Block) -> None:
+        self.source = source
+        self.block = block
+        self.layout: Layout = LAYOUTS[block.layout]
+        self.where: str = block.prefix or "the checkpoint"
+        self.parts: list[Part] = [part for part in self.layout.parts if part.names()[0] in block.names]
+        self.beside: dict[str, str] = {ours: block.key(theirs) for ours, theirs in block.block_names.items()}
+        lost = [part.name for part in self.layout.parts if part not in self.parts]
+        if block.bias and lost:
+            raise ValueError(f"{self.where} has some of the experts' biases, but not {lost}")
+        for part in self.parts:
+            self._check_shapes(part)
+
+    def _keys(self, part: Part) -> list[str]:
+        experts = range(self.block.num_experts) if part.form == "each" else range(1)
+        return [self.block.key(name.format(expert)) for name in part.names() for expert in experts]
+
+    def _check_shapes(self, part: Part) -> None:
+        """Check that all experts have what was found for the first."""
+        first, *others = self._keys(part)
+        shape = self.source[first].shape
+        for key in others:  # other experts; of MXFP4, the scales
+            got = self.source[key].shape
+            if part.form == "mxfp4" and got != shape[:-1]:
+                raise ValueError(f"{key} must have shape {shape[:-1]} to fit {first}, got {got}")
+            if part.form != "mxfp4" and got != shape:
+                raise ValueError(f"{key} must have shape {shape}, as {first} has, got {got}")
+
+    def check_names(self, into: Experts | MoE | None, held: dict[str, Tensor]) -> None:
+        """Check that nothing is missing and nothing is left over; ``held`` is what a module has beside its experts."""
+        block, beside, source = self.block, self.beside, self.source
+        used = {key for part in self.parts for key in self._keys(part)} | {*beside.values()}
+        missing: list[str] = []
+        scopes = {block.key(part.name.partition(".")[0]) + "." for part in self.layout.parts}
+        if isinstance(into, MoE):
+            missing = [block.key(BLOCK_NAMES[ours][0]) for ours in sorted(held.keys() - beside.keys())]
+            used -= {key for ours, key in beside.items() if ours not in held}
+            # Where the block has no module of its own, its neighbours in the layer are none of its tensors.
+            is_layer = block.prefix.rpartition(".")[2].isdigit()
+            modules = {alias.partition(".")[0] for aliases in BLOCK_NAMES.values() for alias in aliases if "." in alias}
+            scopes |= {block.key(module) + "." for module in modules} if is_layer else {block.key("")}
+        elif into is not None and "output_bias" in beside:
+            raise ValueError(
+                f"{beside['output_bias']} is a bias of the whole block, which Experts does not have: load into a MoE with "
+                "output_bias=True"
+            )
+        unexpected = [key for key in source if key not in used and key.startswith(tuple(scopes))]
+        if hidden := {key: file for key, file in source.unlisted.items() if key.startswith(tuple(scopes))}:
+            raise ValueError(
+                f"the index and the shards must agree on {self.where}, got tensors in files that the index does not name for "
+                f"them: {dict(list(hidden.items())[:5])}"
+            )
+        if missing or unexpected:
+            what = "the checkpoint" if into is None else type(into).__name__
+            raise ValueError(
+                f"{self.where}, read as layout {block.layout!r}, does not match {what}: missing {missing}, unexpected "
+                f"{unexpected}"
+            )
+
+    def check_dtypes(self) -> None:
+        """Check that the experts' tensors have numbers that can be converted."""
+        for part in self.parts:
+            for key in self._keys(part):
+                if part.form != "mxfp4":
+                    self._check_floats(key)
+                elif why := self.source[key].refusal():
+                    raise TypeError(f"{key} must be {why}")
+                elif self.source[key].dtype != torch.uint8:
+                    raise TypeError(f"{key} must be uint8, as MXFP4 is stored, got {self.source[key].dtype}")
+
+    def _check_floats(self, key: str, purpose: str = "") -> None:
+        tensor = self.source[key]
+        if why := tensor.refusal():
+            raise TypeError(f"{key} must be {why}")
+        if tensor.dtype not in FLOATS:
+            raise TypeError(
+                f"{key} must be float64, float32, bfloat16 or float16{purpose}, got {tensor.dtype}: dequantise it first"
+            )
+
+    def check_beside(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Check that router, shared branch and biases have these shapes, and numbers that can be rounded."""
+        for ours, key in self.beside.items():
+            self._check_floats(key, f" to be {ours}")
+            # Ernie's selection bias has a leading axis of one.
+            if ours in shapes and self.source[key].shape not in (shape := shapes[ours], (1, *shape)):
+                raise ValueError(f"{key} must have shape {shape}, as {ours} has, got {self.source[key].shape}")
+
+    def stored_dtypes(self) -> dict[str, torch.dtype]:
+        """Return a dtype that holds all that is stored for each stack of home, once :meth:`check_dtypes` has allowed them."""
+        stored: dict[str, set[torch.dtype]] = {}
+        for part in self.parts:
+            dtypes = {torch.bfloat16} if part.form == "mxfp4" else {self.source[key].dtype for key in self._keys(part)}
+            stored.setdefault(stack_of(part.target), set()).update(dtypes)  # type: ignore[arg-type]
+        return {stack: reduce(torch.promote_types, dtypes) for stack, dtypes in stored.items()}
+
+    def _read(self, part: Part, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Each expert's tensor, in the part's own orientation."""
+        for expert in range(self.block.num_experts):
+            first, *scales = (self.source[self.block.key(name.format(expert))] for name in part.names())
+            one = slice(expert, expert + 1)
+            match part.form:
+                case "each":
+                    yield first.read()
+                case "stack":
+                    yield first.read(one)[0]
+                case "flat":
+                    size = first.shape[0] // self.block.num_experts
+                    yield first.read(slice(expert * size, (expert + 1) * size))
+                case "mxfp4":
+                    yield dequantize_mxfp4(first.read(one)[0], scales[0].read(one)[0], dtype)
+
+    def pairs(self, home: ExpertWeights, *, in_memory: bool = False) -> Iterator[tuple[str, list[tuple[Tensor, Tensor]]]]:
+        """A checkpoint's tensor, and pairs of a view of home and the numbers that go there; one expert at a time.
+
+        ``in_memory`` leaves out tensors that are read from a file.
+        """
+        for part in self.parts:
+            keys = self._keys(part)
+            if in_memory and not any(self.source[key].in_memory for key in keys):
+                continue
+            for expert, piece in enumerate(self._read(part, home.stack(part.target).dtype)):
+                oriented = piece.T if part.transposed else piece
+                yield keys[expert if part.form == "each" else 0], pieces(home, oriented, part.target, expert, self.layout.rows)
+        for ours, key in self.beside.items():
+            if not in_memory or self.source[key].in_memory:
+                yield key, [(home.block[ours], self.source[key].read().reshape(home.block[ours].shape))]
 
 
-def _plan(
-    source: Source, block: Block, parts: list[Part], beside: dict[str, str], home: ExpertWeights, *, in_memory: bool = False
-) -> Iterator[tuple[str, list[tuple[Tensor, Tensor]]]]:
-    """A checkpoint's tensor, and pairs of a view of home and the numbers that go there; one expert at a time.
+def _allocate(contents: Contents, dtype: torch.dtype | None, device: torch.device | str | None) -> ExpertWeights:
+    """Empty weights in home's form."""
+    block, stored = contents.block, contents.stored_dtypes()
+    E, D = block.num_experts, block.hidden_size
+    # Shapes of other tensors that the experts' sizes decide; the shared branch has a width of its own.
+    shapes = {"gate.weight": (E, D), "gate.bias": (E,), "gate.e_score_correction_bias": (E,), "output_bias": (D,)}
+    shapes["shared_expert_gate.weight"] = (1, D)
+    contents.check_beside(shapes)
 
-    ``in_memory`` leaves out tensors that are read from a file.
-    """
-    for part in parts:
-        keys = checking.keys_of(block, part)
-        if in_memory and not any(source[key].in_memory for key in keys):
-            continue
-        for expert, piece in enumerate(_read(source, block, part, home.stack(part.target).dtype)):
-            oriented = piece.T if part.transposed else piece
-            views = pieces(home, oriented, part.target, expert, LAYOUTS[block.layout].rows)
-            yield keys[expert if part.form == "each" else 0], views
-    for ours, key in beside.items():
-        if not in_memory or source[key].in_memory:
-            yield key, [(home.block[ours], source[key].read().reshape(home.block[ours].shape))]
+    def empty(shape: tuple[int, ...], own: Any, wanted: torch.dtype | None) -> Tensor:
+        return torch.empty(shape, dtype=wanted or own, device=device or "cpu")
+
+    homes = home_shapes(E, D, block.intermediate_size, block.gated)
+    held: dict[str, Any] = {name: empty(homes[name], own, dtype) for name, own in stored.items()}
+    beside = {}
+    for ours, key in contents.beside.items():
+        # A selection bias is the sum of many small steps, which half precision would lose.
+        narrow = ours == "gate.e_score_correction_bias" and dtype in (torch.bfloat16, torch.float16)
+        tensor = contents.source[key]
+        beside[ours] = empty(shapes.get(ours, tensor.shape), tensor.dtype, torch.float32 if narrow else dtype)
+    described: dict[str, Any] = {"layout": block.layout, "prefix": block.prefix, "block_names": block.block_names}
+    return ExpertWeights(**held, **described, gated=block.gated, gate_up_layout=contents.layout.rows, block=beside)
 
 
 @torch.no_grad()
-def _copy(
-    source: Source, block: Block, parts: list[Part], beside: dict[str, str], home: ExpertWeights, into: Experts | MoE | None
-) -> None:
+def _copy(contents: Contents, home: ExpertWeights, into: Experts | MoE | None) -> None:
     """Write everything. Only what the disk or the memory does can fail here, and then the error says what was left behind."""
     last = None
     try:
-        for key, pairs in _plan(source, block, parts, beside, home):
+        for key, pairs in contents.pairs(home):
             for ours, theirs in pairs:
                 ours.copy_(theirs)
             last = key

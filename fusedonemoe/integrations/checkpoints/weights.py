@@ -1,17 +1,25 @@
 """A block's weights in home's form, and the view of one expert's rows that every layout is read into and written from."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from fusedonemoe.checks import check_one_of
 from fusedonemoe.hf import BLOCK_NAMES
-from fusedonemoe.integrations.checkpoints.files import refusal
-from fusedonemoe.integrations.checkpoints.layouts import Target
+from fusedonemoe.integrations.checkpoints.blocks import Block
+from fusedonemoe.integrations.checkpoints.files import FLOATS, reach, refusal
+from fusedonemoe.integrations.checkpoints.layouts import Target, home_shapes, module_names, stack_of
 from fusedonemoe.layers import Experts, MoE
 from fusedonemoe.layers.panels import home_of, packed_names, write_home
 from fusedonemoe.ops.activation import split_gate_up
 from fusedonemoe.ops.records import GATE_UP_LAYOUTS
+
+Extent = tuple[str, int, int, str]
+"""Device, first byte and the byte after the last one, and the name of the tensor there."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,8 +59,7 @@ class ExpertWeights:
 
     def stack(self, target: Target) -> Tensor:
         """Return all experts' tensor that a part of a checkpoint belongs to."""
-        names = ("down_proj", "down_bias") if target.startswith("down") else ("gate_up_proj", "gate_up_bias")
-        return getattr(self, names[target.endswith("bias")])
+        return getattr(self, stack_of(target))
 
 
 def weights_of(module: Experts | MoE, *, to_write: bool = False) -> ExpertWeights:
@@ -64,38 +71,33 @@ def weights_of(module: Experts | MoE, *, to_write: bool = False) -> ExpertWeight
     if not isinstance(experts, Experts):
         raise TypeError(f"experts must be Experts, with the plain weights that checkpoints hold, got {type(experts).__name__}")
     config = experts.config
-    E, D, F, G = config.num_experts, config.hidden_size, config.intermediate_size, config.up_rows
-    name = "gate_up_proj" if config.gated else "up_proj"
-    shapes: dict[str, tuple[int, ...]] = {
-        name: (E, D, G) if config.transposed else (E, G, D),
-        "down_proj": (E, F, D) if config.transposed else (E, D, F),
-    }
-    if config.bias:
-        shapes |= {f"{name}_bias": (E, G), "down_proj_bias": (E, D)}
-    if to_write:
-        own = {id(tensor) for tensor in (*experts.parameters(), *experts.buffers())}
-        for key in shapes:
-            if isinstance(weight := getattr(experts, key, None), Tensor) and id(weight) not in own:
-                raise _computed(f"experts.{key}")
-    names = packed_names(experts)
-    tensors = {key: home_of(experts, key) if key in names else getattr(experts, key, None) for key in shapes}
-    held = {key: _readable(f"experts.{key}", tensors[key], shape) for key, shape in shapes.items()}
+    own: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    own_ids = {id(tensor) for tensor in own.values()}
+    names, packed = module_names(config.gated), packed_names(experts)
+    held: dict[str, Any] = {}
+    for stack, shape in home_shapes(config.num_experts, config.hidden_size, config.intermediate_size, config.gated).items():
+        if stack.endswith("bias") and not config.bias:
+            continue
+        name, flipped = names[stack], config.transposed and len(shape) == 3
+        weight = getattr(experts, name, None)
+        if to_write and isinstance(weight, Tensor) and id(weight) not in own_ids:
+            raise _computed(f"experts.{name}")
+        if name in packed:
+            weight = home_of(experts, name)
+        weight = _readable(f"experts.{name}", weight, (shape[0], *shape[:0:-1]) if flipped else shape)
+        held[stack] = weight.mT if flipped else weight
     block = {}
     if isinstance(module, MoE):
-        state = {key: value for key, value in _state(module, to_write).items() if not key.startswith("experts.")}
-        block = {key: _readable(key, value, None) for key, value in state.items()}
+        for key, value in module.state_dict(keep_vars=to_write).items():
+            if key.startswith("experts."):
+                continue
+            if to_write and key not in own and id(value) not in own_ids and key in BLOCK_NAMES:
+                raise _computed(key)
+            # A hook may have put copies there, and what is written into those is lost.
+            block[key] = _readable(key, own.get(key, value) if to_write else value, None)
         if unknown := sorted(block.keys() - BLOCK_NAMES.keys()):
             raise ValueError(f"module must have the tensors of a MoE, got {unknown} as well, which no checkpoint has")
-    up, down = held[name], held["down_proj"]
-    return ExpertWeights(
-        gate_up_proj=up.transpose(1, 2) if config.transposed else up,
-        down_proj=down.transpose(1, 2) if config.transposed else down,
-        gate_up_bias=held.get(f"{name}_bias"),
-        down_bias=held.get("down_proj_bias"),
-        gated=config.gated,
-        gate_up_layout=config.gate_up_layout,
-        block=block,
-    )
+    return ExpertWeights(**held, gated=config.gated, gate_up_layout=config.gate_up_layout, block=block)
 
 
 def _readable(name: str, tensor: object, shape: tuple[int, ...] | None) -> Tensor:
@@ -117,33 +119,17 @@ def _computed(name: str) -> ValueError:
     )
 
 
-def _state(module: MoE, to_write: bool) -> dict[str, object]:
-    """Return a state dict of a module; to be written, of its parameters and buffers, where a hook would give copies of them."""
-    state: dict[str, object] = module.state_dict(keep_vars=to_write)
-    if not to_write:
-        return state
-    own: dict[str, object] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    held = {id(tensor) for tensor in own.values()}
-    for name, tensor in state.items():
-        if name in own:
-            state[name] = own[name]
-        elif id(tensor) not in held and name in BLOCK_NAMES:
-            raise _computed(name)
-    return state
-
-
 def check_weights(weights: ExpertWeights) -> None:
     """Weights that somebody put together fit each other."""
     down = _readable("down_proj", weights.down_proj, None)
     if down.dim() != 3:
         raise ValueError(f"down_proj must have 3 dimensions [E, D, F], got shape {tuple(down.shape)}")
     check_one_of("gate_up_layout", weights.gate_up_layout, GATE_UP_LAYOUTS)
-    E, D, F = down.shape
-    G = 2 * F if weights.gated else F
     if (weights.gate_up_bias is None) != (weights.down_bias is None):
         raise ValueError("gate_up_bias and down_bias must both be given, or neither")
-    for name, shape in (("gate_up_proj", (E, G, D)), ("gate_up_bias", (E, G)), ("down_bias", (E, D))):
-        if name == "gate_up_proj" or weights.down_bias is not None:
+    E, D, F = down.shape
+    for name, shape in home_shapes(E, D, F, weights.gated).items():
+        if not name.endswith("bias") or weights.down_bias is not None:
             _readable(name, getattr(weights, name), shape)
     if unknown := sorted(weights.block.keys() - BLOCK_NAMES.keys()):
         raise ValueError(f"block must have names of {sorted(BLOCK_NAMES)}, got {unknown}")
@@ -174,3 +160,66 @@ def pieces(home: ExpertWeights, piece: Tensor, target: Target, expert: int, orde
 def _gate_and_up(rows: Tensor, order: str) -> list[Tensor]:
     """Views of the gate's and the up-projection's rows (first axis) of one expert."""
     return [half.movedim(-1, 0) for half in split_gate_up(rows.movedim(0, -1), order)]
+
+
+def named_tensors(home: ExpertWeights) -> dict[str, Tensor]:
+    """Every tensor of a block's weights, by the name that messages use."""
+    named = {f"experts.{name}": getattr(home, stack) for stack, name in module_names(home.gated).items()}
+    return {name: tensor for name, tensor in named.items() if tensor is not None} | home.block
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Two elements may be one memory: an expanded tensor, or one with a stride below what smaller strides reach."""
+    last = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= last:
+                return True
+            last += stride * (size - 1)
+    return False
+
+
+def _extent(tensor: Tensor, name: str) -> Extent:
+    first = tensor.data_ptr()
+    return str(tensor.device), first, first + reach(tensor) * tensor.element_size(), name
+
+
+def check_target(block: Block, into: Experts | MoE, home: ExpertWeights) -> list[Extent]:
+    """Check that a module has a block's sizes and can take its numbers; return the memory of its tensors."""
+    for name in ("num_experts", "hidden_size", "intermediate_size", "gated", "bias"):
+        wanted, got = getattr(block, name), getattr(into.config, name)
+        if got != wanted:
+            raise ValueError(f"into must have {name} = {wanted}, as {block.prefix or 'the checkpoint'} has, got {got}")
+    tensors = named_tensors(home)
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise ValueError(f"into is on the meta device ({name}): give it memory first, into.to_empty(device=...)")
+        if tensor.dtype not in FLOATS:
+            raise TypeError(f"{name} of into must be float64, float32, bfloat16 or float16, got {tensor.dtype}")
+        if tensor.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError(f"{name} of into was made in inference mode: load it within torch.inference_mode(), too")
+        if _overlaps_itself(tensor):
+            raise ValueError(
+                f"{name} of into must have memory of its own for each element, got strides {tensor.stride()} for shape "
+                f"{tuple(tensor.shape)}"
+            )
+    extents = sorted(_extent(tensor, name) for name, tensor in tensors.items() if tensor.numel())
+    for (place, _, end, owner), (device, first, _, name) in pairwise(extents):
+        if device == place and first < end:
+            raise ValueError(f"{owner} and {name} of into share memory: what is loaded into one would overwrite the other")
+    return extents
+
+
+def check_apart(key: str, pairs: Iterable[tuple[Tensor, Tensor]], extents: list[Extent]) -> None:
+    """Check that a tensor in memory shares none with the module, or is the very tensor that it is loaded into."""
+
+    def place(tensor: Tensor) -> object:
+        return tensor.data_ptr(), tensor.dtype, tensor.stride(), tensor.shape
+
+    for ours, theirs in pairs:
+        device, first, last, _ = _extent(theirs, key)
+        holders = [name for there, a, b, name in extents if there == device and a < last and first < b]
+        if holders and theirs.numel() and place(ours) != place(theirs):
+            raise ValueError(
+                f"{key} shares memory with {holders[0]} of into and would be overwritten while it is read: give a clone"
+            )

@@ -1,11 +1,10 @@
 """More than one process, on :mod:`torch.distributed`: gloo on CPUs, NCCL on GPUs."""
 
-from fusedonemoe.integrations.distributed.checkpoint import checkpointable
 from fusedonemoe.integrations.distributed.dispatch import AllToAll, Dispatched, FixedCapacity
-from fusedonemoe.integrations.distributed.expert_parallel import ExpertParallel, dropped_rows
-from fusedonemoe.integrations.distributed.tensor_parallel import TensorParallel
+from fusedonemoe.integrations.distributed.styles import ExpertParallel, TensorParallel, dropped_rows
 from fusedonemoe.integrations.distributed.training import (
     average_gradients,
+    checkpointable,
     clip_grad_norm_,
     data_parallel,
     expert_placement,

@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, distributed_c10d
 
+from fusedonemoe.agreement import failures_named
 from fusedonemoe.ops.library import autocast_dtype
 
 # The functional collectives are what torch.compile traces; their Python wrappers differ from release to release.
@@ -16,14 +16,9 @@ _collectives = torch.ops._c10d_functional
 def _all_to_all(rows: Tensor, receive: list[int], send: list[int], group_name: str) -> Tensor:
     if torch.compiler.is_compiling():
         return _waited_all_to_all(rows, receive, send, group_name)
-    try:
+    group = distributed_c10d._resolve_process_group(group_name)  # type: ignore[attr-defined, arg-type]
+    with failures_named("expert parallelism", group, "rows were exchanged"):
         return _waited_all_to_all(rows, receive, send, group_name)
-    except RuntimeError as error:
-        # The backend names a socket at best; who reads this wants to know what was going on.
-        raise RuntimeError(
-            f"expert parallelism over {len(send)} ranks failed on rank {dist.get_rank()} while rows were exchanged; another "
-            f"rank has died, or did not come within the group's timeout: {error}"
-        ) from error
 
 
 def _waited_all_to_all(rows: Tensor, receive: list[int], send: list[int], group_name: str) -> Tensor:
@@ -88,7 +83,7 @@ class _Divide(torch.autograd.Function):
 
 def with_divided_gradient(parameter: Tensor, divisor: int) -> Tensor:
     """The parameter, whose gradient is divided: a mean over processes out of a sum over them."""
-    return _Divide.apply(parameter, divisor)
+    return _Divide.apply(parameter, divisor) if divisor > 1 else parameter
 
 
 def _gather_sum(rows_NB: Tensor, position_AP: Tensor) -> Tensor:

@@ -16,15 +16,7 @@ from torch.distributed import ProcessGroup
 
 from fusedonemoe.checks import check_count, check_dim, check_number, check_routing
 from fusedonemoe.integrations.distributed.collectives import all_to_all, gather, gather_sum
-from fusedonemoe.integrations.distributed.signature import (
-    Gradients,
-    Ranks,
-    assert_equal_signatures,
-    check_signatures,
-    gradients_of,
-    joined,
-    signature_of,
-)
+from fusedonemoe.integrations.distributed.signature import Gradients, Ranks, gradients_of, joined, signature_of
 from fusedonemoe.ops.plan import in_range, inverse_order, make_plan
 
 
@@ -72,10 +64,9 @@ class _Dispatcher(Ranks):
         return self.exchange(x_TD, experts_TK, weights_TK)
 
     def exchange(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, *, trained: bool = False) -> Dispatched:
-        """:meth:`dispatch` for arguments that are checked already.
+        """:meth:`dispatch` for checked arguments, and experts whose parameters are ``trained``.
 
         A gradient that one rank needs is exchanged by all of them, those too whose own arguments require none.
-        ``trained`` says that this rank's experts have parameters that require gradients.
         """
         asked = gradients_of(x_TD, weights_TK, trained)
         signature = 0
@@ -173,13 +164,13 @@ class AllToAll(_Dispatcher):
         # The signature travels with the sizes, so that the comparison costs no message.
         _, received_W3 = self.exchange_signatures(signature, sent_W2)
         if torch.compiler.is_compiling():
-            assert_equal_signatures(received_W3[:, 2], signature)
+            self.assert_equal(received_W3[:, 2], signature)
             received_W3 = received_W3[:, :2]
         flat: list[int] = torch.cat((sent_W2, received_W3), 1).T.reshape(-1).tolist()  # the one look at the device
         for size in flat:
             torch._check(size >= 0)
         if not torch.compiler.is_compiling() and W > 1:
-            asked = check_signatures(flat[4 * W :], self.group)
+            asked = self.check_signatures(flat[4 * W :])
         return [flat[i * W : (i + 1) * W] for i in range(4)], asked
 
     def _send(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, signature: int, asked: Gradients) -> Dispatched:

@@ -47,10 +47,7 @@ def joined(tensor: Tensor, needed: bool) -> Tensor:
 
 
 def signature_of(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, num_experts: int, gradients: Gradients) -> int:
-    """The form of a rank's rows and its gradients; the number of tokens is no part of it.
-
-    Raises where a size does not fit into its field, in which it would look like another one.
-    """
+    """The form of a rank's rows, whatever their number, and its gradients; raises for a size that does not fit into its field."""
     dtypes = (_DTYPES.index(x_TD.dtype), _DTYPES.index(weights_TK.dtype))
     packed, place = 0, 1
     for (name, bits), value in zip(_BITS.items(), (*dtypes, experts_TK.shape[1], num_experts, x_TD.shape[1]), strict=True):
@@ -58,9 +55,8 @@ def signature_of(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, num_exper
             raise ValueError(f"{name} must be below {1 << bits} to be exchanged between ranks, got {value}")
         packed = packed + value * place
         place <<= bits
-    for asked in gradients:
-        packed = packed + asked * place
-        place <<= 1
+    for bit, asked in enumerate(gradients):
+        packed = packed + asked * (_FORM << bit)
     # A compiled graph compares for equality, so that it says only what its backward needs.
     off = not torch.compiler.is_compiling() and not torch.is_grad_enabled()
     return packed + off * _NO_GRAD
@@ -77,49 +73,6 @@ def _fields_of(signature: int) -> dict[str, str]:
     return fields
 
 
-def check_signatures(
-    signatures: list[int],
-    group: ProcessGroup,
-    rows: list[int] | None = None,
-    *,
-    parallelism: str = "expert",
-    row_name: str = "rows for each rank",
-    advice: str = "with a capacity_factor every rank must have the same number of tokens: give capacity= instead",
-) -> Gradients:
-    """Compare the signatures of all ranks, and their numbers of rows where these must be equal.
-
-    Returns:
-        The gradients that any rank asks for, which all of them exchange.
-
-    Raises:
-        RuntimeError: a rank has refused its arguments.
-        ValueError: the ranks' arguments differ, or a rank records no gradients that others need.
-    """
-    rows = rows or [0] * len(signatures)
-    every = reduce(or_, signatures)
-    ranks = dist.get_process_group_ranks(group)
-    if every & REFUSED:
-        refused = [rank for rank, signature in zip(ranks, signatures, strict=True) if signature & REFUSED]
-        raise RuntimeError(f"{parallelism} parallelism stopped: the arguments were refused on ranks {refused}, which say why")
-    gradients = Gradients(*(bool(every & _FORM << place) for place in range(3)))
-    torn = any(gradients) and bool(every & _NO_GRAD)
-    uneven = len(set(rows)) > 1
-    if len({signature % _FORM for signature in signatures}) == 1 and not uneven and not torn:
-        return gradients
-    fields = {}
-    for rank, signature, count in zip(ranks, signatures, rows, strict=True):
-        fields[rank] = {**_fields_of(signature), row_name: str(count), **({} if torn else {"gradients": ""})}
-    ending = "a rank without gradients has no backward, for which the others would wait" if torn else advice if uneven else ""
-    needs = "needs gradients on every rank or on none" if torn else "needs the same D, K and dtypes on every rank"
-    raise ValueError(f"{parallelism} parallelism {needs}, got {differences(fields)}{'; ' if ending else ''}{ending}")
-
-
-def assert_equal_signatures(received: Tensor, own: Tensor | int) -> None:
-    """The check inside a compiled graph, where nothing may be read: it fails on the device."""
-    equal = (received & ~_NO_GRAD == own).all()
-    torch._assert_async(equal, "parallel experts need the same D, K, dtypes, gradients, experts and capacity on every rank")
-
-
 class Ranks:
     """A group whose ranks compare the forms of their rows before they send any, and hear of a rank that refuses its arguments.
 
@@ -127,6 +80,10 @@ class Ranks:
     """
 
     numbers = 1  # that a signature travels with
+    # Words of the messages about ranks that differ.
+    parallelism = "expert"
+    row_name = "rows for each rank"
+    advice = "with a capacity_factor every rank must have the same number of tokens: give capacity= instead"
 
     def __init__(self, group: ProcessGroup, *, compares: bool = False) -> None:
         self.group = group
@@ -159,17 +116,48 @@ class Ranks:
         own = torch.cat((numbers_WN, numbers_WN.new_full((self.world, 1), signature)), 1)
         return own, all_to_all(own, [1] * self.world, [1] * self.world, self.group)
 
-    def compare(self, signature: int, rows: int, device: torch.device, asked: Gradients, **texts: str) -> Gradients:
+    def compare(self, signature: int, rows: int, device: torch.device, asked: Gradients) -> Gradients:
         """Exchange signatures in a message of their own: every rank has rows of one form, and equally many."""
         if not self.compares:
             return asked
-        own_W2, received_W2 = self.exchange_signatures(
-            signature, torch.full((self.world, 1), rows, dtype=torch.int64, device=device)
-        )
+        rows_W1 = torch.full((self.world, 1), rows, dtype=torch.int64, device=device)
+        own_W2, received_W2 = self.exchange_signatures(signature, rows_W1)
         if torch.compiler.is_compiling():
-            assert_equal_signatures(received_W2, own_W2)
+            self.assert_equal(received_W2, own_W2)
             return asked
         if torch.equal(received_W2, own_W2):
             return asked
         counts, signatures = received_W2.T.tolist()
-        return check_signatures(signatures, self.group, counts, **texts)
+        return self.check_signatures(signatures, counts)
+
+    def assert_equal(self, received: Tensor, own: Tensor | int) -> None:
+        """Compare signatures inside a compiled graph, where nothing may be read: it fails on the device."""
+        equal = (received & ~_NO_GRAD == own).all()
+        torch._assert_async(equal, "parallel experts need the same D, K, dtypes, gradients, experts and capacity on every rank")
+
+    def check_signatures(self, signatures: list[int], rows: list[int] | None = None) -> Gradients:
+        """Compare the signatures of all ranks, and their numbers of rows where these must be equal.
+
+        Returns the gradients that any rank asks for, which all of them exchange. Raises a RuntimeError where a rank has refused
+        its arguments, and a ValueError where they differ or a rank records no gradients that others need.
+        """
+        rows = rows or [0] * len(signatures)
+        every = reduce(or_, signatures)
+        ranks = dist.get_process_group_ranks(self.group)
+        what = f"{self.parallelism} parallelism"
+        if every & REFUSED:
+            refused = [rank for rank, signature in zip(ranks, signatures, strict=True) if signature & REFUSED]
+            raise RuntimeError(f"{what} stopped: the arguments were refused on ranks {refused}, which say why")
+        gradients = Gradients(*(bool(every & _FORM << place) for place in range(3)))
+        torn = any(gradients) and bool(every & _NO_GRAD)
+        uneven = len(set(rows)) > 1
+        if len({signature % _FORM for signature in signatures}) == 1 and not uneven and not torn:
+            return gradients
+        fields = {}
+        for rank, signature, count in zip(ranks, signatures, rows, strict=True):
+            fields[rank] = {**_fields_of(signature), self.row_name: str(count), **({} if torn else {"gradients": ""})}
+        needs = "needs gradients on every rank or on none" if torn else "needs the same D, K and dtypes on every rank"
+        ending = f"; {self.advice}" if uneven else ""
+        if torn:
+            ending = "; a rank without gradients has no backward, for which the others would wait"
+        raise ValueError(f"{what} {needs}, got {differences(fields)}{ending}")

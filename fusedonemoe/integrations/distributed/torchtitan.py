@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from fusedonemoe import functional as F
 from fusedonemoe.checks import check_float, check_shape
 from fusedonemoe.config import MoEConfig
+from fusedonemoe.ops.options import options_of
 
 
 class GroupedExperts(nn.Module):
@@ -50,15 +51,8 @@ class GroupedExperts(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.config: MoEConfig = MoEConfig(
-            hidden_size=dim,
-            intermediate_size=hidden_dim,
-            num_experts=num_experts,
-            top_k=1,
-            activation=activation,
-            gate_up_layout="interleaved",
-            impl=impl,
-        )
+        sizes: Any = {"hidden_size": dim, "intermediate_size": hidden_dim, "num_experts": num_experts, "top_k": 1}
+        self.config: MoEConfig = MoEConfig(**sizes, activation=activation, gate_up_layout="interleaved", impl=impl)
         self.num_experts = num_experts
         self.w13_EF2D: nn.Parameter = nn.Parameter(torch.empty(num_experts, hidden_dim, 2, dim, device=device, dtype=dtype))
         self.w2_EDF: nn.Parameter = nn.Parameter(torch.empty(num_experts, dim, hidden_dim, device=device, dtype=dtype))
@@ -91,17 +85,8 @@ class GroupedExperts(nn.Module):
         ends = num_tokens_per_expert_E.to(torch.int64).cumsum(0)
         rows = torch.arange(x_RD.shape[0], device=x_RD.device)
         experts = torch.searchsorted(ends, rows, right=True)[:, None]  # E, which names none, from the last end on
-        config = self.config
-        return F.experts_mlp(
-            x_RD,
-            experts,
-            x_RD.new_ones(x_RD.shape[0], 1),
-            w13.flatten(1, 2),
-            w2,
-            activation=config.activation,
-            gate_up_layout=config.gate_up_layout,
-            impl=config.impl,
-        )
+        options = options_of(self.config, ("activation", "gate_up_layout", "impl"))
+        return F.experts_mlp(x_RD, experts, x_RD.new_ones(x_RD.shape[0], 1), w13.flatten(1, 2), w2, **options)
 
     def extra_repr(self) -> str:
         """The sizes, for ``print(module)``."""

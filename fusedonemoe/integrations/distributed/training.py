@@ -1,4 +1,4 @@
-"""Sharded parameters in the rest of a training loop: FSDP2, DDP, optimizers, clipping."""
+"""Sharded parameters in the rest of a training loop: FSDP2, DDP, optimizers, clipping, checkpoints."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -7,13 +7,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Placement, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 
 from fusedonemoe.agreement import agree, failures_named, start_comparison
 from fusedonemoe.integrations.distributed.description import describe_blocks, describe_tensors
-from fusedonemoe.integrations.distributed.expert_parallel import ExpertExchange, group_of
+from fusedonemoe.integrations.distributed.styles import ExpertExchange, group_of
 from fusedonemoe.layers import Experts
 
 
@@ -203,28 +206,99 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     if not counted:
         return torch.zeros((), device="cpu")
     dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in counted) else torch.float32
+    given = {id(gradient) for gradient in gradients}
     by_mesh: dict[Any, list[Tensor]] = {}
     for tensor in counted:
-        placed = (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
-        by_mesh.setdefault(placed, []).append(tensor)
-    given = {id(gradient) for gradient in gradients}
+        placed: tuple[Any, Any] = (None, ())
+        part = tensor
+        if isinstance(tensor, DTensor):
+            placed, part = (tensor.device_mesh, tensor.placements), tensor.to_local()
+        norm = torch.linalg.vector_norm(part, dtype=dtype) if id(tensor) in given else part.new_zeros((), dtype=dtype)
+        by_mesh.setdefault(placed, []).append(norm)
     squares = []
-    for placed, some in by_mesh.items():
-        local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in some]
-        norms = [
-            torch.linalg.vector_norm(part, dtype=dtype) if id(whole) in given else part.new_zeros((), dtype=dtype)
-            for whole, part in zip(some, local, strict=True)
-        ]
+    for (mesh, placements), norms in by_mesh.items():
         square = torch.stack(norms).square().sum()
-        if placed is not None:
-            mesh, placements = placed
-            for axis, placement in enumerate(placements):
-                if not placement.is_replicate():
-                    with failures_named("clip_grad_norm_", mesh.get_group(axis), "norms were summed"):
-                        dist.all_reduce(square, group=mesh.get_group(axis))
+        for axis, placement in enumerate(placements):
+            if not placement.is_replicate():
+                with failures_named("clip_grad_norm_", mesh.get_group(axis), "norms were summed"):
+                    dist.all_reduce(square, group=mesh.get_group(axis))
         squares.append(square)
     norm = torch.stack(squares).sum().sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
         (gradient.to_local() if isinstance(gradient, DTensor) else gradient).mul_(scale.to(gradient.device))
     return norm
+
+
+def _pairs(placement: Placement) -> bool:
+    return isinstance(placement, _StridedShard) and placement.split_factor == 2
+
+
+class PairedShard(Tensor):
+    """A process's halves of a tensor of gate and up rows, as two pieces of the whole.
+
+    A rank of tensor parallelism has its part of the gate rows and its part of the up rows, one behind the other.
+    ``torch.distributed.checkpoint`` takes what a rank has of a ``DTensor`` for one box of the whole, and would mix up the rows.
+    Of a tensor with the three methods below it takes several boxes. There is nothing else to do with this one.
+    """
+
+    pieces: list[tuple[Tensor, ChunkStorageMetadata]]  # views of the process's tensor, and their places in the whole
+
+    @staticmethod
+    def __new__(cls, tensor: DTensor) -> "PairedShard":
+        """From a tensor sharded so along one dimension, and maybe plainly along others."""
+        self: PairedShard = Tensor._make_wrapper_subclass(cls, tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        mesh, coordinate = tensor.device_mesh, tensor.device_mesh.get_coordinate()
+        assert coordinate is not None
+        paired = next(placement.dim for placement in tensor.placements if _pairs(placement))  # type: ignore[attr-defined]
+        half = tensor.shape[paired] // 2
+        offsets = [0] * tensor.ndim
+        for axis, (placement, place) in enumerate(zip(tensor.placements, coordinate, strict=True)):
+            if _pairs(placement):
+                offsets[paired] = place * (half // mesh.size(axis))
+            elif isinstance(placement, Shard):
+                offsets[placement.dim] = place * -(-tensor.shape[placement.dim] // mesh.size(axis))
+        self.pieces = []
+        for first, view in zip((0, half), tensor.to_local().detach().chunk(2, dim=paired), strict=True):
+            place_in_whole = [*offsets]
+            place_in_whole[paired] += first
+            self.pieces.append((view, ChunkStorageMetadata(offsets=torch.Size(place_in_whole), sizes=view.shape)))
+        return self
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        raise NotImplementedError(f"this tensor is for torch.distributed.checkpoint.save and load alone, not for {function}")
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"PairedShard({tuple(self.shape)}, at {[tuple(chunk.offsets) for _, chunk in self.pieces]})"
+
+    def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:  # noqa: A002 (the protocol's name)
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, chunk.offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk=chunk, properties=TensorProperties.create_from_tensor(view), size=self.shape),
+            )
+            for view, chunk in self.pieces
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [chunk for _, chunk in self.pieces]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        return next(view for view, chunk in self.pieces if chunk.offsets == index.offset)
+
+
+def checkpointable(state: Any) -> Any:
+    """The same state, in which slices of gate and up rows say where they belong.
+
+    Needed with :class:`TensorParallel` alone; harmless otherwise. Values are not copied: loading into the result loads into
+    the parameters. A state dict of a model, an optimizer or both keeps its nesting.
+    """
+    if isinstance(state, dict):
+        return {key: checkpointable(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(checkpointable(value) for value in state)
+    if isinstance(state, DTensor) and any(_pairs(placement) for placement in state.placements):
+        return PairedShard(state)
+    return state

@@ -3,7 +3,6 @@
 ``enable()`` adds ``experts_implementation="fusedonemoe"``; ``apply(model)`` changes a loaded model, and reports.
 """
 
-from fusedonemoe.integrations.transformers.application import apply, disable, enable, unapply
-from fusedonemoe.integrations.transformers.report import LayerReport, Report
+from fusedonemoe.integrations.transformers.application import LayerReport, Report, apply, disable, enable, unapply
 
 __all__ = ["LayerReport", "Report", "apply", "disable", "enable", "unapply"]

@@ -1,22 +1,143 @@
-"""enable, apply and their undoing: what changes in transformers and in a loaded model, and how it is put back."""
+"""enable, apply and their undoing: the layers that are found in a model, what changes in them, and the report."""
 
 import weakref
-from typing import Any
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from fusedonemoe.integrations.transformers import registry
-from fusedonemoe.integrations.transformers.experts import experts_forward
-from fusedonemoe.integrations.transformers.gates import activation_of
-from fusedonemoe.integrations.transformers.layers import FoundLayer, find_layers
-from fusedonemoe.integrations.transformers.report import LayerReport, Report
+from fusedonemoe.integrations.transformers.experts import activation_of, experts_forward
 from fusedonemoe.integrations.transformers.routers import RouterPlan, find_router, fuse_router, is_fused, unfuse_router
+from fusedonemoe.integrations.transformers.wrapping import is_around
 from fusedonemoe.ops.records import PLAIN
 
 _applied: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 # On a module of experts, the implementation that its configuration named before. What apply did is kept on the modules, so that
 # copies, pickles and parts of a model, and what wraps it, know it too.
 _BEFORE = "_fusedonemoe_before"
+_NO_REGISTRY = "its experts do not ask transformers' registry of experts functions"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One mixture-of-experts layer.
+
+    Attributes:
+        name: of the module, as in ``model.named_modules()``.
+        kind: its class.
+        uses: whether its experts are computed by this library.
+        experts: how they are: which activation is fused, or what runs unfused; why not, where ``uses`` is False.
+        router: how its router runs: which rule is fused, or why its own forward still runs.
+        router_fused: whether this library routes.
+    """
+
+    name: str
+    kind: str
+    uses: bool
+    experts: str
+    router: str = ""
+    router_fused: bool = False
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of :func:`apply`, one entry for each mixture-of-experts layer; ``print`` it.
+
+    Attributes:
+        layers: in the order of the model.
+
+    Example:
+        >>> from fusedonemoe.integrations.transformers import LayerReport, Report
+        >>> fused = LayerReport("layers.0.mlp.experts", "Experts", True, "silu, fused", "softmax, top 2, fused", True)
+        >>> other = LayerReport("layers.1.mlp.experts", "Others", False, "it does not ask the registry")
+        >>> print(Report((fused, other)))
+        1 of 2 MoE layers use fusedonemoe.
+          1 x Experts: silu, fused; router: softmax, top 2, fused
+        Not used by:
+          layers.1.mlp.experts (Others): it does not ask the registry
+    """
+
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def total(self) -> int:
+        """``M``: how many mixture-of-experts layers the model has."""
+        return len(self.layers)
+
+    @property
+    def used(self) -> int:
+        """``N``: how many of them this library computes."""
+        return sum(layer.uses for layer in self.layers)
+
+    @property
+    def routers_fused(self) -> int:
+        """In how many of them it routes too."""
+        return sum(layer.router_fused for layer in self.layers)
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return "0 MoE layers found: there is nothing to replace in this model."
+        lines = [f"{self.used} of {self.total} MoE layers use fusedonemoe."]
+        alike = Counter(f"{layer.kind}: {layer.experts}; router: {layer.router}" for layer in self.layers if layer.uses)
+        lines += [f"  {count} x {text}" for text, count in alike.items()]
+        if others := [layer for layer in self.layers if not layer.uses]:
+            lines += ["Not used by:", *(f"  {layer.name} ({layer.kind}): {layer.experts}" for layer in others)]
+        return "\n".join(lines)
+
+
+class FoundLayer(NamedTuple):
+    """A mixture-of-experts layer of a model."""
+
+    name: str
+    module: nn.Module  # the experts where they ask the registry; otherwise whatever shows that there are experts
+    parent: nn.Module | None  # the module that it stands in, without wrappers of the experts; None for the model itself
+    refusal: str  # why it cannot be replaced; empty where it asks the registry
+
+
+def _parent_name(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _outermost(name: str, modules: dict[str, nn.Module]) -> str:
+    """The name of the last wrapper around a module: PEFT puts one around experts for each parameter that it adapts."""
+    while is_around(modules.get(_parent_name(name)), name.rpartition(".")[2]) and _parent_name(name):
+        name = _parent_name(name)
+    return name
+
+
+def _stands_for_experts(name: str, module: nn.Module) -> bool:
+    """Return whether a module that asks no registry looks like experts: by its name, its class or a count of experts."""
+    # These classes share no interface, so looks have to do. They decide what the report names and nothing else.
+    if hasattr(module, "config") and hasattr(module, "get_input_embeddings"):
+        return False  # a model, which keeps the number of experts too, for its losses
+    if isinstance(module, nn.ModuleList | nn.ModuleDict) and name.rpartition(".")[2] == "experts":
+        return True
+    count = getattr(module, "num_experts", None)
+    return "Experts" in type(module).__name__ or (isinstance(count, int) and count > 1)
+
+
+def find_layers(model: nn.Module) -> list[FoundLayer]:
+    """Every mixture-of-experts layer, in the order of the model."""
+    modules = dict(model.named_modules())
+    order = {name: position for position, name in enumerate(modules)}
+    asking = {name: _outermost(name, modules) for name, module in modules.items() if registry.interface_of(module) is not None}
+    found = [FoundLayer(n, modules[n], modules.get(_parent_name(outer)) if outer else None, "") for n, outer in asking.items()]
+    # A block that has experts which ask is theirs with all that stands in it: the router, shared experts.
+    taken = {_parent_name(outer) for outer in asking.values()} | set(asking.values())
+    others: list[str] = []
+    for name, module in modules.items():
+        inside = any(name == t or name.startswith(f"{t}.") for t in [*taken, *others] if t)
+        around = any(not name or t.startswith(f"{name}.") for t in asking)
+        if not inside and not around and _stands_for_experts(name, module):
+            others.append(name)
+    # Several in one parent are the projections, or the router and the experts, of one layer; in a list they are layers.
+    parents = [_parent_name(name) for name in others]
+    blocks = {p for p in parents if parents.count(p) > 1 and not isinstance(modules[p], nn.ModuleList | nn.ModuleDict)}
+    merged = dict.fromkeys(parent if parent in blocks else name for name, parent in zip(others, parents, strict=True))
+    found += [FoundLayer(name, modules[name], modules.get(_parent_name(name)), _NO_REGISTRY) for name in merged]
+    return sorted(found, key=lambda layer: order[layer.name])
 
 
 def enable() -> None:
@@ -28,7 +149,8 @@ def enable() -> None:
     Raises:
         ImportError: transformers 5 or newer is not installed.
     """
-    registry.register(experts_forward)
+    for interface in registry.interfaces():
+        interface.register(registry.NAME, experts_forward)
 
 
 def disable() -> None:
@@ -39,7 +161,8 @@ def disable() -> None:
     """
     for model in list(_applied):
         unapply(model)
-    registry.unregister()
+    for interface in registry.interfaces():
+        interface._global_mapping.pop(registry.NAME, None)
 
 
 def apply(model: nn.Module, *, routers: bool = True) -> Report:
@@ -115,7 +238,6 @@ def _apply_to(layer: FoundLayer, previous: dict[int, Any], fused: list[nn.Module
 
 
 def _refusal(experts: nn.Module) -> str:
-    """Why the experts function cannot compute this module."""
     if not registry.is_ours(experts):
         return "its experts ask a registry of their own (quantised weights)"
     names = ("gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj", "down_proj")
@@ -136,9 +258,8 @@ def _describe_experts(experts: Any) -> str:
     act = activation_of(experts)
     if act is None:
         return "unfused, two grouped products with the experts' own gate between"
-    layout = "" if act.layout in (PLAIN, "gate_up") else f" {act.layout}"
-    plain = ", no gate" if act.layout == PLAIN else ""
-    return f"{act.name}{layout}{plain}, fused"
+    layout = {PLAIN: ", no gate", "gate_up": ""}.get(act.layout, f" {act.layout}")
+    return f"{act.name}{layout}, fused"
 
 
 def _set_implementation(experts: Any, previous: dict[int, Any]) -> None:

@@ -3,7 +3,6 @@
 import importlib
 import inspect
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -12,7 +11,8 @@ NAME = "fusedonemoe"
 _MOE = "transformers.integrations.moe"
 
 
-def _import(module: str) -> Any:
+def import_hf(module: str) -> Any:
+    """Import a module of transformers, in versions that have the registry."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -22,15 +22,10 @@ def _import(module: str) -> Any:
         ) from error
 
 
-def activations() -> Any:
-    """The module of transformers' activation functions."""
-    return _import("transformers.activations")
-
-
 def _copies() -> list[Any]:
     """Every copy of transformers' module of experts functions that is loaded."""
     # transformers imports lazily and under more than one path, which can leave two; a model asks the copy of its decorator.
-    _import(_MOE)
+    import_hf(_MOE)
     found = [module for name, module in list(sys.modules.items()) if name.endswith("integrations.moe")]
     return [module for module in found if hasattr(module, "ExpertsInterface")]
 
@@ -40,27 +35,15 @@ def default_gates() -> list[Any]:
     return [module._default_apply_gate for module in _copies() if hasattr(module, "_default_apply_gate")]
 
 
-def _interfaces() -> list[Any]:
+def interfaces() -> list[Any]:
     """The classes of all registries to enter ourselves in, each once."""
-    found = [type(_import("transformers.modeling_utils").ALL_EXPERTS_FUNCTIONS)]
+    found = [type(import_hf("transformers.modeling_utils").ALL_EXPERTS_FUNCTIONS)]
     for module in _copies():
         found += [module.ExpertsInterface, type(module.ALL_EXPERTS_FUNCTIONS)]
         # The registry that this copy's decorator binds to its classes; it had no such argument at first.
         if bound := inspect.signature(module.use_experts_implementation).parameters.get("experts_interface"):
             found.append(type(bound.default))
     return list(dict.fromkeys(found))
-
-
-def register(function: Callable[..., Any]) -> None:
-    """Enter ``function`` under our name, in every copy of the registry."""
-    for interface in _interfaces():
-        interface.register(NAME, function)
-
-
-def unregister() -> None:
-    """Take our name out of every copy of the registry."""
-    for interface in _interfaces():
-        interface._global_mapping.pop(NAME, None)
 
 
 def interface_of(module: nn.Module) -> Any:
@@ -75,4 +58,4 @@ def interface_of(module: nn.Module) -> Any:
 
 def is_ours(module: nn.Module) -> bool:
     """Return whether this library is entered in the registry that a module asks."""
-    return isinstance(interface_of(module), tuple(_interfaces()))
+    return isinstance(interface_of(module), tuple(interfaces()))

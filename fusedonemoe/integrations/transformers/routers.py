@@ -273,9 +273,8 @@ def _candidates(router: nn.Module, linear: str, takes_bias: bool, num_experts: i
 
 def _dense(weights: Tensor, experts: Tensor, num_experts: int) -> Tensor:
     """``[..., E]``: the order of a token's experts has no meaning."""
-    return torch.zeros(*weights.shape[:-1], num_experts, dtype=torch.float32, device=weights.device).scatter(
-        -1, experts, weights.float()
-    )
+    dense = torch.zeros(*weights.shape[:-1], num_experts, dtype=torch.float32, device=weights.device)
+    return dense.scatter(-1, experts, weights.float())
 
 
 def _same_routing(plan: RouterPlan, probe: _Probe, own: tuple[Tensor, ...]) -> bool:
@@ -311,7 +310,6 @@ def _own(probe: _Probe, *, autocast: bool = False) -> tuple[Tensor, ...]:
 
 
 def _plan_of(router: nn.Module) -> RouterPlan | str:
-    """The plan of a router, or why there is none."""
     takes_bias = _takes_bias(router)
     linear = _linear(router)
     if takes_bias is None or linear is None:

@@ -1,4 +1,4 @@
-"""Expert parallelism: each process of a group holds a part of the experts, and rows go where their experts are."""
+"""Parallel experts: each process of a group holds some of them, and rows go there; or a slice of each, and outputs are summed."""
 
 from typing import Literal, TypeVar
 
@@ -6,15 +6,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Placement, Shard, distribute_tensor
+from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel.style import ParallelStyle
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from fusedonemoe.agreement import agree
 from fusedonemoe.checks import check_last_dim, check_like_x, check_routing
+from fusedonemoe.config import MoEConfig
 from fusedonemoe.functional.calls import as_rows, check_biases, choose_impl, projections, with_leading
-from fusedonemoe.integrations.distributed.collectives import in_autocast_dtype, with_divided_gradient
+from fusedonemoe.integrations.distributed import collectives
 from fusedonemoe.integrations.distributed.description import describe_blocks
 from fusedonemoe.integrations.distributed.dispatch import AllToAll, FixedCapacity, check_capacity
+from fusedonemoe.integrations.distributed.signature import Ranks, gradients_of, joined, signature_of
 from fusedonemoe.layers import Experts, panels
 from fusedonemoe.layers.lora import LoRAExperts
 
@@ -54,9 +57,7 @@ def experts_of(model: nn.Module) -> dict[str, Experts]:
                 f"{adapted[id(module)] or 'the model'} has adapters, which compute with all experts in one process: merge them "
                 "and put unload() in the place of the module"
             )
-    names = {
-        p: f"{name}.{key}".lstrip(".") for name, module in found.items() for key, p in module.named_parameters(recurse=False)
-    }
+    names = {p: f"{name}.{key}".lstrip(".") for name, m in found.items() for key, p in m.named_parameters(recurse=False)}
     for name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
             if parameter in names and not isinstance(module, Experts):  # there it would stay whole
@@ -80,8 +81,7 @@ def check_forward(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> 
     config = experts.config
     check_routing(x, ids, weights)
     check_last_dim("x", x, config.hidden_size)
-    up_name = "gate_up_proj" if config.gated else "up_proj"
-    check_like_x(up_name, getattr(experts, up_name), x)
+    check_like_x(experts._up_name, getattr(experts, experts._up_name), x)
     up, down, up_bias, down_bias = experts.local_weights()
     if panels.is_panels(up) or panels.is_panels(down):
         panels.refuse_exchange(experts)
@@ -97,18 +97,17 @@ class ExpertExchange:
 
     def __init__(self, dispatcher: AllToAll | FixedCapacity, divisor: int) -> None:
         self.dispatcher = dispatcher
+        self.ranks: Ranks = dispatcher
         self.divisor = divisor
 
     def __call__(self, experts: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The forward of ``experts``, for the tokens of this process."""
         self.dispatcher.check(lambda: check_forward(experts, x, ids, weights), experts.down_proj.device)
-        rows = in_autocast_dtype(as_rows(x))
+        rows = collectives.in_autocast_dtype(as_rows(x))
         local = experts.local_weights()
         trained = any(w is not None and w.requires_grad for w in local)
         dispatched = self.dispatcher.exchange(rows, as_rows(ids), as_rows(weights), trained=trained)
-        up, down, *biases = (
-            None if w is None else with_divided_gradient(w, self.divisor) if self.divisor > 1 else w for w in local
-        )
+        up, down, *biases = (None if w is None else collectives.with_divided_gradient(w, self.divisor) for w in local)
         assert up is not None and down is not None
         if up.shape[0]:
             y = experts.compute(dispatched.x, dispatched.experts, dispatched.weights, up, down, *biases)
@@ -116,10 +115,6 @@ class ExpertExchange:
             nothing = sum(w.sum() for w in (up, down, *biases) if w is not None)
             y = (dispatched.x * dispatched.weights + nothing).to(rows.dtype)
         return with_leading(dispatched.combine(y), x)
-
-    def tell_refusal(self, experts: Experts) -> None:
-        """Tell the other ranks that this one refuses its input, before it has routed it."""
-        self.dispatcher.tell_refusal(experts.down_proj.device)
 
     def __repr__(self) -> str:
         return f"{type(self.dispatcher).__name__} over {self.dispatcher.world} ranks"
@@ -253,6 +248,88 @@ class ExpertParallel(GroupStyle):
         else:
             dispatcher = FixedCapacity(group, E, capacity_factor=self.capacity_factor, capacity=self.capacity)
         experts.exchange = ExpertExchange(dispatcher, group.size() if self.gradients == "mean" else 1)
+
+
+def _placements(config: MoEConfig) -> dict[str, Placement]:
+    """Return the placement of each parameter, cut along F.
+
+    In a concatenation of gate and up rows an ordinary shard would give one rank gate rows only: each rank needs its part of
+    both halves. Interleaved rows are in pairs already.
+    """
+    paired = config.gated and config.gate_up_layout != "interleaved"
+
+    def rows(axis: int) -> Placement:
+        # A rank's part of each of two pieces along the axis, one behind the other.
+        return _StridedShard(axis, split_factor=2) if paired else Shard(axis)
+
+    up_name = "gate_up_proj" if config.gated else "up_proj"
+    up, down = (2, 1) if config.transposed else (1, 2)
+    return {up_name: rows(up), f"{up_name}_bias": rows(1), "down_proj": Shard(down), "down_proj_bias": Replicate()}
+
+
+class _SameTokens(Ranks):
+    """Ranks that all have the same tokens."""
+
+    parallelism = "tensor"
+    row_name = "T"
+    advice = "every rank must have the same tokens"
+
+
+class TensorExchange:
+    """The forward over the group that :class:`TensorParallel` sets on an :class:`~fusedonemoe.Experts`."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self.ranks: Ranks = _SameTokens(group)
+
+    def __call__(self, experts: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """The forward of ``experts``, for tokens that all processes have."""
+        ranks, device = self.ranks, experts.down_proj.device
+        ranks.check(lambda: check_forward(experts, x, ids, weights), device)
+        up, down, up_bias, down_bias = experts.local_weights()
+        x = collectives.in_autocast_dtype(x)
+        needed = gradients_of(x, weights, down_bias is not None and down_bias.requires_grad)
+        if ranks.compares:
+            asked, rows = needed, (as_rows(x), as_rows(ids), as_rows(weights))
+            signature = ranks.check(lambda: signature_of(*rows, experts.config.num_experts, asked), device)
+            needed = ranks.compare(signature, rows[0].shape[0], device, asked)
+        if down_bias is not None:  # added once; the other ranks' zeros have zero gradients, which the sum then replaces
+            bias = joined(down_bias, needed.parameters)
+            down_bias = collectives.with_summed_gradient(bias, ranks.group) * float(ranks.rank == 0)
+        shared = collectives.with_summed_gradient(joined(x, needed.x), ranks.group)
+        weights = collectives.with_summed_gradient(joined(weights, needed.weights), ranks.group)
+        return collectives.sum_of_parts(experts.compute(shared, ids, weights, up, down, up_bias, down_bias), ranks.group)
+
+    def __repr__(self) -> str:
+        return f"TensorParallel over {self.ranks.world} ranks"
+
+
+class TensorParallel(GroupStyle):
+    """Cuts every expert of a model along its intermediate width ``F``, over the processes of a group.
+
+    All processes have the same tokens and get the same output, the sum of their parts. Parameters keep their names and become
+    ``DTensor``. In a ``gate_up_proj`` of gate rows and then up rows each rank holds its part of both halves, which
+    :mod:`torch.distributed.checkpoint` cannot store by itself: give it :func:`checkpointable` of the state dict.
+
+    Args:
+        group: a process group or a one-dimensional device mesh; the default group if None. Its size must divide ``F``.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+
+    Source:
+        Megatron-LM (arXiv 1909.08053) section 3, for each expert.
+    """
+
+    def check(self, experts: Experts, world: int) -> None:
+        """Raise where the ranks cannot have equal slices."""
+        width = experts.config.intermediate_size
+        if width % world:
+            raise ValueError(f"the group's size must divide the intermediate size ({width}), got {world} ranks")
+
+    def shard(self, experts: Experts, mesh: DeviceMesh) -> None:
+        """Give each rank its slice of every expert."""
+        place(experts, mesh, _placements(experts.config))
+        experts.exchange = TensorExchange(mesh.get_group())
 
 
 def dropped_rows(model: nn.Module, *, reset: bool = False) -> dict[str, Tensor]:
