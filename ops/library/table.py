@@ -193,46 +193,44 @@ def _values_backward_fake(
     return *wanted((needs.weights,), weights), *_wanted_tables((needs.table,), (table,), slots, num_slots)
 
 
-experts_neurons: Callable[..., Any] = register(
-    Operator(
-        name="experts_neurons",
-        arguments=(_NEURONS,),
-        results=("y", "s"),
-        casts=_NEURONS_CASTS,
-        kernels={"grouped": (neurons, "experts_neurons"), "triton": ("neurons", "experts_neurons")},
-        compiled=Compiled(fake=_neurons_fake),
-        flops=flops.neurons,
-        backward=Operator(
-            name="experts_neurons_backward",
-            arguments=("Tensor dy, Tensor s", _NEURONS, flags(NeuronNeeds)),
-            optional=_SLOTS,
-            gradients=("x", "weights", "down", "up"),
-            kernels={"grouped": (neurons, "experts_neurons_backward"), "triton": ("neurons", "experts_neurons_backward")},
-            compiled=Compiled(fake=_neurons_backward_fake),
-            flops=flops.neurons_backward,
-        ),
-    )
+NEURONS = Operator(
+    name="experts_neurons",
+    arguments=(_NEURONS,),
+    results=("y", "s"),
+    casts=_NEURONS_CASTS,
+    kernels={"grouped": (neurons, "experts_neurons"), "triton": ("neurons", "experts_neurons")},
+    compiled=Compiled(fake=_neurons_fake),
+    flops=flops.neurons,
+    backward=Operator(
+        name="experts_neurons_backward",
+        arguments=("Tensor dy, Tensor s", _NEURONS, flags(NeuronNeeds)),
+        optional=_SLOTS,
+        gradients=("x", "weights", "down", "up"),
+        kernels={"grouped": (neurons, "experts_neurons_backward"), "triton": ("neurons", "experts_neurons_backward")},
+        compiled=Compiled(fake=_neurons_backward_fake),
+        flops=flops.neurons_backward,
+    ),
 )
+experts_neurons: Callable[..., Any] = register(NEURONS)
 register_composite("experts_neurons_dense", (_NEURONS,), 1, (neurons, "experts_neurons_dense"), casts=_NEURONS_CASTS)
 
-experts_values: Callable[..., Any] = register(
-    Operator(
-        name="experts_values",
-        arguments=(_VALUES,),
-        results=("y",),
-        casts=_VALUES_CASTS,
-        kernels={"grouped": (neurons, "experts_values"), "triton": ("neurons", "experts_values")},
-        compiled=Compiled(fake=_values_fake),
-        flops=flops.neurons,
-        backward=Operator(
-            name="experts_values_backward",
-            arguments=("Tensor dy", _VALUES, flags(ValueNeeds)),
-            optional=_SLOTS,
-            gradients=("weights", "table"),
-            kernels={"grouped": (neurons, "experts_values_backward"), "triton": ("neurons", "experts_values_backward")},
-            compiled=Compiled(fake=_values_backward_fake),
-            flops=flops.neurons_backward,
-        ),
-    )
+VALUES = Operator(
+    name="experts_values",
+    arguments=(_VALUES,),
+    results=("y",),
+    casts=_VALUES_CASTS,
+    kernels={"grouped": (neurons, "experts_values"), "triton": ("neurons", "experts_values")},
+    compiled=Compiled(fake=_values_fake),
+    flops=flops.neurons,
+    backward=Operator(
+        name="experts_values_backward",
+        arguments=("Tensor dy", _VALUES, flags(ValueNeeds)),
+        optional=_SLOTS,
+        gradients=("weights", "table"),
+        kernels={"grouped": (neurons, "experts_values_backward"), "triton": ("neurons", "experts_values_backward")},
+        compiled=Compiled(fake=_values_backward_fake),
+        flops=flops.neurons_backward,
+    ),
 )
+experts_values: Callable[..., Any] = register(VALUES)
 register_composite("experts_values_dense", (_VALUES,), 1, (neurons, "experts_values_dense"), casts=_VALUES_CASTS)
