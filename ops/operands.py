@@ -1,7 +1,7 @@
-"""Operands: tensors as a kernel reads them, by their addresses: of one shape, one dtype and one device, contiguous.
+"""Operands: tensors as a kernel reads them: of one shape, one dtype and one device, contiguous.
 
-A tensor that autograd saved may come back in other strides, or as another tensor altogether: that is for the hooks of
-``torch.autograd.graph.saved_tensors_hooks`` to say. And an operator can be called by its name, past the public functions.
+Saved-tensor hooks may change strides or return another tensor, and an operator can be called by its name, past the public
+functions.
 """
 
 import math
@@ -30,7 +30,7 @@ def check_rows(experts: Tensor) -> None:
 
 
 def check_choices_of(logits: Tensor, top_k: int, dims: int = 1) -> None:
-    """Check that the routing of logits, the last ``dims`` dimensions of which are a token's, has entries that 32 bits number."""
+    """Check that the choices of logits, whose last ``dims`` dimensions are a token's, can be numbered in 32 bits."""
     if torch.compiler.is_dynamo_compiling():
         return
     rows = math.prod(logits.shape[:-dims]) * top_k
@@ -49,7 +49,7 @@ def check_dim(name: str, tensor: Tensor, dims: int) -> None:
 def check_one_device(names: Sequence[str], values: Sequence[object]) -> None:
     """Check that the tensors among an operator's arguments are on one device.
 
-    With a meta tensor among them torch takes the call for a question about shapes, and returns memory that nobody wrote.
+    With a meta tensor among them torch would only compute shapes, and return memory that nobody wrote.
     """
     first: tuple[str, torch.device] | None = None
     for name, value in zip(names, values, strict=False):
@@ -69,14 +69,9 @@ class Reader(NamedTuple):
     def read(
         self, name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...] = (), *, views: bool = False
     ) -> Tensor:
-        """Return ``tensor``, contiguous unless ``views`` of any strides will do.
+        """Check and return ``tensor``, contiguous unless ``views`` will do; it has one of ``dtypes``, by default that of x.
 
-        Symbolic sizes are not compared with ``shape``, which would make guards of the graph. Without ``dtypes`` it must have
-        that of x.
-
-        Raises:
-            TypeError: another dtype.
-            ValueError: another shape or device.
+        Symbolic sizes are not compared with ``shape``, which would make guards of the graph.
         """
         if tensor.dtype != self.dtype if not dtypes else tensor.dtype not in dtypes:
             raise TypeError(f"{name} must have dtype {' or '.join(map(str, dtypes or (self.dtype,)))}, got {tensor.dtype}")

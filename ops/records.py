@@ -39,7 +39,7 @@ class Activation(NamedTuple):
 
 
 class Argument(NamedTuple):
-    """An argument of an operator, and whether autocast casts it and the backward returns a gradient of it."""
+    """An argument of an operator; whether autocast casts it, and whether the backward returns a gradient of it."""
 
     name: str
     type: str
@@ -62,15 +62,7 @@ class Adapter(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """A stacked linear map ``[E, O, I]``: ``rows W_e^T + bias_e + scale (rows A_e^T) B_e^T``.
-
-    Attributes:
-        format: of the weights W.
-        tensors: of the format.
-        shape: ``(E, O, I)``.
-        bias: ``[E, O]``, or None.
-        adapter: or None.
-    """
+    """A stacked linear map ``[E, O, I]``: ``rows W_e^T + bias_e + scale (rows A_e^T) B_e^T``, W in a weight format."""
 
     format: Format
     tensors: Tensors
@@ -133,10 +125,9 @@ class ExpertsCall(NamedTuple):
     form: ExpertsForm
 
     def read(self, *, views: bool = False) -> tuple[Reader, "ExpertsCall"]:
-        """Check the operands of an operator that was called by its name; with ``views``, weights of floats keep their strides.
+        """Check an operator that was called by its name; return the call's reader, and the call as kernels read it.
 
-        Returns:
-            The reader of the call, and the call with its tensors as kernels read them.
+        With ``views``, weights of floats keep their strides.
         """
         x_TD, experts_TK, weights_TK, (up, down, act) = self
         reader = reader_of(x_TD)
@@ -206,14 +197,13 @@ class ExpertsGradients(NamedTuple):
 class ExpertsArguments:
     """The argument list of the operators of experts: the only place that knows the order.
 
-    ``x, experts, weights``, the parts of up, the parts of down, ``up_bias, down_bias``; of adapters ``up_A, up_B, down_A,
-    down_B, up_scale, down_scale``; the intermediate size where the weights do not tell it; the activation's fields.
+    ``x, experts, weights``, the parts of up, the parts of down, ``up_bias, down_bias``; of adapters ``up_A, up_B, down_A, down_B,
+    up_scale, down_scale``; the intermediate size where the weights do not tell it; the activation's fields.
 
     Attributes:
         formats: of the weights, all with the same parts.
         adapted: whether there are adapters; one that is absent has rank 0.
         arguments: all of them, in order.
-        num_tensors: how many of them, from the first, are tensors.
         names: of the first part of each weight, for errors.
         gradients: the fields of :class:`ExpertsGradients` that the backward returns, in order.
     """
@@ -236,7 +226,6 @@ class ExpertsArguments:
         if not formats[0].has_sizes:
             constants.append(Argument("intermediate_size", "SymInt"))
         self.arguments: tuple[Argument, ...] = (*tensors, *constants, *ACTIVATION_ARGUMENTS)
-        self.num_tensors: int = len(tensors)
         self.names: tuple[str, ...] = tuple(self.parts[0].name.format(name) for name in ("up", "down"))
         weights_gradients = ("up", "down") if any(p.has_gradient for p in self.parts) else ()
         adapter_gradients = tuple(factor.name for factor in factors) if adapted else ()

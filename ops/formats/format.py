@@ -34,8 +34,7 @@ class Format:
 
     Attributes:
         name: the word that kernels dispatch on.
-        parts: the tensors that hold the weights. Formats with the same parts share an operator, which tells them apart
-            with :meth:`shape`.
+        parts: the tensors that hold the weights. Formats with the same parts share an operator; :meth:`shape` tells them apart.
         has_sizes: whether the tensors tell O and I; if not, the operator takes the intermediate size as an argument.
     """
 
@@ -52,10 +51,7 @@ class Format:
         return (self.name,)
 
     def read(self, reader: Reader, name: str, tensors: Tensors, shape: Shape, *, views: bool) -> Tensors:
-        """Check the tensors of an operator that was called by its name, and return them as kernels read them.
-
-        ``name`` is ``up`` or ``down``. With ``views`` the kernels read any strides; otherwise the tensors are made contiguous.
-        """
+        """Check tensors of an operator that was called by its name; return them contiguous, or with ``views`` in any strides."""
         raise NotImplementedError
 
     def make(self, weight_EOI: Tensor, **options: Any) -> Tensors:

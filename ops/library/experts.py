@@ -82,16 +82,7 @@ def _register(
     ungraded: tuple[str, ...] = (),
     refusal: str = "",
 ) -> Callable[..., Any]:
-    """Register the operator of experts with these arguments, its backward and its composite.
-
-    Args:
-        name: of the operator.
-        arguments: in the row.
-        compiled: whether the compiled CPU kernels serve it.
-        vanishing: in the row of the backward.
-        ungraded: in the row.
-        refusal: in the row.
-    """
+    """Register the operator of experts with these arguments, its backward and its composite."""
     call, casts = _call(arguments), _casts(arguments)
     needs = Part("bool[] needs", lambda flat: arguments.needs(*flat))
     register_composite(f"{name}_dense", (call,), 1, (dense, "experts_mlp_dense"), casts)

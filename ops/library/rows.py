@@ -17,8 +17,7 @@ class Compiled:
 
     Attributes:
         fake: makes tensors like the results; None for a backward, whose results are like arguments.
-        arguments: those of ``*_cpu``, some of the operator's, in parts as ``fake`` takes them; None for all of them in the
-            operator's parts.
+        arguments: those of ``*_cpu``, in parts as ``fake`` takes them; None for all of the operator's.
     """
 
     fake: Callable[..., Any] | None = None
@@ -37,17 +36,14 @@ class Operator:
         compiled: the implementation ``cpu``.
         choose: from the kernels' arguments to the name of an implementation; None where the argument ``impl`` names it.
         optional: arguments behind ``impl``, each with a default.
-        casts: names of the arguments that autocast casts where they are floats. The others keep their dtype: routing
-            arithmetic and routing weights are float32 whatever the model's dtype is.
-        gradients: of a backward: names of the arguments whose gradients it returns. Without an argument ``needs`` it returns
-            the one gradient in any case.
-        backward: of a forward: the row of its backward, which is called with what its arguments name: the gradient of the
-            first result (``d`` and its name), results, arguments.
-        ungraded: of a forward: names of arguments that must not require a gradient; all, where there is no backward.
-        refusal: of a forward: what the error says of a gradient that does not exist.
+        casts: arguments that autocast casts where they are floats. Routing weights are float32 whatever the model's dtype is.
+        gradients: of a backward: the arguments whose gradients it returns; the one gradient in any case without ``needs``.
+        backward: of a forward: the row of its backward, whose arguments are ``d`` and the first result, results, arguments.
+        ungraded: of a forward: arguments that must not require a gradient; all, where there is no backward.
+        refusal: of a forward: the error for a gradient that does not exist.
         refuses_early: whether that error comes in the forward already, where its result would look like a constant.
-        vanishing: of a backward: names of arguments that have no gradient where they have no elements.
-        flops: the formula that counts its floating-point operations, in :mod:`fusedonemoe.ops.library.flops`; None for none.
+        vanishing: of a backward: arguments that have no gradient where they have no elements.
+        flops: the formula that counts its floating-point operations, in :mod:`fusedonemoe.ops.library.flops`.
     """
 
     name: str

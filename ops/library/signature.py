@@ -22,13 +22,7 @@ _TYPES: dict[str, Any] = {
 
 
 class Argument(NamedTuple):
-    """An argument of an operator.
-
-    Attributes:
-        type: in the schema.
-        name: in the schema.
-        default: a Python value; ``inspect.Parameter.empty`` for none.
-    """
+    """An argument of an operator, as in the schema; its default is ``inspect.Parameter.empty`` for none."""
 
     type: str
     name: str
@@ -46,12 +40,7 @@ class Argument(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Adjacent arguments of an operator that its kernels take as one record.
-
-    Attributes:
-        text: the arguments, as a schema lists them.
-        make: from the tuple of the arguments to the record.
-    """
+    """Adjacent arguments, as a schema lists them, that kernels take as one record, which ``make`` makes of their tuple."""
 
     text: str
     make: Callable[[tuple[Any, ...]], Any]
@@ -131,11 +120,7 @@ class Signature:
         return itemgetter(slice(places[0], places[0] + 1) if places else slice(0))
 
     def packer(self, taken: "Signature") -> Callable[[tuple[Any, ...]], Sequence[Any]]:
-        """Return a function from these arguments, flat, to those that a kernel takes; optional ones at the end may be missing.
-
-        Args:
-            taken: the kernel's signature: some of these arguments, in records or flat.
-        """
+        """Return a function from these arguments, flat, to those that a kernel takes; optional ones at the end may be missing."""
         steps: list[tuple[Callable[[tuple[Any, ...]], Any] | None, slice]] = []
         for group, make in taken._groups:
             places = [self.names.index(argument.name) for argument in group]

@@ -163,8 +163,8 @@ def experts_mlp(
 ) -> FloatArray:
     """Run every token through its experts and sum with the routing weights, ``[T, D]``.
 
-    ``y_t = sum_j w_tj * (a_tj @ Wd_e^T + bd_e)``, ``e = experts_tj``, with ``a = act(gate) * up`` of
-    ``z = x_t @ Wu_e^T + bu_e`` when gated and ``a = act(z)`` when plain.
+    ``y_t = sum_j w_tj * (a_tj @ Wd_e^T + bd_e)``, ``e = experts_tj``, with ``a = act(gate) * up`` of ``z = x_t @ Wu_e^T + bu_e``
+    when gated and ``a = act(z)`` when plain.
 
     Args:
         x: ``[T, D]``.
@@ -172,9 +172,8 @@ def experts_mlp(
         weights: ``[T, K]``.
         up_proj: ``[E, 2F, D]`` when gated, its rows in ``gate_up_layout``; ``[E, F, D]`` when plain.
         down_proj: ``[E, D, F]``.
-        **options: ``up_bias`` ``[E, 2F]`` in the same layout, or ``[E, F]``; ``down_bias`` ``[E, D]``, multiplied by the
-            routing weight; ``activation``, one of ``ACTIVATIONS``, or "swiglu_oai" when gated, with ``swiglu_alpha`` and
-            ``swiglu_limit``; ``gated``; ``gate_up_layout``, "gate_up", "up_gate" or "interleaved" (g0, u0, g1, u1, ...).
+        **options: ``up_bias`` ``[E, 2F]`` or ``[E, F]``; ``down_bias`` ``[E, D]``; ``activation``; ``swiglu_alpha`` and
+            ``swiglu_limit``; ``gated``; ``gate_up_layout``.
     """
     mlp, x_TD, weights_TK = _MLP(float64(up_proj), float64(down_proj), **options), float64(x), float64(weights)
     y_TD = np.zeros_like(x_TD)

@@ -1,7 +1,7 @@
 """The merged up-projection: ``h_t = sum_j w_tj (x_t W_e)``, ``e = experts_tj``, forward and backward.
 
-With ``q = dh W_e^T``: ``dw = <q, x>``, ``dx_t = sum_j w_tj q``, ``dW_e = sum (w x)^T dh``. Rows of x and of dh stay per token in
-memory and are read through ``order // K``; the routing weight is multiplied in where a row of x has been read.
+With ``q = dh W_e^T``: ``dw = <q, x>``, ``dx_t = sum_j w_tj q``, ``dW_e = sum (w x)^T dh``. Rows of x and of dh are read through
+``order // K``.
 """
 
 from torch import Tensor
@@ -45,10 +45,7 @@ def experts_merged_backward(
     proj_EDF: Tensor,
     needs: MergedNeeds,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`experts_merged` with respect to x, weights and proj, contiguous; of size zero where not wanted.
-
-    What only those need is neither launched nor allocated.
-    """
+    """Gradients of :func:`experts_merged` with respect to x, weights and proj, contiguous; of size zero where not wanted."""
     reader, (x_TD, experts_TK, weights_TK, proj_EDF) = read_merged(x_TD, experts_TK, weights_TK, proj_EDF, views=True)
     dh_TF = reader.read("dh", dh_TF, (x_TD.shape[0], proj_EDF.shape[2]))
     order, offsets = reader.plan(order, offsets, experts_TK, proj_EDF.shape[0])

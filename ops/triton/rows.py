@@ -1,7 +1,6 @@
 """Grouped projections of rows in expert order: ``out[i] = rows[i] @ weights[e] (+ narrow[i] @ factor[e]) (+ bias[e])``.
 
-They are the down projection, the gradient of the gathered rows of x, the merged projection, and either projection of adapted
-experts. Both products are summed in one float32 accumulator and rounded once. A projection into the narrow space of an adapter,
+Both products are summed in one float32 accumulator and rounded once. A projection into the narrow space of an adapter,
 ``narrow[i] = rows[i] @ A[e]``, has no second product: its few columns are one block.
 """
 

@@ -1,8 +1,4 @@
-"""Jit functions that the kernels share: which tile a program owns, and the activations with their derivatives.
-
-Row tiles come from a schedule, ``blocks [B, 2]`` int32: the expert of each block of rows and the sorted position of its first
-row. ``B`` is a bound that the host knows without looking at the routing; blocks behind the last have expert -1.
-"""
+"""Jit functions that the kernels share: which tile a program owns, and the activations with their derivatives."""
 
 import triton
 import triton.language as tl
@@ -35,7 +31,7 @@ def multiply_rows(
 ):
     """``rows[source] @ weights[:, column]`` in float32; zeros in columns that do not exist.
 
-    EVEN_K: ``length`` is a multiple of BLOCK_K. EVEN_N: all columns exist. Either saves a mask in the loop.
+    Either saves a mask in the loop. EVEN_K: ``length`` is a multiple of BLOCK_K; EVEN_N: all columns exist.
     """
     depth = tl.arange(0, BLOCK_K)
     rows_ptrs = rows_ptr + source.to(tl.int64)[:, None] * length + depth[None, :]
