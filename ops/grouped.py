@@ -24,23 +24,14 @@ def grouped_outer(left_NA: Tensor, right_NB: Tensor, offsets: Tensor) -> Tensor:
 
 
 class Rows(NamedTuple):
-    """The sorted rows of a call.
+    """The sorted rows of a call."""
 
-    Attributes:
-        experts_TK: ids.
-        order: ``[N]`` the flattened row ``t * K + j`` of each row.
-        token: ``[N]`` the token of each row.
-        position: ``[N]`` the place of each flattened row in sorted order.
-        weights_TK: routing weights, 0 where an id is out of range.
-        weight: ``[N, 1]`` the routing weight of each row.
-    """
-
-    experts_TK: Tensor
-    order: Tensor
-    token: Tensor
-    position: Tensor
-    weights_TK: Tensor
-    weight: Tensor
+    experts_TK: Tensor  # ids
+    order: Tensor  # [N] the flattened row t * K + j of each row
+    token: Tensor  # [N] the token of each row
+    position: Tensor  # [N] the place of each flattened row in sorted order
+    weights_TK: Tensor  # routing weights, 0 where an id is out of range
+    weight: Tensor  # [N, 1] the routing weight of each row
 
 
 def in_backward(gradient: Tensor, *routing: Tensor) -> tuple[Tensor, ...]:

@@ -255,27 +255,31 @@ def define_compiled(name: str, arguments: str, fake: Callable[..., Any], results
 
 
 def _gradients_fake(row: Operator, signature: Signature) -> Callable[..., Any]:
+    """Return the fake of a backward: a tensor like each argument, or like its slots; an empty one where no gradient is needed."""
     likes_of = signature.picker(row.gradients)
     needs_of = signature.picker(("needs",)) if "needs" in signature.names else None
+    slots_of = signature.picker(("slots", "num_slots")) if row.slotted else None
 
-    def fake(*flat: Any) -> Any:
-        likes = likes_of(flat)
+    def fake(*given: Any) -> Any:
+        flat = (*given, *signature.defaults[len(given) :])
+        likes = dict(zip(row.gradients, likes_of(flat), strict=True))
         if needs_of is None:
-            (like,) = likes
+            (like,) = likes.values()
             return like.new_empty(like.shape)
         (needs,) = needs_of(flat)
-        return wanted(needs, *likes)
+        slots, num_slots = slots_of(flat) if slots_of else (None, 0)
+        owner = next(like for name, like in likes.items() if name != "weights")
+        gradients = []
+        for needed, (name, like) in zip(needs, likes.items(), strict=True):
+            if not needed or like is None:
+                gradients.append(owner.new_empty(0))
+            elif slots is not None and name in row.slotted:
+                gradients.append(like.new_empty(num_slots, like.shape[1]))
+            else:
+                gradients.append(like.new_empty(like.shape))
+        return tuple(gradients)
 
     return fake
-
-
-def wanted(needs: Sequence[bool], *likes: Tensor | None) -> tuple[Tensor, ...]:
-    """Return what a backward does: a contiguous tensor like each argument, or an empty one where no gradient is needed."""
-    owner = next(like for like in likes if like is not None)
-    return tuple(
-        like.new_empty(like.shape) if needed and like is not None else owner.new_empty(0)
-        for needed, like in zip(needs, likes, strict=True)
-    )
 
 
 # For each argument of an operator, whether autocast casts it where it is a float.

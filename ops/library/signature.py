@@ -71,20 +71,14 @@ _Group = tuple[list[Argument], Callable[[tuple[Any, ...]], Any] | None]
 
 
 class Signature:
-    """The arguments of an operator, flat as the dispatcher passes them and packed as kernels take them.
-
-    Attributes:
-        arguments: all of them, in order.
-        names: theirs.
-        defaults: one for each argument; those without a default have ``inspect.Parameter.empty``.
-        leading_tensors: how many arguments, from the first, are tensors or None.
-    """
+    """The arguments of an operator, flat as the dispatcher passes them and packed as kernels take them."""
 
     def __init__(self, groups: Iterable[_Group]) -> None:
         self._groups = list(groups)
         self.arguments: list[Argument] = [argument for group, _ in self._groups for argument in group]
         self.names: list[str] = [argument.name for argument in self.arguments]
         self.defaults: tuple[Any, ...] = tuple(argument.default for argument in self.arguments)
+        # How many arguments, from the first, are tensors or None.
         self.leading_tensors: int = [*(argument.is_tensor for argument in self.arguments), False].index(False)
 
     @classmethod

@@ -6,7 +6,7 @@ cast a sparse gradient back: the output's dtype is the one that was computed in.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,10 +24,10 @@ def _sparse(touched: Tensor, rows: Tensor, like: Tensor) -> Tensor:
     )
 
 
-def _with_sparse_tables(row: Operator, tables: Sequence[str]) -> Callable[..., Tensor]:
-    """Return the first output of an operator, with coalesced sparse gradients of the arguments ``tables``."""
+def _with_sparse_tables(row: Operator) -> Callable[..., Tensor]:
+    """Return the first output of an operator, with coalesced sparse gradients of its tables."""
     assert row.backward is not None
-    names, wanted = row.backward.signature.names, row.backward.gradients
+    names, wanted, tables = row.backward.signature.names, row.backward.gradients, row.backward.slotted
     operator, backward = (getattr(torch.ops.fusedonemoe, each.name) for each in (row, row.backward))
 
     def gradients_of(dy: Tensor, *rest: Any) -> list[Tensor | None]:
@@ -56,5 +56,5 @@ def _with_sparse_tables(row: Operator, tables: Sequence[str]) -> Callable[..., T
 
 
 # Called with the operators' arguments and ``impl``.
-experts_neurons_sparse: Callable[..., Tensor] = _with_sparse_tables(NEURONS, ("down", "up"))
-experts_values_sparse: Callable[..., Tensor] = _with_sparse_tables(VALUES, ("table",))
+experts_neurons_sparse: Callable[..., Tensor] = _with_sparse_tables(NEURONS)
+experts_values_sparse: Callable[..., Tensor] = _with_sparse_tables(VALUES)

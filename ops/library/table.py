@@ -1,6 +1,6 @@
 """The operators of routing, merged projections, single neurons and value memory: a row each."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from fusedonemoe.ops import route as routing
 from fusedonemoe.ops.cpu import native
 from fusedonemoe.ops.grouped import MergedNeeds
 from fusedonemoe.ops.library import flops
-from fusedonemoe.ops.library.registration import gpu_kernels, register, register_composite, wanted
+from fusedonemoe.ops.library.registration import gpu_kernels, register, register_composite
 from fusedonemoe.ops.library.rows import Compiled, Operator
 from fusedonemoe.ops.library.signature import flags, record
 from fusedonemoe.ops.neurons import NeuronNeeds, ValueNeeds
@@ -137,8 +137,8 @@ experts_merged: Callable[..., Any] = register(
 register_composite("experts_merged_dense", (_MERGED,), 1, (dense, "experts_merged_dense"), casts=_MERGED_CASTS)
 
 
-# Single neurons, and value memory. With slots, the gradients of tables have num_slots rows, and slots names that of each
-# routed row; see sparse_tables.
+# Single neurons, and value memory. The slots of a backward name the row of a table's gradient for each routed row; see
+# sparse_tables.
 
 _SLOTS = "Tensor? slots=None, int num_slots=0"
 _NEURONS = "Tensor x, Tensor experts, Tensor weights, Tensor down, Tensor up, str activation"
@@ -155,44 +155,6 @@ def _values_fake(experts: Tensor, weights: Tensor, table: Tensor) -> Tensor:
     return table.new_empty(experts.shape[0], table.shape[1])
 
 
-def _wanted_tables(needs: Sequence[bool], tables: Sequence[Tensor], slots: Tensor | None, num_slots: int) -> tuple[Tensor, ...]:
-    if slots is None:
-        return wanted(needs, *tables)
-    return tuple(
-        table.new_empty(num_slots, table.shape[1]) if needed else table.new_empty(0)
-        for needed, table in zip(needs, tables, strict=True)
-    )
-
-
-def _neurons_backward_fake(
-    dy: Tensor,
-    s: Tensor,
-    x: Tensor,
-    experts: Tensor,
-    weights: Tensor,
-    down: Tensor,
-    up: Tensor,
-    activation: str,
-    needs: NeuronNeeds,
-    slots: Tensor | None = None,
-    num_slots: int = 0,
-) -> tuple[Tensor, ...]:
-    tables = _wanted_tables((needs.down, needs.up), (down, up), slots, num_slots)
-    return *wanted((needs.x, needs.weights), x, weights), *tables
-
-
-def _values_backward_fake(
-    dy: Tensor,
-    experts: Tensor,
-    weights: Tensor,
-    table: Tensor,
-    needs: ValueNeeds,
-    slots: Tensor | None = None,
-    num_slots: int = 0,
-) -> tuple[Tensor, ...]:
-    return *wanted((needs.weights,), weights), *_wanted_tables((needs.table,), (table,), slots, num_slots)
-
-
 NEURONS = Operator(
     name="experts_neurons",
     arguments=(_NEURONS,),
@@ -207,7 +169,8 @@ NEURONS = Operator(
         optional=_SLOTS,
         gradients=("x", "weights", "down", "up"),
         kernels={"grouped": (neurons, "experts_neurons_backward"), "triton": ("neurons", "experts_neurons_backward")},
-        compiled=Compiled(fake=_neurons_backward_fake),
+        compiled=Compiled(),
+        slotted=("down", "up"),
         flops=flops.neurons_backward,
     ),
 )
@@ -228,7 +191,8 @@ VALUES = Operator(
         optional=_SLOTS,
         gradients=("weights", "table"),
         kernels={"grouped": (neurons, "experts_values_backward"), "triton": ("neurons", "experts_values_backward")},
-        compiled=Compiled(fake=_values_backward_fake),
+        compiled=Compiled(),
+        slotted=("table",),
         flops=flops.neurons_backward,
     ),
 )

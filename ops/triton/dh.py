@@ -161,17 +161,11 @@ def dh_kernel(
 
 
 class HiddenGradient(NamedTuple):
-    """The results of :func:`hidden_gradient`, in sorted order; a zero-size tensor for one that is not wanted.
+    """The results of :func:`hidden_gradient`, in sorted order; a zero-size tensor for one that is not wanted."""
 
-    Attributes:
-        dz: ``[N, G]`` gradient of the pre-activations, columns in their order.
-        weighted: ``[N, F]`` the hidden rows times their routing weights.
-        partial: ``[N, column blocks]`` float32; a row's sum is its routing gradient, but for the down bias.
-    """
-
-    dz: Tensor
-    weighted: Tensor
-    partial: Tensor
+    dz: Tensor  # [N, G] gradient of the pre-activations, columns in their order
+    weighted: Tensor  # [N, F] the hidden rows times their routing weights
+    partial: Tensor  # [N, column blocks] float32; a row's sum is its routing gradient, but for the down bias
 
 
 def hidden_gradient(

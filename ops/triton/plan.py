@@ -27,20 +27,12 @@ WARPS = 8
 
 
 class RowPlan(NamedTuple):
-    """The expert-sorted order of a routing and its schedule.
+    """The expert-sorted order of a routing and its schedule, all int32."""
 
-    Attributes:
-        order: ``[N]`` int32, the flattened row ``t * K + j`` at a sorted position. Rows whose id names no expert are last.
-        offsets: ``[E + 1]`` int32, expert ``e`` owns sorted positions ``offsets[e]`` to ``offsets[e + 1]``.
-        position: ``[N]`` int32, the sorted position of a flattened row: the inverse of ``order``.
-        blocks: ``[B, 2]`` int32, the expert and the first sorted position of each block of at most ``block_m`` rows; ``(-1, 0)``
-            behind the last block.
-    """
-
-    order: Tensor
-    offsets: Tensor
-    position: Tensor
-    blocks: Tensor
+    order: Tensor  # [N] the flattened row t * K + j at a sorted position; rows whose id names no expert are last
+    offsets: Tensor  # [E + 1] expert e owns sorted positions offsets[e] to offsets[e + 1]
+    position: Tensor  # [N] the sorted position of a flattened row: the inverse of order
+    blocks: Tensor  # [B, 2] the expert and the first position of each block of at most block_m rows; (-1, 0) behind the last
 
 
 def num_blocks(num_rows: int, num_experts: int, block_m: int) -> int:
