@@ -1,7 +1,6 @@
 """The activations of an expert, forward and backward, as plain tensor arithmetic.
 
-``z [..., G]`` holds pre-activations: ``h = act(z)`` with ``G = F``, or ``h = act(gate) * up`` with ``G = 2F`` in the order
-``layout``.
+``z [..., G]``: ``h = act(z)`` with ``G = F``, or ``h = act(gate) * up`` with ``G = 2F`` in the order ``layout``.
 """
 
 from collections.abc import Callable

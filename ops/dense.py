@@ -55,8 +55,7 @@ def _project(rows_ETI: Tensor, projection: Projection, routed_ET1: Tensor, bias_
 def experts_mlp_dense(call: ExpertsCall) -> Tensor:
     """``y_t = sum_e down_e(w_te act(up_e(x_t)))`` over all experts at once, the down bias times ``w_te`` as well.
 
-    Pre-activations of unrouted pairs are 0: a bias that overflows in the activation must not turn ``0 * inf`` into NaN in a
-    gradient.
+    Pre-activations of unrouted pairs are 0: a bias that overflows in the activation must not make a gradient ``0 * inf``.
     """
     x_TD, experts_TK, weights_TK, (up, down, act) = call
     x_ETD, weights_ET1, routed_ET1 = _by_expert(x_TD, experts_TK, weights_TK, up.shape[0])

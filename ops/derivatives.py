@@ -28,8 +28,7 @@ def refuse_forward_mode() -> None:
 def refuse_transforms() -> None:
     """Raise in forward mode and in a transform of torch.func.
 
-    While Dynamo traces, this only reads the level, which guards the graph; an error would break the graph, and the operators
-    raise anyway.
+    While Dynamo traces, this only reads the level, which guards the graph: an error would break it, and the operators raise.
     """
     forbidden = in_forward_mode()
     if not torch.compiler.is_dynamo_compiling() and (forbidden or torch._C._are_functorch_transforms_active()):

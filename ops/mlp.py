@@ -97,8 +97,7 @@ class _Products:
 def experts_mlp(call: ExpertsCall, save_percent: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``y_t = sum_j w_tj down_e(act(up_e(x_t)))``.
 
-    Returns ``y_TD``, ``z`` (the first ``floor(N * save_percent / 100)`` sorted pre-activations), and the plan's ``order`` and
-    ``offsets``.
+    Returns y, the first ``floor(N * save_percent / 100)`` sorted rows of z, and the plan's ``order`` and ``offsets``.
     """
     x_TD, experts_TK, weights_TK, (up, down, act) = call
     plan, dtype = make_plan(experts_TK, up.shape[0]), row_dtype(x_TD.dtype)

@@ -36,8 +36,7 @@ class ValueNeeds(NamedTuple):
 class _Bags:
     """A routing as bags of table rows: one bag a token.
 
-    An id out of range becomes the token's first expert in range (0, if it has none) with weight 0, so the token reads no other
-    row.
+    An id out of range becomes the token's first in range (0, if it has none) with weight 0, so the token reads no other row.
     """
 
     def __init__(self, experts_TK: Tensor, num_experts: int) -> None:
@@ -89,8 +88,7 @@ class _Bags:
 def touched_rows(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Return the table rows that a routing reads, for gradients of these alone: as many as the data says.
 
-    Their ids, ascending, ``[U]`` int64, and the slots ``[T, K]`` int64: the place of every id among them, -1 where it is out of
-    range.
+    Their ids, ascending, ``[U]``, and slots ``[T, K]``: the place of every id among them, -1 where it is out of range.
     """
     routed_TK = in_range(experts_TK, num_experts)
     touched, places = torch.unique(experts_TK.to(torch.int64)[routed_TK], sorted=True, return_inverse=True)

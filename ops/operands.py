@@ -1,7 +1,6 @@
 """Operands: tensors as a kernel reads them: of one shape, one dtype and one device, contiguous.
 
-Saved-tensor hooks may change strides or return another tensor, and an operator can be called by its name, past the public
-functions.
+Saved-tensor hooks may change strides or the tensor, and an operator can be called by its name, past the public functions.
 """
 
 import math

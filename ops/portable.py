@@ -30,8 +30,7 @@ def few_rows(rows: int, num_experts: int) -> bool:
 def _make_slots(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Lay every expert's rows side by side, with room in each for those of the fullest: C rows.
 
-    Returns the token of each slot, T for an empty one, ``[E * C]``, and the slot of each flattened row, ``E * C`` if out of
-    range, ``[N]``.
+    Returns the token of each slot, T for an empty one, ``[E * C]``, and each flattened row's slot, ``E * C`` if out of range.
     """
     (T, K), device = experts_TK.shape, experts_TK.device
     N = T * K

@@ -98,8 +98,7 @@ def softmax_over_all(rule: RouteRule) -> bool:
 def route(logits: Tensor, selection_bias: Tensor | None, rule: RouteRule) -> tuple[Tensor, Tensor]:
     """Weights ``[T, K]``, float32 or float64 as the logits, and int64 ids of the selected experts.
 
-    Only the unnormalised softmax looks at unpicked logits. It subtracts the maximum; a logsumexp of large logits would be too
-    inexact.
+    The unnormalised softmax subtracts the maximum of all logits; a logsumexp of large logits would be too inexact.
     """
     if logits.dtype != (dtype := routing_dtype(logits.dtype)):  # a conversion to the same costs a microsecond
         logits = logits.to(dtype)

@@ -215,12 +215,12 @@ def _pack_fake(panels: Tensor, weight: Tensor, layout: str) -> None:
     raise RuntimeError("weights can be packed and unpacked in memory alone, and under this mode a tensor has none")
 
 
-def _unpacked_fake(panels: Tensor, rows: int, width: int, layout: str) -> Tensor:
-    return panels.new_empty(panels.shape[0], rows, width)
-
-
 define_compiled("pack_weights_", "Tensor(a!) panels, Tensor weight, str layout", _pack_fake, results=0)
-define_compiled("unpack_weights", "Tensor panels, SymInt rows, SymInt width, str layout", _unpacked_fake)
+define_compiled(
+    "unpack_weights",
+    "Tensor panels, SymInt rows, SymInt width, str layout",
+    lambda panels, rows, width, layout: panels.new_empty(panels.shape[0], rows, width),
+)
 # Refused in the forward already: the weights would otherwise look like constants.
 torch.library.register_autograd(f"{NAMESPACE}::unpack_weights", _refuse_gradients, setup_context=_refuse_gradients, lib=lib)
 unpack_weights: Callable[..., Any] = torch.ops.fusedonemoe.unpack_weights

@@ -1,7 +1,6 @@
 """Formulas by which ``torch.utils.flop_counter`` and the profiler count the operators, from the shapes of arguments by name.
 
-A formula counts 2 for each product of a weight and an element of a routed row, in range or not. What a backward computes again is
-counted again.
+A formula counts 2 for each product of a weight and an element of a routed row, also where a backward computes it again.
 """
 
 from collections.abc import Callable, Sequence

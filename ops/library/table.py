@@ -1,6 +1,7 @@
 """The operators of routing, merged projections, single neurons and value memory: a row each."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,10 +39,6 @@ def _choose_routing(logits: Tensor, selection_bias: Tensor | None, rule: RouteRu
     return "torch" if _refused_by_gpu("routing", logits, rule.n_group) else "triton"
 
 
-def _choose_routing_backward(dweights: Tensor, logits: Tensor, experts: Tensor, rule: RouteRule) -> str:
-    return _choose_routing(logits, None, rule)
-
-
 def _routing_fake(logits: Tensor, selection_bias: Tensor | None, rule: RouteRule) -> tuple[Tensor, Tensor]:
     shape = logits.shape[0], rule.top_k or logits.shape[1]
     return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int64)
@@ -60,7 +57,7 @@ route: Callable[..., Any] = register(
             name="route_backward",
             arguments=("Tensor dweights, Tensor logits, Tensor experts", _RULE),
             gradients=("logits",),
-            choose=_choose_routing_backward,
+            choose=lambda dweights, logits, experts, rule: _choose_routing(logits, None, rule),
             kernels={"torch": (routing, "route_backward"), "triton": ("routing", "route_backward")},
             compiled=Compiled(),
         ),
@@ -70,10 +67,6 @@ register_composite("route_dense", (_LOGITS, _RULE), 2, (routing, "route"))
 
 
 # Product keys
-
-
-def _route_product_key(logits: Tensor, top_k: int, norm_topk_prob: bool) -> tuple[Tensor, Tensor]:
-    return product_keys.route_product_key(logits, top_k, norm_topk_prob, opaque=True)
 
 
 def _choose_product_keys(logits: Tensor, top_k: int | None) -> str:
@@ -88,7 +81,7 @@ route_product_key: Callable[..., Any] = register(
         arguments=(_PAIRS,),
         results=("weights", "experts"),
         choose=lambda logits, top_k, norm_topk_prob: _choose_product_keys(logits, top_k),
-        kernels={"torch": _route_product_key, "triton": ("product_keys", "route_product_key")},
+        kernels={"torch": partial(product_keys.route_product_key, opaque=True), "triton": ("product_keys", "route_product_key")},
         backward=Operator(
             name="route_product_key_backward",
             arguments=("Tensor dweights, Tensor logits, Tensor experts, bool norm_topk_prob",),
@@ -147,21 +140,13 @@ _VALUES = "Tensor experts, Tensor weights, Tensor table"
 _VALUES_CASTS = ("table",)
 
 
-def _neurons_fake(x: Tensor, experts: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(experts.shape, dtype=torch.float32)
-
-
-def _values_fake(experts: Tensor, weights: Tensor, table: Tensor) -> Tensor:
-    return table.new_empty(experts.shape[0], table.shape[1])
-
-
 NEURONS = Operator(
     name="experts_neurons",
     arguments=(_NEURONS,),
     results=("y", "s"),
     casts=_NEURONS_CASTS,
     kernels={"grouped": (neurons, "experts_neurons"), "triton": ("neurons", "experts_neurons")},
-    compiled=Compiled(fake=_neurons_fake),
+    compiled=Compiled(fake=lambda x, experts, *_: (x.new_empty(x.shape), x.new_empty(experts.shape, dtype=torch.float32))),
     flops=flops.neurons,
     backward=Operator(
         name="experts_neurons_backward",
@@ -183,7 +168,7 @@ VALUES = Operator(
     results=("y",),
     casts=_VALUES_CASTS,
     kernels={"grouped": (neurons, "experts_values"), "triton": ("neurons", "experts_values")},
-    compiled=Compiled(fake=_values_fake),
+    compiled=Compiled(fake=lambda experts, weights, table: table.new_empty(experts.shape[0], table.shape[1])),
     flops=flops.neurons,
     backward=Operator(
         name="experts_values_backward",

@@ -125,14 +125,14 @@ def split_gate_up(z: FloatArray, layout: str) -> tuple[FloatArray, FloatArray]:
 
 @dataclass(frozen=True)
 class _MLP:
-    """The experts of ``experts_mlp``, by the names of its arguments. H is 2F when gated, F when plain."""
+    """The experts of ``experts_mlp``, by the names of its arguments."""
 
-    up_EHD: FloatArray
+    up_EHD: FloatArray  # H is 2F when gated, F when plain
     down_EDF: FloatArray
     _: KW_ONLY
-    up_bias: ArrayLike | None = None
-    down_bias: ArrayLike | None = None
-    activation: str = "silu"
+    up_bias: ArrayLike | None = None  # [E, H]
+    down_bias: ArrayLike | None = None  # [E, D], multiplied by the routing weight
+    activation: str = "silu"  # one of ACTIVATIONS, or swiglu_oai when gated
     gated: bool = True
     gate_up_layout: str = "gate_up"
     swiglu_alpha: float = 1.702
@@ -161,19 +161,10 @@ class _MLP:
 def experts_mlp(
     x: ArrayLike, experts: ArrayLike, weights: ArrayLike, up_proj: ArrayLike, down_proj: ArrayLike, **options: Any
 ) -> FloatArray:
-    """Run every token through its experts and sum with the routing weights, ``[T, D]``.
+    """Run every token through its experts and sum with the routing weights, ``[T, D]``; options as in :class:`_MLP`.
 
     ``y_t = sum_j w_tj * (a_tj @ Wd_e^T + bd_e)``, ``e = experts_tj``, with ``a = act(gate) * up`` of ``z = x_t @ Wu_e^T + bu_e``
     when gated and ``a = act(z)`` when plain.
-
-    Args:
-        x: ``[T, D]``.
-        experts: Ids, ``[T, K]``.
-        weights: ``[T, K]``.
-        up_proj: ``[E, 2F, D]`` when gated, its rows in ``gate_up_layout``; ``[E, F, D]`` when plain.
-        down_proj: ``[E, D, F]``.
-        **options: ``up_bias`` ``[E, 2F]`` or ``[E, F]``; ``down_bias`` ``[E, D]``; ``activation``; ``swiglu_alpha`` and
-            ``swiglu_limit``; ``gated``; ``gate_up_layout``.
     """
     mlp, x_TD, weights_TK = _MLP(float64(up_proj), float64(down_proj), **options), float64(x), float64(weights)
     y_TD = np.zeros_like(x_TD)

@@ -1,8 +1,7 @@
 """Gradient of an expert's hidden row, and everything of the backward that depends on it element by element.
 
-With ``dA'_i = dy_t Wdown_e`` and ``A_i = act(z_i)`` for sorted row ``i``: ``dz_i = act'(z_i) (w dA'_i)``, ``wA_i = w A_i`` (the
-operand of ``dWdown``), and ``<dA'_i, A_i>``, the routing gradient, as one partial sum per block of columns (SonicMoE, arXiv
-2512.14080).
+With ``dA'_i = dy_t Wdown_e`` and ``A_i = act(z_i)`` for sorted row ``i``: ``dz_i = act'(z_i) (w dA'_i)``, ``wA_i = w A_i``, and
+``<dA'_i, A_i>``, the routing gradient, as one partial sum per block of columns (SonicMoE, arXiv 2512.14080).
 """
 
 from typing import NamedTuple

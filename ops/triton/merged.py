@@ -1,7 +1,6 @@
 """The merged up-projection: ``h_t = sum_j w_tj (x_t W_e)``, ``e = experts_tj``, forward and backward.
 
-With ``q = dh W_e^T``: ``dw = <q, x>``, ``dx_t = sum_j w_tj q``, ``dW_e = sum (w x)^T dh``. Rows of x and of dh are read through
-``order // K``.
+With ``q = dh W_e^T``: ``dw = <q, x>``, ``dx_t = sum_j w_tj q``, ``dW_e = sum (w x)^T dh``.
 """
 
 from torch import Tensor

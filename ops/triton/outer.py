@@ -92,9 +92,8 @@ def grouped_outer(
 ) -> Tensor:
     """``out[e] = sum_i (w_i left[i])^T right[i]`` over the sorted rows of each expert, ``[E, A, B]``, summed in float32.
 
-    ``left [N, A]`` and ``right [N, B]`` are contiguous and in sorted order, or per token with ``gather_left`` and
-    ``gather_right``, which are K. Weighted rows are rounded to the dtype of right before the product. The tile is BLOCK_M columns
-    of left by BLOCK_N of right.
+    Left and right are contiguous, sorted, or per token with ``gather_left`` and ``gather_right``, which are K. Weighted rows are
+    rounded to the dtype of right before the product.
     """
     A, B, E = left.shape[1], right.shape[1], plan.offsets.shape[0] - 1
     if weights_TK is not None:

@@ -202,8 +202,7 @@ def quantized_rows(
 ) -> Tensor:
     """``out[i] = W_e rows[i] + bias[e]`` for the sorted rows ``i`` of expert ``e``; ``back``: ``out[i] = rows[i] W_e``.
 
-    The arguments are those of :func:`.rows.grouped_rows`. Rows before ``first_row`` are not written; ``tile`` is that for plain
-    weights.
+    Arguments as for :func:`.rows.grouped_rows`. Rows before ``first_row`` are not written; ``tile`` is that of plain weights.
     """
     form, weight = projection.format.name, QuantizedWeight(*projection.tensors)  # type: ignore[arg-type]
     bias_EB = None if back or projection.bias is None else projection.bias.contiguous()

@@ -202,11 +202,7 @@ def _tile(values: Sequence[object]) -> Tile:
 
 
 def check_cache() -> None:
-    """Find out whether :func:`keep` can write.
-
-    Raises:
-        UnwritableError: it cannot.
-    """
+    """Raise ``UnwritableError`` if :func:`keep` cannot write."""
     files.check(_measurements())
 
 
