@@ -11,14 +11,7 @@ from fusedonemoe.ops.cpu import native
 from fusedonemoe.ops.formats import FLOATS
 from fusedonemoe.ops.grouped import saved_rows
 from fusedonemoe.ops.library import flops
-from fusedonemoe.ops.library.registration import (
-    NAMESPACE,
-    define_compiled,
-    gpu_kernels,
-    lib,
-    register,
-    register_composite,
-)
+from fusedonemoe.ops.library.registration import NAMESPACE, define_compiled, gpu_kernels, lib, register, register_composite
 from fusedonemoe.ops.library.rows import Compiled, Kernel, Operator
 from fusedonemoe.ops.library.signature import Part, record
 from fusedonemoe.ops.operands import check_rows, reader_of

@@ -6,13 +6,11 @@ goes in, float64 and int64 arrays come out. Expert ids outside ``[0, E)`` contri
 Shape legend: T tokens, D hidden size, F intermediate size, E experts, K experts per token, N = T * K routed rows.
 """
 
-from fusedonemoe.ops.reference.arrays import FloatArray, IntArray
+from fusedonemoe.ops.reference.arrays import FloatArray
 from fusedonemoe.ops.reference.experts import (
     ACTIVATIONS,
     GATE_UP_LAYOUTS,
     GATED_ACTIVATIONS,
-    MergedGradients,
-    MLPGradients,
     activate,
     activate_backward,
     experts_merged,
@@ -28,9 +26,6 @@ __all__ = [
     "GATED_ACTIVATIONS",
     "GATE_UP_LAYOUTS",
     "FloatArray",
-    "IntArray",
-    "MLPGradients",
-    "MergedGradients",
     "activate",
     "activate_backward",
     "experts_merged",

@@ -85,13 +85,7 @@ def activate(name: str, gate: ArrayLike, up: ArrayLike | None = None, *, alpha: 
 
 
 def activate_backward(
-    name: str,
-    da: ArrayLike,
-    gate: ArrayLike,
-    up: ArrayLike | None = None,
-    *,
-    alpha: float = 1.702,
-    limit: float = 7.0,
+    name: str, da: ArrayLike, gate: ArrayLike, up: ArrayLike | None = None, *, alpha: float = 1.702, limit: float = 7.0
 ) -> tuple[FloatArray, FloatArray | None]:
     """Gradients dgate and dup (or None) of ``sum(da * activate(...))``; a clamp passes them up to its boundary, inclusive."""
     da, g = float64(da), float64(gate)
@@ -174,13 +168,7 @@ def experts_mlp(
 
 
 def experts_mlp_backward(
-    dy: ArrayLike,
-    x: ArrayLike,
-    experts: ArrayLike,
-    weights: ArrayLike,
-    up_proj: ArrayLike,
-    down_proj: ArrayLike,
-    **options: Any,
+    dy: ArrayLike, x: ArrayLike, experts: ArrayLike, weights: ArrayLike, up_proj: ArrayLike, down_proj: ArrayLike, **options: Any
 ) -> MLPGradients:
     """Gradients of ``sum(dy * experts_mlp(...))``, of ``dy`` ``[T, D]`` and the arguments there.
 

@@ -175,12 +175,7 @@ def add_segments_kernel(
 
 
 def table_gradient(
-    rows_TD: Tensor,
-    experts_TK: Tensor,
-    factors_TK: Tensor,
-    plan: torch_plan.Plan,
-    dtype: torch.dtype,
-    num_experts: int,
+    rows_TD: Tensor, experts_TK: Tensor, factors_TK: Tensor, plan: torch_plan.Plan, dtype: torch.dtype, num_experts: int
 ) -> Tensor:
     """``out_e = sum_tj c_tj rows_t`` over the pairs whose id is ``e``, ``[E, D]``, in float32 and a fixed order, rounded once.
 
