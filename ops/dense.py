@@ -1,8 +1,7 @@
 """The static-graph formulation: masked batched matmul. No Python loop, no branch on data, any device, any derivative.
 
-Every expert computes a row for every token: E/K times the arithmetic of a sorted formulation. An expert gets zeros in place of a
-token that was not routed to it, and its row for such a token is replaced by zeros, so NaN and infinity reach nothing that was not
-routed.
+Every expert computes a row for every token: E/K times the arithmetic of a sorted formulation. Tokens that were not routed to an
+expert, and its rows for them, are zeros, so NaN and infinity reach nothing that was not routed.
 """
 
 import torch

@@ -3,8 +3,7 @@
 Grouped products are in neither, so experts are batches of ordinary ones. ``N = T * K`` routed rows go one of two ways:
 
 - Few rows, ``2 N <= E``: each row brings its expert's weights, a gathered copy of at most half of them all.
-- More: every expert is a batch of ``C = max(2, rows of the fullest expert)`` rows. C is the one number that is read from the
-  data.
+- More: every expert is a batch of ``C = max(2, rows of the fullest expert)`` rows. C alone is read from the data.
 
 The number of tokens may be a symbol of the graph, which then holds both ways. Autograd differentiates all of it.
 """

@@ -3,9 +3,8 @@
 Expert ``(i, j) = i * G + j`` scores ``log_softmax(a)_i + log_softmax(b)_j``. Subtracting the two logsumexps moves no pair past
 another, so pairs are chosen by ``a_i + b_j``, in the order of the real numbers, equal sums by the lower id.
 
-*Which pairs can win.* Ranks order each half by descending logit, equal logits by the lower index. The other ``(r + 1) (s + 1) -
-1`` pairs of ranks ``r' <= r``, ``s' <= s`` all beat the pair ``(r, s)``. So only pairs with ``(r + 1) (s + 1) <= K`` can be among
-the best K: about ``K ln K`` of ``G * G``.
+*Which pairs can win.* Ranks order each half by descending logit, equal logits by the lower index. All other pairs of ranks ``r'
+<= r``, ``s' <= s`` beat the pair ``(r, s)``. So only pairs with ``(r + 1) (s + 1) <= K`` can win: about ``K ln K`` of ``G * G``.
 
 *Why the order is exact.* The float sum ``s = fl(a + b)`` is monotone in the real sum ``s + e``, so comparing ``s`` first and the
 rounding error ``e``, which Knuth's TwoSum gives exactly, second compares the real sums.

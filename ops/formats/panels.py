@@ -2,8 +2,7 @@
 
 A weight ``[E, O, I]`` becomes ``[E, panels, units, columns, elements]``. A unit is what one multiply-add takes along ``I``: one
 element, or two. A panel has ``columns`` rows of the weight side by side; of a gated up-projection the first half are gate rows,
-the second half their up rows. Zeros fill what the sizes leave, and are never read. A write into panels, element by element, is a
-write into the weights.
+the second half their up rows. Zeros fill what the sizes leave. A write into panels is a write into the weights.
 """
 
 from typing import Any, NamedTuple

@@ -130,8 +130,7 @@ experts_merged: Callable[..., Any] = register(
 register_composite("experts_merged_dense", (_MERGED,), 1, (dense, "experts_merged_dense"), casts=_MERGED_CASTS)
 
 
-# Single neurons, and value memory. The slots of a backward name the row of a table's gradient for each routed row; see
-# sparse_tables.
+# Single neurons, and value memory. A backward's slots name the row of a table's gradient of each routed row: sparse_tables.
 
 _SLOTS = "Tensor? slots=None, int num_slots=0"
 _NEURONS = "Tensor x, Tensor experts, Tensor weights, Tensor down, Tensor up, str activation"

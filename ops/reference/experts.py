@@ -157,8 +157,7 @@ def experts_mlp(
 ) -> FloatArray:
     """Run every token through its experts and sum with the routing weights, ``[T, D]``; options as in :class:`_MLP`.
 
-    ``y_t = sum_j w_tj * (a_tj @ Wd_e^T + bd_e)``, ``e = experts_tj``, with ``a = act(gate) * up`` of ``z = x_t @ Wu_e^T + bu_e``
-    when gated and ``a = act(z)`` when plain.
+    ``y_t = sum_j w_tj * (a_tj @ Wd_e^T + bd_e)``, ``z = x_t @ Wu_e^T + bu_e``, ``a = act(gate) * up``, or ``act(z)`` when plain.
     """
     mlp, x_TD, weights_TK = _MLP(float64(up_proj), float64(down_proj), **options), float64(x), float64(weights)
     y_TD = np.zeros_like(x_TD)

@@ -64,12 +64,11 @@ def route(
 ) -> tuple[FloatArray, IntArray]:
     """Choose the experts of every token and their weights, ``[T, K]``, in descending order of the key, ties to the lower id.
 
-    ``score_first``: ``s = score(l)``, ``picked = TopK(s + b)``, ``p = s[picked]``; otherwise ``picked = TopK(l + b)``, ``p =
-    score(l[picked])``. Then ``w = factor * p / (sum(p) + norm_eps)``, the division only with ``norm_topk_prob``. The bias b never
-    enters a weight.
+    ``score_first``: ``s = score(l)``, ``picked = TopK(s + b)``, ``p = s[picked]``; otherwise ``picked = TopK(l + b)`` and ``p``
+    is the score of ``l[picked]``. Then ``w = factor * p / (sum(p) + norm_eps)``, the division only with ``norm_topk_prob``.
 
-    The options are those of ``RouteOptions``; ``top_k`` None keeps every expert. A group with one expert has its key as the sum
-    of its best two.
+    The options are those of ``RouteOptions``; ``top_k`` None keeps every expert. A group of one has its key as the sum of its
+    best two.
     """
     logits_TE = float64(logits)
     T, E = logits_TE.shape

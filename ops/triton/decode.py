@@ -1,8 +1,7 @@
 """Few rows (decoding): the experts' MLP as two matrix-vector launches, without a plan, a sort or an atomic.
 
 ``h_tj = act(x_t Wup_e^T + bup_e)`` for each pair of a token and a choice, then ``y_t = sum_j w_tj (h_tj Wdown_e^T + bdown_e)``.
-An expert's weights are read about once whatever is done, so what counts is reading at the speed of memory: many bytes under way,
-in vectors along the contiguous axis.
+An expert's weights are read about once, so the speed of memory counts: many bytes under way, along the contiguous axis.
 """
 
 from typing import NamedTuple

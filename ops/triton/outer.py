@@ -1,7 +1,7 @@
 """Weight gradients: ``out[e] = sum_i (w_i left[i])^T right[i]`` over the sorted rows ``i`` of expert ``e``, weighted or not.
 
-Each program owns one tile of one expert's gradient and walks that expert's rows, so every element is written once and the order
-of summation is fixed. A gathered operand stays per token in memory and is read through ``order // K``.
+Each program owns one tile of one expert's gradient, in a fixed order of summation. Gathered operands are read through ``order //
+K``.
 """
 
 import torch

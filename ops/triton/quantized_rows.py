@@ -1,8 +1,7 @@
 """One grouped projection of rows by weights of 8 or 4 bits, in either direction: over their inputs, or back over their outputs.
 
-A tile of stored values is widened in registers. Integers of 8 bits are exact in every dtype of x: forwards, where an output has
-one scale, it multiplies the finished sum. Everywhere else a tile becomes ``scale * (values - zero_point)``, rounded to the dtype
-of x once.
+A tile is widened in registers. Integers of 8 bits are exact in every dtype of x: forwards, where an output has one scale, it
+multiplies the finished sum. Everywhere else a tile becomes ``scale * (values - zero_point)``, rounded to the dtype of x once.
 """
 
 import torch

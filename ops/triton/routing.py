@@ -1,8 +1,7 @@
 """Routing on the GPU: logits to weights and expert ids, and the exact backward, one launch each.
 
-A program holds the logits of BLOCK_T tokens whole. The formulas are :mod:`fusedonemoe.ops.route`'s, in float32. A key is compared
-as the integer that has its order; its owner is the least id that has it. K rounds, each removing its winner, are an exact
-selection.
+A program holds the logits of BLOCK_T tokens whole. The formulas are :mod:`fusedonemoe.ops.route`'s, in float32. Keys are compared
+as integers of the same order; K rounds, each removing its winner, the least id of equals, are an exact selection.
 """
 
 from typing import Any

@@ -122,8 +122,8 @@ def tiles_of(x_TD: Tensor, rows: int, shape: Sequence[int], *, gated: bool) -> T
 def tiles_by_rule(arch: str, dtype: torch.dtype, rows_per_expert: float, D: int, F: int) -> Tiles:
     """The tiles that need no measurement. Arguments as for :func:`tiles_for`.
 
-    The tests compile every one: no register spills, copies that run ahead of the products, and Hopper's wide products where there
-    are rows enough.
+    The tests compile every one: no register spills, copies that run ahead of the products, Hopper's wide products where rows
+    allow.
     """
     if arch == "interpreter":
         return Tiles(*[Tile(16, 16, 16, 4, 1, GROUP_M=2)] * 6)

@@ -31,7 +31,7 @@ def multiply_rows(
 ):
     """``rows[source] @ weights[:, column]`` in float32; zeros in columns that do not exist.
 
-    Either saves a mask in the loop. EVEN_K: ``length`` is a multiple of BLOCK_K; EVEN_N: all columns exist.
+    EVEN_K: ``length`` is a multiple of BLOCK_K. EVEN_N: all columns exist. Either saves a mask in the loop.
     """
     depth = tl.arange(0, BLOCK_K)
     rows_ptrs = rows_ptr + source.to(tl.int64)[:, None] * length + depth[None, :]

@@ -2,9 +2,8 @@
 
     s_tj = x_t . table[experts_tj],      y_t = sum_j c_tj table[experts_tj]
 
-Both stream rows from memory to registers: nothing of size ``[T, K, D]`` exists, and each thread asks for 8 vectors of 16 bytes at
-once, or half as many elements where rows are not aligned. Two launches read no row twice, and one table at a time has twice the
-chance to stay in the L2 cache.
+Both stream rows from memory to registers, 8 vectors of 16 bytes to a thread at once, or half as many elements where rows are not
+aligned. Two launches read no row twice, and one table at a time has twice the chance to stay in the L2 cache.
 """
 
 from collections.abc import Sequence
@@ -254,8 +253,8 @@ def scores_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``dw = q act(s)``, ``ds = q w act'(s)`` and ``c = w act(s)`` of every pair, with ``q_tj = dy_t . up[experts_tj]``.
 
-    All are contiguous but the table. The results are ``[T, K]``, dw in the dtype of the weights and the others float32; empty
-    where not wanted.
+    All are contiguous but the table. The results are ``[T, K]``, empty if not wanted; dw has the weights' dtype, the others
+    float32.
     """
     dtypes = (weights_TK.dtype, torch.float32, torch.float32)
     results = [
