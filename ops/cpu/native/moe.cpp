@@ -98,6 +98,7 @@ struct ManagedTensor {
     void (*deleter)(ManagedTensor*);
 };
 
+// A buffer of the pool as a tensor for Python; the memory returns to the pool when that tensor dies.
 struct PooledTensor {
     ManagedTensor managed;
     int64_t bytes;
