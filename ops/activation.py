@@ -1,7 +1,6 @@
-"""The activations between the two projections of an expert, forward and backward, as plain tensor arithmetic.
+"""The activations of an expert, forward and backward, as plain tensor arithmetic.
 
-``z`` holds pre-activations ``[..., G]``. A plain expert has ``G = F`` and ``h = act(z)``; a gated one has ``G = 2F``, the
-gate and up columns of which ``layout`` names the order, and ``h = act(gate) * up``.
+``z [..., G]``: ``h = act(z)`` with ``G = F``, or ``h = act(gate) * up`` with ``G = 2F`` in the order ``layout``.
 """
 
 from collections.abc import Callable
@@ -53,8 +52,7 @@ def _rules(name: str) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Ten
 def activate(z: Tensor, act: Activation, *, reuse: bool = False) -> Tensor:
     """``h = act(z)`` or ``h = act(gate) * up``, ``[..., F]`` in the dtype of ``z [..., G]``.
 
-    ``reuse`` multiplies into the activated gate's own memory, which saves one ``[..., F]`` tensor. Only where autograd is not
-    recording.
+    ``reuse`` multiplies into the activated gate's own memory: only where autograd is not recording.
     """
     if act.layout == PLAIN:
         return _rules(act.name)[0](z)
@@ -67,10 +65,7 @@ def activate(z: Tensor, act: Activation, *, reuse: bool = False) -> Tensor:
 
 
 def activate_backward(dh: Tensor, z: Tensor, act: Activation) -> Tensor:
-    """Gradient of :func:`activate` with respect to ``z``, for the gradient ``dh [..., F]`` of ``h``.
-
-    A clamp passes the gradient on its boundary and stops it outside.
-    """
+    """Gradient of :func:`activate` with respect to ``z``; a clamp passes it on its boundary and stops it outside."""
     if act.layout == PLAIN:
         return _rules(act.name)[1](dh, z)
     gate, up = split_gate_up(z, act.layout)

@@ -115,7 +115,7 @@ exporting_to_onnx.__dict__["_dynamo_marked_constant"] = True  # see ops/cpu/nati
 
 
 def no_onnx_form(impl: str) -> str:
-    """Return the refusal of an implementation that was asked for while torch.onnx.export is at work."""
+    """Return the refusal of a named implementation while torch.onnx.export is at work."""
     return f"impl={impl!r} has no ONNX form: set impl='portable', or export inside `with fusedonemoe.export.portable(model):`"
 
 

@@ -1,11 +1,7 @@
 """The static-graph formulation: masked batched matmul. No Python loop, no branch on data, any device, any derivative.
 
-Every expert computes a row for every token, and a mask keeps what was routed: E/K times the arithmetic of a sorted formulation,
-in exchange for plain tensor contractions that autograd, ``torch.func``, ``torch.export`` and every backend understand.
-
-An expert gets zeros in place of a token that was not routed to it, and its row for such a token is replaced by zeros. So no
-token, no gradient of a token and no expert that holds NaN or infinity reaches what it was not routed to: zero times NaN is NaN,
-and is never computed.
+Every expert computes a row for every token: E/K times the arithmetic of a sorted formulation. Tokens that were not routed to an
+expert, and its rows for them, are zeros, so NaN and infinity reach nothing that was not routed.
 """
 
 import torch
@@ -19,11 +15,9 @@ from fusedonemoe.ops.records import ExpertsCall, Projection
 def routing_masks(
     experts_TK: Tensor, weights_TK: Tensor, num_experts: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """Spread a routing over all experts.
+    """Return ``weights_TE``, the summed weight of each expert for each token, and ``routed_TE``, the mask.
 
-    Returns:
-        ``weights_TE``, the summed weight of each expert for each token (0 where unrouted; at least float32, and at least
-        ``dtype``), and ``routed_TE``, the mask. An id outside ``[0, E)`` drops out, whatever its weight.
+    A weight is 0 where unrouted, at least float32, and at least ``dtype``. An id outside ``[0, E)`` drops out.
     """
     weights_TK = weights_TK.to(sum_dtype(weights_TK.dtype, dtype))
     hit_TKE = experts_TK.to(torch.int64)[:, :, None] == torch.arange(num_experts, device=experts_TK.device)
@@ -31,7 +25,7 @@ def routing_masks(
 
 
 def _by_expert(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``x_ETD``, with zeros in place of a token that was not routed to an expert, ``weights_ET1`` and ``routed_ET1``."""
+    """Return ``x_ETD`` with zeros for tokens that were not routed to an expert, ``weights_ET1`` and ``routed_ET1``."""
     weights_TE, routed_TE = routing_masks(experts_TK, weights_TK, num_experts, x_TD.dtype)
     routed_ET1 = routed_TE.t()[:, :, None]
     return torch.where(routed_ET1, x_TD.to(row_dtype(x_TD.dtype)), 0), weights_TE.t()[:, :, None], routed_ET1
@@ -60,8 +54,7 @@ def _project(rows_ETI: Tensor, projection: Projection, routed_ET1: Tensor, bias_
 def experts_mlp_dense(call: ExpertsCall) -> Tensor:
     """``y_t = sum_e down_e(w_te act(up_e(x_t)))`` over all experts at once, the down bias times ``w_te`` as well.
 
-    Pre-activations of unrouted pairs are set to 0 before the activation: a bias that overflows in the activation must not
-    turn ``0 * inf`` into NaN in a gradient.
+    Pre-activations of unrouted pairs are 0: a bias that overflows in the activation must not make a gradient ``0 * inf``.
     """
     x_TD, experts_TK, weights_TK, (up, down, act) = call
     x_ETD, weights_ET1, routed_ET1 = _by_expert(x_TD, experts_TK, weights_TK, up.shape[0])

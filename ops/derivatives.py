@@ -1,8 +1,6 @@
-"""The derivatives that the operators do not have: each way to ask for them is refused, with the name of what has them.
+"""The derivatives that the operators do not have, refused on every path: eager, traced, and inside a compiled graph.
 
-The operators have first derivatives in reverse mode. torch takes a zero for the tangent of an operator that has no rule for
-forward mode, and says nothing. So each operator refuses by itself, on every path that leads to it: called eagerly, while
-torch.compile, torch.export or make_fx trace it, and while a compiled graph runs it.
+The operators have first derivatives in reverse mode. In forward mode torch silently takes a missing rule for a zero tangent.
 """
 
 from typing import Any, NoReturn
@@ -30,9 +28,7 @@ def refuse_forward_mode() -> None:
 def refuse_transforms() -> None:
     """Raise in forward mode and in a transform of torch.func.
 
-    Dynamo has the operators raise, where it meets them: an error of traced Python would break the graph, and the part before
-    the break would run with tangents. Here it reads the level alone, which guards the graph: one that was compiled outside of
-    a level is not used inside.
+    While Dynamo traces, this only reads the level, which guards the graph: an error would break it, and the operators raise.
     """
     forbidden = in_forward_mode()
     if not torch.compiler.is_dynamo_compiling() and (forbidden or torch._C._are_functorch_transforms_active()):

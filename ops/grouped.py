@@ -1,10 +1,7 @@
 """The sorted formulation: rows in expert order, one grouped GEMM per projection. K/E of dense's arithmetic.
 
-The steps of :mod:`.mlp` and the merged projection, as static-shape tensor code around :func:`grouped_mm` and
-:func:`grouped_outer`. ``N = T * K`` rows; row suffix ``N`` means sorted (plan) order. Rows whose id lies outside
-``[0, E)`` stand at the end; the grouped products write zeros there, so they add nothing anywhere.
-
-Of float16, everything between x and y is float32 but the saved ``z``: see :func:`fusedonemoe.ops.precision.row_dtype`.
+The steps of :mod:`.mlp` and the merged projection as static-shape tensor code. ``N = T * K`` rows; row suffix ``N`` means sorted
+(plan) order. Rows of ids outside ``[0, E)`` come last; the grouped products write zeros there.
 """
 
 from typing import NamedTuple
@@ -27,31 +24,21 @@ def grouped_outer(left_NA: Tensor, right_NB: Tensor, offsets: Tensor) -> Tensor:
 
 
 class Rows(NamedTuple):
-    """The sorted rows of a call.
+    """The sorted rows of a call."""
 
-    Attributes:
-        experts_TK: ids.
-        order: ``[N]`` the flattened row ``t * K + j`` of each row.
-        token: ``[N]`` the token of each row.
-        position: ``[N]`` the place of each flattened row in sorted order.
-        weights_TK: routing weights with those of out-of-range ids at 0 (an arbitrary value may stand there).
-        weight: ``[N, 1]`` the routing weight of each row.
-    """
-
-    experts_TK: Tensor
-    order: Tensor
-    token: Tensor
-    position: Tensor
-    weights_TK: Tensor
-    weight: Tensor
+    experts_TK: Tensor  # ids
+    order: Tensor  # [N] the flattened row t * K + j of each row
+    token: Tensor  # [N] the token of each row
+    position: Tensor  # [N] the place of each flattened row in sorted order
+    weights_TK: Tensor  # routing weights, 0 where an id is out of range
+    weight: Tensor  # [N, 1] the routing weight of each row
 
 
 def in_backward(gradient: Tensor, *routing: Tensor) -> tuple[Tensor, ...]:
-    """``routing``, as values that are known only when ``gradient`` is.
+    """Return ``routing`` as values that are known only when ``gradient`` is.
 
-    torch.compile sees forward and backward as one graph, and cuts it where it likes. To it the backward's gathered rows of x
-    and its pre-activations are values that the forward has already, so it would keep those: K copies of x, and all of z
-    whatever ``save_percent`` says. Behind this they are the backward's own, and what is kept is what the operator keeps.
+    torch.compile cuts forward and backward out of one graph. Without this it would keep the gathered rows of x and all of z from
+    the forward, whatever ``save_percent`` says.
     """
     known = gradient.any()
     return tuple(torch.where(known, tensor, tensor) for tensor in routing)
@@ -69,10 +56,7 @@ def sorted_rows(experts_TK: Tensor, weights_TK: Tensor, order: Tensor, num_exper
 
 
 def bias_of_row(bias_EB: Tensor, rows: Rows, first: int | None = None) -> Tensor:
-    """Return the bias of each sorted row, or of those from ``first`` on, ``[N, B]``.
-
-    Zeros where the id is out of range, as any expert's bias may be NaN.
-    """
+    """Return the bias of each sorted row, or of those from ``first`` on, ``[N, B]``; zeros where the id is out of range."""
     order = rows.order if first is None else rows.order[first:]
     ids = rows.experts_TK.reshape(-1).to(torch.int64).index_select(0, order)
     rows_NB = bias_EB.index_select(0, ids.clamp(0, bias_EB.shape[0] - 1).to(torch.int32))
@@ -82,8 +66,7 @@ def bias_of_row(bias_EB: Tensor, rows: Rows, first: int | None = None) -> Tensor
 def sum_over_choices(rows_NB: Tensor, rows: Rows, *, weighted: bool, dtype: torch.dtype) -> Tensor:
     """Per token, the (weighted) sum of its K rows in the order of its choices: no atomics. ``[T, B]``.
 
-    A half-precision sum runs in float32 and rounds once. One choice after the other, because [T, K, B] in float32 would be
-    the largest tensor of the whole block.
+    A half-precision sum runs in float32 and rounds once. One choice at a time: ``[T, K, B]`` would be the block's largest tensor.
     """
     position_TK = rows.position.view(rows.weights_TK.shape)
     wide = sum_dtype(dtype)

@@ -1,8 +1,7 @@
 """Experts that are MLPs, over sorted rows: forward and hand-written backward, for every format of weights and for adapters.
 
-``z = x Wup_e + s1 (x A1_e) B1_e + bup_e``, ``y_t = sum_j w_tj (act(z) Wdown_e + s2 (act(z) A2_e) B2_e + bdown_e)``. An adapter
-takes two grouped products of width R next to the base product, and no expert's delta is ever formed. Weights that are not
-floats are widened whole on their way into the products: any device can do that, and any compiler can look through it.
+``z = x Wup_e + s1 (x A1_e) B1_e + bup_e``, ``y_t = sum_j w_tj (act(z) Wdown_e + s2 (act(z) A2_e) B2_e + bdown_e)``. No expert's
+delta is ever formed. Weights that are not floats are widened whole: any device can do that, and any compiler can look through it.
 
 Shape suffixes as in :mod:`.grouped`, with O and I for the outputs and inputs of a projection, and R for the rank of an adapter.
 """
@@ -33,7 +32,7 @@ from fusedonemoe.ops.records import Adapter, ExpertsCall, ExpertsForm, ExpertsGr
 
 
 def _aligned(adapter: Adapter) -> Adapter:
-    """With ranks that torch's CUDA grouped GEMM takes: rows of whole 16 bytes. The added columns are zeros, and add zeros."""
+    """Pad the rank with zeros to rows of whole 16 bytes, which torch's CUDA grouped GEMM wants."""
     rank, multiple = adapter.A.shape[1], ALIGNMENT_BYTES // adapter.A.element_size()
     missing = -rank % multiple
     if missing == 0 or not adapter.A.is_cuda:
@@ -51,11 +50,7 @@ class _Products:
 
     @cached_property
     def weights_EOI(self) -> Tensor:
-        """The weights; floats in their own dtype, which the products widen, others in that of the rows.
-
-        All experts are widened: which of them have tokens is known on the device alone, and a loop over those that have
-        would ask it.
-        """
+        """The weights of all experts: the device alone knows which have tokens. Floats keep their dtype, others get the rows'."""
         return self.projection.format.widen(self.projection.tensors, self.dtype)
 
     def forward(self, rows_NI: Tensor, rows: Rows, first: int | None = None) -> Tensor:
@@ -93,11 +88,7 @@ class _Products:
         return grouped.grouped_outer(gradient_NO, rows_NI, self.offsets)
 
     def factor_gradient(self, left: Tensor, right: Tensor, rank_dim: int) -> Tensor:
-        """Return ``sum left^T right`` without the columns that :func:`_aligned` added.
-
-        Of what :meth:`narrow_back` gives and the rows it is A's gradient, ``[E, R, I]``; of the gradient and what :meth:`narrow`
-        gives it is B's, ``[E, O, R]``.
-        """
+        """Return ``sum left^T right`` without padded columns: A's gradient ``[E, R, I]``, or B's ``[E, O, R]``."""
         assert self.projection.adapter is not None
         gradient, rank = grouped.grouped_outer(left, right, self.offsets), self.projection.adapter.A.shape[1]
         return gradient if gradient.shape[rank_dim] == rank else gradient.narrow(rank_dim, 0, rank).contiguous()
@@ -106,9 +97,7 @@ class _Products:
 def experts_mlp(call: ExpertsCall, save_percent: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``y_t = sum_j w_tj down_e(act(up_e(x_t)))``.
 
-    Returns:
-        ``y_TD``; ``z``, the first ``floor(N * save_percent / 100)`` rows of the sorted pre-activations; and the plan's
-        ``order`` and ``offsets``.
+    Returns y, the first ``floor(N * save_percent / 100)`` sorted rows of z, and the plan's ``order`` and ``offsets``.
     """
     x_TD, experts_TK, weights_TK, (up, down, act) = call
     plan, dtype = make_plan(experts_TK, up.shape[0]), row_dtype(x_TD.dtype)
@@ -125,10 +114,9 @@ def experts_mlp(call: ExpertsCall, save_percent: int) -> tuple[Tensor, Tensor, T
 
 
 def _widened_again(form: ExpertsForm, gradient: Tensor) -> ExpertsForm:
-    """The experts, whose weights are widened a second time instead of being kept from the forward.
+    """The experts, whose weights are widened a second time: to keep them would cost what a narrow format saves.
 
-    To keep them would cost what a narrow format saves. Scales that depend on the gradient hide from torch.compile that it has
-    widened them already.
+    Scales that depend on the gradient hide from torch.compile that it has widened them already.
     """
     scales = [i for i, part in enumerate(form.up.format.parts) if part.is_scale]
     if not scales:

@@ -1,9 +1,7 @@
 """Experts of one neuron, and of none (value memory): torch formulations, forward and hand-written backward.
 
-Static graphs of PyTorch's own bags of embeddings, which read table rows where they lie: no gathered copy of rows exists in
-memory. A weighted bag is a sum of table rows per token; the gradient of a bag's weights is a dot product for every routed row;
-the gradient of its table is a sum per table row in sorted order. Half precision is computed on float32 copies of the tables,
-so that it rounds once.
+Static graphs of PyTorch's own bags of embeddings, which read table rows in place: no gathered copy exists. Half precision is
+computed on float32 copies of the tables, so that it rounds once.
 """
 
 from typing import NamedTuple
@@ -38,8 +36,7 @@ class ValueNeeds(NamedTuple):
 class _Bags:
     """A routing as bags of table rows: one bag a token.
 
-    An id out of range becomes that of the token's first expert in range (0, if it has none) with weight 0: it reads no row that
-    the token does not read anyway, so a row that holds no numbers reaches nobody it was not routed to.
+    An id out of range becomes the token's first in range (0, if it has none) with weight 0, so the token reads no other row.
     """
 
     def __init__(self, experts_TK: Tensor, num_experts: int) -> None:
@@ -91,9 +88,7 @@ class _Bags:
 def touched_rows(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Return the table rows that a routing reads, for gradients of these alone: as many as the data says.
 
-    Returns:
-        Their ids, ascending, ``[U]`` int64, and the slots ``[T, K]`` int64: for every id its place among them, -1 where it is
-        out of range.
+    Their ids, ascending, ``[U]``, and slots ``[T, K]``: the place of every id among them, -1 where it is out of range.
     """
     routed_TK = in_range(experts_TK, num_experts)
     touched, places = torch.unique(experts_TK.to(torch.int64)[routed_TK], sorted=True, return_inverse=True)
@@ -115,8 +110,7 @@ def experts_neurons(
 ) -> tuple[Tensor, Tensor]:
     """``s_tj = <x_t, down_e>``, ``y_t = sum_j act(s_tj) w_tj up_e``.
 
-    Returns:
-        ``y_TD`` and ``s_TK`` in float32 (float64 for float64), 0 where an id is out of range.
+    Returns ``y_TD`` and ``s_TK`` in float32 (float64 for float64), 0 where an id is out of range.
     """
     bags = _Bags(experts_TK, up_ED.shape[0])
     s_TK = bags.dots(_wide(x_TD), _wide(down_ED))
@@ -139,10 +133,8 @@ def experts_neurons_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients that are needed; the others come back as tensors of size zero.
 
-    Those of the tables have a row for every expert, or, with the slots of :func:`touched_rows`, one for every slot.
-
-    With ``q = <dy, up_e>``: ``dw = q act(s)``, ``ds = q w act'(s)``, ``dx = sum_j ds down_e``, ``ddown_e = sum ds x`` and
-    ``dup_e = sum w act(s) dy``.
+    With ``q = <dy, up_e>``: ``dw = q act(s)``, ``ds = q w act'(s)``, ``dx = sum_j ds down_e``, ``ddown_e = sum ds x`` and ``dup_e
+    = sum w act(s) dy``. The tables' have a row for every expert, or for every slot of :func:`touched_rows`.
     """
     bags, act = _Bags(experts_TK, up_ED.shape[0]), _act(activation)
     owners = bags if slots_TK is None else _Bags(slots_TK, num_slots)
@@ -194,7 +186,7 @@ def experts_neurons_dense(
 ) -> Tensor:
     """Compute :func:`experts_neurons` with every expert for every token, ``[T, K, E]`` masks and all: for small E.
 
-    An expert gets zeros in place of a token that was not routed to it: zero times NaN is NaN, in the gradient of its row too.
+    Tokens are zeros where they were not routed: zero times NaN is NaN, in the gradient of a row too.
     """
     x_wide = _wide(x_TD)
     weights_TE, routed_TE = routing_masks(experts_TK, weights_TK.to(x_wide.dtype), up_ED.shape[0])

@@ -24,10 +24,7 @@ def say(text: str) -> None:
 
 
 def warn(text: str, category: type[Warning] = UserWarning, stacklevel: int = 1) -> None:
-    """Issue a warning; raise nothing but the warning itself, where a filter makes it an error.
-
-    A ``stacklevel`` of 1 points at the caller of this function.
-    """
+    """Issue a warning, at the caller for ``stacklevel`` 1; raise only the warning itself, where a filter makes it an error."""
     try:
         warnings.warn(text, category, stacklevel=stacklevel + 1)
     except Warning:

@@ -1,7 +1,6 @@
-"""Operands: tensors as a kernel reads them, by their addresses: of one shape, one dtype and one device, contiguous.
+"""Operands: tensors as a kernel reads them: of one shape, one dtype and one device, contiguous.
 
-A tensor that autograd saved may come back in other strides, or as another tensor altogether: that is for the hooks of
-``torch.autograd.graph.saved_tensors_hooks`` to say. And an operator can be called by its name, past the public functions.
+Saved-tensor hooks may change strides or the tensor, and an operator can be called by its name, past the public functions.
 """
 
 import math
@@ -30,7 +29,7 @@ def check_rows(experts: Tensor) -> None:
 
 
 def check_choices_of(logits: Tensor, top_k: int, dims: int = 1) -> None:
-    """Check that the routing of logits, the last ``dims`` dimensions of which are a token's, has entries that 32 bits number."""
+    """Check that the choices of logits, whose last ``dims`` dimensions are a token's, can be numbered in 32 bits."""
     if torch.compiler.is_dynamo_compiling():
         return
     rows = math.prod(logits.shape[:-dims]) * top_k
@@ -49,7 +48,7 @@ def check_dim(name: str, tensor: Tensor, dims: int) -> None:
 def check_one_device(names: Sequence[str], values: Sequence[object]) -> None:
     """Check that the tensors among an operator's arguments are on one device.
 
-    With a meta tensor among them torch takes the call for a question about shapes, and returns memory that nobody wrote.
+    With a meta tensor among them torch would only compute shapes, and return memory that nobody wrote.
     """
     first: tuple[str, torch.device] | None = None
     for name, value in zip(names, values, strict=False):
@@ -69,14 +68,9 @@ class Reader(NamedTuple):
     def read(
         self, name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...] = (), *, views: bool = False
     ) -> Tensor:
-        """Return ``tensor``, contiguous unless ``views`` of any strides will do.
+        """Check and return ``tensor``, contiguous unless ``views`` will do; it has one of ``dtypes``, by default that of x.
 
-        Symbolic sizes are not compared with ``shape``, which would make guards of the graph. Without ``dtypes`` it must have
-        that of x.
-
-        Raises:
-            TypeError: another dtype.
-            ValueError: another shape or device.
+        Symbolic sizes are not compared with ``shape``, which would make guards of the graph.
         """
         if tensor.dtype != self.dtype if not dtypes else tensor.dtype not in dtypes:
             raise TypeError(f"{name} must have dtype {' or '.join(map(str, dtypes or (self.dtype,)))}, got {tensor.dtype}")
@@ -92,11 +86,11 @@ class Reader(NamedTuple):
         """:meth:`read`, where there is one."""
         return None if tensor is None else self.read(name, tensor, shape, dtypes)
 
-    def routing(self, experts: Tensor, weights: Tensor, tokens: int | None = None) -> tuple[Tensor, Tensor]:
+    def routing(self, experts: Tensor, weights: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         """Ids and weights ``[T, K]``."""
         check_dim("experts", experts, 2)
         check_rows(experts)
-        shape = (experts.shape[0] if tokens is None else tokens, experts.shape[1])
+        shape = (tokens, experts.shape[1])
         if shape[1] < 1:
             raise ValueError(f"experts must have shape [T, K] with K >= 1, got {tuple(experts.shape)}")
         return self.read("experts", experts, shape, INTEGERS), self.read("weights", weights, shape, FLOATS)
@@ -106,34 +100,18 @@ class Reader(NamedTuple):
         order = self.read("order", order, (experts.numel(),), (torch.int32,))
         return order, self.read("offsets", offsets, (num_experts + 1,), (torch.int32,))
 
-    def saved(self, z: Tensor, rows: int, width: int) -> Tensor:
-        """The pre-activations that were kept: of all rows, or of some."""
-        check_dim("z", z, 2)
-        if not self.symbolic and z.shape[0] > rows:
-            raise ValueError(f"z must have at most {rows} rows, got {z.shape[0]}")
-        return self.read("z", z, (z.shape[0], width))
-
     def rows(
         self, z: Tensor, order: Tensor, offsets: Tensor, experts: Tensor, up_shape: tuple[int, int, int]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Read the sorted rows that a forward kept, for an up-projection ``[E, G, D]``."""
+        """Read the sorted rows that a forward kept, all or the first, for an up-projection ``[E, G, D]``."""
         E, G, _ = up_shape
-        return self.saved(z, experts.numel(), G), *self.plan(order, offsets, experts, E)
+        check_dim("z", z, 2)
+        if not self.symbolic and z.shape[0] > experts.numel():
+            raise ValueError(f"z must have at most {experts.numel()} rows, got {z.shape[0]}")
+        return self.read("z", z, (z.shape[0], G)), *self.plan(order, offsets, experts, E)
 
 
-def reader_of(x: Tensor, name: str = "x") -> Reader:
-    """The reader of a call with this x ``[T, D]``, or with another tensor that has the dtype of the expert weights."""
-    check_dim(name, x, 2)
+def reader_of(x: Tensor) -> Reader:
+    """The reader of a call with this x ``[T, D]``."""
+    check_dim("x", x, 2)
     return Reader(x.device, x.dtype, any(type(size) is not int for size in x.shape))
-
-
-def read_merged(
-    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, proj_EDF: Tensor, *, views: bool = False
-) -> tuple[Reader, tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """The reader of a merged projection's call, and its four tensors; with ``views`` the weights keep their strides."""
-    reader = reader_of(x_TD)
-    check_dim("proj", proj_EDF, 3)
-    (T, D), (E, _, F) = x_TD.shape, proj_EDF.shape
-    experts_TK, weights_TK = reader.routing(experts_TK, weights_TK, T)
-    proj_EDF = reader.read("proj", proj_EDF, (E, D, F), views=views)
-    return reader, (reader.read("x", x_TD, (T, D)), experts_TK, weights_TK, proj_EDF)

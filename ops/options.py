@@ -30,12 +30,7 @@ def make_activation(
     swiglu_alpha: float = SWIGLU_ALPHA,
     swiglu_limit: float = SWIGLU_LIMIT,
 ) -> Activation:
-    """Make the checked record of an activation from the public arguments.
-
-    Raises:
-        TypeError: ``gated`` is not a bool.
-        ValueError: an unknown name, or ``swiglu_oai`` without a gate.
-    """
+    """Make the checked record of an activation from the public arguments."""
     check_one_of("activation", activation, ACTIVATIONS)
     check_one_of("gate_up_layout", gate_up_layout, GATE_UP_LAYOUTS)
     check_flag("gated", gated)

@@ -1,7 +1,6 @@
 """From a routing to the expert-sorted order of its rows: static shapes, no host synchronisation.
 
-Row ``n = t * K + j`` of the flattened routing is token ``t``'s ``j``-th choice. The plan sorts the ``N = T * K`` rows by
-expert, keeping token order inside an expert (a stable sort), and puts rows whose id lies outside ``[0, E)`` last.
+Row ``n = t * K + j`` is token ``t``'s ``j``-th choice. The sort of the ``N = T * K`` rows is stable, ids outside ``[0, E)`` last.
 """
 
 from typing import NamedTuple
@@ -36,10 +35,7 @@ def _expert_or_end(experts: Tensor, num_experts: int) -> Tensor:
 
 
 def make_plan(experts_TK: Tensor, num_experts: int) -> Plan:
-    """Sort the rows of a routing by expert; ids of any integer type outside ``[0, num_experts)`` are kept out of every expert.
-
-    The shapes depend on ``T``, ``K`` and ``E`` only.
-    """
+    """Sort the rows of a routing by expert; ids of any integer type outside ``[0, num_experts)`` are kept out of every expert."""
     sorted_ids, order = torch.sort(_expert_or_end(experts_TK, num_experts), stable=True)
     bounds = torch.arange(num_experts + 1, device=experts_TK.device)
     offsets = torch.searchsorted(sorted_ids, bounds, out_int32=True)
@@ -53,11 +49,7 @@ def inverse_order(order: Tensor) -> Tensor:
 
 
 def tokens_per_expert(experts: Tensor, num_experts: int) -> Tensor:
-    """Count the routed rows of every expert: ``c_e = #{(t, j): experts_tj = e}``, ``[E]`` int64.
-
-    Ids have any shape and integer type; those outside ``[0, num_experts)`` are not counted. The sums are of integers, so they
-    have the same bits in any order of summation.
-    """
+    """Count the routed rows of every expert: ``c_e = #{(t, j): experts_tj = e}``, ``[E]`` int64, without ids out of range."""
     ids = _expert_or_end(experts, num_experts)
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=experts.device)
     return counts.scatter_add(0, ids, torch.ones_like(ids))[:num_experts]

@@ -3,12 +3,9 @@
 Grouped products are in neither, so experts are batches of ordinary ones. ``N = T * K`` routed rows go one of two ways:
 
 - Few rows, ``2 N <= E``: each row brings its expert's weights, a gathered copy of at most half of them all.
-- More: every expert is a batch of C rows, ``C = max(2, rows of the fullest expert)``. That is the work of the routed rows where
-  experts are evenly used, and where one takes every token that of dense, never more. C is read from the data: the one number
-  that is.
+- More: every expert is a batch of ``C = max(2, rows of the fullest expert)`` rows. C alone is read from the data.
 
-The number of tokens may be a symbol of the graph, which then holds both ways. Autograd differentiates all of it. Of float16,
-everything between x and y is float32: see :func:`fusedonemoe.ops.precision.row_dtype`.
+The number of tokens may be a symbol of the graph, which then holds both ways. Autograd differentiates all of it.
 """
 
 from collections.abc import Callable
@@ -32,9 +29,7 @@ def few_rows(rows: int, num_experts: int) -> bool:
 def _make_slots(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Lay every expert's rows side by side, with room in each for those of the fullest: C rows.
 
-    Returns:
-        The token of each slot, T for an empty one, ``[E * C]``; and the slot of each flattened row ``t * K + j``, ``E * C`` where
-        its id is out of range, ``[N]``.
+    Returns the token of each slot, T for an empty one, ``[E * C]``, and each flattened row's slot, ``E * C`` if out of range.
     """
     (T, K), device = experts_TK.shape, experts_TK.device
     N = T * K
@@ -74,8 +69,7 @@ def _mix(
 ) -> Tensor:
     """``sum_j w_tj apply(x_t, parameters of expert e_tj)`` with parameters ``[E, ...]``.
 
-    ``apply`` takes rows ``[B, C, D]``, the mask ``[B, C, 1]`` of those that are routed, the others being zero, and B experts'
-    parameters; all in the dtype of single experts' rows.
+    ``apply`` takes rows ``[B, C, D]``, zero where not routed, the mask ``[B, C, 1]`` of the routed, and B experts' parameters.
     """
     E, dtype = parameters[0].shape[0], row_dtype(x_TD.dtype)
 
@@ -108,8 +102,7 @@ def _mix(
 def experts_mlp_portable(call: ExpertsCall) -> Tensor:
     """``y_t = sum_j w_tj down_e(act(up_e(x_t)))``, ``e = experts_tj``, of experts of floats. ``[T, D]`` in the dtype of x.
 
-    Pre-activations are 0 where nothing is routed, as in :mod:`fusedonemoe.ops.dense`: a bias that overflows in the activation,
-    or an expert that holds NaN, must not turn a product with 0 into NaN in a gradient.
+    Pre-activations are 0 where nothing is routed, as in :mod:`fusedonemoe.ops.dense`.
     """
     x_TD, experts_TK, weights_TK, (up, down, act) = call
     has_up_bias, has_down_bias = up.bias is not None, down.bias is not None

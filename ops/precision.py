@@ -14,7 +14,6 @@ def sum_dtype(*dtypes: torch.dtype) -> torch.dtype:
 def row_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of one expert's rows, and of their gradients, in a layer of this dtype.
 
-    It is float32 for float16: one expert's row may pass 65,504, the largest float16, though the weighted sum of a token's
-    rows does not. Every other dtype has room enough.
+    It is float32 for float16: one row may pass 65,504, the largest float16, though the weighted sum of a token's rows does not.
     """
     return torch.float32 if dtype == torch.float16 else dtype

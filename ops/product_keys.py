@@ -1,15 +1,13 @@
 """Product keys: the best pairs of two short lists of logits, forward and the exact backward, as plain tensor arithmetic.
 
-Expert ``(i, j) = i * G + j`` scores ``log_softmax(a)_i + log_softmax(b)_j``. Subtracting the two logsumexps moves no pair
-past another, so pairs are chosen by ``a_i + b_j``, in the order of the real numbers, equal sums by the lower id.
+Expert ``(i, j) = i * G + j`` scores ``log_softmax(a)_i + log_softmax(b)_j``. Subtracting the two logsumexps moves no pair past
+another, so pairs are chosen by ``a_i + b_j``, in the order of the real numbers, equal sums by the lower id.
 
-*Which pairs can win.* Let ranks order each half by descending logit, equal logits by the lower index. The pair of ranks
-``(r, s)`` is beaten by each of the other ``(r + 1) (s + 1) - 1`` pairs of ranks ``(r', s')`` with ``r' <= r`` and ``s' <= s``:
-its sum is greater, or both its logits are equal to the pair's, and then its indices, so its id, are lower. So only pairs
-with ``(r + 1) (s + 1) <= K`` can be among the best K: about ``K ln K`` of ``G * G``.
+*Which pairs can win.* Ranks order each half by descending logit, equal logits by the lower index. All other pairs of ranks ``r'
+<= r``, ``s' <= s`` beat the pair ``(r, s)``. So only pairs with ``(r + 1) (s + 1) <= K`` can win: about ``K ln K`` of ``G * G``.
 
 *Why the order is exact.* The float sum ``s = fl(a + b)`` is monotone in the real sum ``s + e``, so comparing ``s`` first and the
-rounding error ``e`` second compares the real sums. Knuth's TwoSum gives ``e``, which is a float itself, in six additions.
+rounding error ``e``, which Knuth's TwoSum gives exactly, second compares the real sums.
 """
 
 import torch
@@ -24,7 +22,7 @@ EXACT_INTEGERS = 1 << 24  # up to here a float32 holds every integer
 def candidates(top_k: int, num_keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Ranks ``(r, s)`` with ``(r + 1) (s + 1) <= top_k``, both below ``num_keys``; each ``[C]`` int64.
 
-    Arithmetic on the device: a list copied from the host would not go into a CUDA graph. An exported graph holds the lists.
+    Computed on the device: a CUDA graph cannot hold a list copied from the host. An exported graph holds the lists.
     """
     ranks = min(top_k, num_keys)
     if torch.compiler.is_exporting():
@@ -42,8 +40,7 @@ def candidates(top_k: int, num_keys: int, device: torch.device) -> tuple[Tensor,
 def exact_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Two keys per sum, the greater one first: they order ``a + b`` as real numbers.
 
-    Halves are added, so that no sum overflows; halving is exact down to the subnormal numbers. Minus infinity counts as a
-    number below all others: of two sums with one such term each, the other terms decide.
+    Halves are added, so that no sum overflows. Of two sums with one minus infinity each, the other terms decide.
     """
     a, b = 0.5 * a, 0.5 * b
     total = a + b
@@ -76,10 +73,7 @@ def _select_exactly(keys: Tensor, values: Tensor, top_k: int, num_keys: int, opa
 
 
 def select_pairs_on_cpu(logits: Tensor, top_k: int) -> Tensor:
-    """Select pairs of float32 on CPU; it looks at the data, so a graph may hold it as an operator only.
-
-    A row whose ``top_k + 1`` greatest sums are different floats is done after one selection by them.
-    """
+    """Select pairs of float32 on CPU, looking at the data: a row whose ``top_k + 1`` greatest sums differ needs one selection."""
     G = logits.shape[-1]
     keys, values = _best_keys(logits, top_k, True)
     first, second = candidates(top_k, G, logits.device)
@@ -98,7 +92,7 @@ def select_pairs_on_cpu(logits: Tensor, top_k: int) -> Tensor:
 def select_pairs(logits: Tensor, top_k: int, opaque: bool) -> Tensor:
     """Ids ``i * G + j`` of the ``top_k`` pairs of greatest sum, best first, equal sums by the lower id. ``[T, K]`` int64.
 
-    ``logits [T, 2, G]`` have the routing dtype. ``opaque``: the selection may be an operator, which no transform looks into.
+    ``opaque``: the selection may be an operator, which no transform looks into.
     """
     logits = logits.detach()
     if opaque and logits.dtype == torch.float32 and logits.device.type == "cpu" and not torch.compiler.is_exporting():

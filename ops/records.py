@@ -23,23 +23,18 @@ _make = tuple.__new__
 class Activation(NamedTuple):
     """The function between the up and the down projection.
 
-    Attributes:
-        name: one of :data:`ACTIVATIONS`. ``swiglu_oai`` is GPT-OSS's clamped SwiGLU, gated by definition:
-            ``g = min(gate, limit)``, ``u = clamp(up, -limit, limit)``, ``h = (u + 1) * g * sigmoid(alpha * g)``.
-        layout: the order of gate and up along the last axis of ``z``: ``gate_up`` (halves, gate first), ``up_gate``
-            (halves, up first), ``interleaved`` (gate, up, gate, up, ...), or ``plain`` for an expert without a gate.
-        alpha: slope of ``swiglu_oai``.
-        limit: clamp of ``swiglu_oai``.
+    ``swiglu_oai`` is GPT-OSS's clamped SwiGLU, gated by definition: ``g = min(gate, limit)``, ``u = clamp(up, -limit, limit)``,
+    ``h = (u + 1) * g * sigmoid(alpha * g)``.
     """
 
-    name: str
-    layout: str
-    alpha: float
-    limit: float
+    name: str  # one of ACTIVATIONS
+    layout: str  # of z: gate_up, up_gate (halves), interleaved (gate, up, gate, up, ...), or plain without a gate
+    alpha: float  # slope of swiglu_oai
+    limit: float  # clamp of swiglu_oai
 
 
 class Argument(NamedTuple):
-    """An argument of an operator, and whether autocast casts it and the backward returns a gradient of it."""
+    """An argument of an operator; whether autocast casts it, and whether the backward returns a gradient of it."""
 
     name: str
     type: str
@@ -62,15 +57,7 @@ class Adapter(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """A stacked linear map ``[E, O, I]``: ``rows W_e^T + bias_e + scale (rows A_e^T) B_e^T``.
-
-    Attributes:
-        format: of the weights W.
-        tensors: of the format.
-        shape: ``(E, O, I)``.
-        bias: ``[E, O]``, or None.
-        adapter: or None.
-    """
+    """A stacked linear map ``[E, O, I]``: ``rows W_e^T + bias_e + scale (rows A_e^T) B_e^T``, W in a weight format."""
 
     format: Format
     tensors: Tensors
@@ -117,12 +104,6 @@ class ExpertsForm(NamedTuple):
     down: Projection
     act: Activation
 
-    @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        """Return ``E, D, F, G``."""
-        E, G, D = self.up.shape
-        return E, D, self.down.shape[2], G
-
 
 class ExpertsCall(NamedTuple):
     """A call of experts that are MLPs: ``x [T, D]``, ids and routing weights ``[T, K]`` of any integer and floating dtype."""
@@ -133,10 +114,9 @@ class ExpertsCall(NamedTuple):
     form: ExpertsForm
 
     def read(self, *, views: bool = False) -> tuple[Reader, "ExpertsCall"]:
-        """Check the operands of an operator that was called by its name; with ``views``, weights of floats keep their strides.
+        """Check an operator that was called by its name; return the call's reader, and the call as kernels read it.
 
-        Returns:
-            The reader of the call, and the call with its tensors as kernels read them.
+        With ``views``, weights of floats keep their strides.
         """
         x_TD, experts_TK, weights_TK, (up, down, act) = self
         reader = reader_of(x_TD)
@@ -206,21 +186,13 @@ class ExpertsGradients(NamedTuple):
 class ExpertsArguments:
     """The argument list of the operators of experts: the only place that knows the order.
 
-    ``x, experts, weights``, the parts of up, the parts of down, ``up_bias, down_bias``; of adapters ``up_A, up_B, down_A,
-    down_B, up_scale, down_scale``; the intermediate size where the weights do not tell it; the activation's fields.
-
-    Attributes:
-        formats: of the weights, all with the same parts.
-        adapted: whether there are adapters; one that is absent has rank 0.
-        arguments: all of them, in order.
-        num_tensors: how many of them, from the first, are tensors.
-        names: of the first part of each weight, for errors.
-        gradients: the fields of :class:`ExpertsGradients` that the backward returns, in order.
+    ``x, experts, weights``, the parts of up, the parts of down, ``up_bias, down_bias``; of adapters ``up_A, up_B, down_A, down_B,
+    up_scale, down_scale``; the intermediate size where the weights do not tell it; the activation's fields.
     """
 
     def __init__(self, formats: tuple[Format, ...], *, adapted: bool = False) -> None:
-        self.formats: tuple[Format, ...] = formats
-        self.adapted: bool = adapted
+        self.formats: tuple[Format, ...] = formats  # of the weights, all with the same parts
+        self.adapted: bool = adapted  # an adapter that is absent has rank 0
         self.parts: tuple[Part, ...] = formats[0].parts
 
         def side(name: str) -> list[Argument]:
@@ -236,10 +208,11 @@ class ExpertsArguments:
         if not formats[0].has_sizes:
             constants.append(Argument("intermediate_size", "SymInt"))
         self.arguments: tuple[Argument, ...] = (*tensors, *constants, *ACTIVATION_ARGUMENTS)
-        self.num_tensors: int = len(tensors)
+        # Of the first part of each weight, for errors.
         self.names: tuple[str, ...] = tuple(self.parts[0].name.format(name) for name in ("up", "down"))
         weights_gradients = ("up", "down") if any(p.has_gradient for p in self.parts) else ()
         adapter_gradients = tuple(factor.name for factor in factors) if adapted else ()
+        # The fields of ExpertsGradients that the backward returns, in order.
         self.gradients: tuple[str, ...] = ("x", "weights", *weights_gradients, "up_bias", "down_bias", *adapter_gradients)
         # From flags of these, with False behind them for the others, to those of ExpertsNeeds.
         places = {name: place for place, name in enumerate(self.gradients)}

@@ -37,8 +37,8 @@ def select(keys: Tensor, k: int) -> Tensor:
 def select_for_export(keys: Tensor, k: int) -> Tensor:
     """:func:`select` of float32 keys for formats that cannot look at a number's bits, such as ONNX.
 
-    A float64 has room for the order of equal keys: each key is moved down by its id's share of less than a quarter of the
-    distance to the next float32. Zeros have no such distance of their own and get one, infinities become numbers.
+    In float64 each key moves down by its id's share of less than a quarter of the distance to the next float32, so none are
+    equal. Zeros have no such distance and get one; infinities become numbers.
     """
     last = keys.shape[-1] - 1
     share = torch.arange(last + 1, device=keys.device).to(torch.float64) * 2.0 ** -(26 + last.bit_length())
@@ -75,7 +75,7 @@ def _close_groups(keys: Tensor, rule: RouteRule) -> Tensor:
 def select_experts(logits: Tensor, selection_bias: Tensor | None, rule: RouteRule) -> Tensor:
     """Ids ``[T, K]`` int64 of the experts of every token, best first; all experts in id order when ``rule.top_k`` is 0.
 
-    The scores are monotone in the logits, so without a bias and without groups the logits, in the routing dtype, are the keys.
+    Without a bias and without groups the logits are the keys: the scores are monotone in them.
     """
     E = logits.shape[-1]
     if rule.top_k == 0:
@@ -100,9 +100,7 @@ def softmax_over_all(rule: RouteRule) -> bool:
 def route(logits: Tensor, selection_bias: Tensor | None, rule: RouteRule) -> tuple[Tensor, Tensor]:
     """Weights ``[T, K]``, float32 or float64 as the logits, and int64 ids of the selected experts.
 
-    A softmax over all experts, divided by the sum of the picked, is the softmax over the picked logits, so only the
-    unnormalised softmax has to look at the other logits. It subtracts the maximum, which is exact enough for logits of any
-    size: a logsumexp of large logits is rounded by more than the weights may be wrong.
+    The unnormalised softmax subtracts the maximum of all logits; a logsumexp of large logits would be too inexact.
     """
     if logits.dtype != (dtype := routing_dtype(logits.dtype)):  # a conversion to the same costs a microsecond
         logits = logits.to(dtype)

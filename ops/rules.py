@@ -104,11 +104,7 @@ def with_defaults(options: RouteOptions) -> dict[str, Any]:
 
 
 def make_rule(num_experts: int, top_k: int | None, *, selection_bias: bool = False, **options: Unpack[RouteOptions]) -> RouteRule:
-    """Make the checked record of a rule for so many experts, ``top_k`` of them a token or, if None, all of them.
-
-    Raises:
-        TypeError, ValueError: a field of another type, an unknown name, or a number that these experts do not allow.
-    """
+    """Make the checked record of a rule for so many experts, ``top_k`` of them a token or, if None, all of them."""
     values = with_defaults(options)
     scoring, norm_eps = values["scoring"], values["norm_eps"]
     check_one_of("scoring", scoring, SCORINGS)

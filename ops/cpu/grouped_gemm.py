@@ -1,8 +1,7 @@
 """Grouped GEMMs on CPU from torch's own: a batched matmul over padded experts, or one GEMM per expert.
 
-These run inside opaque operators, where reading ``offsets`` costs nothing (they live in host memory) and shapes may
-follow the data. With few rows per expert the cost is one library call per expert, so experts are batched, each padded to the
-longest of its batch, a batch small enough to stay in cache. With many rows the GEMM is worth its call.
+These run inside opaque operators, where ``offsets`` can be read. Experts with few rows are batched, each padded to the longest of
+its batch, a batch small enough to stay in cache. With many rows a GEMM is worth its call.
 """
 
 import torch
@@ -33,15 +32,9 @@ def _bounds(offsets: Tensor, num_experts: int, num_rows: int) -> list[int]:
 
 
 def grouped_mm(rows_NA: Tensor, weights_EAB: Tensor, offsets: Tensor) -> Tensor:
-    """``out[i] = rows[i] @ weights[e]`` for ``offsets[e] <= i < offsets[e + 1]``, zeros past ``offsets[E]``.
+    """``out[i] = rows[i] @ weights[e]`` for ``offsets[e] <= i < offsets[e + 1]``, zeros past ``offsets[E]``, ``[N, B]``.
 
-    Args:
-        rows_NA: ``[N, A]`` rows in expert order.
-        weights_EAB: ``[E, A, B]``, any strides; of a narrower dtype than the rows they are widened, some experts at a time.
-        offsets: ``[E + 1]`` int32.
-
-    Returns:
-        ``[N, B]`` in the dtype of the rows.
+    Weights have any strides; of a narrower dtype than the rows, which the result has, they are widened some experts at a time.
     """
     N, E = rows_NA.shape[0], weights_EAB.shape[0]
     bounds = _bounds(offsets, E, N)
@@ -73,16 +66,7 @@ def grouped_mm(rows_NA: Tensor, weights_EAB: Tensor, offsets: Tensor) -> Tensor:
 
 
 def grouped_outer(left_NA: Tensor, right_NB: Tensor, offsets: Tensor) -> Tensor:
-    """``out[e] = left[rows of e]^T @ right[rows of e]``; zeros for an expert without rows.
-
-    Args:
-        left_NA: ``[N, A]`` rows in expert order.
-        right_NB: ``[N, B]`` rows in expert order.
-        offsets: ``[E + 1]`` int32.
-
-    Returns:
-        ``[E, A, B]`` in the dtype of the rows.
-    """
+    """``out[e] = left[rows of e]^T @ right[rows of e]``, ``[E, A, B]``; zeros for an expert without rows."""
     bounds = _bounds(offsets, offsets.numel() - 1, left_NA.shape[0])
     out_EAB = left_NA.new_empty(len(bounds) - 1, left_NA.shape[1], right_NB.shape[1])
     for e, out_AB in enumerate(out_EAB.unbind()):

@@ -12,36 +12,21 @@ Tensors = tuple[Any, ...]  # the tensors of a weight, with None for an optional 
 
 
 class Part(NamedTuple):
-    """One of the tensors that hold a weight, as an argument of the operators.
+    """One of the tensors that hold a weight, as an argument of the operators."""
 
-    Attributes:
-        name: of the argument, with ``{}`` in place of ``up`` or ``down``.
-        is_optional: whether None may come in its place.
-        casts: whether autocast casts it.
-        has_gradient: whether the backward returns a gradient of it.
-        is_scale: whether it scales another part, and is small next to it.
-    """
-
-    name: str
-    is_optional: bool = False
-    casts: bool = False
-    has_gradient: bool = False
-    is_scale: bool = False
+    name: str  # of the argument, with {} in place of up or down
+    is_optional: bool = False  # None may come in its place
+    casts: bool = False  # autocast casts it
+    has_gradient: bool = False  # the backward returns a gradient of it
+    is_scale: bool = False  # it scales another part, and is small next to it
 
 
 class Format:
-    """A way to store stacked weights ``[E, O, I]``: E experts, O outputs, I inputs.
+    """A way to store stacked weights ``[E, O, I]``: E experts, O outputs, I inputs."""
 
-    Attributes:
-        name: the word that kernels dispatch on.
-        parts: the tensors that hold the weights. Formats with the same parts share an operator, which tells them apart
-            with :meth:`shape`.
-        has_sizes: whether the tensors tell O and I; if not, the operator takes the intermediate size as an argument.
-    """
-
-    name: str
-    parts: tuple[Part, ...]
-    has_sizes: bool = True
+    name: str  # the word that kernels dispatch on
+    parts: tuple[Part, ...]  # the tensors of the weights. Formats with the same parts share an operator; shape() tells them apart
+    has_sizes: bool = True  # whether the tensors tell O and I; if not, the operator takes the intermediate size
 
     def shape(self, tensors: Tensors) -> Shape | None:
         """Return ``(E, O, I)`` of the weights that the tensors hold; None if they are in another format."""
@@ -52,10 +37,7 @@ class Format:
         return (self.name,)
 
     def read(self, reader: Reader, name: str, tensors: Tensors, shape: Shape, *, views: bool) -> Tensors:
-        """Check the tensors of an operator that was called by its name, and return them as kernels read them.
-
-        ``name`` is ``up`` or ``down``. With ``views`` the kernels read any strides; otherwise the tensors are made contiguous.
-        """
+        """Check tensors of an operator that was called by its name; return them contiguous, or with ``views`` in any strides."""
         raise NotImplementedError
 
     def make(self, weight_EOI: Tensor, **options: Any) -> Tensors:

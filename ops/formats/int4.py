@@ -48,13 +48,9 @@ class Int4(Format):
         )
 
     def make(self, weight_EOI: Tensor, **options: Any) -> QuantizedWeight:
-        """Round to the nearest of 16 values a group.
+        """Round to the nearest of 16 values a group of ``group_size`` inputs.
 
-        Args:
-            weight_EOI: floats, whose I is a multiple of ``group_size``.
-            **options: ``group_size``, and ``symmetric``. Symmetric: the largest of a group becomes the value of largest size,
-                which is -8, and the scale takes its sign. Otherwise the values reach from the smallest to the largest, zero
-                included.
+        ``symmetric``: the largest of a group becomes -8, and the scale takes its sign. Otherwise the values reach to both ends.
         """
         groups = weight_EOI.to(torch.float32).unflatten(-1, (-1, options["group_size"]))
         tiny, zero = torch.finfo(torch.float32).tiny, None

@@ -1,10 +1,8 @@
 """Panels: float weights in the order in which the CPU kernels read them, a permutation of the weights in their own dtype.
 
-A weight ``[E, O, I]`` becomes ``[E, panels, units, columns, elements]``. A unit is what one multiply-add takes along ``I``:
-one element, or two where the machine has a dot product of pairs. A panel has ``columns`` rows of the weight side by side; in
-the panels of a gated up-projection the first half of the columns are gate rows, and the second half the up rows that belong to
-them. Zeros fill what the sizes leave, and are never read. Panels are the weights themselves: a write into them, element by
-element, is a write into the weights.
+A weight ``[E, O, I]`` becomes ``[E, panels, units, columns, elements]``. A unit is what one multiply-add takes along ``I``: one
+element, or two. A panel has ``columns`` rows of the weight side by side; of a gated up-projection the first half are gate rows,
+the second half their up rows. Zeros fill what the sizes leave. A write into panels is a write into the weights.
 """
 
 from typing import Any, NamedTuple
@@ -63,10 +61,7 @@ def pack(weight_EOI: Tensor, layout: str, out: Tensor | None = None) -> Tensor:
 
 
 class Panels(Format):
-    """One tensor ``[E, panels, units, columns, elements]``, which does not tell O and I: zeros fill the last panel.
-
-    For the same reason its weights are read back by the operator ``unpack_weights``, which is told the sizes and the layout.
-    """
+    """One tensor, which does not tell O and I; the operator ``unpack_weights``, which is told them, reads the weights back."""
 
     name = "panels"
     parts: tuple[Part, ...] = (Part("packed_{}"),)

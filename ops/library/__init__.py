@@ -17,14 +17,13 @@ from fusedonemoe.ops.library.experts import (
     moe_inference,
     unpack_weights,
 )
-from fusedonemoe.ops.library.registration import BUILD, NAMESPACE, autocast_dtype, cast_arguments, register_transparent
+from fusedonemoe.ops.library.registration import BUILD, autocast_dtype, cast_arguments, register_transparent
 from fusedonemoe.ops.library.sparse_tables import experts_neurons_sparse, experts_values_sparse
 from fusedonemoe.ops.library.table import experts_merged, experts_neurons, experts_values, route, route_product_key
 
 __all__ = [
     "BUILD",
     "FOR_INFERENCE",
-    "NAMESPACE",
     "PANEL_DIMS",
     "PanelHome",
     "autocast_dtype",

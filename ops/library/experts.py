@@ -11,14 +11,7 @@ from fusedonemoe.ops.cpu import native
 from fusedonemoe.ops.formats import FLOATS
 from fusedonemoe.ops.grouped import saved_rows
 from fusedonemoe.ops.library import flops
-from fusedonemoe.ops.library.registration import (
-    NAMESPACE,
-    define_compiled,
-    gpu_kernels,
-    lib,
-    register,
-    register_composite,
-)
+from fusedonemoe.ops.library.registration import NAMESPACE, define_compiled, gpu_kernels, lib, register, register_composite
 from fusedonemoe.ops.library.rows import Compiled, Kernel, Operator
 from fusedonemoe.ops.library.signature import Part, record
 from fusedonemoe.ops.operands import check_rows, reader_of
@@ -82,16 +75,7 @@ def _register(
     ungraded: tuple[str, ...] = (),
     refusal: str = "",
 ) -> Callable[..., Any]:
-    """Register the operator of experts with these arguments, its backward and its composite.
-
-    Args:
-        name: of the operator.
-        arguments: in the row.
-        compiled: whether the compiled CPU kernels serve it.
-        vanishing: in the row of the backward.
-        ungraded: in the row.
-        refusal: in the row.
-    """
+    """Register the operator of experts with these arguments, its backward and its composite."""
     call, casts = _call(arguments), _casts(arguments)
     needs = Part("bool[] needs", lambda flat: arguments.needs(*flat))
     register_composite(f"{name}_dense", (call,), 1, (dense, "experts_mlp_dense"), casts)
@@ -224,12 +208,12 @@ def _pack_fake(panels: Tensor, weight: Tensor, layout: str) -> None:
     raise RuntimeError("weights can be packed and unpacked in memory alone, and under this mode a tensor has none")
 
 
-def _unpacked_fake(panels: Tensor, rows: int, width: int, layout: str) -> Tensor:
-    return panels.new_empty(panels.shape[0], rows, width)
-
-
 define_compiled("pack_weights_", "Tensor(a!) panels, Tensor weight, str layout", _pack_fake, results=0)
-define_compiled("unpack_weights", "Tensor panels, SymInt rows, SymInt width, str layout", _unpacked_fake)
+define_compiled(
+    "unpack_weights",
+    "Tensor panels, SymInt rows, SymInt width, str layout",
+    lambda panels, rows, width, layout: panels.new_empty(panels.shape[0], rows, width),
+)
 # Refused in the forward already: the weights would otherwise look like constants.
 torch.library.register_autograd(f"{NAMESPACE}::unpack_weights", _refuse_gradients, setup_context=_refuse_gradients, lib=lib)
 unpack_weights: Callable[..., Any] = torch.ops.fusedonemoe.unpack_weights

@@ -1,7 +1,6 @@
-"""Formulas by which ``torch.utils.flop_counter`` and the profiler count the operators.
+"""Formulas by which ``torch.utils.flop_counter`` and the profiler count the operators, from the shapes of arguments by name.
 
-A formula gets the shapes of the arguments by name. It counts 2 for each product of a weight and an element of a routed row;
-how many ids are out of range is not known from shapes. What a backward computes again is counted again.
+A formula counts 2 for each product of a weight and an element of a routed row, also where a backward computes it again.
 """
 
 from collections.abc import Callable, Sequence
@@ -91,14 +90,7 @@ def grouped_outer(a: Shapes) -> int:
 
 
 def count(operator: str, names: Sequence[str], formula: Callable[..., int], gradients: Sequence[str] = ()) -> None:
-    """Register the formula of an operator.
-
-    Args:
-        operator: the name in the namespace ``fusedonemoe``.
-        names: of its arguments, in order.
-        formula: of the shapes by name, and of a backward of the flags ``needs`` and the names of the gradients.
-        gradients: of a backward.
-    """
+    """Register an operator's formula of the shapes of arguments by name; a backward's takes ``needs`` and ``gradients`` too."""
 
     def flops(*arguments: Any, out_shape: Any = None, **more: Any) -> int:
         shapes = dict(zip(names, arguments, strict=False)) | more

@@ -1,13 +1,11 @@
 """The only door to torch.library: from a row of the table, an operator with all that belongs to it.
 
 Each public operator is a ``triton_op``: eager calls run its body as one operator with a hand-written backward, torch.compile
-inlines the body and fuses it, torch.export keeps the operator. The body takes the kernels that its ``impl`` argument names, or
-that the row chooses. The ``*_dense`` operators are composites instead: autograd, ``torch.func`` and export look straight
-through them, so they have derivatives of every order. A compiled CPU kernel is an operator of its own, opaque to compilation.
+inlines the body, torch.export keeps the operator. The ``*_dense`` operators are composites, which autograd and ``torch.func``
+look through. A compiled CPU kernel is an operator of its own, opaque to compilation.
 
-Every operator takes ``build``, a fingerprint of this package's source. torch.compile's on-disk cache knows an operator by
-its name and arguments, not by its Python, and would go on running the old body after an upgrade; the fingerprint in the
-graph makes the new one a different graph.
+Every operator takes ``build``, a fingerprint of this package's source: torch.compile's on-disk cache knows an operator by its
+name and arguments, and would go on running the old body after an upgrade.
 """
 
 import hashlib
@@ -58,10 +56,9 @@ lib: torch.library.Library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 @contextmanager
 def without_source_search() -> Iterator[None]:
-    """Keep ``triton_op`` from reading the bodies' source for kernels.
+    """Keep ``triton_op`` from reading the bodies' source for kernels, for torch.compile's cache, which has the fingerprint.
 
-    It would tell torch.compile's cache of them, which the fingerprint does. And it imports inductor for that, which takes as
-    long as importing torch, or logs a warning where Triton is not installed, without which the CPU bodies do.
+    The search imports inductor, which takes as long as importing torch, or warns where Triton is not installed.
     """
     search = "get_inner_triton_kernels"
     found = getattr(torch._library.triton, search, None)
@@ -76,16 +73,15 @@ def without_source_search() -> Iterator[None]:
 
 
 _OWN = ("build", "impl")  # what an operator takes and its kernels do not
-# The autograd formula of each operator: its setup_context and its backward.
-formulas: dict[str, tuple[Callable[..., None], Callable[..., tuple[Any, ...]]]] = {}
+# An operator's autograd formula: its setup_context and its backward.
+Formula = tuple[Callable[..., None], Callable[..., tuple[Any, ...]]]
+formulas: dict[str, Formula] = {}
 
 
 def register(row: Operator) -> Callable[..., Any]:
     """Register the operator of a row, its backward, its compiled kernel, its autograd formula and its autocast rule.
 
-    Returns:
-        The function to call in place of the operator, with its positional arguments: in eager calls it calls the kernel's own
-        operator, and spares the Python that torch.library runs around another.
+    Returns the function to call in place of the operator: an eager call takes less Python than torch.library's own.
     """
     if row.compiled:
         _define_compiled(row, row.compiled)
@@ -94,7 +90,7 @@ def register(row: Operator) -> Callable[..., Any]:
         operator: Any = triton_op(f"{NAMESPACE}::{row.name}", body, mutates_args=())
     refuse_torch_func(row.name)
     if row.backward:
-        setup_context, backward = formulas[row.name] = _formula(row, row.backward, register(row.backward))
+        setup_context, backward = formulas[row.name] = formula_of(row, row.backward, register(row.backward))
         operator.register_autograd(backward, setup_context=setup_context)
     else:
         refuse = _refusing(row.refusal) if row.refusal else no_second_derivative
@@ -259,27 +255,31 @@ def define_compiled(name: str, arguments: str, fake: Callable[..., Any], results
 
 
 def _gradients_fake(row: Operator, signature: Signature) -> Callable[..., Any]:
+    """Return the fake of a backward: a tensor like each argument, or like its slots; an empty one where no gradient is needed."""
     likes_of = signature.picker(row.gradients)
     needs_of = signature.picker(("needs",)) if "needs" in signature.names else None
+    slots_of = signature.picker(("slots", "num_slots")) if row.slotted else None
 
-    def fake(*flat: Any) -> Any:
-        likes = likes_of(flat)
+    def fake(*given: Any) -> Any:
+        flat = (*given, *signature.defaults[len(given) :])
+        likes = dict(zip(row.gradients, likes_of(flat), strict=True))
         if needs_of is None:
-            (like,) = likes
+            (like,) = likes.values()
             return like.new_empty(like.shape)
         (needs,) = needs_of(flat)
-        return wanted(needs, *likes)
+        slots, num_slots = slots_of(flat) if slots_of else (None, 0)
+        owner = next(like for name, like in likes.items() if name != "weights")
+        gradients = []
+        for needed, (name, like) in zip(needs, likes.items(), strict=True):
+            if not needed or like is None:
+                gradients.append(owner.new_empty(0))
+            elif slots is not None and name in row.slotted:
+                gradients.append(like.new_empty(num_slots, like.shape[1]))
+            else:
+                gradients.append(like.new_empty(like.shape))
+        return tuple(gradients)
 
     return fake
-
-
-def wanted(needs: Sequence[bool], *likes: Tensor | None) -> tuple[Tensor, ...]:
-    """Return what a backward does: a contiguous tensor like each argument, or an empty one where no gradient is needed."""
-    owner = next(like for like in likes if like is not None)
-    return tuple(
-        like.new_empty(like.shape) if needed and like is not None else owner.new_empty(0)
-        for needed, like in zip(needs, likes, strict=True)
-    )
 
 
 # For each argument of an operator, whether autocast casts it where it is a float.
@@ -312,16 +312,8 @@ def define_autocast(name: str, signature: Signature, casts: tuple[str, ...]) -> 
     lib.impl(name, rule_for("cuda"), "AutocastCUDA")
 
 
-def _formula(
-    row: Operator, backward_row: Operator, gradients_of: Callable[..., Any]
-) -> tuple[Callable[..., None], Callable[..., tuple[Any, ...]]]:
-    """Return what autograd does after a forward and in a backward.
-
-    Args:
-        row: of the forward.
-        backward_row: of the backward.
-        gradients_of: the function to call in place of the backward's operator.
-    """
+def formula_of(row: Operator, backward_row: Operator, gradients_of: Callable[..., Any]) -> Formula:
+    """Return the steps of autograd after a forward and in a backward, which calls ``gradients_of`` as the backward's operator."""
     signature, (first, *_) = row.signature, row.results
     taken = [a for a in backward_row.signature.arguments if a.name not in (f"d{first}", "needs", *_OWN) and a.is_required]
     saved_names = [a.name for a in taken if a.is_tensor]
@@ -373,7 +365,7 @@ def _eager_call(row: Operator) -> Callable[..., Any]:
     if compiled is None and row.choose is None:
         return operator
     tensors, kernel = signature.leading_tensors, _eager_kernel(row)
-    record = _recorder(row, kernel) if row.backward else operator
+    record = recorder(row, kernel, formulas[row.name]) if row.backward else operator
     of_any_impl = row.choose is not None
 
     def call(*flat: Any) -> Any:
@@ -423,9 +415,9 @@ def _eager_kernel(row: Operator) -> Callable[..., Any]:
     return kernel
 
 
-def _recorder(row: Operator, kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that records gradients with the operator's formula, as the operator does, in fewer steps."""
-    setup_context, backward = formulas[row.name]
+def recorder(row: Operator, kernel: Callable[..., Any], formula: Formula) -> Callable[..., Any]:
+    """Return a function that records gradients with a formula, as the operator does, in fewer steps."""
+    setup_context, backward = formula
 
     def forward(ctx: Any, *args: Any) -> Any:
         output = kernel(*args)

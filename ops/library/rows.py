@@ -13,58 +13,32 @@ Kernel = Callable[..., Any] | tuple[ModuleType | str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """The compiled CPU kernel of an operator, which is an operator ``*_cpu`` of its own, in native/operators.cpp.
+    """The compiled CPU kernel of an operator, which is an operator ``*_cpu`` of its own, in native/operators.cpp."""
 
-    Attributes:
-        fake: makes tensors like the results; None for a backward, whose results are like arguments.
-        arguments: those of ``*_cpu``, some of the operator's, in parts as ``fake`` takes them; None for all of them in the
-            operator's parts.
-    """
-
-    fake: Callable[..., Any] | None = None
-    arguments: tuple[str | Part, ...] | None = None
+    fake: Callable[..., Any] | None = None  # makes tensors like the results; None for a backward, whose are like arguments
+    arguments: tuple[str | Part, ...] | None = None  # those of *_cpu, in parts as fake takes them; None for all of the operator's
 
 
 @dataclass(frozen=True, kw_only=True)
 class Operator:
-    """A row of the table: an operator of this library.
+    """A row of the table: an operator of this library."""
 
-    Attributes:
-        name: of ``fusedonemoe::name``.
-        arguments: as a schema lists them, in parts; ``build`` and ``impl`` follow.
-        results: of a forward: names of the results. The first has gradients, the others are for the backward.
-        kernels: the implementations in Python by name.
-        compiled: the implementation ``cpu``.
-        choose: from the kernels' arguments to the name of an implementation; None where the argument ``impl`` names it.
-        optional: arguments behind ``impl``, each with a default.
-        casts: names of the arguments that autocast casts where they are floats. The others keep their dtype: routing
-            arithmetic and routing weights are float32 whatever the model's dtype is.
-        gradients: of a backward: names of the arguments whose gradients it returns. Without an argument ``needs`` it returns
-            the one gradient in any case.
-        backward: of a forward: the row of its backward, which is called with what its arguments name: the gradient of the
-            first result (``d`` and its name), results, arguments.
-        ungraded: of a forward: names of arguments that must not require a gradient; all, where there is no backward.
-        refusal: of a forward: what the error says of a gradient that does not exist.
-        refuses_early: whether that error comes in the forward already, where its result would look like a constant.
-        vanishing: of a backward: names of arguments that have no gradient where they have no elements.
-        flops: the formula that counts its floating-point operations, in :mod:`fusedonemoe.ops.library.flops`; None for none.
-    """
-
-    name: str
-    arguments: tuple[str | Part, ...]
-    kernels: Mapping[str, Kernel]
-    compiled: Compiled | None = None
-    choose: Callable[..., str] | None = None
-    optional: str = ""
-    casts: tuple[str, ...] = ()
-    results: tuple[str, ...] = ()
-    gradients: tuple[str, ...] = ()
-    backward: "Operator | None" = None
-    ungraded: tuple[str, ...] = ()
-    refusal: str = ""
-    refuses_early: bool = False
-    vanishing: tuple[str, ...] = ()
-    flops: Callable[..., int] | None = None
+    name: str  # of fusedonemoe::name
+    arguments: tuple[str | Part, ...]  # as a schema lists them, in parts; build and impl follow
+    kernels: Mapping[str, Kernel]  # the implementations in Python by name
+    compiled: Compiled | None = None  # the implementation cpu
+    choose: Callable[..., str] | None = None  # from the kernels' arguments to an implementation's name; None where impl names it
+    optional: str = ""  # arguments behind impl, each with a default
+    casts: tuple[str, ...] = ()  # arguments that autocast casts where they are floats; routing weights are never cast
+    results: tuple[str, ...] = ()  # of a forward; the first has gradients, the others are for the backward
+    gradients: tuple[str, ...] = ()  # of a backward: the arguments whose gradients it returns; without needs the one, in any case
+    backward: "Operator | None" = None  # of a forward; its arguments are named d and the first result, results, arguments
+    ungraded: tuple[str, ...] = ()  # of a forward: arguments that must not require a gradient; all, without a backward
+    refusal: str = ""  # of a forward: the error for a gradient that does not exist
+    refuses_early: bool = False  # the error comes in the forward, whose result would look like a constant
+    vanishing: tuple[str, ...] = ()  # of a backward: arguments without a gradient where they have no elements
+    slotted: tuple[str, ...] = ()  # of a backward: gradients with num_slots rows where the argument slots is given
+    flops: Callable[..., int] | None = None  # the formula in flops that counts its floating-point operations
     signature: Signature = field(init=False)
     taken: Signature = field(init=False)
 

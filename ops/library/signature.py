@@ -22,13 +22,7 @@ _TYPES: dict[str, Any] = {
 
 
 class Argument(NamedTuple):
-    """An argument of an operator.
-
-    Attributes:
-        type: in the schema.
-        name: in the schema.
-        default: a Python value; ``inspect.Parameter.empty`` for none.
-    """
+    """An argument of an operator, as in the schema; its default is ``inspect.Parameter.empty`` for none."""
 
     type: str
     name: str
@@ -46,12 +40,7 @@ class Argument(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Adjacent arguments of an operator that its kernels take as one record.
-
-    Attributes:
-        text: the arguments, as a schema lists them.
-        make: from the tuple of the arguments to the record.
-    """
+    """Adjacent arguments, as a schema lists them, that kernels take as one record, which ``make`` makes of their tuple."""
 
     text: str
     make: Callable[[tuple[Any, ...]], Any]
@@ -82,20 +71,14 @@ _Group = tuple[list[Argument], Callable[[tuple[Any, ...]], Any] | None]
 
 
 class Signature:
-    """The arguments of an operator, flat as the dispatcher passes them and packed as kernels take them.
-
-    Attributes:
-        arguments: all of them, in order.
-        names: theirs.
-        defaults: one for each argument; those without a default have ``inspect.Parameter.empty``.
-        leading_tensors: how many arguments, from the first, are tensors or None.
-    """
+    """The arguments of an operator, flat as the dispatcher passes them and packed as kernels take them."""
 
     def __init__(self, groups: Iterable[_Group]) -> None:
         self._groups = list(groups)
         self.arguments: list[Argument] = [argument for group, _ in self._groups for argument in group]
         self.names: list[str] = [argument.name for argument in self.arguments]
         self.defaults: tuple[Any, ...] = tuple(argument.default for argument in self.arguments)
+        # How many arguments, from the first, are tensors or None.
         self.leading_tensors: int = [*(argument.is_tensor for argument in self.arguments), False].index(False)
 
     @classmethod
@@ -131,11 +114,7 @@ class Signature:
         return itemgetter(slice(places[0], places[0] + 1) if places else slice(0))
 
     def packer(self, taken: "Signature") -> Callable[[tuple[Any, ...]], Sequence[Any]]:
-        """Return a function from these arguments, flat, to those that a kernel takes; optional ones at the end may be missing.
-
-        Args:
-            taken: the kernel's signature: some of these arguments, in records or flat.
-        """
+        """Return a function from these arguments, flat, to those that a kernel takes; optional ones at the end may be missing."""
         steps: list[tuple[Callable[[tuple[Any, ...]], Any] | None, slice]] = []
         for group, make in taken._groups:
             places = [self.names.index(argument.name) for argument in group]

@@ -1,6 +1,7 @@
 """The operators of routing, merged projections, single neurons and value memory: a row each."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from fusedonemoe.ops import route as routing
 from fusedonemoe.ops.cpu import native
 from fusedonemoe.ops.grouped import MergedNeeds
 from fusedonemoe.ops.library import flops
-from fusedonemoe.ops.library.registration import gpu_kernels, register, register_composite, wanted
+from fusedonemoe.ops.library.registration import gpu_kernels, register, register_composite
 from fusedonemoe.ops.library.rows import Compiled, Operator
 from fusedonemoe.ops.library.signature import flags, record
 from fusedonemoe.ops.neurons import NeuronNeeds, ValueNeeds
@@ -38,10 +39,6 @@ def _choose_routing(logits: Tensor, selection_bias: Tensor | None, rule: RouteRu
     return "torch" if _refused_by_gpu("routing", logits, rule.n_group) else "triton"
 
 
-def _choose_routing_backward(dweights: Tensor, logits: Tensor, experts: Tensor, rule: RouteRule) -> str:
-    return _choose_routing(logits, None, rule)
-
-
 def _routing_fake(logits: Tensor, selection_bias: Tensor | None, rule: RouteRule) -> tuple[Tensor, Tensor]:
     shape = logits.shape[0], rule.top_k or logits.shape[1]
     return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int64)
@@ -60,7 +57,7 @@ route: Callable[..., Any] = register(
             name="route_backward",
             arguments=("Tensor dweights, Tensor logits, Tensor experts", _RULE),
             gradients=("logits",),
-            choose=_choose_routing_backward,
+            choose=lambda dweights, logits, experts, rule: _choose_routing(logits, None, rule),
             kernels={"torch": (routing, "route_backward"), "triton": ("routing", "route_backward")},
             compiled=Compiled(),
         ),
@@ -70,10 +67,6 @@ register_composite("route_dense", (_LOGITS, _RULE), 2, (routing, "route"))
 
 
 # Product keys
-
-
-def _route_product_key(logits: Tensor, top_k: int, norm_topk_prob: bool) -> tuple[Tensor, Tensor]:
-    return product_keys.route_product_key(logits, top_k, norm_topk_prob, opaque=True)
 
 
 def _choose_product_keys(logits: Tensor, top_k: int | None) -> str:
@@ -88,7 +81,7 @@ route_product_key: Callable[..., Any] = register(
         arguments=(_PAIRS,),
         results=("weights", "experts"),
         choose=lambda logits, top_k, norm_topk_prob: _choose_product_keys(logits, top_k),
-        kernels={"torch": _route_product_key, "triton": ("product_keys", "route_product_key")},
+        kernels={"torch": partial(product_keys.route_product_key, opaque=True), "triton": ("product_keys", "route_product_key")},
         backward=Operator(
             name="route_product_key_backward",
             arguments=("Tensor dweights, Tensor logits, Tensor experts, bool norm_topk_prob",),
@@ -137,8 +130,7 @@ experts_merged: Callable[..., Any] = register(
 register_composite("experts_merged_dense", (_MERGED,), 1, (dense, "experts_merged_dense"), casts=_MERGED_CASTS)
 
 
-# Single neurons, and value memory. With slots, the gradients of tables have num_slots rows, and slots names that of each
-# routed row; see sparse_tables.
+# Single neurons, and value memory. A backward's slots name the row of a table's gradient of each routed row: sparse_tables.
 
 _SLOTS = "Tensor? slots=None, int num_slots=0"
 _NEURONS = "Tensor x, Tensor experts, Tensor weights, Tensor down, Tensor up, str activation"
@@ -147,92 +139,46 @@ _VALUES = "Tensor experts, Tensor weights, Tensor table"
 _VALUES_CASTS = ("table",)
 
 
-def _neurons_fake(x: Tensor, experts: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(experts.shape, dtype=torch.float32)
-
-
-def _values_fake(experts: Tensor, weights: Tensor, table: Tensor) -> Tensor:
-    return table.new_empty(experts.shape[0], table.shape[1])
-
-
-def _wanted_tables(needs: Sequence[bool], tables: Sequence[Tensor], slots: Tensor | None, num_slots: int) -> tuple[Tensor, ...]:
-    if slots is None:
-        return wanted(needs, *tables)
-    return tuple(
-        table.new_empty(num_slots, table.shape[1]) if needed else table.new_empty(0)
-        for needed, table in zip(needs, tables, strict=True)
-    )
-
-
-def _neurons_backward_fake(
-    dy: Tensor,
-    s: Tensor,
-    x: Tensor,
-    experts: Tensor,
-    weights: Tensor,
-    down: Tensor,
-    up: Tensor,
-    activation: str,
-    needs: NeuronNeeds,
-    slots: Tensor | None = None,
-    num_slots: int = 0,
-) -> tuple[Tensor, ...]:
-    tables = _wanted_tables((needs.down, needs.up), (down, up), slots, num_slots)
-    return *wanted((needs.x, needs.weights), x, weights), *tables
-
-
-def _values_backward_fake(
-    dy: Tensor,
-    experts: Tensor,
-    weights: Tensor,
-    table: Tensor,
-    needs: ValueNeeds,
-    slots: Tensor | None = None,
-    num_slots: int = 0,
-) -> tuple[Tensor, ...]:
-    return *wanted((needs.weights,), weights), *_wanted_tables((needs.table,), (table,), slots, num_slots)
-
-
-experts_neurons: Callable[..., Any] = register(
-    Operator(
-        name="experts_neurons",
-        arguments=(_NEURONS,),
-        results=("y", "s"),
-        casts=_NEURONS_CASTS,
-        kernels={"grouped": (neurons, "experts_neurons"), "triton": ("neurons", "experts_neurons")},
-        compiled=Compiled(fake=_neurons_fake),
-        flops=flops.neurons,
-        backward=Operator(
-            name="experts_neurons_backward",
-            arguments=("Tensor dy, Tensor s", _NEURONS, flags(NeuronNeeds)),
-            optional=_SLOTS,
-            gradients=("x", "weights", "down", "up"),
-            kernels={"grouped": (neurons, "experts_neurons_backward"), "triton": ("neurons", "experts_neurons_backward")},
-            compiled=Compiled(fake=_neurons_backward_fake),
-            flops=flops.neurons_backward,
-        ),
-    )
+NEURONS = Operator(
+    name="experts_neurons",
+    arguments=(_NEURONS,),
+    results=("y", "s"),
+    casts=_NEURONS_CASTS,
+    kernels={"grouped": (neurons, "experts_neurons"), "triton": ("neurons", "experts_neurons")},
+    compiled=Compiled(fake=lambda x, experts, *_: (x.new_empty(x.shape), x.new_empty(experts.shape, dtype=torch.float32))),
+    flops=flops.neurons,
+    backward=Operator(
+        name="experts_neurons_backward",
+        arguments=("Tensor dy, Tensor s", _NEURONS, flags(NeuronNeeds)),
+        optional=_SLOTS,
+        gradients=("x", "weights", "down", "up"),
+        kernels={"grouped": (neurons, "experts_neurons_backward"), "triton": ("neurons", "experts_neurons_backward")},
+        compiled=Compiled(),
+        slotted=("down", "up"),
+        flops=flops.neurons_backward,
+    ),
 )
+experts_neurons: Callable[..., Any] = register(NEURONS)
 register_composite("experts_neurons_dense", (_NEURONS,), 1, (neurons, "experts_neurons_dense"), casts=_NEURONS_CASTS)
 
-experts_values: Callable[..., Any] = register(
-    Operator(
-        name="experts_values",
-        arguments=(_VALUES,),
-        results=("y",),
-        casts=_VALUES_CASTS,
-        kernels={"grouped": (neurons, "experts_values"), "triton": ("neurons", "experts_values")},
-        compiled=Compiled(fake=_values_fake),
-        flops=flops.neurons,
-        backward=Operator(
-            name="experts_values_backward",
-            arguments=("Tensor dy", _VALUES, flags(ValueNeeds)),
-            optional=_SLOTS,
-            gradients=("weights", "table"),
-            kernels={"grouped": (neurons, "experts_values_backward"), "triton": ("neurons", "experts_values_backward")},
-            compiled=Compiled(fake=_values_backward_fake),
-            flops=flops.neurons_backward,
-        ),
-    )
+VALUES = Operator(
+    name="experts_values",
+    arguments=(_VALUES,),
+    results=("y",),
+    casts=_VALUES_CASTS,
+    kernels={"grouped": (neurons, "experts_values"), "triton": ("neurons", "experts_values")},
+    compiled=Compiled(fake=lambda experts, weights, table: table.new_empty(experts.shape[0], table.shape[1])),
+    flops=flops.neurons,
+    backward=Operator(
+        name="experts_values_backward",
+        arguments=("Tensor dy", _VALUES, flags(ValueNeeds)),
+        optional=_SLOTS,
+        gradients=("weights", "table"),
+        kernels={"grouped": (neurons, "experts_values_backward"), "triton": ("neurons", "experts_values_backward")},
+        compiled=Compiled(),
+        slotted=("table",),
+        flops=flops.neurons_backward,
+    ),
 )
+experts_values: Callable[..., Any] = register(VALUES)
 register_composite("experts_values_dense", (_VALUES,), 1, (neurons, "experts_values_dense"), casts=_VALUES_CASTS)

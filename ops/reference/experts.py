@@ -85,13 +85,7 @@ def activate(name: str, gate: ArrayLike, up: ArrayLike | None = None, *, alpha: 
 
 
 def activate_backward(
-    name: str,
-    da: ArrayLike,
-    gate: ArrayLike,
-    up: ArrayLike | None = None,
-    *,
-    alpha: float = 1.702,
-    limit: float = 7.0,
+    name: str, da: ArrayLike, gate: ArrayLike, up: ArrayLike | None = None, *, alpha: float = 1.702, limit: float = 7.0
 ) -> tuple[FloatArray, FloatArray | None]:
     """Gradients dgate and dup (or None) of ``sum(da * activate(...))``; a clamp passes them up to its boundary, inclusive."""
     da, g = float64(da), float64(gate)
@@ -125,14 +119,14 @@ def split_gate_up(z: FloatArray, layout: str) -> tuple[FloatArray, FloatArray]:
 
 @dataclass(frozen=True)
 class _MLP:
-    """The experts of ``experts_mlp``, by the names of its arguments. H is 2F when gated, F when plain."""
+    """The experts of ``experts_mlp``, by the names of its arguments."""
 
-    up_EHD: FloatArray
+    up_EHD: FloatArray  # H is 2F when gated, F when plain
     down_EDF: FloatArray
     _: KW_ONLY
-    up_bias: ArrayLike | None = None
-    down_bias: ArrayLike | None = None
-    activation: str = "silu"
+    up_bias: ArrayLike | None = None  # [E, H]
+    down_bias: ArrayLike | None = None  # [E, D], multiplied by the routing weight
+    activation: str = "silu"  # one of ACTIVATIONS, or swiglu_oai when gated
     gated: bool = True
     gate_up_layout: str = "gate_up"
     swiglu_alpha: float = 1.702
@@ -161,20 +155,9 @@ class _MLP:
 def experts_mlp(
     x: ArrayLike, experts: ArrayLike, weights: ArrayLike, up_proj: ArrayLike, down_proj: ArrayLike, **options: Any
 ) -> FloatArray:
-    """Run every token through its experts and sum with the routing weights, ``[T, D]``.
+    """Run every token through its experts and sum with the routing weights, ``[T, D]``; options as in :class:`_MLP`.
 
-    ``y_t = sum_j w_tj * (a_tj @ Wd_e^T + bd_e)``, ``e = experts_tj``, with ``a = act(gate) * up`` of
-    ``z = x_t @ Wu_e^T + bu_e`` when gated and ``a = act(z)`` when plain.
-
-    Args:
-        x: ``[T, D]``.
-        experts: Ids, ``[T, K]``.
-        weights: ``[T, K]``.
-        up_proj: ``[E, 2F, D]`` when gated, its rows in ``gate_up_layout``; ``[E, F, D]`` when plain.
-        down_proj: ``[E, D, F]``.
-        **options: ``up_bias`` ``[E, 2F]`` in the same layout, or ``[E, F]``; ``down_bias`` ``[E, D]``, multiplied by the
-            routing weight; ``activation``, one of ``ACTIVATIONS``, or "swiglu_oai" when gated, with ``swiglu_alpha`` and
-            ``swiglu_limit``; ``gated``; ``gate_up_layout``, "gate_up", "up_gate" or "interleaved" (g0, u0, g1, u1, ...).
+    ``y_t = sum_j w_tj * (a_tj @ Wd_e^T + bd_e)``, ``z = x_t @ Wu_e^T + bu_e``, ``a = act(gate) * up``, or ``act(z)`` when plain.
     """
     mlp, x_TD, weights_TK = _MLP(float64(up_proj), float64(down_proj), **options), float64(x), float64(weights)
     y_TD = np.zeros_like(x_TD)
@@ -184,13 +167,7 @@ def experts_mlp(
 
 
 def experts_mlp_backward(
-    dy: ArrayLike,
-    x: ArrayLike,
-    experts: ArrayLike,
-    weights: ArrayLike,
-    up_proj: ArrayLike,
-    down_proj: ArrayLike,
-    **options: Any,
+    dy: ArrayLike, x: ArrayLike, experts: ArrayLike, weights: ArrayLike, up_proj: ArrayLike, down_proj: ArrayLike, **options: Any
 ) -> MLPGradients:
     """Gradients of ``sum(dy * experts_mlp(...))``, of ``dy`` ``[T, D]`` and the arguments there.
 

@@ -25,9 +25,8 @@ def _log_softmax(logits: FloatArray) -> FloatArray:
 def route_product_key(logits: ArrayLike, top_k: int, *, norm_topk_prob: bool = False) -> tuple[FloatArray, IntArray]:
     """Choose the best pairs of every token and their weights, of logits ``[T, 2, G]``.
 
-    ``la, lb = log_softmax(a), log_softmax(b)``; expert ``i * G + j`` scores ``la_i + lb_j``; ``w = exp(score)``, divided by
-    their sum with ``norm_topk_prob``. Scores differ from ``a_i + b_j`` by a constant of the token, so these are what is sorted.
-    The result is weights and experts ``[T, K]``, in descending order of the score, ties to the lower id.
+    ``la, lb = log_softmax(a), log_softmax(b)``; expert ``i * G + j`` scores ``la_i + lb_j``, which is ``a_i + b_j`` but for a
+    constant of the token; ``w = exp(score)``, divided by their sum with ``norm_topk_prob``. Best first, ties to the lower id.
     """
     logits_T2G = float64(logits)
     T, _, G = logits_T2G.shape
@@ -46,10 +45,10 @@ def route_product_key(logits: ArrayLike, top_k: int, *, norm_topk_prob: bool = F
 def route_product_key_backward(
     dweights: ArrayLike, logits: ArrayLike, experts: IntArray, *, norm_topk_prob: bool = False
 ) -> FloatArray:
-    """Gradient of ``sum(dweights * weights)`` with respect to the logits, the selection held constant.
+    """Gradient of ``sum(dweights * weights)`` with respect to the logits, of the ``experts`` that ``route_product_key`` picked.
 
-    ``dscore_k = w_k (dw_k - [normalised] sum_i dw_i w_i)``; each picked pair gives it to its two logits, and takes
-    ``softmax`` times it from every logit of the two halves. ``experts`` is what ``route_product_key`` picked.
+    ``dscore_k = w_k (dw_k - [normalised] sum_i dw_i w_i)``; each picked pair gives it to its two logits, and takes ``softmax``
+    times it from every logit of the two halves.
     """
     dweights_TK, logits_T2G = float64(dweights), float64(logits)
     G = logits_T2G.shape[-1]

@@ -62,15 +62,13 @@ def route(
     group_score: str = "top2_sum",
     norm_eps: float = 1e-20,
 ) -> tuple[FloatArray, IntArray]:
-    """Choose the experts of every token and their weights.
+    """Choose the experts of every token and their weights, ``[T, K]``, in descending order of the key, ties to the lower id.
 
-    ``score_first``: ``s = score(l)``, ``picked = TopK(s + b)``, ``p = s[picked]``; otherwise
-    ``picked = TopK(l + b)``, ``p = score(l[picked])``. Then ``w = factor * p / (sum(p) + norm_eps)``, the division
-    only with ``norm_topk_prob``. The bias b decides who is picked and never enters a weight.
+    ``score_first``: ``s = score(l)``, ``picked = TopK(s + b)``, ``p = s[picked]``; otherwise ``picked = TopK(l + b)`` and ``p``
+    is the score of ``l[picked]``. Then ``w = factor * p / (sum(p) + norm_eps)``, the division only with ``norm_topk_prob``.
 
-    The options are those of ``RouteOptions``; ``top_k`` None keeps every expert in id order without selection. A group with
-    one expert has its key as the sum of its best two. The result is weights and experts ``[T, K]``, in descending order of
-    the key, ties to the lower id.
+    The options are those of ``RouteOptions``; ``top_k`` None keeps every expert. A group of one has its key as the sum of its
+    best two.
     """
     logits_TE = float64(logits)
     T, E = logits_TE.shape
@@ -111,9 +109,8 @@ def route_backward(
 ) -> FloatArray:
     """Gradient ``[T, E]`` of ``sum(dweights * weights)`` with respect to the logits, the selection held constant.
 
-    With ``S = sum(p) + norm_eps``: ``dp_j = (dw_j - sum_i dw_i p_i / S) / S`` when normalised. A softmax over all E
-    gives every logit a gradient through its denominator; one over the picked logits gives the others none. All arguments
-    but ``dweights`` ``[T, K]`` are those of ``route``.
+    With ``S = sum(p) + norm_eps``: ``dp_j = (dw_j - sum_i dw_i p_i / S) / S`` when normalised. A softmax over all E gives every
+    logit a gradient through its denominator; one over the picked logits gives the others none.
     """
     dweights_TK, logits_TE = float64(dweights), float64(logits)
     _, experts_TK = route(logits_TE, top_k, scoring=scoring, score_first=score_first, **selection)
@@ -137,8 +134,7 @@ def route_backward(
 def plan(experts: ArrayLike, num_experts: int) -> tuple[IntArray, IntArray]:
     """Sort the N = T * K routed rows (row ``t * K + j``) by expert, stably, out-of-range ids last.
 
-    The result is order ``[N]`` and offsets ``[E + 1]``: expert e owns ``order[offsets[e]:offsets[e + 1]]``; ``offsets[E]``
-    is the number of in-range rows.
+    Expert e owns ``order[offsets[e]:offsets[e + 1]]``; ``offsets[E]`` is the number of in-range rows.
     """
     flat_N = np.asarray(experts, dtype=np.int64).reshape(-1)
     order: list[int] = []

@@ -1,7 +1,6 @@
 """From the rows of every choice to one row per token: ``out[t] = sum_j w_tj rows[position[t * K + j]]``, in the order of ``j``.
 
-A choice whose id lies outside ``[0, E)`` stands at ``offsets[E]`` or behind. Its row was never written and its weight may be
-anything, so neither is read.
+The row and the weight of a choice whose id lies outside ``[0, E)`` are not read.
 """
 
 import torch
@@ -53,7 +52,7 @@ def combine_kernel(
 def combine(rows_NB: Tensor, weights_TK: Tensor | None, plan: RowPlan, dtype: torch.dtype, *, top_k: int | None = None) -> Tensor:
     """``out[t] = sum_j (w_tj) rows[position[t * K + j]]``, ``[T, B]``, summed in float32 in the order of ``j``, rounded once.
 
-    Without weights, of any floating dtype, it is a plain sum of ``top_k`` rows. Rows from ``offsets[E]`` on are never read.
+    Without weights, of any floating dtype, it is a plain sum of ``top_k`` rows.
     """
     N, B = rows_NB.shape
     if weights_TK is not None:

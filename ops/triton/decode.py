@@ -1,8 +1,7 @@
 """Few rows (decoding): the experts' MLP as two matrix-vector launches, without a plan, a sort or an atomic.
 
-``h_tj = act(x_t Wup_e^T + bup_e)`` for each pair of a token and a choice, then ``y_t = sum_j w_tj (h_tj Wdown_e^T + bdown_e)``,
-``e = experts_tj``. So few rows hit an expert that its weights are read about once whatever is done, and what counts is that
-they are read at the speed of memory: many bytes under way at any time, in vectors along the axis that is contiguous.
+``h_tj = act(x_t Wup_e^T + bup_e)`` for each pair of a token and a choice, then ``y_t = sum_j w_tj (h_tj Wdown_e^T + bdown_e)``.
+An expert's weights are read about once, so the speed of memory counts: many bytes under way, along the contiguous axis.
 """
 
 from typing import NamedTuple
@@ -34,10 +33,7 @@ class Cut(NamedTuple):
 
 
 def cut(rows: int, columns: int, widest: int, narrowest: int, length: int, itemsize: int, copies: int) -> Cut:
-    """Return the widest cut, in powers of two, whose programs together have enough bytes under way.
-
-    ``copies`` rows of weights are behind each output: gate and up, or the choices read at once.
-    """
+    """Return the widest cut, in powers of two, with enough bytes under way; each output has ``copies`` rows of weights."""
     outputs = widest
     in_flight = (NUM_STAGES - 1) * TILE_BYTES
     while outputs > narrowest and rows * triton.cdiv(columns, outputs) * in_flight < BYTES_IN_FLIGHT:
@@ -219,9 +215,8 @@ def _down_kernel(
 def experts_mlp(call: ExpertsCall) -> Tensor:
     """``y_t = sum_j w_tj (act(x_t Wup_e + bup_e) Wdown_e + bdown_e)``, forward only, of float weights without adapters.
 
-    A pair whose id lies outside ``[0, E)`` adds nothing and reads no weights. It is fastest where D or G of up is contiguous,
-    and F or D of down. Pre-activations, h and the row of each choice are rounded to the dtype of x on the way, but a row not to
-    float16.
+    It is fastest where D or G of up is contiguous, and F or D of down. Pre-activations, h and the row of each choice are rounded
+    to the dtype of x on the way, but a row not to float16.
     """
     x_TD, experts_TK, weights_TK, (up, down, act) = call
     up_EGD, down_EDF = up.floats, down.floats

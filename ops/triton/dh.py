@@ -1,8 +1,7 @@
 """Gradient of an expert's hidden row, and everything of the backward that depends on it element by element.
 
-With ``dA'_i = dy_t Wdown_e`` and ``A_i = act(z_i)`` for sorted row ``i`` of token ``t``, expert ``e`` and weight ``w``:
-``dz_i = act'(z_i) (w dA'_i)``, ``wA_i = w A_i`` (the operand of ``dWdown``), and ``<dA'_i, A_i>``, the routing gradient, as one
-partial sum per block of columns. Source: SonicMoE, arXiv 2512.14080; no expert's ``y`` is ever needed.
+With ``dA'_i = dy_t Wdown_e`` and ``A_i = act(z_i)`` for sorted row ``i``: ``dz_i = act'(z_i) (w dA'_i)``, ``wA_i = w A_i``, and
+``<dA'_i, A_i>``, the routing gradient, as one partial sum per block of columns (SonicMoE, arXiv 2512.14080).
 """
 
 from typing import NamedTuple
@@ -161,17 +160,11 @@ def dh_kernel(
 
 
 class HiddenGradient(NamedTuple):
-    """The results of :func:`hidden_gradient`, in sorted order; a zero-size tensor for one that is not wanted.
+    """The results of :func:`hidden_gradient`, in sorted order; a zero-size tensor for one that is not wanted."""
 
-    Attributes:
-        dz: ``[N, G]`` gradient of the pre-activations, columns in their order.
-        weighted: ``[N, F]`` the hidden rows times their routing weights.
-        partial: ``[N, column blocks]`` float32; a row's sum is its routing gradient, but for the down bias.
-    """
-
-    dz: Tensor
-    weighted: Tensor
-    partial: Tensor
+    dz: Tensor  # [N, G] gradient of the pre-activations, columns in their order
+    weighted: Tensor  # [N, F] the hidden rows times their routing weights
+    partial: Tensor  # [N, column blocks] float32; a row's sum is its routing gradient, but for the down bias
 
 
 def hidden_gradient(
@@ -187,7 +180,7 @@ def hidden_gradient(
     weighted: bool,
     partial: bool,
 ) -> HiddenGradient:
-    """The gradient of the hidden rows, used up where it stands; dz, weighted and partial: whether to store them.
+    """The gradient of the hidden rows, used up at once; dz, weighted and partial: whether to store them.
 
     All tensors are contiguous but down, of any strides. Rows of ids outside ``[0, E)`` are not written.
     """

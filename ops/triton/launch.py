@@ -35,8 +35,7 @@ def launch_blocks(
 ) -> None:
     """Launch a kernel, each program of which multiplies a block of sorted rows by BLOCK_N columns of an expert's weights.
 
-    The kernel takes its ``tensors``, the rows first, then the order, offsets and blocks of the plan, cut into ``tile.BLOCK_M``
-    rows; then the ``length`` of the sum, the ``columns`` of the weights, and its other numbers.
+    It takes ``tensors``, the rows first, the plan's order, offsets and blocks, ``length`` of the sum, ``columns``, ``numbers``.
     """
     rows = tensors[0]
     assert rows is not None

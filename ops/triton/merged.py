@@ -1,13 +1,12 @@
 """The merged up-projection: ``h_t = sum_j w_tj (x_t W_e)``, ``e = experts_tj``, forward and backward.
 
-With ``q = dh W_e^T``: ``dw = <q, x>``, ``dx_t = sum_j w_tj q``, ``dW_e = sum (w x)^T dh``. Rows of x and of dh stay per token in
-memory and are read through ``order // K``; the routing weight is multiplied in where a row of x has been read.
+With ``q = dh W_e^T``: ``dw = <q, x>``, ``dx_t = sum_j w_tj q``, ``dW_e = sum (w x)^T dh``.
 """
 
 from torch import Tensor
 
 from fusedonemoe.ops.grouped import MergedNeeds
-from fusedonemoe.ops.operands import read_merged
+from fusedonemoe.ops.operands import check_dim, reader_of
 from fusedonemoe.ops.plan import Plan
 from fusedonemoe.ops.precision import row_dtype
 from fusedonemoe.ops.triton import rules
@@ -45,13 +44,14 @@ def experts_merged_backward(
     proj_EDF: Tensor,
     needs: MergedNeeds,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`experts_merged` with respect to x, weights and proj, contiguous; of size zero where not wanted.
-
-    What only those need is neither launched nor allocated.
-    """
-    reader, (x_TD, experts_TK, weights_TK, proj_EDF) = read_merged(x_TD, experts_TK, weights_TK, proj_EDF, views=True)
-    dh_TF = reader.read("dh", dh_TF, (x_TD.shape[0], proj_EDF.shape[2]))
-    order, offsets = reader.plan(order, offsets, experts_TK, proj_EDF.shape[0])
+    """Gradients of :func:`experts_merged` with respect to x, weights and proj, contiguous; of size zero where not wanted."""
+    reader = reader_of(x_TD)
+    check_dim("proj", proj_EDF, 3)
+    (T, D), (E, _, F) = x_TD.shape, proj_EDF.shape
+    experts_TK, weights_TK = reader.routing(experts_TK, weights_TK, T)
+    proj_EDF = reader.read("proj", proj_EDF, (E, D, F), views=True)
+    x_TD, dh_TF = reader.read("x", x_TD, (T, D)), reader.read("dh", dh_TF, (T, F))
+    order, offsets = reader.plan(order, offsets, experts_TK, E)
     K = experts_TK.shape[1]
     tiles = _tiles(experts_TK, proj_EDF)
     dx, dweights, dproj = (x_TD.new_empty(0) for _ in range(3))

@@ -1,9 +1,7 @@
 """Experts that are MLPs as Triton kernels: the launches, their order, and which of them a frozen weight saves.
 
-The formulas are those of ``ops/mlp.py``. No step looks at the routing on the host, and gathered rows of x and dy are never
-written to memory. Experts of plain floats have an activation and its derivative inside the kernels of the products. Other
-formats and adapters have products of their own, and between them the activation is plain tensor arithmetic, of which
-torch.compile makes one kernel.
+The formulas are those of ``ops/mlp.py``. Experts of plain floats have the activation and its derivative inside the kernels of the
+products. Other formats and adapters have products of their own, and between them the activation is plain tensor arithmetic.
 """
 
 from collections.abc import Callable
@@ -87,12 +85,7 @@ def _tiles_of(call: ExpertsCall) -> rules.Tiles:
 
 
 def experts_mlp(call: ExpertsCall, save_percent: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run ``ops.mlp.experts_mlp`` for bfloat16, float16 and float32.
-
-    Returns:
-        ``y_TD``; ``z``, the first ``floor(N * save_percent / 100)`` rows of the sorted pre-activations, those of ids outside
-        ``[0, E)`` not written; and the plan's ``order`` and ``offsets``.
-    """
+    """Run ``ops.mlp.experts_mlp`` for bfloat16, float16 and float32; rows of z whose ids are out of range are not written."""
     x_TD, experts_TK, weights_TK, form = call
     (up, down, act), (N, K) = form, (experts_TK.numel(), experts_TK.shape[1])
     tiles = _tiles_of(call)
@@ -156,10 +149,7 @@ def _hidden_gradient_by_steps(
 def experts_mlp_backward(
     dy_TD: Tensor, saved: SavedRows, call: ExpertsCall, save_percent: int, needs: ExpertsNeeds
 ) -> ExpertsGradients:
-    """Gradients of the layer, as ``ops.mlp.experts_mlp_backward`` defines them, contiguous.
-
-    Nothing is launched or allocated for a gradient that is not wanted.
-    """
+    """Gradients of the layer, as ``ops.mlp.experts_mlp_backward`` defines them; nothing is launched for one not wanted."""
     x_TD, experts_TK, weights_TK, form = call
     z, order, offsets = saved
     K, dtype, fused = experts_TK.shape[1], row_dtype(x_TD.dtype), _is_fused(form)

@@ -1,13 +1,7 @@
 """Single-neuron experts and value memory: experts that are rows of tables ``[E, D]``, with E up to a million.
 
-With ``e = experts_tj`` and ``c_tj = act(s_tj) w_tj``:
-
-    s_tj = x_t . down[e],      y_t = sum_j c_tj up[e]
-    q_tj = dy_t . up[e],       dw_tj = q_tj act(s_tj),       ds_tj = q_tj w_tj act'(s_tj)
-    dx_t = sum_j ds_tj down[e],   ddown_e = sum_tj ds_tj x_t,   dup_e = sum_tj c_tj dy_t
-
-A value memory has one table and no scores, ``y_t = sum_j w_tj table[e]``. All of it is made of the dot products of a token with
-its rows, the sum of a token's rows (both in :mod:`.token_rows`) and the sum of a row's tokens (in :mod:`.segments`).
+The formulas are those of ``ops/neurons.py``. All of it is made of the dot products of a token with its rows, the sum of a token's
+rows (both in :mod:`.token_rows`) and the sum of a row's tokens (in :mod:`.segments`).
 """
 
 from collections.abc import Sequence
@@ -22,11 +16,7 @@ from fusedonemoe.ops.triton.token_rows import scores, scores_backward, sums
 def experts_neurons(
     x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, down_ED: Tensor, up_ED: Tensor, activation: str
 ) -> tuple[Tensor, Tensor]:
-    """``y_t = sum_j act(s_tj) w_tj up[e]`` with ``s_tj = x_t . down[e]``.
-
-    Returns:
-        ``y [T, D]`` in the dtype of x, and ``s [T, K]`` float32, which the backward wants: 0 for an id outside ``[0, E)``.
-    """
+    """``y_t = sum_j act(s_tj) w_tj up[e]`` with ``s_tj = x_t . down[e]``; returns y, and s in float32 for the backward."""
     x_TD, experts_TK, weights_TK = x_TD.contiguous(), experts_TK.contiguous(), weights_TK.contiguous()
     s_TK, factors_TK = scores(x_TD, experts_TK, down_ED, torch.float32, weights_TK, activation)
     return sums(experts_TK, factors_TK, up_ED, x_TD.dtype), s_TK
@@ -47,8 +37,7 @@ def experts_neurons_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients ``(dx, dweights, ddown, dup)`` of :func:`experts_neurons`, without elements where they are not wanted.
 
-    Where ``slots_TK`` are given, contiguous, they are the rows of ``ddown`` and ``dup`` that belong to each id, ``num_slots`` in
-    all.
+    With ``slots_TK``, contiguous, they are the rows of ``ddown`` and ``dup`` that belong to each id, ``num_slots`` in all.
     """
     need_x, need_weights, need_down, need_up = needs
     dy_TD, s_TK, x_TD, experts_TK, weights_TK = (t.contiguous() for t in (dy_TD, s_TK, x_TD, experts_TK, weights_TK))

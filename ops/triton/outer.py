@@ -1,8 +1,7 @@
 """Weight gradients: ``out[e] = sum_i (w_i left[i])^T right[i]`` over the sorted rows ``i`` of expert ``e``, weighted or not.
 
-Each program owns one tile of one expert's gradient and walks that expert's rows, so every element is written once, an expert
-without rows writes its zeros here, and the order of summation is fixed. A gathered operand stays per token in memory and is
-read through ``order // K``.
+Each program owns one tile of one expert's gradient, in a fixed order of summation. Gathered operands are read through ``order //
+K``.
 """
 
 import torch
@@ -91,19 +90,10 @@ def grouped_outer(
     gather_right: int | None = None,
     weights_TK: Tensor | None = None,
 ) -> Tensor:
-    """``out[e] = sum_i (w_i left[i])^T right[i]`` over the sorted rows of each expert, summed in float32.
+    """``out[e] = sum_i (w_i left[i])^T right[i]`` over the sorted rows of each expert, ``[E, A, B]``, summed in float32.
 
-    Args:
-        left: ``[N, A]`` in sorted order, or ``[T, A]`` with ``gather_left``; contiguous.
-        right: ``[N, B]`` in sorted order, or ``[T, B]`` with ``gather_right``; contiguous.
-        plan: of the routing.
-        tile: BLOCK_M columns of left by BLOCK_N columns of right, BLOCK_K rows at a time.
-        gather_left: K where left holds tokens.
-        gather_right: K where right holds tokens.
-        weights_TK: contiguous, floating; the weighted rows are rounded to the dtype of right before the product. None for none.
-
-    Returns:
-        ``[E, A, B]`` in the dtype of left, zeros for an expert without rows.
+    Left and right are contiguous, sorted, or per token with ``gather_left`` and ``gather_right``, which are K. Weighted rows are
+    rounded to the dtype of right before the product.
     """
     A, B, E = left.shape[1], right.shape[1], plan.offsets.shape[0] - 1
     if weights_TK is not None:

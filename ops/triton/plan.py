@@ -4,9 +4,8 @@ With ``N = T * K`` rows ``n = t * K + j`` and ``c_e`` of them on expert ``e`` th
 
     position[n] = offsets[e] + #{m < n: expert m = expert n},    offsets[e] = c_0 + ... + c_{e - 1}
 
-Three launches: count (a histogram per tile of rows), scan (rows of each expert in earlier tiles), place (rank of a row inside
-its tile). One launch where all rows fit one tile. Everything is integer and every word has one writer, so the bits repeat; no
-size depends on the routing, so the host never waits.
+Three launches: count (a histogram per tile of rows), scan (rows of each expert in earlier tiles), place (rank of a row inside its
+tile); one launch where all rows fit one tile. Every word is an integer with one writer, so the bits repeat.
 """
 
 from typing import NamedTuple
@@ -28,21 +27,12 @@ WARPS = 8
 
 
 class RowPlan(NamedTuple):
-    """The expert-sorted order of a routing and its schedule.
+    """The expert-sorted order of a routing and its schedule, all int32."""
 
-    Attributes:
-        order: ``[N]`` int32, the flattened row ``t * K + j`` that stands at a sorted position. Rows whose id names no expert
-            stand last.
-        offsets: ``[E + 1]`` int32, expert ``e`` owns sorted positions ``offsets[e]`` to ``offsets[e + 1]``.
-        position: ``[N]`` int32, the sorted position of a flattened row: the inverse of ``order``.
-        blocks: ``[B, 2]`` int32, the expert of each block of at most ``block_m`` rows and the sorted position of its first row;
-            ``(-1, 0)`` behind the last block.
-    """
-
-    order: Tensor
-    offsets: Tensor
-    position: Tensor
-    blocks: Tensor
+    order: Tensor  # [N] the flattened row t * K + j at a sorted position; rows whose id names no expert are last
+    offsets: Tensor  # [E + 1] expert e owns sorted positions offsets[e] to offsets[e + 1]
+    position: Tensor  # [N] the sorted position of a flattened row: the inverse of order
+    blocks: Tensor  # [B, 2] the expert and the first position of each block of at most block_m rows; (-1, 0) behind the last
 
 
 def num_blocks(num_rows: int, num_experts: int, block_m: int) -> int:
@@ -58,8 +48,7 @@ def num_blocks(num_rows: int, num_experts: int, block_m: int) -> int:
 def named_experts(ids, exists, E):
     """Ids of a tile of rows as int32: E for an id that names no expert, E + 1 behind the last row.
 
-    The load itself stands in the kernels: behind a call, torch.compile would take its pointer for one that is written, as the
-    ids lead to the addresses of stores, and copy the routing before every launch.
+    The load itself stands in the kernels: torch.compile takes a pointer that is loaded behind a call for one that is written.
     """
     ids = ids.to(tl.int64)  # a uint64 past 2^63 turns negative
     ids = tl.where((ids >= 0) & (ids < E), ids, E)
@@ -287,11 +276,7 @@ def restore_kernel(
 
 
 def make_plan(experts_TK: Tensor, num_experts: int, block_m: int) -> RowPlan:
-    """Sort the rows of a routing by expert and cut them into blocks of at most ``block_m`` rows, a power of two.
-
-    Ids of any integer dtype outside ``[0, num_experts)`` are kept out of every expert. The shapes depend on ``T``, ``K``, ``E``
-    and ``block_m`` only.
-    """
+    """Sort the rows of a routing by expert and cut them into blocks of at most ``block_m`` rows, a power of two."""
     if num_experts > MAX_EXPERTS:
         return from_saved(*torch_plan.make_plan(experts_TK, num_experts), block_m)
     ids = experts_TK.reshape(-1).contiguous()  # a flat view of every second column has a stride, and the kernels read an address

@@ -1,10 +1,8 @@
 """Product keys on the GPU: two halves of logits to weights and expert ids, and the exact backward, one launch each.
 
-What is computed is :mod:`fusedonemoe.ops.product_keys`'s, in float32. A program holds both halves of BLOCK_T tokens,
-``[BLOCK_T, BLOCK_G]``, and nothing is shared between programs. It finds the best R = min(K, G) keys of each half, adds up the
-candidates, the pairs of ranks with ``(r + 1) (s + 1) <= K``, and selects among them by one integer that has the order of the
-real sums: the float sum in its upper half, the rounding error of the addition in its lower half. K rounds of taking the
-greatest, the least id among equals, are the exact selection.
+The formulas are :mod:`fusedonemoe.ops.product_keys`'s, in float32. A program holds both halves of BLOCK_T tokens. It finds the
+best R = min(K, G) keys of each half, adds up the candidates, and selects among them in K rounds by one integer that has the order
+of the real sums: the float sum in its upper half, the rounding error of the addition in its lower half.
 
 The backward adds up, for every key, the picked pairs it is in, by comparing: no atomics, always in the order of the picks.
 """

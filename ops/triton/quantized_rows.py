@@ -1,8 +1,7 @@
 """One grouped projection of rows by weights of 8 or 4 bits, in either direction: over their inputs, or back over their outputs.
 
-A tile of stored values is widened in registers on its way to the product, so only 8 or 4 bits of a weight are read from memory.
-Integers of 8 bits are exact in every dtype of x: forwards, where an output has one scale, it multiplies the finished sum.
-Everywhere else the sum runs across scales, and a tile becomes ``scale * (values - zero_point)``, rounded to the dtype of x once.
+A tile is widened in registers. Integers of 8 bits are exact in every dtype of x: forwards, where an output has one scale, it
+multiplies the finished sum. Everywhere else a tile becomes ``scale * (values - zero_point)``, rounded to the dtype of x once.
 """
 
 import torch
@@ -202,8 +201,7 @@ def quantized_rows(
 ) -> Tensor:
     """``out[i] = W_e rows[i] + bias[e]`` for the sorted rows ``i`` of expert ``e``; ``back``: ``out[i] = rows[i] W_e``.
 
-    As :func:`.rows.grouped_rows` with weights of int8 or int4, their values of any strides, and without an adapter. Rows before
-    ``first_row`` are not written; ``tile`` is how the product of plain weights would be cut.
+    Arguments as for :func:`.rows.grouped_rows`. Rows before ``first_row`` are not written; ``tile`` is that of plain weights.
     """
     form, weight = projection.format.name, QuantizedWeight(*projection.tensors)  # type: ignore[arg-type]
     bias_EB = None if back or projection.bias is None else projection.bias.contiguous()

@@ -1,12 +1,7 @@
 """Routing on the GPU: logits to weights and expert ids, and the exact backward, one launch each.
 
-A program holds the logits of BLOCK_T tokens whole, ``[BLOCK_T, BLOCK_E]``, so nothing is shared between programs. What is
-computed is :mod:`fusedonemoe.ops.route`'s, in float32: with ``s = score(l)``,
-
-    weights[t, j] = scale * s[t, e_j] [/ sum_i s[t, e_i]]        e_0, e_1, ... by descending key, equal keys by ascending id
-
-A key is compared as the integer that has its order. The best key of a row is a maximum, and its owner is the least id that
-has it; K rounds of that, each removing its winner, are an exact selection for any K and any keys.
+A program holds the logits of BLOCK_T tokens whole. The formulas are :mod:`fusedonemoe.ops.route`'s, in float32. Keys are compared
+as integers of the same order; K rounds, each removing its winner, the least id of equals, are an exact selection.
 """
 
 from typing import Any

@@ -1,7 +1,6 @@
 """Grouped projections of rows in expert order: ``out[i] = rows[i] @ weights[e] (+ narrow[i] @ factor[e]) (+ bias[e])``.
 
-They are the down projection, the gradient of the gathered rows of x, the merged projection, and either projection of adapted
-experts. Both products are summed in one float32 accumulator and rounded once. A projection into the narrow space of an adapter,
+Both products are summed in one float32 accumulator and rounded once. A projection into the narrow space of an adapter,
 ``narrow[i] = rows[i] @ A[e]``, has no second product: its few columns are one block.
 """
 
@@ -107,32 +106,20 @@ def rows_kernel(
 
 
 def grouped_rows(
-    rows: Tensor,
-    weights_EAB: Tensor,
-    plan: RowPlan,
+    rows: Tensor,  # [N, A] in sorted order, or [T, A] with top_k: sorted row i then reads row order[i] // top_k
+    weights_EAB: Tensor,  # any strides, in the dtype of rows
+    plan: RowPlan,  # in blocks of tile.BLOCK_M
     tile: Tile,
     *,
-    bias_EB: Tensor | None = None,
-    low_rank: tuple[Tensor, Tensor] | None = None,
+    bias_EB: Tensor | None = None,  # added in float32
+    low_rank: tuple[Tensor, Tensor] | None = None,  # narrow [N, R] in sorted order, and factor [E, R, B] of any strides
     top_k: int | None = None,
-    first_row: int = 0,
+    first_row: int = 0,  # rows before it need not be written, and with low_rank are not
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``out[i] = rows[i] @ weights[e] (+ narrow[i] @ factor[e]) (+ bias[e])`` for the sorted rows ``i`` of expert ``e``.
 
-    Args:
-        rows: ``[N, A]`` in sorted order, or ``[T, A]`` with ``top_k``: sorted row ``i`` then reads row ``order[i] // top_k``.
-        weights_EAB: a view with any strides, in the dtype of ``rows``.
-        plan: the schedule of rows, in blocks of ``tile.BLOCK_M``.
-        tile: how the product is cut.
-        bias_EB: added in float32.
-        low_rank: ``narrow [N, R]`` in sorted order and ``factor [E, R, B]`` with any strides, in the dtype of ``rows``.
-        top_k: choices per token, where the rows are gathered.
-        first_row: rows before it need not be written, and with ``low_rank`` are not.
-        dtype: of the result; that of ``rows`` if None.
-
-    Returns:
-        ``[N, B]``, accumulated in float32 and rounded once. Positions from ``offsets[E]`` on are not written.
+    ``[N, B]``, accumulated in float32 and rounded once. Positions from ``offsets[E]`` on are not written.
     """
     rows = rows.contiguous()
     A, B = weights_EAB.shape[1:]

@@ -1,7 +1,6 @@
 """The tiles that a kernel runs with: a small table on (architecture, dtype, rows per expert, D, F).
 
-Nothing here depends on the exact number of tokens. Where that number is symbolic, its hint decides and no guard is made, so a
-compiled graph serves every T with the tiles of the one it was traced with.
+Where the number of tokens is symbolic, its hint decides and no guard is made: a graph keeps the tiles it was traced with.
 """
 
 import importlib.metadata
@@ -123,8 +122,8 @@ def tiles_of(x_TD: Tensor, rows: int, shape: Sequence[int], *, gated: bool) -> T
 def tiles_by_rule(arch: str, dtype: torch.dtype, rows_per_expert: float, D: int, F: int) -> Tiles:
     """The tiles that need no measurement. Arguments as for :func:`tiles_for`.
 
-    They have in common: no register spills, copies that run ahead of the products, and where there are rows enough for it,
-    Hopper's wide products with one of them always under way. The tests compile every one of them and look.
+    The tests compile every one: no register spills, copies that run ahead of the products, Hopper's wide products where rows
+    allow.
     """
     if arch == "interpreter":
         return Tiles(*[Tile(16, 16, 16, 4, 1, GROUP_M=2)] * 6)
@@ -203,11 +202,7 @@ def _tile(values: Sequence[object]) -> Tile:
 
 
 def check_cache() -> None:
-    """Find out whether :func:`keep` can write.
-
-    Raises:
-        UnwritableError: it cannot.
-    """
+    """Raise ``UnwritableError`` if :func:`keep` cannot write."""
     files.check(_measurements())
 
 

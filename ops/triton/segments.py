@@ -1,16 +1,13 @@
 """The gradient of a table ``[E, D]`` whose rows are experts: ``out_e = sum over the pairs (t, j) of e of c_tj rows_t``.
 
 The pairs are sorted by expert (a stable sort), each expert walks its own in that order, and every row of the table is written
-once, zeros where no token came. A *hot* expert, one with more than SEGMENT pairs, is cut where multiples of SEGMENT fall among
-the sorted positions:
+once. A *hot* expert, one with more than SEGMENT pairs, is cut where multiples of SEGMENT fall among the sorted positions:
 
     sorted positions   0 ......... S ......... 2S ......... 3S
     experts            aa bbbbbbbbb|bbbbbbbbbbb|bbb c dddddd|ddddddd e      b and d are hot
 
-A hot expert is longer than a window of S positions, so it holds the first or the last position of each window that it touches:
-at most two share a window, the slots of which are ``2 * window`` for the expert at its start and ``2 * window + 1`` for another
-at its end. Their sums are kept in float32 and added in a second pass, so no program has more than SEGMENT pairs, and no order
-depends on chance.
+At most two hot experts share a window of S positions, as each holds its first or its last: the slots are ``2 * window`` for the
+expert at its start and ``2 * window + 1`` for another at its end. A second pass adds up their float32 sums in a fixed order.
 """
 
 import torch
@@ -178,21 +175,12 @@ def add_segments_kernel(
 
 
 def table_gradient(
-    rows_TD: Tensor,
-    experts_TK: Tensor,
-    factors_TK: Tensor,
-    plan: torch_plan.Plan,
-    dtype: torch.dtype,
-    num_experts: int,
+    rows_TD: Tensor, experts_TK: Tensor, factors_TK: Tensor, plan: torch_plan.Plan, dtype: torch.dtype, num_experts: int
 ) -> Tensor:
-    """``out_e = sum_tj c_tj rows_t`` over the pairs whose id is ``e``, in float32 and a fixed order, rounded once.
+    """``out_e = sum_tj c_tj rows_t`` over the pairs whose id is ``e``, ``[E, D]``, in float32 and a fixed order, rounded once.
 
-    Rows and factors are contiguous. ``num_experts``, of the whole table, decides the order of sums: the rows of some of its
-    experts have the bits of all.
-
-    Returns:
-        ``[E, D]``, zeros for an expert without tokens. Besides, the sums of hot experts' segments take ``2 (N / SEGMENT + 1)``
-        rows of float32.
+    Rows and factors are contiguous. ``num_experts``, of the whole table, decides the order of sums: some experts' rows have the
+    bits of all. Hot experts' segments take ``2 (N / SEGMENT + 1)`` rows of float32.
     """
     D, K = rows_TD.shape[1], experts_TK.shape[1]
     E, N = plan.offsets.shape[0] - 1, plan.order.shape[0]

@@ -46,8 +46,7 @@ def column_sums_kernel(
 def column_sums(rows: Tensor, plan: RowPlan, *, weights_TK: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """``out[e] = sum_i (w_i) rows[i]`` over the sorted rows of each expert, ``[E, B]``, in float32 and a fixed order.
 
-    ``rows`` are sorted, ``[N, B]``, or with ``weights_TK`` one per token, ``[T, B]``; all are contiguous. ``dtype`` is that of
-    the result, by default that of ``rows``.
+    ``rows`` are sorted, ``[N, B]``, or with ``weights_TK`` one per token, ``[T, B]``; all are contiguous.
     """
     E, B = plan.offsets.shape[0] - 1, rows.shape[1]
     out_EB = torch.empty((E, B), dtype=dtype or rows.dtype, device=rows.device)

@@ -1,8 +1,4 @@
-"""Jit functions that the kernels share: which tile a program owns, and the activations with their derivatives.
-
-Row tiles come from a schedule, ``blocks [B, 2]`` int32: the expert of each block of rows and the sorted position of its first
-row. ``B`` is a bound that the host knows without looking at the routing; blocks behind the last have expert -1.
-"""
+"""Jit functions that the kernels share: which tile a program owns, and the activations with their derivatives."""
 
 import triton
 import triton.language as tl

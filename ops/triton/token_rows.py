@@ -2,10 +2,8 @@
 
     s_tj = x_t . table[experts_tj],      y_t = sum_j c_tj table[experts_tj]
 
-Both stream rows from memory to registers: nothing of size ``[T, K, D]`` exists, no token waits for a sort, and each thread asks
-for 8 vectors of 16 bytes at once, or half as many elements where rows are not aligned. They are two launches also where there
-are tokens enough for one: together they read no row twice, and one table at a time has twice the chance to stay in the L2
-cache; the sums of a block of columns, which all tokens compute before the next is begun, need only these columns of it.
+Both stream rows from memory to registers, 8 vectors of 16 bytes to a thread at once, or half as many elements where rows are not
+aligned. Two launches read no row twice, and one table at a time has twice the chance to stay in the L2 cache.
 """
 
 from collections.abc import Sequence
@@ -236,8 +234,7 @@ def scores(
 ) -> tuple[Tensor, Tensor]:
     """``s_tj = rows_t . table[experts_tj]`` in ``dtype``, and with weights the factors ``c_tj = w_tj act(s_tj)`` in float32.
 
-    All are contiguous but the table. Both results are ``[T, K]``, 0 for an id outside ``[0, E)``; without weights the second is
-    empty.
+    All are contiguous but the table. Both results are ``[T, K]``, 0 for an id out of range; without weights the second is empty.
     """
     s_TK = torch.empty(experts_TK.shape, dtype=dtype, device=rows_TD.device)
     factors_TK = torch.empty(0 if weights_TK is None else experts_TK.shape, dtype=torch.float32, device=rows_TD.device)
@@ -256,10 +253,8 @@ def scores_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``dw = q act(s)``, ``ds = q w act'(s)`` and ``c = w act(s)`` of every pair, with ``q_tj = dy_t . up[experts_tj]``.
 
-    All are contiguous but the table. Without the first two of ``needs`` up is not read.
-
-    Returns:
-        ``(dw, ds, c)``, ``[T, K]`` each, dw in the dtype of the weights and the others float32; empty where not wanted.
+    All are contiguous but the table. The results are ``[T, K]``, empty if not wanted; dw has the weights' dtype, the others
+    float32.
     """
     dtypes = (weights_TK.dtype, torch.float32, torch.float32)
     results = [
@@ -274,10 +269,7 @@ def scores_backward(
 
 
 def sums(experts_TK: Tensor, factors_TK: Tensor, table_ED: Tensor, dtype: torch.dtype) -> Tensor:
-    """``out_t = sum_j c_tj table[experts_tj]``, ``[T, D]``, in float32 and a fixed order, rounded once.
-
-    Ids and factors, of any floating dtype, are contiguous. The factor of an id outside ``[0, E)`` is not read.
-    """
+    """``out_t = sum_j c_tj table[experts_tj]``, ``[T, D]``, in float32 and a fixed order, rounded once."""
     table_ED = by_rows(table_ED)
     (T, K), (E, D) = experts_TK.shape, table_ED.shape
     cut = cut_sums(rules.hint(T), K, D, table_ED.element_size())

@@ -1,7 +1,7 @@
 """Gate and up projection of gathered rows, with the activation: ``h[i] = act(x[order[i] // K] Wup_e^T + bup_e)``.
 
-A gated expert's tile has BLOCK_N gate and BLOCK_N up columns side by side in one accumulator, whichever way the weight's rows
-are laid out: they share the rows of x, the product is one wide instruction, and the epilogue takes the two apart in registers.
+A gated expert's tile has BLOCK_N gate and BLOCK_N up columns side by side in one accumulator: they share the rows of x, and the
+epilogue takes the two apart in registers.
 """
 
 import triton
@@ -123,19 +123,8 @@ def up_projection(
 ) -> None:
     """Fill ``h[i] = act(z[i])`` and ``z[i] = x[order[i] // K] Wup_e^T + bup_e`` for sorted rows.
 
-    A row of z has the same bits with h and without it. Positions from ``offsets[E]`` on are not written.
-
-    Args:
-        x_TD: tokens, contiguous.
-        up_EGD: a view with any strides, in the dtype of x; its rows in ``act.layout``.
-        up_bias_EG: added in float32.
-        plan: the schedule of rows, in blocks of ``tile.BLOCK_M``.
-        top_k: ``K``.
-        act: activation and layout.
-        tile: the cut of the product; ``BLOCK_N`` columns of h.
-        z: ``[S, G]`` contiguous, ``0 <= S <= N``: the first S rows are kept.
-        h_NF: contiguous; None where it is not wanted.
-        first_row: of z that is written.
+    The first rows of z are kept, from ``first_row`` on; h where it is given. All are contiguous but up, whose rows are in
+    ``act.layout``. A row of z has the same bits with h and without it. Positions from ``offsets[E]`` on are not written.
     """
     _, G, D = up_EGD.shape
     without_z = isinstance(z.shape[0], int) and z.shape[0] == 0

@@ -44,7 +44,6 @@ def test_arguments_become_a_call_and_come_back(name: str):
     call = arguments.call((*flat, 100, "grouped"))
     assert call.form.up.format is call.form.down.format is form
     assert (call.form.up.shape, call.form.down.shape) == ((E, 2 * F, D), (E, D, F))
-    assert call.form.sizes == (E, D, F, 2 * F)
     back = arguments.flatten(call)
     assert len(back) == len(flat) == len(arguments.arguments)
     assert all(map(is_same, back, flat))

@@ -5,18 +5,15 @@
 
 constexpr int ROWS_AT_ONCE = 6, VECTORS = ACCUMULATORS / ROWS_AT_ONCE, COLUMNS = VECTORS * LANES;
 static constexpr int blocks_of(int columns) { return (columns + COLUMNS - 1) / COLUMNS; }
-// Units of k that are packed and summed at once. A panel then has 64 KiB, and shares the second cache with
-// the rows and the prefetched weights. Sums of chunks are added in order for any number of rows, so a row's
-// bits depend on no other row.
+// Units of k that are packed and summed at once. A panel then has 64 KiB, a part of the second cache. Sums of
+// chunks are added in order, so a row's bits depend on no other row.
 constexpr int CHUNK_UNITS = 256;
 // Rows that are multiplied by one panel; their unfinished sums fit into the second cache, too.
 constexpr int ROWS_PER_PACKING = 40 * ROWS_AT_ONCE;
-// Blocks of columns that are multiplied in turn, so that longer pieces of rows are prefetched, which memory
-// serves faster.
+// Blocks of columns that are multiplied in turn: memory serves longer pieces of rows faster.
 constexpr int BLOCKS_IN_TURNS = 4;
 
-// One unit of k: two vectors of columns of one row, or of a pair of rows interleaved. The odd row may be
-// missing.
+// One unit of k: two vectors of columns of a row, or of a pair of rows interleaved, the odd one or null.
 template <class T> static INLINE void unit_of_columns(const T* row, const T*, vf (&v)[2]) {
     v[0] = load_wide(row);
     v[1] = load_wide(row + LANES);
@@ -89,8 +86,7 @@ template <class T> static inline WeightRows<T> run_of(const T* first, size_t cou
     return {first, LENGTH, (int)((count + LENGTH - 1) / LENGTH), LENGTH};
 }
 
-// Prefetches rows of weights, a few lines at each step: a burst of prefetches would wait for memory, and the
-// products would wait for the burst.
+// Prefetches rows of weights, a few lines at each step, as LinesAhead does.
 template <class T> class RowsAhead {
     WeightRows<T> rows{};
     int next = 0, end = 0, line = 0, lines = 1, at_once = 0;
@@ -117,76 +113,47 @@ template <class T> class RowsAhead {
 typedef vf Block[ROWS_AT_ONCE][VECTORS];
 
 // acc[r] = rows[r] . panel for n rows, 1 <= n <= ROWS_AT_ONCE.
-template <class M, int ROWS, class Ahead>
-static INLINE void multiply_packed(const typename M::T* const* rows, int n, const typename M::U* panel, int k,
-                                   Ahead& ahead, Block& acc) {
-    const typename M::T* p[ROWS];
-    for (int r = 0; r < ROWS; r++)
-        p[r] = rows[std::min(r, n - 1)];
-    vf part[ROWS][VECTORS];
-    lanes_tile<M, ROWS, VECTORS>([&](int r) { return p[r]; }, panel, k, ahead, part);
-    memcpy((void*)acc, part, sizeof(part));
-}
 template <class M, class Ahead>
-static inline void multiply(const typename M::T* const* rows, int n, const typename M::U* panel, int k,
-                            Ahead& ahead, Block& acc) {
-    if (n <= 2)
-        multiply_packed<M, 2>(rows, n, panel, k, ahead, acc);
-    else if (n <= 4)
-        multiply_packed<M, 4>(rows, n, panel, k, ahead, acc);
-    else
-        multiply_packed<M, ROWS_AT_ONCE>(rows, n, panel, k, ahead, acc);
+__attribute__((noinline)) static void multiply(const typename M::T* const* rows, int n,
+                                               const typename M::U* panel, int k, Ahead& ahead, Block& acc) {
+    with_rows<2, 4, ROWS_AT_ONCE>(n, [&]<int ROWS>() {
+        const typename M::T* p[ROWS];
+        for (int r = 0; r < ROWS; r++)
+            p[r] = rows[std::min(r, n - 1)];
+        auto& some = (vf(&)[ROWS][VECTORS])acc;
+        lanes_tile<M, ROWS, VECTORS>([&](int r) { return p[r]; }, panel, k, ahead, some);
+    });
 }
 
-// The same with rows [k0, k0 + k) of the weights in place, for so few rows of tokens that packing would cost
-// more.
-template <class M, int ROWS, class Ahead>
-static INLINE void multiply_in_place(const typename M::T* const* rows, int n,
-                                     const WeightRows<typename M::T>& w, int c0, int k0, int k, Ahead& ahead,
-                                     Block& acc) {
-    using T = typename M::T;
-    const T* p[ROWS];
-    for (int r = 0; r < ROWS; r++)
-        p[r] = rows[std::min(r, n - 1)];
-    vf sum[ROWS][VECTORS];
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 8
-        for (int c = 0; c < VECTORS; c++)
-            sum[r][c] = vf{};
-    for (int i = 0; i < k; i += M::PER) {
-        if (i % (LANES * M::PER) == 0) ahead.step();
-        const T *even = w.row(k0 + i) + c0,
-                *odd = M::PER == 2 && i + 1 < k ? w.row(k0 + i + 1) + c0 : nullptr;
-        vf b[VECTORS / 2][2];
-#pragma GCC unroll 8
-        for (int c = 0; c < VECTORS / 2; c++)
-            unit_of_columns(even + c * 2 * LANES, odd ? odd + c * 2 * LANES : nullptr, b[c]);
-#pragma GCC unroll 8
-        for (int r = 0; r < ROWS; r++) {
-            const typename M::U unit = M::unit(p[r] + i, k - i);
-#pragma GCC unroll 8
-            for (int c = 0; c < VECTORS; c++)
-                sum[r][c] = M::step(sum[r][c], unit, b[c / 2][c % 2]);
-        }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 8
-        for (int c = 0; c < VECTORS; c++)
-            acc[r][c] = sum[r][c];
-}
+// The same with rows [k0, k0 + k) of the weights in place, for too few rows of tokens to pack them.
 template <class M, class Ahead>
-static inline void multiply_few(const typename M::T* const* rows, int n, const WeightRows<typename M::T>& w,
-                                int c0, int k0, int k, Ahead& ahead, Block& acc) {
-    if (n == 1)
-        multiply_in_place<M, 1>(rows, n, w, c0, k0, k, ahead, acc);
-    else if (n == 2)
-        multiply_in_place<M, 2>(rows, n, w, c0, k0, k, ahead, acc);
-    else if (n <= 4)
-        multiply_in_place<M, 4>(rows, n, w, c0, k0, k, ahead, acc);
-    else
-        multiply_in_place<M, ROWS_AT_ONCE>(rows, n, w, c0, k0, k, ahead, acc);
+__attribute__((noinline)) static void multiply_few(const typename M::T* const* rows, int n,
+                                                   const WeightRows<typename M::T>& w, int c0, int k0, int k,
+                                                   Ahead& ahead, Block& acc) {
+    with_rows<1, 2, 4, ROWS_AT_ONCE>(n, [&]<int ROWS>() {
+        using T = typename M::T;
+        const T* p[ROWS];
+        for (int r = 0; r < ROWS; r++)
+            p[r] = rows[std::min(r, n - 1)];
+        vf sum[ROWS][VECTORS] = {};
+        for (int i = 0; i < k; i += M::PER) {
+            if (i % (LANES * M::PER) == 0) ahead.step();
+            const T *even = w.row(k0 + i) + c0,
+                    *odd = M::PER == 2 && i + 1 < k ? w.row(k0 + i + 1) + c0 : nullptr;
+            vf b[VECTORS / 2][2];
+#pragma GCC unroll 8
+            for (int c = 0; c < VECTORS / 2; c++)
+                unit_of_columns(even + c * 2 * LANES, odd ? odd + c * 2 * LANES : nullptr, b[c]);
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; r++) {
+                const typename M::U unit = M::unit(p[r] + i, k - i);
+#pragma GCC unroll 8
+                for (int c = 0; c < VECTORS; c++)
+                    sum[r][c] = M::step(sum[r][c], unit, b[c / 2][c % 2]);
+            }
+        }
+        copy_tile(sum, acc);
+    });
 }
 
 // Scratch memory of one thread for products.
@@ -195,9 +162,8 @@ template <class M> struct ProductScratch {
     vf sums[BLOCKS_IN_TURNS][ROWS_PER_PACKING][VECTORS];
 };
 
-// Multiplies m rows by the columns of w, in up to BLOCKS_IN_TURNS blocks. Calls finish(b, r, n, block) with
-// block = rows r .. r + n times block b of the columns; r is even. `next` is what this thread multiplies
-// next.
+// Multiplies m rows by the columns of w, and calls finish(b, r, n, block) with block = rows r .. r + n times
+// block b of the columns; r is even. `next` is what this thread multiplies next.
 template <class M, class Columns, class Row, class Finish>
 static inline void product(Row row, int m, const Columns& w, const Columns& next, ProductScratch<M>& scratch,
                            Finish finish) {
@@ -252,3 +218,32 @@ static INLINE void store_row(const vf (&acc)[VECTORS], float* out, int cols) {
         else
             store_some(acc[c], out + c * LANES, std::clamp(cols - c * LANES, 0, LANES));
 }
+
+// Columns [begin, begin + cols) of an expert's weight, widened to float32 one panel at a time.
+template <class Format> struct WidenedColumns {
+    static constexpr bool IN_PLACE = false;
+    const Format* weight = nullptr;
+    int e = 0;
+    RowOrder order{};
+    int begin = 0, cols = 0, count = order.count;
+
+    NothingAhead ahead(int, int, int64_t) const { return {}; }
+    // Rows k0 .. k0 + k of `cols` columns from c0 on as a panel [k][COLUMNS]; columns that do not exist are
+    // zero. A format widens whole groups, and a group may begin before a block of columns or end behind it.
+    template <class M> void pack(int k0, int k, int c0, int cols, float* panel) const {
+        const int first = begin + c0, end = first + cols, group = weight->group_size();
+        const int from = first / group * group, to = (end + group - 1) / group * group;
+        float whole[COLUMNS + 2 * Format::MOST_GROUP];
+        for (int i = 0; i < k; i++, panel += COLUMNS) {
+            const ptrdiff_t row = order.row(k0 + i);
+            if (from == first && to == end) {
+                weight->widen_row(e, row, first, end, panel);
+            } else {
+                weight->widen_row(e, row, from, to, whole);
+                memcpy(panel, whole + first - from, cols * sizeof(float));
+            }
+            for (int c = cols; c < COLUMNS; c++)
+                panel[c] = 0.f;
+        }
+    }
+};

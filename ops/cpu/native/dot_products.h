@@ -1,11 +1,9 @@
-// The products of the MLP's forward over quantised weights. The weights are read as they lie in memory, once.
+// The products of the MLP's forward over quantised weights, which are read in place, once.
 //
 // Lanes are positions along k. A sum is one chain of fused multiply-adds for each lane, over k in ascending
-// order, and one tree over the lanes, whatever the tile's shape: a token's bits depend on no other token and
-// on no number of threads. Where an expert has few tokens, weights are widened to float32 in registers, for
-// all of them at once. Where it has many, four rows of weights at a time are widened into the first cache,
-// and all tokens are multiplied by them. x and h are float32, rounded where the MLP over plain weights rounds
-// them.
+// order, and one tree over the lanes, whatever the tile's shape: a token's bits depend on no other token. For
+// few tokens weights are widened to float32 in registers, for many into the first cache, four rows at a time.
+// x and h are float32, rounded where the MLP over plain weights rounds them.
 #pragma once
 #include "mlp.h"
 #include "quad.h"
@@ -39,32 +37,19 @@ template <class Element, class Format> class DotProducts : MLP {
                 store(sums[first + r][half] + column, lane_sums(acc[r]));
         };
         if (n <= FEW) {
-            if (n == 1)
-                go.template operator()<1>(quad, 0, ahead);
-            else if (n == 2)
-                go.template operator()<2>(quad, 0, ahead);
-            else if (n == 3)
-                go.template operator()<3>(quad, 0, ahead);
-            else if constexpr (TILE >= 4)
-                go.template operator()<4>(quad, 0, ahead);
-            else {
-                go.template operator()<2>(quad, 0, ahead);
-                go.template operator()<2>(quad, 2, ahead);
-            }
+            with_rows<1, 2, 3, 4>(n, [&]<int R>() {
+                constexpr int FIRST = R <= TILE ? R : R / 2;
+                go.template operator()<FIRST>(quad, 0, ahead);
+                if constexpr (FIRST < R) go.template operator()<R - FIRST>(quad, FIRST, ahead);
+            });
             return;
         }
         const MadeQuad source = make_quad(quad, ahead, made);
         NothingAhead nothing;
-        for (int i = 0; i < n; i += TILE) {
-            switch (std::min(TILE, n - i)) {
-                case 1: go.template operator()<1>(source, i, nothing); break;
-                case 2: go.template operator()<2>(source, i, nothing); break;
-                case 3: go.template operator()<std::min(3, TILE)>(source, i, nothing); break;
-                case 4: go.template operator()<std::min(4, TILE)>(source, i, nothing); break;
-                case 5: go.template operator()<std::min(5, TILE)>(source, i, nothing); break;
-                default: go.template operator()<TILE>(source, i, nothing);
-            }
-        }
+        for (int i = 0; i < n; i += TILE)
+            with_rows<1, 2, 3, 4, 5, 6>(std::min(TILE, n - i), [&]<int R>() {
+                go.template operator()<std::min(R, TILE)>(source, i, nothing);
+            });
     }
 
     vf with_bias(vf v, int e, ptrdiff_t base, int n) const {
@@ -143,17 +128,7 @@ template <class Element, class Format> class DotProducts : MLP {
         return LANES * (UP ? halves * up.row_bytes() : down.row_bytes());
     }
     template <bool UP> Ahead ahead(const ForwardTask& task) const {
-        Ahead ahead;
-        const int e = experts[task.expert].id, n = task.end - task.begin;
-        if (!UP) {
-            down.look_ahead(e, task.begin, n, ahead);
-        } else if (at.step == 2) {
-            up.look_ahead(e, task.begin * 2, 2 * n, ahead);
-        } else {
-            up.look_ahead(e, at.gate + task.begin, n, ahead);
-            if (gated) up.look_ahead(e, at.up + task.begin, n, ahead);
-        }
-        return ahead;
+        return weights_of<UP, Ahead>(task, experts[task.expert].id, up, down);
     }
     template <bool UP> void run(const ForwardTask& task, Own& own, Ahead ahead) const {
         const ExpertRows& expert = experts[task.expert];

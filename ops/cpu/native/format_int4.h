@@ -3,11 +3,10 @@
 //
 //   W[r][i] = scale[r][i / group] * (q[r][i] - zero[r][i / group])
 //
-// A step takes LANES bytes: first their even values, then their odd ones. The activations have the same
-// order.
+// A step takes LANES bytes: first their even values, then their odd ones, as do the activations.
 #pragma once
+#include "columns.h"
 #include "dot_products.h"
-#include "widened_columns.h"
 
 struct Int4 {
     template <class M> using Forward = DotProducts<typename M::T, Int4>;
@@ -105,8 +104,7 @@ struct Int4 {
         ahead.add(scales + first_group(e, r), (size_t)n * (k / group) * sizeof(float));
     }
 
-    // Elements [begin, end) of a row of W as float32; begin and end are multiples of the group or ends of the
-    // row.
+    // Elements [begin, end) of a row of W as float32: whole groups.
     void widen_row(int e, ptrdiff_t r, int begin, int end, float* __restrict to) const {
         const uint8_t* q = row(e, r) + begin / 2;
         for (int i = begin; i < end;) {

@@ -2,8 +2,8 @@
 //
 //   W[r][i] = scale[r] * q[r][i]
 #pragma once
+#include "columns.h"
 #include "dot_products.h"
-#include "widened_columns.h"
 
 struct Int8 {
     template <class M> using Forward = DotProducts<typename M::T, Int8>;

@@ -1,5 +1,4 @@
-// Plain weights [E, rows, k] of the element type of x. They are multiplied as they lie in memory and have
-// gradients.
+// Plain weights [E, rows, k] of the element type of x, multiplied in place. They have gradients.
 #pragma once
 #include "columns.h"
 #include "panel_products.h"

@@ -1,7 +1,7 @@
 // Weight gradients: sums of outer products over an expert's rows. Both operands are stored in strips, [strips
 // of LANES columns][units of rows][LANES]. Rows of tokens are interleaved in pairs (where M::PER is 2) but
-// not transposed, so one strip serves as the vectors of a product or as its scalars. The one task that owns a
-// row of a gradient writes each of its elements once.
+// not transposed, so one strip serves as the vectors of a product or as its scalars. One task owns each row
+// of a gradient.
 #pragma once
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -11,8 +11,7 @@
 static constexpr int strips_of(int columns) { return (columns + LANES - 1) / LANES; }
 constexpr int GRADIENT_ROWS = std::min(8, LANES);
 constexpr int ROWS_PER_TASK = 64;
-// A gradient this large leaves the caches before it is read. Its lines are written past the caches, without
-// reading them first.
+// A gradient this large leaves the caches before it is read, so it is written past them.
 constexpr size_t STREAMED_BYTES = size_t(16) << 20;
 
 // The units of rows before each expert's, [E + 1]: an expert's part of an operand in strips begins there.
@@ -69,8 +68,8 @@ static INLINE __m512i narrowed(const vf (&v)[2]) {
 static INLINE void store_pair(const vf (&v)[2], bf16* out) { _mm512_storeu_si512(out, narrowed(v)); }
 static INLINE void stream(const vf (&v)[2], bf16* out) { _mm512_stream_si512((__m512i*)out, narrowed(v)); }
 #endif
-// Rounded to T, or unrounded where T would overflow: a factor of a gradient may exceed the largest float16
-// though the gradient does not.
+// Rounded to T, or unrounded where T would overflow: a gradient's factor may exceed float16 though it does
+// not.
 template <class T> static INLINE vf rounded_or_large(vf v) { return rounded(v, (const T*)nullptr); }
 template <> INLINE vf rounded_or_large<f16>(vf v) {
     const vf narrow = rounded(v, (const f16*)nullptr), infinity = splat(INFINITY);
@@ -89,13 +88,17 @@ template <class T> static INLINE void store_unit(vf even, vf odd, uint32_t* out)
 }
 #endif
 
-// Writes rows [begin, end) of a gradient, of `width` elements; begin is a multiple of GRADIENT_ROWS, and
-// out(r) is the address of row r. `scalars` and `vectors` are strips of um > 0 units, of the gradient's rows
-// and columns.
+// Writes rows [begin, end) of a gradient, of `width` elements, to out(r); begin is a multiple of
+// GRADIENT_ROWS. `scalars` and `vectors` are strips of um units, of the gradient's rows and columns.
 template <class M, class Out>
 static inline void weight_gradient(int begin, int end, int width, size_t um, const typename M::U* scalars,
                                    const typename M::U* vectors, bool streamed, Out out) {
     using T = typename M::T;
+    if (um == 0) {
+        for (int r = begin; r < end; r++)
+            memset((void*)out(r), 0, width * sizeof(T));
+        return;
+    }
     constexpr int R = GRADIENT_ROWS;
     constexpr int BYTES = 256 << 10;  // of vectors, which stay in the second cache for all rows of a task
     const int block = (int)std::max<size_t>(BYTES / (um * 2 * LANES * sizeof(typename M::U)), 1) * 2 * LANES;

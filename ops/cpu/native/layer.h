@@ -1,5 +1,4 @@
-// What all kernels share: scratch memory, the plan of the rows by expert, tasks, and the sum over a token's
-// experts.
+// Shared by all kernels: scratch memory, the plan of the rows by expert, tasks, and the sum over experts.
 #pragma once
 #include <atomic>
 #include <mutex>
@@ -15,9 +14,8 @@
 #endif
 #include "tile.h"
 
-// Keeps large buffers between calls: a fresh buffer costs a page fault for every 4 KiB, more than the
-// products in it. At most as many bytes are idle as were in use at once. The class is hidden because gcc
-// otherwise shares one pool among all libraries of a process, other versions of this code included.
+// Keeps large buffers between calls, as a fresh one costs a page fault for every 4 KiB. At most as many bytes
+// are idle as were in use at once. Hidden: gcc would share one pool among all libraries of a process.
 class __attribute__((visibility("hidden"))) Memory {
   public:
     struct Block {
@@ -31,8 +29,7 @@ class __attribute__((visibility("hidden"))) Memory {
     std::vector<Block> idle;
     size_t in_use = 0, most_in_use = 0, idle_bytes = 0, peak = 0, peak_from = 0;
 
-    // fork() copies the mutex as it is. A thread that does not exist in the child may hold it, so the forking
-    // thread takes it first.
+    // The forking thread takes the mutex first: a thread that does not exist in the child could hold it.
     Memory() {
         pthread_atfork([] { instance->mutex.lock(); }, [] { instance->mutex.unlock(); },
                        [] { instance->mutex.unlock(); });
@@ -230,8 +227,7 @@ class Tasks {
         for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < count;)
             body(task);
     }
-    // The same, with the task that this thread takes next as a second argument; it is `count` or more when
-    // there is none.
+    // The same, with this thread's next task as a second argument, `count` or more when there is none.
     template <class Body> void run_with_next(int64_t count, Body body) {
         int64_t task = next.fetch_add(1, std::memory_order_relaxed);
         while (task < count) {
@@ -247,8 +243,7 @@ class Tasks {
     }
 };
 
-// Calls work(thread) on so many threads. One thread needs no parallel region, which takes as long as a row of
-// the router.
+// Calls work(thread) on so many threads. A parallel region takes as long as a row of the router.
 template <class Work> static inline void in_threads(int64_t threads, Work work) {
     if (threads == 1) return work(0);
     std::atomic<int> next{0};
@@ -256,8 +251,7 @@ template <class Work> static inline void in_threads(int64_t threads, Work work) 
     work(next++);
 }
 
-// y_t = sum_j w_tj (rows[position(t, j)] + bias of its expert), in the order of j, rounded once. bias may be
-// null.
+// y_t = sum_j w_tj (rows[position(t, j)] + its expert's bias, or no bias), in the order of j, rounded once.
 template <class T>
 static inline void combine(const float* rows, const int32_t* position, const int64_t* ids,
                            const float* weights, const T* bias, int t, int top_k, int width, T* y) {

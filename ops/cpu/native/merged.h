@@ -13,15 +13,11 @@ struct MergedForward {
     int64_t tokens, top_k, num_experts, hidden, inner, threads;
 };
 
-template <class M> class MergedForwardPass {
+template <class M> struct MergedForwardPass {
     using T = typename M::T;
-    using U = typename M::U;
     const MergedForward& a;
 
-  public:
-    explicit MergedForwardPass(const MergedForward& a) : a(a) {}
-
-    void run() {
+    void run() const {
         const int D = a.hidden, F = a.inner, E = a.num_experts, N = a.tokens * a.top_k, blocks = blocks_of(F);
         make_plan(a.experts, N, E, a.order, a.offsets);
         const Plan plan{E, (int)a.top_k, a.order, a.offsets};
@@ -67,15 +63,12 @@ struct MergedBackward {
     int64_t tokens, top_k, num_experts, hidden, inner, threads;
 };
 
-template <class M> class MergedBackwardPass {
+template <class M> struct MergedBackwardPass {
     using T = typename M::T;
     using U = typename M::U;
     const MergedBackward& a;
 
-  public:
-    explicit MergedBackwardPass(const MergedBackward& a) : a(a) {}
-
-    void run() {
+    void run() const {
         const int D = a.hidden, F = a.inner, E = a.num_experts, N = a.tokens * a.top_k,
                   d_blocks = blocks_of(D);
         const int d_strips = strips_of(D), f_strips = strips_of(F);
@@ -150,12 +143,9 @@ template <class M> class MergedBackwardPass {
                     const int begin = task * ROWS_PER_TASK, end = std::min(begin + ROWS_PER_TASK, D);
                     const size_t um = unit_of[e + 1] - unit_of[e];
                     T* out = (T*)a.dproj + (size_t)e * D * F;
-                    if (um == 0)
-                        memset((void*)(out + (size_t)begin * F), 0, (size_t)(end - begin) * F * sizeof(T));
-                    else
-                        weight_gradient<M>(begin, end, F, um, x_strips + unit_of[e] * d_strips * LANES,
-                                           dh_strips + unit_of[e] * f_strips * LANES, streamed,
-                                           [&](int r) { return out + (size_t)r * F; });
+                    weight_gradient<M>(begin, end, F, um, x_strips + unit_of[e] * d_strips * LANES,
+                                       dh_strips + unit_of[e] * f_strips * LANES, streamed,
+                                       [&](int r) { return out + (size_t)r * F; });
                 });
             end_of_streams();
             tokens.run(a.tokens, [&](int64_t t) {

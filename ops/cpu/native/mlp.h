@@ -48,15 +48,13 @@ struct ExpertRows {
     int id, first, count;
 };
 
-// Columns [begin, end) of h or of the output rows, for all rows of an expert. `expert` is an index of the
-// experts that have rows.
+// Columns [begin, end) of h or of the output rows, for all rows of the `expert`-th expert that has rows.
 struct ForwardTask {
     int expert, begin, end;
 };
 
-// The sizes of an MLP, and its pre-activations z [N, G], whose columns are ordered like the rows of the
-// up-projection. D: hidden size, F: inner size, G: rows of the up-projection, E: experts, K: experts of a
-// token, N: routed rows.
+// The sizes of an MLP (hidden size D, inner size F, G rows of the up-projection, E experts, K of a token, N
+// routed rows), and its pre-activations z [N, G], whose columns are ordered like those rows.
 class MLP {
   protected:
     const int D, F, G, E, K, N;
@@ -73,6 +71,22 @@ class MLP {
 
     RowOrder up_order() const { return {at.gate, at.up, at.step, F, G}; }
     RowOrder down_order() const { return {0, 0, 1, D, D}; }
+
+    // The weights of a task, to be prefetched.
+    template <bool UP, class Ahead, class Format>
+    Ahead weights_of(const ForwardTask& task, int e, const Format& up, const Format& down) const {
+        Ahead ahead;
+        const int n = task.end - task.begin;
+        if (!UP) {
+            down.look_ahead(e, task.begin, n, ahead);
+        } else if (at.step == 2) {
+            up.look_ahead(e, task.begin * 2, 2 * n, ahead);
+        } else {
+            up.look_ahead(e, at.gate + task.begin, n, ahead);
+            if (gated) up.look_ahead(e, at.up + task.begin, n, ahead);
+        }
+        return ahead;
+    }
 
     // n elements of the gate or of the up half of a row of z; the first is at column `base` of memory.
     template <class T> void store_z(T* z, ptrdiff_t base, int n, vf v) const {

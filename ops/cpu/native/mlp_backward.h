@@ -8,14 +8,14 @@
 //   dWup = sum dz^T x
 //
 // Lanes are columns of a weight or of its gradient. dz is stored as rows, gate columns first, for dx, and in
-// strips for dWup. Quantised weights have no gradient: a panel of them at a time is widened to float32, and
-// dy and dz are float32.
+// strips for dWup. Quantised weights have no gradient; a panel of them at a time is widened, and dy and dz
+// are float32.
 #pragma once
 #include "gradient.h"
 #include "mlp.h"
 
-// Format reads the weights, whose element type is that of rows of dy and dz: T for plain weights, float32 for
-// formats that widen.
+// Format reads the weights; Element is their type and that of dy and dz: T, or float32 where they are
+// widened.
 template <class Mac, class Format> class BackwardPass : MLP {
     using T = typename Mac::T;
     using M = typename Format::template BackwardMac<Mac>;
@@ -179,21 +179,15 @@ template <class Mac, class Format> class BackwardPass : MLP {
     void rows_of_ddown(const Expert& x, int task) const {
         const int begin = task * ROWS_PER_TASK, end = std::min(begin + ROWS_PER_TASK, D);
         T* out = (T*)a.ddown + (size_t)x.id * D * F;
-        if (x.count == 0)
-            memset((void*)(out + (size_t)begin * F), 0, (size_t)(end - begin) * F * sizeof(T));
-        else
-            weight_gradient<M>(begin, end, F, x.um, x.dy, x.h, stream_down,
-                               [&](int r) { return out + (size_t)r * F; });
+        weight_gradient<M>(begin, end, F, x.um, x.dy, x.h, stream_down,
+                           [&](int r) { return out + (size_t)r * F; });
     }
     void rows_of_dup(const Expert& x, int half, int task) const {
         const int begin = task * ROWS_PER_TASK, end = std::min(begin + ROWS_PER_TASK, F);
         T* out = (T*)a.dup + (size_t)x.id * G * D;
         const U* dz = x.dz_strips + half * f_strips * x.um * LANES;
-        if (x.count == 0)
-            memset((void*)(out + ((size_t)half * F + begin) * D), 0, (size_t)(end - begin) * D * sizeof(T));
-        else
-            weight_gradient<M>(begin, end, D, x.um, dz, x.x, stream_up,
-                               [&](int r) { return out + ((half ? at.up : at.gate) + r * at.step) * D; });
+        weight_gradient<M>(begin, end, D, x.um, dz, x.x, stream_up,
+                           [&](int r) { return out + ((half ? at.up : at.gate) + r * at.step) * D; });
     }
     void gradient_rows(const Expert& x, int task) const {
         if (a.ddown) {
@@ -250,8 +244,8 @@ template <class Mac, class Format> class BackwardPass : MLP {
             (void)*(const volatile uint16_t*)(p + i);
     }
     // All of an expert by one thread. Memory is read in its own order, which is faster than in blocks of
-    // columns: z at once, and so are small weights for few rows. Other weights are read ahead in parts,
-    // during the products before theirs.
+    // columns. Small weights for few rows are read at once, others ahead in parts, during the products before
+    // theirs.
     void do_expert(const Expert& x, int next, int q_groups, int dx_groups, ProductScratch<M>& own) const {
         const size_t up_size = (size_t)G * D, down_size = (size_t)D * F;
         const T *w_up = up.row(x.id, 0), *w_down = down.row(0, 0);
@@ -307,8 +301,7 @@ template <class Mac, class Format> class BackwardPass : MLP {
     }
 
     void run() {
-        // One thread does all of an expert where that leaves no thread idle: intermediate values then stay in
-        // its cache.
+        // One thread does all of an expert, in its own cache, where that leaves no thread idle.
         const bool apart = HAS_GRADIENT && (int64_t)hit.size() >= 8 * a.threads &&
                            (int64_t)most_rows * 8 * a.threads <= N;
         std::vector<size_t> memory_of(E + 1, 0);

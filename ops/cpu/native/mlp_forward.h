@@ -2,8 +2,7 @@
 //
 //   z = x Wup (+ b), h = act(z), row = h Wdown, y_t = sum_j w_tj (row_tj + b)
 //
-// Products multiplies: PanelProducts for plain weights and for panels, DotProducts for quantised weights. Its
-// parts:
+// Products is PanelProducts for plain weights and panels, DotProducts for quantised weights. Its parts:
 //
 //   gather(i)                a part of x, copied into the order in which it is multiplied
 //   run<UP>(task, ...)       some columns of h (UP) or of the rows, for all rows of one expert

@@ -46,18 +46,15 @@ static int (*const ELEMENTS_PER_UNIT[])() = {
 inline void check_panels(const char* name, const Tensor& panels, int64_t columns, int64_t width, bool gated,
                          int64_t rows) {
     check_dim(name, panels, 5);
-    if (gated && rows % 2)
-        refuse("a weight with gate and up must have as many rows of each, got ", std::to_string(rows));
+    if (gated && rows % 2) refuse("a weight with gate and up must have as many rows of each, got ", rows);
     const int64_t units = ELEMENTS_PER_UNIT[element_of(name, panels)](), across = gated ? PANEL / 2 : PANEL,
                   shape[] = {panels.size(0), (columns + across - 1) / across, (width + units - 1) / units,
                              PANEL, units};
     const auto sizes = panels.sizes();
     if (!std::equal(sizes.begin(), sizes.end(), shape, shape + 5))
-        refuse(name, " must be panels of shape ", text_of(std::vector<int64_t>(shape, shape + 5)),
-               " for a weight of ", std::to_string(rows), " rows of ", std::to_string(width),
-               " on this machine, got ", text_of(sizes));
-    if (!panels.is_contiguous())
-        refuse(name, " must be contiguous panels, got strides ", text_of(panels.strides()));
+        refuse(name, " must be panels of shape ", std::vector<int64_t>(shape, shape + 5), " for a weight of ",
+               rows, " rows of ", width, " on this machine, got ", sizes);
+    if (!panels.is_contiguous()) refuse(name, " must be contiguous panels, got strides ", panels.strides());
 }
 
 struct MLPCall {
@@ -72,8 +69,7 @@ struct MLPCall {
 
     MLPCall(Arguments& given, Weights kind) : kind(kind) {
         x = given.take<Tensor>();
-        routing.experts = given.take<Tensor>();
-        routing.weights = given.take<Tensor>();
+        routing.take(given);
         up.take(given, kind);
         down.take(given, kind);
         up.bias = given.take<std::optional<Tensor>>();
@@ -112,8 +108,7 @@ struct MLPCall {
     void check_widths() const {
         rows_of(layout, F);
         if (const int64_t expected = gated() ? 2 * F : F; G != expected)
-            refuse("up_proj must have ", std::to_string(expected), " rows with down_proj of width ",
-                   std::to_string(F), ", got ", std::to_string(G));
+            refuse("up_proj must have ", expected, " rows with down_proj of width ", F, ", got ", G);
     }
     void read_floats() {
         check_dim("gate_up_proj", up.values, 3);
@@ -136,8 +131,7 @@ struct MLPCall {
         check_panels("packed_down", down.values, D, F, false, D);
         E = up.values.size(0);
         if (down.values.size(0) != E)
-            refuse("packed_down must have as many experts as packed_up (", std::to_string(E), "), got ",
-                   std::to_string(down.values.size(0)));
+            refuse("packed_down must have as many experts as packed_up (", E, "), got ", down.values.size(0));
         format = PANELS;
     }
     // The inputs of an output, and how many of them share a scale.
@@ -160,8 +154,7 @@ struct MLPCall {
             return;
         }
         if ((group != 32 && group != 64 && group != 128) || width % group)
-            refuse(scale, " must have a scale for (32, 64, 128) inputs, got shape ",
-                   text_of(side.scale->sizes()));
+            refuse(scale, " must have a scale for (32, 64, 128) inputs, got shape ", side.scale->sizes());
         side.values = checked(name.c_str(), side.values, {E, rows, width / 2}, {U8});
         side.scale = checked(scale.c_str(), side.scale, {E, rows, width / group}, {F32});
         side.zero = checked(zero.c_str(), side.zero, {E, rows, width / group}, {U8});
@@ -199,10 +192,9 @@ inline void move_panels(const Kernels& pack, const Tensor& panels, const Tensor&
     const GateUp at = rows_of(layout, columns);
     check_panels("panels", panels, columns, width, gated, rows);
     if (panels.size(0) != E || dtype_of(panels) != element)
-        refuse("panels must be of the weight's experts and dtype, ", std::to_string(E), " and ",
-               name_of(element), ", got ", std::to_string(panels.size(0)), " and ",
-               name_of(dtype_of(panels)));
-    if (!weight.is_contiguous()) refuse("weight must be contiguous, got strides ", text_of(weight.strides()));
+        refuse("panels must be of the weight's experts and dtype, ", E, " and ", name_of(element), ", got ",
+               panels.size(0), " and ", name_of(dtype_of(panels)));
+    if (!weight.is_contiguous()) refuse("weight must be contiguous, got strides ", weight.strides());
     const Pack arguments(written(weight), written(panels), E, columns, rows, width, at.gate, at.up, at.step,
                          gated, back, threads_of_products(E, rows, width));
     pack.run(element, &arguments);

@@ -3,16 +3,12 @@
 //
 // Each routed row reads whole rows of tables that may be larger than any cache. A thread takes a chunk of
 // tokens and groups its routed rows by blocks of experts, in the order of tokens inside a block. The table
-// rows of a block fit into a third cache together. In this order the thread computes all dot products, then
-// all sums. A table row then comes from memory once in a chunk, and from that cache for all other rows. The
-// data of a token stay in registers for all its rows of a block. Per-row scalars are stored at index t * K +
-// j. The blocks depend only on the tables, so the order of summation of an output (blocks, then j) depends on
-// no other token and on no number of threads.
+// rows of a block fit into a third cache, so each comes from memory once in a chunk. A token's data stay in
+// registers for all its rows of a block. Per-row scalars are stored at index t * K + j. The blocks depend
+// only on the tables, so the order of summation of an output depends on no other token.
 //
-// An order by expert, with a table row in registers and the tokens' rows in the second cache, was slower. It
-// took a quarter longer or more for 16-bit tables, because it reads and writes the float32 sums for each
-// routed row. It took a fifth longer where a chunk hardly needs a table row twice. It was as fast only in
-// float32 where a chunk needs each table row several times.
+// An order by expert, with a table row in registers, was measured and is slower by a fifth to a quarter,
+// except in float32 where a chunk needs each table row several times.
 #pragma once
 #include "activation.h"
 #include "gradient.h"
@@ -106,8 +102,7 @@ template <class T> static INLINE float dot_product(const T* a, const T* b, int64
     return sum_of_lanes((acc[0] + acc[1]) + (acc[2] + acc[3]));
 }
 
-// The same dot products, to the bit, of `count` rows with b, which is STEPS steps wide and stays in
-// registers.
+// The same dot products, to the bit, of `count` rows with b, whose STEPS steps stay in registers.
 template <class T, int STEPS, class Row, class Out>
 static INLINE void dot_products(Row a, const T* b, int64_t count, Out out) {
     using Step = DotStep<T>;
@@ -126,9 +121,8 @@ static INLINE void dot_products(Row a, const T* b, int64_t count, Out out) {
     }
 }
 
-// Two vectors of columns: 2 * LANES elements. Of a bfloat16 row they are the even and the odd elements, so
-// whole lines are read, and widening takes one operation. Sums in float32 keep this order until they are
-// rounded.
+// Two vectors of columns: 2 * LANES elements. Of a bfloat16 row they are the even and the odd elements, which
+// one operation widens; float32 sums keep this order until they are rounded.
 struct TwoVectors {
     vf first, second;
 };
@@ -239,18 +233,16 @@ template <class T> class TokenChunk {
                 return table + (size_t)rows[first + i].expert * width;
             };
             auto to = [&](int64_t i) INLINED -> float& { return out[rows[first + i].place]; };
-            switch (groups) {
-                case 1: return dot_products<T, CHAINS>(row, own, some, to);
-                case 2: return dot_products<T, 2 * CHAINS>(row, own, some, to);
-                case 3: return dot_products<T, 3 * CHAINS>(row, own, some, to);
-                case 4: return dot_products<T, 4 * CHAINS>(row, own, some, to);
-            }
+            if (groups)
+                return with_rows<1, 2, 3, 4>((int)groups, [&]<int GROUPS>() INLINED {
+                    dot_products<T, GROUPS * CHAINS>(row, own, some, to);
+                });
             for (int64_t i = 0; i < some; i++)
                 to(i) = dot_product(own, row(i), width);
         });
     }
-    // out[token] += coefficient[place] * its expert's row of the table, for every place. Rows of out have a
-    // padded width.
+    // out[token] += coefficient[place] * its expert's row of the table, for every place. Rows of out are
+    // padded.
     void add(const float* coefficient, const T* table, float* out) const {
         tokens(table, [&](size_t token, int64_t first, int64_t some) INLINED {
             auto row = [&](int64_t i, int64_t d) INLINED {
@@ -289,8 +281,7 @@ struct Chunks {
     }
 };
 
-// Sums of some tokens in float32: in the output itself where possible, else in a buffer that is rounded at
-// the end.
+// Sums of some tokens in float32: in the output itself where possible, else in a buffer, rounded at the end.
 template <class T> static bool is_buffered(int64_t width) { return !std::is_same_v<T, float> || width % TWO; }
 template <class T> static size_t buffered(int64_t tokens, int64_t width) {
     return is_buffered<T>(width) ? tokens * padded_width(width) : 0;

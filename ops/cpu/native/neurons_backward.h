@@ -1,7 +1,6 @@
 // Single-neuron experts and value memory, backward. In the first pass a task is a chunk of tokens: it writes
-// the gradients of tokens and weights, and the coefficients of the tables' gradients. Those gradients are
-// sums over an expert's rows in the order of tokens, in registers. In the second pass a task owns some
-// experts and writes each of their rows.
+// the gradients of tokens and weights, and the coefficients of the tables' gradients. In the second pass a
+// task owns some experts and sums the rows of each in the order of tokens, in registers.
 #pragma once
 #include "neurons.h"
 
@@ -40,8 +39,8 @@ static INLINE void write_sum(Row row, const float* coefficient, int64_t count, i
     });
 }
 
-// Counting sorts over the digits of the id, lowest first. Each sort keeps the order of equal digits, so the
-// rows of an expert stay in the order of places.
+// Stable counting sorts over the digits of the id, lowest first: an expert's rows stay in the order of
+// places.
 class SortByExpert {
     // Bits of a digit. A sort writes rows at so many places in turn, whose lines stay in a first cache.
     static constexpr int MOST_BITS = 10;
@@ -131,17 +130,14 @@ template <class M> class NeuronsBackwardPass {
         float* sums;
     };
 
-    // q = <dy, up_e> is in ds. Writes dw = q act(s), ds = q w act'(s) and c = w act(s), in the order of
-    // places.
+    // q = <dy, up_e> is in ds. Writes dw = q act(s), ds = q w act'(s) and c = w act(s).
     template <int NAME> void activate(int64_t from, int64_t count) const {
         auto some = [&](const float* w, const float* s, float* dw, float* ds, float* c) INLINED {
             const vf weight = load<vf>(w), q = needs_q ? load<vf>(ds) : vf{};
             const ValueSlope act = s ? act_one<NAME>(load<vf>(s)) : ValueSlope{splat(1.f), vf{}};
             if (dw) store(dw, q * act.value);
-            {
-                store(ds, q * weight * act.slope);
-                store(c, weight * act.value);
-            }
+            store(ds, q * weight * act.slope);
+            store(c, weight * act.value);
         };
         const int64_t end = from + count;
         int64_t n = from;
@@ -156,10 +152,8 @@ template <class M> class NeuronsBackwardPass {
         if (needs_q) memcpy(lanes[3], ds + n, bytes);
         some(lanes[0], a.s ? lanes[1] : nullptr, lanes[2], lanes[3], lanes[4]);
         if (a.dweights) memcpy(a.dweights + n, lanes[2], bytes);
-        {
-            memcpy(ds + n, lanes[3], bytes);
-            memcpy(c + n, lanes[4], bytes);
-        }
+        memcpy(ds + n, lanes[3], bytes);
+        memcpy(c + n, lanes[4], bytes);
     }
     void do_chunk(int64_t chunk, const Own& own) const {
         const int64_t first = chunk * chunks.tokens, tokens = std::min(chunks.tokens, a.tokens - first),

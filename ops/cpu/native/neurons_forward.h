@@ -11,7 +11,7 @@ struct NeuronsForward {
     int64_t tokens, top_k, num_experts, hidden, threads, activation;
 };
 
-template <class M> class NeuronsForwardPass {
+template <class M> struct NeuronsForwardPass {
     using T = typename M::T;
     const NeuronsForward& a;
 
@@ -27,10 +27,7 @@ template <class M> class NeuronsForwardPass {
         memcpy(c + n, some[0], (count - n) * sizeof(float));
     }
 
-  public:
-    explicit NeuronsForwardPass(const NeuronsForward& a) : a(a) {}
-
-    void run() {
+    void run() const {
         const int64_t D = a.hidden, K = a.top_k;
         const ExpertBlocks blocks(a.num_experts, D * sizeof(T));
         const Chunks chunks(a.tokens, K, D, a.threads);

@@ -15,8 +15,7 @@
 extern "C" {
 // Outputs from this size on come from the pool: torch gives each fresh pages, and the system zeroes them.
 int64_t fusedonemoe_pooled_from = 1 << 20;
-// Products of a weight and an element of a row, and keys of a router, below which a second thread costs more
-// than it saves.
+// Products of a weight and an element, and keys of a router, below which a second thread does not pay.
 double fusedonemoe_products_per_thread = 1 << 18, fusedonemoe_keys_per_thread = 1 << 15;
 }
 
@@ -67,15 +66,22 @@ inline std::string name_of(DtypeIndex dtype) {
     return dtype < NUM_DTYPES ? std::string("torch.") + DTYPES[dtype].name : "another dtype";
 }
 
-template <class Sizes> inline std::string text_of(const Sizes& sizes) {
-    std::string text;
-    for (int64_t size : sizes)
-        text += (text.empty() ? "" : ", ") + std::to_string(size);
-    return "(" + text + (sizes.size() == 1 ? ",)" : ")");
+// The text of a part of a message: of text, of a number, or of sizes.
+template <class Part> inline std::string text_of(const Part& part) {
+    if constexpr (std::is_arithmetic_v<Part>) {
+        return std::to_string(part);
+    } else if constexpr (std::is_convertible_v<Part, std::string>) {
+        return part;
+    } else {
+        std::string text;
+        for (int64_t size : part)
+            text += (text.empty() ? "" : ", ") + std::to_string(size);
+        return "(" + text + (part.size() == 1 ? ",)" : ")");
+    }
 }
 
-template <class... Parts> [[noreturn]] inline void refuse(Parts... parts) {
-    throw std::invalid_argument((std::string() + ... + parts));
+template <class... Parts> [[noreturn]] inline void refuse(const Parts&... parts) {
+    throw std::invalid_argument((text_of(parts) + ...));
 }
 // Python makes a MemoryError of it.
 struct NoMemory : std::bad_alloc {
@@ -179,8 +185,7 @@ inline void* written(const Tensor& tensor) { return tensor.mutable_data_ptr(); }
 inline void* written(const std::optional<Tensor>& tensor) { return tensor ? written(*tensor) : nullptr; }
 
 inline void check_dim(const char* name, const Tensor& tensor, int64_t dims) {
-    if (tensor.dim() != dims)
-        refuse(name, " must have ", std::to_string(dims), " dimensions, got shape ", text_of(tensor.sizes()));
+    if (tensor.dim() != dims) refuse(name, " must have ", dims, " dimensions, got shape ", tensor.sizes());
 }
 
 // The tensor, contiguous, after a check of its dtype and its shape.
@@ -194,7 +199,7 @@ inline Tensor checked(const char* name, const Tensor& tensor, Shape shape, Dtype
     }
     const auto sizes = tensor.sizes();
     if (!std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()))
-        refuse(name, " must have shape ", text_of(shape), ", got ", text_of(sizes));
+        refuse(name, " must have shape ", shape, ", got ", sizes);
     return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 inline std::optional<Tensor> checked(const char* name, const std::optional<Tensor>& tensor, Shape shape,
@@ -222,15 +227,19 @@ struct Routing {
     DtypeIndex weights_dtype;  // as they came
     int64_t T, K;
 
+    void take(Arguments& given) {
+        experts = given.take<Tensor>();
+        weights = given.take<Tensor>();
+    }
     void read_for(std::optional<int64_t> tokens = std::nullopt) {
         refuse_forward_mode();
         check_dim("experts", experts, 2);
         T = tokens.value_or(experts.size(0));
         K = experts.size(1);
         if (T && K > MOST_ROUTED_ROWS / T)
-            refuse("experts must have fewer than 2**31 entries, T * K, got ", std::to_string(T * K),
-                   " of shape ", text_of(experts.sizes()));
-        if (K < 1) refuse("experts must have shape [T, K] with K >= 1, got ", text_of(experts.sizes()));
+            refuse("experts must have fewer than 2**31 entries, T * K, got ", T * K, " of shape ",
+                   experts.sizes());
+        if (K < 1) refuse("experts must have shape [T, K] with K >= 1, got ", experts.sizes());
         experts = in_dtype(checked("experts", experts, {T, K}, INTEGERS), I64);
         weights_dtype = dtype_of(weights);
         weights = in_dtype(checked("weights", weights, {T, K}, FLOATS), F32);
@@ -278,8 +287,7 @@ inline Tensor result_in(const std::optional<Tensor>& gradient, DtypeIndex dtype,
     return gradient ? in_dtype(*gradient, dtype) : new_tensor({0}, otherwise);
 }
 inline void check_needs(const std::vector<bool>& needs, size_t count) {
-    if (needs.size() != count)
-        refuse("needs must have ", std::to_string(count), " flags, got ", std::to_string(needs.size()));
+    if (needs.size() != count) refuse("needs must have ", count, " flags, got ", needs.size());
 }
 
 }  // namespace

@@ -37,8 +37,7 @@ template <Weights KIND> void experts_mlp(StableIValue* stack, uint64_t, uint64_t
     Arguments given(stack);
     MLPCall c(given, KIND);
     const auto percent = given.take<int64_t>();
-    if (percent < 0 || percent > 100)
-        refuse("save_percent must be from 0 to 100, got ", std::to_string(percent));
+    if (percent < 0 || percent > 100) refuse("save_percent must be from 0 to 100, got ", percent);
     c.read();
     const int64_t N = c.routing.rows(), saved = N * percent / 100;
     const Tensor y = new_tensor({c.routing.T, c.D}, c.element), z = new_tensor({saved, c.G}, c.element),
@@ -77,7 +76,7 @@ template <Weights KIND> void experts_mlp_backward(StableIValue* stack, uint64_t,
     const int64_t N = T * K;
     check_dim("z", z, 2);
     const int64_t saved = z.size(0);
-    if (saved > N) refuse("z must have at most ", std::to_string(N), " rows, got ", std::to_string(saved));
+    if (saved > N) refuse("z must have at most ", N, " rows, got ", saved);
     z = checked("z", z, {saved, c.G}, {c.element});
     order = checked("order", order, {N}, {I32});
     offsets = checked("offsets", offsets, {c.E + 1}, {I32});
@@ -138,11 +137,11 @@ void unpack_weights(StableIValue* stack, uint64_t, uint64_t) {
 void check_rule(const RouteRule& rule, int64_t E) {
     refuse_forward_mode();
     if (rule.groups < 1 || E % rule.groups || rule.open_groups < 1 || rule.open_groups > rule.groups)
-        refuse("n_group must divide ", std::to_string(E), " experts and be at least topk_group, got ",
-               std::to_string(rule.groups), ", ", std::to_string(rule.open_groups));
+        refuse("n_group must divide ", E, " experts and be at least topk_group, got ", rule.groups, ", ",
+               rule.open_groups);
     const int64_t selectable = E / rule.groups * rule.open_groups;
     if (rule.top_k < 0 || rule.top_k > selectable)
-        refuse("top_k must be from 0 to ", std::to_string(selectable), ", got ", std::to_string(rule.top_k));
+        refuse("top_k must be from 0 to ", selectable, ", got ", rule.top_k);
 }
 // A row of the router takes as long as so many keys more.
 int64_t threads_of_keys(double T, double E) {
@@ -159,8 +158,8 @@ void route_forward(StableIValue* stack, uint64_t, uint64_t) {
     const int64_t T = logits.size(0), E = logits.size(1), K = rule.top_k ? rule.top_k : E;
     check_rule(rule, E);
     if (T && K > MOST_ROUTED_ROWS / T)
-        refuse("logits must be of fewer than 2**31 choices, T * K, got ", std::to_string(T * K), " of shape ",
-               text_of(logits.sizes()), " and top_k ", std::to_string(rule.top_k));
+        refuse("logits must be of fewer than 2**31 choices, T * K, got ", T * K, " of shape ", logits.sizes(),
+               " and top_k ", rule.top_k);
     logits = checked("logits", logits, {T, E}, {element});
     if (bias) bias = in_dtype(checked("selection_bias", *bias, {E}, FLOATS), F32);
     const Tensor weights = new_tensor({T, K}, F32), experts = new_tensor({T, K}, I64);
@@ -221,7 +220,7 @@ void select_float32(StableIValue* stack, uint64_t, uint64_t) {
     refuse_forward_mode();
     check_dim("keys", keys, 2);
     const int64_t T = keys.size(0), E = keys.size(1);
-    if (k < 0 || k > E) refuse("k must be from 0 to ", std::to_string(E), ", got ", std::to_string(k));
+    if (k < 0 || k > E) refuse("k must be from 0 to ", E, ", got ", k);
     keys = checked("keys", keys, {T, E}, {F32});
     const Tensor ids = new_tensor({T, k}, I64);
     const Select arguments((const float*)address(keys), (int64_t*)written(ids), T, E, k,
@@ -240,8 +239,7 @@ struct MergedCall {
 
     explicit MergedCall(Arguments& given) {
         x = given.take<Tensor>();
-        routing.experts = given.take<Tensor>();
-        routing.weights = given.take<Tensor>();
+        routing.take(given);
         proj = given.take<Tensor>();
     }
     void read() {
@@ -307,8 +305,7 @@ struct NeuronsCall {
 
     NeuronsCall(Arguments& given, bool has_x) {
         if (has_x) x = given.take<Tensor>();
-        routing.experts = given.take<Tensor>();
-        routing.weights = given.take<Tensor>();
+        routing.take(given);
         if (has_x) down = given.take<Tensor>();
         up = given.take<Tensor>();
         if (has_x) name = given.take<std::string>();
@@ -355,7 +352,7 @@ template <bool HAS_X> void experts_neurons_backward(StableIValue* stack, uint64_
     auto slots = given.take<std::optional<Tensor>>();
     const auto num_slots = given.take<int64_t>();
     check_needs(needs, HAS_X ? 4 : 2);
-    if (num_slots < 0) refuse("num_slots must be at least 0, got ", std::to_string(num_slots));
+    if (num_slots < 0) refuse("num_slots must be at least 0, got ", num_slots);
     c.read();
     const auto& [_1, _2, _3, T, K] = c.routing;
     dy = checked("dy", dy, {T, c.D}, {c.element});
@@ -469,8 +466,7 @@ int succeeded(void (*register_some)()) {
 }  // namespace
 
 extern "C" {
-// Registers the kernels, for a process where Python has defined the operators. Returns 0, or 1 where torch
-// refuses them.
+// Registers the kernels where Python has defined the operators. Returns 0, or 1 where torch refuses them.
 int fusedonemoe_register() { return succeeded(register_kernels); }
 // Defines the operators too, for a process without Python.
 int fusedonemoe_load() { return succeeded(define_schemas) || succeeded(register_kernels); }

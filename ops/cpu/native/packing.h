@@ -2,8 +2,7 @@
 #pragma once
 #include "panel.h"
 
-// A weight [E, rows, k], and the same elements as panels [E, panels, units of k, PANEL, PER], with zeros for
-// padding.
+// A weight [E, rows, k], and the same as panels [E, panels, units of k, PANEL, PER], padded with zeros.
 struct Pack {
     void *home, *panels;
     int64_t num_experts, columns, rows, k, first, second, step, gated, back, threads;

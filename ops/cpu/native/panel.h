@@ -1,11 +1,9 @@
 // Panels: PANEL neighbouring columns of a product for every unit of k, made from rows of weights in memory.
-// Lanes are columns, so a panel serves every row of tokens. A product is at most MOST_ROWS rows times a
-// panel.
+// Lanes are columns, so a panel serves all tokens, at most MOST_ROWS at a time.
 #pragma once
 #include "layer.h"
 
 constexpr int PANEL = 2 * LANES, MOST_ROWS = ACCUMULATORS / 2;
-static constexpr int panels_of(int rows) { return (rows + PANEL - 1) / PANEL; }
 
 // Transposes LANES vectors: first pairs and pairs of pairs inside 128-bit parts, then the parts.
 template <int FROM_SECOND_EVERY, int OFFSET> static constexpr int zipped(int j) {
@@ -23,8 +21,7 @@ template <int STEP, int OFFSET, size_t... J> static INLINE vf zip(vf a, vf b, st
 template <int OFFSET, size_t... J> static INLINE vf parts(vf a, vf b, std::index_sequence<J...>) {
     return __builtin_shufflevector(a, b, every_other_part<OFFSET>(J)...);
 }
-// Before, v[i * STRIDE], i < LANES / 4, is the same column group of each four rows. Afterwards v[l * STRIDE]
-// is part l of each.
+// v[i * STRIDE], i < LANES / 4, is a column group of each four rows; it becomes part i of each.
 template <int COUNT, int STRIDE> static INLINE void transpose_parts(vf* v) {
     constexpr auto all = std::make_index_sequence<LANES>{};
     if constexpr (COUNT > 1) {
@@ -63,8 +60,8 @@ static INLINE void transpose(vf (&v)[LANES]) {
     memcpy((void*)v, out, sizeof(out));
 }
 
-// Writes rows [0, count) of length k to columns column .. column + LANES of a panel [units of k][width];
-// missing rows are zero.
+// Writes `count` rows of length k, then zeros, to LANES columns from `column` on of a panel [units of
+// k][width].
 template <class M, class Row>
 static inline void turn(Row row, int count, int k, typename M::U* panel, int width, int column) {
     const int whole = (int)units<M>(k);
@@ -83,8 +80,7 @@ template <class M> struct PanelRows {
     const typename M::T* row[PANEL];
     int k;
 
-    // Units [unit, unit + LANES) of the first or the second half of the rows, transposed; zeros behind the
-    // end of a row.
+    // Units [unit, unit + LANES) of a half of the rows, transposed; zeros behind the end of a row.
     INLINE void load_transposed(int half, int unit, vf (&v)[LANES]) const {
         const int left = k - unit * M::PER;
 #pragma GCC unroll 16
@@ -117,18 +113,16 @@ template <class Stored> static INLINE vf columns_of_unit(const Stored* p) {
         return load_wide(p);
 }
 
-// All units of a panel that was packed before. The next panel is behind it in memory, so panels are read as
-// one stream. Prefetching some distance ahead saves a tenth of the time where the panels come from memory,
-// and nothing elsewhere.
+// All units of a panel that was packed before. Panels are read as one stream; prefetching ahead saves a tenth
+// of the time where they come from memory.
 template <class M> struct MadePanel {
     using Stored = typename M::Stored;
     static constexpr int BYTES_AHEAD = 8 << 10;
     const Stored* panel;
     int k;  // in elements
 
-    // In a row of odd length the second half of the last pair is padding, and a write to the whole tensor may
-    // have changed it. The row of tokens has a zero there, but zero times infinity is NaN, so the padding is
-    // masked.
+    // In a row of odd length the second half of the last pair is padding, which a write to the whole tensor
+    // may have changed. It is masked: the zero of the token's row times infinity would be NaN.
     INLINE const Stored* block(int unit, typename M::U* buffer) const {
         const Stored* stored = panel + (size_t)unit * PANEL;
         if constexpr (M::PER == 2) {
@@ -151,10 +145,7 @@ template <class M> struct MadePanel {
 template <class M, int R, class Source, class Ahead>
 static inline void multiply_rows_by_panel(const typename M::U* rows, size_t stride, const Source& source,
                                           typename M::U* buffer, int k, Ahead& ahead, vf (*acc)[2]) {
-    vf sum[R][2];  // not acc itself: gcc does not keep an array in registers that the caller can see
-#pragma GCC unroll 16
-    for (int r = 0; r < R; r++)
-        sum[r][0] = sum[r][1] = vf{};
+    vf sum[R][2] = {};
     for (int unit = 0; unit < k; unit += LANES) {
         const auto* block = source.block(unit, buffer);
         ahead.step();
@@ -171,20 +162,14 @@ static inline void multiply_rows_by_panel(const typename M::U* rows, size_t stri
             }
         }
     }
-#pragma GCC unroll 16
-    for (int r = 0; r < R; r++) {
-        acc[r][0] = sum[r][0];
-        acc[r][1] = sum[r][1];
-    }
+    copy_tile(sum, acc);
 }
 
 // The same for so few rows that storing a panel would cost more than it saves.
 template <class M, int R, class Ahead>
 static inline void multiply_few_rows(const typename M::U* rows, size_t stride, const PanelRows<M>& source,
                                      int k, Ahead& ahead, vf (*acc)[2]) {
-    vf sum[R][2];
-    for (int r = 0; r < R; r++)
-        sum[r][0] = sum[r][1] = vf{};
+    vf sum[R][2] = {};
     for (int unit = 0; unit < k; unit += LANES) {
         const int count = std::min(LANES, k - unit);
 #pragma GCC unroll 2
@@ -204,10 +189,7 @@ static inline void multiply_few_rows(const typename M::U* rows, size_t stride, c
                         sum[r][half] = M::step(sum[r][half], rows[r * stride + unit + i], v[i]);
         }
     }
-    for (int r = 0; r < R; r++) {
-        acc[r][0] = sum[r][0];
-        acc[r][1] = sum[r][1];
-    }
+    copy_tile(sum, acc);
 }
 
 // acc[r][.] = row r . columns of the source, for n rows of k units, 1 <= n <= MOST_ROWS; rows begin `stride`
@@ -216,25 +198,11 @@ template <class M, class Source, class Ahead>
 __attribute__((noinline)) static void multiply_panel(const typename M::U* rows, size_t stride, int n,
                                                      const Source& source, typename M::U* buffer, int k,
                                                      Ahead& ahead, vf (*acc)[2]) {
-    auto go = [&]<int R>() {
-        multiply_rows_by_panel<M, std::min(R, MOST_ROWS)>(rows, stride, source, buffer, k, ahead, acc);
-    };
-    if constexpr (std::is_same_v<Source, PanelRows<M>>) {
-        if (n == 1) return multiply_few_rows<M, 1>(rows, stride, source, k, ahead, acc);
-        if (n == 2) return multiply_few_rows<M, 2>(rows, stride, source, k, ahead, acc);
-    }
-    switch (n) {
-        case 1: return go.template operator()<1>();
-        case 2: return go.template operator()<2>();
-        case 3: return go.template operator()<3>();
-        case 4: return go.template operator()<4>();
-        case 5: return go.template operator()<5>();
-        case 6: return go.template operator()<6>();
-        case 7:
-        case 8: return go.template operator()<8>();
-        case 9:
-        case 10: return go.template operator()<10>();
-        case 11: return go.template operator()<11>();
-        default: return go.template operator()<MOST_ROWS>();
-    }
+    with_rows<1, 2, 3, 4, 5, 6, 8, 10, 11, 12>(n, [&]<int COUNT>() {
+        constexpr int R = std::min(COUNT, MOST_ROWS);
+        if constexpr (std::is_same_v<Source, PanelRows<M>> && R <= 2)
+            multiply_few_rows<M, R>(rows, stride, source, k, ahead, acc);
+        else
+            multiply_rows_by_panel<M, R>(rows, stride, source, buffer, k, ahead, acc);
+    });
 }

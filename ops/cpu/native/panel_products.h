@@ -1,14 +1,11 @@
 // The products of the MLP's forward over plain weights and over panels.
 //
-// The rows of an expert are cut into tiles of two kinds, and both read plain weights as they lie in memory.
-// In a tile of one or two whole vectors, lanes are tokens: a weight is broadcast, and nothing is rearranged.
-// The rest of a vector would waste lanes. There lanes are columns: LANES rows of weights at a time are
-// transposed into a panel, and tokens are broadcast. An element is the same chain of multiply-adds in both,
-// so its bits do not depend on the kind of tile. Panels that were packed before need no transposing, so all
-// of their tiles are of the second kind.
+// The rows of an expert are cut into tiles of two kinds. In a tile of one or two whole vectors, lanes are
+// tokens: a weight is broadcast, and nothing is rearranged. In others, and with packed panels, lanes are
+// columns: LANES rows of weights at a time are transposed into a panel, and tokens are broadcast. An element
+// is the same chain of multiply-adds in both, so its bits do not depend on the kind of tile.
 #pragma once
 #include <span>
-#include "ahead.h"
 #include "mlp.h"
 #include "panel.h"
 
@@ -85,8 +82,8 @@ template <class Format> class PanelProducts : MLP {
             to[i * stride] += splat(widen(b[i * at.step]));
     }
 
-    // Lanes are tokens: columns f .. f + n of h. The R rows of accumulators are gate rows and then their up
-    // rows, or plain rows.
+    // Lanes are tokens: columns f .. f + n of h. The R accumulators are gate rows, then their up rows, or
+    // plain rows.
     template <int R, int C> void finish_up_lanes(int e, const Tile& t, int f, int n, vf (&acc)[R][C]) const {
         constexpr int H = R / 2;
         const ptrdiff_t first = at.gate + f * at.step, second = gated ? at.up + f * at.step : first + H;
@@ -136,8 +133,7 @@ template <class Format> class PanelProducts : MLP {
                     store(out + ((size_t)(f + r) * C + c) * LANES, rounded(acc[r][c], (const T*)nullptr));
             }
     }
-    // z of one token: v holds H columns of the first half, and from lane LANES / 2 on those of the second; n
-    // exist.
+    // z of one token: v holds H columns of the first half, and from lane LANES / 2 on of the second; n exist.
     template <int H> void store_z_halves(T* z, ptrdiff_t first, ptrdiff_t second, int n, vf v) const {
         if (at.step == 1 && n >= (gated ? H : 2 * H)) {
             T narrowed[LANES];
@@ -305,18 +301,7 @@ template <class Format> class PanelProducts : MLP {
     template <bool UP> int columns_of_step() const { return UP && gated ? LANES : PANEL; }
     template <bool UP> int64_t bytes_of_step() const { return (int64_t)(UP ? xu : hu) * PANEL * sizeof(U); }
     template <bool UP> Ahead ahead(const ForwardTask& task) const {
-        Ahead ahead;
-        const int e = experts[task.expert].id;
-        const size_t n = task.end - task.begin;
-        if (!UP) {
-            down.look_ahead(e, task.begin, n, ahead);
-        } else if (!gated || at.step == 2) {
-            up.look_ahead(e, task.begin * at.step, n * at.step, ahead);
-        } else {
-            up.look_ahead(e, at.gate + task.begin, n, ahead);
-            up.look_ahead(e, at.up + task.begin, n, ahead);
-        }
-        return ahead;
+        return weights_of<UP, Ahead>(task, experts[task.expert].id, up, down);
     }
     template <bool UP> void run(const ForwardTask& task, Own& own, Ahead ahead) const {
         const int blocks = ((UP ? xu : hu) + LANES - 1) / LANES, columns = task.end - task.begin;

@@ -1,21 +1,18 @@
 // Four rows of a weight times a few rows of tokens, as dot products: lanes are positions along k, the
 // direction in which a quantised row lies in memory.
 //
-// A source of four rows has: VECTORS, the float32 vectors of a row in one step; spans(), steps() and
-// enter(span), whose result loads the vectors of a step; left(), the elements behind the last whole step, and
-// load_last().
+// A source of four rows has VECTORS, the float32 vectors of a row in one step; spans(), steps() and
+// enter(span), which loads a step; left(), the elements behind the last whole step, and load_last().
 #pragma once
 #if defined(__SSE4_1__)
 #include <immintrin.h>
 #endif
-#include "ahead.h"
 #include "panel.h"
 
 constexpr int QUAD = 4;
 typedef float v4 __attribute__((vector_size(16)));
 
-// LANES bytes as integers. gcc compiles the vector extension's own conversion to one instruction for every
-// byte.
+// LANES bytes as integers. gcc compiles the vector extension's own conversion byte by byte.
 static INLINE vi widen_signed(const uint8_t* p) {
 #if defined(__AVX512F__)
     return (vi)_mm512_cvtepi8_epi32(load<__m128i>(p));
@@ -99,12 +96,7 @@ template <int R, class Source, class Ahead>
 static INLINE void multiply_quad(const Source& source, const float* const (&token)[R], Ahead& ahead,
                                  vf (&acc)[R][QUAD]) {
     constexpr int V = Source::VECTORS;
-    vf sum[R][QUAD];  // not acc itself: gcc does not keep an array in registers that the caller can see
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-        for (int c = 0; c < QUAD; c++)
-            sum[r][c] = vf{};
+    vf sum[R][QUAD] = {};
     int at = 0;
     for (int span = 0; span < source.spans(); span++) {
         const auto here = source.enter(span);
@@ -131,9 +123,5 @@ static INLINE void multiply_quad(const Source& source, const float* const (&toke
             for (int r = 0; r < R; r++)
                 sum[r][c] += load<vf>(token[r] + at * LANES) * w;
         }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-        for (int c = 0; c < QUAD; c++)
-            acc[r][c] = sum[r][c];
+    copy_tile(sum, acc);
 }

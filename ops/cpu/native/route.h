@@ -1,5 +1,4 @@
-// The router: one pass over a row turns logits into the weights and ids of the chosen experts; another
-// computes the gradient.
+// The router: one pass over a row turns logits into weights and ids; another computes the gradient.
 //
 // A row becomes float32 in a buffer that is padded with minus infinity, whose exponential is zero, so no loop
 // has a remainder. Sums are lane by lane and then over the lanes, in an order that depends only on E and K.
@@ -55,7 +54,6 @@ struct RouteBackward {
 static inline int padded_to_lanes(int n) { return (n + LANES - 1) / LANES * LANES; }
 // exp that reaches zero, so that a masked expert has no share.
 static INLINE vf share(vf x) { return choose(x < splat(-87.33f), splat(0.f), vexp(x)); }
-static INLINE vf probability(vf x) { return choose(x < splat(-87.33f), splat(0.f), vsigmoid(x)); }
 
 // Widens n numbers to float32, and pads them with minus infinity to a whole vector.
 template <class T> static inline void widen_row(const T* row, int n, float* wide) {
@@ -92,17 +90,16 @@ static inline float exponentials(const float* v, int n, float* out) {
     }
     return sum_of_lanes(sum);
 }
-static inline void scaled(float* v, int n, float factor) {
+// out = f(v), a vector at a time.
+template <class F> static inline void map(const float* v, int n, float* out, F f) {
     for (int i = 0; i < n; i += LANES)
-        store(v + i, load<vf>(v + i) * splat(factor));
-}
-static inline void divided(float* v, int n, float divisor) {
-    for (int i = 0; i < n; i += LANES)
-        store(v + i, load<vf>(v + i) / splat(divisor));
+        store(out + i, f(load<vf>(v + i)));
 }
 static inline void probabilities(const float* v, int n, float* out) {
-    for (int i = 0; i < n; i += LANES)
-        store(out + i, probability(load<vf>(v + i)));
+    map(v, n, out, [](vf x) { return choose(x < splat(-87.33f), splat(0.f), vsigmoid(x)); });
+}
+static inline void divided(const float* v, int n, float divisor, float* out) {
+    map(v, n, out, [&](vf x) { return x / splat(divisor); });
 }
 static inline float sum_of(const float* v, int n) {
     vf sum = {};
@@ -168,8 +165,7 @@ template <class T> class RoutePass {
         const Selection of_experts(E, K), of_groups(rule.groups, rule.open_groups);
         const bool grouped = rule.groups > 1, scored = rule.score_first && (a.bias || grouped),
                    own_keys = a.bias || grouped;
-        const bool only_compared = !rule.over_all() &&
-                                   !own_keys;  // logits are only compared, except the picked ones
+        const bool only_compared = !rule.over_all() && !own_keys;  // except the picked logits
         const size_t room = std::max(of_experts.room(), of_groups.room());
         std::vector<int64_t> buffers(a.threads * (room + rule.groups));
         RowBuffers rows(a.threads, 3 * padded_E + padded_K + padded_to_lanes(rule.groups));
@@ -193,8 +189,7 @@ template <class T> class RoutePass {
                 else if (rule.sigmoid)
                     probabilities(wide, E, keys);
                 else
-                    for (int i = 0; i < E; i += LANES)
-                        store(keys + i, load<vf>(shares + i) / splat(total));
+                    divided(shares, E, total, keys);
                 if (a.bias)
                     for (int e = 0; e < E; e++)
                         keys[e] += a.bias[e];
@@ -208,18 +203,18 @@ template <class T> class RoutePass {
             if (rule.over_all()) {
                 for (int j = 0; j < K; j++)
                     picked[j] = shares[ids[j]];
-                divided(picked, K, total);
+                divided(picked, K, total, picked);
             } else {
                 for (int j = 0; j < K; j++)
                     picked[j] = row[ids[j]];
                 if (rule.sigmoid) {
                     probabilities(picked, K, picked);
-                    if (rule.normalised) divided(picked, K, sum_of(picked, K) + (float)a.rule.eps);
+                    if (rule.normalised) divided(picked, K, sum_of(picked, K) + (float)rule.eps, picked);
                 } else {
-                    divided(picked, K, exponentials(picked, K, picked));
+                    divided(picked, K, exponentials(picked, K, picked), picked);
                 }
             }
-            if (a.rule.scale != 1.) scaled(picked, K, (float)a.rule.scale);
+            if (rule.scale != 1.) map(picked, K, picked, [&](vf w) { return w * splat((float)rule.scale); });
             memcpy(a.weights + t * K, picked, K * sizeof(float));
         });
     }
@@ -232,8 +227,7 @@ template <class T> class RouteBackwardPass {
     // Ids of no expert, which route never returns, are skipped.
     bool is_expert(int64_t id) const { return id >= 0 && id < E; }
 
-    // Turns the gradients of the scores into those of the picked logits. scores and gradients are padded with
-    // zeros.
+    // Turns gradients of scores into those of the picked logits. Both are padded with zeros.
     void of_picked(float* scores, float* gradients) const {
         float inner = 0.f;
         if (!a.rule.sigmoid || a.rule.normalised) {
@@ -267,12 +261,11 @@ template <class T> class RouteBackwardPass {
             for (int j = K; j < padded_K; j++)
                 gradients[j] = 0.f;
             if (a.rule.over_all()) {
-                divided(wide, E, exponentials(wide, E, wide));
+                divided(wide, E, exponentials(wide, E, wide), wide);
                 float inner = 0.f;
                 for (int j = 0; j < K; j++)
                     if (is_expert(ids[j])) inner += gradients[j] *= wide[ids[j]];
-                for (int i = 0; i < E; i += LANES)
-                    store(dwide + i, load<vf>(wide + i) * splat(-inner));
+                map(wide, E, dwide, [&](vf share) { return share * splat(-inner); });
                 for (int j = 0; j < K; j++)
                     if (is_expert(ids[j])) dwide[ids[j]] += gradients[j];
             } else {
@@ -283,10 +276,9 @@ template <class T> class RouteBackwardPass {
                 if (a.rule.sigmoid)
                     probabilities(scores, K, scores);
                 else
-                    divided(scores, K, exponentials(scores, K, scores));
+                    divided(scores, K, exponentials(scores, K, scores), scores);
                 of_picked(scores, gradients);
-                for (int i = 0; i < E; i += LANES)
-                    store(dwide + i, vf{});
+                std::fill(dwide, dwide + padded_E, 0.f);
                 for (int j = 0; j < K; j++)
                     if (is_expert(ids[j])) dwide[ids[j]] = gradients[j];
             }

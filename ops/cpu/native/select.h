@@ -1,11 +1,9 @@
-// The router's selection: ids of the K largest keys of each row, best first, and the lower id first among
-// equals.
+// The router's selection: ids of the K largest keys of each row, best first, equal ones by the lower id.
 //
 // Keys are compared as integers in the same order. The first pass over a row computes the maxima of at least
 // 2K groups of its keys. The K-th largest of these maxima is a lower bound of the selected keys, because at
 // least K keys reach it. The second pass keeps little more than K candidates, which are ranked by counting.
-// Where K is too large for that, all keys are candidates, and the best K remain whenever their buffer is
-// full.
+// If K is too large, all keys are candidates, and the best K remain whenever the buffer is full.
 #pragma once
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -22,8 +20,7 @@ struct Select {
 
 typedef int64_t vl __attribute__((vector_size(LANES * 4)));
 
-// Float bits as integers in the order of the numbers: negative numbers are reversed, and -0 equals +0. NaNs
-// are at the ends, by their sign.
+// Float bits as integers in the order of the numbers; -0 equals +0, and NaNs are at the ends, by their sign.
 static INLINE vi in_order(vi bits) {
     vi order = bits ^ ((bits >> 31) & 0x7FFFFFFF);
     return order - (order == -1);
@@ -187,13 +184,10 @@ template <class Body> static inline void for_rows(int64_t rows, int64_t num_thre
     });
 }
 
-class SelectPass {
+struct SelectPass {
     const Select& a;
 
-  public:
-    explicit SelectPass(const Select& a) : a(a) {}
-
-    void run() {
+    void run() const {
         const Selection selection(a.experts, a.top_k);
         std::vector<int64_t> buffers(a.threads * selection.room());
         for_rows(a.rows, a.threads, [&](int64_t t, int thread) {

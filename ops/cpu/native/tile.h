@@ -4,9 +4,44 @@
 #pragma once
 #include "vector.h"
 
-// One step along k takes a unit of PER neighbouring elements. U is the type of a unit when it is multiplied,
-// Stored its type in packed panels, which are as narrow as the weights. MacWidened multiplies elements as
-// float32.
+// Memory that is read soon, prefetched a few lines at a time: the products would wait for a burst of
+// prefetches.
+template <int LOCALITY> class LinesAhead {
+    static constexpr int MOST_RUNS = 4;
+    const char* run[MOST_RUNS] = {};
+    ptrdiff_t left[MOST_RUNS] = {};
+    int runs = 0, at = 0, lines = 1;
+
+  public:
+    void add(const void* first, size_t bytes) {
+        if (!bytes) return;
+        run[runs] = (const char*)first;
+        left[runs++] = (ptrdiff_t)bytes;
+    }
+    // Spreads the lines over this many steps.
+    void over(int64_t steps) {
+        int64_t all = 0;
+        for (int i = 0; i < runs; i++)
+            all += left[i] / 64 + 1;
+        steps = std::max<int64_t>(steps, 1);
+        lines = (int)((all + steps - 1) / steps);
+    }
+    INLINE void step() {
+        for (int i = 0; i < lines && at < runs; i++) {
+            __builtin_prefetch(run[at], 0, LOCALITY);
+            run[at] += 64;
+            left[at] -= 64;
+            if (left[at] <= 0) at++;
+        }
+    }
+};
+
+struct NothingAhead {
+    void step() const {}
+};
+
+// One step along k takes a unit of PER neighbouring elements, of type U when it is multiplied and Stored in
+// packed panels. MacWidened multiplies elements as float32.
 template <class Element> struct MacWidened {
     using T = Element;
     using U = float;
@@ -52,17 +87,26 @@ template <class M> static INLINE vf units_at(const typename M::T* row, int unit,
     return M::units_of(rest);
 }
 
-// acc[r][c] = sum_k row_r[k] * b[k][c]. Rows are read in place; b is a packed panel [units of k][C * LANES].
-// A few units of all rows at a time are copied to a buffer: rows are often a multiple of 4 KiB apart, and a
-// dozen lines at that distance evict each other from the first cache between two units.
-template <class M, int R, int C, class Row, class Ahead>
-static INLINE void lanes_tile(Row row, const typename M::U* b, int k, Ahead& ahead, vf (&acc)[R][C]) {
-    vf sum[R][C];  // not acc itself: gcc does not keep an array in registers that the caller can see
+// Calls body.template operator()<R>() with the first R of the list that is at least n.
+template <int... R, class Body> static INLINE void with_rows(int n, Body body) {
+    (void)((n <= R && (body.template operator()<R>(), true)) || ...);
+}
+
+// Copies sums to the caller's array: gcc keeps only a function's own array in registers.
+template <int R, int C> static INLINE void copy_tile(const vf (&sum)[R][C], vf (*acc)[C]) {
 #pragma GCC unroll 32
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
         for (int c = 0; c < C; c++)
-            sum[r][c] = vf{};
+            acc[r][c] = sum[r][c];
+}
+
+// acc[r][c] = sum_k row_r[k] * b[k][c]. Rows are read in place; b is a packed panel [units of k][C * LANES].
+// A few units of all rows at a time are copied to a buffer: rows that are a multiple of 4 KiB apart evict
+// each other from the first cache.
+template <class M, int R, int C, class Row, class Ahead>
+static INLINE void lanes_tile(Row row, const typename M::U* b, int k, Ahead& ahead, vf (&acc)[R][C]) {
+    vf sum[R][C] = {};
     const int whole = (int)units<M>(k);
     for (int unit = 0; unit < whole; unit += LANES, b += LANES * C * LANES) {
         alignas(64) typename M::U buffer[R][LANES];
@@ -83,9 +127,5 @@ static INLINE void lanes_tile(Row row, const typename M::U* b, int k, Ahead& ahe
                     sum[r][c] = M::step(sum[r][c], buffer[r][i], x[c]);
         }
     }
-#pragma GCC unroll 32
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-        for (int c = 0; c < C; c++)
-            acc[r][c] = sum[r][c];
+    copy_tile(sum, acc);
 }

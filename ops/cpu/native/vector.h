@@ -44,8 +44,7 @@ struct f16 {
     uint16_t bits;
 };
 
-// The nearest bfloat16, ties to even. NaNs stay NaNs. The AVX-512 instruction treats numbers below 1.2e-38 as
-// zeros.
+// The nearest bfloat16, ties to even; NaNs stay NaNs. AVX-512 treats numbers below 1.2e-38 as zeros.
 static INLINE vh nearest_bf16(vf v) {
 #if defined(__AVX512BF16__)
     return (vh)_mm512_cvtneps_pbh((__m512)v);
@@ -66,16 +65,10 @@ static INLINE vu pair_of_bf16(vf even, vf odd) {
 }
 
 static INLINE float widen(float v) { return v; }
-static INLINE float widen(bf16 v) {
-    uint32_t u = (uint32_t)v.bits << 16;
-    float f;
-    memcpy(&f, &u, 4);
-    return f;
-}
+static INLINE float widen(bf16 v) { return __builtin_bit_cast(float, (uint32_t)v.bits << 16); }
 static INLINE void narrow(float v, float* p) { *p = v; }
 static INLINE void narrow(float v, bf16* p) {
-    uint32_t u;
-    memcpy(&u, &v, 4);
+    uint32_t u = __builtin_bit_cast(uint32_t, v);
     u = v == v ? u + 0x7FFF + ((u >> 16) & 1) : u | 0x400000;
     p->bits = (uint16_t)(u >> 16);
 }
@@ -88,8 +81,7 @@ static INLINE float widen(f16 v) {
 #if defined(__F16C__)
     return _cvtsh_ss(v.bits);
 #else
-    // The exponents differ by 112. A product changes them, also for subnormal numbers; infinities and NaNs
-    // keep theirs.
+    // The exponents differ by 112; a product changes them, also those of subnormal numbers.
     const uint32_t sign = (uint32_t)(v.bits & 0x8000) << 16, rest = (uint32_t)(v.bits & 0x7FFF) << 13;
     const uint32_t bits = rest >= 0x0F800000u
                               ? rest | 0x7F800000u
@@ -169,8 +161,7 @@ static INLINE float max_of_lanes(vf v) {
 #endif
 }
 
-// exp with an error of about 2 ulp: 2^n times a polynomial in the rest (Cephes' expf). No result is
-// subnormal.
+// exp to about 2 ulp: 2^n times a polynomial in the rest (Cephes' expf). No result is subnormal.
 static INLINE vf vexp(vf x) {
 #if defined(__AVX512F__)
     // Of a NaN and a number, these instructions return the second.
