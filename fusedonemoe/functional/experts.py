@@ -183,10 +183,8 @@ def run_experts(
 
 def _run_form(*arguments: Any) -> Tensor:
     """Run :func:`run_experts` of the activation's fields one by one, and of a number that tells versions apart."""
-    tensors, options = arguments[: MLP_ARGUMENTS.num_tensors], arguments[MLP_ARGUMENTS.num_tensors :]
-    fields = len(Activation._fields)
-    given = (*tensors, Activation(*options[:fields]), *options[fields:-1])
-    return run_experts(*given)
+    *tensors, activation, layout, alpha, limit, save_percent, transposed, impl, _ = arguments
+    return run_experts(*tensors, Activation(activation, layout, alpha, limit), save_percent, transposed, impl)
 
 
 experts_form: Callable[..., Any] = library.register_transparent(
