@@ -6,6 +6,7 @@ import torch
 
 from fusedonemoe.ops import cuda, triton
 from fusedonemoe.ops.cpu import native
+from fusedonemoe.ops.exporting import is_exporting
 from fusedonemoe.ops.portable import few_rows
 
 IMPLEMENTATIONS = ("dense", "grouped", "cpu", "triton", "portable")
@@ -108,7 +109,7 @@ ASKED_FOR = "asked for by impl="
 
 def exporting_to_onnx() -> bool:
     """Return whether torch.onnx.export is at work, whose graphs hold no operator of this library."""
-    return torch.compiler.is_exporting() and bool(torch.onnx.is_in_onnx_export())
+    return is_exporting() and bool(torch.onnx.is_in_onnx_export())
 
 
 exporting_to_onnx.__dict__["_dynamo_marked_constant"] = True  # see ops/cpu/native.py

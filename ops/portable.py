@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fusedonemoe.ops.activation import activate
 from fusedonemoe.ops.dense import experts_merged_dense
+from fusedonemoe.ops.exporting import is_exporting
 from fusedonemoe.ops.plan import in_range
 from fusedonemoe.ops.precision import row_dtype, sum_dtype
 from fusedonemoe.ops.records import PLAIN, Activation, ExpertsCall
@@ -93,7 +94,7 @@ def _mix(
 
     operands = (x_TD, experts_TK, weights_TK, *parameters)
     are_few = few_rows(experts_TK.shape[0] * experts_TK.shape[1], E)
-    if torch.compiler.is_exporting() and (torch.compiler.is_dynamo_compiling() or not isinstance(are_few, bool)):
+    if is_exporting() and (torch.compiler.is_dynamo_compiling() or not isinstance(are_few, bool)):
         result: Tensor = torch.cond(are_few, few, many, operands)
         return result
     return few(*operands) if are_few else many(*operands)

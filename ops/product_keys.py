@@ -13,6 +13,7 @@ rounding error ``e``, which Knuth's TwoSum gives exactly, second compares the re
 import torch
 from torch import Tensor
 
+from fusedonemoe.ops.exporting import is_exporting
 from fusedonemoe.ops.route import routing_dtype, select_largest
 
 SCATTERS = ("cpu",)  # devices that add up a scatter in a fixed order; others do it with atomics
@@ -25,7 +26,7 @@ def candidates(top_k: int, num_keys: int, device: torch.device) -> tuple[Tensor,
     Computed on the device: a CUDA graph cannot hold a list copied from the host. An exported graph holds the lists.
     """
     ranks = min(top_k, num_keys)
-    if torch.compiler.is_exporting():
+    if is_exporting():
         pairs = [(r, s) for r in range(ranks) for s in range(min(top_k // (r + 1), num_keys))]
         first, second = torch.tensor(pairs, device=device).unbind(1)
         return first, second
@@ -95,7 +96,7 @@ def select_pairs(logits: Tensor, top_k: int, opaque: bool) -> Tensor:
     ``opaque``: the selection may be an operator, which no transform looks into.
     """
     logits = logits.detach()
-    if opaque and logits.dtype == torch.float32 and logits.device.type == "cpu" and not torch.compiler.is_exporting():
+    if opaque and logits.dtype == torch.float32 and logits.device.type == "cpu" and not is_exporting():
         return torch.ops.fusedonemoe.select_product_keys.default(logits, top_k)
     return _select_exactly(*_best_keys(logits, top_k, False), top_k, logits.shape[-1], False)
 

@@ -7,6 +7,7 @@ the lower id), so equal scores always give the same experts.
 import torch
 from torch import Tensor
 
+from fusedonemoe.ops.exporting import is_exporting
 from fusedonemoe.ops.rules import RouteRule
 
 
@@ -51,7 +52,7 @@ def select_for_export(keys: Tensor, k: int) -> Tensor:
 
 def select_largest(keys: Tensor, k: int, opaque: bool = False) -> Tensor:
     """:func:`select`, or the operator that has a kernel for it; an exported graph keeps to torch's own operators."""
-    if keys.dtype == torch.float32 and torch.compiler.is_exporting():
+    if keys.dtype == torch.float32 and is_exporting():
         return select_for_export(keys, k)
     if opaque and keys.dtype == torch.float32 and keys.device.type == "cpu":
         return torch.ops.fusedonemoe.select_experts.default(keys, k)

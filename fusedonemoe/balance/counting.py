@@ -15,6 +15,7 @@ from fusedonemoe import functional as F
 from fusedonemoe.agreement import agree
 from fusedonemoe.checks import check_ids
 from fusedonemoe.layers.routers import RouterOutput, TopKRouter
+from fusedonemoe.ops.exporting import is_exporting
 
 _MOST_ROWS = 16  # of a printed table; the busiest and the idlest of more experts
 
@@ -160,7 +161,7 @@ class RouterCount:
     def __call__(self, router: nn.Module, args: tuple[Any, ...], output: RouterOutput) -> None:
         """Count what the router returns."""
         # An exported program stands alone: it has no tensor of ours to count into.
-        if (self.training_only and not router.training) or torch.compiler.is_exporting():
+        if (self.training_only and not router.training) or is_exporting():
             return
         if self.counts.device != output.experts.device:  # the model has moved since
             self.counts = self.counts.to(output.experts.device)

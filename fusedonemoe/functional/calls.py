@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _len_torch_function_stack
-from torch.compiler import is_dynamo_compiling, is_exporting
+from torch.compiler import is_dynamo_compiling
 
 from fusedonemoe.checks import check_dim, check_fits, check_like_x, check_one_of, check_shape
 from fusedonemoe.linear import are_plain
 from fusedonemoe.ops import choose, library
 from fusedonemoe.ops.choice import exporting_to_onnx, no_onnx_form
 from fusedonemoe.ops.cpu import native
+from fusedonemoe.ops.exporting import is_exporting
 
 ROUTING_IMPLEMENTATIONS = ("auto", "dense", "portable")
 
@@ -84,7 +85,7 @@ def choose_impl(operator: str, impl: str, x: Tensor, experts: Tensor, widths: tu
         dtype=dtype,
         contiguous=all(map(Tensor.is_contiguous, expert_weights)),
         widths=widths,
-        portable=torch.compiler.is_exporting(),
+        portable=is_exporting(),
     ).impl
 
 

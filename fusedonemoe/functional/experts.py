@@ -184,7 +184,8 @@ def run_experts(
 def _run_form(*arguments: Any) -> Tensor:
     """Run :func:`run_experts` of the activation's fields one by one, and of a number that tells versions apart."""
     *tensors, activation, layout, alpha, limit, save_percent, transposed, impl, _ = arguments
-    return run_experts(*tensors, Activation(activation, layout, alpha, limit), save_percent, transposed, impl)
+    given = (*tensors, Activation(activation, layout, alpha, limit), save_percent, transposed, impl)
+    return run_experts(*given)
 
 
 experts_form: Callable[..., Any] = library.register_transparent(

@@ -11,6 +11,7 @@ from fusedonemoe import checks
 from fusedonemoe.functional.calls import as_rows, records_gradients, run_portable
 from fusedonemoe.ops import choice, library
 from fusedonemoe.ops.derivatives import refuse_transforms
+from fusedonemoe.ops.exporting import is_exporting
 from fusedonemoe.ops.portable import experts_neurons_portable, experts_values_portable
 from fusedonemoe.ops.records import ACTIVATIONS
 
@@ -36,7 +37,7 @@ def choose_tables(impl: str, *, device_type: str, dtype: torch.dtype, contiguous
     if impl == "auto":
         compiled = choice.CPU_KERNELS if device_type == "cpu" else choice.GPU_KERNELS
         # What is compiled for this machine has no place in an exported graph.
-        if compiled is choice.CPU_KERNELS and torch.compiler.is_exporting():
+        if compiled is choice.CPU_KERNELS and is_exporting():
             return choice.Choice("grouped", "an exported graph holds nothing that is compiled for this machine")
         why = reason(compiled.impl)
         return compiled if why is None else choice.Choice("grouped", f"{compiled.impl} cannot run here: {why}")

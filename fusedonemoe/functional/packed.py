@@ -10,6 +10,7 @@ from fusedonemoe.functional.calls import intermediate_size, records_gradients
 from fusedonemoe.ops import library
 from fusedonemoe.ops.choice import refusal
 from fusedonemoe.ops.derivatives import refuse_transforms
+from fusedonemoe.ops.exporting import is_exporting
 from fusedonemoe.ops.library import PanelHome
 from fusedonemoe.ops.options import row_layout
 from fusedonemoe.ops.records import GATE_UP_LAYOUTS, PLAIN
@@ -120,7 +121,7 @@ def refuse_packed_training(x: Tensor, weights: Tensor, *parameters: Tensor | Non
     refuse_transforms()
     if records_gradients(x, weights, *parameters):
         raise RuntimeError(library.FOR_INFERENCE)
-    if torch.compiler.is_exporting():
+    if is_exporting():
         raise RuntimeError(
             "packed weights have the form of this machine, which an exported graph must not have: call unpack() before exporting"
         )

@@ -11,6 +11,7 @@ from fusedonemoe import checks
 from fusedonemoe.functional.calls import choose_routing, with_leading
 from fusedonemoe.ops import library
 from fusedonemoe.ops.derivatives import refuse_transforms
+from fusedonemoe.ops.exporting import is_exporting
 from fusedonemoe.ops.operands import MOST_ROWS, check_choices_of, check_rows
 from fusedonemoe.ops.plan import Plan, in_range, inverse_order, make_plan
 from fusedonemoe.ops.plan import tokens_per_expert as count_tokens
@@ -70,7 +71,7 @@ def route(
 
 def route_by(rule: RouteRule, logits: Tensor, selection_bias: Tensor | None, impl: str) -> tuple[Tensor, Tensor]:
     """Run :func:`route` of floating-point logits ``[..., E]`` by a rule that was made for ``E`` experts."""
-    if impl != "auto" or torch.compiler.is_exporting():
+    if impl != "auto" or is_exporting():
         impl = choose_routing(impl)
     if selection_bias is not None:
         checks.check_selection_bias(selection_bias, logits)

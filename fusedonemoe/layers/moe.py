@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor, nn
 from torch._C import _len_torch_function_stack
-from torch.compiler import is_dynamo_compiling, is_exporting
+from torch.compiler import is_dynamo_compiling
 from torch.nn.modules import module as _hooks
 
 from fusedonemoe import functional as F
@@ -24,6 +24,7 @@ from fusedonemoe.layers import panels
 from fusedonemoe.layers.routers import TopKRouter, routing_impl
 from fusedonemoe.layers.shared_expert import SharedExpert
 from fusedonemoe.linear import are_plain, uniform_by_fan_in
+from fusedonemoe.ops.exporting import is_exporting
 from fusedonemoe.ops.library import PANEL_DIMS
 from fusedonemoe.ops.options import options_of
 from fusedonemoe.ops.rules import ROUTE_OPTIONS

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple, Unpack
 import torch
 from torch import Tensor, nn
 from torch._C import _len_torch_function_stack
-from torch.compiler import is_dynamo_compiling, is_exporting
+from torch.compiler import is_dynamo_compiling
 
 from fusedonemoe import functional as F
 from fusedonemoe.checks import check_count
@@ -16,6 +16,7 @@ from fusedonemoe.functional.routing import route_by
 from fusedonemoe.functional.traced import route_linear
 from fusedonemoe.layers.kept_buffers import KeptBuffers
 from fusedonemoe.linear import are_plain, in_dtype, in_routing_dtype, outside_autocast, routing_linear, uniform_by_fan_in
+from fusedonemoe.ops.exporting import is_exporting
 from fusedonemoe.ops.options import options_of
 from fusedonemoe.ops.rules import ROUTE_OPTIONS, RouteAttributes, RouteOptions, RouteRule, lists_options, make_rule, with_defaults
 

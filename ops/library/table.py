@@ -10,6 +10,7 @@ from torch import Tensor
 from fusedonemoe.ops import dense, grouped, neurons, product_keys, triton
 from fusedonemoe.ops import route as routing
 from fusedonemoe.ops.cpu import native
+from fusedonemoe.ops.exporting import is_exporting
 from fusedonemoe.ops.grouped import MergedNeeds
 from fusedonemoe.ops.library import flops
 from fusedonemoe.ops.library.registration import gpu_kernels, register, register_composite
@@ -35,7 +36,7 @@ def _choose_routing(logits: Tensor, selection_bias: Tensor | None, rule: RouteRu
     """Return the implementation that routes."""
     if logits.device.type == "cpu":
         # An exported graph holds no kernel that is compiled for this machine.
-        return "torch" if torch.compiler.is_exporting() or native.refusal(logits.dtype, contiguous=True) else "cpu"
+        return "torch" if is_exporting() or native.refusal(logits.dtype, contiguous=True) else "cpu"
     return "torch" if _refused_by_gpu("routing", logits, rule.n_group) else "triton"
 
 

@@ -224,7 +224,9 @@ def test_hooks_that_come_after_compilation_are_reported():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     balancer = LossFreeBalance(model, optimizer)
     run(x).sum().backward()
-    assert int(balancer.tokens_per_expert()["0.gate"].sum()) == 0
+    if counted := int(balancer.tokens_per_expert()["0.gate"].sum()):  # torch 2.14 sees the hook, and compiles again
+        assert counted == 20
+        return
     with pytest.warns(UserWarning, match="counted nothing before the first step"):
         optimizer.step()
     with warnings.catch_warnings():

