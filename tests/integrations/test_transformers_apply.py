@@ -12,7 +12,6 @@ import transformers
 from torch import nn
 from transformers.integrations import moe as hf_moe
 
-from fusedonemoe import functional
 from fusedonemoe.functional import routing
 from fusedonemoe.integrations.transformers import Report, apply, disable, enable, routers, unapply
 from fusedonemoe.integrations.transformers.routers import find_router
@@ -55,11 +54,11 @@ def test_from_pretrained_takes_the_name(tmp_path, monkeypatch):
     enable()
     called = []
 
-    def experts_mlp(x, *_, **__):
+    def run_experts(x, *_):
         called.append(1)
         return x
 
-    monkeypatch.setattr(functional, "experts_mlp", experts_mlp)
+    monkeypatch.setattr("fusedonemoe.integrations.transformers.experts.run_experts", run_experts)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="fusedonemoe")
     logits(model)
     assert len(called) == 2

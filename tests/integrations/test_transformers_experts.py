@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN, GELUTanh
 from transformers.integrations.moe import use_experts_implementation
 
-from fusedonemoe import functional
+from fusedonemoe.functional import experts as expert_layers
 from fusedonemoe.integrations.transformers.experts import activation_of, experts_forward
 from fusedonemoe.ops.activation import activate
 from fusedonemoe.ops.records import PLAIN, Activation
@@ -136,13 +136,13 @@ def test_non_contiguous_hidden_states_and_small_ids():
 def test_transposed_weights_are_not_copied(family, monkeypatch):
     experts = make(family)
     seen: list[Tensor] = []
-    real = functional.experts_mlp
+    real = expert_layers.run_experts
 
-    def experts_mlp(*args, **named):
+    def run_experts(*args):
         seen.extend(args)
-        return real(*args, **named)
+        return real(*args)
 
-    monkeypatch.setattr(functional, "experts_mlp", experts_mlp)
+    monkeypatch.setattr("fusedonemoe.integrations.transformers.experts.run_experts", run_experts)
     experts_forward(experts, *inputs(experts))
     assert [w.data_ptr() for w in seen[3:5]] == [experts.gate_up_proj.data_ptr(), experts.down_proj.data_ptr()]
 
@@ -257,6 +257,17 @@ def test_a_gate_replaced_on_the_instance_is_not_guessed():
     z = torch.einsum("td,tkgd->tkg", x, experts.gate_up_proj[ids])
     y = torch.einsum("tkf,tkdf,tk->td", z[..., :F].sin(), experts.down_proj[ids], weights)
     torch.testing.assert_close(experts_forward(experts, x, ids, weights), y, rtol=1e-4, atol=1e-5)
+
+
+def test_a_gate_replaced_after_compiling_runs():
+    experts = make("qwen3_moe")
+    arguments = inputs(experts)
+    torch._dynamo.reset()
+    fast = torch.compile(lambda *given: experts_forward(experts, *given), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(fast(*arguments), experts_forward(experts, *arguments), rtol=0, atol=0)
+    own = experts._apply_gate
+    experts._apply_gate = lambda z: 2 * own(z)
+    torch.testing.assert_close(fast(*arguments), experts_forward(experts, *arguments), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", sorted(ACT2FN.keys()))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fusedonemoe import functional as F
+from fusedonemoe.functional.experts import run_experts
 from fusedonemoe.integrations.transformers.registry import default_gates, import_hf
 from fusedonemoe.layers import Experts
 from fusedonemoe.layers.form import ExpertsForm
@@ -111,11 +112,12 @@ def activation_of(experts: nn.Module) -> Activation | None:
     act_name = _name_of_act(getattr(experts, "act_fn", None))
     if not getattr(experts, "has_gate", True):
         return None if act_name is None else Activation(act_name, PLAIN, _ALPHA, _LIMIT)
-    if "_apply_gate" in experts.__dict__:
-        return None  # replaced on the instance, by somebody who had a reason
-    gate = getattr(type(experts), "_apply_gate", None)
-    if gate is None:
+    # Replaced on the instance, by somebody who had a reason. Dynamo guards an attribute that is read, and no name that __dict__
+    # lacks.
+    if not isinstance(getattr(experts, "_apply_gate", None), types.MethodType) or "_apply_gate" in experts.__dict__:
         return None
+    kind: Any = type(experts)
+    gate = kind._apply_gate
     if _is_default(gate):
         return None if act_name is None else Activation(act_name, "gate_up", _ALPHA, _LIMIT)
     numbers = tuple(_number(getattr(experts, name, None)) for name in _NUMBERS)
@@ -183,8 +185,8 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
     if act is None:
         y = _unfused(experts, x, top_k_index, top_k_weights, (up, up_bias), (experts.down_proj, down_bias), transposed)
     else:
-        options = {"gate_up_bias": up_bias, "down_bias": down_bias, "transposed": transposed, **activation_options(act)}
-        y = F.experts_mlp(x, top_k_index, top_k_weights, up, experts.down_proj, **options)
+        down, save_percent = experts.down_proj, 100
+        y = run_experts(x, top_k_index, top_k_weights, up, down, up_bias, down_bias, act, save_percent, transposed, "auto")
     return y if y.dtype == hidden_states.dtype else y.to(hidden_states.dtype)
 
 
