@@ -42,4 +42,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run a suite; the exit status is that of :func:`fusedonemoe.bench.run`."""
-    return bench.run(args, REGISTRY)
+    return bench.run_from(REGISTRY, args)

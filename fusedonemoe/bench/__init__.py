@@ -81,13 +81,18 @@ def add_options(parser: argparse.ArgumentParser, registry: Mapping[str, Suite]) 
     add("--picture", metavar="FILE.png", type=options.path, help="also draw them, in multiples of the floor")
 
 
-def run(args: argparse.Namespace, registry: Mapping[str, Suite] = REGISTRY) -> int:
-    """Run the suite ``args.suite`` and print the cells asked for.
+def run(args: argparse.Namespace) -> int:
+    """Run the cells asked for and print them.
 
     Returns:
         The exit status: 0; 1 when a peer's outputs disagreed or it raised; 2 when nothing could be run; 3 when ours is slower
         than in the file of ``--compare``.
     """
+    return run_from(REGISTRY, args)
+
+
+def run_from(registry: Mapping[str, Suite], args: argparse.Namespace) -> int:
+    """Run the suite ``args.suite`` of a registry, and return the exit status, as :func:`run` does."""
     problem = _misused(registry, args)
     if find_spec("rich") is None:
         problem = "the benchmark prints with rich, which is missing: pip install 'fusedonemoe[bench]'"
