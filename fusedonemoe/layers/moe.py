@@ -124,19 +124,26 @@ class Experts(nn.Module):
         return up, down, up_bias, down_bias
 
     def compute(
-        self, x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor, up_bias: Tensor | None, down_bias: Tensor | None
+        self,
+        x: Tensor,
+        experts: Tensor,
+        weights: Tensor,
+        up_proj: Tensor,
+        down_proj: Tensor,
+        up_bias: Tensor | None,
+        down_bias: Tensor | None,
     ) -> Tensor:
-        """Forward with weights passed in; ``ids`` indexes them. They may be a subset of the experts, or slices of F."""
+        """Forward with weights passed in; ``experts`` indexes them. They may be a subset of the experts, or slices of F."""
         config = self.config
         rest = (up_bias, down_bias, config.act, config.save_percent, config.transposed, config.impl)
-        if up is None or down is None:
-            check_tensor(self._up_name if up is None else "down_proj", None)
-        if up.dim() == PANEL_DIMS or down.dim() == PANEL_DIMS:
-            given = panels.weights_for_call(self, x, weights, up, down)
+        if up_proj is None or down_proj is None:
+            check_tensor(self._up_name if up_proj is None else "down_proj", None)
+        if up_proj.dim() == PANEL_DIMS or down_proj.dim() == PANEL_DIMS:
+            given = panels.weights_for_call(self, x, weights, up_proj, down_proj)
             if isinstance(given, F.PackedExperts):
-                return run_packed(x, ids, weights, given, *rest)
-            up, down = given
-        return run_experts(x, ids, weights, up, down, *rest)
+                return run_packed(x, experts, weights, given, *rest)
+            up_proj, down_proj = given
+        return run_experts(x, experts, weights, up_proj, down_proj, *rest)
 
     def prepack(self) -> None:
         """Put the weights into the order in which the CPU kernels read them, for inference.
