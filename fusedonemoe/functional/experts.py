@@ -146,9 +146,6 @@ def run_experts(
     impl: str,
 ) -> Tensor:
     """Run :func:`experts_mlp` with a checked activation and percentage."""
-    if impl != "portable" and calls.is_hidden(x, experts, weights, gate_up_proj, down_proj, gate_up_bias, down_bias):
-        given = (x, experts, weights, gate_up_proj, down_proj, gate_up_bias, down_bias)
-        return experts_form(*given, *act, save_percent, transposed, impl, calls.traced_build())
     checks.check_routing(x, experts, weights)
     up_EGD, down_EDF = projections(x, gate_up_proj, down_proj, gated=act.layout != PLAIN, transposed=transposed)
     (E, G, D), F = up_EGD.shape, down_EDF.shape[2]
@@ -179,6 +176,15 @@ def run_experts(
             inference = library.experts_mlp_inference if chosen == "cpu" else _ops.experts_mlp_inference
             y = inference(*flat, *parameters, *act, library.BUILD)
     return y if has_rows else with_leading(y, x)
+
+
+def run_layer(x: Tensor, experts: Tensor, weights: Tensor, up: Tensor, down: Tensor, *rest: Any) -> Tensor:
+    """Run :func:`run_experts` for a layer: for Dynamo as one operator, whose errors are torch's and hold the text of ours."""
+    up_bias, down_bias, act, *options = rest
+    *_, impl = options
+    if impl != "portable" and calls.is_hidden(x, experts, weights, up, down, up_bias, down_bias):
+        return experts_form(x, experts, weights, up, down, up_bias, down_bias, *act, *options, calls.traced_build())
+    return run_experts(x, experts, weights, up, down, *rest)
 
 
 def _run_form(*arguments: Any) -> Tensor:

@@ -17,7 +17,7 @@ from fusedonemoe import functional as F
 from fusedonemoe.checks import check_last_dim, check_tensor
 from fusedonemoe.config import MoEConfig
 from fusedonemoe.functional.calls import traced_build
-from fusedonemoe.functional.experts import run_experts, run_packed
+from fusedonemoe.functional.experts import run_layer, run_packed
 from fusedonemoe.functional.traced import block_form, run_block
 from fusedonemoe.hf import config_of, tensors_of
 from fusedonemoe.layers import panels
@@ -143,7 +143,7 @@ class Experts(nn.Module):
             if isinstance(given, F.PackedExperts):
                 return run_packed(x, experts, weights, given, *rest)
             up_proj, down_proj = given
-        return run_experts(x, experts, weights, up_proj, down_proj, *rest)
+        return run_layer(x, experts, weights, up_proj, down_proj, *rest)
 
     def prepack(self) -> None:
         """Put the weights into the order in which the CPU kernels read them, for inference.

@@ -39,7 +39,7 @@ OLD_WORKING = re.compile("tmp[a-z0-9_]{8}")
 OLD_FILES = {"f32.o", "bf16.o", "f16.o", "kernels.so"}
 SECONDS_UNTIL_OLD = 86_400
 # Errors of a file system without locks.
-WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF, errno.ESTALE)
 ADVICE = "set FUSEDONEMOE_CACHE_DIR to a folder that is yours and that no other user can write"
 
 _loads = itertools.count()
@@ -241,7 +241,7 @@ class Folder:
 
     @contextlib.contextmanager
     def lock(self, seconds: float) -> Iterator[bool]:
-        """Wait until no other process compiles; yield True, or False if the file system has no locks.
+        """Wait until no other process compiles; yield True, or False where there are no locks.
 
         The system releases the lock of a process that dies.
 
@@ -253,7 +253,11 @@ class Folder:
         """
         import filelock  # torch requires it
 
-        lock = filelock.FileLock(self._at("lock"), mode=0o600)
+        # Releases before 4 follow links, keep the lock in forked children, and take a file system without locks for a held lock.
+        if int(filelock.__version__.partition(".")[0]) < 4:
+            yield False
+            return
+        lock = filelock.FileLock(self._at("lock"), mode=0o600, fallback_to_soft=False)
         try:
             try:
                 lock.acquire(timeout=0)
@@ -265,8 +269,8 @@ class Folder:
         except filelock.Timeout:
             text = f"another process has been compiling the kernels into {self.path} for {seconds} seconds"
             raise Unavailable(text) from None
-        except (OSError, NotImplementedError) as error:
-            if isinstance(error, OSError) and error.errno not in WITHOUT_LOCKS:
+        except OSError as error:
+            if error.errno not in WITHOUT_LOCKS:
                 raise
         try:
             yield lock.is_locked

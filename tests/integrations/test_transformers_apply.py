@@ -54,11 +54,11 @@ def test_from_pretrained_takes_the_name(tmp_path, monkeypatch):
     enable()
     called = []
 
-    def run_experts(x, *_):
+    def run_layer(x, *_):
         called.append(1)
         return x
 
-    monkeypatch.setattr("fusedonemoe.integrations.transformers.experts.run_experts", run_experts)
+    monkeypatch.setattr("fusedonemoe.integrations.transformers.experts.run_layer", run_layer)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="fusedonemoe")
     logits(model)
     assert len(called) == 2

@@ -136,13 +136,13 @@ def test_non_contiguous_hidden_states_and_small_ids():
 def test_transposed_weights_are_not_copied(family, monkeypatch):
     experts = make(family)
     seen: list[Tensor] = []
-    real = expert_layers.run_experts
+    real = expert_layers.run_layer
 
-    def run_experts(*args):
+    def run_layer(*args):
         seen.extend(args)
         return real(*args)
 
-    monkeypatch.setattr("fusedonemoe.integrations.transformers.experts.run_experts", run_experts)
+    monkeypatch.setattr("fusedonemoe.integrations.transformers.experts.run_layer", run_layer)
     experts_forward(experts, *inputs(experts))
     assert [w.data_ptr() for w in seen[3:5]] == [experts.gate_up_proj.data_ptr(), experts.down_proj.data_ptr()]
 

@@ -1,5 +1,6 @@
 """The compilation of the CPU kernels among many processes and threads: one compiles at a time, and none leaves anything."""
 
+import errno
 import os
 import signal
 import time
@@ -183,14 +184,22 @@ def test_waiting_has_an_end(compiler, tmp_path):
     finished(holder)
 
 
-def test_a_file_system_without_locks_compiles_as_well(compiler, tmp_path):
-    script = """
-        import errno, fcntl
-        def flock(descriptor, operation):
-            raise OSError(errno.ENOLCK, "No locks available")
-        fcntl.flock = flock
-    """
-    assert int(finished(process([BUILD, script, LOAD.removeprefix(BUILD)]))[0])
+NO_FLOCK = """
+    import fcntl
+    def flock(descriptor, operation):
+        raise OSError({}, "No locks available")
+    fcntl.flock = flock
+"""
+OLD_FILELOCK = """
+    import filelock
+    filelock.__version__ = "3.12.2"
+    del filelock.FileLock
+"""
+
+
+@pytest.mark.parametrize("without", [NO_FLOCK.format(errno.ENOLCK), NO_FLOCK.format(errno.ENOSYS), OLD_FILELOCK])
+def test_without_locks_it_compiles_as_well(compiler, tmp_path, without):
+    assert int(finished(process([BUILD, without, LOAD.removeprefix(BUILD)]))[0])
     assert len(linked(compiler)) == 1
 
 

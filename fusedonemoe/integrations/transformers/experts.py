@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fusedonemoe import functional as F
-from fusedonemoe.functional.experts import run_experts
+from fusedonemoe.functional.experts import run_layer
 from fusedonemoe.integrations.transformers.registry import default_gates, import_hf
 from fusedonemoe.layers import Experts
 from fusedonemoe.layers.form import ExpertsForm
@@ -186,7 +186,7 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
         y = _unfused(experts, x, top_k_index, top_k_weights, (up, up_bias), (experts.down_proj, down_bias), transposed)
     else:
         down, save_percent = experts.down_proj, 100
-        y = run_experts(x, top_k_index, top_k_weights, up, down, up_bias, down_bias, act, save_percent, transposed, "auto")
+        y = run_layer(x, top_k_index, top_k_weights, up, down, up_bias, down_bias, act, save_percent, transposed, "auto")
     return y if y.dtype == hidden_states.dtype else y.to(hidden_states.dtype)
 
 
