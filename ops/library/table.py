@@ -1,7 +1,6 @@
 """The operators of routing, merged projections, single neurons and value memory: a row each."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -76,13 +75,19 @@ def _choose_product_keys(logits: Tensor, top_k: int | None) -> str:
 
 
 _PAIRS = "Tensor logits, int top_k, bool norm_topk_prob"
+
+
+def _route_product_key(logits: Tensor, top_k: int, norm_topk_prob: bool) -> tuple[Tensor, Tensor]:
+    return product_keys.route_product_key(logits, top_k, norm_topk_prob, opaque=True)
+
+
 route_product_key: Callable[..., Any] = register(
     Operator(
         name="route_product_key",
         arguments=(_PAIRS,),
         results=("weights", "experts"),
         choose=lambda logits, top_k, norm_topk_prob: _choose_product_keys(logits, top_k),
-        kernels={"torch": partial(product_keys.route_product_key, opaque=True), "triton": ("product_keys", "route_product_key")},
+        kernels={"torch": _route_product_key, "triton": ("product_keys", "route_product_key")},
         backward=Operator(
             name="route_product_key_backward",
             arguments=("Tensor dweights, Tensor logits, Tensor experts, bool norm_topk_prob",),

@@ -31,6 +31,7 @@ FLOORS = [
         "ops.operands",
         "ops.precision",
         "ops.records",
+        "ops.exporting",
         "ops.options",
         "ops.rules",
         "ops.values",
