@@ -56,8 +56,13 @@ def drawn_tokens(draw: Draw, sizes: Sizes, dtype: torch.dtype) -> Tensor:
 
 def linear(x: Bounded, weight: Bounded, bias: Bounded | None = None) -> Bounded:
     """``x W^T + b``."""
-    y = contract("td,od->to", x, weight, x.value.shape[1])
-    return y if bias is None else y + bias
+    width = x.value.shape[1]
+    y = contract("td,od->to", x, weight, width)
+    if bias is None:
+        return y
+    total = y + bias
+    started = width * total.work.unit * np.abs(bias.value)  # a sum that begins with the bias is rounded at its size each time
+    return Bounded(total.value, total.error + started, total.work)
 
 
 def linear_gradients(dy: Bounded, x: Bounded, weight: Bounded) -> tuple[Bounded, Bounded, Bounded]:
