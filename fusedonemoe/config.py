@@ -88,7 +88,7 @@ class MoEConfig(ActivationFields, RouteFields):
 
     @cached_property
     def experts_form(self) -> str | None:
-        """The experts' form, as the operator that :class:`Experts` compiles to takes it; None where Dynamo must look into it."""
+        """The experts' form, as the operator of a whole block takes it; None where Dynamo must look into the experts."""
         if self.impl == "portable":  # which may read a number from the data
             return None
         return json.dumps((self.act, self.save_percent, self.transposed, self.impl))

@@ -123,7 +123,7 @@ def with_leading(rows: Tensor, like: Tensor) -> Tensor:
 
 @cache
 def _fingerprint() -> int:
-    """Return a 62-bit digest of the Python behind these operators, without which torch's cache would run an old version."""
+    """Return a 62-bit digest of the Python that transparent operators hide: torch's cache would run an old version without it."""
     digest = hashlib.blake2b(str(library.BUILD).encode(), digest_size=8)
     package = Path(__file__).parent.parent
     for path in (*sorted((package / "functional").glob("*.py")), package / "linear.py", package / "checks.py"):
@@ -132,7 +132,7 @@ def _fingerprint() -> int:
 
 
 def traced_build() -> int:
-    """Return what tells torch's cache one version of the Python behind these operators from another, with CPU kernels or not."""
+    """Return the number by which torch's cache tells versions of that Python apart, with CPU kernels and without."""
     return _fingerprint() ^ (native.refusal(torch.float32, True) is None)
 
 

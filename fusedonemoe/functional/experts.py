@@ -178,13 +178,22 @@ def run_experts(
     return y if has_rows else with_leading(y, x)
 
 
-def run_layer(x: Tensor, experts: Tensor, weights: Tensor, up: Tensor, down: Tensor, *rest: Any) -> Tensor:
+def run_layer(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    act: Activation,
+    *options: Any,
+) -> Tensor:
     """Run :func:`run_experts` for a layer: for Dynamo as one operator, whose errors are torch's and hold the text of ours."""
-    up_bias, down_bias, act, *options = rest
-    *_, impl = options
-    if impl != "portable" and calls.is_hidden(x, experts, weights, up, down, up_bias, down_bias):
-        return experts_form(x, experts, weights, up, down, up_bias, down_bias, *act, *options, calls.traced_build())
-    return run_experts(x, experts, weights, up, down, *rest)
+    tensors = (x, experts, weights, up, down, up_bias, down_bias)
+    if options[-1] != "portable" and calls.is_hidden(*tensors):
+        return experts_form(*tensors, *act, *options, calls.traced_build())
+    return run_experts(*tensors, act, *options)
 
 
 def _run_form(*arguments: Any) -> Tensor:

@@ -145,3 +145,4 @@ def check_packed(packed: PackedExperts, x: Tensor, layout: str, transposed: bool
     if packed.up.dim() != library.PANEL_DIMS or packed.down.dim() != library.PANEL_DIMS:
         shapes = tuple(packed.up.shape), tuple(packed.down.shape)
         raise ValueError(f"packed must hold panels, with {library.PANEL_DIMS} dimensions, got shapes {shapes[0]}, {shapes[1]}")
+    # Their sizes are checked in the operators, each time: they are memory that kernels trust.

@@ -2,8 +2,8 @@
 
 Dynamo guards every function, module and constant that it traces, and checks the guards at each call, mostly in cold caches: for
 a small block that took as long as its products. An operator is one guard. It decomposes behind Dynamo: AOTAutograd traces the
-Python that eager calls run, and the graph that is compiled is the same. A form is one string, because each field would be a
-guard.
+Python that eager calls run, and the graph that is compiled is the same. The forms of a router and of a block are strings,
+because each field would be a guard. The experts alone are in :mod:`fusedonemoe.functional.experts`.
 """
 
 import json

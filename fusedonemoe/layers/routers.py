@@ -6,17 +6,15 @@ from typing import Any, ClassVar, NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch._C import _len_torch_function_stack
 from torch.compiler import is_dynamo_compiling
 
 from fusedonemoe import functional as F
 from fusedonemoe.checks import check_count
-from fusedonemoe.functional.calls import traced_build
+from fusedonemoe.functional.calls import is_hidden, traced_build
 from fusedonemoe.functional.routing import route_by
 from fusedonemoe.functional.traced import route_linear
 from fusedonemoe.layers.kept_buffers import KeptBuffers
-from fusedonemoe.linear import are_plain, in_dtype, in_routing_dtype, outside_autocast, routing_linear, uniform_by_fan_in
-from fusedonemoe.ops.exporting import is_exporting
+from fusedonemoe.linear import in_dtype, in_routing_dtype, outside_autocast, routing_linear, uniform_by_fan_in
 from fusedonemoe.ops.options import options_of
 from fusedonemoe.ops.rules import ROUTE_OPTIONS, RouteAttributes, RouteOptions, RouteRule, lists_options, make_rule, with_defaults
 
@@ -131,9 +129,9 @@ class TopKRouter(KeptBuffers, RouteAttributes):
         """Route ``x`` ``[..., D]``."""
         parameters = self._parameters  # an attribute of a module takes a Python function
         whole = "weight" in parameters and "bias" in parameters
-        if whole and is_dynamo_compiling() and not is_exporting() and (text := self.__dict__.get("_form")) is not None:
+        if whole and is_dynamo_compiling() and (text := self.__dict__.get("_form")) is not None:
             given = parameters["weight"], parameters["bias"], self.e_score_correction_bias
-            if are_plain(given) and not _len_torch_function_stack():  # a mode sees the linear map
+            if is_hidden(*given):
                 return RouterOutput(*route_linear(x, *given, text, self.impl, traced_build()))
         if whole:
             logits = routing_linear(x, parameters["weight"], parameters["bias"])  # type: ignore[arg-type]

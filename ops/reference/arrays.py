@@ -1,4 +1,4 @@
-"""What the oracle's formulas are written in."""
+"""The NumPy that the oracle's formulas are written in."""
 
 from collections.abc import Iterator
 from typing import TypeAlias

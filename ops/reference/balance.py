@@ -15,7 +15,7 @@ from fusedonemoe.ops.reference.routing import route
 
 
 class UsageNumbers(NamedTuple):
-    """What a usage report tells."""
+    """The numbers of a usage report."""
 
     share: list[float]
     entropy: float

@@ -213,7 +213,7 @@ def _load_torch(path: Path) -> object:
 
 
 Checkpoint = Mapping[str, Tensor] | str | os.PathLike[str]
-"""What the public functions read: a state dict, a file, an index of shards, or a directory of them."""
+"""A source of the public functions: a state dict, a file, an index of shards, or a directory of them."""
 
 # In the order in which they are looked for; an index is the shards' only complete list.
 _WHOLE_FILES = ("model.safetensors", "pytorch_model.bin")

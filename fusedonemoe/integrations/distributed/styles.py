@@ -97,8 +97,12 @@ class ExpertExchange:
 
     def __init__(self, dispatcher: AllToAll | FixedCapacity, divisor: int) -> None:
         self.dispatcher = dispatcher
-        self.ranks: Ranks = dispatcher
         self.divisor = divisor
+
+    @property
+    def ranks(self) -> Ranks:
+        """The ranks that wait for this one."""
+        return self.dispatcher
 
     def __call__(self, experts: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The forward of ``experts``, for the tokens of this process."""
